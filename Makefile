@@ -1,0 +1,71 @@
+# Every target sets up what it needs, on a machine with Python 3.11, pip, make and gcc.
+# In an environment of your own: make INSTALLED= BIN=/path/to/bin TARGET
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN ?= .venv/bin
+INSTALLED ?= .venv/installed
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# `venv` alone needs Debian's python3-venv; `pip --python` installs into an environment from outside of it.
+$(INSTALLED): pyproject.toml
+	@echo "Installing into .venv (a minute or two the first time)"
+	test -x .venv/bin/python || $(PYTHON) -m venv --without-pip .venv
+	$(PYTHON) -m pip --python .venv/bin/python install --quiet pip
+	PYTHONWARNINGS='ignore:Editable installation' .venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.PHONY: demo
+demo: $(INSTALLED) ## split SmolLM2 over 4, then 8 PEs, and let it answer a question
+	scripts/demo.sh $(BIN)
+
+.PHONY: test
+test: $(INSTALLED) ## the fast tests
+	$(BIN)/pytest -m "not real_model and not slow"
+
+.PHONY: test-real
+test-real: $(INSTALLED) ## the tests that `make test` leaves out: on the real model, and the slow ones
+	$(BIN)/pytest -m "real_model or slow"
+
+.PHONY: test-wheel
+test-wheel: $(INSTALLED) ## build sdist and wheel, and test the wheel outside the checkout
+	scripts/test-wheel.sh $(BIN)
+
+.PHONY: lint
+lint: $(INSTALLED) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The tree as it is installed, in links: see [tool.mypy] in pyproject.toml.
+.PHONY: typecheck
+typecheck: $(INSTALLED) ## mypy, strict
+	rm -rf build/typecheck
+	mkdir -p build/typecheck/furiosa_llm
+	ln -s ../../benchmarks ../../fixtures ../../tests build/typecheck
+	ln -s ../../../builder ../../../runtime build/typecheck/furiosa_llm
+	for entry in furiosa_llm/*; do ln -s "../../../$$entry" build/typecheck/furiosa_llm; done
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(INSTALLED) ## the benchmarks, each figure beside its bar
+	$(BIN)/python -m benchmarks
+
+.PHONY: release
+release: lint typecheck test test-wheel ## sdist and wheel in dist/, from a clean tree
+	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
+	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
+	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \
+	rm -rf dist && cp -r build/dist dist && sha256sum dist/*; \
+	echo "Next: git tag --annotate v$$version"
+
+.PHONY: clean
+clean: ## remove what the other targets made, except .venv and the downloaded model
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks builder fixtures furiosa_llm runtime tests -name __pycache__ -prune -exec rm -rf {} +
