@@ -1,0 +1,255 @@
+"""Factors: the trees that dimensions are made of, and their unification.
+
+Every dimension of every value is a `Factor`: a leaf, a row-major product of factors, or a concatenation of factors.
+Two dimensions that run over the same indices share one factor, so that deciding how a factor is split decides it for
+every value at once. Factors are refined in place: a leaf of 768 becomes the product (12, 64) once a Reshape tells.
+
+Unification is exact index arithmetic. It can fail (`FactorConflict`), never be wrong; a caller that meets a conflict
+demands the whole dimension at that node instead.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Prod
+
+
+class FactorConflict(Exception):
+    """Two product lists have no common refinement. Always caught by the analysis, never shown to a user."""
+
+
+class Kind(enum.Enum):
+    """What a factor is made of."""
+
+    LEAF = enum.auto()
+    PRODUCT = enum.auto()
+    CONCATENATION = enum.auto()
+
+
+_serial = itertools.count()
+
+
+class Factor:
+    """A run of `size` indices. Mutable: merged factors forward to one representative, leaves may be refined."""
+
+    __slots__ = ("_forward", "kids", "kind", "serial", "size")
+
+    def __init__(self, size: int, kind: Kind = Kind.LEAF, kids: Sequence[Factor] = ()) -> None:
+        self.size = size
+        self.kind = kind
+        self.kids = list(kids)
+        self.serial = next(_serial)
+        self._forward: Factor | None = None
+
+    def find(self) -> Factor:
+        """The representative of this factor's class."""
+        root = self
+        while root._forward is not None:
+            root = root._forward
+        node = self
+        while node._forward is not None:
+            node._forward, node = root, node._forward
+        return root
+
+    def forward(self, other: Factor) -> None:
+        """Make `other` the representative of this factor's class."""
+        self._forward = other
+
+    def become(self, kind: Kind, kids: Sequence[Factor]) -> None:
+        """Refine this factor in place."""
+        self.kind, self.kids = kind, list(kids)
+
+    def leaves(self) -> Iterator[Factor]:
+        """The leaves below this factor, in order, a leaf as often as it occurs."""
+        root = self.find()
+        if root.kind is Kind.LEAF:
+            yield root
+        else:
+            for kid in root.kids:
+                yield from kid.leaves()
+
+    def __repr__(self) -> str:
+        root = self.find()
+        if root.kind is Kind.LEAF:
+            return str(root.size)
+        sign = "x" if root.kind is Kind.PRODUCT else "|"
+        return "(" + sign.join(map(repr, root.kids)) + ")"
+
+
+def product(factors: Sequence[Factor]) -> Factor:
+    """The row-major product of `factors`, flat; a single factor is its own product."""
+    flat = flatten(factors)
+    if len(flat) == 1:
+        return flat[0]
+    return Factor(math.prod(f.size for f in flat), Kind.PRODUCT, flat) if flat else Factor(1)
+
+
+def concatenation(factors: Sequence[Factor]) -> Factor:
+    """The concatenation of `factors`, flat, without empty segments."""
+    segments: list[Factor] = []
+    for factor in factors:
+        root = factor.find()
+        if root.kind is Kind.CONCATENATION:
+            segments.extend(root.kids)
+        elif root.size:
+            segments.append(root)
+    if len(segments) == 1:
+        return segments[0].find()
+    return Factor(sum(f.find().size for f in segments), Kind.CONCATENATION, segments)
+
+
+def flatten(factors: Sequence[Factor]) -> list[Factor]:
+    """`factors` as one product list of leaves and concatenations, without those of size 1."""
+    flat: list[Factor] = []
+    for factor in factors:
+        root = factor.find()
+        if root.kind is Kind.PRODUCT:
+            flat.extend(flatten(root.kids))
+        elif root.size != 1:
+            flat.append(root)
+    return flat
+
+
+def unify(left: Sequence[Factor], right: Sequence[Factor]) -> None:
+    """Make two product lists that describe the same index space share their factors; FactorConflict if they cannot."""
+    a, b = deque(flatten(left)), deque(flatten(right))
+    if math.prod(f.size for f in a) != math.prod(f.size for f in b):
+        raise FactorConflict
+    while a and b:
+        x, y = _head(a), _head(b)
+        if x is y or x.size == y.size:
+            a.popleft()
+            b.popleft()
+            if x is not y:
+                _merge(x, y)
+        elif x.size < y.size:
+            _cut_larger(a, b)
+        else:
+            _cut_larger(b, a)
+
+
+def segment(factor: Factor, start: int, stop: int) -> Factor:
+    """The factor of indices [start, stop) of `factor`, which is refined so that they are a segment of it."""
+    root = factor.find()
+    if (start, stop) == (0, root.size):
+        return root
+    if root.kind is Kind.LEAF:
+        sizes = (start, stop - start, root.size - stop)
+        kids = [Factor(size) for size in sizes if size]
+        root.become(Kind.CONCATENATION, kids)
+        return kids[1 if start else 0]
+    if root.kind is Kind.CONCATENATION:
+        _cut(root, start)
+        _cut(root, stop)
+        return concatenation([kid for offset, kid in _segments(root) if start <= offset < stop])
+    inner = math.prod(kid.find().size for kid in root.kids[1:])
+    if start % inner or stop % inner:
+        raise FactorConflict
+    return product([segment(root.kids[0], start // inner, stop // inner), *root.kids[1:]])
+
+
+def to_dim(factor: Factor, axes: dict[Factor, tuple[int, ...]]) -> Dim:
+    """The layout of `factor` when leaves are split as `axes` says (leaves that are absent are replicated)."""
+    root = factor.find()
+    if root.kind is Kind.LEAF:
+        return Leaf(root.size, axes.get(root, ()))
+    kids = tuple(to_dim(kid, axes) for kid in root.kids)
+    return Prod(kids) if root.kind is Kind.PRODUCT else Cat(kids)
+
+
+def _head(queue: deque[Factor]) -> Factor:
+    """The first factor of a product list, expanded if it was refined into a product meanwhile."""
+    while True:
+        head = queue[0].find()
+        if head.kind is not Kind.PRODUCT:
+            return head
+        queue.popleft()
+        queue.extendleft(reversed(flatten([head])))
+
+
+def _cut_larger(smalls: deque[Factor], larges: deque[Factor]) -> None:
+    """Refine the larger head so that its leading part has the size of the smaller one."""
+    small, large = _head(smalls), _head(larges)
+    if large.kind is Kind.LEAF:
+        if large.size % small.size:
+            raise FactorConflict
+        large.become(Kind.PRODUCT, [Factor(small.size), Factor(large.size // small.size)])
+        return
+    prefix = _take(smalls, large.size)
+    larges.popleft()
+    _concatenation_as_product(large, prefix)
+
+
+def _take(queue: deque[Factor], size: int) -> list[Factor]:
+    """Remove a prefix of exactly `size` indices from a product list, cutting a leaf where that is needed."""
+    taken: list[Factor] = []
+    while size > 1:
+        if not queue:
+            raise FactorConflict
+        head = _head(queue)
+        if size % head.size == 0:
+            taken.append(head)
+            queue.popleft()
+            size //= head.size
+        elif head.kind is Kind.LEAF and head.size % size == 0:
+            head.become(Kind.PRODUCT, [Factor(size), Factor(head.size // size)])
+        else:
+            raise FactorConflict
+    return taken
+
+
+def _merge(x: Factor, y: Factor) -> None:
+    """Make two factors of equal size, neither of them a product, one."""
+    if x.kind is Kind.LEAF:
+        x.forward(y)
+    elif y.kind is Kind.LEAF:
+        y.forward(x)
+    else:
+        for offset in {o for o, _ in _segments(x)} | {o for o, _ in _segments(y)}:
+            _cut(x, offset)
+            _cut(y, offset)
+        pairs = list(zip(x.kids, y.kids, strict=True))
+        for p, q in pairs:
+            unify([p], [q])
+        y.forward(x)
+
+
+def _concatenation_as_product(cat: Factor, parts: list[Factor]) -> None:
+    """Refine a concatenation, n = parts[0] * inner, into a product whose first factor is the concatenation."""
+    inner = cat.size // parts[0].size
+    if any(kid.find().size % inner for kid in cat.kids):
+        raise FactorConflict
+    leading: list[Factor] = []
+    for kid in list(cat.kids):
+        lead = Factor(kid.find().size // inner)
+        unify([kid], [lead, *parts[1:]])
+        leading.append(lead)
+    unify([parts[0]], [concatenation(leading)])
+    cat.become(Kind.PRODUCT, parts)
+
+
+def _segments(cat: Factor) -> list[tuple[int, Factor]]:
+    offsets = itertools.accumulate((kid.find().size for kid in cat.kids), initial=0)
+    return list(zip(offsets, cat.kids, strict=False))
+
+
+def _cut(cat: Factor, position: int) -> None:
+    """Refine the segments of a concatenation so that one starts at `position`; nested concatenations are expanded."""
+    kids: list[Factor] = []
+    for offset, kid in _segments(cat):
+        size = kid.find().size
+        if offset < position < offset + size:
+            kids.append(segment(kid, 0, position - offset))
+            kids.append(segment(kid, position - offset, size))
+        else:
+            kids.append(kid)
+    flat: list[Factor] = []
+    for kid in kids:
+        root = kid.find()
+        flat.extend(root.kids if root.kind is Kind.CONCATENATION else [root])
+    cat.become(Kind.CONCATENATION, flat)

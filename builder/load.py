@@ -1,0 +1,83 @@
+"""Read an ONNX model lazily: the graph into memory, the weights left where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from furiosa_llm.builder.errors import ModelLoadError
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model file as it was found."""
+
+    path: Path
+    """The file itself; its folder is where external data, the tokenizer and the configuration are looked for."""
+    model: ir.Model
+    """The graph; initializers with external data are memory maps that nobody has opened yet."""
+
+
+def load(path: str | os.PathLike[str]) -> Source:
+    """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model."""
+    file = Path(path)
+    if file.is_dir():
+        candidates = sorted(p.name for p in file.glob("*.onnx"))
+        hint = f"; it holds {', '.join(candidates)}: name one of them" if candidates else "; it holds no .onnx file"
+        raise ModelLoadError(f"{file} is a folder, expected an ONNX file{hint}.")
+    if not file.is_file():
+        raise ModelLoadError(f"{file} does not exist; give the path of an .onnx file.")
+    try:
+        model = ir.load(file)
+    except (DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelLoadError(
+            f"{file} is not an ONNX model: {error}. Expected the protobuf file that an exporter writes; "
+            "if it was downloaded, check that the download is complete and not a pointer to large-file storage."
+        ) from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise ModelLoadError(
+            f"{file} is not an ONNX model: it has no nodes and no outputs ({file.stat().st_size} bytes); "
+            "check that the download is complete and not a pointer to large-file storage."
+        )
+    return Source(path=file, model=model)
+
+
+def check_external_data(source: Source) -> None:
+    """Raise ModelLoadError unless every external tensor lies inside a file inside the model's folder."""
+    folder = source.path.resolve().parent
+    for value in source.model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_external(f'initializer "{value.name}" of {source.path.name}', tensor, folder)
+
+
+def _check_external(what: str, tensor: ir.ExternalTensor, folder: Path) -> None:
+    location = os.fspath(tensor.location)
+    target = Path(os.path.normpath(folder / location))
+    if os.path.isabs(location) or not target.is_relative_to(folder) or not target.resolve().is_relative_to(folder):
+        raise ModelLoadError(
+            f'{what} has its data in "{location}", outside the model\'s folder; '
+            "external data must lie in the folder of the .onnx file or below it: move the file there and export again."
+        )
+    if not target.is_file():
+        raise ModelLoadError(
+            f'{what} has its data in "{location}", which is missing; put that file beside {folder.name}/{"*.onnx"} '
+            "(exporters write it next to the model, it must be copied along)."
+        )
+    expected = tensor.nbytes
+    length = tensor.length if tensor.length is not None else expected
+    if length != expected:
+        raise ModelLoadError(
+            f"{what} says its data is {length} bytes long, but {tensor.dtype} {list(tensor.shape)} takes {expected}; "
+            "the model is damaged, export it again."
+        )
+    end = (tensor.offset or 0) + expected
+    size = target.stat().st_size
+    if end > size:
+        raise ModelLoadError(
+            f'{what} ends at byte {end} of "{location}", which has {size} bytes; the file is incomplete, copy it again.'
+        )

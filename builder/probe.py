@@ -1,0 +1,73 @@
+"""Run the abstract interpreter at the sizes that the analysis and the planner need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
+from furiosa_llm.builder.planner import PricedStep
+from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.shapes import Facts, Interpreter, SizeMismatch
+
+DimensionKinds = dict[str, tuple[int | str, ...]]
+
+CONTEXTS = ((511, 575), (127, 143), (31, 39), (11, 13))
+"""Past lengths to price at, a shorter and a longer one; models with a window take only the small ones."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """Facts of a graph at several sizes."""
+
+    kinds: DimensionKinds
+    """What each dimension of each input is: a size, or the name of a dynamic dimension."""
+    facts: Facts
+    others: Facts
+    """At other sizes of every dynamic dimension."""
+    decode: PricedStep
+    longer: PricedStep
+
+
+def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object]) -> Probes:
+    """Interpret `model`; sizes of inputs that follow from the graph are found on the way."""
+    kinds = dimension_kinds(model.graph, given, config)
+    interpreter = Interpreter(model, SHAPES)
+    facts, kinds = _first_run(interpreter, kinds)
+    others = interpreter.run(concrete(kinds, SECOND_PROBE))
+    decode, longer = _priced_steps(interpreter, kinds)
+    return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer)
+
+
+def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+    while True:
+        try:
+            return interpreter.run(concrete(kinds, PROBE)), kinds
+        except SizeMismatch as error:
+            dims = list(kinds.get(str(error.value.name), ()))
+            if not dims or isinstance(dims[error.dim], int):
+                raise
+            dims[error.dim] = error.expected
+            kinds = {**kinds, str(error.value.name): tuple(dims)}
+
+
+def _priced_steps(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:
+    """One new position after two contexts; for models without a past, one and two positions."""
+    names = {kind for dims in kinds.values() for kind in dims}
+    positions = 2 if "sequence" in names and "past" not in names else 1
+    failure: ShapeError | None = None
+    for shorter, longer in CONTEXTS:
+        sizes = SizeSet(batch=1, sequence=1, past=shorter, encoder=shorter + 1, others=(64,))
+        more = SizeSet(batch=1, sequence=positions, past=longer, encoder=longer + 1, others=(64,))
+        try:
+            first = interpreter.run(concrete(kinds, sizes))
+            second = interpreter.run(concrete(kinds, more))
+        except ShapeError as error:
+            failure = error
+            continue
+        return PricedStep(first, 1), PricedStep(second, positions)
+    assert failure is not None
+    raise failure

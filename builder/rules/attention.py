@@ -1,0 +1,141 @@
+"""Fused attention: GroupQueryAttention, ONNX Attention, MultiHeadAttention and RotaryEmbedding.
+
+Heads are the product (kv g): g query heads share each of kv key/value heads. The head vector d is used inside the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.shapes import Fact, SizeMismatch, attributes_of
+
+_HEADS = "(kv g)"
+
+
+def _rest(view: NodeView, start: int) -> list[list[str] | None]:
+    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
+
+
+def _mask(view: NodeView, port: int) -> list[str]:
+    """An attention bias or mask, broadcast to batch, heads, query, key."""
+    shape = view.shape(port)
+    names = ["b", _HEADS, "*", "*"][4 - len(shape) :]
+    return [n if s != 1 else "1" for n, s in zip(names, shape, strict=True)]
+
+
+@rule("GroupQueryAttention", domain=MICROSOFT)
+def group_query_attention(view: NodeView) -> Rule:
+    """Query, key and value apart or packed in the query; caches are `b kv s d`."""
+    heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
+    packed = not view.has(1)
+    width = view.shape(0)[2]
+    size = width // (heads + 2 * kv) if packed else width // heads
+    query = ["b", "*", "[kv g d|kv d|kv d]" if packed else "(kv g d)"]
+    key = None if packed else ["b", "*", "(kv d)"]
+    cache = ["b", "kv", "*", "d"]
+    operands: list[list[str] | None] = [query, key, key]
+    operands += [cache if view.has(port) else None for port in (3, 4)]
+    operands += _rest(view, 5)
+    if view.has(10):
+        operands[10] = _mask(view, 10)
+    if view.has(11):
+        operands[11] = ["(kv g)"]
+    if view.has(12) or view.has(13):
+        return whole(view, note="GroupQueryAttention with a quantised cache: replicated")
+    outputs = [["b", "*", "(kv g d)"], cache, cache, ["b", _HEADS, "*", "*"]][: len(view.node.outputs)]
+    return Rule(
+        text=f"{spell(*operands)} -> {spell(*outputs)}; pin d",
+        sizes={"kv": kv, "g": heads // kv, "d": size},
+        attributes={"num_heads": "kv g", "kv_num_heads": "kv"},
+    )
+
+
+@shape_rule("GroupQueryAttention")
+def _group_query_attention_shape(
+    node: ir.Node, inputs: Sequence[Fact | None]
+) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    query, past, total = inputs[0], inputs[3], inputs[6]
+    assert query is not None
+    attributes = attributes_of(node)
+    heads, kv = attributes["num_heads"], attributes["kv_num_heads"]
+    packed = inputs[1] is None
+    size = query.shape[2] // (heads + 2 * kv if packed else heads)
+    batch, sequence = query.shape[:2]
+    for port in (3, 4):
+        cache_value = node.inputs[port]
+        if past is not None and cache_value is not None and past.shape[3] != size:
+            raise SizeMismatch(cache_value, 3, size, node)
+        past = inputs[4] if port == 3 else inputs[3]
+    length = sequence + (past.shape[2] if past is not None else 0)
+    if total is not None and total.value is not None:
+        length = max(int(total.value.item()), past.shape[2] if past is not None else 0)
+    cache = (past.dtype if past is not None else query.dtype, (batch, kv, length, size))
+    output = (query.dtype, (batch, sequence, heads * size))
+    return [output, cache, cache, (query.dtype, (batch, heads, sequence, length))][: len(node.outputs)]
+
+
+@rule("Attention")
+def attention(view: NodeView) -> Rule:
+    """ONNX Attention (opset 23 and later), on 4-D heads or on 3-D packed ones."""
+    flat = view.rank(0) == 3
+    heads = int(view.attribute("q_num_heads")) if flat else view.shape(0)[1]
+    kv = int(view.attribute("kv_num_heads")) if flat else view.shape(1)[1]
+    if flat:
+        size, value_size = view.shape(0)[2] // heads, view.shape(2)[2] // kv
+        query, key, value = ["b", "*", "(kv g d)"], ["b", "*", "(kv d)"], ["b", "*", "(kv e)"]
+        output = ["b", "*", "(kv g e)"]
+    else:
+        size, value_size = view.shape(0)[3], view.shape(2)[3]
+        query, key, value = ["b", _HEADS, "*", "d"], ["b", "kv", "*", "d"], ["b", "kv", "*", "e"]
+        output = ["b", _HEADS, "*", "e"]
+    key_cache, value_cache = ["b", "kv", "*", "d"], ["b", "kv", "*", "e"]
+    operands: list[list[str] | None] = [query, key, value]
+    if view.has(3):
+        operands.append(_mask(view, 3))
+    elif len(view.node.inputs) > 3:
+        operands.append(None)
+    operands += [(key_cache, value_cache)[p - 4] if view.has(p) else None for p in range(4, min(6, len(view.node.inputs)))]
+    operands += [["b"] if view.has(p) else None for p in range(6, len(view.node.inputs))]
+    outputs = [output, key_cache, value_cache, ["b", _HEADS, "*", "*"]]
+    present = [o if len(view.out(i)) else [] for i, o in enumerate(outputs[: len(view.node.outputs)])]
+    return Rule(
+        text=f"{spell(*operands)} -> {spell(*present)}; pin d e",
+        sizes={"kv": kv, "g": heads // kv, "d": size, "e": value_size},
+        attributes={"q_num_heads": "kv g", "kv_num_heads": "kv"} if flat else {},
+    )
+
+
+@rule("RotaryEmbedding")
+def rotary_embedding(view: NodeView) -> Rule:
+    """Heads pass, the head vector is whole."""
+    return _rotary(view)
+
+
+@rule("RotaryEmbedding", domain=MICROSOFT)
+def rotary_embedding_microsoft(view: NodeView) -> Rule:
+    """onnxruntime's op: positions before the caches."""
+    return _rotary(view)
+
+
+def _rotary(view: NodeView) -> Rule:
+    rest = _rest(view, 1)
+    if view.rank(0) == 4:
+        dims = ["b", "h", "*", "*"]
+        return Rule(text=f"{spell(dims, *rest)} -> {spell(dims)}")
+    heads = int(view.attribute("num_heads", 0))
+    if not heads:
+        return whole(view, note="RotaryEmbedding on packed heads without num_heads: replicated")
+    dims = ["b", "*", "(h d)"]
+    sizes = {"h": heads, "d": view.shape(0)[2] // heads}
+    return Rule(text=f"{spell(dims, *rest)} -> {spell(dims)}; pin d", sizes=sizes, attributes={"num_heads": "h"})
+
+
+@shape_rule("RotaryEmbedding")
+def _rotary_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data = inputs[0]
+    assert data is not None
+    return [(data.dtype, data.shape)]

@@ -1,0 +1,103 @@
+"""Gather and Scatter in all their forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, words
+from furiosa_llm.builder.shapes import Fact, attributes_of
+
+
+@rule("Gather")
+def gather(view: NodeView) -> Rule:
+    """A table (an initializer) may be split along the axis that is looked up; data must be whole there."""
+    rank = view.rank(0)
+    axis = int(view.attribute("axis", 0)) % rank
+    data, indices = words(rank), words(view.rank(1), "i")
+    is_table = (
+        view.is_weight(0) and rank > 1 and view.static_value(1) is None and view.fact(0).dtype.is_floating_point()
+    )
+    out = [*data[:axis], *indices, *data[axis + 1 :]]
+    if not is_table:
+        data[axis] = "*"
+    clause = f"; lookup {data[axis]}" if is_table else ""
+    return Rule(text=f"{spell(data, indices)} -> {spell(out)}{clause}", linear=(0,), axis=axis)
+
+
+@rule("GatherElements")
+def gather_elements(view: NodeView) -> Rule:
+    """Dimensions of equal size pass, but for the axis."""
+    rank = view.rank(0)
+    axis = int(view.attribute("axis", 0)) % rank
+    names = words(rank)
+    passes = [d != axis and a == b for d, (a, b) in enumerate(zip(view.shape(0), view.shape(1), strict=True))]
+    data = [n if keep else "*" for n, keep in zip(names, passes, strict=True)]
+    indices = [n if keep or d == axis else "*" for d, (n, keep) in enumerate(zip(names, passes, strict=True))]
+    return Rule(text=f"{spell(data, indices)} -> {spell(indices)}", linear=(0,))
+
+
+@rule("ScatterElements")
+def scatter_elements(view: NodeView) -> Rule:
+    """Dimensions of equal size pass, but for the axis; jointly linear in data and updates."""
+    rank = view.rank(0)
+    axis = int(view.attribute("axis", 0)) % rank
+    same = zip(view.shape(0), view.shape(1), strict=True)
+    dims = [n if d != axis and a == b else "*" for d, (n, (a, b)) in enumerate(zip(words(rank), same, strict=True))]
+    linear = (0, 2) if view.attribute("reduction", "none") in ("none", "add") else ()
+    return Rule(text=f"{spell(dims, dims, dims)} -> {spell(dims)}", linear=linear)
+
+
+@rule("GatherND")
+def gather_nd(view: NodeView) -> Rule:
+    """Indexed dimensions must be whole, the slices' dimensions pass."""
+    batch = int(view.attribute("batch_dims", 0))
+    depth = view.shape(1)[-1]
+    data, indices = words(view.rank(0)), words(view.rank(1) - 1, "i")
+    data[batch : batch + depth] = ["*"] * depth
+    indices[:batch] = data[:batch]
+    out = [*indices, *data[batch + depth :]]
+    return Rule(text=f"{spell(data, [*indices, '*'])} -> {spell(out)}", linear=(0,))
+
+
+@rule("ScatterND")
+def scatter_nd(view: NodeView) -> Rule:
+    """Indexed dimensions must be whole, the slices' dimensions pass; jointly linear in data and updates."""
+    depth = view.shape(1)[-1]
+    data = words(view.rank(0))
+    data[:depth] = ["*"] * depth
+    indices = ["*"] * view.rank(1)
+    updates = [*indices[:-1], *data[depth:]]
+    linear = (0, 2) if view.attribute("reduction", "none") in ("none", "add") else ()
+    return Rule(text=f"{spell(data, indices, updates)} -> {spell(data)}", linear=linear)
+
+
+@rule("GatherBlockQuantized", domain=MICROSOFT)
+def gather_block_quantized(view: NodeView) -> Rule:
+    """A quantised table, split along the axis that is looked up."""
+    indices = words(view.rank(1), "i")
+    table = ["v", *["*"] * (view.rank(0) - 1)]
+    operands: list[list[str] | None] = [table, indices, ["v", *["*"] * (view.rank(2) - 1)]]
+    if view.has(3):
+        operands.append(["v", *["*"] * (view.rank(3) - 1)])
+    out = [*indices, *["*"] * (view.rank(0) - 1)]
+    if view.attribute("gather_axis", 0) != 0 or not view.is_weight(0):
+        operands[0] = ["*"] * view.rank(0)
+        operands[2:] = [["*"] * view.rank(p) for p in range(2, len(operands))]
+        return Rule(text=f"{spell(*operands)} -> {spell(out)}")
+    return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0)
+
+
+@shape_rule("GatherBlockQuantized")
+def _gather_block_quantized_shape(
+    node: ir.Node, inputs: Sequence[Fact | None]
+) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data, indices, scales = inputs[0], inputs[1], inputs[2]
+    assert data is not None and indices is not None and scales is not None
+    attributes = attributes_of(node)
+    axis = attributes.get("gather_axis", 0) % len(data.shape)
+    packed = 8 // attributes.get("bits", 4) if data.dtype is ir.DataType.UINT8 else 1
+    rest = (*data.shape[axis + 1 : -1], data.shape[-1] * packed)
+    return [(scales.dtype, (*data.shape[:axis], *indices.shape, *rest))]

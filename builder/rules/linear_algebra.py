@@ -1,0 +1,91 @@
+"""Contractions: MatMul, Gemm and Conv."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.shapes import Fact, attributes_of
+
+
+def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """`a m k, a k n -> a m n; reduce k`, with batch dimensions aligned from the right."""
+    batch = max(len(a), len(b)) - 2
+    names = words(max(batch, 0), "b")
+
+    def batch_of(shape: tuple[int, ...]) -> list[str]:
+        own = shape[:-2]
+        tail = names[len(names) - len(own) :] if own else []
+        return [name if size != 1 else "1" for name, size in zip(tail, own, strict=True)]
+
+    left = ["k"] if len(a) == 1 else [*batch_of(a), "m", "k"]
+    right = ["k"] if len(b) == 1 else [*batch_of(b), "k", "n"]
+    sizes = [1] * max(batch, 0)
+    for shape in (a, b):
+        for i, size in enumerate(reversed(shape[:-2])):
+            sizes[-1 - i] = max(sizes[-1 - i], size)
+    out = [name if size != 1 else "1" for name, size in zip(names, sizes, strict=True)]
+    out += (["m"] if len(a) > 1 else []) + (["n"] if len(b) > 1 else [])
+    return f"{spell(left, right)} -> {spell(out)}; reduce k"
+
+
+@rule("MatMul")
+def matmul(view: NodeView) -> Rule:
+    """Batched matrix product."""
+    return Rule(text=matmul_text(view.shape(0), view.shape(1)))
+
+
+@rule("FusedMatMul", domain=MICROSOFT)
+def fused_matmul(view: NodeView) -> Rule:
+    """MatMul with transposed operands and a factor."""
+    if view.attribute("transBatchA", 0) or view.attribute("transBatchB", 0):
+        return whole(view, note="FusedMatMul with transposed batch dimensions: replicated")
+    a, b = view.shape(0), view.shape(1)
+    left, rest = matmul_text(a, b).split(", ", 1)
+    right, tail = rest.split(" -> ", 1)
+    if view.attribute("transA", 0):
+        left = left.removesuffix("m k") + "k m"
+    if view.attribute("transB", 0):
+        right = right.removesuffix("k n") + "n k"
+    return Rule(text=f"{left}, {right} -> {tail}")
+
+
+@shape_rule("FusedMatMul")
+def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    a, b = inputs[0], inputs[1]
+    assert a is not None and b is not None
+    attributes = attributes_of(node)
+    left = (*a.shape[:-2], a.shape[-1], a.shape[-2]) if attributes.get("transA") else a.shape
+    right = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if attributes.get("transB") else b.shape
+    batch = np.broadcast_shapes(left[:-2], right[:-2])
+    return [(a.dtype, (*batch, left[-2], right[-1]))]
+
+
+@rule("Gemm")
+def gemm(view: NodeView) -> Rule:
+    """Matrix product plus a bias, which one rank alone adds where the contraction is split."""
+    left = ["k", "m"] if view.attribute("transA", 0) else ["m", "k"]
+    right = ["n", "k"] if view.attribute("transB", 0) else ["k", "n"]
+    operands: list[list[str] | None] = [left, right]
+    if view.has(2):
+        names = ["m", "n"][2 - view.rank(2) :]
+        operands.append([n if s != 1 else "1" for n, s in zip(names, view.shape(2), strict=True)])
+    return Rule(text=f"{spell(*operands)} -> m n; reduce k", masked=(2,) if view.has(2) else ())
+
+
+@rule("Conv")
+def conv(view: NodeView) -> Rule:
+    """Output channels and batch; where there are no groups, input channels are contracted."""
+    space = view.rank(0) - 2
+    inside, kernel, outside = ["*"] * space, ["*"] * space, ["."] * space
+    if view.attribute("group", 1) != 1:
+        return whole(view, note="Conv with groups: replicated")
+    operands: list[list[str] | None] = [["b", "c", *inside], ["o", "c", *kernel]]
+    if view.has(2):
+        operands.append(["o"])
+    text = f"{spell(*operands)} -> {spell(['b', 'o', *outside])}; reduce c"
+    return Rule(text=text, masked=(2,) if view.has(2) else ())

@@ -1,0 +1,147 @@
+"""The one registry of op rules: `(domain, op type) -> function(view) -> Rule`, and shapes of onnxruntime's own ops."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.shapes import Fact, Facts, ShapeRule, attributes_of
+
+MICROSOFT = "com.microsoft"
+
+WEIGHT_MOVERS = frozenset(
+    ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "DequantizeLinear", "Identity")
+    + ("Gather", "GatherND", "Slice", "Split")
+)
+"""Ops that move or select a weight's elements, and therefore keep the zeros of its padding."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node with what is known of its inputs and outputs, as rules see it."""
+
+    node: ir.Node
+    facts: Facts
+    others: Facts
+    """Facts at other sizes of the dynamic dimensions: what differs is dynamic."""
+
+    def has(self, port: int) -> bool:
+        """Whether input `port` is there."""
+        return port < len(self.node.inputs) and self.node.inputs[port] is not None
+
+    def fact(self, port: int) -> Fact:
+        """What is known of input `port`, which must be there."""
+        value = self.node.inputs[port]
+        assert value is not None
+        return self.facts[value]
+
+    def shape(self, port: int) -> tuple[int, ...]:
+        """The shape of input `port`."""
+        return self.fact(port).shape
+
+    def out(self, port: int = 0) -> tuple[int, ...]:
+        """The shape of output `port`."""
+        return self.facts[self.node.outputs[port]].shape
+
+    def rank(self, port: int) -> int:
+        """The number of dimensions of input `port`."""
+        return len(self.shape(port))
+
+    def static_value(self, port: int) -> npt.NDArray[Any] | None:
+        """The elements of input `port` if they are known and the same at all sizes."""
+        value = self.node.inputs[port] if self.has(port) else None
+        if value is None:
+            return None
+        first, second = self.facts[value].value, self.others[value].value
+        same = first is not None and second is not None and np.array_equal(first, second)
+        return first if same else None
+
+    def is_weight(self, port: int) -> bool:
+        """Whether input `port` is an initializer, or one that was merely moved."""
+        value = self.node.inputs[port] if self.has(port) else None
+        while value is not None and not value.is_initializer():
+            producer = value.producer()
+            value = producer.inputs[0] if producer is not None and producer.op_type in WEIGHT_MOVERS else None
+        return value is not None
+
+    def is_dynamic(self, port: int, dim: int) -> bool:
+        """Whether dimension `dim` of input `port` differs from run to run."""
+        value = self.node.inputs[port]
+        assert value is not None
+        return self.facts[value].shape[dim] != self.others[value].shape[dim]
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """An attribute's value, or `default`."""
+        found = self.node.attributes.get(name)
+        return default if found is None else found.value
+
+    def axes(self, port: int, default: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
+        """The axes given as input `port` or as the attribute `axes`; None if given as a tensor of unknown content."""
+        if self.has(port):
+            value = self.static_value(port)
+            return None if value is None else tuple(int(v) for v in np.atleast_1d(value))
+        found = self.attribute("axes")
+        return default if found is None else tuple(found)
+
+
+RuleFunction = Callable[[NodeView], Rule]
+
+RULES: dict[tuple[str, str], RuleFunction] = {}
+SHAPES: dict[tuple[str, str], ShapeRule] = {}
+
+
+def rule(*op_types: str, domain: str = "") -> Callable[[RuleFunction], RuleFunction]:
+    """Register a rule for some op types of one domain."""
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for op_type in op_types:
+            assert (domain, op_type) not in RULES, f"{domain}::{op_type} has two rules"
+            RULES[domain, op_type] = function
+        return function
+
+    return register
+
+
+def shape_rule(*op_types: str, domain: str = MICROSOFT) -> Callable[[ShapeRule], ShapeRule]:
+    """Register the output types and shapes of ops that ONNX does not define."""
+
+    def register(function: ShapeRule) -> ShapeRule:
+        for op_type in op_types:
+            SHAPES[domain, op_type] = function
+        return function
+
+    return register
+
+
+def words(count: int, prefix: str = "") -> list[str]:
+    """`count` distinct symbols: a, b, c, ... (with a prefix: xa, xb, ...)."""
+    return [prefix + (chr(ord("a") + i) if i < 26 else f"z{i}") for i in range(count)]
+
+
+def spell(*operands: list[str] | None) -> str:
+    """Operands of a rule's text."""
+    return ", ".join("_" if dims is None else " ".join(dims) for dims in operands)
+
+
+def whole(view: NodeView, note: str | None = None) -> Rule:
+    """The rule of an op that needs everything whole and computes everything whole."""
+    inputs = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs]
+    outputs = [["*"] * len(view.facts[v].shape) for v in view.node.outputs]
+    return Rule(text=f"{spell(*inputs)} -> {spell(*outputs)}", note=note)
+
+
+def rule_of(view: NodeView) -> Rule:
+    """The rule of a node; an op without one is replicated, with a note."""
+    function = RULES.get((view.node.domain, view.node.op_type))
+    if function is None:
+        return whole(view, note=f"no rule for {view.node.domain or 'ai.onnx'}::{view.node.op_type}: replicated")
+    return function(view)
+
+
+__all__ = ["MICROSOFT", "RULES", "SHAPES", "WEIGHT_MOVERS", "NodeView", "attributes_of", "rule", "rule_of", "shape_rule", "spell", "whole", "words"]

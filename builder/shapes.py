@@ -1,0 +1,242 @@
+"""Abstract shape interpreter: run the graph on shapes and on the few small tensors that shapes depend on.
+
+Concrete sizes stand for the dynamic dimensions; running twice, at two sets of distinct primes, tells which dimensions
+are dynamic. No weight is ever read. Types and shapes of standard ops come from `onnx.shape_inference`, those of
+onnxruntime's own ops from `builder.rules` (see `furiosa_llm.builder.rules.registry.SHAPES`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx.shape_inference import infer_node_outputs
+
+from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.values import EVALUATORS
+
+Shape = tuple[int, ...]
+
+_MAX_KNOWN_ELEMENTS = 4096
+_MAX_READ_NBYTES = 1024
+"""Constants larger than this are weights to the interpreter: their values are never looked at."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """What is known of a value at one set of input sizes."""
+
+    dtype: ir.DataType
+    shape: Shape
+    value: npt.NDArray[Any] | None = None
+    """The elements, for small tensors that do not depend on the inputs' elements."""
+    zero: bool = False
+    """Every element is zero, whatever the inputs hold."""
+
+
+ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Sequence[tuple[ir.DataType, Shape]]]
+Facts = dict[ir.Value, Fact]
+
+_ZERO_PRESERVING = {"Cast", "Expand", "Flatten", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """The node's attributes as plain Python values."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+class SizeMismatch(ShapeError):
+    """A graph input has a dimension whose size follows from the graph; the prober takes it over and tries again."""
+
+    def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
+        super().__init__(
+            f'dimension {dim} of "{value.name}" must be {expected} for node {node.op_type} "{node.name}"; '
+            "export the model again, its inputs contradict its weights."
+        )
+        self.value, self.dim, self.expected = value, dim, expected
+
+
+class Interpreter:
+    """Interprets one graph at any number of input size sets."""
+
+    def __init__(self, model: ir.Model, shape_rules: Mapping[tuple[str, str], ShapeRule]) -> None:
+        self._model = model
+        self._shape_rules = shape_rules
+        self._opsets = dict(model.graph.opset_imports)
+        self._protos: dict[ir.Node, onnx.NodeProto] = {}
+        self._runs = 0
+        self._fresh: Iterator[int] = iter(())
+        self._constants = {v: _constant_fact(v) for v in model.graph.initializers.values()}
+
+    def run(self, sizes: Mapping[str, Shape]) -> Facts:
+        """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict."""
+        facts: Facts = dict(self._constants)
+        self._runs += 1
+        self._fresh = itertools.count(101 + self._runs, 10)
+        for value in self._model.graph.inputs:
+            assert value.name is not None and value.dtype is not None
+            facts[value] = Fact(dtype=value.dtype, shape=sizes[value.name])
+        for node in self._model.graph:
+            inputs = [None if v is None else facts[v] for v in node.inputs]
+            for value, fact in zip(node.outputs, self._infer(node, inputs), strict=True):
+                facts[value] = fact
+        return facts
+
+    def _infer(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
+        evaluated = self._evaluate(node, inputs)
+        if evaluated is not None:
+            return evaluated
+        if node.op_type == "NonZero":
+            assert inputs[0] is not None
+            return [Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh)))]
+        rule = self._shape_rules.get((node.domain, node.op_type))
+        if rule is not None:
+            pairs = rule(node, inputs)
+        elif _ELEMENTWISE.get(node.op_type) is not None and node.domain == "":
+            pairs = self._elementwise(node, inputs)
+        else:
+            pairs = self._infer_with_onnx(node, inputs)
+        first = inputs[0] if inputs else None
+        zero = first is not None and first.zero and node.op_type in _ZERO_PRESERVING
+        zero = zero or (node.op_type == "ConstantOfShape" and not _fill_value(node))
+        return [Fact(dtype=dtype, shape=shape, zero=zero) for dtype, shape in pairs]
+
+    def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
+        """The outputs' elements, if they follow from the shapes alone and are few."""
+        if node.domain:
+            return None
+        if node.op_type in ("Shape", "Size") and inputs[0] is not None:
+            shape = np.array(inputs[0].shape, dtype=np.int64)
+            attributes = attributes_of(node)
+            part = shape[attributes.get("start", 0) : attributes.get("end")]
+            return [_known(part if node.op_type == "Shape" else np.array(shape.prod()))]
+        evaluator = EVALUATORS.get(node.op_type)
+        if evaluator is None or any(f is not None and f.value is None for f in inputs):
+            return None
+        arguments = [None if f is None else f.value for f in inputs]
+        if node.op_type in ("Expand", "ConstantOfShape", "Range") and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS:
+            return None
+        try:
+            result = evaluator(attributes_of(node), arguments)
+        except (ValueError, IndexError, TypeError) as error:
+            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        return [_known(np.asarray(r)) for r in (result if isinstance(result, tuple) else (result,))]
+
+    def _elementwise(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
+        present = [f for f in inputs if f is not None]
+        try:
+            shape = np.broadcast_shapes(*(f.shape for f in present))
+        except ValueError as error:
+            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        kind = _ELEMENTWISE[node.op_type]
+        if kind == "bool":
+            dtype = ir.DataType.BOOL
+        elif kind == "cast":
+            dtype = ir.DataType(node.attributes["to"].as_int())
+        else:
+            dtype = present[1 if kind == "second" else 0].dtype
+        return [(dtype, shape)]
+
+    def _infer_with_onnx(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self._opsets.get(node.domain, 1), node.domain)
+        except onnx.defs.SchemaError as error:
+            raise UnsupportedModelError(
+                f'node "{node.name}" is the op {node.domain or "ai.onnx"}::{node.op_type} (opset '
+                f"{self._opsets.get(node.domain)}), which is not known here; export the model with standard ops, or "
+                "with the function that defines it."
+            ) from error
+        proto = self._protos.get(node)
+        if proto is None:
+            proto = self._protos[node] = ir.to_proto(node)
+        types: dict[str, onnx.TypeProto] = {}
+        data: dict[str, onnx.TensorProto] = {}
+        for name, fact in zip(proto.input, inputs, strict=True):
+            if fact is not None:
+                types[name] = onnx.helper.make_tensor_type_proto(int(fact.dtype), fact.shape)
+                if fact.value is not None and fact.value.dtype.kind in "iub":
+                    data[name] = onnx.numpy_helper.from_array(fact.value, name)
+        imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
+        try:
+            outputs = infer_node_outputs(schema, proto, types, data, opset_imports=imports)
+        except onnx.shape_inference.InferenceError as error:
+            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        return [_from_type(outputs.get(name), node, inputs) for name in proto.output]
+
+
+def _constant_fact(value: ir.Value) -> Fact:
+    tensor = value.const_value
+    assert tensor is not None
+    shape = tuple(int(d) for d in tensor.shape)
+    known = _read(tensor) if tensor.nbytes <= _MAX_READ_NBYTES else None
+    zero = known is not None and not known.astype(bool).any()
+    return Fact(dtype=tensor.dtype, shape=shape, value=known, zero=zero)
+
+
+def _read(tensor: ir.TensorProtocol) -> npt.NDArray[Any] | None:
+    """The elements of a small constant; None where planning goes on without its data file."""
+    if tensor.dtype is ir.DataType.STRING:
+        return None
+    try:
+        return tensor.numpy()
+    except FileNotFoundError:
+        return None
+
+
+def _known(value: npt.NDArray[Any]) -> Fact:
+    return Fact(
+        dtype=ir.DataType.from_numpy(value.dtype),
+        shape=value.shape,
+        value=value if value.size <= _MAX_KNOWN_ELEMENTS else None,
+        zero=value.size > 0 and not value.astype(bool).any(),
+    )
+
+
+def _fill_value(node: ir.Node) -> bool:
+    value = node.attributes.get("value")
+    return value is not None and bool(value.as_tensor().numpy().any())
+
+
+def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) -> float:
+    if node.op_type == "Range":
+        start, limit, delta = (float(a.item()) for a in arguments if a is not None)
+        return abs((limit - start) / delta) if delta else 0.0
+    target = arguments[-1]
+    assert target is not None
+    return float(np.prod(target.astype(np.float64)))
+
+
+def _from_type(
+    proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]
+) -> tuple[ir.DataType, Shape]:
+    if proto is None or not proto.HasField("tensor_type") or not proto.tensor_type.HasField("shape"):
+        raise ShapeError(_contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes"))
+    dims = proto.tensor_type.shape.dim
+    if not all(dim.HasField("dim_value") for dim in dims):
+        raise ShapeError(_contradiction(node, inputs, "an output's size depends on the inputs' elements"))
+    return ir.DataType(proto.tensor_type.elem_type), tuple(dim.dim_value for dim in dims)
+
+
+def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) -> str:
+    found = ", ".join("-" if f is None else f"{f.dtype.name}{list(f.shape)}" for f in inputs)
+    return (
+        f'node {node.op_type} "{node.name}" does not fit its inputs ({found}): {reason.strip()}. '
+        "Expected sizes that the model accepts together; if an input has a size of its own, say it with "
+        "--dim NAME=SIZE (for instance --dim height=224)."
+    )
+
+
+_ELEMENTWISE: dict[str, str] = {
+    **dict.fromkeys(("Abs Acos Add Asin Atan BitShift Ceil Celu Clip Cos Cosh Div Elu Erf Exp Floor Gelu HardSigmoid "
+                     "HardSwish LeakyRelu Log Max Mean Min Mish Mod Mul Neg PRelu Pow Reciprocal Relu Round Selu "
+                     "Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan Tanh ThresholdedRelu").split(), "first"),
+    **dict.fromkeys("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor".split(), "bool"),
+    "Cast": "cast",
+    "Where": "second",
+}
