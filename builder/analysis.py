@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.factors import Factor, FactorConflict, concatenation, product, unify
+from furiosa_llm.builder.factors import Factor, FactorConflictError, concatenation, product, unify
 from furiosa_llm.builder.rule import DimExpr, Rule, Signature, parse
 from furiosa_llm.builder.rules import NodeView, rule_of
 from furiosa_llm.builder.shapes import Facts
@@ -31,6 +31,7 @@ class NodeInfo:
     looked_up: list[Factor]
     """What indexes a table; if split, the output is a partial sum."""
     symbols: Mapping[str, Factor]
+    """The rule's symbols; their local sizes are what attributes must say."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,9 @@ def analyse(graph: ir.Graph, facts: Facts, others: Facts) -> Analysis:
     dims = {value: [Factor(size) for size in fact.shape] for value, fact in facts.items()}
     nodes: list[NodeInfo] = []
     pins: list[Factor] = []
+    opset = graph.opset_imports.get("", 1)
     for node in graph:
-        view = NodeView(node, facts, others)
+        view = NodeView(node, facts, others, opset)
         rule = rule_of(view)
         info, pinned = _apply(view, rule, dims)
         nodes.append(info)
@@ -72,48 +74,71 @@ def analyse(graph: ir.Graph, facts: Facts, others: Facts) -> Analysis:
 
 
 def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) -> tuple[NodeInfo, list[Factor]]:
-    node, signature = view.node, parse(rule.text)
+    signature = parse(rule.text)
     symbols: dict[str, Factor] = {}
-    ports = list(_ports(node, signature))
     unlinked: set[str] = set()
-    sizes = {**_alone(ports, view.facts), **rule.sizes}
-    for value, operand, _, _ in ports:
-        found = f"{node.op_type} {node.name}: {rule.text} does not fit {view.facts[value].shape}"
-        assert len(operand) == len(dims[value]), found
-        for factor, expression in zip(dims[value], operand, strict=True):
+    uses = list(_uses(view, signature))
+    sizes = {**_sizes_of_lone_symbols(uses, view.facts), **rule.sizes}
+    for use in uses:
+        found = f"{view.node.op_type} {view.node.name}: {rule.text} does not fit {view.facts[use.value].shape}"
+        assert len(use.operand) == len(dims[use.value]), found
+        for factor, expression in zip(dims[use.value], use.operand, strict=True):
             if expression.segments and not _link(factor, expression, symbols, sizes):
                 unlinked |= expression.symbols
-    full: tuple[set[Port], set[Port]] = set(), set()
-    for _, operand, side, port in ports:
-        for d, expression in enumerate(operand):
-            if expression.kind == "full" or expression.symbols & (signature.full | unlinked):
-                full[side].add((port, d))
+    whole = signature.full | unlinked
+    # What could not be linked is whole on every rank: it is not contracted or looked up in parts, and its size is global.
+    linked = symbols.keys() - unlinked
     info = NodeInfo(
-        node=node,
+        node=view.node,
         rule=rule,
-        full_inputs=full[0],
-        full_outputs=full[1],
-        reduced=[symbols[s] for s in sorted(signature.reduce) if s in symbols],
-        looked_up=[symbols[s] for s in sorted(signature.lookup) if s in symbols],
-        symbols=symbols,
+        full_inputs=_whole_ports(uses, whole, is_output=False),
+        full_outputs=_whole_ports(uses, whole, is_output=True),
+        reduced=[symbols[s] for s in sorted(signature.reduce & linked)],
+        looked_up=[symbols[s] for s in sorted(signature.lookup & linked)],
+        symbols={s: factor if s in linked else Factor(factor.find().size) for s, factor in symbols.items()},
     )
-    return info, [symbols[s] for s in signature.pin if s in symbols]
+    return info, [symbols[s] for s in sorted(signature.pin & symbols.keys())]
 
 
-def _ports(node: ir.Node, signature: Signature) -> Iterator[tuple[ir.Value, tuple[DimExpr, ...], int, int]]:
-    """Every value of the node with its operand, side (0: inputs, 1: outputs) and number; absent ones left out."""
-    for side, (values, operands) in enumerate(((node.inputs, signature.inputs), (node.outputs, signature.outputs))):
-        for port, (value, operand) in enumerate(zip(values, operands, strict=False)):
-            if value is not None and operand is not None:
-                yield value, operand, side, port
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Use:
+    """One operand of a node: the value, what the rule says of it, and where it is."""
+
+    value: ir.Value
+    operand: tuple[DimExpr, ...]
+    port: int
+    is_output: bool
 
 
-def _alone(ports: list[tuple[ir.Value, tuple[DimExpr, ...], int, int]], facts: Facts) -> dict[str, int]:
+def _uses(view: NodeView, signature: Signature) -> Iterator[_Use]:
+    """Every value of the node with its operand; absent ones left out."""
+    sides = ((view.node.inputs, signature.inputs), (view.node.outputs, signature.outputs))
+    for is_output, (values, operands) in enumerate(sides):
+        for port, value in enumerate(values):
+            if value is None:
+                continue
+            operand = operands[port] if port < len(operands) else None
+            if operand is None:  # The rule does not speak of it: it may mean anything, so it must be whole.
+                operand = (DimExpr("full"),) * len(view.facts[value].shape)
+            yield _Use(value, operand, port, bool(is_output))
+
+
+def _whole_ports(uses: Sequence[_Use], whole: frozenset[str], *, is_output: bool) -> set[Port]:
+    return {
+        (use.port, d)
+        for use in uses
+        if use.is_output is is_output
+        for d, expression in enumerate(use.operand)
+        if expression.kind == "full" or expression.symbols & whole
+    }
+
+
+def _sizes_of_lone_symbols(uses: Sequence[_Use], facts: Facts) -> dict[str, int]:
     """The sizes of symbols that stand alone in some dimension."""
     return {
         expression.segments[0][0]: size
-        for value, operand, _, _ in ports
-        for expression, size in zip(operand, facts[value].shape, strict=False)
+        for use in uses
+        for expression, size in zip(use.operand, facts[use.value].shape, strict=False)
         if expression.kind == "product" and len(expression.segments[0]) == 1
     }
 
@@ -131,7 +156,7 @@ def _link(factor: Factor, expression: DimExpr, symbols: dict[str, Factor], sizes
             unify([factor], segments[0])
         else:
             unify([factor], [concatenation([product(segment) for segment in segments])])
-    except FactorConflict:
+    except FactorConflictError:
         return False
     return True
 

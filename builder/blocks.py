@@ -35,9 +35,7 @@ def levels(nodes: Sequence[ir.Node]) -> dict[ir.Value, int]:
     return level
 
 
-def find_blocks(
-    graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, ShardedTensor]
-) -> list[BlockSpan]:
+def find_blocks(graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, ShardedTensor]) -> list[BlockSpan]:
     """Cut the program behind collectives, at most once between two uses of different layers' states."""
     nodes = list(graph)
     crossing = _crossings(nodes)
@@ -73,7 +71,7 @@ def _crossings(nodes: Sequence[ir.Node]) -> dict[int, list[str]]:
     for i, node in enumerate(nodes):
         alive.update({v: last_use[v] for v in node.outputs if v in last_use and level[v] > 0})
         alive = {v: until for v, until in alive.items() if until > i}
-        if node.domain == COLLECTIVE_DOMAIN:
+        if node.domain == COLLECTIVE_DOMAIN and i + 1 < len(nodes):
             found[i + 1] = [str(v.name) for v in alive]
     return found
 

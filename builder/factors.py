@@ -4,7 +4,7 @@ Every dimension of every value is a `Factor`: a leaf, a row-major product of fac
 Two dimensions that run over the same indices share one factor, so that deciding how a factor is split decides it for
 every value at once. Factors are refined in place: a leaf of 768 becomes the product (12, 64) once a Reshape tells.
 
-Unification is exact index arithmetic. It can fail (`FactorConflict`), never be wrong; a caller that meets a conflict
+Unification is exact index arithmetic. It can fail (`FactorConflictError`), never be wrong; a caller that meets a conflict
 demands the whole dimension at that node instead.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Prod
 
 
-class FactorConflict(Exception):
+class FactorConflictError(Exception):
     """Two product lists have no common refinement. Always caught by the analysis, never shown to a user."""
 
 
@@ -116,10 +116,10 @@ def flatten(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def unify(left: Sequence[Factor], right: Sequence[Factor]) -> None:
-    """Make two product lists that describe the same index space share their factors; FactorConflict if they cannot."""
+    """Make two product lists that describe the same index space share their factors; FactorConflictError if they cannot."""
     a, b = deque(flatten(left)), deque(flatten(right))
     if math.prod(f.size for f in a) != math.prod(f.size for f in b):
-        raise FactorConflict
+        raise FactorConflictError
     while a and b:
         x, y = _head(a), _head(b)
         if x is y or x.size == y.size:
@@ -149,7 +149,7 @@ def segment(factor: Factor, start: int, stop: int) -> Factor:
         return concatenation([kid for offset, kid in _segments(root) if start <= offset < stop])
     inner = math.prod(kid.find().size for kid in root.kids[1:])
     if start % inner or stop % inner:
-        raise FactorConflict
+        raise FactorConflictError
     return product([segment(root.kids[0], start // inner, stop // inner), *root.kids[1:]])
 
 
@@ -177,7 +177,7 @@ def _cut_larger(smalls: deque[Factor], larges: deque[Factor]) -> None:
     small, large = _head(smalls), _head(larges)
     if large.kind is Kind.LEAF:
         if large.size % small.size:
-            raise FactorConflict
+            raise FactorConflictError
         large.become(Kind.PRODUCT, [Factor(small.size), Factor(large.size // small.size)])
         return
     prefix = _take(smalls, large.size)
@@ -190,7 +190,7 @@ def _take(queue: deque[Factor], size: int) -> list[Factor]:
     taken: list[Factor] = []
     while size > 1:
         if not queue:
-            raise FactorConflict
+            raise FactorConflictError
         head = _head(queue)
         if size % head.size == 0:
             taken.append(head)
@@ -199,7 +199,7 @@ def _take(queue: deque[Factor], size: int) -> list[Factor]:
         elif head.kind is Kind.LEAF and head.size % size == 0:
             head.become(Kind.PRODUCT, [Factor(size), Factor(head.size // size)])
         else:
-            raise FactorConflict
+            raise FactorConflictError
     return taken
 
 
@@ -223,7 +223,7 @@ def _concatenation_as_product(cat: Factor, parts: list[Factor]) -> None:
     """Refine a concatenation, n = parts[0] * inner, into a product whose first factor is the concatenation."""
     inner = cat.size // parts[0].size
     if any(kid.find().size % inner for kid in cat.kids):
-        raise FactorConflict
+        raise FactorConflictError
     leading: list[Factor] = []
     for kid in list(cat.kids):
         lead = Factor(kid.find().size // inner)

@@ -128,8 +128,12 @@ class _Lowering:
         else:
             names = [str(v.name) if v.name else "" for v in node.outputs]
             outputs = self._program.node(
-                node.op_type, inputs, name=name, outputs=self._raw_names(node, names, step, info),
-                domain=node.domain, attributes=attributes,
+                node.op_type,
+                inputs,
+                name=name,
+                outputs=self._raw_names(node, names, step, info),
+                domain=node.domain,
+                attributes=attributes,
             )
         for port, (value, emitted) in enumerate(zip(node.outputs, outputs, strict=True)):
             self._now[value] = self._finish(info, step, port, value, emitted)
@@ -176,9 +180,7 @@ class _Lowering:
         whole = step.gather.get(port, ())
         if value.is_initializer():
             assert value.const_value is not None
-            layout = tuple(
-                Leaf(global_size(dim)) if d in whole else dim for d, dim in enumerate(self._layout(value))
-            )
+            layout = tuple(Leaf(global_size(dim)) if d in whole else dim for d, dim in enumerate(self._layout(value)))
             emitted = self._program.weight(str(value.name).split("/use")[0], value.const_value, layout)
         else:
             emitted = self._gather(value, whole) if whole else self._now[value]
@@ -198,7 +200,11 @@ class _Lowering:
         axes = next(c.axes for c in self._plan.outcome.collectives if c.kind == "AllReduce" and c.value is value)
         label = f"{value.name}/AllReduce"
         (emitted,) = self._program.node(
-            "AllReduce", [self._now[value]], name=label, outputs=[name or label], domain=COLLECTIVE_DOMAIN,
+            "AllReduce",
+            [self._now[value]],
+            name=label,
+            outputs=[name or label],
+            domain=COLLECTIVE_DOMAIN,
             attributes={"axes": list(axes)},
         )
         self._expect(value, emitted)
@@ -281,8 +287,11 @@ class _Lowering:
         invalid = p.one("Mul", [excess, scalar(count)], name=f"{name}/invalid")
         safe = p.one("Where", [inside, local, invalid], name=f"{name}/safe_index")
         (rows,) = p.node(
-            info.node.op_type, [inputs[0], safe, *inputs[2:]], name=f"{name}/rows",
-            domain=info.node.domain, attributes=attributes,
+            info.node.op_type,
+            [inputs[0], safe, *inputs[2:]],
+            name=f"{name}/rows",
+            domain=info.node.domain,
+            attributes=attributes,
         )
         output = info.node.outputs[0]
         dtype = self._analysis.facts[output].dtype
@@ -305,14 +314,20 @@ class _Lowering:
             node.attributes["end"].as_int() if "end" in node.attributes else None,
         )
         dims = list(range(len(layout)))[part]
-        static = {i: global_size(layout[d]) for i, d in enumerate(dims) if axes_of(layout[d]) and not self._dynamic(value, d)}
-        scale = {i: self._parts(layout[d]) for i, d in enumerate(dims) if axes_of(layout[d]) and self._dynamic(value, d)}
+        static = {
+            i: global_size(layout[d]) for i, d in enumerate(dims) if axes_of(layout[d]) and not self._dynamic(value, d)
+        }
+        scale = {
+            i: self._parts(layout[d]) for i, d in enumerate(dims) if axes_of(layout[d]) and self._dynamic(value, d)
+        }
         name = str(node.outputs[0].name)
         if static:
             emitted = self._replace(emitted, static, len(dims), f"{name}/global")
         if scale:
             factors = np.array([scale.get(i, 1) for i in range(len(dims))], dtype=np.int64)
-            emitted = self._program.one("Mul", [emitted, self._program.constant(factors)], name=f"{name}/global_product")
+            emitted = self._program.one(
+                "Mul", [emitted, self._program.constant(factors)], name=f"{name}/global_product"
+            )
         return emitted
 
     def _dynamic(self, value: ir.Value, d: int) -> bool:
@@ -396,7 +411,9 @@ class _Lowering:
         node = info.node
         data, bounds = _present(node.inputs[0]), _present(node.inputs[operand.port])
         raw = self._analysis.facts[bounds].value
-        axes_fact = self._analysis.facts[_present(node.inputs[3])].value if len(node.inputs) > 3 and node.inputs[3] else None
+        axes_fact = (
+            self._analysis.facts[_present(node.inputs[3])].value if len(node.inputs) > 3 and node.inputs[3] else None
+        )
         if raw is None:
             return
         rank = len(self._layout(data))

@@ -106,8 +106,6 @@ def _separate_vector_uses(graph: ir.Graph) -> None:
         if tensor is None or len(tensor.shape) != 1 or tensor.size <= 1:
             continue
         for number, (node, index) in enumerate(list(value.uses())[1:], start=1):
-            clone = ir.Value(
-                name=f"{value.name}/use{number}", shape=value.shape, type=value.type, const_value=tensor
-            )
+            clone = ir.Value(name=f"{value.name}/use{number}", shape=value.shape, type=value.type, const_value=tensor)
             graph.register_initializer(clone)
             node.replace_input_with(index, clone)

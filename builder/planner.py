@@ -18,7 +18,15 @@ import onnx_ir as ir
 from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.factors import Factor, to_dim
 from furiosa_llm.builder.shapes import Facts
-from furiosa_llm.builder.sweep import Assignment, Axes, Collective, Infeasible, Outcome, Sweeper, find_weight_derived
+from furiosa_llm.builder.sweep import (
+    Assignment,
+    Axes,
+    Collective,
+    InfeasibleError,
+    Outcome,
+    Sweeper,
+    find_weight_derived,
+)
 from furiosa_llm.runtime.artifact.layout import Mesh, local_size
 
 COLLECTIVE_CHARGE = 0.3
@@ -293,7 +301,9 @@ class Planner:
             for axes in self._runs():
                 if len(axes) <= len(chosen):
                     continue
-                result = self._evaluate({**choices, group: axes}) if self._fits(group, axes) else self._padding(group, axes)
+                result = (
+                    self._evaluate({**choices, group: axes}) if self._fits(group, axes) else self._padding(group, axes)
+                )
                 if isinstance(result, str):
                     yield Refused(group, axes, result)
                 else:
@@ -315,7 +325,7 @@ class Planner:
     def _price(self, assignment: dict[Factor, Axes]) -> tuple[Price, Outcome] | str:
         try:
             outcome = self.sweeper.sweep(assignment)
-        except Infeasible as error:
+        except InfeasibleError as error:
             return str(error)
         nbytes = sum(self._nbytes(v) * self._share(factors, assignment) for v, factors in self._priced)
         for value, whole_sets in outcome.weight_layouts.items():
@@ -331,7 +341,8 @@ class Planner:
         """Bytes that one rank receives for a collective, per new position."""
         value = collective.value
         factors = [
-            f for d, f in enumerate(self._analysis.dims[value])
+            f
+            for d, f in enumerate(self._analysis.dims[value])
             if d != collective.dim and any(leaf in assignment for leaf in f.leaves())
         ]
         return self._nbytes(value, step.facts) / step.positions * self._share(factors, assignment)
@@ -347,7 +358,8 @@ class Planner:
 
 def _passes_over_payload(collective: Collective) -> int:
     """How often a rank touches the payload: a sum is received and added; a gathered value is received and put into
-    its new order, unless it leaves the program at once."""
+    its new order, unless it leaves the program at once.
+    """
     if collective.kind == "AllReduce":
         return 2
     return 1 if collective.value.is_graph_output() else 3

@@ -11,7 +11,9 @@ from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
 from furiosa_llm.builder.planner import PricedStep
 from furiosa_llm.builder.rules import SHAPES
-from furiosa_llm.builder.shapes import Facts, Interpreter, SizeMismatch
+from furiosa_llm.builder.shapes import Facts, Interpreter, SizeMismatchError
+
+LARGE = SizeSet(batch=2, sequence=1031, past=2053, encoder=1033, others=(1039, 1049, 1051, 1061))
 
 DimensionKinds = dict[str, tuple[int | str, ...]]
 
@@ -30,6 +32,15 @@ class Probes:
     """At other sizes of every dynamic dimension."""
     decode: PricedStep
     longer: PricedStep
+    large: Facts | None
+    """At large sizes, which tell a size that is constant from one that is merely bounded from below; None for models
+    that take no such sizes."""
+
+    @property
+    def all_facts(self) -> tuple[Facts, ...]:
+        """Facts at every size set."""
+        known = (self.facts, self.others, self.decode.facts, self.longer.facts)
+        return known if self.large is None else (*known, self.large)
 
 
 def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object]) -> Probes:
@@ -39,14 +50,22 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     facts, kinds = _first_run(interpreter, kinds)
     others = interpreter.run(concrete(kinds, SECOND_PROBE))
     decode, longer = _priced_steps(interpreter, kinds)
-    return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer)
+    large = _large_run(interpreter, kinds)
+    return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer, large=large)
+
+
+def _large_run(interpreter: Interpreter, kinds: DimensionKinds) -> Facts | None:
+    try:
+        return interpreter.run(concrete(kinds, LARGE))
+    except ShapeError:
+        return None
 
 
 def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
     while True:
         try:
             return interpreter.run(concrete(kinds, PROBE)), kinds
-        except SizeMismatch as error:
+        except SizeMismatchError as error:
             dims = list(kinds.get(str(error.value.name), ()))
             if not dims or isinstance(dims[error.dim], int):
                 raise

@@ -80,8 +80,10 @@ class ProgramBuilder:
         if isinstance(outputs, int):
             outputs = [unique if outputs == 1 else f"{unique}/{i}" for i in range(outputs)]
         values = [ir.Value(name=self._unique(o, self._names) if o else "") for o in outputs]
-        attrs = [a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type]
-                 for k, a in (attributes or {}).items()]
+        attrs = [
+            a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type]
+            for k, a in (attributes or {}).items()
+        ]
         node = ir.Node(domain, op_type, inputs, attrs, outputs=values, name=unique)
         self.graph.append(node)
         return values
@@ -204,7 +206,9 @@ class ProgramBuilder:
         """A program initializer whose data will be in a weights file; until it is written it has none."""
         self.tensors[tensor.name] = tensor
         value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.local_shape), type=ir.TensorType(tensor.dtype))
-        placeholder = ir.ExternalTensor("unwritten", 0, 0, tensor.dtype, shape=ir.Shape(tensor.local_shape), name=tensor.name)
+        placeholder = ir.ExternalTensor(
+            "unwritten", 0, 0, tensor.dtype, shape=ir.Shape(tensor.local_shape), name=tensor.name
+        )
         value.const_value = placeholder
         self.graph.register_initializer(value)
         return value

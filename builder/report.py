@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import resource
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
+
 from furiosa_llm.builder.analysis import Analysis
+from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.planner import Plan
+from furiosa_llm.builder.program import ShardedTensor
+from furiosa_llm.builder.states import StatePair
+from furiosa_llm.builder.weights import num_shards
+from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, global_size, local_size
+from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +66,61 @@ class BuildReport:
     num_nodes: int
     seconds: float
     peak_rss_nbytes: int
+
+
+def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float) -> BuildReport:
+    """The report of a build whose artifact has been written."""
+    mesh = build.plan.mesh
+    tensors = list(build.lowered.tensors.values())
+    replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
+    originals = {id(value.const_value): value for value in build.source.model.graph.initializers.values()}
+    return BuildReport(
+        artifact=artifact,
+        tensor_parallel_size=mesh.size,
+        weight_nbytes=sum(t.local_nbytes for t in tensors),
+        replicated_nbytes=sum(t.local_nbytes for t in replicated),
+        padding_nbytes=sum(_padding_nbytes(t, mesh) for t in tensors),
+        model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
+        stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
+        state_nbytes_per_token=sum(_state_nbytes(build, pair) for pair in build.pairs),
+        collectives=Counter(collective.kind for collective in manifest.collectives),
+        collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
+        decisions=decisions(build.plan),
+        replicated=tuple(f"{t.name} {list(t.local_shape)}" for t in replicated),
+        notes=notes(build.analysis),
+        num_nodes=len(build.lowered.graph),
+        seconds=seconds,
+        peak_rss_nbytes=_peak_rss_nbytes(),
+    )
+
+
+def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
+    """Zeros in the stored tensor that no original element stands for."""
+    if tensor.layout is None:
+        return 0
+    elements = math.prod(tensor.local_shape) * num_shards(tensor, mesh)
+    return (elements - math.prod(global_size(dim) for dim in tensor.layout)) * tensor.dtype.bitwidth // 8
+
+
+def _state_nbytes(build: Build, pair: StatePair) -> int:
+    """Bytes that one rank keeps of a state for one position."""
+    mesh = build.plan.mesh
+    layout = build.lowered.input_layouts[str(pair.input.name)]
+    fact = build.probes.decode.facts[pair.input]
+    sizes = [local_size(dim, mesh) if axes_of(dim) else n for dim, n in zip(layout, fact.shape, strict=True)]
+    return math.prod(n for d, n in enumerate(sizes) if d != pair.sequence_dim) * fact.dtype.bitwidth // 8
+
+
+def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:
+    """Bytes that a rank receives for one decoded token."""
+    local = math.prod(n if isinstance(n, int) else 1 for n in collective.shape)
+    parts = mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
+    return local * parts * ir.DataType[collective.dtype].bitwidth // 8
+
+
+def _peak_rss_nbytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def decisions(plan: Plan) -> tuple[Decision, ...]:

@@ -93,7 +93,12 @@ def parse(text: str) -> Signature:
     left, arrow, right = body.partition("->")
     if not arrow:
         raise ValueError(f"a rule needs '->': {text!r}")
-    named: dict[str, frozenset[str]] = {"reduce": frozenset(), "full": frozenset(), "pin": frozenset(), "lookup": frozenset()}
+    named: dict[str, frozenset[str]] = {
+        "reduce": frozenset(),
+        "full": frozenset(),
+        "pin": frozenset(),
+        "lookup": frozenset(),
+    }
     for clause in clauses:
         keyword, *symbols = clause.split()
         if keyword not in named:

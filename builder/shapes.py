@@ -51,7 +51,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
-class SizeMismatch(ShapeError):
+class SizeMismatchError(ShapeError):
     """A graph input has a dimension whose size follows from the graph; the prober takes it over and tries again."""
 
     def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
@@ -120,7 +120,10 @@ class Interpreter:
         if evaluator is None or any(f is not None and f.value is None for f in inputs):
             return None
         arguments = [None if f is None else f.value for f in inputs]
-        if node.op_type in ("Expand", "ConstantOfShape", "Range") and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS:
+        if (
+            node.op_type in ("Expand", "ConstantOfShape", "Range")
+            and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS
+        ):
             return None
         try:
             result = evaluator(attributes_of(node), arguments)
@@ -212,9 +215,7 @@ def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) ->
     return float(np.prod(target.astype(np.float64)))
 
 
-def _from_type(
-    proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]
-) -> tuple[ir.DataType, Shape]:
+def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]) -> tuple[ir.DataType, Shape]:
     if proto is None or not proto.HasField("tensor_type") or not proto.tensor_type.HasField("shape"):
         raise ShapeError(_contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes"))
     dims = proto.tensor_type.shape.dim
@@ -232,11 +233,21 @@ def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) ->
     )
 
 
+# fmt: off
+_AS_FIRST = (
+    "Abs", "Acos", "Add", "Asin", "Atan", "BitShift", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Erf",
+    "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mod",
+    "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
+    "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "ThresholdedRelu",
+)
+_AS_BOOL = (
+    "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor",
+)
+# fmt: on
 _ELEMENTWISE: dict[str, str] = {
-    **dict.fromkeys(("Abs Acos Add Asin Atan BitShift Ceil Celu Clip Cos Cosh Div Elu Erf Exp Floor Gelu HardSigmoid "
-                     "HardSwish LeakyRelu Log Max Mean Min Mish Mod Mul Neg PRelu Pow Reciprocal Relu Round Selu "
-                     "Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan Tanh ThresholdedRelu").split(), "first"),
-    **dict.fromkeys("And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor".split(), "bool"),
+    **dict.fromkeys(_AS_FIRST, "first"),
+    **dict.fromkeys(_AS_BOOL, "bool"),
     "Cast": "cast",
     "Where": "second",
 }
+"""Elementwise ops and where their output's type comes from."""

@@ -21,7 +21,8 @@ Axes = tuple[int, ...]
 Assignment = Mapping[Factor, Axes]
 """Leaf -> the mesh axes it is split over. Leaves that are absent are replicated."""
 
-class Infeasible(Exception):
+
+class InfeasibleError(Exception):
     """An assignment that no program can realise; the message says why. Caught by the planner."""
 
 
@@ -145,7 +146,7 @@ class Sweeper:
     # -- one sweep -----------------------------------------------------------------------------------------------
 
     def sweep(self, assignment: Assignment) -> Outcome:
-        """Where collectives go under `assignment`; Infeasible if it cannot be realised."""
+        """Where collectives go under `assignment`; InfeasibleError if it cannot be realised."""
         self._check_leaves(assignment)
         first = _Pass(self, assignment, frozenset())
         outcome = first.run()
@@ -155,9 +156,9 @@ class Sweeper:
     def _check_leaves(self, assignment: Assignment) -> None:
         for leaf, axes in assignment.items():
             if leaf in self._analysis.pinned and axes:
-                raise Infeasible(f"factor of {leaf.size} is used whole inside an op")
+                raise InfeasibleError(f"factor of {leaf.size} is used whole inside an op")
             if leaf in self._dynamic_leaves and leaf.size % self._mesh.parts(axes):
-                raise Infeasible(f"factor of {leaf.size} would be padded inside a dynamic dimension")
+                raise InfeasibleError(f"factor of {leaf.size} would be padded inside a dynamic dimension")
 
 
 class _Pass:
@@ -213,7 +214,7 @@ class _Pass:
         step.lookup = lookup_axes
         step.partial = _union(incoming, _union(reduced, lookup_axes))
         if len(step.partial) != len(incoming) + len(reduced) + len(lookup_axes):
-            raise Infeasible(f"{info.node.op_type} would sum twice over one mesh axis")
+            raise InfeasibleError(f"{info.node.op_type} would sum twice over one mesh axis")
         if reduced:
             step.mask |= {p: reduced for p in info.rule.masked if info.node.inputs[p] is not None}
             step.average_parts = self._s._mesh.parts(reduced) if info.rule.average else 1
@@ -235,7 +236,9 @@ class _Pass:
             assert value is not None
             if info.rule.ignores_values:
                 continue
-            wanted = tuple(d for d, _ in dims if (port, d) in info.full_inputs or self._is_lookup(info, port, d, whole_axis))
+            wanted = tuple(
+                d for d, _ in dims if (port, d) in info.full_inputs or self._is_lookup(info, port, d, whole_axis)
+            )
             if not wanted:
                 continue
             step.gather[port] = wanted
@@ -272,7 +275,9 @@ class _Pass:
             if not split:
                 continue
             if len({frozenset(self._segment_axes(s)) for s in _segments(factor)}) != 1:
-                raise Infeasible(f"{info.node.op_type} contracts a concatenation whose segments are split differently")
+                raise InfeasibleError(
+                    f"{info.node.op_type} contracts a concatenation whose segments are split differently"
+                )
             found = _axes_in_order(split, self._axes)
             if any(leaf.size % self._s._mesh.parts(self._axes[leaf]) for leaf in split):
                 self._check_padding(info)
@@ -285,9 +290,9 @@ class _Pass:
     def _check_padding(self, info: NodeInfo) -> None:
         """Padding holds zeros in weights only: a contraction over it needs a weight on one side."""
         if not any(v in self._s._weight_derived for v in info.node.inputs if v is not None):
-            raise Infeasible(f"{info.node.op_type} would contract padding that holds no zeros")
+            raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
         if info.rule.average:
-            raise Infeasible(f"{info.node.op_type} would average over padding")
+            raise InfeasibleError(f"{info.node.op_type} would average over padding")
 
     def _incoming(self, info: NodeInfo, step: Step) -> Axes:
         """Decide which partial inputs pass through; the rest is summed first. Returns the axes that pass."""
@@ -378,7 +383,7 @@ class _Pass:
         for leaf in leaves:
             for axis in self._axes[leaf]:
                 if owner.setdefault(axis, leaf) is not leaf:
-                    raise Infeasible(f"{where} would use mesh axis {axis} twice")
+                    raise InfeasibleError(f"{where} would use mesh axis {axis} twice")
 
     def _finish_outputs(self) -> None:
         for value in dict.fromkeys(self._s._analysis.graph.outputs):
@@ -392,7 +397,9 @@ class _Pass:
             for d, split in self._split(value):
                 wanted.append(d)
                 if (value, d) not in self._gathered:
-                    self._outcome.collectives.append(Collective("AllGather", value, _axes_in_order(split, self._axes), d))
+                    self._outcome.collectives.append(
+                        Collective("AllGather", value, _axes_in_order(split, self._axes), d)
+                    )
             if wanted:
                 self._outcome.output_gather[value] = tuple(wanted)
 

@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OutputError
+from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.weights import num_shards, shard
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
@@ -223,9 +224,10 @@ def _value_info(name: str, dtype: ir.DataType, shape: Sequence[int | str | None]
     return onnx.helper.make_tensor_value_info(name, int(dtype), list(shape))
 
 
-def source_proto(path: Path, stored: Mapping[str, tuple[str, ...]], small: Mapping[str, ir.TensorProtocol]) -> onnx.ModelProto:
+def source_proto(source: Source, stored: Mapping[str, tuple[str, ...]]) -> onnx.ModelProto:
     """source.onnx: the original model, its stored initializers without data, its small external ones with it."""
-    proto = onnx.load(path, load_external_data=False)
+    proto = onnx.load(source.path, load_external_data=False)
+    originals = source.model.graph.initializers
     for initializer in proto.graph.initializer:
         if initializer.name in stored:
             empty = onnx.TensorProto(name=initializer.name, data_type=initializer.data_type, dims=initializer.dims)
@@ -233,7 +235,7 @@ def source_proto(path: Path, stored: Mapping[str, tuple[str, ...]], small: Mappi
             _add_external(empty, location="artifact", tensor=stored[initializer.name][0])
             initializer.CopyFrom(empty)
         elif initializer.data_location == onnx.TensorProto.EXTERNAL:
-            inline = ir.to_proto(ir.Tensor(small[initializer.name].numpy(), dtype=small[initializer.name].dtype))
-            inline.name = initializer.name
-            initializer.CopyFrom(inline)
+            tensor = originals[initializer.name].const_value
+            assert tensor is not None
+            initializer.CopyFrom(ir.to_proto(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=initializer.name)))
     return proto

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
-from furiosa_llm.builder.shapes import Fact, SizeMismatch, attributes_of
+from furiosa_llm.builder.shapes import Fact, SizeMismatchError, attributes_of
 
 _HEADS = "(kv g)"
 
@@ -68,7 +68,7 @@ def _group_query_attention_shape(
     for port in (3, 4):
         cache_value = node.inputs[port]
         if past is not None and cache_value is not None and past.shape[3] != size:
-            raise SizeMismatch(cache_value, 3, size, node)
+            raise SizeMismatchError(cache_value, 3, size, node)
         past = inputs[4] if port == 3 else inputs[3]
     length = sequence + (past.shape[2] if past is not None else 0)
     if total is not None and total.value is not None:
@@ -98,7 +98,9 @@ def attention(view: NodeView) -> Rule:
         operands.append(_mask(view, 3))
     elif len(view.node.inputs) > 3:
         operands.append(None)
-    operands += [(key_cache, value_cache)[p - 4] if view.has(p) else None for p in range(4, min(6, len(view.node.inputs)))]
+    operands += [
+        (key_cache, value_cache)[p - 4] if view.has(p) else None for p in range(4, min(6, len(view.node.inputs)))
+    ]
     operands += [["b"] if view.has(p) else None for p in range(6, len(view.node.inputs))]
     outputs = [output, key_cache, value_cache, ["b", _HEADS, "*", "*"]]
     present = [o if len(view.out(i)) else [] for i, o in enumerate(outputs[: len(view.node.outputs)])]
@@ -117,7 +119,7 @@ def rotary_embedding(view: NodeView) -> Rule:
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding_microsoft(view: NodeView) -> Rule:
-    """onnxruntime's op: positions before the caches."""
+    """Onnxruntime's op: positions before the caches."""
     return _rotary(view)
 
 

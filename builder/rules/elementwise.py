@@ -7,6 +7,15 @@ import dataclasses
 from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, spell, words
 
+# fmt: off
+_POINTWISE = (
+    "Abs", "Acos", "And", "Asin", "Atan", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Ceil",
+    "Celu", "Clip", "Cos", "Cosh", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual",
+    "HardSigmoid", "HardSwish", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish",
+    "Mod", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
+    "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Xor",
+)
+# fmt: on
 _FLOAT_BITS = {"FLOAT16": 16, "BFLOAT16": 16, "FLOAT": 32, "DOUBLE": 64}
 
 
@@ -23,10 +32,7 @@ def broadcast(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*inputs)} -> {spell(*[names for _ in view.node.outputs])}")
 
 
-@rule(*("Abs Acos And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Celu Clip Cos Cosh Elu Equal "
-        "Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN LeakyRelu Less LessOrEqual Log Max "
-        "Min Mish Mod Not Or PRelu Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish "
-        "Tan Tanh ThresholdedRelu Xor").split())
+@rule(*_POINTWISE)
 def pointwise(view: NodeView) -> Rule:
     """Not linear: a partial sum must be added up first."""
     return broadcast(view)
@@ -34,7 +40,7 @@ def pointwise(view: NodeView) -> Rule:
 
 @rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", domain=MICROSOFT)
 def activation(view: NodeView) -> Rule:
-    """onnxruntime's activations, with an optional bias."""
+    """Onnxruntime's activations, with an optional bias."""
     return broadcast(view)
 
 

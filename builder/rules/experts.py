@@ -23,7 +23,14 @@ def mixture_of_experts(view: NodeView) -> Rule:
     rows = words(view.rank(0) - 1)
     router = ["*"] * view.rank(1)
     candidates: list[list[str]] = [
-        [*rows, "*"], router, ["*", width, "*"], ["*", width], ["*", "*", "i"], ["*", "*"], ["*", "i", "*"], ["*", "i"],
+        [*rows, "*"],
+        router,
+        ["*", width, "*"],
+        ["*", width],
+        ["*", "*", "i"],
+        ["*", "*"],
+        ["*", "i", "*"],
+        ["*", "i"],
     ]
     operands = [c if view.has(p) else None for p, c in enumerate(candidates[: len(view.node.inputs)])]
     pin = "; pin u" if "u" in width else ""

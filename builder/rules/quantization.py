@@ -34,7 +34,9 @@ def matmul_nbits(view: NodeView) -> Rule:
     if zero_point is not None:
         point = "*" if whole_blocks else "k" if packed_points else "(k u)"
         flat = len(zero_point.shape) == 1
-        operands.append([f"(n {'k' if packed_points else 'k u'})" if not whole_blocks else "*"] if flat else ["n", point])
+        operands.append(
+            [f"(n {'k' if packed_points else 'k u'})" if not whole_blocks else "*"] if flat else ["n", point]
+        )
     if view.has(5):
         operands += [None] * (5 - len(operands)) + [["n"]]
     clauses = "" if whole_blocks else "; reduce k u; pin u w"

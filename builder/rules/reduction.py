@@ -51,7 +51,9 @@ def reduce_mean(view: NodeView) -> Rule:
     return _reduction(view, summed=True, average=True)
 
 
-@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare")
+@rule(
+    "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"
+)
 def reduce_other(view: NodeView) -> Rule:
     """Reduced axes must be whole."""
     return _reduction(view, summed=False)
@@ -115,8 +117,9 @@ def layer_normalization(view: NodeView) -> Rule:
     axis = int(view.attribute("axis", -1)) % rank
     names = words(rank)
     dims = [n if d < axis else "*" for d, n in enumerate(names)]
-    outputs = [dims if len(view.out(i)) == rank and i == 0 else ["."] * len(view.out(i))
-               for i in range(len(view.node.outputs))]
+    outputs = [
+        dims if len(view.out(i)) == rank and i == 0 else ["."] * len(view.out(i)) for i in range(len(view.node.outputs))
+    ]
     return Rule(text=f"{spell(dims, *_tail(view))} -> {spell(*outputs)}")
 
 
@@ -133,7 +136,7 @@ def skip_layer_normalization(view: NodeView) -> Rule:
     """Two inputs are added, then normalised; output 3 is their sum."""
     names = words(view.rank(0))
     dims = [*names[:-1], "*"]
-    skip = [n if s != 1 else "1" for n, s in zip(dims[-view.rank(1):], view.shape(1), strict=True)]
+    skip = [n if s != 1 else "1" for n, s in zip(dims[-view.rank(1) :], view.shape(1), strict=True)]
     rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[2:]]
     outputs = [dims if i in (0, 3) else ["."] * len(view.out(i)) for i in range(len(view.node.outputs))]
     return Rule(text=f"{spell(dims, skip, *rest)} -> {spell(*outputs)}")

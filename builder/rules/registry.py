@@ -15,11 +15,13 @@ from furiosa_llm.builder.shapes import Fact, Facts, ShapeRule, attributes_of
 
 MICROSOFT = "com.microsoft"
 
-WEIGHT_MOVERS = frozenset(
-    ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "DequantizeLinear", "Identity")
-    + ("Gather", "GatherND", "Slice", "Split")
-)
-"""Ops that move or select a weight's elements, and therefore keep the zeros of its padding."""
+# fmt: off
+WEIGHT_MOVERS = frozenset((
+    "Cast", "DequantizeLinear", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+))
+# fmt: on
+"""Ops that move, select or convert a weight's elements: what they give is a weight, too."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,6 +32,12 @@ class NodeView:
     facts: Facts
     others: Facts
     """Facts at other sizes of the dynamic dimensions: what differs is dynamic."""
+    opset: int
+    """The version of the standard ops."""
+
+    def swapped(self) -> NodeView:
+        """The same node seen at the other sizes."""
+        return NodeView(self.node, self.others, self.facts, self.opset)
 
     def has(self, port: int) -> bool:
         """Whether input `port` is there."""
@@ -137,11 +145,32 @@ def whole(view: NodeView, note: str | None = None) -> Rule:
 
 
 def rule_of(view: NodeView) -> Rule:
-    """The rule of a node; an op without one is replicated, with a note."""
+    """The rule of a node; an op without one is replicated, with a note.
+
+    A rule may compare sizes only where the op's meaning makes equal sizes the same dimension. Where it says something
+    else at other sizes, two dimensions were equal by chance, and nothing is said.
+    """
+    op = f"{view.node.domain or 'ai.onnx'}::{view.node.op_type}"
     function = RULES.get((view.node.domain, view.node.op_type))
     if function is None:
-        return whole(view, note=f"no rule for {view.node.domain or 'ai.onnx'}::{view.node.op_type}: replicated")
-    return function(view)
+        return whole(view, note=f"no rule for {op}: replicated")
+    found = function(view)
+    if function(view.swapped()).text != found.text:
+        return whole(view, note=f"{op} relates its dimensions differently at different sizes: replicated")
+    return found
 
 
-__all__ = ["MICROSOFT", "RULES", "SHAPES", "WEIGHT_MOVERS", "NodeView", "attributes_of", "rule", "rule_of", "shape_rule", "spell", "whole", "words"]
+__all__ = [
+    "MICROSOFT",
+    "RULES",
+    "SHAPES",
+    "WEIGHT_MOVERS",
+    "NodeView",
+    "attributes_of",
+    "rule",
+    "rule_of",
+    "shape_rule",
+    "spell",
+    "whole",
+    "words",
+]

@@ -104,9 +104,7 @@ def expand(view: NodeView) -> Rule:
     tail = names[len(names) - len(before) :]
     offset = len(after) - len(before)
     left = [name if size != 1 else "1" for name, size in zip(tail, before, strict=True)]
-    right = [
-        name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)
-    ]
+    right = [name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)]
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
     return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),))
 

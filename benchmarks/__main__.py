@@ -1,0 +1,33 @@
+"""`python -m benchmarks`: measure, print a table, fail if a bar is missed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+from rich.console import Console
+
+from benchmarks import building, parity, speed
+from benchmarks.bars import Bar, show
+
+SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
+    "building": building.bars,
+    "parity": parity.bars,
+    "speed": speed.bars,
+}
+
+
+@click.command()
+@click.option("--only", "names", multiple=True, type=click.Choice(list(SUITES)), help="One suite; may be repeated.")
+def main(names: tuple[str, ...]) -> None:
+    """Measure every bar, or those of some suites."""
+    console = Console(width=180)
+    kept = True
+    for name in names or tuple(SUITES):
+        console.rule(name)
+        kept &= show(SUITES[name](), console)
+    sys.exit(0 if kept else 1)
+
+
+main()

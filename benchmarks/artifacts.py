@@ -1,0 +1,82 @@
+"""The models and artifacts that the benchmarks run on: built by the command line, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fixtures.llama.config import LlamaConfig
+from fixtures.smollm2 import ensure
+from fixtures.synthetic import ensure_synthetic
+
+FOLDER = Path("build/bench")
+SYNTHETIC = "synthetic"
+_SYNTHETIC_CONFIG = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    head_dim=64,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    tie_word_embeddings=False,
+)
+"""Nothing in it needs padding at 4 or 8 PEs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A process that ended well: wall seconds and its peak resident memory in bytes."""
+
+    seconds: float
+    peak_rss_nbytes: int
+    output: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltArtifact:
+    """An artifact, the model it was built from, and what the build took."""
+
+    folder: Path
+    model: Path
+    build: Finished
+
+
+@cache
+def model(name: str) -> Path:
+    """The .onnx file of SmolLM2 in the shape `name`, or of the synthetic model."""
+    folder = ensure_synthetic(_SYNTHETIC_CONFIG) if name == SYNTHETIC else ensure(name)
+    return folder / "model.onnx"
+
+
+@cache
+def artifact(name: str, tensor_parallel_size: int) -> BuiltArtifact:
+    """The artifact of a model, built anew in each run of the benchmarks."""
+    folder = FOLDER / f"{name}-tp{tensor_parallel_size}"
+    arguments = ["build", "--force", "-tp", str(tensor_parallel_size), str(model(name)), str(folder)]
+    command = "import sys; from furiosa_llm.cli.main import main; main()"
+    finished = run_measured([sys.executable, "-c", command, *arguments])
+    return BuiltArtifact(folder=folder, model=model(name), build=finished)
+
+
+def run_measured(command: Sequence[str]) -> Finished:
+    """Run a command; raises CalledProcessError with its standard error if it fails."""
+    started = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output, errors = process.stdout.read(), process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, output, errors)
+    return Finished(seconds=time.monotonic() - started, peak_rss_nbytes=usage.ru_maxrss * 1024, output=output)

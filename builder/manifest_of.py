@@ -1,0 +1,172 @@
+"""Put a build's manifest together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.blocks import find_blocks
+from furiosa_llm.builder.build import Build
+from furiosa_llm.builder.interface import role_of
+from furiosa_llm.builder.program import COLLECTIVE_DOMAIN
+from furiosa_llm.builder.program_shapes import ValueShape, global_shape
+from furiosa_llm.builder.report import notes, plan_json
+from furiosa_llm.builder.writer import Placement
+from furiosa_llm.runtime.artifact.dimensions import Shape
+from furiosa_llm.runtime.artifact.layout import Dim
+from furiosa_llm.runtime.artifact.manifest import (
+    Block,
+    Collective,
+    CollectiveKind,
+    FileEntry,
+    InputInfo,
+    InputRole,
+    Manifest,
+    ModelInfo,
+    OriginalInitializer,
+    OutputInfo,
+    OutputRole,
+    Provenance,
+    State,
+    StoredTensor,
+)
+
+
+def manifest_of(
+    build: Build,
+    *,
+    info: ModelInfo,
+    provenance: Provenance,
+    placements: Mapping[str, Placement],
+    shapes: Mapping[str, ValueShape],
+    files: list[FileEntry],
+) -> Manifest:
+    """The manifest of a build whose weights lie at `placements` and whose program has the local `shapes`."""
+    return Manifest(
+        provenance=provenance,
+        model=info,
+        mesh=build.plan.mesh,
+        files=tuple(sorted(files, key=lambda file: file.path)),
+        tensors=_tensors(build, placements),
+        initializers=_initializers(build),
+        inputs=_inputs(build),
+        outputs=_outputs(build),
+        states=_states(build),
+        collectives=_collectives(build, shapes),
+        blocks=_blocks(build),
+        plan=plan_json(build.plan, notes(build.analysis)),
+    )
+
+
+def _tensors(build: Build, placements: Mapping[str, Placement]) -> tuple[StoredTensor, ...]:
+    originals = build.source.model.graph.initializers.items()
+    origins = {id(value.const_value): name for name, value in reversed(list(originals))}
+    return tuple(
+        StoredTensor(
+            name=tensor.name,
+            file=placements[tensor.name].file,
+            dtype=tensor.dtype.name,
+            local_shape=tensor.local_shape,
+            shard_axes=tensor.shard_axes,
+            layout=tensor.layout,
+            part=tensor.part,
+            origin=None if tensor.source is None else origins.get(id(tensor.source)),
+        )
+        for tensor in build.tensors()
+    )
+
+
+def _initializers(build: Build) -> tuple[OriginalInitializer, ...]:
+    stored = build.stored_initializers()
+    found = []
+    for name, value in build.source.model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        shape = tuple(int(cast(int, size)) for size in tensor.shape)
+        found.append(OriginalInitializer(name=name, dtype=tensor.dtype.name, shape=shape, stored=stored.get(name, ())))
+    return tuple(found)
+
+
+def _inputs(build: Build) -> tuple[InputInfo, ...]:
+    found = []
+    for value in build.model.graph.inputs:
+        shape = global_shape(build, value)
+        found.append(
+            InputInfo(
+                name=str(value.name),
+                dtype=build.probes.facts[value].dtype.name,
+                shape=shape,
+                layout=_static_layouts(shape, build.lowered.input_layouts[str(value.name)]),
+                role=cast(InputRole, role_of(value)),
+            )
+        )
+    return tuple(found)
+
+
+def _outputs(build: Build) -> tuple[OutputInfo, ...]:
+    logits = build.logits
+    found = []
+    for value in build.model.graph.outputs:
+        shape = global_shape(build, value)
+        role: OutputRole = "logits" if value is logits else "state" if value in build.states else "other"
+        found.append(
+            OutputInfo(
+                name=str(value.name),
+                dtype=build.probes.facts[value].dtype.name,
+                shape=shape,
+                layout=_static_layouts(shape, build.lowered.output_layouts[str(value.name)]),
+                role=role,
+            )
+        )
+    return tuple(found)
+
+
+def _static_layouts(shape: Shape, layouts: tuple[Dim, ...]) -> tuple[Dim | None, ...]:
+    return tuple(None if isinstance(size, str) else dim for size, dim in zip(shape, layouts, strict=True))
+
+
+def _states(build: Build) -> tuple[State, ...]:
+    return tuple(
+        State(
+            input=str(pair.input.name),
+            output=str(pair.output.name),
+            sequence_dim=pair.sequence_dim,
+            mode="in_place" if pair.in_place else "append",
+        )
+        for pair in build.pairs
+    )
+
+
+def _collectives(build: Build, shapes: Mapping[str, ValueShape]) -> tuple[Collective, ...]:
+    nodes = (node for node in build.lowered.graph if node.domain == COLLECTIVE_DOMAIN)
+    return tuple(_collective(node, shapes) for node in nodes)
+
+
+def _collective(node: ir.Node, shapes: Mapping[str, ValueShape]) -> Collective:
+    value = node.inputs[0]
+    assert value is not None
+    dtype, dims = shapes[str(value.name)]
+    return Collective(
+        id=str(node.name),
+        kind=cast(CollectiveKind, node.op_type),
+        axes=tuple(node.attributes["axes"].as_ints()),
+        dim=node.attributes["dim"].as_int() if "dim" in node.attributes else None,
+        dtype=dtype.name,
+        shape=tuple(f"{node.name}.{d}" if dim is None else dim for d, dim in enumerate(dims)),
+    )
+
+
+def _blocks(build: Build) -> tuple[Block, ...]:
+    spans = find_blocks(build.lowered.graph, [str(pair.input.name) for pair in build.pairs], build.lowered.tensors)
+    return tuple(
+        Block(
+            name=f"block.{number}",
+            first_node=span.first_node,
+            collectives=span.collectives,
+            weight_nbytes=span.weight_nbytes,
+            crossing=span.crossing,
+        )
+        for number, span in enumerate(spans)
+    )

@@ -1,0 +1,146 @@
+"""`furiosa-llm build`: an ONNX model in, an artifact out, with progress and a closing table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.builder.artifact_builder import check_tensor_parallel_size
+from furiosa_llm.cli.units import nbytes
+
+_STAGES = {
+    "load": "reading the graph",
+    "analyse": "finding what depends on what",
+    "plan": "choosing what to split",
+    "lower": "writing the program",
+}
+_SHOWN_REPLICATED = 3
+
+
+class _Sizes(click.ParamType):
+    """`NAME=SIZE`, a positive integer."""
+
+    name = "NAME=SIZE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        key, _, size = str(value).rpartition("=")
+        if not key or not size.isdecimal() or int(size) < 1:
+            self.fail(f"{value!r} is not NAME=SIZE with a positive size, for instance height=224", param, ctx)
+        return key, int(size)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    "--tensor_parallel_size",
+    "tensor_parallel_size",
+    type=int,
+    default=4,
+    show_default=True,
+    help="How many PEs share each matrix: 4 or 8.",
+)
+@click.option("--name", default="", help="The artifact's name.  [default: from the model's path]")
+@click.option("--max-seq-len-to-capture", type=int, help="Longest sequence to serve, in tokens.  [default: the model's]")
+@click.option(
+    "--dim", "dims", type=_Sizes(), multiple=True, help="Size of a dynamic input dimension that the model leaves open."
+)
+@click.option("--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension.")
+@click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
+def build(
+    model: Path,
+    output: Path | None,
+    tensor_parallel_size: int,
+    name: str,
+    max_seq_len_to_capture: int | None,
+    dims: tuple[tuple[str, int], ...],
+    max_padding: float,
+    experimental_tp: bool,
+    force: bool,
+) -> None:
+    """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
+
+    OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
+    """
+    check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
+    builder = ArtifactBuilder(
+        model,
+        name,
+        tensor_parallel_size=tensor_parallel_size,
+        max_seq_len_to_capture=max_seq_len_to_capture,
+        dims=dict(dims),
+        max_padding=max_padding,
+        experimental_tp=experimental_tp,
+    )
+    destination = output or default_output(model, tensor_parallel_size)
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        report = builder.build(destination, force=force, progress=_Shown(progress))
+    Console().print(closing_table(report), crop=False)
+    click.echo("Artifact Build Completed")
+
+
+def default_output(model: Path, tensor_parallel_size: int) -> Path:
+    """The output folder's name: the model's file name, or its folder's if the file is called `model`."""
+    stem = model.stem if model.stem != "model" else model.resolve().parent.name
+    return Path(f"{stem}-tp{tensor_parallel_size}.artifact")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+class _Shown:
+    """Shows the builder's progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task("", total=None)
+        known = total if stage == "write" else None
+        self._progress.update(self._task, description=_STAGES.get(stage, "writing weights"), completed=done, total=known)
+
+
+def closing_table(report: BuildReport) -> Table:
+    """What was built, per PE and per token."""
+    table = Table(title=f"{report.artifact}: tensor parallel over {report.tensor_parallel_size} PEs", title_justify="left")
+    table.add_column("per PE")
+    table.add_column("", overflow="fold")
+    share = report.weight_nbytes / report.model_nbytes if report.model_nbytes else 0.0
+    table.add_row("weights", f"{nbytes(report.weight_nbytes)} of {nbytes(report.model_nbytes)} ({share:.1%})")
+    table.add_row("KV cache per token", nbytes(report.state_nbytes_per_token))
+    counts = ", ".join(f"{count} {kind}" for kind, count in report.collectives.items()) or "none"
+    table.add_row("collectives per token", f"{counts}: {nbytes(report.collective_nbytes)}")
+    for decision in report.decisions:
+        padded = f", padded to {decision.padded_size}" if decision.padded_size != decision.size else ""
+        what = f"{decision.size} over {decision.parts} PEs{padded} ({decision.count}x)"
+        table.add_row(f"split: {what}", decision.where)
+    shown = "; ".join(report.replicated[:_SHOWN_REPLICATED])
+    more = len(report.replicated) - _SHOWN_REPLICATED
+    rest = f"; {more} smaller" if more > 0 else ""
+    table.add_row("replicated", f"{nbytes(report.replicated_nbytes)}: {shown}{rest}" if shown else "nothing")
+    for note in report.notes:
+        table.add_row("note", note)
+    padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""
+    table.add_row("stored, all PEs", f"{nbytes(report.stored_nbytes)}{padding}")
+    table.add_row("build", f"{report.seconds:.1f} s, peak memory {nbytes(report.peak_rss_nbytes)}")
+    return table

@@ -1,0 +1,44 @@
+"""`furiosa-llm`: the entry point, and how its errors are shown."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+import click
+
+from furiosa_llm import FuriosaLLMError, __version__
+from furiosa_llm.cli.build import build
+from furiosa_llm.cli.generate import generate
+from furiosa_llm.cli.run import run
+from furiosa_llm.cli.verify import verify
+
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="furiosa-llm", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
+
+
+for command in (build, generate, run, verify):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; a user's error is one paragraph on standard error and an exit code, never a traceback."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = _INTERRUPTED
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except FuriosaLLMError as error:
+        paragraph = " ".join(str(error).split())
+        print(textwrap.fill(f"error: {paragraph}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)

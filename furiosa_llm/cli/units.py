@@ -1,0 +1,12 @@
+"""Numbers for people."""
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def nbytes(count: float) -> str:
+    """A number of bytes in decimal units: 1536 -> `1.5 kB`."""
+    unit = 0
+    while abs(count) >= 1000 and unit < len(_UNITS) - 1:
+        count /= 1000
+        unit += 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 or abs(count) >= 100 else f"{count:.1f} {_UNITS[unit]}"

@@ -1,0 +1,1 @@
+"""The artifact format: manifest, layouts, and the reader that checks every field."""

@@ -1,0 +1,15 @@
+"""The error types that every part of the project derives from."""
+
+
+class FuriosaLLMError(Exception):
+    """Base of every error a user can cause; the command line prints it as one paragraph and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ArtifactError(FuriosaLLMError):
+    """An artifact's folder, manifest, program or header is not what the format says."""
+
+
+class LayoutError(FuriosaLLMError):
+    """A dimension's layout is malformed or does not fit the mesh."""

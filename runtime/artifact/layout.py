@@ -1,0 +1,199 @@
+"""How one dimension of a global tensor is laid out over the ranks of a mesh.
+
+A dimension is a tree. A `Leaf` is a run of indices that may be split over mesh axes; a `Prod` is an outer product of
+dimensions (row-major: the first part is the slowest); a `Cat` is a concatenation. Query heads packed with keys and
+values, for instance, are `Cat((Prod((kv, g, d)), Prod((kv, d)), Prod((kv, d))))`.
+
+All ranks have equal local sizes. A leaf of `size` n split in `parts` pieces has ceil(n / parts) local indices on every
+rank, and the indices beyond n are padding: they appear as -1 in an index map, and hold zeros in a stored weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.errors import LayoutError
+
+IndexMap = npt.NDArray[np.int64]
+
+_MAX_DEPTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """The ranks of one tensor parallelism group as a grid; `shape` (2, 2, 2) has 8 ranks, the last axis fastest."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many ranks the mesh has."""
+        return math.prod(self.shape)
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """The position of `rank` on every mesh axis."""
+        if not 0 <= rank < self.size:
+            raise LayoutError(f"rank {rank} is not on a mesh of {self.size} ranks")
+        coordinates: list[int] = []
+        for length in reversed(self.shape):
+            rank, position = divmod(rank, length)
+            coordinates.append(position)
+        return tuple(reversed(coordinates))
+
+    def parts(self, axes: Sequence[int]) -> int:
+        """The number of pieces that a split over `axes` makes."""
+        return math.prod(self.shape[axis] for axis in axes)
+
+    def position(self, rank: int, axes: Sequence[int]) -> int:
+        """The mixed-radix position of `rank` on `axes`, the first axis most significant."""
+        coordinates = self.coordinates(rank)
+        position = 0
+        for axis in axes:
+            position = position * self.shape[axis] + coordinates[axis]
+        return position
+
+    def groups(self, axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The groups of ranks that differ on `axes` only, each in the order of `position`."""
+        others = [axis for axis in range(len(self.shape)) if axis not in axes]
+        members: dict[int, list[int]] = {}
+        for rank in range(self.size):
+            members.setdefault(self.position(rank, others), []).append(rank)
+        return tuple(tuple(sorted(g, key=lambda r: self.position(r, axes))) for g in members.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """`size` consecutive indices, split over mesh `axes` (none: replicated), the first axis most significant."""
+
+    size: int
+    axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prod:
+    """The row-major product of `parts`, the first the slowest."""
+
+    parts: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cat:
+    """The concatenation of `parts`."""
+
+    parts: tuple[Dim, ...]
+
+
+Dim = Leaf | Prod | Cat
+
+
+def leaves(dim: Dim) -> Iterator[Leaf]:
+    """Every leaf below `dim`, in order."""
+    if isinstance(dim, Leaf):
+        yield dim
+    else:
+        for part in dim.parts:
+            yield from leaves(part)
+
+
+def axes_of(dim: Dim) -> tuple[int, ...]:
+    """The mesh axes that `dim` is split over, each once, in order of first appearance."""
+    return tuple(dict.fromkeys(axis for leaf in leaves(dim) for axis in leaf.axes))
+
+
+def global_size(dim: Dim) -> int:
+    """The number of indices of the whole dimension, padding left out."""
+    if isinstance(dim, Leaf):
+        return dim.size
+    sizes = [global_size(part) for part in dim.parts]
+    return math.prod(sizes) if isinstance(dim, Prod) else sum(sizes)
+
+
+def local_size(dim: Dim, mesh: Mesh) -> int:
+    """The number of indices that each rank holds, padding included."""
+    if isinstance(dim, Leaf):
+        return -(-dim.size // mesh.parts(dim.axes))
+    sizes = [local_size(part, mesh) for part in dim.parts]
+    return math.prod(sizes) if isinstance(dim, Prod) else sum(sizes)
+
+
+def index_map(dim: Dim, mesh: Mesh, rank: int) -> IndexMap:
+    """The global index behind each local index of `rank`: int64 `[local_size]`, -1 where it is padding."""
+    if isinstance(dim, Leaf):
+        count = local_size(dim, mesh)
+        indices = np.arange(count, dtype=np.int64) + mesh.position(rank, dim.axes) * count
+        return np.where(indices < dim.size, indices, -1)
+    maps = [index_map(part, mesh, rank) for part in dim.parts]
+    sizes = [global_size(part) for part in dim.parts]
+    if isinstance(dim, Cat):
+        offsets = np.cumsum([0, *sizes[:-1]])
+        return np.concatenate([np.where(m < 0, -1, m + o) for m, o in zip(maps, offsets, strict=True)])
+    combined = np.zeros(1, dtype=np.int64)
+    for part, size in zip(maps, sizes, strict=True):
+        outer, inner = combined[:, None], part[None, :]
+        combined = np.where((outer < 0) | (inner < 0), -1, outer * size + inner).reshape(-1)
+    return combined
+
+
+def simplify(dim: Dim) -> Dim:
+    """The same layout with the fewest nodes: a tree without split leaves is one leaf."""
+    if not axes_of(dim):
+        return Leaf(global_size(dim))
+    if isinstance(dim, Leaf):
+        return dim
+    parts: list[Dim] = []
+    for part in map(simplify, dim.parts):
+        previous = parts[-1] if parts else None
+        if isinstance(part, type(dim)) and not isinstance(part, Leaf):
+            parts.extend(part.parts)
+        elif isinstance(dim, Prod) and part == Leaf(1):
+            continue
+        elif isinstance(part, Leaf) and isinstance(previous, Leaf) and not part.axes and not previous.axes:
+            joined = previous.size * part.size if isinstance(dim, Prod) else previous.size + part.size
+            parts[-1] = Leaf(joined)
+        else:
+            parts.append(part)
+    return parts[0] if len(parts) == 1 else type(dim)(tuple(parts))
+
+
+def to_json(dim: Dim) -> Any:
+    """`dim` as the manifest writes it: an int, `{"size", "axes"}`, `{"prod"}` or `{"cat"}`."""
+    if isinstance(dim, Leaf):
+        return {"size": dim.size, "axes": list(dim.axes)} if dim.axes else dim.size
+    return {"prod" if isinstance(dim, Prod) else "cat": [to_json(part) for part in dim.parts]}
+
+
+def from_json(value: Any, mesh: Mesh, *, depth: int = 0) -> Dim:
+    """The layout that `to_json` wrote; raises LayoutError for anything else or for axes that `mesh` has not."""
+    if depth > _MAX_DEPTH:
+        raise LayoutError(f"a layout is nested deeper than {_MAX_DEPTH} levels")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Leaf(_checked_size(value))
+    if isinstance(value, Mapping) and value.keys() == {"size", "axes"}:
+        return Leaf(_checked_size(value["size"]), _checked_axes(value["axes"], mesh))
+    if isinstance(value, Mapping) and len(value) == 1:
+        kind, parts = next(iter(value.items()))
+        if kind in ("prod", "cat") and isinstance(parts, list) and parts:
+            built = tuple(from_json(part, mesh, depth=depth + 1) for part in parts)
+            return Prod(built) if kind == "prod" else Cat(built)
+    expected = "an integer, {size, axes}, {prod: [...]} or {cat: [...]}"
+    raise LayoutError(f"a layout is {expected}; found {value!r:.120}")
+
+
+def _checked_size(size: Any) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**48:
+        raise LayoutError(f"a layout's size is an integer from 0 to 2**48; found {size!r:.60}")
+    return size
+
+
+def _checked_axes(axes: Any, mesh: Mesh) -> tuple[int, ...]:
+    known = range(len(mesh.shape))
+    valid = isinstance(axes, list) and all(isinstance(a, int) and not isinstance(a, bool) and a in known for a in axes)
+    if not valid or len(set(axes)) != len(axes) or not axes:
+        raise LayoutError(f"a layout's axes are distinct mesh axes below {len(mesh.shape)}; found {axes!r:.60}")
+    return tuple(axes)

@@ -1,0 +1,204 @@
+"""manifest.json, format 1: one frozen dataclass per object, `to_json` for writers and `parse_manifest` for readers.
+
+docs/artifact-format.md is the specification. `parse_manifest` refuses whatever a well-formed manifest cannot hold;
+`reader.py` then compares the manifest with the other files of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from furiosa_llm.runtime.artifact.dimensions import Shape
+from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prod, to_json
+
+FORMAT_NAME = "furiosa-llm-onnx"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PROGRAM_NAME = "program.onnx"
+SOURCE_NAME = "source.onnx"
+
+Task = Literal["decoder", "encoder", "other"]
+InputRole = Literal["token_ids", "attention_mask", "position_ids", "token_type_ids", "state", "other"]
+OutputRole = Literal["logits", "state", "other"]
+StateMode = Literal["append", "in_place"]
+CollectiveKind = Literal["AllReduce", "AllGather"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What made the artifact: no time, host or path, so that equal builds are equal bytes.
+
+    `tool` is `name version`; `libraries` maps a library to its version; `options` are the build's options, any JSON;
+    `source_sha256` is the lower-case hexadecimal digest of the model file without its external data.
+    """
+
+    tool: str
+    libraries: Mapping[str, str]
+    options: Mapping[str, Any]
+    source_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the model is for.
+
+    `max_sequence_length` is in tokens, prompt and completion together; `vocab_size` in tokens; None where the source
+    does not say. A token of `eos_token_ids` ends a generation.
+    """
+
+    name: str
+    task: Task
+    max_sequence_length: int | None
+    vocab_size: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of the folder: a plain name, its size in bytes, and the lower-case hexadecimal digest of its bytes."""
+
+    path: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The indices [start, stop) of dimension `dim` of an original initializer."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """One initializer of program.onnx whose data lies in the weights file `file`, as `[shards, *local_shape]`.
+
+    `dtype` is ONNX's name. `shard_axes` are the mesh axes that tell shards apart, the first most significant.
+    `layout` has a layout for each dimension of the global tensor; `origin` is the original initializer's name, and
+    `part` which part of it this is, None for all of it. All three are None for a tensor that the builder made; a tensor
+    that the source had as a constant, not as an initializer, has a layout but no origin.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    local_shape: tuple[int, ...]
+    shard_axes: tuple[int, ...]
+    layout: tuple[Dim, ...] | None
+    part: Part | None
+    origin: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OriginalInitializer:
+    """One initializer of the original graph; `stored` names the tensors that make it up, none if source.onnx has it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputInfo:
+    """One input of the program. `shape` is global; `layout` is None at a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    layout: tuple[Dim | None, ...]
+    role: InputRole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputInfo:
+    """One output of the program. `shape` is global; `layout` is None at a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    layout: tuple[Dim | None, ...]
+    role: OutputRole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """An input and the output that replaces it in the next step; both grow along `sequence_dim`.
+
+    `append`: the output is the input with the new positions appended. `in_place`: one buffer of a fixed capacity may
+    be bound to both, and the attention mask tells where the new positions go.
+    """
+
+    input: str
+    output: str
+    sequence_dim: int
+    mode: StateMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """One collective node of the program; `shape` is the local shape of its input; `dim` is None for AllReduce."""
+
+    id: str
+    kind: CollectiveKind
+    axes: tuple[int, ...]
+    dim: int | None
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A run of nodes that starts at position `first_node` of program.onnx, where a pipeline stage may start.
+
+    `collectives` is how many it has; `weight_nbytes` is per rank; `crossing` are the values from earlier blocks.
+    """
+
+    name: str
+    first_node: int
+    collectives: int
+    weight_nbytes: int
+    crossing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """manifest.json. `plan` is for people and for `inspect`: any JSON object."""
+
+    provenance: Provenance
+    model: ModelInfo
+    mesh: Mesh
+    files: tuple[FileEntry, ...]
+    tensors: tuple[StoredTensor, ...]
+    initializers: tuple[OriginalInitializer, ...]
+    inputs: tuple[InputInfo, ...]
+    outputs: tuple[OutputInfo, ...]
+    states: tuple[State, ...]
+    collectives: tuple[Collective, ...]
+    blocks: tuple[Block, ...]
+    plan: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, keys in the order of the specification."""
+        return {"format": {"name": FORMAT_NAME, "version": FORMAT_VERSION}, **_plain(self)}
+
+    def to_bytes(self) -> bytes:
+        """The bytes of manifest.json: equal manifests give equal bytes."""
+        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Leaf | Prod | Cat):
+        return to_json(value)
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

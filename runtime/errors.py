@@ -1,0 +1,29 @@
+"""The errors of loading, running and generating. Those that a wrong argument causes are ValueErrors too."""
+
+from __future__ import annotations
+
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+
+
+class ExecutionError(FuriosaLLMError):
+    """onnxruntime could not load or run a segment on a rank."""
+
+
+class InputError(FuriosaLLMError, ValueError):
+    """An input tensor's name, type or shape is not what the model takes."""
+
+
+class ContextLengthError(FuriosaLLMError, ValueError):
+    """A prompt, or a prompt and its completion, is longer than the model's limit."""
+
+
+class SamplingParamsError(FuriosaLLMError, ValueError):
+    """A sampling parameter is out of its range, or contradicts another."""
+
+
+class TokenizerError(FuriosaLLMError, ValueError):
+    """The tokenizer or the chat template is missing, malformed, or refuses its input."""
+
+
+class UnsupportedError(FuriosaLLMError, ValueError):
+    """A model or an option is outside of what this release can do."""

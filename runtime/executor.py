@@ -1,0 +1,175 @@
+"""Runs an artifact: sessions for every (rank, segment), driver threads, and global tensors in and out."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from furiosa_llm.runtime.artifact.dimensions import GROWING, bind_sizes, known_sizes
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.layout import axes_of, index_map, local_size
+from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.binding import BoundProgram
+from furiosa_llm.runtime.decoder import Bound, DecoderInterface
+from furiosa_llm.runtime.driver import Drivers
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.ort import Array, SessionSettings, wrap
+from furiosa_llm.runtime.program import cut_program
+from furiosa_llm.runtime.sessions import create_sessions
+
+
+class Executor:
+    """An artifact loaded and ready to run.
+
+    `threads` driver threads step the ranks (None: one for each core this process may use; never more than ranks).
+    `mapped` leaves the weights in their file instead of packing them: it starts at once and decodes slower.
+    Close it, or use it as a context manager, to end its threads.
+    """
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None, mapped: bool = False) -> None:
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        cores = len(os.sched_getaffinity(0))
+        self.artifact = artifact
+        self.mesh = artifact.manifest.mesh
+        self.threads = min(threads or cores, self.mesh.size)
+        self.program = cut_program(artifact.program, artifact.manifest)
+        settings = SessionSettings(prepack=not mapped)
+        self._sessions = create_sessions(artifact, self.program, settings, threads=threads or cores)
+        self._drivers = Drivers(self.threads)
+        self._lock = threading.Lock()
+        in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
+        self._bound = self.bind(unbound=frozenset(in_place))
+
+    @property
+    def decoder_interface(self) -> DecoderInterface:
+        """What `DecoderSession` needs to know of the program."""
+        manifest = self.artifact.manifest
+        local = {
+            info.name: tuple(
+                size if layout is None else local_size(layout, self.mesh)
+                for size, layout in zip(info.shape, info.layout, strict=True)
+            )
+            for info in manifest.inputs
+            if info.role == "state"
+        }
+        return DecoderInterface(
+            inputs=manifest.inputs,
+            outputs=manifest.outputs,
+            states=manifest.states,
+            state_shapes=local,
+            ranks=self.mesh.size,
+        )
+
+    def bind(
+        self,
+        *,
+        external: frozenset[str] = frozenset(),
+        unbound: frozenset[str] = frozenset(),
+        growing: frozenset[str] = frozenset(),
+    ) -> BoundProgram:
+        """Bindings and memory of their own on this executor's sessions; `BoundProgram` documents the arguments."""
+        return BoundProgram(
+            self.program,
+            self.mesh,
+            self._sessions,
+            self._drivers,
+            external=external,
+            unbound=unbound,
+            growing=growing,
+        )
+
+    def bind_steps(self, external: frozenset[str]) -> Bound:
+        """Bindings for a decoder's steps, whose past grows; the caller binds the outputs `external`."""
+        return self.bind(external=external, growing=GROWING)
+
+    def step(self, bound: Bound) -> None:
+        """Runs `bound` once; calls from several threads take turns."""
+        with self._lock:
+            bound.run()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The program's outputs by name, for `inputs` by name: all tensors global, as the unsplit model has them.
+
+        State inputs are cut for the ranks by their layouts, and split outputs are put together again. Raises
+        InputError for a missing or unknown name, a wrong type or shape, and ExecutionError if a segment fails.
+        """
+        infos = self.artifact.manifest.inputs
+        sizes = known_sizes(self._check_inputs(inputs))
+        with self._lock:
+            self._bound.resize(sizes)
+            for info in infos:
+                self._bind(info, np.ascontiguousarray(inputs[info.name]))
+            self._bound.run()
+            return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
+
+    def close(self) -> None:
+        """Ends the driver threads; the executor cannot run any more."""
+        self._drivers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        infos = self.artifact.manifest.inputs
+        expected = [info.name for info in infos]
+        missing = [name for name in expected if name not in inputs]
+        unknown = [name for name in inputs if name not in expected]
+        if missing or unknown:
+            raise InputError(f"inputs: missing {missing}, unknown {unknown}; the model takes {expected}")
+        for info in infos:
+            found, wanted = inputs[info.name].dtype, np.dtype(DTYPES[info.dtype].numpy)
+            if found != wanted:
+                raise InputError(f"input {info.name!r:.80}: found {found}, expected {wanted}")
+        try:
+            return bind_sizes((f"input {info.name!r:.80}", info.shape, inputs[info.name].shape) for info in infos)
+        except ArtifactError as error:
+            raise InputError(str(error)) from error
+
+    def _bind(self, info: InputInfo, array: Array) -> None:
+        split = [(dim, layout) for dim, layout in enumerate(info.layout) if layout is not None and axes_of(layout)]
+        if not split:
+            self._bound.bind_shared(info.name, array)
+            return
+        for rank in range(self.mesh.size):
+            local = array
+            for dim, layout in split:
+                indices = index_map(layout, self.mesh, rank)
+                local = np.take(local, np.maximum(indices, 0), axis=dim)
+                local[(slice(None),) * dim + (indices < 0,)] = 0
+            self._bound.bind_input(rank, info.name, wrap(np.ascontiguousarray(local), info.dtype))
+
+    def _assemble(self, info: OutputInfo) -> Array:
+        split = [(dim, layout) for dim, layout in enumerate(info.layout) if layout is not None and axes_of(layout)]
+        first = self._bound.array(0, info.name)
+        if not split:
+            return first.copy()
+        shape = [
+            size if layout is None or isinstance(declared, str) else declared
+            for size, layout, declared in zip(first.shape, info.layout, info.shape, strict=True)
+        ]
+        whole = np.zeros(shape, dtype=first.dtype)
+        for rank in range(self.mesh.size):
+            local = self._bound.array(rank, info.name)
+            target: list[Array] = [np.arange(size) for size in shape]
+            source: list[Array] = [np.arange(size) for size in local.shape]
+            for dim, layout in split:
+                indices = index_map(layout, self.mesh, rank)
+                source[dim] = np.flatnonzero(indices >= 0)
+                target[dim] = indices[source[dim]]
+                if local.shape[dim] != local_size(layout, self.mesh):
+                    raise ArtifactError(f"output {info.name!r:.80} has the local shape {list(local.shape)}")
+            whole[np.ix_(*target)] = local[np.ix_(*source)]
+        return whole

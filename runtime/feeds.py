@@ -1,0 +1,66 @@
+"""The step inputs of a decoder, found by their roles: token ids, attention mask, positions, token types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.manifest import InputInfo
+from furiosa_llm.runtime.errors import UnsupportedError
+from furiosa_llm.runtime.ort import Array
+
+TokenIds = npt.NDArray[np.int64]
+
+_SHAPES: dict[str, tuple[str, str]] = {
+    "token_ids": ("batch", "sequence"),
+    "attention_mask": ("batch", "total"),
+    "position_ids": ("batch", "sequence"),
+    "token_type_ids": ("batch", "sequence"),
+}
+
+
+class StepFeeds:
+    """The arrays of a decoder's inputs other than states, kept between steps so that equal shapes reuse memory.
+
+    Sequences of a batch have equal lengths, so the attention mask is all ones. Raises UnsupportedError for an input
+    that a decoder cannot be fed from tokens alone.
+    """
+
+    def __init__(self, inputs: Sequence[InputInfo]) -> None:
+        self._infos = [info for info in inputs if info.role != "state"]
+        for info in self._infos:
+            if _SHAPES.get(info.role) != info.shape:
+                raise UnsupportedError(
+                    f"input {info.name!r:.80} of role {info.role!r} and shape {list(info.shape)} cannot be made from "
+                    f"token ids; use `furiosa-llm run` and give it as a tensor"
+                )
+        self._kept: dict[str, Array] = {}
+        self._ones: dict[str, Array] = {}
+
+    def update(self, token_ids: TokenIds, past: int) -> Iterator[tuple[str, Array]]:
+        """Writes the inputs of the step that adds `token_ids` [batch, sequence] to `past` tokens.
+
+        Yields name and array of those whose array is another than in the last step.
+        """
+        batch, sequence = token_ids.shape
+        for info in self._infos:
+            if info.role == "attention_mask":
+                yield info.name, self._mask(info, batch, past + sequence)
+                continue
+            array = self._kept.get(info.name)
+            if array is None or array.shape != token_ids.shape:
+                array = self._kept[info.name] = np.zeros(token_ids.shape, dtype=DTYPES[info.dtype].numpy)
+                yield info.name, array
+            if info.role == "token_ids":
+                array[...] = token_ids
+            elif info.role == "position_ids":
+                array[...] = np.arange(past, past + sequence)
+
+    def _mask(self, info: InputInfo, batch: int, total: int) -> Array:
+        ones = self._ones.get(info.name)
+        if ones is None or ones.size < batch * total:
+            ones = self._ones[info.name] = np.ones(2 * batch * total, dtype=DTYPES[info.dtype].numpy)
+        return ones[: batch * total].reshape(batch, total)

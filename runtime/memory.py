@@ -1,0 +1,96 @@
+"""Where the values that cross steps lie in a rank's memory: one block per rank, reused as values die."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.program import Program
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetime:
+    """The steps in which a value is touched: written first in step `first`, read last in step `last`."""
+
+    first: int
+    last: int
+
+
+def lifetimes(program: Program) -> dict[str, Lifetime]:
+    """The lifetime of every value that a segment or a collective of `program` makes; outputs live to the end."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, step in enumerate(program.steps):
+        made = [call.output for call in step.collectives]
+        read = [call.input for call in step.collectives]
+        if step.segment is not None:
+            made.extend(step.segment.outputs)
+            read.extend(step.segment.inputs)
+        for name in made:
+            first[name] = index
+            last[name] = index
+        last.update({name: index for name in read if name in first})
+    last.update(dict.fromkeys(program.outputs, len(program.steps)))
+    return {name: Lifetime(first=first[name], last=last[name]) for name in first}
+
+
+def place(values: Iterable[tuple[str, int, Lifetime]]) -> tuple[dict[str, int], int]:
+    """Byte offsets for `(name, nbytes, lifetime)` triples, and the size of the block that holds them.
+
+    Two values share bytes only if the later one is first touched two steps or more after the earlier one's last touch.
+    Between those lies the barrier of the step in between, which no thread passes before all are done with the earlier
+    value: so values that other threads read are safe too.
+    """
+    offsets: dict[str, int] = {}
+    slots: dict[int, list[tuple[int, int]]] = {}
+    end = 0
+    for name, nbytes, lifetime in sorted(values, key=lambda value: value[2].first):
+        padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        candidates = slots.setdefault(padded, [])
+        index = next((i for i, (_, last) in enumerate(candidates) if last + 2 <= lifetime.first), None)
+        if index is None:
+            offsets[name], end = end, end + padded
+        else:
+            offsets[name] = candidates.pop(index)[0]
+        candidates.append((offsets[name], lifetime.last))
+    return offsets, end
+
+
+class Block:
+    """A block of memory that arrays are cut from; untouched pages of it take no memory."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, nbytes: int) -> None:
+        raw = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        self._bytes = raw[start : start + nbytes]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the block."""
+        return self._bytes.size
+
+    def array(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Array:
+        """The array of ONNX type `dtype` and `shape` that begins `offset` bytes into the block."""
+        kind = np.dtype(DTYPES[dtype].numpy)
+        nbytes = array_nbytes(dtype, shape)
+        return self._bytes[offset : offset + nbytes].view(kind).reshape(shape)
+
+    def copy_from(self, other: Block, nbytes: int) -> None:
+        """Takes over the first `nbytes` of `other`."""
+        self._bytes[:nbytes] = other._bytes[:nbytes]
+
+
+def array_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The bytes of an array in memory, where every element takes at least one."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count * np.dtype(DTYPES[dtype].numpy).itemsize

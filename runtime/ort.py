@@ -1,0 +1,124 @@
+"""The few calls of onnxruntime that execution needs, with types: sessions, bindings, and tensors over numpy memory.
+
+The raw classes behind `InferenceSession.io_binding()` are used, because the wrapper's bookkeeping costs three times the
+call itself. They keep no reference to the numpy memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnx import TensorProto
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+Array = npt.NDArray[Any]
+
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(_state.EPFail, _state.EngineError, _state.Fail, _state.InvalidArgument, _state.InvalidGraph),
+    *(_state.InvalidProtobuf, _state.ModelRequiresCompilation, _state.NoModel, _state.NoSuchFile, _state.NotFound),
+    *(_state.NotImplemented, _state.RuntimeException),
+)
+"""What onnxruntime raises: its exceptions have no common base of their own."""
+
+_CPU = _state.OrtDevice(_state.OrtDevice.cpu(), _state.OrtDevice.default_memory(), 0)
+_SILENT = 4
+
+
+class RawTensor(Protocol):
+    """onnxruntime's own handle of a tensor."""
+
+    def numpy(self) -> Array:
+        """The tensor's memory as an array, without a copy."""
+        ...
+
+
+class RawBinding(Protocol):
+    """onnxruntime's own binding of a session's inputs and outputs."""
+
+    def bind_ortvalue_input(self, name: str, value: RawTensor) -> None:
+        """Binds an input."""
+        ...
+
+    def bind_ortvalue_output(self, name: str, value: RawTensor) -> None:
+        """Binds an output to memory of the caller."""
+        ...
+
+    def bind_output(self, name: str, device: object) -> None:
+        """Binds an output to memory that onnxruntime allocates in the next run."""
+        ...
+
+    def get_outputs(self) -> list[RawTensor]:
+        """The outputs of the last run, in the order in which they were bound first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """How sessions are made: `intra_op_threads` of each, and whether weights are packed for speed.
+
+    `prepack` copies each MatMul weight into the kernel's own order when the session is made; without it weights stay
+    mapped from their file, shared between sessions and processes, and decoding is slower.
+    """
+
+    intra_op_threads: int = 1
+    prepack: bool = True
+
+
+class Session:
+    """One onnxruntime session and what it takes to run it without Python overhead."""
+
+    __slots__ = ("_session", "run_binding")
+
+    def __init__(self, model: bytes, weights_folder: os.PathLike[str], settings: SessionSettings) -> None:
+        """Loads the serialised `model`, whose external data lies in `weights_folder`; raises one of ORT_ERRORS."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = settings.intra_op_threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = _SILENT
+        # One pattern is kept for each input shape ever seen, and a growing context gives a new shape every step.
+        options.enable_mem_pattern = False
+        entries = {
+            "session.intra_op.allow_spinning": "0",
+            "session.inter_op.allow_spinning": "0",
+            "session.model_external_initializers_file_folder_path": os.fspath(weights_folder),
+            "session.disable_prepacking": "0" if settings.prepack else "1",
+        }
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.run_binding: Callable[[RawBinding, None], None] = self._session._sess.run_with_iobinding
+
+    def binding(self) -> RawBinding:
+        """A new binding with nothing bound."""
+        binding: RawBinding = _state.SessionIOBinding(self._session._sess)
+        return binding
+
+
+class Tensor(NamedTuple):
+    """An array and onnxruntime's handle of the same memory; whoever binds the handle keeps the array."""
+
+    array: Array
+    raw: RawTensor
+
+
+def wrap(array: Array, dtype: str) -> Tensor:
+    """A tensor of ONNX type `dtype` over the memory of the C-contiguous `array`."""
+    if array.dtype.isbuiltin != 1:
+        code = TensorProto.DataType.Value(dtype)
+        same_size = array.view(np.dtype(f"u{array.dtype.itemsize}"))
+        return Tensor(array, _state.OrtValue.ortvalue_from_numpy_with_onnx_type(same_size, code))
+    return Tensor(array, _state.OrtValue.ortvalue_from_numpy(array, _CPU))
+
+
+def let_allocate(binding: RawBinding, name: str) -> None:
+    """Has onnxruntime allocate the output `name` of the next run."""
+    binding.bind_output(name, _CPU)
