@@ -86,7 +86,7 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
             if expression.segments and not _link(factor, expression, symbols, sizes):
                 unlinked |= expression.symbols
     whole = signature.full | unlinked
-    # What could not be linked is whole on every rank: it is not contracted or looked up in parts, and its size is global.
+    # What could not be linked is whole on every rank: neither contracted nor looked up in parts, and of global size.
     linked = symbols.keys() - unlinked
     info = NodeInfo(
         node=view.node,

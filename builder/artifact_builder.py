@@ -14,7 +14,6 @@ from furiosa_llm.builder import configuration, writer
 from furiosa_llm.builder.analysis import analyse
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.errors import OptionError
-from furiosa_llm.builder.interface import role_of
 from furiosa_llm.builder.load import Source, check_external_data, load
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.manifest_of import manifest_of
@@ -23,7 +22,8 @@ from furiosa_llm.builder.planner import MAX_PADDING, Planner
 from furiosa_llm.builder.probe import probe
 from furiosa_llm.builder.program_shapes import program_shapes
 from furiosa_llm.builder.report import BuildReport, report_of
-from furiosa_llm.builder.states import pair_states, state_outputs
+from furiosa_llm.builder.simplify import simplify
+from furiosa_llm.builder.states import find_states
 from furiosa_llm.builder.weights import num_shards
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
@@ -101,9 +101,11 @@ class ArtifactBuilder:
             check_external_data(source)
             model = normalize(source)
             told("analyse", 0, 1)
-            probes = probe(model, self._dims, configuration.read_json(source.path, "config.json"))
-            pairs = pair_states(model.graph, probes.facts)
-            states = state_outputs(model.graph, pairs) | {v for v in model.graph.inputs if role_of(v) == "state"}
+            config = configuration.read_json(source.path, "config.json")
+            probes = probe(model, self._dims, config)
+            if simplify(model, probes):
+                probes = probe(model, self._dims, config)
+            states = find_states(model.graph, probes.facts)
             analysis = analyse(model.graph, probes.facts, probes.others)
             told("plan", 0, 1)
             planner = Planner(analysis, self._mesh, states, probes.decode, probes.longer, self._max_padding)
@@ -113,7 +115,6 @@ class ArtifactBuilder:
                 source=source,
                 model=model,
                 probes=probes,
-                pairs=pairs,
                 states=states,
                 analysis=analysis,
                 plan=plan,

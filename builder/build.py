@@ -13,7 +13,7 @@ from furiosa_llm.builder.lower import Lowered
 from furiosa_llm.builder.planner import Plan
 from furiosa_llm.builder.probe import Probes
 from furiosa_llm.builder.program import ShardedTensor
-from furiosa_llm.builder.states import StatePair
+from furiosa_llm.builder.states import States
 from furiosa_llm.runtime.artifact.manifest import Task
 
 _OLDEST_IR_VERSION = 8
@@ -28,9 +28,7 @@ class Build:
     model: ir.Model
     """The source, normalised."""
     probes: Probes
-    pairs: list[StatePair]
-    states: frozenset[ir.Value]
-    """Inputs and outputs that carry state."""
+    states: States
     analysis: Analysis
     plan: Plan
     lowered: Lowered
@@ -48,7 +46,7 @@ class Build:
     @property
     def task(self) -> Task:
         """`decoder` if the model carries state from token to token, `encoder` if it reads tokens, else `other`."""
-        if self.pairs and self.logits is not None:
+        if self.states.pairs and self.logits is not None:
             return "decoder"
         return "encoder" if self.reads_tokens else "other"
 
@@ -57,9 +55,9 @@ class Build:
         """The output that holds next-token scores, if the model takes tokens."""
         if not self.reads_tokens:
             return None
-        scores = [v for v in self.model.graph.outputs if v not in self.states and self._is_floating_point(v)]
+        scores = [v for v in self.model.graph.outputs if v not in self.states.values and self._is_floating_point(v)]
         named = [v for v in scores if v.name == "logits"]
-        return next(iter(named or (scores if self.pairs else [])), None)
+        return next(iter(named or (scores if self.states.pairs else [])), None)
 
     def _is_floating_point(self, value: ir.Value) -> bool:
         return self.probes.facts[value].dtype.is_floating_point()

@@ -4,8 +4,8 @@ Every dimension of every value is a `Factor`: a leaf, a row-major product of fac
 Two dimensions that run over the same indices share one factor, so that deciding how a factor is split decides it for
 every value at once. Factors are refined in place: a leaf of 768 becomes the product (12, 64) once a Reshape tells.
 
-Unification is exact index arithmetic. It can fail (`FactorConflictError`), never be wrong; a caller that meets a conflict
-demands the whole dimension at that node instead.
+Unification is exact index arithmetic. It can fail (`FactorConflictError`), never be wrong; a caller that meets a
+conflict demands the whole dimension at that node instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import enum
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Prod
 
@@ -116,10 +116,16 @@ def flatten(factors: Sequence[Factor]) -> list[Factor]:
 
 
 def unify(left: Sequence[Factor], right: Sequence[Factor]) -> None:
-    """Make two product lists that describe the same index space share their factors; FactorConflictError if they cannot."""
+    """Make two product lists that describe the same index space share their factors.
+
+    Raises FactorConflictError if they cannot; what they have come to share by then is right all the same.
+    """
     a, b = deque(flatten(left)), deque(flatten(right))
-    if math.prod(f.size for f in a) != math.prod(f.size for f in b):
+    size = math.prod(f.size for f in a)
+    if size != math.prod(f.size for f in b):
         raise FactorConflictError
+    if size == 0:
+        return  # nothing is indexed
     while a and b:
         x, y = _head(a), _head(b)
         if x is y or x.size == y.size:
@@ -153,7 +159,32 @@ def segment(factor: Factor, start: int, stop: int) -> Factor:
     return product([segment(root.kids[0], start // inner, stop // inner), *root.kids[1:]])
 
 
-def to_dim(factor: Factor, axes: dict[Factor, tuple[int, ...]]) -> Dim:
+def segments_of(factor: Factor) -> list[Factor]:
+    """The segments of every concatenation below `factor`, or the factor itself if there is none."""
+    root = factor.find()
+    if root.kind is Kind.LEAF:
+        return [root]
+    if root.kind is Kind.CONCATENATION:
+        return [s for kid in root.kids for s in segments_of(kid)]
+    # A product of a concatenation and other factors: each segment with all the rest.
+    return [root] if not any(_has_concatenation(kid) for kid in root.kids) else list(_expand(root))
+
+
+def _has_concatenation(factor: Factor) -> bool:
+    root = factor.find()
+    return root.kind is Kind.CONCATENATION or any(_has_concatenation(kid) for kid in root.kids)
+
+
+def _expand(product_: Factor) -> Iterator[Factor]:
+    rows: list[list[Factor]] = [[]]
+    for kid in product_.kids:
+        parts = segments_of(kid) if _has_concatenation(kid) else [kid.find()]
+        rows = [[*row, part] for row in rows for part in parts]
+    for row in rows:
+        yield Factor(math.prod(f.find().size for f in row), Kind.PRODUCT, row)
+
+
+def to_dim(factor: Factor, axes: Mapping[Factor, tuple[int, ...]]) -> Dim:
     """The layout of `factor` when leaves are split as `axes` says (leaves that are absent are replicated)."""
     root = factor.find()
     if root.kind is Kind.LEAF:

@@ -48,7 +48,8 @@ SECOND_PROBE = SizeSet(batch=3, sequence=5, past=17, encoder=29, others=(53, 59,
 
 def role_of(value: ir.Value) -> str:
     """The role of a graph input."""
-    assert value.name is not None and value.dtype is not None
+    assert value.name is not None
+    assert value.dtype is not None
     integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
     for role, pattern in _ROLES:
         if pattern.fullmatch(value.name) and integer == (role in _INTEGER_ROLES):

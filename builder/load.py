@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from furiosa_llm.builder.errors import ModelLoadError
 
@@ -33,6 +34,8 @@ def load(path: str | os.PathLike[str]) -> Source:
         raise ModelLoadError(f"{file} does not exist; give the path of an .onnx file.")
     try:
         model = ir.load(file)
+    except OSError as error:
+        raise ModelLoadError(f"{file} cannot be read: {error.strerror}; check the rights of the file.") from error
     except (DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelLoadError(
             f"{file} is not an ONNX model: {error}. Expected the protobuf file that an exporter writes; "
@@ -49,23 +52,35 @@ def load(path: str | os.PathLike[str]) -> Source:
 def check_external_data(source: Source) -> None:
     """Raise ModelLoadError unless every external tensor lies inside a file inside the model's folder."""
     folder = source.path.resolve().parent
-    for value in source.model.graph.initializers.values():
-        tensor = value.const_value
+    for what, tensor in _tensors(source.model):
         if isinstance(tensor, ir.ExternalTensor):
-            _check_external(f'initializer "{value.name}" of {source.path.name}', tensor, folder)
+            _check_external(f"{what} of {source.path.name}", tensor, folder)
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Every tensor of the model, in branches and functions too."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield f'initializer "{value.name}"', value.const_value
+    for root in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(root):
+            for attribute in node.attributes.values():
+                if attribute.type is ir.AttributeType.TENSOR:
+                    yield f'attribute {attribute.name} of node "{node.name}"', attribute.as_tensor()
 
 
 def _check_external(what: str, tensor: ir.ExternalTensor, folder: Path) -> None:
-    location = os.fspath(tensor.location)
+    location = Path(tensor.location)
     target = Path(os.path.normpath(folder / location))
-    if os.path.isabs(location) or not target.is_relative_to(folder) or not target.resolve().is_relative_to(folder):
+    if location.is_absolute() or not target.is_relative_to(folder) or not target.resolve().is_relative_to(folder):
         raise ModelLoadError(
             f'{what} has its data in "{location}", outside the model\'s folder; '
             "external data must lie in the folder of the .onnx file or below it: move the file there and export again."
         )
     if not target.is_file():
         raise ModelLoadError(
-            f'{what} has its data in "{location}", which is missing; put that file beside {folder.name}/{"*.onnx"} '
+            f'{what} has its data in "{location}", which is missing; put that file into {folder} '
             "(exporters write it next to the model, it must be copied along)."
         )
     expected = tensor.nbytes

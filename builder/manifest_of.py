@@ -12,7 +12,7 @@ from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.interface import role_of
 from furiosa_llm.builder.program import COLLECTIVE_DOMAIN
 from furiosa_llm.builder.program_shapes import ValueShape, global_shape
-from furiosa_llm.builder.report import notes, plan_json
+from furiosa_llm.builder.report import plan_json
 from furiosa_llm.builder.writer import Placement
 from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.layout import Dim
@@ -56,7 +56,7 @@ def manifest_of(
         states=_states(build),
         collectives=_collectives(build, shapes),
         blocks=_blocks(build),
-        plan=plan_json(build.plan, notes(build.analysis)),
+        plan=plan_json(build),
     )
 
 
@@ -84,7 +84,7 @@ def _initializers(build: Build) -> tuple[OriginalInitializer, ...]:
     for name, value in build.source.model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        shape = tuple(int(cast(int, size)) for size in tensor.shape)
+        shape = tuple(tensor.shape.numpy())
         found.append(OriginalInitializer(name=name, dtype=tensor.dtype.name, shape=shape, stored=stored.get(name, ())))
     return tuple(found)
 
@@ -110,7 +110,7 @@ def _outputs(build: Build) -> tuple[OutputInfo, ...]:
     found = []
     for value in build.model.graph.outputs:
         shape = global_shape(build, value)
-        role: OutputRole = "logits" if value is logits else "state" if value in build.states else "other"
+        role: OutputRole = "logits" if value is logits else "state" if value in build.states.values else "other"
         found.append(
             OutputInfo(
                 name=str(value.name),
@@ -135,7 +135,7 @@ def _states(build: Build) -> tuple[State, ...]:
             sequence_dim=pair.sequence_dim,
             mode="in_place" if pair.in_place else "append",
         )
-        for pair in build.pairs
+        for pair in build.states.pairs
     )
 
 
@@ -159,7 +159,9 @@ def _collective(node: ir.Node, shapes: Mapping[str, ValueShape]) -> Collective:
 
 
 def _blocks(build: Build) -> tuple[Block, ...]:
-    spans = find_blocks(build.lowered.graph, [str(pair.input.name) for pair in build.pairs], build.lowered.tensors)
+    spans = find_blocks(
+        build.lowered.graph, [str(pair.input.name) for pair in build.states.pairs], build.lowered.tensors
+    )
     return tuple(
         Block(
             name=f"block.{number}",

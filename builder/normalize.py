@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import onnx_ir as ir
 from onnx_ir.passes import PassError
 from onnx_ir.passes import common as passes
 
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
 from furiosa_llm.builder.load import Source
+from furiosa_llm.builder.program import ORIGINAL_NAME
+
+_OLDEST_OPSET = 7
+"""Before it, elementwise ops aligned dimensions by an attribute."""
+_RANDOM = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
 
 
 def normalize(source: Source) -> ir.Model:
@@ -15,21 +24,28 @@ def normalize(source: Source) -> ir.Model:
 
     Functions are inlined, Constant nodes become initializers, Identity aliases and dead code go, nodes are in
     topological order, and every use of a vector initializer has a value of its own (exporters store equal vectors once,
-    and unrelated dimensions must not be tied together by that).
+    and unrelated dimensions must not be tied together by that). Raises ModelLoadError for a graph that is damaged and
+    UnsupportedModelError for one that cannot be split.
     """
     model = source.model.clone()
-    _inline_constant_ifs(model)
+    _check_opset(model, source)
     try:
+        passes.RemoveInitializersFromInputsPass()(model)
+        _inline_constant_ifs(model)
         passes.InlinePass()(model)
         _inline_constant_ifs(model)
         _refuse_subgraphs(model, source)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        passes.IdentityEliminationPass()(model)
+        _compute_outputs(model.graph)
+        _remove_identities(model.graph)
         passes.RemoveUnusedNodesPass()(model)
         passes.TopologicalSortPass()(model)
     except (PassError, ValueError) as error:
-        raise ModelLoadError(f"{source.path.name} is not a valid graph: {_root_cause(error)}") from error
+        raise ModelLoadError(
+            f"{source.path.name} is not a valid graph: {_root_cause(error)}; export the model again."
+        ) from error
     _check_values(model, source)
+    _refuse_random_ops(model, source)
     _separate_vector_uses(model.graph)
     return model
 
@@ -37,7 +53,19 @@ def normalize(source: Source) -> ir.Model:
 def _root_cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error)
+    return str(error).rstrip(".")
+
+
+def _check_opset(model: ir.Model, source: Source) -> None:
+    opset = model.graph.opset_imports.get("", _OLDEST_OPSET)
+    if opset < _OLDEST_OPSET:
+        raise UnsupportedModelError(
+            f"{source.path.name} uses opset {opset}, expected {_OLDEST_OPSET} or later; "
+            "export the model again, or convert it with onnx.version_converter."
+        )
+
+
+# -- branches ----------------------------------------------------------------------------------------------------
 
 
 def _inline_constant_ifs(model: ir.Model) -> None:
@@ -50,18 +78,31 @@ def _inline_constant_ifs(model: ir.Model) -> None:
         outputs = list(branch.outputs)
         inner = list(branch)
         for value in list(branch.initializers.values()):
-            branch.initializers.pop(value.name)
-            model.graph.initializers[value.name] = value
+            branch.initializers.pop(str(value.name))
+            value.name = _free_name(model.graph, str(value.name))
+            model.graph.register_initializer(value)
         branch.remove(inner)
         model.graph.insert_before(node, inner)
         for old, new in zip(node.outputs, outputs, strict=True):
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            # The branch's value may be one that the graph has anyway, and the output keeps its name.
+            alias = ir.Node("", "Identity", [new], name=f"{old.name}/branch")
+            alias.outputs[0].name = old.name
+            alias.outputs[0].type, alias.outputs[0].shape = old.type, old.shape
+            model.graph.insert_before(node, alias)
+            old.replace_all_uses_with(alias.outputs[0], replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
+
+
+def _free_name(graph: ir.Graph, name: str) -> str:
+    names = (name if number == 0 else f"{name}/{number}" for number in itertools.count())
+    return next(candidate for candidate in names if candidate not in graph.initializers)
 
 
 def _constant_condition(node: ir.Node) -> bool | None:
     condition = node.inputs[0]
-    tensor = condition.const_value if condition is not None and not condition.is_graph_input() else None
+    if condition is None or condition.is_graph_input():
+        return None
+    tensor = ir.convenience.get_const_tensor(condition)
     return None if tensor is None else bool(tensor.numpy().item())
 
 
@@ -81,8 +122,46 @@ def _refuse_subgraphs(model: ir.Model, source: Source) -> None:
         raise UnsupportedModelError(f"{message}; {remedy}.")
 
 
+# -- aliases -----------------------------------------------------------------------------------------------------
+
+
+def _compute_outputs(graph: ir.Graph) -> None:
+    """Let a node give every graph output that is an initializer."""
+    for position, value in enumerate(graph.outputs):
+        if not value.is_initializer():
+            continue
+        name = str(value.name)
+        node = ir.Node("", "Identity", [value], name=f"{name}/output")
+        graph.append(node)
+        graph.outputs[position] = node.outputs[0]
+        value.name = _free_name(graph, f"{name}/initializer")
+        value.meta[ORIGINAL_NAME] = name
+        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+
+
+def _remove_identities(graph: ir.Graph) -> None:
+    """Remove every Identity but those between two values that both have a name to keep."""
+    for node in list(graph):
+        if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0], node.outputs[0]
+        if after.is_graph_output():
+            if before.is_graph_output() or before.is_graph_input() or before.is_initializer():
+                continue
+            name = after.name
+            after.replace_all_uses_with(before, replace_graph_outputs=True)
+            graph.remove(node, safe=True)
+            before.name = name
+        else:
+            after.replace_all_uses_with(before)
+            graph.remove(node, safe=True)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------
+
+
 def _check_values(model: ir.Model, source: Source) -> None:
-    """Every node input must come from somewhere, and every graph input and output must have a type."""
+    """Every node input must come from somewhere, and every graph input and output must have a type and its own name."""
     known = set(model.graph.inputs) | set(model.graph.initializers.values())
     for node in model.graph:
         for value in node.inputs:
@@ -92,6 +171,15 @@ def _check_values(model: ir.Model, source: Source) -> None:
                     "which no node, input or initializer gives; the graph is damaged, export it again."
                 )
         known.update(node.outputs)
+    for value in model.graph.outputs:
+        if value not in known:
+            raise ModelLoadError(
+                f'{source.path.name}: no node gives the output "{value.name}"; the graph is damaged, export it again.'
+            )
+        if model.graph.outputs.count(value) > 1:
+            raise ModelLoadError(
+                f'{source.path.name} lists the output "{value.name}" twice; remove one of them, or export it again.'
+            )
     for value in (*model.graph.inputs, *model.graph.outputs):
         if not isinstance(value.type, ir.TensorType):
             raise UnsupportedModelError(
@@ -100,12 +188,34 @@ def _check_values(model: ir.Model, source: Source) -> None:
             )
 
 
+def _refuse_random_ops(model: ir.Model, source: Source) -> None:
+    for node in model.graph:
+        trains = node.op_type == "Dropout" and len(node.inputs) > 2 and not _is_constant_false(node.inputs[2])
+        if not node.domain and (node.op_type in _RANDOM or trains):
+            raise UnsupportedModelError(
+                f'{source.path.name}: node {node.op_type} "{node.name}" draws random numbers, which every rank would '
+                "draw anew; export the model without sampling, in inference mode."
+            )
+
+
+def _is_constant_false(value: ir.Value | None) -> bool:
+    if value is None:
+        return True
+    tensor = value.const_value if value.is_initializer() else None
+    return tensor is not None and not tensor.numpy().any()
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------
+
+
 def _separate_vector_uses(graph: ir.Graph) -> None:
     for value in list(graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or len(tensor.shape) != 1 or tensor.size <= 1:
+        if tensor is None or sum(size > 1 for size in tensor.shape.numpy()) != 1:
             continue
         for number, (node, index) in enumerate(list(value.uses())[1:], start=1):
-            clone = ir.Value(name=f"{value.name}/use{number}", shape=value.shape, type=value.type, const_value=tensor)
+            name = _free_name(graph, f"{value.name}/use{number}")
+            clone = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
+            clone.meta[ORIGINAL_NAME] = value.meta.get(ORIGINAL_NAME, value.name)
             graph.register_initializer(clone)
             node.replace_input_with(index, clone)

@@ -17,16 +17,10 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.factors import Factor, to_dim
+from furiosa_llm.builder.outcome import Assignment, Axes, Collective, InfeasibleError, Outcome
 from furiosa_llm.builder.shapes import Facts
-from furiosa_llm.builder.sweep import (
-    Assignment,
-    Axes,
-    Collective,
-    InfeasibleError,
-    Outcome,
-    Sweeper,
-    find_weight_derived,
-)
+from furiosa_llm.builder.states import States
+from furiosa_llm.builder.sweep import Sweeper, find_weight_derived
 from furiosa_llm.runtime.artifact.layout import Mesh, local_size
 
 COLLECTIVE_CHARGE = 0.3
@@ -97,28 +91,36 @@ class Plan:
     evaluations: int
 
 
-def candidates(analysis: Analysis, states: frozenset[ir.Value]) -> list[Factor]:
+_Place = tuple[str, int, tuple[int, ...], int, int]
+"""Where a leaf occurs: op type, operand, the operand's shape, dimension, position in the dimension."""
+
+
+def candidates(analysis: Analysis, states: States) -> list[Factor]:
     """Leaves worth splitting: those of weights that are contracted or looked up, which no op uses inside.
 
     What follows the positions in a KV cache (the head vector) stays whole, too: attention kernels work on whole heads.
+    So do the inputs of the model that are no state: every rank is given them as they are.
     """
     weights = find_weight_derived(analysis)
     kept_whole = set(analysis.pinned) | set(_behind_positions(analysis, states))
+    for value in analysis.graph.inputs:
+        if value not in states.values:
+            kept_whole.update(leaf for factor in analysis.dims[value] for leaf in factor.leaves())
     found: dict[Factor, None] = {}
     for info in analysis.nodes:
         if not info.reduced and not info.looked_up:
             continue
-        for value in info.node.inputs:
-            if value is None or value not in weights or len(analysis.dims[value]) < 2:
+        for weight in info.node.inputs:
+            if weight is None or weight not in weights or len(analysis.dims[weight]) < 2:
                 continue
-            for d, factor in enumerate(analysis.dims[value]):
-                if not analysis.is_dynamic(value, d):
+            for d, factor in enumerate(analysis.dims[weight]):
+                if not analysis.is_dynamic(weight, d):
                     found.update(dict.fromkeys(leaf for leaf in factor.leaves() if leaf.size > 1))
     return [leaf for leaf in found if leaf not in kept_whole]
 
 
-def _behind_positions(analysis: Analysis, states: frozenset[ir.Value]) -> Iterator[Factor]:
-    for value in states:
+def _behind_positions(analysis: Analysis, states: States) -> Iterator[Factor]:
+    for value in states.values:
         dynamic = [d for d in range(1, len(analysis.dims[value])) if analysis.is_dynamic(value, d)]
         if dynamic:
             for factor in analysis.dims[value][dynamic[0] + 1 :]:
@@ -128,7 +130,7 @@ def _behind_positions(analysis: Analysis, states: frozenset[ir.Value]) -> Iterat
 def group_leaves(analysis: Analysis, leaves: Sequence[Factor]) -> list[Group]:
     """Leaves with the same signature: where they occur in which operand of which weight, and in what place."""
     wanted = set(leaves)
-    signatures: dict[Factor, list[tuple[object, ...]]] = {leaf: [] for leaf in leaves}
+    signatures: dict[Factor, list[_Place]] = {leaf: [] for leaf in leaves}
     nbytes: dict[Factor, int] = dict.fromkeys(leaves, 0)
     seen: dict[Factor, set[ir.Value]] = {leaf: set() for leaf in leaves}
     weights = find_weight_derived(analysis)
@@ -140,23 +142,20 @@ def group_leaves(analysis: Analysis, leaves: Sequence[Factor]) -> list[Group]:
             for d, factor in enumerate(analysis.dims[value]):
                 for position, leaf in enumerate(factor.leaves()):
                     if leaf in wanted:
-                        place = (info.node.op_type, port, fact.shape, d, position)
-                        signatures[leaf].append(place)
+                        signatures[leaf].append((info.node.op_type, port, fact.shape, d, position))
                         if value not in seen[leaf] and value.is_initializer():
                             seen[leaf].add(value)
                             nbytes[leaf] += math.prod(fact.shape) * fact.dtype.bitwidth // 8
-    groups: dict[tuple[object, ...], list[Factor]] = {}
+    groups: dict[tuple[int, tuple[_Place, ...]], list[Factor]] = {}
     for leaf in leaves:
-        groups.setdefault((leaf.size, tuple(sorted(map(repr, signatures[leaf])))), []).append(leaf)
+        groups.setdefault((leaf.size, tuple(sorted(signatures[leaf]))), []).append(leaf)
     built = [_group(members, signatures, nbytes) for members in groups.values()]
     return sorted(built, key=lambda g: -g.nbytes)
 
 
-def _group(
-    members: list[Factor], signatures: Mapping[Factor, list[tuple[object, ...]]], nbytes: Mapping[Factor, int]
-) -> Group:
+def _group(members: list[Factor], signatures: Mapping[Factor, list[_Place]], nbytes: Mapping[Factor, int]) -> Group:
     first = members[0]
-    places = sorted({f"{op}[{port}]{list(shape)} dim {d}" for op, port, shape, d, _ in signatures[first]})  # type: ignore[misc, call-overload]
+    places = sorted({f"{op}[{port}]{list(shape)} dim {d}" for op, port, shape, d, _ in signatures[first]})
     return Group(tuple(members), first.size, sum(nbytes[m] for m in members), ", ".join(places))
 
 
@@ -167,7 +166,7 @@ class Planner:
         self,
         analysis: Analysis,
         mesh: Mesh,
-        states: frozenset[ir.Value],
+        states: States,
         decode: PricedStep,
         longer: PricedStep,
         max_padding: float = MAX_PADDING,
@@ -183,7 +182,10 @@ class Planner:
         wanted = set(leaves)
         self._priced = [
             (value, [f for f in analysis.dims[value] if wanted.intersection(f.leaves())])
-            for value in (*analysis.graph.initializers.values(), *(v for v in analysis.graph.inputs if v in states))
+            for value in (
+                *analysis.graph.initializers.values(),
+                *(v for v in analysis.graph.inputs if v in states.values),
+            )
         ]
         self._median = self._median_matrix()
         self.charge = COLLECTIVE_CHARGE * self._median
@@ -314,7 +316,8 @@ class Planner:
     def _padding(self, group: Group, axes: Axes) -> str:
         parts = self._mesh.parts(axes)
         padded = math.ceil(group.size / parts) * parts
-        return f"{group.size} over {parts} needs padding to {padded} ({padded / group.size:.2f}x, limit {self._max_padding}x)"
+        factor, limit = padded / group.size, self._max_padding
+        return f"{group.size} over {parts} needs padding to {padded} ({factor:.2f}x, limit {limit}x)"
 
     def _evaluate(self, choices: Mapping[Group, Axes]) -> tuple[Price, Outcome] | str:
         key = tuple(sorted((self.groups.index(g), a) for g, a in choices.items() if a))

@@ -18,6 +18,8 @@ from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prod, axes
 from furiosa_llm.runtime.artifact.manifest import Part
 
 COLLECTIVE_DOMAIN = "furiosa_llm"
+ORIGINAL_NAME = "original_name"
+"""The key under which a copy of an initializer carries the name of the original."""
 INLINE_NBYTES = 1024
 """Replicated initializers up to this size stay in program.onnx; larger ones go to the weights file."""
 
@@ -52,15 +54,16 @@ class ShardedTensor:
 class ProgramBuilder:
     """Adds nodes, constants and weights to the program; equal constants and weights are added once."""
 
-    def __init__(self, model: ir.Model, mesh: Mesh) -> None:
+    def __init__(self, source: ir.Graph, mesh: Mesh) -> None:
+        """An empty program with the interface names and op versions of `source`."""
         self.mesh = mesh
-        imports = {**model.graph.opset_imports, COLLECTIVE_DOMAIN: 1}
-        self.graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=model.graph.name)
+        imports = {**source.opset_imports, COLLECTIVE_DOMAIN: 1}
+        self.graph = ir.Graph([], [], nodes=[], opset_imports=imports, name=source.name)
         self.tensors: dict[str, ShardedTensor] = {}
-        self._opset = model.graph.opset_imports.get("", 1)
+        self.opset = source.opset_imports.get("", 1)
         self._constants: dict[tuple[object, ...], ir.Value] = {}
         self._weights: dict[tuple[int, tuple[Dim, ...]], ir.Value] = {}
-        self._names: set[str] = {str(v.name) for v in (*model.graph.inputs, *model.graph.outputs)}
+        self._names: set[str] = {str(v.name) for v in (*source.inputs, *source.outputs)}
         self._node_names: set[str] = set()
 
     # -- nodes ---------------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ class ProgramBuilder:
 
     def unsqueeze_last(self, value: ir.Value, *, name: str) -> ir.Value:
         """`value` with a dimension of 1 at the end, in any opset."""
-        if self._opset < 13:
+        if self.opset < 13:
             return self.one("Unsqueeze", [value], name=name, axes=[-1])
         return self.one("Unsqueeze", [value, self.constant(np.array([-1], np.int64))], name=name)
 
@@ -142,10 +145,13 @@ class ProgramBuilder:
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def weight(self, name: str, tensor: ir.TensorProtocol, layout: tuple[Dim, ...]) -> ir.Value:
-        """An original initializer under a layout."""
+    def weight(self, initializer: ir.Value, layout: tuple[Dim, ...]) -> ir.Value:
+        """An initializer of the normalised graph under a layout."""
+        tensor = initializer.const_value
+        assert tensor is not None
         key = (id(tensor), layout)
         if key not in self._weights:
+            name = str(initializer.meta.get(ORIGINAL_NAME, initializer.name))
             self._weights[key] = self._add_weight(name, tensor, layout)
         return self._weights[key]
 
@@ -196,31 +202,30 @@ class ProgramBuilder:
 
     def store_unused(self, name: str, tensor: ir.TensorProtocol) -> None:
         """Keep an initializer that no node reads, so that the original model can be rebuilt."""
-        layout = tuple(Leaf(int(size)) for size in tensor.shape)
-        if tensor.nbytes > INLINE_NBYTES and (id(tensor), layout) not in self._weights:
+        if tensor.nbytes > INLINE_NBYTES:
             unique = self._unique(name, self._names)
-            shape = tuple(int(size) for size in tensor.shape)
+            shape = tuple(tensor.shape.numpy())
+            layout = tuple(Leaf(size) for size in shape)
             self.tensors[unique] = ShardedTensor(unique, tensor.dtype, shape, (), layout, tensor, whole_layout=layout)
 
     def _register(self, tensor: ShardedTensor) -> ir.Value:
         """A program initializer whose data will be in a weights file; until it is written it has none."""
         self.tensors[tensor.name] = tensor
         value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.local_shape), type=ir.TensorType(tensor.dtype))
-        placeholder = ir.ExternalTensor(
-            "unwritten", 0, 0, tensor.dtype, shape=ir.Shape(tensor.local_shape), name=tensor.name
-        )
-        value.const_value = placeholder
+        shape = ir.Shape(tensor.local_shape)
+        value.const_value = ir.ExternalTensor("unwritten", 0, 0, tensor.dtype, shape=shape, name=tensor.name)
         self.graph.register_initializer(value)
         return value
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
 
 def _segments_by_axes(dim: Dim) -> list[Dim]:
-    """Runs of segments of a concatenation that are split over the same axes; one run if there is nothing to tell apart."""
+    """Runs of segments of a concatenation that are split over the same axes; one run if there are no such segments."""
     if isinstance(dim, Prod) and isinstance(dim.parts[0], Cat):
         segments: tuple[Dim, ...] = tuple(Prod((part, *dim.parts[1:])) for part in dim.parts[0].parts)
     elif isinstance(dim, Cat):

@@ -1,4 +1,4 @@
-"""The local types and shapes in a program, with the names of dynamic dimensions, as program.onnx and manifest.json say them."""
+"""The local types and shapes in a program, with the names of dynamic dimensions."""
 
 from __future__ import annotations
 

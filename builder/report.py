@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -79,19 +79,34 @@ def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float
         tensor_parallel_size=mesh.size,
         weight_nbytes=sum(t.local_nbytes for t in tensors),
         replicated_nbytes=sum(t.local_nbytes for t in replicated),
-        padding_nbytes=sum(_padding_nbytes(t, mesh) for t in tensors),
+        padding_nbytes=padding_nbytes(tensors, mesh),
         model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
-        state_nbytes_per_token=sum(_state_nbytes(build, pair) for pair in build.pairs),
-        collectives=Counter(collective.kind for collective in manifest.collectives),
+        state_nbytes_per_token=sum(_state_nbytes(build, pair) for pair in build.states.pairs),
+        collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
         collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
         decisions=decisions(build.plan),
-        replicated=tuple(f"{t.name} {list(t.local_shape)}" for t in replicated),
+        replicated=tuple(f"{t.name} {list(t.local_shape)} ({_why_whole(t, build)})" for t in replicated),
         notes=notes(build.analysis),
         num_nodes=len(build.lowered.graph),
         seconds=seconds,
         peak_rss_nbytes=_peak_rss_nbytes(),
     )
+
+
+def _why_whole(tensor: ShardedTensor, build: Build) -> str:
+    """Which ops read a replicated weight; they need it whole, or splitting it is not worth its collectives."""
+    readers = {
+        node.op_type
+        for node in build.lowered.graph
+        if any(value is not None and value.name == tensor.name for value in node.inputs)
+    }
+    return f"read by {', '.join(sorted(readers))}" if readers else "not used"
+
+
+def padding_nbytes(tensors: Iterable[ShardedTensor], mesh: Mesh) -> int:
+    """Zeros in the weights files that no original element stands for."""
+    return sum(_padding_nbytes(tensor, mesh) for tensor in tensors)
 
 
 def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
@@ -150,9 +165,11 @@ def notes(analysis: Analysis) -> tuple[str, ...]:
     return tuple(f"{note} ({count} nodes)" for note, count in counts.items())
 
 
-def plan_json(plan: Plan, report_notes: tuple[str, ...]) -> dict[str, Any]:
+def plan_json(build: Build) -> dict[str, Any]:
     """The manifest's `plan`: what was split, at what price, and what was not taken."""
+    plan = build.plan
     return {
+        "padding_nbytes": padding_nbytes(build.lowered.tensors.values(), plan.mesh),
         "choices": [dataclasses.asdict(d) for d in decisions(plan)],
         "price": {"nbytes": plan.price.nbytes, "collectives": plan.price.collectives},
         "unsplit_price": {"nbytes": plan.unsplit.nbytes, "collectives": plan.unsplit.collectives},
@@ -160,5 +177,5 @@ def plan_json(plan: Plan, report_notes: tuple[str, ...]) -> dict[str, Any]:
             {"size": r.group.size, "where": r.group.description, "axes": list(r.axes), "reason": r.reason}
             for r in plan.refused
         ],
-        "notes": list(report_notes),
+        "notes": list(notes(build.analysis)),
     }

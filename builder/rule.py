@@ -60,6 +60,14 @@ class ShapeOperand:
     """`dims`: the sizes of output 0's dimensions; `split`: the outputs' sizes on the axis; Slice's bounds."""
 
 
+Padding = Literal["moves", "product", "sum", "finite", "fragile", "lost"]
+"""What an op makes of padding, which lies at the same places in its inputs and outputs.
+
+`moves`: what the inputs hold there (and f(0) = 0); `product`: zero if any input has zeros; `sum`: zero if all inputs
+have zeros; `finite`: something finite; `fragile`: zero of zeros, but of anything else perhaps NaN; `lost`: anything.
+"""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """What the partitioner must know of one node."""
@@ -80,6 +88,14 @@ class Rule:
     attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Attributes that are sizes, each as the product of symbols whose local size it must have."""
     shape_operands: tuple[ShapeOperand, ...] = ()
+    padding: Padding = "lost"
+    """What the outputs hold where the inputs have padding."""
+    padding_ports: tuple[int, ...] | None = None
+    """The inputs that `padding` speaks of; None: all of them."""
+    divisor: int | None = None
+    """The input that is divided by."""
+    indices: int | None = None
+    """The input that holds positions, which must be in range even where they are padding."""
     axis: int | None = None
     """The axis that Split, Slice-like and lookup ops work on, counted from the front."""
     note: str | None = None

@@ -80,7 +80,8 @@ class Interpreter:
         self._runs += 1
         self._fresh = itertools.count(101 + self._runs, 10)
         for value in self._model.graph.inputs:
-            assert value.name is not None and value.dtype is not None
+            assert value.name is not None
+            assert value.dtype is not None
             facts[value] = Fact(dtype=value.dtype, shape=sizes[value.name])
         for node in self._model.graph:
             inputs = [None if v is None else facts[v] for v in node.inputs]
@@ -102,9 +103,7 @@ class Interpreter:
             pairs = self._elementwise(node, inputs)
         else:
             pairs = self._infer_with_onnx(node, inputs)
-        first = inputs[0] if inputs else None
-        zero = first is not None and first.zero and node.op_type in _ZERO_PRESERVING
-        zero = zero or (node.op_type == "ConstantOfShape" and not _fill_value(node))
+        zero = _is_zero(node, inputs)
         return [Fact(dtype=dtype, shape=shape, zero=zero) for dtype, shape in pairs]
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
@@ -115,7 +114,7 @@ class Interpreter:
             shape = np.array(inputs[0].shape, dtype=np.int64)
             attributes = attributes_of(node)
             part = shape[attributes.get("start", 0) : attributes.get("end")]
-            return [_known(part if node.op_type == "Shape" else np.array(shape.prod()))]
+            return [_known(part if node.op_type == "Shape" else np.array(shape.prod()), zero=False)]
         evaluator = EVALUATORS.get(node.op_type)
         if evaluator is None or any(f is not None and f.value is None for f in inputs):
             return None
@@ -129,7 +128,8 @@ class Interpreter:
             result = evaluator(attributes_of(node), arguments)
         except (ValueError, IndexError, TypeError) as error:
             raise ShapeError(_contradiction(node, inputs, str(error))) from error
-        return [_known(np.asarray(r)) for r in (result if isinstance(result, tuple) else (result,))]
+        zero = _is_zero(node, inputs)
+        return [_known(np.asarray(r), zero=zero) for r in (result if isinstance(result, tuple) else (result,))]
 
     def _elementwise(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
         present = [f for f in inputs if f is not None]
@@ -176,7 +176,7 @@ class Interpreter:
 def _constant_fact(value: ir.Value) -> Fact:
     tensor = value.const_value
     assert tensor is not None
-    shape = tuple(int(d) for d in tensor.shape)
+    shape = tuple(tensor.shape.numpy())
     known = _read(tensor) if tensor.nbytes <= _MAX_READ_NBYTES else None
     zero = known is not None and not known.astype(bool).any()
     return Fact(dtype=tensor.dtype, shape=shape, value=known, zero=zero)
@@ -192,13 +192,17 @@ def _read(tensor: ir.TensorProtocol) -> npt.NDArray[Any] | None:
         return None
 
 
-def _known(value: npt.NDArray[Any]) -> Fact:
-    return Fact(
-        dtype=ir.DataType.from_numpy(value.dtype),
-        shape=value.shape,
-        value=value if value.size <= _MAX_KNOWN_ELEMENTS else None,
-        zero=value.size > 0 and not value.astype(bool).any(),
-    )
+def _known(value: npt.NDArray[Any], *, zero: bool) -> Fact:
+    known = value if value.size <= _MAX_KNOWN_ELEMENTS else None
+    return Fact(dtype=ir.DataType.from_numpy(value.dtype), shape=value.shape, value=known, zero=zero)
+
+
+def _is_zero(node: ir.Node, inputs: Sequence[Fact | None]) -> bool:
+    """Whether a node gives zeros at any sizes: what happens to be zero at these sizes is not meant."""
+    first = inputs[0] if inputs else None
+    if node.op_type == "ConstantOfShape":
+        return not _fill_value(node)
+    return first is not None and first.zero and node.op_type in _ZERO_PRESERVING
 
 
 def _fill_value(node: ir.Node) -> bool:

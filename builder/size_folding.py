@@ -91,7 +91,9 @@ class Polynomial:
         return False if offset and same_sign else None
 
 
-def fold_sizes(model: ir.Model, analysis: Analysis, kinds: Mapping[str, tuple[int | str, ...]], probes: Sequence[Facts]) -> int:
+def fold_sizes(
+    model: ir.Model, analysis: Analysis, kinds: Mapping[str, tuple[int | str, ...]], probes: Sequence[Facts]
+) -> int:
     """Rewrite `model` in place; returns how many nodes went. `probes` are facts at very different sizes."""
     before = len(model.graph)
     folder = _Folder(model, analysis, kinds, probes)
@@ -259,10 +261,14 @@ class _Folder:
             return self._initializer(np.array([number], dtype=np.int64))
         total: ir.Value | None = None
         for monomial, coefficient in polynomial.terms:
-            term = self._initializer(np.array([coefficient], dtype=np.int64)) if coefficient != 1 or not monomial else None
+            term = (
+                self._initializer(np.array([coefficient], dtype=np.int64)) if coefficient != 1 or not monomial else None
+            )
             for i, name in enumerate(monomial):
                 size = self._named(name)
-                term = size if term is None else self._node("Mul", [term, size], ("mul", monomial[: i + 1], coefficient))
+                term = (
+                    size if term is None else self._node("Mul", [term, size], ("mul", monomial[: i + 1], coefficient))
+                )
             assert term is not None
             total = term if total is None else self._node("Add", [total, term], ("add", id(total), id(term)))
         assert total is not None

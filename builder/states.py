@@ -18,6 +18,8 @@ _CACHE_PORTS = {
 }
 """Attention ops: which input is the cache that comes out, longer, as which output."""
 _IN_PLACE = frozenset({"GroupQueryAttention"})
+_KEPT = _VIEWS | {"Slice"}
+"""What may lie around the op that appends: a change of form, or a window that keeps the last positions."""
 _STATE_OUTPUT = re.compile(r"present.*")
 
 
@@ -32,33 +34,37 @@ class StatePair:
     """Whether the op writes new positions into the input's buffer if it has room."""
 
 
-def pair_states(graph: ir.Graph, facts: Facts) -> list[StatePair]:
-    """Every cache input with the output that holds the same positions and the new ones."""
-    pairs: list[StatePair] = []
-    for value in graph.inputs:
-        if role_of(value) != "state":
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class States:
+    """The state of a model."""
+
+    pairs: tuple[StatePair, ...]
+    values: frozenset[ir.Value]
+    """Every graph input and output that carries state, those without a partner too (a prefill graph has no past)."""
+
+
+def find_states(graph: ir.Graph, facts: Facts) -> States:
+    """The state inputs and outputs of `graph`, and which output becomes which input."""
+    inputs = [value for value in graph.inputs if role_of(value) == "state"]
+    pairs = [pair for value in inputs if (pair := _pair(value, facts)) is not None]
+    outputs = {pair.output for pair in pairs}
+    outputs |= {v for v in graph.outputs if _STATE_OUTPUT.fullmatch(str(v.name)) and v.producer() is not None}
+    return States(pairs=tuple(pairs), values=frozenset(inputs) | outputs)
+
+
+def _pair(value: ir.Value, facts: Facts) -> StatePair | None:
+    """The output that holds the same positions as `value`, and the new ones behind them."""
+    for appended, node in _appended(value):
+        output = _as_output(appended)
+        if output is None:
             continue
-        for appended, node in _appended(value):
-            output = _as_output(appended)
-            if output is None:
-                continue
-            before, after = facts[value].shape, facts[output].shape
-            grown = [d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a != b]
-            if len(before) == len(after) and len(grown) == 1:
-                in_place = node.op_type in _IN_PLACE and value in node.inputs and output in node.outputs
-                pairs.append(StatePair(input=value, output=output, sequence_dim=grown[0], in_place=in_place))
-                break
-    return pairs
-
-
-def state_outputs(graph: ir.Graph, pairs: list[StatePair]) -> frozenset[ir.Value]:
-    """Outputs that are state: those of pairs, and caches that a graph without past gives."""
-    paired = {pair.output for pair in pairs}
-    return frozenset(
-        value
-        for value in graph.outputs
-        if value in paired or (_STATE_OUTPUT.fullmatch(str(value.name)) and value.producer() is not None)
-    )
+        before, after = facts[value], facts[output]
+        sizes = zip(before.shape, after.shape, strict=False)
+        grown = [d for d, (a, b) in enumerate(sizes) if a != b]
+        if before.dtype == after.dtype and len(before.shape) == len(after.shape) and len(grown) == 1:
+            in_place = node.op_type in _IN_PLACE and value in node.inputs and output in node.outputs
+            return StatePair(input=value, output=output, sequence_dim=grown[0], in_place=in_place)
+    return None
 
 
 def _appended(value: ir.Value) -> list[tuple[ir.Value, ir.Node]]:
@@ -68,9 +74,9 @@ def _appended(value: ir.Value) -> list[tuple[ir.Value, ir.Node]]:
     while queue:
         current = queue.pop()
         for node, port in current.uses():
-            if node.op_type in _VIEWS and port == 0:
+            if node.op_type in _KEPT and port == 0:
                 queue.extend(node.outputs)
-            elif node.op_type == "Concat":
+            elif node.op_type == "Concat" and port == 0:
                 found.append((node.outputs[0], node))
             else:
                 out = _CACHE_PORTS.get(node.op_type, {}).get(port)
@@ -86,5 +92,5 @@ def _as_output(value: ir.Value) -> ir.Value | None:
         current = queue.pop()
         if current.is_graph_output():
             return current
-        queue.extend(o for node, port in current.uses() if node.op_type in _VIEWS and port == 0 for o in node.outputs)
+        queue.extend(o for node, port in current.uses() if node.op_type in _KEPT and port == 0 for o in node.outputs)
     return None

@@ -19,7 +19,7 @@ from furiosa_llm.runtime.driver import Barrier, Drivers, ranks_of
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.exchange import Exchanger, ThreadExchange
 from furiosa_llm.runtime.memory import Block, array_nbytes, lifetimes, place
-from furiosa_llm.runtime.ort import ORT_ERRORS, Array, RawBinding, RawTensor, Tensor, let_allocate, wrap
+from furiosa_llm.runtime.ort import ORT_ERRORS, Array, RawBinding, RawTensor, Tensor, let_allocate, unwrap, wrap
 from furiosa_llm.runtime.program import CollectiveCall, Program, growing_values
 from furiosa_llm.runtime.sessions import RankSessions
 
@@ -154,8 +154,7 @@ class BoundProgram:
         """Passes on the outputs that onnxruntime has allocated, and has it allocate new ones in the next run."""
         outputs = item.binding.get_outputs()
         for position, name in item.collect:
-            raw = outputs[position]
-            self.bind_input(item.rank, name, Tensor(raw.numpy(), raw))
+            self.bind_input(item.rank, name, unwrap(outputs[position], self._program.types[name].dtype))
             let_allocate(item.binding, name)
 
     def _exchange_allocated(self, thread: int, calls: Sequence[CollectiveCall]) -> None:

@@ -69,8 +69,9 @@ class DecoderModel(Protocol):
 class _StateBuffers:
     """The memory of one state on one rank; `past` is what the next step reads, `present` what it writes.
 
-    In place: one buffer of `capacity` positions, past and present at once. Append: two, between which past and present
-    alternate, because the present has the past copied into it.
+    In place: one buffer of `capacity` positions, past and present at once; what lies beyond the valid ones is finite,
+    because kernels may read it before they mask it. Append: two, between which past and present alternate, because the
+    present has the past copied into it.
     """
 
     __slots__ = ("_dtype", "_flat", "_in_place", "_inner", "_outer", "past", "present", "state")
@@ -89,9 +90,6 @@ class _StateBuffers:
         kept = self.past.array
         self._flat = self._allocate(capacity)
         self.past = self.present = self._tensor(self._flat[0], capacity if self._in_place else length)
-        if self._in_place:
-            # onnxruntime may read beyond the valid positions, and what it reads is masked: so it must be finite.
-            self.past.array[...] = 0
         valid = (slice(None),) * len(self._outer) + (slice(0, length),)
         self.past.array[valid] = kept[valid]
 
@@ -243,7 +241,10 @@ def _check_interface(interface: DecoderInterface) -> None:
         raise UnsupportedError(
             "the model is not a decoder: it has no input for token ids or no output for logits; use `furiosa-llm run`"
         )
+    paired = {state.input for state in interface.states}
     for name, shape in interface.state_shapes.items():
+        if name not in paired:
+            raise UnsupportedError(f"state {name!r:.80} is not made by the model itself; use `furiosa-llm run`")
         names = {part for dim in shape if isinstance(dim, str) for part in parse_dimension(dim).names}
         if not names <= {"batch", *GROWING}:
             raise UnsupportedError(

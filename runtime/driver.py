@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
+from furiosa_llm.runtime.errors import ExecutionError
+
 
 class PeerFailedError(Exception):
     """Another driver thread has failed; its error is the one to show."""
@@ -54,6 +56,7 @@ class Drivers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._barrier = Barrier(count)
+        self._closed = False
         self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="furiosa-driver") if count > 1 else None
 
     def run(self, body: Callable[[int, Barrier], None]) -> None:
@@ -61,6 +64,8 @@ class Drivers:
 
         An exception on any thread ends the others at their next barrier and is raised here.
         """
+        if self._closed:
+            raise ExecutionError("the executor is closed; load the artifact again")
         if self._pool is None:
             body(0, self._barrier)
             return
@@ -76,7 +81,8 @@ class Drivers:
         self._raise_first(futures)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; further runs raise ExecutionError."""
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown()
 

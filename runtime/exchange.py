@@ -19,7 +19,7 @@ from furiosa_llm.runtime.program import CollectiveCall
 SPLIT_NBYTES = 1024 * 1024
 """An AllReduce of this many bytes or more, over all its parts, is split between the threads.
 
-Measured with two threads: a sum of 1 MiB takes about 40 us, and half of that is what a second barrier costs.
+Measured on prefills with two threads: splitting costs 3 % at 0.1 MiB, nothing at 0.6 MiB, and saves 2 % at 1.1 MiB.
 """
 
 

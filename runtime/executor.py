@@ -30,10 +30,13 @@ class Executor:
 
     `threads` driver threads step the ranks (None: one for each core this process may use; never more than ranks).
     `mapped` leaves the weights in their file instead of packing them: it starts at once and decodes slower.
+    `exact` is for comparisons: no kernel rounds activations of fused quantised weights to 8 bits.
     Close it, or use it as a context manager, to end its threads.
     """
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None, mapped: bool = False) -> None:
+    def __init__(
+        self, artifact: Artifact, *, threads: int | None = None, mapped: bool = False, exact: bool = False
+    ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}")
         cores = len(os.sched_getaffinity(0))
@@ -41,7 +44,7 @@ class Executor:
         self.mesh = artifact.manifest.mesh
         self.threads = min(threads or cores, self.mesh.size)
         self.program = cut_program(artifact.program, artifact.manifest)
-        settings = SessionSettings(prepack=not mapped)
+        settings = SessionSettings(prepack=not mapped, exact=exact)
         self._sessions = create_sessions(artifact, self.program, settings, threads=threads or cores)
         self._drivers = Drivers(self.threads)
         self._lock = threading.Lock()
@@ -106,7 +109,7 @@ class Executor:
         with self._lock:
             self._bound.resize(sizes)
             for info in infos:
-                self._bind(info, np.ascontiguousarray(inputs[info.name]))
+                self._bind(info, np.asarray(inputs[info.name], order="C"))
             self._bound.run()
             return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
 
@@ -149,7 +152,7 @@ class Executor:
                 indices = index_map(layout, self.mesh, rank)
                 local = np.take(local, np.maximum(indices, 0), axis=dim)
                 local[(slice(None),) * dim + (indices < 0,)] = 0
-            self._bound.bind_input(rank, info.name, wrap(np.ascontiguousarray(local), info.dtype))
+            self._bound.bind_input(rank, info.name, wrap(np.asarray(local, order="C"), info.dtype))
 
     def _assemble(self, info: OutputInfo) -> Array:
         split = [(dim, layout) for dim, layout in enumerate(info.layout) if layout is not None and axes_of(layout)]

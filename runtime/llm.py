@@ -26,6 +26,9 @@ from furiosa_llm.runtime.tokenizer import Tokenizer
 
 _DEFAULT_PARAMS = SamplingParams()
 
+_PREFILL_TOKENS = 512
+"""Longer prompts are prefilled in chunks, because models give logits for all tokens, and those take memory."""
+
 
 class LLM:
     """A decoder loaded from an artifact.
@@ -210,14 +213,15 @@ class LLM:
     def _decode(
         self, session: DecoderSession, prompt: list[int], params: SamplingParams, max_tokens: int
     ) -> Iterator[CompletionOutput]:
-        """The completion after each token: one prefill, then one step for each token but the last."""
+        """The completion after each token: the prefill, then one step for each token but the last."""
         stops = self._stop_token_ids(params)
         sampler = Sampler(params, prompt, seed=self._seed)
         text = TextStream(self.tokenizer, params.stop_strings, min_tokens=params.min_tokens)
         session.reset()
         session.reserve(len(prompt) + max_tokens)
         token_ids: list[int] = []
-        logits = session.step(np.array([prompt], dtype=np.int64))
+        for start in range(0, len(prompt), _PREFILL_TOKENS):
+            logits = session.step(np.array([prompt[start : start + _PREFILL_TOKENS]], dtype=np.int64))
         while True:
             forbidden = sorted(stops) if len(token_ids) < params.min_tokens else ()
             token = sampler.sample(logits[0], forbidden=forbidden)

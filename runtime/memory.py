@@ -63,12 +63,12 @@ def place(values: Iterable[tuple[str, int, Lifetime]]) -> tuple[dict[str, int], 
 
 
 class Block:
-    """A block of memory that arrays are cut from; untouched pages of it take no memory."""
+    """A block of memory that arrays are cut from: zeros at first, and pages that are never touched take no memory."""
 
     __slots__ = ("_bytes",)
 
     def __init__(self, nbytes: int) -> None:
-        raw = np.empty(nbytes + _ALIGNMENT, dtype=np.uint8)
+        raw = np.zeros(nbytes + _ALIGNMENT, dtype=np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         self._bytes = raw[start : start + nbytes]
 

@@ -6,6 +6,8 @@ call itself. They keep no reference to the numpy memory.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +40,15 @@ class RawTensor(Protocol):
     """onnxruntime's own handle of a tensor."""
 
     def numpy(self) -> Array:
-        """The tensor's memory as an array, without a copy."""
+        """The tensor's memory as an array, without a copy; raises RuntimeError for types that numpy has not."""
+        ...
+
+    def data_ptr(self) -> int:
+        """The address of the tensor's memory."""
+        ...
+
+    def shape(self) -> list[int]:
+        """The tensor's shape."""
         ...
 
 
@@ -65,11 +77,13 @@ class SessionSettings:
     """How sessions are made: `intra_op_threads` of each, and whether weights are packed for speed.
 
     `prepack` copies each MatMul weight into the kernel's own order when the session is made; without it weights stay
-    mapped from their file, shared between sessions and processes, and decoding is slower.
+    mapped from their file, shared between sessions and processes, and decoding is slower. `exact` keeps onnxruntime
+    from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul.
     """
 
     intra_op_threads: int = 1
     prepack: bool = True
+    exact: bool = False
 
 
 class Session:
@@ -92,6 +106,8 @@ class Session:
             "session.model_external_initializers_file_folder_path": os.fspath(weights_folder),
             "session.disable_prepacking": "0" if settings.prepack else "1",
         }
+        if settings.exact:
+            entries["session.qdq_matmulnbits_accuracy_level"] = "0"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
         self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -117,6 +133,16 @@ def wrap(array: Array, dtype: str) -> Tensor:
         same_size = array.view(np.dtype(f"u{array.dtype.itemsize}"))
         return Tensor(array, _state.OrtValue.ortvalue_from_numpy_with_onnx_type(same_size, code))
     return Tensor(array, _state.OrtValue.ortvalue_from_numpy(array, _CPU))
+
+
+def unwrap(raw: RawTensor, dtype: str) -> Tensor:
+    """The tensor of ONNX type `dtype` that onnxruntime has allocated, its array over the same memory."""
+    kind = np.dtype(DTYPES[dtype].numpy)
+    if kind.isbuiltin == 1:
+        return Tensor(raw.numpy(), raw)
+    shape = raw.shape()
+    memory = (ctypes.c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(raw.data_ptr())
+    return Tensor(np.ctypeslib.as_array(memory).view(kind).reshape(shape), raw)
 
 
 def let_allocate(binding: RawBinding, name: str) -> None:

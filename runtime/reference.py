@@ -19,7 +19,7 @@ from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State
 from furiosa_llm.runtime.decoder import Bound, DecoderInterface
 from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.memory import Block, array_nbytes
-from furiosa_llm.runtime.ort import ORT_ERRORS, Array, Session, SessionSettings, Tensor, let_allocate, wrap
+from furiosa_llm.runtime.ort import ORT_ERRORS, Array, Session, SessionSettings, Tensor, let_allocate, unwrap, wrap
 
 
 class ReferenceModel:
@@ -49,7 +49,7 @@ class ReferenceModel:
         _check_names(self._path, "outputs", [v.name for v in model.graph.output], [o.name for o in outputs])
         if accuracy_level is not None:
             set_accuracy_level(model, accuracy_level)
-        settings = SessionSettings(intra_op_threads=threads)
+        settings = SessionSettings(intra_op_threads=threads, exact=accuracy_level == 0)
         try:
             self._session = Session(model.SerializeToString(), self._path.parent, settings)
         except ORT_ERRORS as error:
@@ -69,8 +69,9 @@ class ReferenceModel:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The model's outputs by name, for `inputs` by name."""
         binding = self._session.binding()
+        tensors = {info.name: wrap(np.asarray(inputs[info.name], order="C"), info.dtype) for info in self._inputs}
         for info in self._inputs:
-            binding.bind_ortvalue_input(info.name, wrap(np.ascontiguousarray(inputs[info.name]), info.dtype).raw)
+            binding.bind_ortvalue_input(info.name, tensors[info.name].raw)
         for output in self._outputs:
             let_allocate(binding, output.name)
         try:
@@ -78,7 +79,7 @@ class ReferenceModel:
         except ORT_ERRORS as error:
             raise ExecutionError(f"onnxruntime cannot run {self._path}: {error}") from error
         results = zip(self._outputs, binding.get_outputs(), strict=True)
-        return {info.name: tensor.numpy().copy() for info, tensor in results}
+        return {info.name: unwrap(raw, info.dtype).array.copy() for info, raw in results}
 
     def bind_steps(self, external: frozenset[str]) -> Bound:
         """The model bound to memory of its own, but for the outputs `external`."""

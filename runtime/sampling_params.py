@@ -109,7 +109,7 @@ class SamplingParams:
         _require(0.0 < penalty <= 2.0, f"repetition_penalty must be in (0, 2], got {penalty}.")
         _require(self.temperature >= 0.0, f"temperature must be non-negative, got {self.temperature}.")
         _require(0.0 < self.top_p <= 1.0, f"top_p must be in (0, 1], got {self.top_p}.")
-        valid_top_k = isinstance(self.top_k, int) and (self.top_k == -1 or self.top_k >= 1)
+        valid_top_k = self.top_k == -1 or self.top_k >= 1
         _require(valid_top_k, f"top_k must be -1 (disable), or at least 1, got {self.top_k}.")
         _require(0.0 <= self.min_p <= 1.0, f"min_p must be in [0, 1], got {self.min_p}.")
 

@@ -47,7 +47,11 @@ def create_sessions(
                     made[key] = pool.submit(_load, model.SerializeToString(), artifact, settings, index, rank)
                 row.append(made[key])
             rows.append(row)
-        return tuple(row if row is None else tuple(future.result() for future in row) for row in rows)
+        try:
+            return tuple(row if row is None else tuple(future.result() for future in row) for row in rows)
+        except ExecutionError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _load(model: bytes, artifact: Artifact, settings: SessionSettings, segment: int, rank: int) -> Session:

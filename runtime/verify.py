@@ -6,9 +6,11 @@ falls the other way is no error of the split.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +18,8 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.decoder import DecoderModel, DecoderSession
@@ -34,6 +38,8 @@ DEFAULT_PROMPTS = (
 
 _CASES = (("prefill", 2, 9, 0), ("decode", 2, 1, 9), ("chunk", 3, 5, 7))
 """Name, batch, sequence and past of the steps that a decoder is compared on."""
+
+_CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
 
 _OTHER_CASE = ("forward", 2, 9, 0)
 
@@ -106,9 +112,9 @@ def verify_against(
 
     A decoder is compared in prefill, in decode and in a chunk behind a past, every state among the outputs; then
     `prompts` are completed greedily by `max_tokens` tokens each, if the artifact has a tokenizer. Another model is
-    compared in one batch. `sizes` gives dynamic dimensions that have no size of their own here, such as an image's
-    height. Raises ArtifactError, InputError and ExecutionError as loading and running do, and UnsupportedError if a
-    dimension has no size.
+    compared in one batch. `sizes` gives dynamic dimensions that have no size of their own here; those of an image are
+    taken from the model's config.json if it lies in the artifact. Raises ArtifactError, InputError and ExecutionError
+    as loading and running do, and UnsupportedError if a dimension has no size.
     """
     artifact, replaced = _at_level_0(open_artifact(path))
     manifest = artifact.manifest
@@ -118,16 +124,30 @@ def verify_against(
         outputs=manifest.outputs,
         states=manifest.states,
         threads=threads or len(os.sched_getaffinity(0)),
-        accuracy_level=0 if replaced else None,
+        accuracy_level=0,
     )
     random = np.random.default_rng(seed)
-    with Executor(artifact, threads=threads) as executor:
-        outputs = tuple(_compare_outputs(executor, reference, manifest, sizes or {}, random))
+    with Executor(artifact, threads=threads, exact=True) as executor:
+        known = _configured_sizes(artifact.folder) | dict(sizes or {})
+        outputs = tuple(_compare_outputs(executor, reference, manifest, known, random))
         tokens: tuple[TokenComparison, ...] = ()
         if manifest.model.task == "decoder" and (artifact.folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_folder(artifact.folder)
             tokens = tuple(_compare_tokens(executor, reference, tokenizer, prompts, max_tokens))
     return Report(outputs=outputs, tokens=tokens, accuracy_level_replaced=replaced)
+
+
+def _configured_sizes(folder: Path) -> dict[str, int]:
+    """Sizes of an image's dimensions, as exporters name them, from the model's configuration."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{path} is not JSON: {error}; {REBUILD}") from error
+    found = {dim: config.get(key) for dim, key in _CONFIGURED_SIZES.items()} if isinstance(config, dict) else {}
+    return {dim: size for dim, size in found.items() if isinstance(size, int)}
 
 
 def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:

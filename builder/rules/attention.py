@@ -50,6 +50,7 @@ def group_query_attention(view: NodeView) -> Rule:
     return Rule(
         text=f"{spell(*operands)} -> {spell(*outputs)}; pin d",
         sizes={"kv": kv, "g": heads // kv, "d": size},
+        padding="finite",
         attributes={"num_heads": "kv g", "kv_num_heads": "kv"},
     )
 
@@ -107,6 +108,7 @@ def attention(view: NodeView) -> Rule:
     return Rule(
         text=f"{spell(*operands)} -> {spell(*present)}; pin d e",
         sizes={"kv": kv, "g": heads // kv, "d": size, "e": value_size},
+        padding="finite",
         attributes={"q_num_heads": "kv g", "kv_num_heads": "kv"} if flat else {},
     )
 
@@ -127,13 +129,14 @@ def _rotary(view: NodeView) -> Rule:
     rest = _rest(view, 1)
     if view.rank(0) == 4:
         dims = ["b", "h", "*", "*"]
-        return Rule(text=f"{spell(dims, *rest)} -> {spell(dims)}")
+        return Rule(text=f"{spell(dims, *rest)} -> {spell(dims)}", padding="moves")
     heads = int(view.attribute("num_heads", 0))
     if not heads:
         return whole(view, note="RotaryEmbedding on packed heads without num_heads: replicated")
     dims = ["b", "*", "(h d)"]
     sizes = {"h": heads, "d": view.shape(0)[2] // heads}
-    return Rule(text=f"{spell(dims, *rest)} -> {spell(dims)}; pin d", sizes=sizes, attributes={"num_heads": "h"})
+    text = f"{spell(dims, *rest)} -> {spell(dims)}; pin d"
+    return Rule(text=text, sizes=sizes, attributes={"num_heads": "h"}, padding="moves")
 
 
 @shape_rule("RotaryEmbedding")

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from furiosa_llm.builder.rule import Rule
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, spell, words
+import numpy as np
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Padding, Rule
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, words
+from furiosa_llm.builder.shapes import Fact
 
 # fmt: off
-_POINTWISE = (
-    "Abs", "Acos", "And", "Asin", "Atan", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Ceil",
-    "Celu", "Clip", "Cos", "Cosh", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual",
-    "HardSigmoid", "HardSwish", "IsInf", "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min", "Mish",
-    "Mod", "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
-    "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu", "Xor",
-)
+_PADDING: dict[Padding, tuple[str, ...]] = {
+    "moves": (
+        "Abs", "Atan", "Ceil", "Celu", "Elu", "Erf", "Floor", "Gelu", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu",
+        "Round", "Selu", "Sign", "Sin", "Sinh", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
+    ),
+    "sum": ("Max", "Min"),
+    "finite": (
+        "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Clip", "Cos", "Cosh", "Equal", "Exp",
+        "Greater", "GreaterOrEqual", "HardSigmoid", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Sigmoid",
+        "Softplus", "Xor",
+    ),
+    "fragile": ("Asin", "Sqrt", "Tan"),
+    "lost": ("Acos", "Log", "Reciprocal"),
+}
 # fmt: on
+_POINTWISE: dict[str, Padding] = {op_type: padding for padding, op_types in _PADDING.items() for op_type in op_types}
 _FLOAT_BITS = {"FLOAT16": 16, "BFLOAT16": 16, "FLOAT": 32, "DOUBLE": 64}
 
 
@@ -35,49 +48,73 @@ def broadcast(view: NodeView) -> Rule:
 @rule(*_POINTWISE)
 def pointwise(view: NodeView) -> Rule:
     """Not linear: a partial sum must be added up first."""
-    return broadcast(view)
+    return dataclasses.replace(broadcast(view), padding=_POINTWISE[view.node.op_type])
+
+
+@rule("Pow")
+def power(view: NodeView) -> Rule:
+    """A constant positive exponent keeps zeros, and an integer one keeps everything finite."""
+    exponent = view.static_value(1)
+    positive = exponent is not None and bool(np.all(exponent > 0))
+    integer = exponent is not None and bool(np.all(exponent == np.round(exponent)))
+    padding: Padding = "lost" if not positive else "moves" if integer else "fragile"
+    return dataclasses.replace(broadcast(view), padding=padding, padding_ports=(0,))
 
 
 @rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", domain=MICROSOFT)
 def activation(view: NodeView) -> Rule:
-    """Onnxruntime's activations, with an optional bias."""
-    return broadcast(view)
+    """Activations of onnxruntime's, with an optional bias."""
+    return dataclasses.replace(broadcast(view), padding="sum")
+
+
+@shape_rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu")
+def _activation_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data = inputs[0]
+    assert data is not None
+    return [(data.dtype, data.shape)]
 
 
 @rule("Identity", "Neg")
 def negate(view: NodeView) -> Rule:
     """Linear in the only input."""
-    return dataclasses.replace(broadcast(view), linear=(0,))
+    return dataclasses.replace(broadcast(view), linear=(0,), padding="moves")
 
 
 @rule("Add", "Sub", "Sum", "Mean")
 def add(view: NodeView) -> Rule:
     """Jointly linear in all inputs."""
-    return dataclasses.replace(broadcast(view), linear=tuple(range(len(view.node.inputs))))
+    return dataclasses.replace(broadcast(view), linear=tuple(range(len(view.node.inputs))), padding="sum")
 
 
 @rule("Mul")
 def multiply(view: NodeView) -> Rule:
     """Linear in either input."""
-    return dataclasses.replace(broadcast(view), bilinear=True)
+    return dataclasses.replace(broadcast(view), bilinear=True, padding="product")
 
 
 @rule("Div")
 def divide(view: NodeView) -> Rule:
-    """Linear in the dividend (of floating point numbers)."""
+    """Linear in the dividend (of floating point numbers); padding divides nothing."""
     linear = (0,) if view.fact(0).dtype.name in _FLOAT_BITS else ()
-    return dataclasses.replace(broadcast(view), linear=linear)
+    return dataclasses.replace(broadcast(view), linear=linear, padding="moves", divisor=1)
+
+
+@rule("Mod")
+def modulo(view: NodeView) -> Rule:
+    """Padding divides nothing."""
+    return dataclasses.replace(broadcast(view), padding="moves", divisor=1)
 
 
 @rule("Where")
 def where(view: NodeView) -> Rule:
     """Jointly linear in the two values."""
-    return dataclasses.replace(broadcast(view), linear=(1, 2))
+    return dataclasses.replace(broadcast(view), linear=(1, 2), padding="finite")
 
 
 @rule("Cast")
 def cast(view: NodeView) -> Rule:
     """Linear where no precision is lost."""
-    source = _FLOAT_BITS.get(view.fact(0).dtype.name, 0)
-    target = _FLOAT_BITS.get(view.facts[view.node.outputs[0]].dtype.name, -1)
-    return dataclasses.replace(broadcast(view), linear=(0,) if 0 < source <= target else ())
+    source, target = view.fact(0).dtype, view.facts[view.node.outputs[0]].dtype
+    exact = source == target or _FLOAT_BITS.get(source.name, 64) < _FLOAT_BITS.get(target.name, 0)
+    linear = (0,) if exact and source.name in _FLOAT_BITS else ()
+    return dataclasses.replace(broadcast(view), linear=linear, padding="moves")

@@ -38,6 +38,7 @@ def mixture_of_experts(view: NodeView) -> Rule:
         text=f"{spell(*operands)} -> {spell([*rows, '*'])}; reduce i{pin}",
         sizes={"i": inner, "u": 2},
         masked=(5,) if view.has(5) else (),
+        padding="finite",
     )
 
 

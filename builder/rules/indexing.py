@@ -24,7 +24,8 @@ def gather(view: NodeView) -> Rule:
     if not is_table:
         data[axis] = "*"
     clause = f"; lookup {data[axis]}" if is_table else ""
-    return Rule(text=f"{spell(data, indices)} -> {spell(out)}{clause}", linear=(0,), axis=axis)
+    text = f"{spell(data, indices)} -> {spell(out)}{clause}"
+    return Rule(text=text, linear=(0,), axis=axis, padding="moves", padding_ports=(0,), indices=1)
 
 
 @rule("GatherElements")
@@ -36,7 +37,8 @@ def gather_elements(view: NodeView) -> Rule:
     passes = [d != axis and a == b for d, (a, b) in enumerate(zip(view.shape(0), view.shape(1), strict=True))]
     data = [n if keep else "*" for n, keep in zip(names, passes, strict=True)]
     indices = [n if keep or d == axis else "*" for d, (n, keep) in enumerate(zip(names, passes, strict=True))]
-    return Rule(text=f"{spell(data, indices)} -> {spell(indices)}", linear=(0,))
+    text = f"{spell(data, indices)} -> {spell(indices)}"
+    return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
 @rule("ScatterElements")
@@ -47,7 +49,8 @@ def scatter_elements(view: NodeView) -> Rule:
     same = zip(view.shape(0), view.shape(1), strict=True)
     dims = [n if d != axis and a == b else "*" for d, (n, (a, b)) in enumerate(zip(words(rank), same, strict=True))]
     linear = (0, 2) if view.attribute("reduction", "none") in ("none", "add") else ()
-    return Rule(text=f"{spell(dims, dims, dims)} -> {spell(dims)}", linear=linear)
+    text = f"{spell(dims, dims, dims)} -> {spell(dims)}"
+    return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
 @rule("GatherND")
@@ -59,7 +62,8 @@ def gather_nd(view: NodeView) -> Rule:
     data[batch : batch + depth] = ["*"] * depth
     indices[:batch] = data[:batch]
     out = [*indices, *data[batch + depth :]]
-    return Rule(text=f"{spell(data, [*indices, '*'])} -> {spell(out)}", linear=(0,))
+    text = f"{spell(data, [*indices, '*'])} -> {spell(out)}"
+    return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
 @rule("ScatterND")
@@ -71,7 +75,8 @@ def scatter_nd(view: NodeView) -> Rule:
     indices = ["*"] * view.rank(1)
     updates = [*indices[:-1], *data[depth:]]
     linear = (0, 2) if view.attribute("reduction", "none") in ("none", "add") else ()
-    return Rule(text=f"{spell(data, indices, updates)} -> {spell(data)}", linear=linear)
+    text = f"{spell(data, indices, updates)} -> {spell(data)}"
+    return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
 @rule("GatherBlockQuantized", domain=MICROSOFT)
@@ -83,11 +88,11 @@ def gather_block_quantized(view: NodeView) -> Rule:
     if view.has(3):
         operands.append(["v", *["*"] * (view.rank(3) - 1)])
     out = [*indices, *["*"] * (view.rank(0) - 1)]
-    if view.attribute("gather_axis", 0) != 0 or not view.is_weight(0):
+    if view.attribute("gather_axis", 0) != 0 or view.attribute("quantize_axis", 1) == 0 or not view.is_weight(0):
         operands[0] = ["*"] * view.rank(0)
         operands[2:] = [["*"] * view.rank(p) for p in range(2, len(operands))]
-        return Rule(text=f"{spell(*operands)} -> {spell(out)}")
-    return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0)
+        return Rule(text=f"{spell(*operands)} -> {spell(out)}", padding="finite", indices=1)
+    return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0, padding="finite", indices=1)
 
 
 @shape_rule("GatherBlockQuantized")
@@ -95,7 +100,9 @@ def _gather_block_quantized_shape(
     node: ir.Node, inputs: Sequence[Fact | None]
 ) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data, indices, scales = inputs[0], inputs[1], inputs[2]
-    assert data is not None and indices is not None and scales is not None
+    assert data is not None
+    assert indices is not None
+    assert scales is not None
     attributes = attributes_of(node)
     axis = attributes.get("gather_axis", 0) % len(data.shape)
     packed = 8 // attributes.get("bits", 4) if data.dtype is ir.DataType.UINT8 else 1

@@ -36,7 +36,7 @@ def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
 @rule("MatMul")
 def matmul(view: NodeView) -> Rule:
     """Batched matrix product."""
-    return Rule(text=matmul_text(view.shape(0), view.shape(1)))
+    return Rule(text=matmul_text(view.shape(0), view.shape(1)), padding="product")
 
 
 @rule("FusedMatMul", domain=MICROSOFT)
@@ -45,19 +45,22 @@ def fused_matmul(view: NodeView) -> Rule:
     if view.attribute("transBatchA", 0) or view.attribute("transBatchB", 0):
         return whole(view, note="FusedMatMul with transposed batch dimensions: replicated")
     a, b = view.shape(0), view.shape(1)
+    if min(len(a), len(b)) < 2:
+        return whole(view, note="FusedMatMul of a vector: replicated")
     left, rest = matmul_text(a, b).split(", ", 1)
     right, tail = rest.split(" -> ", 1)
     if view.attribute("transA", 0):
         left = left.removesuffix("m k") + "k m"
     if view.attribute("transB", 0):
         right = right.removesuffix("k n") + "n k"
-    return Rule(text=f"{left}, {right} -> {tail}")
+    return Rule(text=f"{left}, {right} -> {tail}", padding="product")
 
 
 @shape_rule("FusedMatMul")
 def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     a, b = inputs[0], inputs[1]
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     attributes = attributes_of(node)
     left = (*a.shape[:-2], a.shape[-1], a.shape[-2]) if attributes.get("transA") else a.shape
     right = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if attributes.get("transB") else b.shape
@@ -74,18 +77,18 @@ def gemm(view: NodeView) -> Rule:
     if view.has(2):
         names = ["m", "n"][2 - view.rank(2) :]
         operands.append([n if s != 1 else "1" for n, s in zip(names, view.shape(2), strict=True)])
-    return Rule(text=f"{spell(*operands)} -> m n; reduce k", masked=(2,) if view.has(2) else ())
+    text = f"{spell(*operands)} -> m n; reduce k"
+    return Rule(text=text, masked=(2,) if view.has(2) else (), padding="product", padding_ports=(0, 1))
 
 
 @rule("Conv")
 def conv(view: NodeView) -> Rule:
     """Output channels and batch; where there are no groups, input channels are contracted."""
-    space = view.rank(0) - 2
-    inside, kernel, outside = ["*"] * space, ["*"] * space, ["."] * space
+    space = ["*"] * (view.rank(0) - 2)
     if view.attribute("group", 1) != 1:
         return whole(view, note="Conv with groups: replicated")
-    operands: list[list[str] | None] = [["b", "c", *inside], ["o", "c", *kernel]]
+    operands: list[list[str] | None] = [["b", "c", *space], ["o", "c", *space]]
     if view.has(2):
         operands.append(["o"])
-    text = f"{spell(*operands)} -> {spell(['b', 'o', *outside])}; reduce c"
-    return Rule(text=text, masked=(2,) if view.has(2) else ())
+    text = f"{spell(*operands)} -> {spell(['b', 'o', *space])}; reduce c"
+    return Rule(text=text, masked=(2,) if view.has(2) else (), padding="product", padding_ports=(0, 1))

@@ -13,39 +13,39 @@ from furiosa_llm.builder.shapes import Fact, attributes_of
 
 @rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(view: NodeView) -> Rule:
-    """`n` output columns; the contraction is (blocks, block), and a block is never cut."""
+    """`n` output columns; the contraction is (blocks, block), and neither a block nor a byte is ever cut."""
     bits, block = int(view.attribute("bits", 4)), int(view.attribute("block_size"))
     size, columns = int(view.attribute("K")), int(view.attribute("N"))
-    blocks = -(-size // block)
     if view.has(4):
         return whole(view, note="MatMulNBits with g_idx: replicated")
-    zero_point = view.fact(3) if view.has(3) else None
-    packed_points = zero_point is not None and zero_point.dtype is ir.DataType.UINT8 and bits < 8
-    per_byte = 8 // bits if packed_points else 1
-    whole_blocks = size % block != 0 or blocks % per_byte != 0
-    sizes = {"n": columns, "k": blocks // per_byte, "u": per_byte, "w": block}
-    group = "*" if whole_blocks else "(k u)"
-    names = words(view.rank(0) - 1)
-    operands: list[list[str] | None] = [
-        [*names, "*" if whole_blocks else "(k u w)"],
-        ["n", group, "*"],
-        ["n", group] if view.rank(2) == 2 else [f"(n {'.' if whole_blocks else 'k u'})" if not whole_blocks else "*"],
-    ]
-    if zero_point is not None:
-        point = "*" if whole_blocks else "k" if packed_points else "(k u)"
-        flat = len(zero_point.shape) == 1
-        operands.append(
-            [f"(n {'k' if packed_points else 'k u'})" if not whole_blocks else "*"] if flat else ["n", point]
-        )
-    if view.has(5):
-        operands += [None] * (5 - len(operands)) + [["n"]]
-    clauses = "" if whole_blocks else "; reduce k u; pin u w"
+    blocks = -(-size // block)
+    packed = view.has(3) and view.fact(3).dtype is ir.DataType.UINT8 and bits < 8
+    per_byte = 8 // bits if packed else 1
+    rows = words(view.rank(0) - 1)
+    if size % block or blocks % per_byte:  # the last block, or the last byte of a row, is used in part
+        contraction, groups, points, clause = "*", "r", "t", "pin r t" if packed else "pin r"
+        sizes = {"r": blocks, "t": -(-blocks // per_byte)}
+    else:
+        contraction, groups, points, clause = "(k u w)", "k u", "k", "reduce k u; pin u w"
+        sizes = {"k": blocks // per_byte, "u": per_byte, "w": block}
+    if not packed:
+        points = groups
+    operands: list[list[str] | None] = [[*rows, contraction], ["n", f"({groups})", "*"], _per_group(view, 2, groups)]
+    operands.append(_per_group(view, 3, points) if view.has(3) else None)
+    operands += [None, ["n"] if view.has(5) else None]
     return Rule(
-        text=f"{spell(*operands)} -> {spell([*names, 'n'])}{clauses}",
-        sizes=sizes,
+        text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell([*rows, 'n'])}; {clause}",
+        sizes={"n": columns, **sizes},
         masked=(5,) if view.has(5) else (),
-        attributes={"N": "n"} if whole_blocks else {"N": "n", "K": "k u w"},
+        attributes={"N": "n"} if contraction == "*" else {"N": "n", "K": "k u w"},
+        padding="product",
+        padding_ports=(0, 2),
     )
+
+
+def _per_group(view: NodeView, port: int, groups: str) -> list[str]:
+    """Scales or zero points: `[n, groups]`, or flat."""
+    return ["n", f"({groups})"] if view.rank(port) == 2 else [f"(n {groups})"]
 
 
 @shape_rule("MatMulNBits")
@@ -58,19 +58,20 @@ def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
 @rule("DequantizeLinear")
 def dequantize(view: NodeView) -> Rule:
     """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
-    rank = view.rank(0)
-    names = words(rank)
-    axis = int(view.attribute("axis", 1)) % rank
+    data = words(view.rank(0))
+    out, scale = list(data), list(data)
+    clause, sizes = "", {}
     block = int(view.attribute("block_size", 0))
+    axis = int(view.attribute("axis", 1)) % len(data) if data else 0
     if not block:
-        scale = [] if view.rank(1) == 0 or view.shape(1) == (1,) else [names[axis]]
-        scale = ["1"] if view.shape(1) == (1,) else scale
-        operands = [names, *[scale] * (len(view.node.inputs) - 1)]
-        return Rule(text=f"{spell(*operands)} -> {spell(names)}")
-    if view.shape(0)[axis] % block:
-        data = ["*" if d == axis else n for d, n in enumerate(names)]
-        return Rule(text=f"{spell(data, *[data] * (len(view.node.inputs) - 1))} -> {spell(data)}")
-    data = ["(q w)" if d == axis else n for d, n in enumerate(names)]
-    scale = ["q" if d == axis else n for d, n in enumerate(names)]
-    operands = [data, *[scale] * (len(view.node.inputs) - 1)]
-    return Rule(text=f"{spell(*operands)} -> {spell(data)}; pin w", sizes={"q": view.shape(1)[axis], "w": block})
+        scale = [] if view.rank(1) == 0 else ["1"] if view.shape(1) == (1,) else [data[axis]]
+    elif view.shape(0)[axis] % block:
+        data[axis] = out[axis] = scale[axis] = "*"
+    else:
+        data[axis] = out[axis] = "(q w)"
+        scale[axis] = "q"
+        clause, sizes = "; pin w", {"q": view.shape(1)[axis], "w": block}
+    text = f"{spell(data, *[scale] * (len(view.node.inputs) - 1))} -> {spell(out)}{clause}"
+    # Zero is not a zero of the data if it has a zero point, but it is one wherever the scale is zero.
+    ports = (1,) if view.has(2) else (0, 1)
+    return Rule(text=text, sizes=sizes, padding="product", padding_ports=ports)

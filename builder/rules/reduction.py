@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rule import Padding, Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
 from furiosa_llm.builder.shapes import Fact
 
@@ -15,17 +16,22 @@ def _tail(view: NodeView) -> list[list[str] | None]:
     return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
 
 
-def _reduction(view: NodeView, *, summed: bool, average: bool = False) -> Rule:
+def _reduced_axes(view: NodeView) -> set[int] | None:
+    """The axes of a reduction, counted from the front; None if they are not known."""
     rank = view.rank(0)
-    axes = view.axes(1, default=tuple(range(rank)))
+    axes = view.axes(1, default=())
     if axes is None:
-        return whole(view)
+        return None
     if not axes and view.attribute("noop_with_empty_axes", 0):
-        axes = ()
-    elif not axes:
-        axes = tuple(range(rank))
-    reduced = {a % rank for a in axes}
-    names = words(rank)
+        return set()
+    return {axis % rank for axis in axes or range(rank)}
+
+
+def _reduction(view: NodeView, *, summed: bool, average: bool = False, padding: Padding = "moves") -> Rule:
+    reduced = _reduced_axes(view)
+    if reduced is None:
+        return whole(view)
+    names = words(view.rank(0))
     dims = [n if summed or d not in reduced else "*" for d, n in enumerate(names)]
     left = [n if size != 1 else "1" for n, size in zip(dims, view.shape(0), strict=True)]
     if view.attribute("keepdims", 1):
@@ -34,9 +40,8 @@ def _reduction(view: NodeView, *, summed: bool, average: bool = False) -> Rule:
         out = [n for d, n in enumerate(left) if d not in reduced]
     contracted = [n for d, n in enumerate(left) if d in reduced and n not in ("1", "*")]
     clause = f"; reduce {' '.join(contracted)}" if contracted else ""
-    return Rule(
-        text=f"{spell(left, *_tail(view))} -> {spell(out)}{clause}", linear=(0,) if summed else (), average=average
-    )
+    text = f"{spell(left, *_tail(view))} -> {spell(out)}{clause}"
+    return Rule(text=text, linear=(0,) if summed else (), average=average, padding=padding)
 
 
 @rule("ReduceSum")
@@ -47,37 +52,52 @@ def reduce_sum(view: NodeView) -> Rule:
 
 @rule("ReduceMean")
 def reduce_mean(view: NodeView) -> Rule:
-    """Local means, divided by the number of parts, add up."""
-    return _reduction(view, summed=True, average=True)
+    """Local means, divided by the number of parts, add up; means of integers are rounded, and do not."""
+    exact = view.fact(0).dtype.is_floating_point()
+    return _reduction(view, summed=exact, average=exact)
 
 
-@rule(
-    "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"
-)
+@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 def reduce_other(view: NodeView) -> Rule:
-    """Reduced axes must be whole."""
+    """Reduced axes must be whole; zeros give zero."""
     return _reduction(view, summed=False)
 
 
-def _along_axis(view: NodeView, default: int, outputs: int | None = None) -> Rule:
-    """The axis must be whole, the rest passes."""
-    rank = view.rank(0)
-    axis = int(view.attribute("axis", default)) % rank
-    names = ["*" if d == axis else n for d, n in enumerate(words(rank))]
-    count = len(view.node.outputs) if outputs is None else outputs
-    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(*[names] * count)}")
+@rule("ReduceLogSum", "ReduceLogSumExp")
+def reduce_logarithm(view: NodeView) -> Rule:
+    """Reduced axes must be whole; zeros may give minus infinity."""
+    return _reduction(view, summed=False, padding="lost")
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax", "LpNormalization")
+def _along_axis(view: NodeView, axes: Collection[int], padding: Padding = "finite") -> Rule:
+    """The axes must be whole, the rest passes."""
+    names = ["*" if d in axes else n for d, n in enumerate(words(view.rank(0)))]
+    outputs = [names] * len(view.node.outputs)
+    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(*outputs)}", padding=padding)
+
+
+def _axis(view: NodeView, default: int) -> int:
+    return int(view.attribute("axis", default)) % view.rank(0)
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(view: NodeView) -> Rule:
-    """Everything along the axis is needed."""
-    return _along_axis(view, -1)
+    """Everything along the axis is needed; before opset 13, everything from the axis on, which was 1."""
+    if view.opset < 13:
+        return _along_axis(view, range(_axis(view, 1), view.rank(0)))
+    return _along_axis(view, [_axis(view, -1)])
+
+
+@rule("LpNormalization")
+def lp_normalization(view: NodeView) -> Rule:
+    """Everything along the axis is needed; zeros are divided by their norm."""
+    return _along_axis(view, [_axis(view, -1)], padding="lost")
 
 
 @rule("TopK")
 def top_k(view: NodeView) -> Rule:
     """Values and indices along the axis."""
-    return _along_axis(view, -1)
+    return _along_axis(view, [_axis(view, -1)])
 
 
 @rule("CumSum")
@@ -86,18 +106,16 @@ def cumulative_sum(view: NodeView) -> Rule:
     axis = view.static_value(1)
     if axis is None:
         return whole(view)
-    names = ["*" if d == int(axis.item()) % view.rank(0) else n for d, n in enumerate(words(view.rank(0)))]
-    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(names)}", linear=(0,))
+    return dataclasses.replace(_along_axis(view, [int(axis.item()) % view.rank(0)], padding="moves"), linear=(0,))
 
 
 @rule("ArgMax", "ArgMin")
 def arg_max(view: NodeView) -> Rule:
     """The axis must be whole and is dropped or kept as 1."""
-    rank = view.rank(0)
-    axis = int(view.attribute("axis", 0)) % rank
-    names = ["*" if d == axis else n for d, n in enumerate(words(rank))]
+    axis = _axis(view, 0)
+    names = ["*" if d == axis else n for d, n in enumerate(words(view.rank(0)))]
     out = ["1" if d == axis else n for d, n in enumerate(names) if d != axis or view.attribute("keepdims", 1)]
-    return Rule(text=f"{spell(names)} -> {spell(out)}")
+    return Rule(text=f"{spell(names)} -> {spell(out)}", padding="finite")
 
 
 @rule("OneHot")
@@ -107,20 +125,23 @@ def one_hot(view: NodeView) -> Rule:
     axis = int(view.attribute("axis", -1)) % rank
     names = words(rank - 1)
     out = [*names[:axis], "*", *names[axis:]]
-    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(out)}")
+    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(out)}", padding="finite")
 
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def layer_normalization(view: NodeView) -> Rule:
-    """Dimensions from the axis on must be whole."""
-    rank = view.rank(0)
-    axis = int(view.attribute("axis", -1)) % rank
-    names = words(rank)
+    """Dimensions from the axis on must be whole; the statistics have 1 there."""
+    axis = _axis(view, -1)
+    names = words(view.rank(0))
     dims = [n if d < axis else "*" for d, n in enumerate(names)]
-    outputs = [
-        dims if len(view.out(i)) == rank and i == 0 else ["."] * len(view.out(i)) for i in range(len(view.node.outputs))
-    ]
-    return Rule(text=f"{spell(dims, *_tail(view))} -> {spell(*outputs)}")
+    statistics = [n if d < axis else "1" for d, n in enumerate(names)]
+    outputs = [dims, *[statistics] * (len(view.node.outputs) - 1)]
+    return Rule(text=f"{spell(dims, *_tail(view))} -> {spell(*outputs)}", padding=_padding_of_norm(view))
+
+
+def _padding_of_norm(view: NodeView) -> Padding:
+    """Rows of zeros are divided by the square root of epsilon."""
+    return "finite" if view.attribute("epsilon", 1e-5) > 0 else "lost"
 
 
 @shape_rule("SimplifiedLayerNormalization", domain="")
@@ -138,8 +159,9 @@ def skip_layer_normalization(view: NodeView) -> Rule:
     dims = [*names[:-1], "*"]
     skip = [n if s != 1 else "1" for n, s in zip(dims[-view.rank(1) :], view.shape(1), strict=True)]
     rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[2:]]
-    outputs = [dims if i in (0, 3) else ["."] * len(view.out(i)) for i in range(len(view.node.outputs))]
-    return Rule(text=f"{spell(dims, skip, *rest)} -> {spell(*outputs)}")
+    statistics = [*names[:-1], "1"]
+    outputs = [dims if i in (0, 3) else statistics for i in range(len(view.node.outputs))]
+    return Rule(text=f"{spell(dims, skip, *rest)} -> {spell(*outputs)}", padding=_padding_of_norm(view))
 
 
 @shape_rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
@@ -149,10 +171,3 @@ def _skip_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.D
     statistics = (ir.DataType.FLOAT, (*data.shape[:-1], 1))
     shapes = [(data.dtype, data.shape), statistics, statistics, (data.dtype, data.shape)]
     return shapes[: len(node.outputs)]
-
-
-@shape_rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu")
-def _activation_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]

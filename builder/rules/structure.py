@@ -12,6 +12,9 @@ import numpy as np
 from furiosa_llm.builder.rule import Rule, ShapeOperand
 from furiosa_llm.builder.rules.registry import NodeView, rule, spell, whole, words
 
+_END = 2**31 - 1
+"""What exporters write, at least, for a slice that goes on to the end."""
+
 
 def _others(view: NodeView) -> list[list[str] | None]:
     """Every input but the first, as operands that must be whole (they are small integers)."""
@@ -69,11 +72,11 @@ def _take_symbols(queue: list[str], size: int, sizes: dict[str, int]) -> list[st
 
 def _reshape(view: NodeView, operands: tuple[ShapeOperand, ...]) -> Rule:
     before, after = view.shape(0), view.out()
-    if math.prod(before) == 0:
+    if math.prod(before) == 0 or (operands and not view.has(1)):  # nothing to split, or the target is an attribute
         return whole(view)
     left, right, sizes = regroup(before, after)
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
-    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands)
+    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
 
 
 @rule("Reshape")
@@ -93,7 +96,7 @@ def transpose(view: NodeView) -> Rule:
     """A permutation."""
     names = words(view.rank(0))
     order = view.attribute("perm") or tuple(reversed(range(view.rank(0))))
-    return Rule(text=f"{spell(names)} -> {spell([names[i] for i in order])}", linear=(0,))
+    return Rule(text=f"{spell(names)} -> {spell([names[i] for i in order])}", linear=(0,), padding="moves")
 
 
 @rule("Expand")
@@ -106,21 +109,20 @@ def expand(view: NodeView) -> Rule:
     left = [name if size != 1 else "1" for name, size in zip(tail, before, strict=True)]
     right = [name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)]
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
-    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),))
+    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),), padding="moves")
 
 
 @rule("ConstantOfShape")
 def constant_of_shape(view: NodeView) -> Rule:
     """Any dimension of the output may be split."""
-    return Rule(text=f"* -> {spell(['.'] * len(view.out()))}", shape_operands=(ShapeOperand(0, "dims"),))
+    text = f"* -> {spell(['.'] * len(view.out()))}"
+    return Rule(text=text, shape_operands=(ShapeOperand(0, "dims"),), padding="finite")
 
 
-@rule("Shape", "Size")
+@rule("Shape")
 def shape(view: NodeView) -> Rule:
     """Sizes are global everywhere in the program: the value of Shape is restored where the input is split."""
-    free = view.node.op_type == "Shape"
-    inputs = ["." if free else "*"] * view.rank(0)
-    return Rule(text=f"{spell(inputs)} -> {spell(['*'] * len(view.out()))}", ignores_values=True)
+    return Rule(text=f"{spell(['.'] * view.rank(0))} -> *", ignores_values=True)
 
 
 def _axis(view: NodeView, default: int = 0) -> int:
@@ -136,7 +138,7 @@ def concat(view: NodeView) -> Rule:
     operands = [[part if d == axis else name for d, name in enumerate(names)] for part in parts]
     joined = "[" + "|".join(parts) + "]"
     out = [joined if d == axis else name for d, name in enumerate(names)]
-    return Rule(text=f"{spell(*operands)} -> {spell(out)}", linear=tuple(range(count)), axis=axis)
+    return Rule(text=f"{spell(*operands)} -> {spell(out)}", linear=tuple(range(count)), axis=axis, padding="moves")
 
 
 @rule("Split")
@@ -148,7 +150,8 @@ def split(view: NodeView) -> Rule:
     left = ["[" + "|".join(parts) + "]" if d == axis else name for d, name in enumerate(names)]
     outputs = [[part if d == axis else name for d, name in enumerate(names)] for part in parts]
     text = f"{spell(left, *_others(view))} -> {spell(*outputs)}"
-    return Rule(text=text, linear=(0,), axis=axis, shape_operands=(ShapeOperand(1, "split"),))
+    operands = (ShapeOperand(1, "split"),)
+    return Rule(text=text, linear=(0,), axis=axis, shape_operands=operands, padding="moves")
 
 
 @rule("Slice")
@@ -172,7 +175,7 @@ def slice_(view: NodeView) -> Rule:
             left[d] = right[d] = "1"
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
     operands = (ShapeOperand(1, "starts"), ShapeOperand(2, "ends")) if view.has(1) else ()
-    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands)
+    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
 
 
 def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
@@ -193,10 +196,12 @@ def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
             bounds[axis] = "unknown"
             continue
         start, stop, _ = slice(int(starts[i]), int(ends[i])).indices(size)
-        if view.is_dynamic(0, axis) and (start, stop) != (0, size):
+        # What is all of a dynamic dimension at these sizes need not be so at larger ones.
+        all_of_it = int(starts[i]) == 0 and int(ends[i]) >= _END
+        if stop <= start or (view.is_dynamic(0, axis) and not all_of_it):
             bounds[axis] = "unknown"
         else:
-            bounds[axis] = (start, stop) if stop > start else "unknown"
+            bounds[axis] = (start, stop)
     return bounds
 
 
@@ -206,7 +211,7 @@ def tile(view: NodeView) -> Rule:
     names = words(view.rank(0))
     same = [a == b for a, b in zip(view.shape(0), view.out(), strict=True)]
     dims = [name if keep else "*" for name, keep in zip(names, same, strict=True)]
-    return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}", linear=(0,))
+    return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}", linear=(0,), padding="moves")
 
 
 @rule("Range", "NonZero")
@@ -219,7 +224,7 @@ def replicated(view: NodeView) -> Rule:
 def trilu(view: NodeView) -> Rule:
     """The two last dimensions are compared with each other."""
     names = [*words(view.rank(0))[:-2], "*", "*"]
-    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,))
+    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
 
 
 @rule("Pad")
@@ -232,4 +237,4 @@ def pad(view: NodeView) -> Rule:
         return whole(view)
     padded = np.asarray(pads).reshape(2, -1).any(axis=0)
     dims = [n if keep and not moved else "*" for n, keep, moved in zip(names, same, padded, strict=True)]
-    return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}")
+    return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}", padding="finite")

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
@@ -48,11 +56,15 @@ class _Sizes(click.ParamType):
     help="How many PEs share each matrix: 4 or 8.",
 )
 @click.option("--name", default="", help="The artifact's name.  [default: from the model's path]")
-@click.option("--max-seq-len-to-capture", type=int, help="Longest sequence to serve, in tokens.  [default: the model's]")
+@click.option(
+    "--max-seq-len-to-capture", type=int, help="Longest sequence to serve, in tokens.  [default: the model's]"
+)
 @click.option(
     "--dim", "dims", type=_Sizes(), multiple=True, help="Size of a dynamic input dimension that the model leaves open."
 )
-@click.option("--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension.")
+@click.option(
+    "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
+)
 @click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 def build(
@@ -103,6 +115,7 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
@@ -117,12 +130,16 @@ class _Shown:
         if self._task is None:
             self._task = self._progress.add_task("", total=None)
         known = total if stage == "write" else None
-        self._progress.update(self._task, description=_STAGES.get(stage, "writing weights"), completed=done, total=known)
+        self._progress.update(
+            self._task, description=_STAGES.get(stage, "writing weights"), completed=done, total=known
+        )
 
 
 def closing_table(report: BuildReport) -> Table:
     """What was built, per PE and per token."""
-    table = Table(title=f"{report.artifact}: tensor parallel over {report.tensor_parallel_size} PEs", title_justify="left")
+    table = Table(
+        title=f"{report.artifact}: tensor parallel over {report.tensor_parallel_size} PEs", title_justify="left"
+    )
     table.add_column("per PE")
     table.add_column("", overflow="fold")
     share = report.weight_nbytes / report.model_nbytes if report.model_nbytes else 0.0

@@ -16,8 +16,12 @@ from furiosa_llm.runtime import LLM, SamplingParams
 @click.option("--prompt", required=True, help="The text to complete, or with --chat the user's message.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option("--max-tokens", type=int, default=128, show_default=True, help="The most tokens to generate.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass.")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time."
+)
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass."
+)
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 
 import click
 
@@ -29,7 +28,7 @@ for command in (build, generate, run, verify):
 def main() -> None:
     """Run the command line; a user's error is one paragraph on standard error and an exit code, never a traceback."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         code = error.exit_code
@@ -39,6 +38,6 @@ def main() -> None:
         code = _INTERRUPTED
     except FuriosaLLMError as error:
         paragraph = " ".join(str(error).split())
-        print(textwrap.fill(f"error: {paragraph}", 100, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+        click.echo(f"error: {paragraph}", err=True)
         code = error.exit_code
     sys.exit(code)

@@ -14,7 +14,9 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--inputs", required=True, type=click.Path(path_type=Path), help="An .npz file with every input by name.")
-@click.option("--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to.")
+@click.option(
+    "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
+)
 @click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
 def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.

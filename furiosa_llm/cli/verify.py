@@ -70,4 +70,7 @@ def _tokens_line(comparison: TokenComparison) -> str:
     if comparison.first_difference is None:
         return line + "equal"
     verdict = "a tie within the error" if comparison.identical else "DIFFERENT"
-    return line + f"differ at token {comparison.first_difference}, where the best two are {comparison.gap:.1e} apart: {verdict}"
+    return (
+        line
+        + f"differ at token {comparison.first_difference}, where the best two are {comparison.gap:.1e} apart: {verdict}"
+    )

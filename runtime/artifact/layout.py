@@ -149,7 +149,7 @@ def simplify(dim: Dim) -> Dim:
     parts: list[Dim] = []
     for part in map(simplify, dim.parts):
         previous = parts[-1] if parts else None
-        if isinstance(part, type(dim)) and not isinstance(part, Leaf):
+        if not isinstance(part, Leaf) and type(part) is type(dim):
             parts.extend(part.parts)
         elif isinstance(dim, Prod) and part == Leaf(1):
             continue

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
@@ -69,7 +68,7 @@ def _check_interface(
         _fail(f"found the {what}s {found_names!r:.200}", f"{names!r:.200}, as manifest.json says")
     for value, info in zip(values, expected, strict=True):
         tensor = value.type.tensor_type
-        dtype = TensorProto.DataType.Name(tensor.elem_type)
+        dtype = _dtype_name(tensor.elem_type)
         if dtype != info.dtype:
             _fail(f"{what} {info.name!r:.80} is {dtype}", info.dtype)
         if not tensor.HasField("shape"):
@@ -109,7 +108,7 @@ def _check_initializers(graph: GraphProto, tensors: Mapping[str, StoredTensor], 
 
 def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int) -> None:
     dtype = DTYPES[tensor.dtype]
-    found_type = TensorProto.DataType.Name(initializer.data_type)
+    found_type = _dtype_name(initializer.data_type)
     if (found_type, tuple(initializer.dims)) != (tensor.dtype, tensor.local_shape):
         _fail(
             f"initializer {tensor.name!r:.80} is {found_type} {list(initializer.dims)}",
@@ -155,15 +154,15 @@ def _check_collectives(graph: GraphProto, expected: Sequence[Collective]) -> Non
         _fail(f"found {len(nodes)} collective nodes{shown}", f"the {len(names)} of $.collectives in their order")
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
     for node, collective in zip(nodes, expected, strict=True):
-        attributes: dict[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        wanted: dict[str, Any] = {"axes": list(collective.axes)}
+        attributes = {attribute.name: _integers(attribute) for attribute in node.attribute}
+        wanted: dict[str, list[int] | int | None] = {"axes": list(collective.axes)}
         if collective.dim is not None:
             wanted["dim"] = collective.dim
         if (node.op_type, attributes) != (collective.kind, wanted):
             _fail(f"collective {node.name!r:.80} is {node.op_type} {attributes}", f"{collective.kind} {wanted}")
         if len(node.input) != 1 or len(node.output) != 1:
             _fail(f"collective {node.name!r:.80} has {len(node.input)} inputs, {len(node.output)} outputs", "one each")
-        dtype = TensorProto.DataType.Name(types.get(node.input[0], TensorProto.UNDEFINED))
+        dtype = _dtype_name(types.get(node.input[0], TensorProto.UNDEFINED))
         if dtype != collective.dtype:
             _fail(f"the input {node.input[0]!r:.80} of collective {node.name!r:.80} is {dtype}", collective.dtype)
         if collective.kind == "AllReduce" and collective.dtype == "BOOL":
@@ -181,6 +180,17 @@ def _check_blocks(graph: GraphProto, manifest: Manifest) -> None:
         for name in block.crossing:
             if name not in known:
                 _fail(f"no node writes {name!r:.80}", f"one, because it crosses into block {block.name!r:.80}")
+
+
+def _integers(attribute: AttributeProto) -> list[int] | int | None:
+    if attribute.type == AttributeProto.INTS:
+        return list(attribute.ints)
+    return attribute.i if attribute.type == AttributeProto.INT else None
+
+
+def _dtype_name(code: int) -> str:
+    known = code in TensorProto.DataType.values()
+    return TensorProto.DataType.Name(code) if known else f"of the unknown type {code}"
 
 
 def _inner_nodes(node: NodeProto) -> Iterator[NodeProto]:

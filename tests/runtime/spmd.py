@@ -240,7 +240,7 @@ class Spmd:
 
 def dtype_name(array: Array) -> str:
     """ONNX's name of an array's type."""
-    return TensorProto.DataType.Name(helper.np_dtype_to_tensor_dtype(array.dtype))
+    return str(TensorProto.DataType.Name(helper.np_dtype_to_tensor_dtype(array.dtype)))
 
 
 def file_entry(path: Path) -> FileEntry:

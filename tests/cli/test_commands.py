@@ -1,0 +1,260 @@
+"""The command line on small models of three exporters: build, generate, run, verify, and what each says of bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from furiosa_llm.cli.build import default_output
+from furiosa_llm.cli.main import main
+from furiosa_llm.cli.units import nbytes
+from furiosa_llm.runtime import open_artifact
+
+OPTIMUM, DYNAMO, GENAI = "tiny-llama-optimum", "tiny-llama-dynamo-op23-tf5", "tiny-llama-genai-fp32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(cli: Cli) -> Callable[..., str]:
+    """Runs a command that must fail: one paragraph, no traceback, the given exit code."""
+
+    def run(*arguments: object, code: int = 1) -> str:
+        result = cli(*arguments)
+        assert result.code == code
+        assert "Traceback" not in result.err
+        assert result.err.startswith("error: ")
+        assert "\n\n" not in result.err.strip()
+        return " ".join(result.err.split())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One artifact that tests may read."""
+    from furiosa_llm import ArtifactBuilder
+
+    folder = tmp_path_factory.mktemp("built") / "artifact"
+    ArtifactBuilder(zoo / OPTIMUM / "model.onnx", tensor_parallel_size=4).build(folder)
+    yield folder
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [4, 8])
+@pytest.mark.parametrize("name", [OPTIMUM, DYNAMO, GENAI])
+def test_build_and_verify(name: str, tensor_parallel_size: int, zoo: Path, tmp_path: Path, cli: Cli) -> None:
+    model, artifact = zoo / name / "model.onnx", tmp_path / "artifact"
+    result = cli("build", "-tp", tensor_parallel_size, model, artifact)
+    assert result.code == 0
+    assert "5 AllReduce, 1 AllGather" in result.out
+    assert result.out.endswith("Artifact Build Completed\n")
+    verified = cli("verify", artifact, "--against", model, "--tolerance", "1e-5", "--max-tokens", 8)
+    assert verified.code == 0, verified.out
+    assert "verified within 1e-05" in verified.out
+    for case in ("prefill", "decode", "chunk"):
+        assert case in verified.out
+
+
+@pytest.mark.parametrize("option", ["-tp", "--tensor-parallel-size", "--tensor_parallel_size"])
+def test_spellings_of_the_size(option: str, zoo: Path, tmp_path: Path, cli: Cli) -> None:
+    assert cli("build", option, 8, zoo / GENAI / "model.onnx", tmp_path / "artifact").code == 0
+    assert open_artifact(tmp_path / "artifact").manifest.mesh.size == 8
+
+
+def test_default_size_and_output(zoo: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("build", zoo / GENAI / "model.onnx").code == 0
+    assert open_artifact(tmp_path / f"{GENAI}-tp4.artifact").manifest.mesh.size == 4
+    assert default_output(Path("some/llama.onnx"), 8) == Path("llama-tp8.artifact")
+
+
+def test_generate_gives_the_same_tokens_for_every_size(zoo: Path, tmp_path: Path, cli: Cli) -> None:
+    texts = set()
+    for size in (4, 8):
+        artifact = tmp_path / str(size)
+        assert cli("build", "-tp", size, zoo / OPTIMUM / "model.onnx", artifact).code == 0
+        result = cli("generate", artifact, "--prompt", "hello", "--max-tokens", 12)
+        assert result.code == 0
+        assert "12 tokens" in result.err
+        texts.add(result.out)
+    assert len(texts) == 1
+    assert texts.pop().strip()
+
+
+def test_run_gives_the_model_s_outputs(zoo: Path, tmp_path: Path, cli: Cli) -> None:
+    model = zoo / "tiny-bert-optimum" / "model.onnx"
+    assert cli("build", "-tp", 8, model, tmp_path / "artifact").code == 0
+    ids = np.arange(10, dtype=np.int64)[None, :]
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    np.savez(tmp_path / "in.npz", **inputs)
+    result = cli("run", tmp_path / "artifact", "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz")
+    assert result.code == 0, result.err
+    assert result.out == "logits: float32 [1, 10, 1024]\n"
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model)
+    (expected,) = session.run(None, inputs)
+    found = np.load(tmp_path / "out.npz")["logits"]
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def test_verify_fails_for_another_model(zoo: Path, built: Path, tmp_path: Path, cli: Cli) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(zoo / OPTIMUM, other)
+    import onnx
+
+    model = onnx.load(other / "model.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weights = np.frombuffer(largest.raw_data, dtype=np.float32) * np.float32(1.01)
+    largest.raw_data = weights.tobytes()
+    onnx.save(model, other / "model.onnx")
+    result = cli("verify", built, "--against", other / "model.onnx", "--max-tokens", 4)
+    assert result.code == 1
+    assert "NOT within 0.0001" in result.out
+
+
+def test_wrong_size(zoo: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    model = zoo / GENAI / "model.onnx"
+    for size in (0, 3, 6, 32, -4):
+        message = refused("build", "-tp", size, model, tmp_path / "artifact", code=2)
+        assert f"size {size} is not supported" in message
+        assert "4 or 8" in message
+    assert "--experimental-tp" in refused("build", "-tp", 2, model, tmp_path / "artifact", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_experimental_sizes(size: int, zoo: Path, tmp_path: Path, cli: Cli) -> None:
+    model, artifact = zoo / "tiny-llama-mha-tied-optimum" / "model.onnx", tmp_path / "artifact"
+    assert cli("build", "--experimental-tp", "-tp", size, model, artifact).code == 0
+    assert cli("verify", artifact, "--against", model, "--tolerance", "1e-5").code == 0
+
+
+def test_usage_errors(cli: Cli, tmp_path: Path) -> None:
+    assert cli("build").code == 2
+    assert cli("build", "--no-such-option", "x.onnx").code == 2
+    assert cli("build", "-tp", "four", "x.onnx").code == 2
+    assert cli("build", "--dim", "height=0", "x.onnx").code == 2
+    assert cli("generate", tmp_path).code == 2
+    assert cli("frobnicate").code == 2
+    assert cli("--help").code == 0
+    assert cli("--version").out.startswith("furiosa-llm ")
+
+
+def test_existing_output_needs_force(zoo: Path, tmp_path: Path, cli: Cli, refused: Callable[..., str]) -> None:
+    model, artifact = zoo / GENAI / "model.onnx", tmp_path / "artifact"
+    assert cli("build", model, artifact).code == 0
+    before = (artifact / "manifest.json").read_bytes()
+    assert "--force" in refused("build", "-tp", 8, model, artifact)
+    assert (artifact / "manifest.json").read_bytes() == before
+    assert cli("build", "-tp", 8, "--force", model, artifact).code == 0
+    assert open_artifact(artifact).manifest.mesh.size == 8
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_model_that_is_not_there_or_not_onnx(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "does not exist" in refused("build", tmp_path / "none.onnx", tmp_path / "artifact")
+    (tmp_path / "text.onnx").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "is not an ONNX model" in refused("build", tmp_path / "text.onnx", tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_merged_decoder_is_refused_with_the_files_to_take(
+    zoo: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    message = refused("build", zoo / "tiny-t5-optimum" / "decoder_model_merged.onnx", tmp_path / "artifact")
+    assert "decoder_model.onnx" in message
+    assert "decoder_with_past_model.onnx" in message
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "program.onnx", "weights-00001.safetensors"])
+def test_damaged_artifact(name: str, built: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    artifact = tmp_path / "artifact"
+    for damage in ("missing", "truncated", "altered"):
+        shutil.rmtree(artifact, ignore_errors=True)
+        shutil.copytree(built, artifact)
+        file = artifact / name
+        data = bytearray(file.read_bytes())
+        if damage == "missing":
+            file.unlink()
+        elif damage == "truncated":
+            file.write_bytes(data[: len(data) // 2])
+        else:
+            data[20] ^= 0xFF
+            file.write_bytes(data)
+        message = refused("generate", artifact, "--prompt", "hello")
+        assert name in message, damage
+        assert "furiosa-llm build" in message, damage
+
+
+def test_not_an_artifact(tmp_path: Path, zoo: Path, refused: Callable[..., str]) -> None:
+    assert "furiosa-llm build" in refused("generate", tmp_path / "none", "--prompt", "hello")
+    assert "furiosa-llm build" in refused("generate", zoo / OPTIMUM, "--prompt", "hello")
+
+
+def test_prompt_longer_than_the_limit(zoo: Path, tmp_path: Path, cli: Cli, refused: Callable[..., str]) -> None:
+    artifact = tmp_path / "artifact"
+    assert cli("build", "--max-seq-len-to-capture", 16, zoo / OPTIMUM / "model.onnx", artifact).code == 0
+    message = refused("generate", artifact, "--prompt", "hello world " * 40, "--max-tokens", 4)
+    assert "maximum input context length is 15 tokens" in message
+
+
+def test_inputs_that_do_not_fit(built: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    outputs = tmp_path / "out.npz"
+    assert "does not exist" in refused("run", built, "--inputs", tmp_path / "none.npz", "--outputs", outputs)
+    (tmp_path / "text.npz").write_text("not an archive")
+    assert "is not an .npz file" in refused("run", built, "--inputs", tmp_path / "text.npz", "--outputs", outputs)
+    np.savez(tmp_path / "few.npz", input_ids=np.ones((1, 3), np.int64))
+    assert "attention_mask" in refused("run", built, "--inputs", tmp_path / "few.npz", "--outputs", outputs)
+    assert not outputs.exists()
+
+
+def test_generating_with_an_encoder(zoo: Path, tmp_path: Path, cli: Cli, refused: Callable[..., str]) -> None:
+    assert cli("build", zoo / "tiny-bert-optimum" / "model.onnx", tmp_path / "artifact").code == 0
+    assert "furiosa-llm run" in refused("generate", tmp_path / "artifact", "--prompt", "hello")
+
+
+def test_sampling_parameters_out_of_range(built: Path, refused: Callable[..., str]) -> None:
+    assert "temperature" in refused("generate", built, "--prompt", "x", "--temperature", "-1")
+    assert "max_tokens" in refused("generate", built, "--prompt", "x", "--max-tokens", "0")
+
+
+def test_the_plan_is_in_the_manifest(built: Path) -> None:
+    plan = json.loads((built / "manifest.json").read_text())["plan"]
+    assert plan["price"]["collectives"] == 6
+    assert {choice["size"] for choice in plan["choices"]} == {1024, 176, 2}
+    assert all(refusal["reason"] for refusal in plan["refused"])
+    assert plan["padding_nbytes"] == 0
+
+
+def test_units() -> None:
+    assert [nbytes(n) for n in (0, 999, 1500, 123_456, 5.4e8)] == ["0 B", "999 B", "1.5 kB", "123 kB", "540 MB"]

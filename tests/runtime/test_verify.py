@@ -1,0 +1,132 @@
+"""Comparing an artifact with the model it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from furiosa_llm.runtime import verify_against
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
+from furiosa_llm.runtime.errors import InputError, UnsupportedError
+from furiosa_llm.runtime.verify import OutputError, Report, TokenComparison
+from tests.runtime.models import LlamaSize, llama, mlp
+from tests.runtime.spmd import Spmd
+from tests.runtime.test_llm import ZOO
+
+SIZE = LlamaSize(layers=1, vocab=1024, max_length=128)
+ONE = Mesh((1,))
+
+
+def save(program: Spmd, folder: Path) -> Path:
+    onnx.save(program.model(), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def decoder(folder: Path, **changes: Any) -> Path:
+    program = llama(Mesh((2, 2)), SIZE)
+    program.files = {name: (ZOO / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    for name, array in changes.items():
+        program.weights[name].array = array
+    return program.write(folder)
+
+
+def test_a_decoder_is_compared_in_every_kind_of_step(tmp_path: Path) -> None:
+    report = verify_against(decoder(tmp_path / "a"), save(llama(ONE, SIZE), tmp_path), max_tokens=8)
+    cases = [(error.case, error.output) for error in report.outputs]
+    outputs = ["logits", "present.0.key", "present.0.value"]
+    assert cases == [(case, output) for case in ("prefill", "decode", "chunk") for output in outputs]
+    assert [comparison.tokens for comparison in report.tokens] == [8, 8, 8, 8]
+    assert all(comparison.identical for comparison in report.tokens)
+    assert report.within(1e-4)
+    assert not report.accuracy_level_replaced
+    assert max(error.absolute for error in report.outputs) > 0
+
+
+def test_a_wrong_weight_is_found(tmp_path: Path) -> None:
+    wrong = llama(Mesh((2, 2)), SIZE).weights["head"].array.copy()
+    wrong[:, 3] += 1
+    report = verify_against(decoder(tmp_path / "a", head=wrong), save(llama(ONE, SIZE), tmp_path), max_tokens=4)
+    assert not report.within(1e-4)
+    assert max(error.relative for error in report.outputs if error.output == "logits") > 0.1
+    assert all(error.relative < 1e-4 for error in report.outputs if error.output != "logits")
+
+
+def test_a_model_without_states_is_compared_once(tmp_path: Path) -> None:
+    report = verify_against(mlp(Mesh((2,))).write(tmp_path / "a"), save(mlp(ONE), tmp_path), threads=1)
+    assert [(error.case, error.output) for error in report.outputs] == [("forward", "y")]
+    assert report.tokens == ()
+    assert report.within(1e-5)
+
+
+def test_dimensions_without_a_size_are_asked_for(tmp_path: Path) -> None:
+    def image(mesh: Mesh) -> Spmd:
+        program = Spmd(mesh)
+        program.weight("w", np.ones((4,), dtype=np.float32))
+        program.input("pixels", ["height", 4])
+        program.node("Add", ["pixels", "w"], "y")
+        program.output("y", ["height", 4])
+        return program
+
+    artifact, model = image(Mesh((2,))).write(tmp_path / "a"), save(image(ONE), tmp_path)
+    with pytest.raises(UnsupportedError, match=r"input 'pixels' has the dynamic dimensions \['height'\]"):
+        verify_against(artifact, model)
+    assert verify_against(artifact, model, sizes={"height": 3}).outputs[0].absolute == 0
+    (artifact / "config.json").write_text('{"image_size": 5}')
+    assert verify_against(artifact, model).outputs[0].absolute == 0
+    (artifact / "config.json").write_text('{"image_size"')
+    with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
+        verify_against(artifact, model)
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give the model that the artifact was built from"):
+        verify_against(decoder(tmp_path / "a"), save(mlp(ONE), tmp_path))
+
+
+def quantized(mesh: Mesh) -> Spmd:
+    """A MatMulNBits over columns at accuracy level 4, and a MatMul over rows."""
+    rng = np.random.default_rng(0)
+    program = mlp(mesh, hidden=64, inner=64)
+    del program.weights["A"]
+    axes = program.weights["B"].axes
+    program.weight("q", rng.integers(0, 256, (64, 2, 16)).astype(np.uint8), Leaf(64, axes), 2, 16)
+    program.weight("s", rng.standard_normal((64, 2)).astype(np.float32) / 50, Leaf(64, axes), 2)
+    node = onnx.helper.make_node(
+        "MatMulNBits",
+        ["x", "q", "s"],
+        ["h"],
+        domain="com.microsoft",
+        K=64,
+        N=64 // mesh.parts(axes),
+        bits=4,
+        block_size=32,
+        accuracy_level=4,
+    )
+    program.nodes[0].CopyFrom(node)
+    return program
+
+
+def test_quantized_products_are_compared_without_rounding_activations(tmp_path: Path) -> None:
+    report = verify_against(quantized(Mesh((2,))).write(tmp_path / "a"), save(quantized(ONE), tmp_path))
+    assert report.accuracy_level_replaced
+    assert report.within(1e-5)
+    assert json.loads((tmp_path / "a" / "manifest.json").read_bytes())["mesh"] == {"shape": [2]}
+
+
+def test_a_tie_within_the_error_counts_as_identical() -> None:
+    def compared(gap: float) -> TokenComparison:
+        return TokenComparison(prompt="p", tokens=3, first_difference=3, gap=gap, logit_error=1e-5)
+
+    assert compared(1e-6).identical
+    assert not compared(1e-3).identical
+    fine = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=True)
+    assert Report(outputs=(fine,), tokens=(compared(1e-6),), accuracy_level_replaced=False).within(0.1)
+    assert not Report(outputs=(fine,), tokens=(compared(1e-3),), accuracy_level_replaced=False).within(0.1)
+    broken = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=False)
+    assert not Report(outputs=(broken,), tokens=(), accuracy_level_replaced=False).within(0.1)
