@@ -1,1 +1,1 @@
-"""Speed, memory and parity bars: `python -m benchmarks` prints every figure beside its bar, and fails if one is missed."""
+"""Bars of speed, memory and parity: `python -m benchmarks` prints every figure, and fails if a bar is missed."""

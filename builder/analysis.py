@@ -62,7 +62,7 @@ def analyse(graph: ir.Graph, facts: Facts, others: Facts) -> Analysis:
         rule = rule_of(view)
         info, pinned = _apply(view, rule, dims)
         nodes.append(info)
-        pins.extend(pinned)
+        pins.extend((*pinned, *_size_vectors(info, dims)))
     return Analysis(
         graph=graph,
         facts=facts,
@@ -98,6 +98,16 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
         symbols={s: factor if s in linked else Factor(factor.find().size) for s, factor in symbols.items()},
     )
     return info, [symbols[s] for s in sorted(signature.pin & symbols.keys())]
+
+
+def _size_vectors(info: NodeInfo, dims: Mapping[ir.Value, list[Factor]]) -> Iterator[Factor]:
+    """The dimensions of vectors of sizes and positions, which are never split: all ranks compute with all of them."""
+    ports = {operand.port for operand in info.rule.shape_operands}
+    vectors = [v for port, v in enumerate(info.node.inputs) if port in ports and v is not None]
+    if info.rule.ignores_values:
+        vectors += info.node.outputs
+    for value in vectors:
+        yield from dims[value]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class ArtifactBuilder:
                 states=states,
                 analysis=analysis,
                 plan=plan,
-                lowered=lower(analysis, plan, source.model),
+                lowered=lower(analysis, self._mesh, plan.assignment, plan.outcome, source.model),
             )
             manifest = self._write(folder, build, told)
         return report_of(build, manifest, artifact=str(destination), seconds=time.monotonic() - started)

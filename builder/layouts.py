@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.factors import Factor, to_dim
-from furiosa_llm.builder.outcome import Assignment, Axes
+from furiosa_llm.builder.outcome import Assignment
 from furiosa_llm.runtime.artifact.layout import (
     Dim,
     Leaf,
@@ -68,7 +68,3 @@ class Layouts:
     def parts(self, dim: Dim) -> int:
         """Into how many equal parts a dimension without padding is split."""
         return global_size(dim) // local_size(dim, self.mesh)
-
-    def parts_of(self, axes: Axes) -> int:
-        """Into how many parts a split over `axes` cuts."""
-        return self.mesh.parts(axes)

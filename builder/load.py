@@ -63,7 +63,8 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield f'initializer "{value.name}"', value.const_value
-    for root in (model.graph, *model.functions.values()):
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
         for node in ir.traversal.RecursiveGraphIterator(root):
             for attribute in node.attributes.values():
                 if attribute.type is ir.AttributeType.TENSOR:

@@ -13,10 +13,9 @@ from furiosa_llm.builder.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.layouts import Layouts
 from furiosa_llm.builder.lower_lookup import emit_lookup
 from furiosa_llm.builder.lower_sizes import SizeRewriter
-from furiosa_llm.builder.outcome import Step
-from furiosa_llm.builder.planner import Plan
+from furiosa_llm.builder.outcome import Assignment, Outcome, Step
 from furiosa_llm.builder.program import COLLECTIVE_DOMAIN, ProgramBuilder, ShardedTensor
-from furiosa_llm.runtime.artifact.layout import Dim, axes_of, global_size, local_size
+from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,26 +30,29 @@ class Lowered:
     """Local shapes (at the analysis' sizes) that the program's values must have, by name."""
 
 
-def lower(analysis: Analysis, plan: Plan, model: ir.Model) -> Lowered:
-    """Emit the program of `plan`; `model` is the source, whose unused initializers are kept, too."""
-    lowering = _Lowering(analysis, plan, ProgramBuilder(analysis.graph, plan.mesh))
+def lower(analysis: Analysis, mesh: Mesh, assignment: Assignment, outcome: Outcome, model: ir.Model) -> Lowered:
+    """Emit the program of an assignment whose sweep had this outcome.
+
+    `model` is the source: those of its initializers that the program does not read are kept, too.
+    """
+    lowering = _Lowering(analysis, Layouts(analysis, assignment, mesh), outcome, ProgramBuilder(analysis.graph, mesh))
     lowering.run()
     lowering.keep_unused(model)
     return lowering.result()
 
 
 class _Lowering:
-    def __init__(self, analysis: Analysis, plan: Plan, program: ProgramBuilder) -> None:
+    def __init__(self, analysis: Analysis, layouts: Layouts, outcome: Outcome, program: ProgramBuilder) -> None:
         self._analysis = analysis
-        self._outcome = plan.outcome
+        self._layouts = layouts
+        self._outcome = outcome
         self._program = program
-        self._layouts = Layouts(analysis, plan.assignment, plan.mesh)
-        self._sizes = SizeRewriter(analysis, self._layouts, program)
+        self._sizes = SizeRewriter(analysis, layouts, program)
         self._now: dict[ir.Value, ir.Value] = {}
         self._gathered: dict[tuple[ir.Value, tuple[int, ...]], ir.Value] = {}
         self._expected: dict[ir.Value, tuple[int, ...]] = {}
         self._output_names = {str(value.name) for value in analysis.graph.outputs}
-        self._sums = {c.value: c.axes for c in plan.outcome.collectives if c.kind == "AllReduce"}
+        self._sums = {c.value: c.axes for c in outcome.collectives if c.kind == "AllReduce"}
 
     def run(self) -> None:
         graph = self._analysis.graph

@@ -30,7 +30,7 @@ def _merge_single_elements(graph: ir.Graph) -> None:
             continue
         if tensor.dtype is ir.DataType.STRING:
             continue
-        key = (tensor.dtype, tuple(int(d) for d in tensor.shape), tensor.tobytes())
+        key = (tensor.dtype, tuple(int(d) for d in tensor.shape.numpy()), tensor.tobytes())
         kept = first.setdefault(key, value)
         if kept is not value:
             value.replace_all_uses_with(kept)

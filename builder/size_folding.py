@@ -1,8 +1,8 @@
 """Replace shape arithmetic by the sizes that it computes.
 
-Exporters write the arithmetic of sizes into every layer: Shape, Gather, Unsqueeze, Concat, Equal, Where, sixty nodes and
-more. All of it is polynomials in a few sizes of the graph's inputs. Each such value is replaced by one vector that is
-computed once for the whole graph, or by a constant.
+Exporters write the arithmetic of sizes into every layer: Shape, Gather, Unsqueeze, Concat, Equal, Where, sixty nodes
+and more. All of it is polynomials in a few sizes of the graph's inputs. Each such value is replaced by one vector that
+is computed once for the whole graph, or by a constant.
 
 A dimension is known by its factor, not by its size at some probe: two dimensions are the same size if they are the same
 factor. A factor that no input has is taken as constant if it is equal at all probes.
@@ -29,8 +29,22 @@ _MAX_ELEMENTS = 64
 _MIN_NODES = 16
 """Graphs with less shape arithmetic than this are left as they are: they have little to win."""
 _SAME_ON_SIZES = frozenset(
-    ("Add", "Concat", "Expand", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice", "Split", "Squeeze", "Sub")
-    + ("Transpose", "Unsqueeze")
+    {
+        "Add",
+        "Concat",
+        "Expand",
+        "Gather",
+        "Identity",
+        "Mul",
+        "Neg",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Sub",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 """Ops whose numpy evaluation works on polynomials as it does on numbers."""
 

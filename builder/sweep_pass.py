@@ -273,7 +273,7 @@ class SweepPass:
         self._check_value(value)
 
     def _check_value(self, value: ir.Value, whole: Collection[int] = ()) -> None:
-        """No mesh axis may split two dimensions of one value, not even by the same leaf: ranks would have a diagonal."""
+        """No mesh axis may split two dimensions of one value, not even by one leaf: ranks would hold a diagonal."""
         owner: dict[int, tuple[Factor, int]] = {}
         for d, leaves in self._split(value):
             for leaf in leaves if d not in whole else ():
@@ -290,16 +290,19 @@ class SweepPass:
             self._check_value(_present(node.inputs[port]), whole)
             inputs += [leaf for d, leaves in dims if d not in whole for leaf in leaves]
         outputs: list[Factor] = []
+        cut: list[Factor] = []
         for port, value in enumerate(node.outputs):
             self._check_value(value)
             for d, leaves in self._split(value):
                 if (port, d) not in info.full_outputs:
                     outputs += leaves
-                elif self._analysis.is_dynamic(value, d):
+                    continue
+                cut += leaves
+                if self._analysis.is_dynamic(value, d):
                     raise InfeasibleError(f'"{value.name}" would be cut along a dynamic dimension')
         where = f"{node.op_type} {node.name}"
         self._check_disjoint([*inputs, *outputs], (), where)
-        self._check_disjoint(outputs, step.partial, where)
+        self._check_disjoint([*outputs, *cut], step.partial, where)
 
     def _check_disjoint(self, leaves: Sequence[Factor], partial: Axes, where: str) -> None:
         owner: dict[int, Factor | None] = dict.fromkeys(partial)

@@ -100,9 +100,10 @@ def _cast(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
 def _divide(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     a, b = _array(inputs[0]), _array(inputs[1])
     if a.dtype.kind not in "iu":
-        return a / b
+        return np.asarray(a / b)
     with np.errstate(all="ignore"):
-        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.where(b == 0, 1, np.abs(b)))).astype(a.dtype)
+        magnitude = np.abs(a) // np.where(b == 0, 1, np.abs(b))
+    return np.asarray(np.sign(a) * np.sign(b) * magnitude, dtype=a.dtype)
 
 
 def _mod(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:

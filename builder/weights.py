@@ -20,7 +20,7 @@ def shard(tensor: ShardedTensor, mesh: Mesh, position: int) -> npt.NDArray[Any]:
     """Shard `position` along the tensor's `shard_axes`: an array of its local shape, zeros where it is padding."""
     if tensor.source is None:
         assert tensor.made is not None
-        return tensor.made()[position]
+        return np.asarray(tensor.made()[position])
     array = tensor.source.numpy()
     assert tensor.layout is not None
     if tensor.part is not None:

@@ -151,8 +151,8 @@ def _contents(
 
 def _bytes(array: npt.NDArray[Any], dtype: ir.DataType) -> memoryview:
     if dtype.bitwidth < 8:
-        return memoryview(_packed(array.reshape(-1), dtype.bitwidth))
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return _packed(array.reshape(-1), dtype.bitwidth).data
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _packed(elements: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
@@ -162,7 +162,7 @@ def _packed(elements: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
     padded = np.zeros(-(-len(codes) // per_byte) * per_byte, dtype=np.uint8)
     padded[: len(codes)] = codes
     shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8)
+    return np.asarray(np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1), dtype=np.uint8)
 
 
 def _write_hashed(file: BinaryIO, chunks: Iterable[bytes | memoryview]) -> str:

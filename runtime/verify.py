@@ -41,6 +41,8 @@ _CASES = (("prefill", 2, 9, 0), ("decode", 2, 1, 9), ("chunk", 3, 5, 7))
 
 _CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
 
+_OTHER_SIZES = {"encoder": 7}
+
 _OTHER_CASE = ("forward", 2, 9, 0)
 
 
@@ -138,16 +140,16 @@ def verify_against(
 
 
 def _configured_sizes(folder: Path) -> dict[str, int]:
-    """Sizes of an image's dimensions, as exporters name them, from the model's configuration."""
+    """Sizes of dimensions besides batch and sequence: those of an image are in the model's configuration."""
     path = folder / "config.json"
     if not path.is_file():
-        return {}
+        return dict(_OTHER_SIZES)
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON: {error}; {REBUILD}") from error
     found = {dim: config.get(key) for dim, key in _CONFIGURED_SIZES.items()} if isinstance(config, dict) else {}
-    return {dim: size for dim, size in found.items() if isinstance(size, int)}
+    return _OTHER_SIZES | {dim: size for dim, size in found.items() if isinstance(size, int)}
 
 
 def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:

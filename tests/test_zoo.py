@@ -1,7 +1,7 @@
 """Real exporters' graphs, end to end: build, load, run on simulated PEs, and compare with the unsplit model.
 
-Prefill, decode and a chunk; logits and every present KV. The collectives are those of the hand-written plan: for L layers
-2L+1 AllReduce and one AllGather, L+1 where attention and feed-forward are side by side.
+Prefill, decode and a chunk; logits and every present KV. The collectives are those of the hand-written plan: for L
+layers 2L+1 AllReduce and one AllGather, L+1 where attention and feed-forward are side by side.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import verify_against
 

@@ -235,6 +235,6 @@ def pad(view: NodeView) -> Rule:
     same = [a == b for a, b in zip(view.shape(0), view.out(), strict=True)]
     if pads is None or view.has(3):
         return whole(view)
-    padded = np.asarray(pads).reshape(2, -1).any(axis=0)
+    padded = [bool(begin or end) for begin, end in np.asarray(pads).reshape(2, -1).T]
     dims = [n if keep and not moved else "*" for n, keep, moved in zip(names, same, padded, strict=True)]
     return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}", padding="finite")

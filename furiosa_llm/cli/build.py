@@ -30,7 +30,7 @@ _STAGES = {
 _SHOWN_REPLICATED = 3
 
 
-class _Sizes(click.ParamType):
+class _Sizes(click.ParamType[tuple[str, int]]):
     """`NAME=SIZE`, a positive integer."""
 
     name = "NAME=SIZE"

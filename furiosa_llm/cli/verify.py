@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from furiosa_llm.runtime import verify_against
-from furiosa_llm.runtime.verify import Report, TokenComparison
+from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Report, TokenComparison
 
 _DEFAULT_TOLERANCE = 1e-4
 
@@ -42,8 +42,9 @@ def verify(
 
     Exit code 0 if every output is within the tolerance and all tokens are identical, 1 otherwise.
     """
-    options = {"prompts": prompts} if prompts else {}
-    report = verify_against(artifact, against, max_tokens=max_tokens, seed=seed, threads=threads, **options)
+    report = verify_against(
+        artifact, against, prompts=prompts or DEFAULT_PROMPTS, max_tokens=max_tokens, seed=seed, threads=threads
+    )
     console = Console()
     console.print(_outputs_table(report), crop=False)
     for comparison in report.tokens:

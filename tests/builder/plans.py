@@ -29,6 +29,9 @@ from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh
 from tests.builder.stitching import SplitModel, session
 
+GARBAGE = 3.0
+"""What the padding of split inputs is filled with: whatever it is, it must do no harm."""
+
 Array = npt.NDArray[Any]
 Assignment = dict[Factor, Axes]
 
@@ -87,7 +90,8 @@ class Prepared:
         """The greatest relative error of any output on any rank."""
         feeds = self.feeds(sizes, seed)
         expected = self.expected(feeds)
-        return max(split.greatest_error(split.run(split.session(), feeds), expected).values())
+        found = split.run(split.session(), feeds, padding=GARBAGE)
+        return max(split.greatest_error(found, expected).values())
 
 
 def _feed(value: ir.Value, shape: tuple[int, ...], sizes: SizeSet, rng: np.random.Generator) -> Array:
@@ -114,14 +118,22 @@ def without_accuracy_level(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def prepare(path: Path, dims: Mapping[str, int] | None = None) -> Prepared:
+def prepare(path: Path) -> Prepared:
     """A model file, up to its analysis."""
-    source = load(path)
+    return prepare_source(load(path), without_accuracy_level(onnx.load(path)))
+
+
+def prepare_proto(proto: onnx.ModelProto) -> Prepared:
+    """A model made by hand, up to its analysis."""
+    return prepare_source(Source(path=Path("handmade.onnx"), model=ir.from_proto(proto)), proto)
+
+
+def prepare_source(source: Source, proto: onnx.ModelProto) -> Prepared:
+    """A model, up to its analysis; `proto` is the same model with its weights."""
     model = normalize(source)
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
-    probes = probe(model, dims or {}, configuration.read_json(path, "config.json"))
-    proto = without_accuracy_level(onnx.load(path))
+    probes = probe(model, {}, configuration.read_json(source.path, "config.json"))
     return Prepared(
         proto=proto,
         source=source,

@@ -81,11 +81,13 @@ class SplitModel:
         """One session in which all ranks run."""
         return session(stitch(self))
 
-    def run(self, stitched: ort.InferenceSession, feeds: Mapping[str, Array]) -> dict[str, list[Array]]:
-        """The outputs of every rank for global `feeds`, by output name."""
+    def run(
+        self, stitched: ort.InferenceSession, feeds: Mapping[str, Array], padding: float = 0.0
+    ) -> dict[str, list[Array]]:
+        """The outputs of every rank for global `feeds`, by output name; `padding` is what split inputs have there."""
         wanted = {value.name for value in stitched.get_inputs()}
         local_feeds = {
-            f"r{rank}/{name}": local(array, self.inputs[name], self.mesh, rank)
+            f"r{rank}/{name}": local(array, self.inputs[name], self.mesh, rank, padding)
             for name, array in feeds.items()
             for rank in range(self.mesh.size)
         }
@@ -143,13 +145,13 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options)
 
 
-def local(array: Array, layout: Layout, mesh: Mesh, rank: int) -> Array:
-    """What a rank sees of an input: its part of every dimension, zeros for padding."""
+def local(array: Array, layout: Layout, mesh: Mesh, rank: int, padding: float = 0.0) -> Array:
+    """What a rank sees of an input: its part of every dimension."""
     for d, dim in enumerate(layout):
         if dim is not None and axes_of(dim):
             indices = index_map(dim, mesh, rank)
             array = np.take(array, np.maximum(indices, 0), axis=d)
-            array[(slice(None),) * d + (indices < 0,)] = 0
+            array[(slice(None),) * d + (indices < 0,)] = padding
     return array
 
 

@@ -1,15 +1,16 @@
-"""The command line on small models of three exporters: build, generate, run, verify, and what each says of bad input."""
+"""The command line on small models of three exporters, and what it says of bad input."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.cli.main import main
 from furiosa_llm.cli.units import nbytes
@@ -59,13 +60,13 @@ def refused(cli: Cli) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One artifact that tests may read."""
     from furiosa_llm import ArtifactBuilder
 
     folder = tmp_path_factory.mktemp("built") / "artifact"
     ArtifactBuilder(zoo / OPTIMUM / "model.onnx", tensor_parallel_size=4).build(folder)
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [4, 8])
@@ -113,15 +114,15 @@ def test_run_gives_the_model_s_outputs(zoo: Path, tmp_path: Path, cli: Cli) -> N
     model = zoo / "tiny-bert-optimum" / "model.onnx"
     assert cli("build", "-tp", 8, model, tmp_path / "artifact").code == 0
     ids = np.arange(10, dtype=np.int64)[None, :]
-    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    np.savez(tmp_path / "in.npz", **inputs)
+    mask, types = np.ones_like(ids), np.zeros_like(ids)
+    np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=mask, token_type_ids=types)
     result = cli("run", tmp_path / "artifact", "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz")
     assert result.code == 0, result.err
     assert result.out == "logits: float32 [1, 10, 1024]\n"
     import onnxruntime
 
     session = onnxruntime.InferenceSession(model)
-    (expected,) = session.run(None, inputs)
+    (expected,) = session.run(None, {"input_ids": ids, "attention_mask": mask, "token_type_ids": types})
     found = np.load(tmp_path / "out.npz")["logits"]
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))

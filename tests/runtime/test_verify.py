@@ -64,15 +64,22 @@ def test_a_model_without_states_is_compared_once(tmp_path: Path) -> None:
     assert report.within(1e-5)
 
 
-def test_dimensions_without_a_size_are_asked_for(tmp_path: Path) -> None:
-    def image(mesh: Mesh) -> Spmd:
-        program = Spmd(mesh)
-        program.weight("w", np.ones((4,), dtype=np.float32))
-        program.input("pixels", ["height", 4])
-        program.node("Add", ["pixels", "w"], "y")
-        program.output("y", ["height", 4])
-        return program
+def image(mesh: Mesh, dimension: str = "height") -> Spmd:
+    """One addition, over a dynamic dimension that is neither batch nor sequence."""
+    program = Spmd(mesh)
+    program.weight("w", np.ones((4,), dtype=np.float32))
+    program.input("pixels", [dimension, 4])
+    program.node("Add", ["pixels", "w"], "y")
+    program.output("y", [dimension, 4])
+    return program
 
+
+def test_an_encoders_length_has_a_size(tmp_path: Path) -> None:
+    artifact = image(Mesh((2,)), "encoder").write(tmp_path / "a")
+    assert verify_against(artifact, save(image(ONE, "encoder"), tmp_path)).within(0)
+
+
+def test_dimensions_without_a_size_are_asked_for(tmp_path: Path) -> None:
     artifact, model = image(Mesh((2,))).write(tmp_path / "a"), save(image(ONE), tmp_path)
     with pytest.raises(UnsupportedError, match=r"input 'pixels' has the dynamic dimensions \['height'\]"):
         verify_against(artifact, model)
