@@ -27,6 +27,11 @@ def normalize(source: Source) -> ir.Model:
     and unrelated dimensions must not be tied together by that). Raises ModelLoadError for a graph that is damaged and
     UnsupportedModelError for one that cannot be split.
     """
+    try:
+        source.model.graph.sort()  # a clone needs its nodes in order, and a cycle has none
+    except ValueError as error:
+        raise ModelLoadError(f"{source.path.name} is not a valid graph: {error}; export the model again.") from error
+    _check_values(source.model, source)
     model = source.model.clone()
     _check_opset(model, source)
     try:
@@ -44,7 +49,6 @@ def normalize(source: Source) -> ir.Model:
         raise ModelLoadError(
             f"{source.path.name} is not a valid graph: {_root_cause(error)}; export the model again."
         ) from error
-    _check_values(model, source)
     _refuse_random_ops(model, source)
     _separate_vector_uses(model.graph)
     return model
