@@ -46,8 +46,9 @@ def edit(path: Path, change: Edit) -> None:
     path.write_bytes(proto.SerializeToString())
 
 
-def first_external(proto: onnx.ModelProto) -> TensorProto:
-    return next(t for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL)
+def first_external(proto: onnx.ModelProto) -> onnx.TensorProto:
+    found: list[onnx.TensorProto] = [t for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    return found[0]
 
 
 def set_external(key: str, value: str) -> Edit:
