@@ -241,9 +241,10 @@ def _merge(x: Factor, y: Factor) -> None:
     elif y.kind is Kind.LEAF:
         y.forward(x)
     else:
-        for offset in {o for o, _ in _segments(x)} | {o for o, _ in _segments(y)}:
-            _cut(x, offset)
-            _cut(y, offset)
+        while (offsets := _offsets(x)) != _offsets(y):  # cutting one may cut the other, where they share segments
+            for offset in sorted(offsets | _offsets(y)):
+                _cut(x, offset)
+                _cut(y, offset)
         pairs = list(zip(x.kids, y.kids, strict=True))
         for p, q in pairs:
             unify([p], [q])
@@ -267,6 +268,10 @@ def _concatenation_as_product(cat: Factor, parts: list[Factor]) -> None:
 def _segments(cat: Factor) -> list[tuple[int, Factor]]:
     offsets = itertools.accumulate((kid.find().size for kid in cat.kids), initial=0)
     return list(zip(offsets, cat.kids, strict=False))
+
+
+def _offsets(cat: Factor) -> set[int]:
+    return {offset for offset, _ in _segments(cat)}
 
 
 def _cut(cat: Factor, position: int) -> None:

@@ -21,6 +21,9 @@ from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, Prod, axes_of, g
 _SPLIT_SIZES_ARE_INPUT = 13
 """Since this opset, Split takes its sizes as an input."""
 
+_FOLLOW_BY_THEMSELVES = {"Reshape": (-1, 0), "Expand": (1,)}
+"""Sizes in a target that are right locally, too: the rest, the input's size."""
+
 
 class SizeRewriter:
     """Makes sizes global behind Shape, and local in front of ops."""
@@ -73,7 +76,8 @@ class SizeRewriter:
         for d in self._layouts.split_dims(output):
             assert raw is not None, f"{info.node.op_type} {info.node.name}: the shape of a split value is not known"
             i = d - (len(layout) - len(raw))
-            if i < 0 or (0, d) in info.full_outputs or self._follows_by_itself(info, int(raw[i]), d):
+            left_alone = _FOLLOW_BY_THEMSELVES.get(info.node.op_type, ())
+            if i < 0 or (0, d) in info.full_outputs or int(raw[i]) in left_alone:
                 continue
             if self._analysis.is_dynamic(output, d):
                 divide[i] = self._layouts.parts(layout[d])
@@ -84,16 +88,6 @@ class SizeRewriter:
             if key not in self._local:
                 self._local[key] = self._local_vector(_present(inputs[port]), target, static, divide)
             inputs[port] = self._local[key]
-
-    def _follows_by_itself(self, info: NodeInfo, raw: int, d: int) -> bool:
-        """Whether a target says no size, but one that is right in any case: -1 and 0 of Reshape, 1 of Expand."""
-        if info.node.op_type == "Expand":
-            return raw == 1
-        if info.node.op_type != "Reshape":
-            return False
-        data = self._layouts.of(_present(info.node.inputs[0]))
-        copied = raw == 0 and d < len(data) and data[d] == self._layouts.of(info.node.outputs[0])[d]
-        return raw == -1 or copied
 
     def _local_vector(
         self, vector: ir.Value, original: ir.Value, static: dict[int, int], divide: dict[int, int]

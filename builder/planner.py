@@ -52,6 +52,8 @@ class Price:
 
     nbytes: float
     """Weights, KV cache and collectives' payload."""
+    payload_nbytes: float
+    """Of those, what collectives carry, as often as a rank touches it."""
     collectives: int
 
     def total(self, charge: float) -> float:
@@ -90,6 +92,9 @@ class Plan:
     refused: tuple[Refused, ...]
     evaluations: int
 
+
+_Rank = tuple[float, float, float, int]
+"""How good a move is: bytes saved per collective added, bytes saved, less bytes carried, less sums."""
 
 _Place = tuple[str, int, tuple[int, ...], int, int]
 """Where a leaf occurs: op type, operand, the operand's shape, dimension, position in the dimension."""
@@ -247,7 +252,7 @@ class Planner:
         """The move with the most bytes saved per collective added, if it is worth its collectives."""
         best, _ = self._priced_choices(choices)
         found: dict[Group, Axes] | None = None
-        found_rank = (0.0, 0.0, 0)
+        found_rank: _Rank = (0.0, 0.0, 0.0, 0)
         for group, axes in itertools.product(self.groups, self._runs()):
             if choices.get(group) or not self._fits(group, axes):
                 continue
@@ -259,7 +264,9 @@ class Planner:
             saved, added = best.nbytes - price.nbytes, price.collectives - best.collectives
             if best.total(self.charge) - price.total(self.charge) <= MOVE_CHARGE * self._median:
                 continue
-            rank = (saved / added if added > 0 else math.inf, saved, -_count(outcome, "AllGather"))
+            ratio = saved / added if added > 0 else math.inf
+            sums = sum(collective.kind == "AllReduce" for collective in outcome.collectives)
+            rank = (ratio, saved, -price.payload_nbytes, -sums)
             if found is None or _outranks(rank, found_rank):
                 found, found_rank = trial, rank
         return found
@@ -333,12 +340,13 @@ class Planner:
         nbytes = sum(self._nbytes(v) * self._share(factors, assignment) for v, factors in self._priced)
         for value, whole_sets in outcome.weight_layouts.items():
             nbytes += sum(self._nbytes(value) for whole in whole_sets if whole)
+        carried = 0.0
         for collective in outcome.collectives:
             payload = self._payload(collective, assignment, self._decode)
             if payload != self._payload(collective, assignment, self._longer):
                 return f"{collective.kind} of {collective.value.name} would grow with the context"
-            nbytes += payload * _passes_over_payload(collective)
-        return Price(nbytes, len(outcome.collectives)), outcome
+            carried += payload * _passes_over_payload(collective)
+        return Price(nbytes + carried, carried, len(outcome.collectives)), outcome
 
     def _payload(self, collective: Collective, assignment: Assignment, step: PricedStep) -> float:
         """Bytes that one rank receives for a collective, per new position."""
@@ -368,16 +376,12 @@ def _passes_over_payload(collective: Collective) -> int:
     return 1 if collective.value.is_graph_output() else 3
 
 
-def _count(outcome: Outcome, kind: str) -> int:
-    return sum(collective.kind == kind for collective in outcome.collectives)
-
-
-def _outranks(rank: tuple[float, float, int], other: tuple[float, float, int]) -> bool:
-    """Whether a move is better; of two that are about equal the one with fewer AllGathers, which need a new layout."""
+def _outranks(rank: _Rank, other: _Rank) -> bool:
+    """Whether a move is better; of two that save about the same the one whose collectives carry and add less."""
     if math.isinf(rank[0]) or math.isinf(other[0]):
         return rank > other
     if abs(rank[0] - other[0]) <= MOVE_TOLERANCE * max(rank[0], other[0]):
-        return rank[2] > other[2]
+        return rank[2:] > other[2:]
     return rank[0] > other[0]
 
 

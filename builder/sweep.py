@@ -71,6 +71,8 @@ class Sweeper:
         for leaf, axes in assignment.items():
             if leaf in self._ground.analysis.pinned and axes:
                 raise InfeasibleError(f"factor of {leaf.size} is used whole inside an op")
+            if leaf.size <= 1 and axes:
+                raise InfeasibleError("a factor of 1 would be split")  # equal ones are not tied to each other
             if leaf in self._dynamic_leaves and leaf.size % self._ground.mesh.parts(axes):
                 raise InfeasibleError(f"factor of {leaf.size} would be padded inside a dynamic dimension")
 

@@ -21,7 +21,7 @@ def mixture_of_experts(view: NodeView) -> Rule:
     fusion = int(view.attribute("swiglu_fusion", 0))
     width = _PAIRED.get(fusion, "i") if view.shape(2)[1] == 2 * inner else "i"
     rows = words(view.rank(0) - 1)
-    router = ["*"] * view.rank(1)
+    router = [f"({' '.join(rows)})", "*"] if view.rank(1) == 2 else [*rows, "*"]
     candidates: list[list[str]] = [
         [*rows, "*"],
         router,

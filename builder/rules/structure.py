@@ -75,8 +75,16 @@ def _reshape(view: NodeView, operands: tuple[ShapeOperand, ...]) -> Rule:
     if math.prod(before) == 0 or (operands and not view.has(1)):  # nothing to split, or the target is an attribute
         return whole(view)
     left, right, sizes = regroup(before, after)
+    if any(left[d] != right[d] for d in _copied_dims(view) if operands):
+        return whole(view, note="Reshape that copies the size of another dimension: replicated")
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
+
+
+def _copied_dims(view: NodeView) -> list[int]:
+    """The dimensions that a target of 0 copies from the input."""
+    target = view.fact(1).value if view.has(1) and not view.attribute("allowzero", 0) else None
+    return [] if target is None else [d for d, size in enumerate(target) if size == 0]
 
 
 @rule("Reshape")
