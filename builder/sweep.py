@@ -21,10 +21,12 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 
 
 def find_weight_derived(analysis: Analysis) -> set[ir.Value]:
-    """Initializers and what data movement alone makes of them."""
+    """Initializers, what is computed from nothing else, and what data movement alone makes of them."""
     derived = set(analysis.graph.initializers.values())
     for info in analysis.nodes:
-        if info.node.op_type in WEIGHT_MOVERS and info.node.inputs[0] in derived:
+        inputs = [value for value in info.node.inputs if value is not None]
+        moved = info.node.op_type in WEIGHT_MOVERS and info.node.inputs[0] in derived
+        if moved or (inputs and derived.issuperset(inputs)):
             derived.update(info.node.outputs)
     return derived
 
