@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,7 +47,10 @@ class Prepared:
     probes: Probes
     states: States
     analysis: Analysis
-    reference: ort.InferenceSession
+
+    @functools.cached_property
+    def reference(self) -> ort.InferenceSession:
+        return session(self.proto)
 
     def feeds(self, sizes: SizeSet, seed: int = 0) -> dict[str, Array]:
         """Inputs at the given sizes."""
@@ -105,6 +109,10 @@ def _feed(value: ir.Value, shape: tuple[int, ...], sizes: SizeSet, rng: np.rando
             array = np.ones(shape, dtype=np.int64)
         case "position_ids":
             array = np.broadcast_to(np.arange(sizes.past, sizes.past + shape[-1]), shape)
+        case _ if value.dtype is ir.DataType.BOOL:
+            array = rng.integers(0, 2, shape)
+        case _ if value.dtype.is_integer():
+            array = rng.integers(-3 if value.dtype.is_signed() else 0, 4, shape)
         case _:
             array = rng.standard_normal(shape)
     return array.astype(value.dtype.numpy())
@@ -141,7 +149,6 @@ def prepare_source(source: Source, proto: onnx.ModelProto) -> Prepared:
         probes=probes,
         states=find_states(model.graph, probes.facts),
         analysis=analyse(model.graph, probes.facts, probes.others),
-        reference=session(proto),
     )
 
 

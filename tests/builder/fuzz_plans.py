@@ -1,0 +1,152 @@
+"""The soundness fuzz: random feasible assignments, not the cheap ones, each run on all ranks and compared.
+
+Over the models of the zoo:
+
+    python -m tests.builder.fuzz_plans --plans 3000
+
+Every plan follows from its seed. A failure is made small before it is shown, and ends the campaign with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+
+from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.interface import SizeSet
+from furiosa_llm.builder.outcome import InfeasibleError
+from furiosa_llm.builder.planner import candidates, group_leaves
+from furiosa_llm.builder.sweep import Sweeper
+from furiosa_llm.runtime.artifact.layout import Mesh
+from tests.builder.plans import Assignment, Prepared, prepare, random_assignment
+from tests.builder.proofs import describe
+
+ZOO = Path(__file__).resolve().parents[2] / "fixtures" / "zoo"
+MESHES = (Mesh((2,)), Mesh((2, 2)), Mesh((2, 2, 2)), Mesh((3,)), Mesh((2, 3)))
+STEPS = ((2, 9, 0), (2, 1, 9), (3, 5, 7))
+"""Batch, new positions, past."""
+TOLERANCE = 1e-4
+CRASHES = (AssertionError, KeyError, IndexError, ValueError, ShapeError, Fail, InvalidArgument, RuntimeException)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A plan that went wrong."""
+
+    seed: int
+    model: str
+    mesh: tuple[int, ...]
+    found: str
+    assignment: str
+    """What is left of the plan once everything that does not matter is taken away."""
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, {self.model} on {self.mesh}: {self.found}\n    {self.assignment}"
+
+
+def zoo_models() -> list[str]:
+    """Every graph of the zoo that onnxruntime can run in float32."""
+    paths = sorted(str(path.relative_to(ZOO)) for path in ZOO.glob("*/*.onnx"))
+    return [path for path in paths if "merged" not in path and "fp16" not in path]
+
+
+class Fuzzer:
+    """Random plans of one model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._prepared: Prepared | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """The model, read when it is needed."""
+        if self._prepared is None:
+            self._prepared = prepare(ZOO / self.name)
+        return self._prepared
+
+    def plan(self, seed: int) -> Failure | None:
+        """Make and run the plan of one seed."""
+        rng = random.Random(f"{self.name} {seed}")
+        mesh = rng.choice(MESHES)
+        leaves, groups = self._groups(rng)
+        sweeper = Sweeper(self.prepared.analysis, mesh, leaves, self.prepared.states)
+        sizes = self._sizes(rng)
+        assignment, _ = random_assignment(sweeper, groups, mesh, rng, rng.choice([1, 2, 4, 8, 16]))
+        found = self._run(sweeper, mesh, assignment, sizes)
+        if found is None:
+            return None
+        small = self._smallest(assignment, lambda trial: self._run(sweeper, mesh, trial, sizes) is not None)
+        return Failure(seed, self.name, mesh.shape, found, describe(self.prepared, small))
+
+    def _groups(self, rng: random.Random) -> tuple[list[Factor], Sequence[Sequence[Factor]]]:
+        """What is split together: the planner's groups, its candidates one by one, or any leaf at all."""
+        analysis = self.prepared.analysis
+        kind = rng.choice(["groups", "candidates", "leaves"])
+        any_leaf = kind == "leaves"
+        leaves = self.prepared.static_leaves() if any_leaf else candidates(analysis, self.prepared.states)
+        if kind == "groups":
+            return leaves, [group.leaves for group in group_leaves(analysis, leaves)]
+        return leaves, [(leaf,) for leaf in leaves]
+
+    def _sizes(self, rng: random.Random) -> SizeSet:
+        batch, sequence, past = rng.choice(STEPS)
+        if past and sequence > 1 and any(n.op_type == "GroupQueryAttention" for n in self.prepared.model.graph):
+            batch = 1
+        return SizeSet(batch=batch, sequence=sequence, past=past, encoder=6, others=(5,) * 8)
+
+    def _run(self, sweeper: Sweeper, mesh: Mesh, assignment: Assignment, sizes: SizeSet) -> str | None:
+        """What is wrong with an assignment, if anything."""
+        try:
+            outcome = sweeper.sweep(assignment)
+        except InfeasibleError:
+            return None
+        try:
+            error = self.prepared.greatest_error(self.prepared.split(mesh, assignment, outcome), sizes)
+        except CRASHES as crash:
+            return f"{type(crash).__name__}: {crash}"
+        return None if error < TOLERANCE else f"relative error {error:.1e}"
+
+    def _smallest(self, assignment: Assignment, fails: Callable[[Assignment], bool]) -> Assignment:
+        for leaf in list(assignment):
+            fewer = {other: axes for other, axes in assignment.items() if other is not leaf}
+            if fails(fewer):
+                assignment = fewer
+        return assignment
+
+
+def campaign(names: Sequence[str], plans: int, first_seed: int = 0) -> Iterator[Failure | None]:
+    """The outcome of `plans` plans, the models in turn."""
+    fuzzers = [Fuzzer(name) for name in names]
+    for number in range(plans):
+        yield fuzzers[number % len(fuzzers)].plan(first_seed + number // len(fuzzers))
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Run random plans over the zoo and compare with the unsplit models.")
+    parser.add_argument("--plans", type=int, default=300)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--model", default="", help="only models whose path has this in it")
+    arguments = parser.parse_args()
+    names = [name for name in zoo_models() if arguments.model in name]
+    started, failures = time.monotonic(), 0
+    for failure in campaign(names, arguments.plans, arguments.first_seed):
+        if failure is not None:
+            failures += 1
+            sys.stdout.write(f"{failure}\n")
+            sys.stdout.flush()
+    seconds = time.monotonic() - started
+    sys.stdout.write(f"{arguments.plans} plans of {len(names)} models: {failures} wrong, {seconds:.0f} s\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Rules that are wrong on purpose: the proofs must catch each of them, or they would not catch a real mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
+
+from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules import RULES
+from tests.builder.graphs import model
+from tests.builder.op_cases import CASES
+from tests.builder.proofs import prove
+from tests.builder.test_partial_sums import PASSES, STOPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A change to the rule of one op, and a model that must show it."""
+
+    op: str
+    shown_by: str | Callable[[], onnx.ModelProto]
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the rule."""
+    text: tuple[str, str] = ("", "")
+    """What to replace in the rule's text, and by what."""
+
+    def apply(self, found: Rule) -> Rule:
+        assert self.text[0] in found.text, found.text
+        return dataclasses.replace(found, text=found.text.replace(*self.text, 1), **self.changes)
+
+    def model(self) -> onnx.ModelProto:
+        if not isinstance(self.shown_by, str):
+            return self.shown_by()
+        partial = {**PASSES, **STOPS}.get(self.shown_by)
+        return partial.model() if partial else next(case for case in CASES if case.name == self.shown_by).model()
+
+
+def padded_quotient() -> onnx.ModelProto:
+    """Three heads, each divided by its norm: padded heads are 0/0 and meet zero weights in the second product."""
+    nodes = (
+        "h = MatMul(past_x, a) s = Reshape(h, heads) m = ReduceL2(s, last) n = Div(s, m) "
+        "f = Reshape(n, flat) y = MatMul(f, b)"
+    )
+    sizes = {"heads": np.array([4, 3, 2]), "flat": np.array([4, 6]), "last": np.array([-1])}
+    return model("float[4, 5] past_x", "float[4, 7] y", nodes, {"a": (5, 6), "b": (6, 7), **sizes})
+
+
+def square_product() -> onnx.ModelProto:
+    return model("float[4, 6] past_x", "float[4, 6] y", "y = MatMul(past_x, w)", {"w": (6, 6)})
+
+
+def two_products() -> onnx.ModelProto:
+    nodes = "p = MatMul(past_x, a) y = MatMul(p, b)"
+    return model("float[4, 6] past_x", "float[4, 3] y", nodes, {"a": (6, 5), "b": (5, 3)})
+
+
+MUTATIONS = {
+    "MatMul forgets that it contracts": Mutation("MatMul", "MatMul by a matrix", text=("; reduce k", "")),
+    "MatMul takes rows for columns": Mutation("MatMul", square_product, text=("k n", "n k")),
+    "MatMul is jointly linear": Mutation("MatMul", two_products, {"linear": (0, 1)}),
+    "Softmax does not need its axis": Mutation("Softmax", "Softmax", text=("a * c -> a * c", "a b c -> a b c")),
+    "Softmax passes partial sums on": Mutation("Softmax", "Softmax", {"linear": (0,)}),
+    "Relu passes partial sums on": Mutation("Relu", "Relu", {"linear": (0,)}),
+    "every rank adds the bias": Mutation("Gemm", "Gemm 00", {"masked": ()}),
+    "every rank adds the experts' bias": Mutation("com.microsoft.MoE", "com.microsoft.MoE interleaved", {"masked": ()}),
+    "swiglu pairs may be cut": Mutation(
+        "com.microsoft.MoE", "com.microsoft.MoE interleaved", text=("(i u) *, * (i u)", "(u i) *, * (u i)")
+    ),
+    "heads may be cut": Mutation(
+        "com.microsoft.GroupQueryAttention", "com.microsoft.GroupQueryAttention apart", text=("; pin d", "")
+    ),
+    "key heads may be told nothing": Mutation(
+        "com.microsoft.GroupQueryAttention", "com.microsoft.GroupQueryAttention apart", {"attributes": {}}
+    ),
+    "groups come before key heads": Mutation("Attention", "Attention of heads", text=("(kv g)", "(g kv)")),
+    "rotary pairs may be cut": Mutation("RotaryEmbedding", "RotaryEmbedding packed", text=("; pin d", "")),
+    "Split keeps its sizes": Mutation("Split", "Split", {"shape_operands": ()}),
+    "Slice keeps its bounds": Mutation("Slice", "Slice", {"shape_operands": ()}),
+    "Reshape keeps its target": Mutation("Reshape", "Reshape ones", {"shape_operands": ()}),
+    "Expand keeps its target": Mutation("Expand", "Expand", {"shape_operands": ()}),
+    "Concat takes its axis for one dimension": Mutation("Concat", "Concat", text=("[p0|p1]", "p0")),
+    "Gather looks up anything": Mutation("Gather", "Gather table", text=("; lookup a", "")),
+    "Gather may be cut on its axis": Mutation("Gather", "Gather", text=("a *", "a b")),
+    "ReduceSum forgets that it contracts": Mutation("ReduceSum", "ReduceSum", text=("; reduce b", "")),
+    "ReduceMean adds up means": Mutation("ReduceMean", "ReduceMean", {"average": False}),
+    "LayerNormalization of a part": Mutation("LayerNormalization", "LayerNormalization", text=("a b *", "a b c")),
+    "CumSum of a part": Mutation("CumSum", "CumSum", text=("a * c,  -> a * c", "a b c,  -> a b c")),
+    "quantised blocks may be cut": Mutation(
+        "DequantizeLinear",
+        "DequantizeLinear by block",
+        text=("a (q w), a q, a q -> a (q w); pin w", "a b, a *, a * -> a b"),
+    ),
+    "bytes may be cut": Mutation(
+        "com.microsoft.MatMulNBits", "com.microsoft.MatMulNBits zero points and bias", text=("pin u w", "pin w")
+    ),
+    "MatMulNBits keeps K": Mutation(
+        "com.microsoft.MatMulNBits", "com.microsoft.MatMulNBits symmetric", {"attributes": {"N": "n"}}
+    ),
+    "Mul of two partial sums is one": Mutation("Mul", "Mul of two", {"linear": (0, 1), "bilinear": False}),
+    "Add counts constants once on every rank": Mutation("Add", "Add a constant", {"linear": (), "bilinear": True}),
+    "padding may be divided by": Mutation("Div", padded_quotient, {"divisor": None}),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_wrong_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutation = MUTATIONS[name]
+    domain, _, op_type = mutation.op.rpartition(".")
+    right = RULES[domain, op_type]
+    monkeypatch.setitem(RULES, (domain, op_type), lambda view: mutation.apply(right(view)))
+    try:
+        wrong = bool(prove(mutation.model()).wrong)
+    except (AssertionError, ShapeError, Fail, InvalidArgument, RuntimeException):
+        wrong = True
+    assert wrong, "every plan gave the right result"
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_right_rule_is_not(name: str) -> None:
+    assert prove(MUTATIONS[name].model()).wrong == ()
