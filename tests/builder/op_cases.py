@@ -50,11 +50,13 @@ def case(
     outputs: str,
     nodes: str,
     label: str = "",
+    /,
     *,
-    opset: int = 21,
-    runs: bool = True,
-    **weights: Array | tuple[int, ...],
+    opset: Any = 21,
+    runs: Any = True,
+    **weights: Any,
 ) -> OpCase:
+    """A row of the table. `opset` is an int and `runs` a bool; weights are arrays or shapes, by name."""
     return OpCase(
         op=op,
         label=label,

@@ -59,6 +59,7 @@ def feeds_of(inputs: Sequence[InputInfo], case: Case, vocab_size: int | None, se
     feeds: dict[str, Array] = {}
     for info in inputs:
         shape = shape_of(info.shape, case.sizes)
+        array: Array
         match info.role:
             case "token_ids":
                 array = rng.integers(0, vocab_size or 1000, shape)

@@ -171,10 +171,9 @@ def stitch(split: SplitModel) -> onnx.ModelProto:
             nodes += _collective(node, split.mesh)
         else:
             nodes += [_copy(node, rank) for rank in ranks]
-    interface = [
-        [_untyped(value, rank) for value in values for rank in ranks] for values in (graph.input, graph.output)
-    ]
-    stitched = helper.make_graph(nodes, "stitched", *interface, initializers)
+    inputs = [_untyped(value, rank) for value in graph.input for rank in ranks]
+    outputs = [_untyped(value, rank) for value in graph.output for rank in ranks]
+    stitched = helper.make_graph(nodes, "stitched", inputs, outputs, initializers)
     opsets = [entry for entry in split.program.opset_import if entry.domain != COLLECTIVE_DOMAIN]
     return helper.make_model(stitched, opset_imports=opsets, ir_version=split.program.ir_version)
 

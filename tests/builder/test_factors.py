@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -34,9 +35,9 @@ class Equation:
     left: Factor
     right: Factor
 
-    def check(self, axes: dict[Factor, tuple[int, ...]]) -> None:
+    def check(self, axes: Mapping[Factor, tuple[int, ...]]) -> None:
         for rank in range(MESH.size):
-            left, right = (index_map(to_dim(side, axes), MESH, rank) for side in (self.left, self.right))
+            left, right = (index_map(to_dim(side, dict(axes)), MESH, rank) for side in (self.left, self.right))
             np.testing.assert_array_equal(left, right)
 
 
