@@ -57,8 +57,14 @@ typecheck: $(INSTALLED) ## mypy, strict
 bench: $(INSTALLED) ## the benchmarks, each figure beside its bar
 	$(BIN)/python -m benchmarks
 
+PLANS ?= 3000
+
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## random feasible plans over the zoo, checked against the unsplit models (PLANS=3000)
+	$(BIN)/python -m tests.builder.fuzz_plans --plans $(PLANS)
+
 .PHONY: release
-release: lint typecheck test test-wheel ## sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz bench ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -22,11 +22,14 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 
 def find_weight_derived(analysis: Analysis) -> set[ir.Value]:
     """Initializers, what is computed from nothing else, and what data movement alone makes of them."""
-    derived = set(analysis.graph.initializers.values())
+    constant = set(analysis.graph.initializers.values())
+    derived = set(constant)
     for info in analysis.nodes:
         inputs = [value for value in info.node.inputs if value is not None]
-        moved = info.node.op_type in WEIGHT_MOVERS and info.node.inputs[0] in derived
-        if moved or (inputs and derived.issuperset(inputs)):
+        if inputs and constant.issuperset(inputs):
+            constant.update(info.node.outputs)
+            derived.update(info.node.outputs)
+        elif info.node.op_type in WEIGHT_MOVERS and info.node.inputs[0] in derived:
             derived.update(info.node.outputs)
     return derived
 

@@ -17,7 +17,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from tests.builder.plans import Assignment, Prepared, prepare_proto, runs_of
 
 MESHES = (Mesh((2,)), Mesh((2, 2)))
-SIZES = SizeSet(batch=3, sequence=4, past=5, encoder=6, others=(7,) * 8)
+SIZES = SizeSet(batch=2, sequence=4, past=6, encoder=6, others=(7,) * 8)
 TOLERANCE = 2e-5
 MOST_PLANS = 16
 """For each mesh; a case with more assignments is sampled."""
