@@ -77,7 +77,7 @@ class ArtifactBuilder:
         experimental_tp: bool = False,
     ) -> None:
         check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
-        if max_padding < 1:
+        if not max_padding >= 1:  # not a number is not, either
             raise OptionError(f"max_padding must be at least 1 (no padding), got {max_padding}.")
         if max_seq_len_to_capture is not None and max_seq_len_to_capture < 1:
             raise OptionError(f"max_seq_len_to_capture must be at least 1, got {max_seq_len_to_capture}.")

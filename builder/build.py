@@ -63,10 +63,18 @@ class Build:
         return self.probes.facts[value].dtype.is_floating_point()
 
     def tensors(self) -> list[ShardedTensor]:
-        """Stored tensors in the order in which the program first reads them, unused ones last."""
+        """Stored tensors in the order in which they are written.
+
+        Those with the largest elements come first, so that every window of a file is aligned to its elements; then in
+        the order in which the program first reads them, unused ones last.
+        """
         reads = (str(value.name) for node in self.lowered.graph for value in node.inputs if value is not None)
         order = {name: position for position, name in enumerate(dict.fromkeys(reads))}
-        return sorted(self.lowered.tensors.values(), key=lambda tensor: order.get(tensor.name, len(order)))
+
+        def place(tensor: ShardedTensor) -> tuple[int, int]:
+            return -tensor.dtype.bitwidth, order.get(tensor.name, len(order))
+
+        return sorted(self.lowered.tensors.values(), key=place)
 
     def stored_initializers(self) -> dict[str, tuple[str, ...]]:
         """Original initializer -> the stored tensors that make it up; those are absent whose data source.onnx keeps."""

@@ -83,8 +83,7 @@ def _inline_constant_ifs(model: ir.Model) -> None:
         inner = list(branch)
         for value in list(branch.initializers.values()):
             branch.initializers.pop(str(value.name))
-            value.name = _free_name(model.graph, str(value.name))
-            model.graph.register_initializer(value)
+            value.replace_all_uses_with(_copy(model.graph, value, str(value.name)), replace_graph_outputs=True)
         branch.remove(inner)
         model.graph.insert_before(node, inner)
         for old, new in zip(node.outputs, outputs, strict=True):
@@ -97,9 +96,15 @@ def _inline_constant_ifs(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def _free_name(graph: ir.Graph, name: str) -> str:
+def _copy(graph: ir.Graph, initializer: ir.Value, name: str) -> ir.Value:
+    """A new initializer of `graph` with the same tensor; renaming a value would rename the source's tensor, too."""
     names = (name if number == 0 else f"{name}/{number}" for number in itertools.count())
-    return next(candidate for candidate in names if candidate not in graph.initializers)
+    free = next(candidate for candidate in names if candidate not in graph.initializers)
+    tensor = initializer.const_value
+    copy = ir.Value(name=free, shape=initializer.shape, type=initializer.type, const_value=tensor)
+    copy.meta[ORIGINAL_NAME] = initializer.meta.get(ORIGINAL_NAME, initializer.name)
+    graph.register_initializer(copy)
+    return copy
 
 
 def _constant_condition(node: ir.Node) -> bool | None:
@@ -135,12 +140,12 @@ def _compute_outputs(graph: ir.Graph) -> None:
         if not value.is_initializer():
             continue
         name = str(value.name)
-        node = ir.Node("", "Identity", [value], name=f"{name}/output")
-        graph.append(node)
-        graph.outputs[position] = node.outputs[0]
-        value.name = _free_name(graph, f"{name}/initializer")
-        value.meta[ORIGINAL_NAME] = name
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
+        copy = _copy(graph, value, f"{name}/initializer")
+        output = ir.Value(name=name, shape=value.shape, type=value.type)
+        graph.append(ir.Node("", "Identity", [copy], outputs=[output], name=f"{name}/output"))
+        graph.outputs[position] = output
+        value.replace_all_uses_with(copy)
+        graph.initializers.pop(name)
 
 
 def _remove_identities(graph: ir.Graph) -> None:
@@ -218,8 +223,4 @@ def _separate_vector_uses(graph: ir.Graph) -> None:
         if tensor is None or sum(size > 1 for size in tensor.shape.numpy()) != 1:
             continue
         for number, (node, index) in enumerate(list(value.uses())[1:], start=1):
-            name = _free_name(graph, f"{value.name}/use{number}")
-            clone = ir.Value(name=name, shape=value.shape, type=value.type, const_value=tensor)
-            clone.meta[ORIGINAL_NAME] = value.meta.get(ORIGINAL_NAME, value.name)
-            graph.register_initializer(clone)
-            node.replace_input_with(index, clone)
+            node.replace_input_with(index, _copy(graph, value, f"{value.name}/use{number}"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -13,7 +14,9 @@ from furiosa_llm.builder.planner import PricedStep
 from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes import Facts, Interpreter, SizeMismatchError
 
+SMALL = SizeSet(batch=2, sequence=1, past=1, encoder=2, others=(3, 5, 7, 11))
 LARGE = SizeSet(batch=2, sequence=1031, past=2053, encoder=1033, others=(1039, 1049, 1051, 1061))
+"""Beyond the other sizes at both ends: a size that is bounded (by a window, or by a table) is not constant here."""
 
 DimensionKinds = dict[str, tuple[int | str, ...]]
 
@@ -32,15 +35,14 @@ class Probes:
     """At other sizes of every dynamic dimension."""
     decode: PricedStep
     longer: PricedStep
-    large: Facts | None
-    """At large sizes, which tell a size that is constant from one that is merely bounded from below; None for models
-    that take no such sizes."""
+    extremes: tuple[Facts, ...]
+    """At very small and very large sizes, which tell a size that is constant from one that is merely bounded; those
+    that the model does not take are left out."""
 
     @property
     def all_facts(self) -> tuple[Facts, ...]:
         """Facts at every size set."""
-        known = (self.facts, self.others, self.decode.facts, self.longer.facts)
-        return known if self.large is None else (*known, self.large)
+        return (self.facts, self.others, self.decode.facts, self.longer.facts, *self.extremes)
 
 
 def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object]) -> Probes:
@@ -50,15 +52,14 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     facts, kinds = _first_run(interpreter, kinds)
     others = interpreter.run(concrete(kinds, SECOND_PROBE))
     decode, longer = _priced_steps(interpreter, kinds)
-    large = _large_run(interpreter, kinds)
-    return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer, large=large)
+    extremes = tuple(_extreme_runs(interpreter, kinds))
+    return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer, extremes=extremes)
 
 
-def _large_run(interpreter: Interpreter, kinds: DimensionKinds) -> Facts | None:
-    try:
-        return interpreter.run(concrete(kinds, LARGE))
-    except ShapeError:
-        return None
+def _extreme_runs(interpreter: Interpreter, kinds: DimensionKinds) -> Iterator[Facts]:
+    for sizes in (SMALL, LARGE):
+        with contextlib.suppress(ShapeError):
+            yield interpreter.run(concrete(kinds, sizes))
 
 
 def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:

@@ -203,10 +203,8 @@ class ProgramBuilder:
     def store_unused(self, name: str, tensor: ir.TensorProtocol) -> None:
         """Keep an initializer that no node reads, so that the original model can be rebuilt."""
         if tensor.nbytes > INLINE_NBYTES:
-            unique = self._unique(name, self._names)
-            shape = tuple(tensor.shape.numpy())
-            layout = tuple(Leaf(size) for size in shape)
-            self.tensors[unique] = ShardedTensor(unique, tensor.dtype, shape, (), layout, tensor, whole_layout=layout)
+            layout = tuple(Leaf(size) for size in tensor.shape.numpy())
+            self._add_stored(name, tensor, layout, layout, None)
 
     def _register(self, tensor: ShardedTensor) -> ir.Value:
         """A program initializer whose data will be in a weights file; until it is written it has none."""

@@ -72,12 +72,13 @@ def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float
     """The report of a build whose artifact has been written."""
     mesh = build.plan.mesh
     tensors = list(build.lowered.tensors.values())
+    read = {value.name for node in build.lowered.graph for value in node.inputs if value is not None}
     replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
     originals = {id(value.const_value): value for value in build.source.model.graph.initializers.values()}
     return BuildReport(
         artifact=artifact,
         tensor_parallel_size=mesh.size,
-        weight_nbytes=sum(t.local_nbytes for t in tensors),
+        weight_nbytes=sum(t.local_nbytes for t in tensors if t.name in read),
         replicated_nbytes=sum(t.local_nbytes for t in replicated),
         padding_nbytes=padding_nbytes(tensors, mesh),
         model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),

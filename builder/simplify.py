@@ -12,13 +12,13 @@ from furiosa_llm.builder.size_folding import fold_sizes
 
 def simplify(model: ir.Model, probes: Probes) -> bool:
     """Rewrite `model` in place; returns whether anything changed, after which it must be probed again."""
-    before = len(model.graph)
+    before = list(model.graph)
     analysis = analyse(model.graph, probes.facts, probes.others)
     fold_sizes(model, analysis, probes.kinds, probes.all_facts)
     _merge_single_elements(model.graph)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
-    return len(model.graph) != before
+    return list(model.graph) != before
 
 
 def _merge_single_elements(graph: ir.Graph) -> None:

@@ -63,18 +63,17 @@ class Fuzzer:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._prepared: Prepared | None = None
-
-    @property
-    def prepared(self) -> Prepared:
-        """The model, read when it is needed."""
-        if self._prepared is None:
-            self._prepared = prepare(ZOO / self.name)
-        return self._prepared
+        self._simplified: dict[bool, Prepared] = {}
 
     def plan(self, seed: int) -> Failure | None:
-        """Make and run the plan of one seed."""
+        """Make and run the plan of one seed, of the model as it is or with its sizes folded."""
         rng = random.Random(f"{self.name} {seed}")
+        simplified = rng.random() < SIMPLIFIED
+        if simplified not in self._simplified:
+            self._simplified[simplified] = prepare(ZOO / self.name, simplified=simplified)
+        return self._plan(seed, self._simplified[simplified], rng)
+
+    def _plan(self, seed: int, prepared: Prepared, rng: random.Random) -> Failure | None:
         mesh = rng.choice(MESHES)
         leaves, groups = self._groups(rng)
         sweeper = Sweeper(self.prepared.analysis, mesh, leaves, self.prepared.states)

@@ -11,7 +11,7 @@ import onnx
 from onnx import numpy_helper
 
 Array = npt.NDArray[Any]
-Weights = Mapping[str, Array | tuple[int, ...]]
+Weights = Mapping[str, Any]
 
 
 def random(*shape: int, seed: int = 0) -> Array:

@@ -25,6 +25,7 @@ from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.normalize import normalize
 from furiosa_llm.builder.outcome import Axes, InfeasibleError, Outcome
 from furiosa_llm.builder.probe import Probes, probe
+from furiosa_llm.builder.simplify import simplify
 from furiosa_llm.builder.states import States, find_states
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -34,7 +35,7 @@ GARBAGE = 3.0
 """What the padding of split inputs is filled with: whatever it is, it must do no harm."""
 
 Array = npt.NDArray[Any]
-Assignment = dict[Factor, Axes]
+Assignment = Mapping[Factor, Axes]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,29 +120,33 @@ def _feed(value: ir.Value, shape: tuple[int, ...], sizes: SizeSet, rng: np.rando
 
 
 def without_accuracy_level(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with exact block-quantised products: rounding activations to 8 bits hides errors, or looks like one."""
-    for node in proto.graph.node:
+    """A copy with exact block-quantised products: rounding activations to 8 bits hides errors, or looks like one."""
+    exact = onnx.ModelProto()
+    exact.CopyFrom(proto)
+    for node in exact.graph.node:
         for attribute in [a for a in node.attribute if a.name == "accuracy_level"]:
             node.attribute.remove(attribute)
-    return proto
+    return exact
 
 
-def prepare(path: Path) -> Prepared:
+def prepare(path: Path, *, simplified: bool = True) -> Prepared:
     """A model file, up to its analysis."""
-    return prepare_source(load(path), without_accuracy_level(onnx.load(path)))
+    return _prepare(load(path), without_accuracy_level(onnx.load(path)), simplified)
 
 
-def prepare_proto(proto: onnx.ModelProto) -> Prepared:
-    """A model made by hand, up to its analysis."""
-    return prepare_source(Source(path=Path("handmade.onnx"), model=ir.from_proto(proto)), proto)
+def prepare_proto(proto: onnx.ModelProto, *, simplified: bool = False) -> Prepared:
+    """A model made by hand, up to its analysis; as it was written, unless it is to be simplified."""
+    return _prepare(Source(path=Path("handmade.onnx"), model=ir.from_proto(proto)), proto, simplified)
 
 
-def prepare_source(source: Source, proto: onnx.ModelProto) -> Prepared:
-    """A model, up to its analysis; `proto` is the same model with its weights."""
+def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool) -> Prepared:
     model = normalize(source)
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
-    probes = probe(model, {}, configuration.read_json(source.path, "config.json"))
+    config = configuration.read_json(source.path, "config.json")
+    probes = probe(model, {}, config)
+    if simplified and simplify(model, probes):
+        probes = probe(model, {}, config)
     return Prepared(
         proto=proto,
         source=source,
@@ -165,7 +170,7 @@ def random_assignment(
     sweeper: Sweeper, groups: Sequence[Iterable[Factor]], mesh: Mesh, rng: random.Random, count: int
 ) -> tuple[Assignment, Outcome]:
     """A feasible assignment that splits up to `count` groups of leaves, each over random axes."""
-    assignment: Assignment = {}
+    assignment: dict[Factor, Axes] = {}
     outcome = sweeper.sweep(assignment)
     runs = runs_of(mesh)
     for group in rng.sample(list(groups), min(len(groups), 3 * count)):

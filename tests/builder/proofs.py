@@ -32,9 +32,9 @@ class Proof:
     """The assignments that gave something else than the unsplit model, with the error."""
 
 
-def prove(proto: onnx.ModelProto, seed: int = 0) -> Proof:
+def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False) -> Proof:
     """Try the feasible assignments of a model's factors on small meshes."""
-    prepared = prepare_proto(proto)
+    prepared = prepare_proto(proto, simplified=simplified)
     plans, wrong = 0, []
     for mesh in MESHES:
         leaves = prepared.static_leaves()

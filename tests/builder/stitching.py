@@ -86,15 +86,19 @@ class SplitModel:
     ) -> dict[str, list[Array]]:
         """The outputs of every rank for global `feeds`, by output name; `padding` is what split inputs have there."""
         wanted = {value.name for value in stitched.get_inputs()}
-        local_feeds = {
-            f"r{rank}/{name}": local(array, self.inputs[name], self.mesh, rank, padding)
-            for name, array in feeds.items()
-            for rank in range(self.mesh.size)
-        }
+        local_feeds = self.local_feeds(feeds, padding)
         names = [value.name for value in stitched.get_outputs()]
         results = stitched.run(names, {n: a for n, a in local_feeds.items() if n in wanted})
         by_name = dict(zip(names, results, strict=True))
         return {name: [by_name[f"r{rank}/{name}"] for rank in range(self.mesh.size)] for name in self.outputs}
+
+    def local_feeds(self, feeds: Mapping[str, Array], padding: float = 0.0) -> dict[str, Array]:
+        """The inputs of the stitched model."""
+        return {
+            f"r{rank}/{name}": local(array, self.inputs[name], self.mesh, rank, padding)
+            for name, array in feeds.items()
+            for rank in self._ranks()
+        }
 
     def greatest_error(self, found: Mapping[str, Sequence[Array]], expected: Mapping[str, Array]) -> dict[str, float]:
         """For each output the greatest error over all ranks, relative to the output's greatest value.

@@ -39,11 +39,12 @@ def error_of(prepared: Prepared, assignment: Assignment, mesh: Mesh = TWO) -> fl
 
 
 def check(inputs: str, outputs: str, nodes: str, weights: Weights, opset: int = 21) -> onnx.ModelProto:
-    """Prove a model right under all its feasible assignments."""
+    """Prove a model right under all its feasible assignments, as it is and with its sizes folded."""
     proto = model(inputs, outputs, nodes, weights, opset=opset)
-    proof = prove(proto)
-    assert proof.wrong == ()
-    assert proof.plans > 0
+    for simplified in (False, True):
+        proof = prove(proto, simplified=simplified)
+        assert proof.wrong == ()
+        assert proof.plans > 0
     return proto
 
 
@@ -121,8 +122,10 @@ def test_accumulating_experts_makes_one_sum() -> None:
 PACKED = {
     "Split": "q, k, v = Split<axis=-1>(p, sizes)",
     "Slice": "q = Slice(p, s0, s4, axis) k = Slice(p, s4, s6, axis) v = Slice(p, s6, s8, axis)",
-    "Reshape": "h = Reshape(p, heads) g, l, m = Split<axis=1>(h, counts) q = Reshape(g, wide) k = Reshape(l, narrow) v = "
-    "Reshape(m, narrow)",
+    "Reshape": """
+        h = Reshape(p, heads) g, l, m = Split<axis=1>(h, counts)
+        q = Reshape(g, wide) k = Reshape(l, narrow) v = Reshape(m, narrow)
+    """,
 }
 
 
