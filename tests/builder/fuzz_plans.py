@@ -14,7 +14,7 @@ import dataclasses
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
@@ -31,9 +31,11 @@ from tests.builder.proofs import describe
 
 ZOO = Path(__file__).resolve().parents[2] / "fixtures" / "zoo"
 MESHES = (Mesh((2,)), Mesh((2, 2)), Mesh((2, 2, 2)), Mesh((3,)), Mesh((2, 3)))
-STEPS = ((2, 9, 0), (2, 1, 9), (3, 5, 7))
+STEPS = ((2, 9, 0), (2, 1, 9), (3, 5, 7), (2, 1, 1), (2, 2, 0))
 """Batch, new positions, past."""
 TOLERANCE = 1e-4
+SIMPLIFIED = 0.7
+"""The share of plans that are of the simplified model, which is what is built."""
 CRASHES = (AssertionError, KeyError, IndexError, ValueError, ShapeError, Fail, InvalidArgument, RuntimeException)
 
 
@@ -63,60 +65,69 @@ class Fuzzer:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._simplified: dict[bool, Prepared] = {}
+        self._prepared: dict[bool, Prepared] = {}
 
     def plan(self, seed: int) -> Failure | None:
-        """Make and run the plan of one seed, of the model as it is or with its sizes folded."""
+        """Make and run the plan of one seed, of the model as it was exported or with its sizes folded."""
         rng = random.Random(f"{self.name} {seed}")
         simplified = rng.random() < SIMPLIFIED
-        if simplified not in self._simplified:
-            self._simplified[simplified] = prepare(ZOO / self.name, simplified=simplified)
-        return self._plan(seed, self._simplified[simplified], rng)
-
-    def _plan(self, seed: int, prepared: Prepared, rng: random.Random) -> Failure | None:
-        mesh = rng.choice(MESHES)
-        leaves, groups = self._groups(rng)
-        sweeper = Sweeper(self.prepared.analysis, mesh, leaves, self.prepared.states)
-        sizes = self._sizes(rng)
+        if simplified not in self._prepared:
+            self._prepared[simplified] = prepare(ZOO / self.name, simplified=simplified)
+        prepared, mesh = self._prepared[simplified], rng.choice(MESHES)
+        leaves, groups = _groups(prepared, rng)
+        sweeper = Sweeper(prepared.analysis, mesh, leaves, prepared.states)
+        sizes = _sizes(prepared, rng)
         assignment, _ = random_assignment(sweeper, groups, mesh, rng, rng.choice([1, 2, 4, 8, 16]))
-        found = self._run(sweeper, mesh, assignment, sizes)
+        trial = Trial(prepared, sweeper, mesh, sizes)
+        found = trial.run(assignment)
         if found is None:
             return None
-        small = self._smallest(assignment, lambda trial: self._run(sweeper, mesh, trial, sizes) is not None)
-        return Failure(seed, self.name, mesh.shape, found, describe(self.prepared, small))
+        return Failure(seed, self.name, mesh.shape, found, describe(prepared, trial.smallest(assignment)))
 
-    def _groups(self, rng: random.Random) -> tuple[list[Factor], Sequence[Sequence[Factor]]]:
-        """What is split together: the planner's groups, its candidates one by one, or any leaf at all."""
-        analysis = self.prepared.analysis
-        kind = rng.choice(["groups", "candidates", "leaves"])
-        any_leaf = kind == "leaves"
-        leaves = self.prepared.static_leaves() if any_leaf else candidates(analysis, self.prepared.states)
-        if kind == "groups":
-            return leaves, [group.leaves for group in group_leaves(analysis, leaves)]
-        return leaves, [(leaf,) for leaf in leaves]
 
-    def _sizes(self, rng: random.Random) -> SizeSet:
-        batch, sequence, past = rng.choice(STEPS)
-        if past and sequence > 1 and any(n.op_type == "GroupQueryAttention" for n in self.prepared.model.graph):
-            batch = 1
-        return SizeSet(batch=batch, sequence=sequence, past=past, encoder=6, others=(5,) * 8)
+def _groups(prepared: Prepared, rng: random.Random) -> tuple[list[Factor], Sequence[Sequence[Factor]]]:
+    """What is split together: the planner's groups, its candidates one by one, or any leaf at all."""
+    kind = rng.choice(["groups", "candidates", "leaves"])
+    any_leaf = kind == "leaves"
+    leaves = prepared.static_leaves() if any_leaf else candidates(prepared.analysis, prepared.states)
+    if kind == "groups":
+        return leaves, [group.leaves for group in group_leaves(prepared.analysis, leaves)]
+    return leaves, [(leaf,) for leaf in leaves]
 
-    def _run(self, sweeper: Sweeper, mesh: Mesh, assignment: Assignment, sizes: SizeSet) -> str | None:
+
+def _sizes(prepared: Prepared, rng: random.Random) -> SizeSet:
+    batch, sequence, past = rng.choice(STEPS)
+    if past and sequence > 1 and any(node.op_type == "GroupQueryAttention" for node in prepared.model.graph):
+        batch = 1
+    return SizeSet(batch=batch, sequence=sequence, past=past, encoder=6, others=(5,) * 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One model on one mesh at one step."""
+
+    prepared: Prepared
+    sweeper: Sweeper
+    mesh: Mesh
+    sizes: SizeSet
+
+    def run(self, assignment: Assignment) -> str | None:
         """What is wrong with an assignment, if anything."""
         try:
-            outcome = sweeper.sweep(assignment)
+            outcome = self.sweeper.sweep(assignment)
         except InfeasibleError:
             return None
         try:
-            error = self.prepared.greatest_error(self.prepared.split(mesh, assignment, outcome), sizes)
+            error = self.prepared.greatest_error(self.prepared.split(self.mesh, assignment, outcome), self.sizes)
         except CRASHES as crash:
             return f"{type(crash).__name__}: {crash}"
         return None if error < TOLERANCE else f"relative error {error:.1e}"
 
-    def _smallest(self, assignment: Assignment, fails: Callable[[Assignment], bool]) -> Assignment:
+    def smallest(self, assignment: Assignment) -> Assignment:
+        """The part of a wrong assignment that is still wrong, and would not be if anything were taken away."""
         for leaf in list(assignment):
             fewer = {other: axes for other, axes in assignment.items() if other is not leaf}
-            if fails(fewer):
+            if self.run(fewer) is not None:
                 assignment = fewer
         return assignment
 

@@ -361,3 +361,29 @@ def test_branches_of_a_constant_condition(as_node: bool) -> None:
     )
     result = split.run(split.session(), {"past_x": np.zeros((4, 6), np.float32)})["y"]
     np.testing.assert_allclose(result, 8)  # 2 + 5 + 1
+
+
+# -- folded sizes ----------------------------------------------------------------------------------------------------
+
+
+def window(length: int) -> onnx.ModelProto:
+    """The last positions of a cache, as many as a window holds, and the size of that computed in the graph."""
+    nodes = """
+        all = Concat<axis=1>(past_k, new) cut = Slice(all, start, end, axis)
+        s = Shape(cut) n = Gather(s, one) r = Concat<axis=0>(n, minus) y = Reshape(cut, r)
+        f = Mul(n, n) present_k = Identity(all)
+    """
+    weights = {"start": ints(-length), "end": ints(2**31 - 1), "axis": ints(1), "one": ints(1), "minus": ints(-1)}
+    inputs = "float[1, past, 6] past_k, float[1, sequence, 6] new"
+    outputs = "float[t, u] y, float[1, total, 6] present_k, int64[1] f"
+    return model(inputs, outputs, nodes, weights)
+
+
+@pytest.mark.parametrize("length", [3, 8, 16, 1024])
+@pytest.mark.parametrize(("sequence", "past"), [(1, 1), (2, 3), (4, 6), (9, 20)])
+def test_sizes_that_a_window_bounds_are_not_constant(length: int, sequence: int, past: int) -> None:
+    """Longer contexts than the window all give one size; shorter ones do not."""
+    prepared = prepare_proto(window(length), simplified=True)
+    sizes = SizeSet(batch=1, sequence=sequence, past=past, encoder=6, others=(sequence,) * 8)
+    split = prepared.split(TWO, {}, sweep(prepared, {}))
+    assert prepared.greatest_error(split, sizes) == 0
