@@ -18,7 +18,8 @@ from furiosa_llm.builder.load import Source, check_external_data, load
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.manifest_of import manifest_of
 from furiosa_llm.builder.normalize import normalize
-from furiosa_llm.builder.planner import MAX_PADDING, Planner
+from furiosa_llm.builder.planner import MAX_PADDING
+from furiosa_llm.builder.planning import Planning
 from furiosa_llm.builder.probe import probe
 from furiosa_llm.builder.program_shapes import program_shapes
 from furiosa_llm.builder.report import BuildReport, report_of
@@ -108,8 +109,7 @@ class ArtifactBuilder:
             states = find_states(model.graph, probes.facts)
             analysis = analyse(model.graph, probes.facts, probes.others)
             told("plan", 0, 1)
-            planner = Planner(analysis, self._mesh, states, probes.decode, probes.longer, self._max_padding)
-            plan = planner.decide()
+            plan = Planning(analysis, states, probes).plan(self._mesh, self._max_padding)
             told("lower", 0, 1)
             build = Build(
                 source=source,

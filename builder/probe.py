@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
-from furiosa_llm.builder.planner import PricedStep
+from furiosa_llm.builder.pricing import PricedStep
 from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes import Facts, Interpreter, SizeMismatchError
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.planner import Plan
+from furiosa_llm.builder.planning import Plan
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.states import StatePair
 from furiosa_llm.builder.weights import num_shards

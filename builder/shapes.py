@@ -94,7 +94,7 @@ class Interpreter:
 
     def _number(self, node: ir.Node) -> int:
         """A number that nodes share if they do the same to the same inputs."""
-        attributes = tuple(sorted((name, _attribute_key(a)) for name, a in node.attributes.items()))
+        attributes = tuple(sorted((name, attribute_key(a)) for name, a in node.attributes.items()))
         key = (node.domain, node.op_type, len(node.outputs), tuple(v is None for v in node.inputs), attributes)
         return self._signatures.setdefault(key, len(self._signatures))
 
@@ -194,7 +194,7 @@ class Interpreter:
         return [_from_type(outputs.get(name), node, inputs) for name in proto.output]
 
 
-def _attribute_key(attribute: ir.Attr) -> object:
+def attribute_key(attribute: ir.Attr) -> object:
     """What an attribute says, to compare it; a tensor is compared by its elements."""
     if attribute.type is ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()

@@ -11,16 +11,18 @@ import pytest
 from furiosa_llm.builder import OptionError
 from furiosa_llm.builder.artifact_builder import ArtifactBuilder, mesh_of
 from furiosa_llm.builder.factors import to_dim
+from furiosa_llm.builder.groups import Group, candidates
 from furiosa_llm.builder.outcome import Collective
-from furiosa_llm.builder.planner import MAX_PADDING, Group, Plan, Planner, PricedStep, candidates
+from furiosa_llm.builder.planner import MAX_PADDING
+from furiosa_llm.builder.planning import Plan, Planning
+from furiosa_llm.builder.pricing import PricedStep
 from furiosa_llm.runtime.artifact.layout import local_size
 from tests.builder.graphs import model
 from tests.builder.plans import Prepared, prepare, prepare_proto
 
 
 def plan_of(prepared: Prepared, tp: int, max_padding: float = MAX_PADDING) -> Plan:
-    probes = prepared.probes
-    return Planner(prepared.analysis, mesh_of(tp), prepared.states, probes.decode, probes.longer, max_padding).decide()
+    return Planning(prepared.analysis, prepared.states, prepared.probes).plan(mesh_of(tp), max_padding)
 
 
 def zoo_plan(zoo: Path, name: str, tp: int, max_padding: float = MAX_PADDING) -> Plan:

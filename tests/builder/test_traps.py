@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.groups import candidates
 from furiosa_llm.builder.outcome import InfeasibleError, Outcome
-from furiosa_llm.builder.planner import Planner, candidates, group_leaves
+from furiosa_llm.builder.planning import Planning
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from tests.builder.graphs import Weights, model
@@ -75,11 +76,9 @@ def test_matrices_used_twice_stay_tied() -> None:
 def test_equal_places_in_different_positions_are_different_groups(zoo: Path) -> None:
     """Trap 2: key heads and query groups of a packed projection have one size and the same consumers."""
     prepared = prepare(zoo / "tiny-llama-genai-fp32" / "model.onnx")
-    groups = group_leaves(prepared.analysis, candidates(prepared.analysis, prepared.states))
-    heads = [group for group in groups if group.size == 2]
+    plan = Planning(prepared.analysis, prepared.states, prepared.probes).plan(Mesh((2, 2)))
+    heads = [group for group in plan.groups if group.size == 2]
     assert len(heads) == 2
-    mesh = Mesh((2, 2))
-    plan = Planner(prepared.analysis, mesh, prepared.states, prepared.probes.decode, prepared.probes.longer).decide()
     assert {plan.choices[group] for group in heads} == {(0,), (1,)}
 
 
