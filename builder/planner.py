@@ -12,6 +12,7 @@ from furiosa_llm.builder.factors import Factor
 from furiosa_llm.builder.groups import Group, candidates, group_leaves
 from furiosa_llm.builder.outcome import Axes
 from furiosa_llm.builder.pricing import Price, Pricer, Subject
+from furiosa_llm.builder.units import nbytes
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 MOVE_CHARGE = 0.01
@@ -29,8 +30,8 @@ MAX_PADDING = 1.34
 class Pin:
     """How many parts a leaf must be split into: somebody's choice, not the planner's."""
 
-    parts: int
-    """1: it must not be split."""
+    parts: int | None
+    """1: it must not be split; None: it must be split, the planner says how far."""
     origin: str
     """Who said so, for messages."""
 
@@ -133,17 +134,21 @@ class Planner:
     def _impossible(self, group: Group, pin: Pin, results: Mapping[Axes, Price | str]) -> str:
         reasons = [r for r in results.values() if isinstance(r, str)]
         if not reasons:
-            fitting = [run for run in self._runs if self._mesh.parts(run) == pin.parts]
+            fitting = [run for run in self._runs if self._allows(group, run)]
             sizes = sorted({self._mesh.parts(run) for run in self._runs})
             reasons = [self._padding(group, run) for run in fitting] or [f"{self._mesh.size} ranks allow {sizes} parts"]
+        parts = "parts" if pin.parts is None else f"{pin.parts} parts"
         return (
-            f"{pin.origin} splits {group.role} ({group.size}: {', '.join(group.weights[:3])}) into {pin.parts} parts, "
+            f"{pin.origin} splits {group.role} ({group.size}: {', '.join(group.weights[:3])}) into {parts}, "
             f"which cannot be: {reasons[0]}; take it back, or choose another number of parts."
         )
 
     def _allows(self, group: Group, axes: Axes) -> bool:
         pin = self._pin(group)
-        return pin is None or pin.parts == self._mesh.parts(axes)
+        if pin is None:
+            return True
+        parts = self._mesh.parts(axes)
+        return parts > 1 if pin.parts is None else parts == pin.parts
 
     def _options(self, group: Group) -> list[Axes]:
         """The axes that a group may be split over."""
@@ -195,7 +200,7 @@ class Planner:
             for group, axes in others:
                 if axes == choices.get(group, ()) or not self._allows(group, axes):
                     continue
-                for trial in self._trials(choices, group, axes):
+                for trial, _ in self._trials(choices, group, axes):
                     price = self._evaluate(trial)
                     if isinstance(price, str) or price.total(self._charge) > limit:
                         continue
@@ -205,24 +210,28 @@ class Planner:
                         choices, best, improved = settled, price, True
         return {g: a for g, a in choices.items() if a}
 
-    def _trials(self, choices: dict[Group, Axes], group: Group, axes: Axes) -> Iterator[dict[Group, Axes]]:
-        """The choice itself and, where it collides with another group's, the choice with those axes taken away."""
+    def _trials(
+        self, choices: Mapping[Group, Axes], group: Group, axes: Axes
+    ) -> Iterator[tuple[dict[Group, Axes], Group | None]]:
+        """The choice itself and, where it collides with another group's, the choice with those axes taken away from
+        that group, which is named.
+        """
         trial = {**choices, group: axes}
-        yield trial
+        yield trial, None
         if not axes or not isinstance(self._evaluate(trial), str):
             return
         for other, taken in choices.items():
             if other is not group and set(taken) & set(axes):
                 left = tuple(a for a in taken if a not in axes)
                 if self._allows(other, left):
-                    yield {**trial, other: left}
+                    yield {**trial, other: left}, other
 
     def _refusals(self, choices: Mapping[Group, Axes], best: Price) -> Iterator[Refused]:
-        """For every group that is not split over the whole mesh, what the next wider split would have cost."""
+        """For every group what wider splits would have cost, and for one that is split what it would cost whole."""
         for group in self.groups:
             chosen = choices.get(group, ())
-            for axes in self._runs:
-                if len(axes) > len(chosen):
+            for axes in (*self._runs, ()):
+                if len(axes) > len(chosen) or (chosen and not axes):
                     yield self._refusal(choices, best, group, axes)
 
     def _refusal(self, choices: Mapping[Group, Axes], best: Price, group: Group, axes: Axes) -> Refused:
@@ -230,12 +239,20 @@ class Planner:
             return Refused(group=group, axes=axes, reason=self._padding(group, axes))
         pin = self._pin(group)
         if pin is not None and not self._allows(group, axes):
-            return Refused(group=group, axes=axes, reason=f"{pin.origin} says {pin.parts} parts")
-        price = self._evaluate({**choices, group: axes})
-        if isinstance(price, str):
-            return Refused(group=group, axes=axes, reason=price)
+            return Refused(group=group, axes=axes, reason=f"{pin.origin} says otherwise")
+        trials = [
+            (trial, f"in place of {other.role}, " if other else "")
+            for trial, other in self._trials(choices, group, axes)
+        ]
+        alone = {g: a for g, a in choices.items() if g is group or not set(a) & set(axes)} | {group: axes}
+        if all(self._allows(g, alone.get(g, ())) for g in choices):
+            trials.append((alone, "in place of all others on these axes, "))
+        priced = [(p, place) for trial, place in trials if not isinstance(p := self._evaluate(trial), str)]
+        if not priced:
+            return Refused(group=group, axes=axes, reason=str(self._evaluate(trials[0][0])))
+        price, place = min(priced, key=lambda pair: pair[0].total(self._charge))
         more, saved = price.collectives - best.collectives, best.nbytes - price.nbytes
-        reason = f"would save {saved:.0f} bytes per rank for {more} more collectives"
+        reason = place + _bargain(saved, more)
         return Refused(group=group, axes=axes, reason=reason, saved_nbytes=saved, collectives=more)
 
     def _fits(self, group: Group, axes: Axes) -> bool:
@@ -254,6 +271,13 @@ class Planner:
             priced = self._pricer.price(assignment_of(choices))
             self._prices[key] = priced if isinstance(priced, str) else priced[0]
         return self._prices[key]
+
+
+def _bargain(saved: float, more: int) -> str:
+    """An alternative's price beside the plan's: bytes that a rank reads and receives for a token, and collectives."""
+    verb = "save" if saved >= 0 else "cost"
+    counts = f" for {abs(more)} {'fewer' if more < 0 else 'more'} collectives" if more else ""
+    return f"would {verb} {nbytes(abs(saved))} per PE and token{counts}"
 
 
 def _runs(mesh: Mesh) -> list[Axes]:

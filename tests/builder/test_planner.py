@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from furiosa_llm.builder import OptionError
-from furiosa_llm.builder.artifact_builder import ArtifactBuilder, mesh_of
+from furiosa_llm.builder.artifact_builder import ArtifactBuilder
 from furiosa_llm.builder.factors import to_dim
 from furiosa_llm.builder.groups import Group, candidates
 from furiosa_llm.builder.outcome import Collective
 from furiosa_llm.builder.planner import MAX_PADDING
 from furiosa_llm.builder.planning import Plan, Planning
 from furiosa_llm.builder.pricing import PricedStep
+from furiosa_llm.builder.tensor_parallel import mesh_of
 from furiosa_llm.runtime.artifact.layout import local_size
 from tests.builder.graphs import model
 from tests.builder.plans import Prepared, prepare, prepare_proto

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.cli.main import main
-from furiosa_llm.cli.units import nbytes
 from furiosa_llm.runtime import open_artifact
 
 OPTIMUM, DYNAMO, GENAI = "tiny-llama-optimum", "tiny-llama-dynamo-op23-tf5", "tiny-llama-genai-fp32"
