@@ -19,7 +19,7 @@ from furiosa_llm.builder.hardware import PE_BYTES_PER_S, PE_NBYTES, PES_PER_CARD
 from furiosa_llm.builder.layouts import Layouts
 from furiosa_llm.builder.memory import Memory, Workload
 from furiosa_llm.builder.planner import MAX_PADDING
-from furiosa_llm.builder.report import notes, padding_nbytes
+from furiosa_llm.builder.report import notes, padding_nbytes, state_nbytes_per_token
 from furiosa_llm.builder.tactics import Tactics
 from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size, mesh_of
 
@@ -160,7 +160,6 @@ def _initializers(analysed: Analysed) -> list[Any]:
 def _size_plan(build: Build, workload: Workload) -> SizePlan:
     memory = Memory(build, workload)
     tensors = build.lowered.tensors.values()
-    one, longer = (dataclasses.replace(workload, context=workload.context + n, batch=1) for n in (0, 1))
     weights = memory.weights_nbytes
     return SizePlan(
         tensor_parallel_size=build.plan.mesh.size,
@@ -168,7 +167,7 @@ def _size_plan(build: Build, workload: Workload) -> SizePlan:
         replicated_nbytes=sum(t.local_nbytes for t in tensors if t.layout and not t.shard_axes),
         padding_nbytes=padding_nbytes(tensors, build.plan.mesh),
         state_nbytes=memory.state_nbytes,
-        state_nbytes_per_token=Memory(build, longer).state_nbytes - Memory(build, one).state_nbytes,
+        state_nbytes_per_token=state_nbytes_per_token(build),
         activation_nbytes=memory.activation_nbytes,
         collectives=tuple(_collectives(build)),
         choices=explain(build),
