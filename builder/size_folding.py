@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from furiosa_llm.builder.analysis import Analysis
+from furiosa_llm.builder.dead_code import remove_unused
 from furiosa_llm.builder.factors import Factor, Kind
 from furiosa_llm.builder.shapes import Facts, attributes_of
 from furiosa_llm.builder.values import EVALUATORS
@@ -112,7 +112,7 @@ def fold_sizes(
     before = len(model.graph)
     folder = _Folder(model, analysis, kinds, probes)
     folder.run()
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     return before - len(model.graph)
 
 
