@@ -89,10 +89,11 @@ class Pricer:
 
     def _median_matrix(self) -> float:
         facts = self._subject.decode.facts
+        beside = find_scales(self._subject.analysis)
         matrices = [
             self._nbytes(value)
             for value, factors in self._read
-            if factors and value.is_initializer() and len(facts[value].shape) > 1
+            if factors and value.is_initializer() and len(facts[value].shape) > 1 and value not in beside
             for _ in range(self._subject.count(value))
         ]
         return statistics.median(matrices) if matrices else 0.0
@@ -140,6 +141,18 @@ class Pricer:
             if any(leaf in assignment for leaf in factor.leaves()):
                 share *= local_size(to_dim(factor, assignment), self._mesh) / factor.find().size
         return share
+
+
+def find_scales(analysis: Analysis) -> set[ir.Value]:
+    """Scales, zero points and biases: weights that run over a part of the indices of another weight of their node."""
+    found: set[ir.Value] = set()
+    for info in analysis.nodes:
+        weights = [v for v in info.node.inputs if v is not None and v.is_initializer()]
+        if len(weights) < 2:
+            continue
+        runs = {v: {leaf for factor in analysis.dims[v] for leaf in factor.leaves() if leaf.size > 1} for v in weights}
+        found.update(v for v in weights if any(runs[v] < runs[other] for other in weights))
+    return found
 
 
 def _passes_over_payload(collective: Collective) -> int:

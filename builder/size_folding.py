@@ -175,6 +175,8 @@ class _Folder:
             return Polynomial.of({(self._names[root],): 1})
         if root.kind is Kind.LEAF:
             return None
+        if root.kind is Kind.PREFIX:
+            return Polynomial.constant(root.size)  # of a block-quantised weight, and those never change
         kids = [self._polynomial(kid) or self._static(kid) for kid in root.kids]
         total = kids[0]
         for kid in kids[1:]:
