@@ -252,7 +252,10 @@ class SweepPass:
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
         if Content.ZERO not in found.values():
-            raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
+            if place.kind is not Kind.PREFIX:
+                raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
+            # The last block of a weight holds what the exporter left there, so that only the other operand can be zero.
+            found[next(port for port, contents in inputs.items() if place in contents)] = Content.ANY
         for port, content in found.items():
             if content is Content.ANY:
                 places = self._places(_present(info.node.inputs[port]), step.gather.get(port, ()))

@@ -233,7 +233,7 @@ def _checked_axes(axes: Any, mesh: Mesh) -> tuple[int, ...]:
 
 def _checked_prefix(size: int, part: Dim) -> Prefix:
     if not axes_of(part):
-        raise LayoutError(f"a layout's prefix is of a dimension that is split; found one of {part!r:.120}")
+        raise LayoutError(f"a layout's prefix is of a dimension that is split; found one of {to_json(part)!r:.120}")
     whole = global_size(part)
     if not size < whole < 2 * size:
         raise LayoutError(f"a layout's prefix is more than half of its dimension, but not all; found {size} of {whole}")

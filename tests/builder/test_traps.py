@@ -267,6 +267,49 @@ def test_padding_that_is_not_a_number_does_no_harm(how: str) -> None:
     assert [step.clear for step in sweep(prepared, assignment).steps.values() if step.clear] == [{0: [1]}]
 
 
+SHORT_BLOCK = "y = com.microsoft.MatMulNBits<K=24, N=6, bits=4, block_size=16>({}, q, s)"
+"""A block and a half: in the other half lies whatever the exporter left there."""
+
+
+def short_block(x: str, nodes: str, weights: Weights) -> onnx.ModelProto:
+    codes = np.random.default_rng(0).integers(0, 256, (6, 2, 8), dtype=np.uint8)
+    return model(f"float[5, {x}] past_x", "float[5, 6] y", nodes, {"q": codes, "s": (6, 2), **weights})
+
+
+def test_what_follows_a_short_block_is_cleared() -> None:
+    """The weights are no zeros there, so that the activations must be."""
+    prepared = prepare_proto(short_block("24", SHORT_BLOCK.format("past_x"), {}))
+    assignment = {leaf(prepared, "q", 1): (0,)}
+    assert [step.clear for step in sweep(prepared, assignment).steps.values()] == [{0: [1]}]
+    assert error_of(prepared, assignment) < TOLERANCE
+
+
+def test_zeros_after_a_short_block_are_followed_to_it() -> None:
+    """Columns of a weight that pad the last block give zeros, and so do activations that keep zeros."""
+    nodes = "h = MatMul(past_x, a) g = Sigmoid(h) m = Mul(g, h) " + SHORT_BLOCK.format("m")
+    prepared = prepare_proto(short_block("7", nodes, {"a": (7, 24)}))
+    assignment = {leaf(prepared, "q", 1): (0,)}
+    assert all(not step.clear for step in sweep(prepared, assignment).steps.values())
+    assert error_of(prepared, assignment) < TOLERANCE
+
+
+def test_short_block_taken_for_a_whole_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proofs see it if padding is looked for in leaves alone: two blocks over two ranks are not padded."""
+
+    def leaves_alone(factor: Factor, _: object, uneven: set[Factor]) -> list[Factor]:
+        return [leaf for leaf in factor.leaves() if leaf in uneven]
+
+    monkeypatch.setattr("furiosa_llm.builder.sweep_pass.padded_places", leaves_alone)
+    assert prove(short_block("24", SHORT_BLOCK.format("past_x"), {})).wrong != ()
+
+
+def test_flat_scales_are_whole_with_what_they_run_over() -> None:
+    """Heads of 12 have nothing in common with blocks of 16: the columns are whole, too, as they share a dimension."""
+    nodes = "f = Reshape(past_x, t) y = com.microsoft.MatMulNBits<K=48, N=6, bits=4, block_size=16>(f, q, s)"
+    codes = np.random.default_rng(0).integers(0, 256, (6, 3, 8), dtype=np.uint8)
+    check("float[5, 4, 12] past_x", "float[5, 6] y", nodes, {"t": ints(5, 48), "q": codes, "s": (18,)})
+
+
 def test_contraction_of_padding_needs_zeros() -> None:
     """Trap 15: neither operand of a product of activations holds zeros; nor does a sum over an activation."""
     nodes = "g = MatMul(past_x, past_z) t = ReduceSum(past_x, axis1)"
