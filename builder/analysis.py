@@ -177,6 +177,8 @@ def _link(factor: Factor, expression: DimExpr, symbols: dict[str, Factor], sizes
         else:
             unify([factor], [concatenation([product(segment) for segment in segments])])
     except FactorConflictError:
+        if expression.name is not None:
+            symbols.setdefault(expression.name, Factor(factor.find().size))  # attributes may speak of it
         return False
     return True
 

@@ -23,7 +23,8 @@ MOVE_TOLERANCE = 0.03
 MAX_DETOUR = 0.2
 """How much of the gain a change may give back at first, when other changes follow from it."""
 MAX_PADDING = 1.34
-"""How much larger padding may make one factor."""
+"""How much larger padding may make one factor. A factor of blocks counts whole ones: 5.5 blocks are stored as 6 before
+any split, so that 6 over 8 ranks are 1.33, and the price has the bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

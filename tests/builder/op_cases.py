@@ -197,13 +197,16 @@ def quantized() -> Iterator[OpCase]:
     flat = s[:, :3].reshape(-1)
     yield product("half a byte", text, "q, s, z", 48, q=codes(6, 3, 8), s=flat, z=codes(6, 2))
     text = f"a b x<k u w>, n g<k u> *, n g<k u>, n (k), _, n -> a b n; {clause}"
-    weights = {"q": codes(6, 5, 8), "s": positive(6, 5), "z": codes(6, 3), "b": (6,)}
+    weights: dict[str, Any] = {"q": codes(6, 5, 8), "s": positive(6, 5), "z": codes(6, 3), "b": (6,)}
     yield product("short block and half a byte", text, "q, s, z, , b", 70, **weights)
     text = f"a b x<k u w>, n (k u) *, n (k u), n (k u) -> a b n; {clause}"
     weights = {"q": codes(6, 3, 16), "s": positive(6, 3), "z": codes(6, 3)}
     yield product("short block of eight bits", text, "q, s, z", 40, 8, **weights)
     text = f"a b x<k u w>, n (k u) *, n (k u) -> a b n; {clause}"
     yield product("less than a block", text, "q, s", 12, q=codes(6, 1, 8), s=positive(6, 1))
+    text = f"a b x<k u w>, n g<k u> *, n g<k u>, n (k) -> a b n; {clause}"
+    weights = {"q": codes(6, 2, 4), "s": positive(6, 2), "z": codes(6, 1)}
+    yield product("half of the only byte", text, "q, s, z", 32, 2, **weights)
 
     x, y, product_ = "float[6, 10] past_x", "float[6, 10] present_y", "present_y = Mul(past_x, w)"
     signed = codes(6, 10).view(np.int8)
@@ -227,6 +230,10 @@ def quantized() -> Iterator[OpCase]:
     nodes = "y = com.microsoft.GatherBlockQuantized<block_size=16, bits=4>(q, index, s)"
     x, y = "int64[2, 3] index", "float[2, 3, 32] y"
     yield case("com.microsoft.GatherBlockQuantized", text, x, y, nodes, q=codes(10, 16), s=positive(10, 2))
+    y = y.replace("32", "24")
+    yield case(
+        "com.microsoft.GatherBlockQuantized", text, x, y, nodes, "short block", q=codes(10, 12), s=positive(10, 2)
+    )
 
 
 def moves() -> Iterator[OpCase]:

@@ -293,6 +293,20 @@ def test_zeros_after_a_short_block_are_followed_to_it() -> None:
     assert error_of(prepared, assignment) < TOLERANCE
 
 
+@pytest.mark.parametrize("packed", ["g, u = Split<axis=1, num_outputs=2>(h)", "r = Reshape(h, pairs) {}"])
+def test_short_blocks_reach_a_packed_gate(packed: str) -> None:
+    """Both halves of the packed product are split by the blocks of what multiplies them."""
+    apart = "g = Gather<axis=2>(r, zero) u = Gather<axis=2>(r, one)"
+    nodes = f"h = MatMul(past_x, a_w) {packed.format(apart)} m = Mul(g, u) " + SHORT_BLOCK.format("m")
+    sizes = {"pairs": ints(5, 24, 2), "zero": np.array(0), "one": np.array(1)} if "Reshape" in packed else {}
+    proto = short_block("7", nodes, {"a_w": (7, 48), **sizes})
+    assert prove(proto).wrong == ()
+    prepared = prepare_proto(proto)
+    assignment = {leaf(prepared, "q", 1): (0,)}
+    assert [c.kind for c in sweep(prepared, assignment).collectives] == ["AllReduce"]
+    assert error_of(prepared, assignment) < TOLERANCE
+
+
 def test_short_block_taken_for_a_whole_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proofs see it if padding is looked for in leaves alone: two blocks over two ranks are not padded."""
 
