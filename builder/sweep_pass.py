@@ -242,10 +242,10 @@ class SweepPass:
 
     def _content(self, value: ir.Value, whole: Collection[int]) -> Contents:
         """What padding holds in an input of which the dimensions `whole` have been gathered, and have none."""
-        places = self._places(value, whole)
         if value.is_initializer():
-            return dict.fromkeys(places, Content.ZERO)
-        return {place: self._contents[value][place] for place in places}
+            return dict.fromkeys(self._places(value, whole), Content.ZERO)
+        known = self._contents.get(value, {})
+        return {place: known[place] for place in self._places(value, whole)} if whole else known
 
     def _contract_padding(self, info: NodeInfo, step: Step, inputs: Mapping[int, Contents], place: Factor) -> None:
         found = {port: content_at(contents, place) for port, contents in inputs.items()}
