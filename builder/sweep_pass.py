@@ -252,10 +252,11 @@ class SweepPass:
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
         if Content.ZERO not in found.values():
-            if place.kind is not Kind.PREFIX:
+            # The last block of a weight holds what the exporter left there: the operand that ends before it is cleared.
+            ending = [port for port, contents in inputs.items() if place in contents and place.kind is Kind.PREFIX]
+            if not ending:
                 raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
-            # The last block of a weight holds what the exporter left there, so that only the other operand can be zero.
-            found[next(port for port, contents in inputs.items() if place in contents)] = Content.ANY
+            found[ending[0]] = Content.ANY
         for port, content in found.items():
             if content is Content.ANY:
                 places = self._places(_present(info.node.inputs[port]), step.gather.get(port, ()))

@@ -13,7 +13,10 @@ from furiosa_llm.builder.shapes import Fact, attributes_of
 
 @rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(view: NodeView) -> Rule:
-    """`n` output columns; the contraction is (blocks, block), and neither a block nor a byte is ever cut."""
+    """`n` output columns; the contraction is (bytes, blocks, block), and neither a block nor a byte is ever cut.
+
+    A byte is one of zero points, which belong to as many blocks as share it.
+    """
     bits, block = int(view.attribute("bits", 4)), int(view.attribute("block_size"))
     size, columns = int(view.attribute("K")), int(view.attribute("N"))
     if view.has(4):
@@ -26,11 +29,10 @@ def matmul_nbits(view: NodeView) -> Rule:
     even = size == bytes_ * per_byte * block
     contraction, contracted = ("(k u w)", "k u") if even else ("x<k u w>", "x")
     groups, group = ("(k u)", "k u") if blocks == bytes_ * per_byte else ("g<k u>", "g")
-    rows, flat = words(view.rank(0) - 1), [port for port in (2, 3) if view.has(port) and view.rank(port) == 1]
-    scales = [f"(n {group})"] if 2 in flat else ["n", groups]
-    points = "k" if packed else group
+    rows = words(view.rank(0) - 1)
+    scales = ["n", groups] if view.rank(2) == 2 else [f"(n {group})"]
     operands: list[list[str] | None] = [[*rows, contraction], ["n", groups, "*"], scales]
-    operands.append(([f"(n {points})"] if 3 in flat else ["n", f"({points})"]) if view.has(3) else None)
+    operands.append(_zero_points(view, "k" if packed else group) if view.has(3) else None)
     operands += [None, ["n"] if view.has(5) else None]
     return Rule(
         text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell([*rows, 'n'])}; reduce {contracted}; pin u w",
@@ -40,6 +42,11 @@ def matmul_nbits(view: NodeView) -> Rule:
         padding="product",
         padding_ports=(0, 2),
     )
+
+
+def _zero_points(view: NodeView, symbols: str) -> list[str]:
+    """A row for each output column, or all rows one after the other."""
+    return ["n", f"({symbols})"] if view.rank(3) == 2 else [f"(n {symbols})"]
 
 
 @shape_rule("MatMulNBits")
