@@ -50,10 +50,11 @@ def bars() -> Iterator[Bar]:
         yield Bar(what=f"{what}: peak memory", figure=peak, limit=500, unit=" MB")
     series = {shape: _times(shape) for shape in ("genai", "Optimum")}
     for shape, times in series.items():
-        nodes, seconds = zip(*times.values(), strict=True)
-        exponent = float(np.polyfit(np.log(nodes), np.log(seconds), 1)[0])
-        last = float(np.log(seconds[-1] / seconds[-2]) / np.log(nodes[-1] / nodes[-2]))
-        beside = f"{nodes[0]} nodes {seconds[0]:.2f} s, {nodes[-1]} nodes {seconds[-1]:.2f} s; {last:.2f} at the end"
+        nodes, times_taken = zip(*times.values(), strict=True)
+        exponent = float(np.polyfit(np.log(nodes), np.log(times_taken), 1)[0])
+        last = float(np.log(times_taken[-1] / times_taken[-2]) / np.log(nodes[-1] / nodes[-2]))
+        ends = f"{nodes[0]} nodes {times_taken[0]:.2f} s, {nodes[-1]} nodes {times_taken[-1]:.2f} s"
+        beside = f"{ends}; {last:.2f} between the last two"
         what = f"planning time against nodes, {LAYERS[0]} to {LAYERS[-1]} layers, {shape}'s shape: exponent"
         yield Bar(what=what, figure=max(exponent, last), limit=1.1, beside=beside)
     _plot(series)

@@ -39,6 +39,6 @@ def change(proto: onnx.ModelProto, node: str, edit: Callable[[onnx.NodeProto], N
 def reader_at_the_end(proto: onnx.ModelProto, *values: str) -> onnx.ModelProto:
     """`proto` with one more output, the sum of values from the middle of it."""
     proto.graph.node.append(helper.make_node("Sum", list(values), ["collected"], name="collected"))
-    shape = ["batch", "sequence", 16]
+    shape: list[str | int | None] = ["batch", "sequence", 16]
     proto.graph.output.append(helper.make_tensor_value_info("collected", TensorProto.FLOAT, shape))
     return proto
