@@ -1,1 +1,8 @@
 """ONNX IR-11 multi-device annotations: a plan written into a model, read from one, and checked."""
+
+from furiosa_llm.builder.annotations.check import check_sharding, is_annotated
+from furiosa_llm.builder.annotations.emit import annotate, write_annotated
+from furiosa_llm.builder.annotations.finding import Finding
+from furiosa_llm.builder.annotations.read import read_constraints
+
+__all__ = ["Finding", "annotate", "check_sharding", "is_annotated", "read_constraints", "write_annotated"]

@@ -47,7 +47,7 @@ def annotate(
 ) -> onnx.ModelProto:
     """The model of `source`, unsplit and unchanged, with the plan as annotations of its nodes.
 
-    Every node that the analysed graph still has gets a sharding spec for each tensor that has dimensions, split or
+    Every node that the analysed graph still has gets a sharding spec for each tensor of data with dimensions, split or
     replicated. An input that the node needs whole is replicated there, and a sum of partial results is where the sum
     will lie. Left out, and named in the node's metadata under UNSAID_KEY, are tensors that no sharding spec can
     describe. `stages` is the pipeline stage of the nodes that compute some values, by the values' names; nodes that
@@ -124,11 +124,13 @@ class _Writer:
         _set_metadata(node, UNSAID_KEY, ", ".join(unsaid) or None)
 
     def _operands(self, node: onnx.NodeProto, first_device: int) -> Iterator[tuple[str, Placement | None]]:
-        """Every tensor of the node that has dimensions and a counterpart, with its placement there."""
+        """Every tensor of the node that holds data and has a counterpart, with its placement there."""
         counterpart = self._correspondence.node(node)
         step = self._outcome.steps.get(counterpart) if counterpart is not None else None
         for name, port, is_output, value in self._correspondence.operands(node):
-            if not self._analysis.dims.get(value):
+            fact = self._analysis.facts.get(value)
+            # Sizes and positions that are known beforehand are no data: every device has them.
+            if fact is None or not fact.shape or (fact.value is not None and not fact.dtype.is_floating_point()):
                 continue
             whole = step.gather.get(port, ()) if step is not None and not is_output else ()
             yield name, self._placement(value, whole, first_device)

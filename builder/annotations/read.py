@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from furiosa_llm.builder.annotations.structure import Annotation, annotations_of, declared_ranks
+from furiosa_llm.builder.annotations.structure import Annotation, annotations_of, declared_ranks, devices_of
 from furiosa_llm.builder.constraints import Constraint
 from furiosa_llm.builder.errors import AnnotationError
 
@@ -14,58 +15,68 @@ _Parts = dict[int, int]
 """Dimension -> number of parts; dimensions that are not split have 1."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Demand:
+    """How a node wants a value to lie."""
+
+    parts: _Parts
+    annotation: Annotation
+
+
 def read_constraints(
     model: onnx.ModelProto, tensor_parallel_size: int, ranks: Mapping[str, int] | None = None
 ) -> tuple[Constraint, ...]:
     """What the annotations of `model` demand of a plan for `tensor_parallel_size` devices, in the order of its nodes.
 
-    A model may be annotated for several configurations: those count whose nodes each use that many devices. The spec
+    A model may be annotated for several configurations: the one counts whose nodes each use that many devices. The spec
     of the node that computes a value says how it is to lie; that of a reader counts for model inputs, weights and
     values of nodes without a spec for them, where a reader that wants the value whole gives way to one that does not
     (gathering for one node is no contradiction). `ranks` are the numbers of dimensions of values whose shape the model
     does not declare.
 
-    Raises AnnotationError if two nodes want one value split differently, if a spec is malformed, or if the model is
-    annotated for other numbers of devices alone.
+    Raises AnnotationError if two nodes want one value split differently, if a spec is malformed, or if none or several
+    of the configurations fit.
     """
     known = {**declared_ranks(model), **(ranks or {})}
-    annotations = list(annotations_of(model))
+    annotations = [annotation for annotation in annotations_of(model) if not annotation.is_inner]
     chosen = _chosen(annotations, tensor_parallel_size)
-    produced: dict[str, tuple[_Parts, Annotation]] = {}
-    read: dict[str, tuple[_Parts, Annotation]] = {}
+    produced: dict[str, _Demand] = {}
+    read: dict[str, _Demand] = {}
     for annotation in annotations:
-        if annotation.configuration not in chosen:
+        if annotation.configuration != chosen:
             continue
         for spec in annotation.specs:
-            parts = _parts(spec, annotation, known.get(spec.tensor_name))
+            demand = _Demand(_parts(spec, annotation, known.get(spec.tensor_name)), annotation)
             if spec.tensor_name in annotation.node.output:
-                produced[spec.tensor_name] = (parts, annotation)
+                produced[spec.tensor_name] = demand
             else:
-                _add_reader(read, spec.tensor_name, parts, annotation)
+                _add_reader(read, spec.tensor_name, demand)
+    for name in produced.keys() & read.keys():
+        _check_same(name, produced[name], read[name])
     return tuple(_constraints({**read, **produced}))
 
 
-def _chosen(annotations: list[Annotation], tensor_parallel_size: int) -> set[str]:
-    """The configurations whose nodes each use as many devices as are asked for."""
+def _chosen(annotations: Sequence[Annotation], tensor_parallel_size: int) -> str | None:
+    """The configuration whose nodes each use as many devices as are asked for; None if nothing is sharded."""
     sizes: dict[str, set[int]] = {}
     for annotation in annotations:
         found = sizes.setdefault(annotation.configuration, set())
-        found.update(len(set(_devices(spec))) for spec in annotation.specs)
+        found.update(len({d for group in devices_of(spec) for d in group}) for spec in annotation.specs)
     sizes = {name: found for name, found in sizes.items() if found}
-    chosen = {name for name, found in sizes.items() if found == {tensor_parallel_size}}
+    chosen = [name for name, found in sizes.items() if found == {tensor_parallel_size}]
+    if len(chosen) > 1:
+        listed = " and ".join(f'"{name}"' for name in chosen)
+        raise AnnotationError(
+            f"the model has several configurations for {tensor_parallel_size} devices, {listed}, and it does not say "
+            "which one to follow; remove all but one of them."
+        )
     if sizes and not chosen:
         listed = ", ".join(f'"{name}" ({" or ".join(map(str, sorted(n)))} devices)' for name, n in sizes.items())
         raise AnnotationError(
             f"the model is annotated for {listed}, not for {tensor_parallel_size} devices; use a tensor parallel size "
             "that it is annotated for, or a model without annotations."
         )
-    return chosen
-
-
-def _devices(spec: onnx.ShardingSpecProto) -> Iterator[int]:
-    groups = {entry.key: entry.value for entry in spec.index_to_device_group_map}
-    for key in spec.device:
-        yield from groups.get(key, (key,))
+    return chosen[0] if chosen else None
 
 
 def _parts(spec: onnx.ShardingSpecProto, annotation: Annotation, rank: int | None) -> _Parts:
@@ -95,32 +106,33 @@ def _parts(spec: onnx.ShardingSpecProto, annotation: Annotation, rank: int | Non
     return parts
 
 
-def _add_reader(read: dict[str, tuple[_Parts, Annotation]], name: str, parts: _Parts, annotation: Annotation) -> None:
-    before = read.get(name)
-    if before is None or not _is_split(before[0]):
-        read[name] = (parts, annotation)
-        return
-    if _is_split(parts) and _split_dims(parts) != _split_dims(before[0]):
+def _add_reader(found: dict[str, _Demand], name: str, demand: _Demand) -> None:
+    before = found.get(name)
+    if before is None or not _split_dims(before.parts):
+        found[name] = demand
+    else:
+        _check_same(name, before, demand)
+
+
+def _check_same(name: str, before: _Demand, after: _Demand) -> None:
+    """Two nodes may want a value in one split only; that one of them wants it whole is no contradiction."""
+    first, second = _split_dims(before.parts), _split_dims(after.parts)
+    if first and second and first != second:
         raise AnnotationError(
-            f'{annotation.label} wants "{name}" {_describe(parts)}, but {before[1].label} wants it '
-            f"{_describe(before[0])}; a value lies in one way: give both nodes the same sharding spec, or put an "
-            "Identity before one of them."
+            f'{after.annotation.label} has "{name}" {_describe(second)}, but {before.annotation.label} has it '
+            f"{_describe(first)}; a value lies in one way: give both nodes the same sharding spec."
         )
-
-
-def _is_split(parts: _Parts) -> bool:
-    return bool(_split_dims(parts))
 
 
 def _split_dims(parts: _Parts) -> dict[int, int]:
     return {dim: count for dim, count in parts.items() if count > 1}
 
 
-def _describe(parts: _Parts) -> str:
-    return " and ".join(f"split by {count} on axis {dim}" for dim, count in sorted(_split_dims(parts).items()))
+def _describe(split: _Parts) -> str:
+    return " and ".join(f"split by {count} on axis {dim}" for dim, count in sorted(split.items()))
 
 
-def _constraints(found: Mapping[str, tuple[_Parts, Annotation]]) -> Iterator[Constraint]:
-    for name, (parts, annotation) in found.items():
-        for dim, count in sorted(parts.items()):
-            yield Constraint(value=name, dim=dim, parts=count, origin=f"annotation of node {annotation.label}")
+def _constraints(found: Mapping[str, _Demand]) -> Iterator[Constraint]:
+    for name, demand in found.items():
+        for dim, count in sorted(demand.parts.items()):
+            yield Constraint(value=name, dim=dim, parts=count, origin=f"annotation of node {demand.annotation.label}")

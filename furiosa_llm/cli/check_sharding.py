@@ -1,0 +1,80 @@
+"""`furiosa-llm check-sharding`: the multi-device annotations of any model, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import onnx
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from furiosa_llm.builder.annotations import Finding, check_sharding, is_annotated
+from furiosa_llm.builder.load import load
+
+_MOST_ROWS = 50
+
+
+@click.command("check-sharding")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print every finding as JSON.")
+def check_sharding_command(model: Path, as_json: bool) -> None:
+    """Check the multi-device annotations (ONNX IR version 11) of MODEL, whoever wrote them.
+
+    Devices, axes, shapes, neighbouring nodes, pipeline stages, and what each operator allows. Weights are not read.
+    Exit code 0 if there are no errors, 1 otherwise; warnings alone do not count.
+    """
+    load(model)  # says what is wrong with the file, if it is no model
+    proto = onnx.load(model, load_external_data=False)
+    findings = check_sharding(proto, model)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if as_json:
+        click.echo(json.dumps(_to_json(proto, findings), indent=2))
+    else:
+        _print(proto, findings, errors)
+    sys.exit(1 if errors else 0)
+
+
+def _to_json(proto: onnx.ModelProto, findings: Sequence[Finding]) -> dict[str, object]:
+    return {
+        "annotated": is_annotated(proto),
+        "configurations": [{"name": c.name, "num_devices": c.num_devices} for c in proto.configuration],
+        "annotated_nodes": _count_annotated(proto),
+        "errors": sum(finding.severity == "error" for finding in findings),
+        "warnings": sum(finding.severity == "warning" for finding in findings),
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }
+
+
+def _count_annotated(proto: onnx.ModelProto) -> int:
+    return sum(bool(node.device_configurations) for node in proto.graph.node)
+
+
+def _print(proto: onnx.ModelProto, findings: Sequence[Finding], errors: int) -> None:
+    console = Console()
+    if not is_annotated(proto):
+        click.echo(
+            "The model has no multi-device annotations: there is nothing to check. "
+            "`furiosa-llm plan MODEL --emit-onnx OUT` writes a model with them."
+        )
+        return
+    if findings:
+        table = Table(title="multi-device annotations", title_justify="left")
+        table.add_column("")
+        for column in ("where", "what", "remedy"):
+            table.add_column(column, overflow="fold")
+        for finding in findings[:_MOST_ROWS]:
+            where = "\n".join(part for part in (finding.node, finding.tensor) if part) or "the model"
+            # As Text: what is in brackets, a shape for instance, is no markup.
+            table.add_row(*map(Text, (finding.severity, where, finding.what, finding.remedy)))
+        console.print(table)
+    if len(findings) > _MOST_ROWS:
+        click.echo(f"... and {len(findings) - _MOST_ROWS} more; --json lists them all.")
+    names = ", ".join(f'"{c.name}" ({c.num_devices} devices)' for c in proto.configuration) or "none"
+    click.echo(f"configurations: {names}; {_count_annotated(proto)} of {len(proto.graph.node)} nodes annotated")
+    click.echo(f"{errors} errors, {len(findings) - errors} warnings")
