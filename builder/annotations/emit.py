@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.annotations.correspondence import Correspondence
-from furiosa_llm.builder.annotations.placement import Placement, placement_of, to_proto
+from furiosa_llm.builder.annotations.placement import Component, Placement, placement_of, to_proto
 from furiosa_llm.builder.errors import OutputError
-from furiosa_llm.builder.layouts import Layouts
+from furiosa_llm.builder.factors import Factor, Kind
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.outcome import Assignment, Outcome
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -98,7 +98,15 @@ class _Writer:
     ) -> None:
         self.is_uneven = False
         self._analysis, self._outcome, self._mesh = analysis, outcome, mesh
-        self._layouts = Layouts(analysis, assignment, mesh)
+        self._assignment = assignment
+        # A leaf of an axis of fixed size is of fixed size, wherever it occurs.
+        self._fixed = {
+            leaf
+            for value, dims in analysis.dims.items()
+            for d, factor in enumerate(dims)
+            if not analysis.is_dynamic(value, d)
+            for leaf in factor.leaves()
+        }
         self._correspondence = correspondence
         self._configuration = configuration
         self._placements: dict[tuple[ir.Value, tuple[int, ...], int], Placement | None] = {}
@@ -138,10 +146,23 @@ class _Writer:
     def _placement(self, value: ir.Value, whole: Collection[int], first_device: int) -> Placement | None:
         key = (value, tuple(whole), first_device)
         if key not in self._placements:
-            layout = self._layouts.with_whole(value, whole)
-            dynamic = [self._analysis.is_dynamic(value, d) for d in range(len(layout))]
-            self._placements[key] = placement_of(layout, self._mesh, dynamic=dynamic, first_device=first_device)
+            factors = self._analysis.dims[value]
+            axes = [self._components(factor, is_whole=d in whole) for d, factor in enumerate(factors)]
+            self._placements[key] = placement_of(axes, self._mesh, first_device=first_device)
         return self._placements[key]
+
+    def _components(self, factor: Factor, *, is_whole: bool = False) -> list[Component] | None:
+        """The components of a dimension; None if it is a concatenation of which parts are split."""
+        root = factor.find()
+        leaves = list(root.leaves())
+        if is_whole or not any(self._assignment.get(leaf) for leaf in leaves):
+            return [Component(root.size if self._fixed.issuperset(leaves) else None)]
+        if root.kind is Kind.LEAF:
+            return [Component(root.size, self._assignment[root])]
+        if root.kind is Kind.CONCATENATION:
+            return None
+        parts = [self._components(kid) for kid in root.kids]
+        return None if None in parts else [component for part in parts if part is not None for component in part]
 
 
 def _node_stages(graph: onnx.GraphProto, stages: Mapping[str, int]) -> list[int]:

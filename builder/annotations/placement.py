@@ -16,11 +16,21 @@ from typing import Literal
 
 import onnx
 
-from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, axes_of, simplify
+from furiosa_llm.runtime.artifact.layout import Mesh
 
 Relation = Literal["same", "gather", "slice", "exchange", "elsewhere"]
 """How a tensor gets from one placement to another. `gather`: devices receive what others hold; `slice`: every device
 keeps a part of what it has; `exchange`: neither; `elsewhere`: other devices."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Component:
+    """A factor of an axis in a plan."""
+
+    size: int | None
+    """Its size; None if it is dynamic."""
+    mesh_axes: tuple[int, ...] = ()
+    """The mesh axes that it is split over."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,39 +76,23 @@ class Placement:
         return " and ".join(found) or "whole on every device"
 
 
-def placement_of(
-    layout: Sequence[Dim], mesh: Mesh, *, dynamic: Sequence[bool] = (), first_device: int = 0
-) -> Placement | None:
-    """The placement of a tensor with a layout for each dimension; None if no sharding spec can say it.
+def placement_of(axes: Sequence[Sequence[Component] | None], mesh: Mesh, *, first_device: int = 0) -> Placement | None:
+    """The placement of a tensor, given what each of its axes is the product of; None if no sharding spec can say it.
 
-    That is so for a concatenation whose segments are each split, packed query, key and value projections for instance:
-    no device's part of it is a block of the axis. `dynamic` tells the dimensions whose size is not fixed.
+    That is so for an axis that is no product (None): a concatenation whose segments are each split, packed query, key
+    and value projections for instance. No device's part of it is a block of the axis.
     """
     raw: list[Split] = []
-    for axis, dim in enumerate(layout):
-        if not axes_of(dim):
-            continue
-        components = _components(simplify(dim))
+    for axis, components in enumerate(axes):
         if components is None:
             return None
-        is_dynamic = bool(dynamic) and dynamic[axis]
-        for leaf in components:
-            positions = tuple(mesh.position(rank, leaf.axes) for rank in range(mesh.size))
-            size = None if is_dynamic and not leaf.axes else leaf.size
-            raw.append(Split(axis=axis, size=size, parts=mesh.parts(leaf.axes), positions=positions))
+        for component in components:
+            positions = tuple(mesh.position(rank, component.mesh_axes) for rank in range(mesh.size))
+            parts = mesh.parts(component.mesh_axes)
+            raw.append(Split(axis=axis, size=component.size, parts=parts, positions=positions))
     devices = tuple(range(first_device, first_device + mesh.size))
     placement = Placement(devices=devices, splits=_merged(raw))
     return placement if all(_shards(placement)) else None
-
-
-def _components(dim: Dim) -> list[Leaf] | None:
-    """The leaves of a product; None if there is a concatenation in it."""
-    if isinstance(dim, Leaf):
-        return [dim]
-    if isinstance(dim, Cat):
-        return None
-    found = [_components(part) for part in dim.parts]
-    return None if None in found else [leaf for part in found if part is not None for leaf in part]
 
 
 def placement_from(spec: onnx.ShardingSpecProto, shape: Sequence[int | None]) -> Placement:
