@@ -110,8 +110,8 @@ def _check_order(
     for node in model.graph.node:
         latest, whose = max((reached[name] for name in node.input if name in reached), default=(0, ""))
         own = next((stages[name][0] for name in node.output if name in stages), None)
-        if own is not None and own < latest:
-            tensor = next(name for name in node.input if reached.get(name, (0, ""))[0] == latest)
+        if own is not None and whose and own < latest:
+            tensor = next(name for name in node.input if reached.get(name) == (latest, whose))
             yield error(
                 label_of(node),
                 tensor,

@@ -275,6 +275,7 @@ class _SpecChecker:
                 f"axis {dim.axis} has no simple_sharding",
                 "say into how many shards it is split, or leave it out",
             )
+            return
         for simple in dim.simple_sharding:
             if simple.num_shards < 1:
                 yield self._error(
