@@ -90,13 +90,13 @@ def _check_stages(model: onnx.ModelProto, configuration: str) -> Iterator[Findin
     if not found:
         return
     yield from _check_order(model, configuration, stages)
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
+    missing = next((number for number in range(len(found)) if number not in found), None)
+    if missing is not None:
         yield warning(
             "",
             "",
-            f'no node of configuration "{configuration}" is in pipeline stage {", ".join(map(str, missing))}, but '
-            f"some are in stage {max(found)}",
+            f'no node of configuration "{configuration}" is in pipeline stage {missing}, but some are in stage '
+            f"{max(found)}",
             "number the stages without gaps, from 0",
         )
 

@@ -328,12 +328,12 @@ class _SpecChecker:
                 )
             )
             return
-        divisors = [n for n in range(1, shards) if size % n == 0 and shards % n == 0]
+        common = math.gcd(size, shards)
+        split = f"split it by {common}, with a group of {shards // common} devices for each shard"
         yield self._error(
             tensor,
             f"{what}; the standard leaves uneven shards to the backend",
-            f"split it by {divisors[-1]}, with groups of {shards // divisors[-1]} devices for each shard, or pad it to "
-            f"{-(-size // shards) * shards}",
+            f"{split if common > 1 else 'leave the axis whole'}, or pad it to {-(-size // shards) * shards}",
         )
 
     def _check_count(self, spec: onnx.ShardingSpecProto) -> Iterator[Finding]:

@@ -300,7 +300,13 @@ FAULTS: dict[str, tuple[Fault, str, str, str, str, str]] = {
     "symbol for a fixed size": (symbolic_size, "warning", 'MatMul "up"', "W1", '"ffn"', "use the name that the shape"),
     "indivisible": (
         lambda p: put(p, "add", "z", {1: 4}, EACH),
-        *("error", 'Add "add"', "z", "6 on axis 1 is not divisible by num_shards 4", "split it by 2, with groups of 2"),
+        *(
+            "error",
+            'Add "add"',
+            "z",
+            "6 on axis 1 is not divisible by num_shards 4",
+            "split it by 2, with a group of 2 devices",
+        ),
     ),
     "fewer indices than shards": (
         lambda p: put(p, "add", "z", {0: 4}, EACH),
@@ -378,3 +384,74 @@ def test_a_fault_is_reported_with_node_and_remedy(sound: onnx.ModelProto, name: 
     assert len(reported) == 1, found
     assert remedy in reported[0].remedy
     assert [f for f in found if f.severity == "error"] == [f for f in reported if f.severity == "error"]
+
+
+def test_absurd_numbers_are_reported_at_once(sound: onnx.ModelProto) -> None:
+    put(sound, "up", "W1", {1: 2**60, 2**60: 2}, EACH)
+    entry(sound, "up").pipeline_stage = 2**31 - 1
+    what = " ".join(finding.what for finding in check_sharding(sound, HERE))
+    assert "128 on axis 1 is not divisible" in what
+    assert f"axis {2**60} is out of range" in what
+    assert f"{2**61} shards, but the device list has 4 entries" in what
+    assert "no node of configuration" in what
+
+
+def test_a_model_that_cannot_be_analysed_is_checked_as_far_as_it_declares_shapes(sound: onnx.ModelProto) -> None:
+    node(sound, "soft").input[0] = "nowhere"
+    spec_of(sound, "soft", "z").tensor_name = "nowhere"
+    put(sound, "up", "W1", {5: 4}, EACH)
+    found = check_sharding(sound, HERE)
+    assert any(f.node == 'MatMul "up"' and "axis 5 is out of range" in f.what for f in found)
+    assert any(f.node == 'Softmax "soft"' and "shape is not known" in f.what for f in found)
+    assert any(f.severity == "warning" and 'reads "nowhere"' in f.what for f in found)
+
+
+def test_nodes_in_branches_are_checked_too(sound: onnx.ModelProto) -> None:
+    branch = onnx.parser.parse_graph("g () => (float[2] b) { [inner] b = Identity(W1) }")
+    branch.node[0].device_configurations.add(configuration_id="none", pipeline_stage=0)
+    chosen = onnx.helper.make_node("If", ["c"], ["o"], name="if", then_branch=branch, else_branch=branch)
+    sound.graph.node.append(chosen)
+    sound.graph.input.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []))
+    unknown = [f for f in check_sharding(sound, HERE) if '"none" is not a configuration' in f.what]
+    assert [f.node for f in unknown] == ['Identity "inner"'] * 2
+
+
+def test_packed_projections_are_warned_of() -> None:
+    proto = model(
+        "float[2, 6, 16] x",
+        "float[2, 6, 32] out",
+        "[qkv] h = MatMul(x, W)\n[cut] a, b = Split<axis = -1>(h, sizes)\n[mul] out = Mul(a, b)",
+        {"W": (16, 64), "sizes": np.array([32, 32])},
+        ir_version=11,
+    )
+    proto.configuration.add(name="four", num_devices=4)
+    node(proto, "qkv").device_configurations.add(configuration_id="four")
+    put(proto, "qkv", "W", {1: 4}, EACH)
+    found = check_sharding(proto, HERE)
+    assert [(f.severity, f.node, f.tensor) for f in found] == [("warning", 'MatMul "qkv"', "W")]
+    assert "packed of several parts" in found[0].what
+
+
+def test_units_that_an_operator_works_on_are_not_split() -> None:
+    proto = model(
+        "float[1, 6, 32] q, float[1, 6, 16] k, float[1, 6, 16] v, int32[1, 1] s, int32 t",
+        "float[1, 6, 32] out",
+        "[attend] out = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, k, v, , , s, t)",
+        ir_version=11,
+    )
+    proto.configuration.add(name="eight", num_devices=8)
+    node(proto, "attend").device_configurations.add(configuration_id="eight")
+    put(proto, "attend", "q", {2: 8}, range(8))
+    found = check_sharding(proto, HERE)
+    assert [(f.severity, f.node, f.tensor) for f in found] == [("error", 'GroupQueryAttention "attend"', "q")]
+    assert "inside units of 8" in found[0].what
+    assert "at most 4 shards" in found[0].remedy
+
+
+def test_an_operator_without_a_rule_is_a_warning() -> None:
+    proto = model("float[8, 8] x", "float[8, 8] out", "[strange] out = com.example.Strange(x)", ir_version=11)
+    proto.opset_import.add(domain="com.example", version=1)
+    proto.configuration.add(name="four", num_devices=4)
+    node(proto, "strange").device_configurations.add(configuration_id="four")
+    put(proto, "strange", "x", {0: 4}, EACH)
+    assert {f.severity for f in check_sharding(proto, HERE)} == {"warning"}
