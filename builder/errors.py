@@ -27,6 +27,10 @@ class AnnotationError(BuildError):
     """A model's multi-device annotations contradict each other, or what was asked for."""
 
 
+class ConstraintError(BuildError):
+    """Constraints on a plan contradict each other, or the model."""
+
+
 class OutputError(BuildError):
     """The output folder cannot be written, or exists already."""
 

@@ -3,6 +3,14 @@
 from furiosa_llm.builder.annotations.check import check_sharding, is_annotated
 from furiosa_llm.builder.annotations.emit import annotate, write_annotated
 from furiosa_llm.builder.annotations.finding import Finding
-from furiosa_llm.builder.annotations.read import read_constraints
+from furiosa_llm.builder.annotations.read import constraints_of, read_constraints
 
-__all__ = ["Finding", "annotate", "check_sharding", "is_annotated", "read_constraints", "write_annotated"]
+__all__ = [
+    "Finding",
+    "annotate",
+    "check_sharding",
+    "constraints_of",
+    "is_annotated",
+    "read_constraints",
+    "write_annotated",
+]

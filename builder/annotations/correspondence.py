@@ -12,7 +12,8 @@ class Correspondence:
     """A model's own graph beside the normalised (and perhaps simplified) one.
 
     Normalising keeps the names of what it keeps, but for aliases: an Identity goes, and the value keeps one of the two
-    names. Nodes that were folded, inlined or merged with an equal one have no counterpart.
+    names. Of equal nodes one is kept; the others are found by what reads them. Nodes that were folded or inlined have
+    no counterpart.
     """
 
     def __init__(self, original: onnx.GraphProto, graph: ir.Graph) -> None:
@@ -20,16 +21,20 @@ class Correspondence:
         self._values.update((str(v.name), v) for v in graph.initializers.values())
         self._values.update((str(v.name), v) for node in graph for v in node.outputs if v.name)
         for node in original.node:
-            if node.op_type == "Identity" and not node.domain and len(node.input) == len(node.output) == 1:
-                self._learn_alias(node.input[0], node.output[0])
-        for node in reversed(original.node):  # an alias of an alias
-            if node.op_type == "Identity" and not node.domain and len(node.input) == len(node.output) == 1:
-                self._learn_alias(node.input[0], node.output[0])
+            self._learn_alias(node)
+        for node in reversed(original.node):  # what a node reads, once the node itself is known
+            self._learn_alias(node)
+            counterpart = self.node(node)
+            for name, value in zip(node.input, counterpart.inputs if counterpart is not None else (), strict=False):
+                if name and value is not None:
+                    self._values.setdefault(name, value)
 
-    def _learn_alias(self, before: str, after: str) -> None:
-        for known, other in ((before, after), (after, before)):
-            if known in self._values and other not in self._values:
-                self._values[other] = self._values[known]
+    def _learn_alias(self, node: onnx.NodeProto) -> None:
+        if node.op_type != "Identity" or node.domain or len(node.input) != 1 or len(node.output) != 1:
+            return
+        for known, other in ((node.input[0], node.output[0]), (node.output[0], node.input[0])):
+            if known in self._values:
+                self._values.setdefault(other, self._values[known])
 
     def value(self, name: str) -> ir.Value | None:
         """The value that a name of the original graph stands for, if it is still there."""

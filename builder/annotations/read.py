@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
+import onnx_ir as ir
 
+from furiosa_llm.builder.analysis import Analysis
+from furiosa_llm.builder.annotations.correspondence import Correspondence
 from furiosa_llm.builder.annotations.structure import Annotation, annotations_of, declared_ranks, devices_of
 from furiosa_llm.builder.constraints import Constraint
 from furiosa_llm.builder.errors import AnnotationError
+from furiosa_llm.builder.load import Source
 
 _Parts = dict[int, int]
 """Dimension -> number of parts; dimensions that are not split have 1."""
@@ -54,6 +58,29 @@ def read_constraints(
     for name in produced.keys() & read.keys():
         _check_same(name, produced[name], read[name])
     return tuple(_constraints({**read, **produced}))
+
+
+def constraints_of(
+    source: Source, analysis: Analysis, tensor_parallel_size: int
+) -> tuple[tuple[Constraint, ir.Value], ...]:
+    """What the annotations of `source`, if it has any, demand of values of the graph that was made of it.
+
+    Values that the graph no longer has, sizes that were folded for instance, are left out. Raises AnnotationError as
+    `read_constraints` does.
+    """
+    if not any(node.device_configurations for node in source.model.graph):
+        return ()
+    model = onnx.load(source.path, load_external_data=False)
+    correspondence = Correspondence(model.graph, analysis.graph)
+    values = {
+        name: value
+        for node in model.graph.node
+        for name in (*node.input, *node.output)
+        if (value := correspondence.value(name)) is not None and value in analysis.dims
+    }
+    ranks = {name: len(analysis.dims[value]) for name, value in values.items()}
+    found = read_constraints(model, tensor_parallel_size, ranks)
+    return tuple((constraint, values[constraint.value]) for constraint in found if constraint.value in values)
 
 
 def _chosen(annotations: Sequence[Annotation], tensor_parallel_size: int) -> str | None:
