@@ -77,4 +77,4 @@ def _print(proto: onnx.ModelProto, findings: Sequence[Finding], errors: int) -> 
         click.echo(f"... and {len(findings) - _MOST_ROWS} more; --json lists them all.")
     names = ", ".join(f'"{c.name}" ({c.num_devices} devices)' for c in proto.configuration) or "none"
     click.echo(f"configurations: {names}; {_count_annotated(proto)} of {len(proto.graph.node)} nodes annotated")
-    click.echo(f"{errors} errors, {len(findings) - errors} warnings")
+    click.echo(f"errors: {errors}, warnings: {len(findings) - errors}")

@@ -44,15 +44,18 @@ def spec(tensor: str, axes: Axes, devices: Devices) -> onnx.ShardingSpecProto:
 
 
 def node(proto: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(n for n in proto.graph.node if n.name == name)
+    found: onnx.NodeProto = next(n for n in proto.graph.node if n.name == name)
+    return found
 
 
 def entry(proto: onnx.ModelProto, name: str) -> onnx.NodeDeviceConfigurationProto:
-    return node(proto, name).device_configurations[0]
+    found: onnx.NodeDeviceConfigurationProto = node(proto, name).device_configurations[0]
+    return found
 
 
 def spec_of(proto: onnx.ModelProto, name: str, tensor: str) -> onnx.ShardingSpecProto:
-    return next(s for s in entry(proto, name).sharding_spec if s.tensor_name == tensor)
+    found: onnx.ShardingSpecProto = next(s for s in entry(proto, name).sharding_spec if s.tensor_name == tensor)
+    return found
 
 
 def put(proto: onnx.ModelProto, name: str, tensor: str, axes: Axes, devices: Devices) -> None:
@@ -159,6 +162,16 @@ def diagonal(p: onnx.ModelProto) -> None:
     put(p, "down", "r", {1: 2}, PAIRS)
     put(p, "act", "r", {1: 2}, PAIRS)
     put(p, "down", "W2", {1: 2}, PAIRS)
+
+
+def gathered(p: onnx.ModelProto) -> None:
+    put(p, "swap", "q", {}, ALL)
+    put(p, "swap", "out", {}, ALL)
+
+
+def split_softmax(p: onnx.ModelProto) -> None:
+    put(p, "soft", "z", {2: 4}, EACH)
+    put(p, "soft", "p", {2: 4}, EACH)
 
 
 def another_reader(p: onnx.ModelProto) -> None:
@@ -329,7 +342,7 @@ FAULTS: dict[str, tuple[Fault, str, str, str, str, str]] = {
         *("error", 'Softmax "soft"', "z", "takes it from [4, 5, 6, 7] in the same pipeline stage", "same devices"),
     ),
     "gathered before a node": (
-        lambda p: [put(p, "swap", t, {}, ALL) for t in ("q", "out")],
+        gathered,
         *("warning", 'Transpose "swap"', "q", "the parts are gathered before the node", "split it in the node, too"),
     ),
     "weight split differently by two readers": (
@@ -353,7 +366,7 @@ FAULTS: dict[str, tuple[Fault, str, str, str, str, str]] = {
         *("error", 'MatMul "down"', "W2", "not split alike", "on the same devices"),
     ),
     "softmax over a split axis": (
-        lambda p: [put(p, "soft", t, {2: 4}, EACH) for t in ("z", "p")],
+        split_softmax,
         *("error", 'Softmax "soft"', "z", "Softmax needs axis 2 whole", "leave axis 2 out"),
     ),
     "only some pairs of shards": (
@@ -430,6 +443,24 @@ def test_packed_projections_are_warned_of() -> None:
     found = check_sharding(proto, HERE)
     assert [(f.severity, f.node, f.tensor) for f in found] == [("warning", 'MatMul "qkv"', "W")]
     assert "packed of several parts" in found[0].what
+
+
+def test_halves_of_heads_are_warned_of() -> None:
+    """Heads of two halves that are cut apart: 8 shards of 4 heads give every device one half."""
+    proto = model(
+        "float[2, 6, 16] x",
+        "float[2, 6, 4, 8] out",
+        "[q] h = MatMul(x, W)\n[view] v = Reshape(h, shape)\n[cut] a, b = Split<axis = -1>(v, sizes)\n"
+        "[mul] out = Mul(a, b)",
+        {"W": (16, 64), "shape": np.array([2, 6, 4, 16]), "sizes": np.array([8, 8])},
+        ir_version=11,
+    )
+    proto.configuration.add(name="eight", num_devices=8)
+    node(proto, "q").device_configurations.add(configuration_id="eight")
+    put(proto, "q", "W", {1: 8}, range(8))
+    assert [f.what.split(" (")[0] for f in check_sharding(proto, HERE)] == ["axis 1 is packed of several parts"]
+    put(proto, "q", "W", {1: 4}, ((0, 1), (2, 3), (4, 5), (6, 7)))
+    assert check_sharding(proto, HERE) == []
 
 
 def test_units_that_an_operator_works_on_are_not_split() -> None:

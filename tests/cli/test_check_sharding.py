@@ -61,7 +61,7 @@ def file(tmp_path: Path) -> Callable[[int, int], Path]:
 def test_a_sound_model(check: Check, file: Callable[[int, int], Path]) -> None:
     result = check(file(4, 4))
     assert result.code == 0
-    assert result.out == 'configurations: "mine" (4 devices); 1 of 1 nodes annotated\n0 errors, 0 warnings\n'
+    assert result.out == 'configurations: "mine" (4 devices); 1 of 1 nodes annotated\nerrors: 0, warnings: 0\n'
 
 
 def test_errors_are_shown_with_node_tensor_and_remedy(check: Check, file: Callable[[int, int], Path]) -> None:
@@ -71,7 +71,7 @@ def test_errors_are_shown_with_node_tensor_and_remedy(check: Check, file: Callab
     assert 'MatMul "product"' in row
     assert "12 on axis 1 is not divisible by num_shards 5" in row
     assert "leave the axis whole, or pad it to 15" in " ".join(result.out.split())
-    assert result.out.endswith("1 errors, 0 warnings\n")
+    assert result.out.endswith("errors: 1, warnings: 0\n")
 
 
 def test_json_lists_every_finding(check: Check, file: Callable[[int, int], Path]) -> None:
