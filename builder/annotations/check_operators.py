@@ -160,8 +160,6 @@ class _Node:
 
     def check(self) -> Iterator[Finding]:
         """Compare the operands' axes as the operator ties them."""
-        if self._info.rule.ignores_values:
-            return
         parts: dict[tuple[Port, int], _Parts] = {}
         for port, placement in self._placements.items():
             for axis in range(len(self._analysis.dims[self._value(port)])):
@@ -277,10 +275,8 @@ class _Node:
             if operand is None:
                 continue
             symbols = {s for dim in operand if dim.kind == "product" for s in dim.symbols} | self._signature.reduce
-            leaves = [(s, leaf, part) for s in sorted(symbols) for leaf, part in splits.get(s, {}).items()]
-            for (s, leaf, part), (t, other, second) in itertools.combinations(leaves, 2):
-                if s == t and leaf is other:
-                    continue
+            needed = [part for s in sorted(symbols) for part in splits.get(s, {}).values()]
+            for part, second in itertools.combinations(needed, 2):
                 at, at_second = dict(part.positions), dict(second.positions)
                 held = {(at[d], at_second[d]) for d in at.keys() & at_second.keys()}
                 if len(held) < part.parts * second.parts:

@@ -164,6 +164,11 @@ def diagonal(p: onnx.ModelProto) -> None:
     put(p, "down", "W2", {1: 2}, PAIRS)
 
 
+def inherited(p: onnx.ModelProto) -> None:
+    entry(p, "down").sharding_spec.remove(spec_of(p, "down", "r"))
+    put(p, "down", "W2", {}, ALL)
+
+
 def gathered(p: onnx.ModelProto) -> None:
     put(p, "swap", "q", {}, ALL)
     put(p, "swap", "out", {}, ALL)
@@ -357,6 +362,10 @@ FAULTS: dict[str, tuple[Fault, str, str, str, str, str]] = {
         lambda p: put(p, "down", "W2", {}, ALL),
         *("error", 'MatMul "down"', "W2", 'contracts axis 0 of this tensor with axis 2 of "r"', "split both axes"),
     ),
+    "contraction split otherwise than its input was left": (
+        inherited,
+        *("error", 'MatMul "down"', "W2", "whole against 4 shards", "split both axes"),
+    ),
     "contraction split into other parts": (
         lambda p: put(p, "down", "W2", {0: 2}, PAIRS),
         *("error", 'MatMul "down"', "W2", "2 shards on devices [0, 1, 2, 3] against 4 shards", "split both axes"),
@@ -461,6 +470,25 @@ def test_halves_of_heads_are_warned_of() -> None:
     assert [f.what.split(" (")[0] for f in check_sharding(proto, HERE)] == ["axis 1 is packed of several parts"]
     put(proto, "q", "W", {1: 4}, ((0, 1), (2, 3), (4, 5), (6, 7)))
     assert check_sharding(proto, HERE) == []
+
+
+def test_a_packed_input_may_be_whole_beside_split_caches() -> None:
+    """No spec can say how it is split, so that it is left whole, and the operator takes its part."""
+    proto = model(
+        "float[1, 6, 64] qkv, float[1, 2, 4, 8] k, float[1, 2, 4, 8] v, int32[1, 1] s, int32 t",
+        "float[1, 6, 32] out, float[1, 2, 10, 8] ko, float[1, 2, 10, 8] vo",
+        "[attend] out, ko, vo = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>"
+        "(qkv, , , k, v, s, t)",
+        ir_version=11,
+    )
+    proto.configuration.add(name="two", num_devices=2)
+    node(proto, "attend").device_configurations.add(configuration_id="two")
+    put(proto, "attend", "qkv", {}, ((0, 1),))
+    for cache in ("k", "v", "ko", "vo"):
+        put(proto, "attend", cache, {1: 2}, (0, 1))
+    assert check_sharding(proto, HERE) == []
+    put(proto, "attend", "v", {}, ((0, 1),))
+    assert [f.tensor for f in check_sharding(proto, HERE)] == ["v"]
 
 
 def test_units_that_an_operator_works_on_are_not_split() -> None:

@@ -33,9 +33,24 @@ def small_demand(*given: tuple[str, int, int]) -> Mapping[int, int]:
 
 def test_demands_on_dimensions_become_demands_on_leaves() -> None:
     assert small_demand(("a", 2, 8)) == {8: 8, 16: 1}
+    assert small_demand(("a", 2, 16)) == {8: 8, 16: 2}
     assert small_demand(("a", 2, 4), ("b", 3, 1)) == {8: 4, 16: 1}
     assert small_demand(("a", 2, 4), ("b", 1, 2)) == {8: 2, 16: 2}
     assert small_demand(("c", 2, 1), ("W", 1, 1)) == {8: 1, 16: 1, 32: 1}
+
+
+def test_what_is_cut_apart_inside_a_dimension_stays_whole() -> None:
+    prepared = prepare_proto(
+        model(
+            "float[2, 6, 64] x",
+            "float[2, 6, 8, 10] c",
+            "a = MatMul(x, W)\nr = Reshape(a, s)\nb, c = Split<axis = -1>(r, p)",
+            {"W": (64, 128), "s": np.array([2, 6, 8, 16]), "p": np.array([6, 10])},
+        )
+    )
+    weight = next(v for v in prepared.analysis.dims if v.name == "W")
+    found = leaf_parts([(Constraint(value="W", dim=1, parts=4, origin="line 0"), weight)], prepared.analysis)
+    assert {leaf.size: demand.parts for leaf, demand in found.items()} == {8: 4, 6: 1, 10: 1}
 
 
 @pytest.mark.parametrize(
