@@ -16,7 +16,7 @@ from furiosa_llm.builder.annotations.check_operators import check_operators
 from furiosa_llm.builder.annotations.check_specs import check_configurations, check_specs
 from furiosa_llm.builder.annotations.correspondence import Correspondence
 from furiosa_llm.builder.annotations.finding import Finding, warning
-from furiosa_llm.builder.annotations.structure import DeclaredShape, annotations_of, declared_shapes
+from furiosa_llm.builder.annotations.structure import DeclaredShape, annotations_of, declared_shapes, nodes_of
 from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.normalize import normalize
@@ -62,13 +62,15 @@ def check_sharding(model: onnx.ModelProto, path: Path) -> list[Finding]:
 
 def _analysed(model: onnx.ModelProto, path: Path) -> tuple[Analysis, dict[str, DeclaredShape]]:
     """The model's factors, and the shapes of all values that could be inferred; BuildError if it cannot be analysed."""
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    for node, _ in nodes_of(plain):
+        del node.device_configurations[:]  # damaged ones would be logged while the graph is read
     try:
-        unsplit = ir.from_proto(model)
+        unsplit = ir.from_proto(plain)
     except (DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BuildError(f"the graph is damaged: {error}") from error
     ir.external_data.set_base_dir(unsplit.graph, path.resolve().parent)
-    for node in unsplit.graph.all_nodes():
-        node.device_configurations = ()
     normalized = normalize(Source(path=path, model=unsplit))
     config = configuration.read_json(path, "config.json")
     probes = probe(normalized, {}, config)

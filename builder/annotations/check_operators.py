@@ -49,7 +49,7 @@ def check_operators(
     for entry in placed:
         if not entry.annotation.is_inner:
             configuration = entry.annotation.configuration
-            specs[configuration, id(entry.annotation.node), entry.tensor] = entry.placement
+            specs[configuration, entry.annotation.number, entry.tensor] = entry.placement
             if entry.tensor in entry.annotation.node.output:
                 given[configuration, entry.tensor] = entry.placement
     nodes: list[_Node] = []
@@ -58,11 +58,11 @@ def check_operators(
         if counterpart is None or counterpart not in infos:
             continue
         placements: dict[Port, Placement] = {}
-        for name, port, is_output, _ in correspondence.operands(annotation.node):
-            found = specs.get((annotation.configuration, id(annotation.node), name))
+        for name, port, is_output, value in correspondence.operands(annotation.node):
+            found = specs.get((annotation.configuration, annotation.number, name))
             if found is None and not is_output:
                 found = given.get((annotation.configuration, name))  # as the standard has it: where it was left
-            if found is not None:
+            if found is not None and all(split.axis < len(analysis.dims[value]) for split in found.splits):
                 placements[is_output, port] = found
         nodes.append(_Node(annotation.node, infos[counterpart], analysis, placements))
     # All axes are tied to their factors before any are compared: what one node says refines the factors of others.
@@ -293,6 +293,6 @@ class _Node:
 def _describe(parts: _Parts) -> str:
     if not parts:
         return "whole"
-    shards = math.prod(part.parts for part in parts.values())
-    devices = sorted({d for part in parts.values() for d, _ in part.positions})
-    return f"{shards} shards on devices {devices}"
+    held = [dict(part.positions) for part in parts.values()]
+    devices = sorted(held[0], key=lambda device: ([positions[device] for positions in held], device))
+    return f"{math.prod(part.parts for part in parts.values())} shards on devices {devices}"

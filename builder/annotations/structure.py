@@ -16,6 +16,8 @@ class Annotation:
     """What one node says for one configuration."""
 
     node: onnx.NodeProto
+    number: int
+    """The node's place among all nodes of the model."""
     label: str
     """The node for messages: `MatMul "/lm_head/MatMul"`."""
     configuration: str
@@ -35,10 +37,11 @@ def label_of(node: onnx.NodeProto) -> str:
 
 def annotations_of(model: onnx.ModelProto) -> Iterator[Annotation]:
     """Every annotation of the model's nodes, those in branches, loops and functions included."""
-    for node, is_inner in nodes_of(model):
+    for number, (node, is_inner) in enumerate(nodes_of(model)):
         for entry in node.device_configurations:
             yield Annotation(
                 node=node,
+                number=number,
                 label=label_of(node),
                 configuration=entry.configuration_id,
                 specs=tuple(entry.sharding_spec),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,8 +30,7 @@ def check_sharding_command(model: Path, as_json: bool) -> None:
     Devices, axes, shapes, neighbouring nodes, pipeline stages, and what each operator allows. Weights are not read.
     Exit code 0 if there are no errors, 1 otherwise; warnings alone do not count.
     """
-    load(model)  # says what is wrong with the file, if it is no model
-    proto = onnx.load(model, load_external_data=False)
+    proto = _read(model)
     findings = check_sharding(proto, model)
     errors = sum(finding.severity == "error" for finding in findings)
     if as_json:
@@ -38,6 +38,17 @@ def check_sharding_command(model: Path, as_json: bool) -> None:
     else:
         _print(proto, findings, errors)
     sys.exit(1 if errors else 0)
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError):
+        load(path)  # says what is wrong
+        raise
+    if not proto.graph.node:
+        load(path)
+    return proto
 
 
 def _to_json(proto: onnx.ModelProto, findings: Sequence[Finding]) -> dict[str, object]:

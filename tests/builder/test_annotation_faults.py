@@ -2,105 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
-import numpy as np
 import onnx
 import pytest
 
 from furiosa_llm.builder.annotations import check_sharding
-from tests.builder.graphs import model
-
-HERE = Path("handmade.onnx")
-
-Axes = Mapping[int, int | Sequence[tuple[int, int]]]
-"""Axis -> number of shards, or (dim_value, num_shards) of each component."""
-Devices = Sequence[int] | Sequence[Sequence[int]]
-"""A device for each shard, or a group of devices."""
-
-ALL = ((0, 1, 2, 3),)
-EACH = (0, 1, 2, 3)
-PAIRS = ((0, 1), (2, 3))
-
-
-def spec(tensor: str, axes: Axes, devices: Devices) -> onnx.ShardingSpecProto:
-    """A sharding spec, written by hand."""
-    made = onnx.ShardingSpecProto(tensor_name=tensor)
-    for number, device in enumerate(devices, start=1):
-        if isinstance(device, int):
-            made.device.append(device)
-        else:
-            made.device.append(-number)
-            made.index_to_device_group_map.add(key=-number, value=device)
-    for axis, shards in axes.items():
-        dim = made.sharded_dim.add(axis=axis)
-        if isinstance(shards, int):
-            dim.simple_sharding.add(num_shards=shards)
-        else:
-            for size, count in shards:
-                dim.simple_sharding.add(dim_value=size, num_shards=count)
-    return made
-
-
-def node(proto: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    found: onnx.NodeProto = next(n for n in proto.graph.node if n.name == name)
-    return found
-
-
-def entry(proto: onnx.ModelProto, name: str) -> onnx.NodeDeviceConfigurationProto:
-    found: onnx.NodeDeviceConfigurationProto = node(proto, name).device_configurations[0]
-    return found
-
-
-def spec_of(proto: onnx.ModelProto, name: str, tensor: str) -> onnx.ShardingSpecProto:
-    found: onnx.ShardingSpecProto = next(s for s in entry(proto, name).sharding_spec if s.tensor_name == tensor)
-    return found
-
-
-def put(proto: onnx.ModelProto, name: str, tensor: str, axes: Axes, devices: Devices) -> None:
-    """Replace the node's spec of a tensor, or add one."""
-    found = [s for s in entry(proto, name).sharding_spec if s.tensor_name == tensor]
-    for old in found:
-        entry(proto, name).sharding_spec.remove(old)
-    entry(proto, name).sharding_spec.append(spec(tensor, axes, devices))
-
-
-NODES = """
-    [up] h = MatMul(x, W1)
-    [act] r = Relu(h)
-    [down] y = MatMul(r, W2)
-    [add] z = Add(y, x)
-    [soft] p = Softmax<axis = -1>(z)
-    [heads] q = Reshape(p, shape)
-    [swap] out = Transpose<perm = [0, 2, 1, 3]>(q)
-"""
+from tests.builder.sharding_specs import ALL, EACH, HERE, PAIRS, entry, node, put, sound_model, spec, spec_of
 
 
 @pytest.fixture
 def sound() -> onnx.ModelProto:
-    """A feed-forward block split over four devices, the way it is done, and a softmax that is whole."""
-    proto = model(
-        "float[2, 6, 64] x",
-        "float[2, 8, 6, 8] out",
-        NODES.replace("\n    [", "\n["),
-        {"W1": (64, 128), "W2": (128, 64), "shape": np.array([2, 6, 8, 8])},
-        ir_version=11,
-    )
-    proto.configuration.add(name="four", num_devices=4, device=["npu:0:0", "npu:0:1", "npu:0:2", "npu:0:3"])
-    specs: dict[str, list[tuple[str, Axes, Devices]]] = {
-        "up": [("x", {}, ALL), ("W1", {1: 4}, EACH), ("h", {-1: 4}, EACH)],
-        "act": [("h", {2: 4}, EACH), ("r", {2: 4}, EACH)],
-        "down": [("r", {2: 4}, EACH), ("W2", {0: 4}, EACH), ("y", {}, ALL)],
-        "add": [("y", {}, ALL), ("x", {}, ALL), ("z", {}, ALL)],
-        "soft": [("z", {}, ALL), ("p", {}, ALL)],
-        "heads": [("p", {2: 4}, EACH), ("q", {2: 4}, EACH)],
-        "swap": [("q", {2: 4}, EACH), ("out", {1: 4}, EACH)],
-    }
-    for name, given in specs.items():
-        added = node(proto, name).device_configurations.add(configuration_id="four")
-        added.sharding_spec.extend(spec(*arguments) for arguments in given)
-    return proto
+    return sound_model()
 
 
 def test_a_sound_model_has_no_findings(sound: onnx.ModelProto) -> None:
@@ -406,111 +319,3 @@ def test_a_fault_is_reported_with_node_and_remedy(sound: onnx.ModelProto, name: 
     assert len(reported) == 1, found
     assert remedy in reported[0].remedy
     assert [f for f in found if f.severity == "error"] == [f for f in reported if f.severity == "error"]
-
-
-def test_absurd_numbers_are_reported_at_once(sound: onnx.ModelProto) -> None:
-    put(sound, "up", "W1", {1: 2**60, 2**60: 2}, EACH)
-    entry(sound, "up").pipeline_stage = 2**31 - 1
-    what = " ".join(finding.what for finding in check_sharding(sound, HERE))
-    assert "128 on axis 1 is not divisible" in what
-    assert f"axis {2**60} is out of range" in what
-    assert f"{2**61} shards, but the device list has 4 entries" in what
-    assert "no node of configuration" in what
-
-
-def test_a_model_that_cannot_be_analysed_is_checked_as_far_as_it_declares_shapes(sound: onnx.ModelProto) -> None:
-    node(sound, "soft").input[0] = "nowhere"
-    spec_of(sound, "soft", "z").tensor_name = "nowhere"
-    put(sound, "up", "W1", {5: 4}, EACH)
-    found = check_sharding(sound, HERE)
-    assert any(f.node == 'MatMul "up"' and "axis 5 is out of range" in f.what for f in found)
-    assert any(f.node == 'Softmax "soft"' and "shape is not known" in f.what for f in found)
-    assert any(f.severity == "warning" and 'reads "nowhere"' in f.what for f in found)
-
-
-def test_nodes_in_branches_are_checked_too(sound: onnx.ModelProto) -> None:
-    branch = onnx.parser.parse_graph("g () => (float[2] b) { [inner] b = Identity(W1) }")
-    branch.node[0].device_configurations.add(configuration_id="none", pipeline_stage=0)
-    chosen = onnx.helper.make_node("If", ["c"], ["o"], name="if", then_branch=branch, else_branch=branch)
-    sound.graph.node.append(chosen)
-    sound.graph.input.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, []))
-    unknown = [f for f in check_sharding(sound, HERE) if '"none" is not a configuration' in f.what]
-    assert [f.node for f in unknown] == ['Identity "inner"'] * 2
-
-
-def test_packed_projections_are_warned_of() -> None:
-    proto = model(
-        "float[2, 6, 16] x",
-        "float[2, 6, 32] out",
-        "[qkv] h = MatMul(x, W)\n[cut] a, b = Split<axis = -1>(h, sizes)\n[mul] out = Mul(a, b)",
-        {"W": (16, 64), "sizes": np.array([32, 32])},
-        ir_version=11,
-    )
-    proto.configuration.add(name="four", num_devices=4)
-    node(proto, "qkv").device_configurations.add(configuration_id="four")
-    put(proto, "qkv", "W", {1: 4}, EACH)
-    found = check_sharding(proto, HERE)
-    assert [(f.severity, f.node, f.tensor) for f in found] == [("warning", 'MatMul "qkv"', "W")]
-    assert "packed of several parts" in found[0].what
-
-
-def test_halves_of_heads_are_warned_of() -> None:
-    """Heads of two halves that are cut apart: 8 shards of 4 heads give every device one half."""
-    proto = model(
-        "float[2, 6, 16] x",
-        "float[2, 6, 4, 8] out",
-        "[q] h = MatMul(x, W)\n[view] v = Reshape(h, shape)\n[cut] a, b = Split<axis = -1>(v, sizes)\n"
-        "[mul] out = Mul(a, b)",
-        {"W": (16, 64), "shape": np.array([2, 6, 4, 16]), "sizes": np.array([8, 8])},
-        ir_version=11,
-    )
-    proto.configuration.add(name="eight", num_devices=8)
-    node(proto, "q").device_configurations.add(configuration_id="eight")
-    put(proto, "q", "W", {1: 8}, range(8))
-    assert [f.what.split(" (")[0] for f in check_sharding(proto, HERE)] == ["axis 1 is packed of several parts"]
-    put(proto, "q", "W", {1: 4}, ((0, 1), (2, 3), (4, 5), (6, 7)))
-    assert check_sharding(proto, HERE) == []
-
-
-def test_a_packed_input_may_be_whole_beside_split_caches() -> None:
-    """No spec can say how it is split, so that it is left whole, and the operator takes its part."""
-    proto = model(
-        "float[1, 6, 64] qkv, float[1, 2, 4, 8] k, float[1, 2, 4, 8] v, int32[1, 1] s, int32 t",
-        "float[1, 6, 32] out, float[1, 2, 10, 8] ko, float[1, 2, 10, 8] vo",
-        "[attend] out, ko, vo = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>"
-        "(qkv, , , k, v, s, t)",
-        ir_version=11,
-    )
-    proto.configuration.add(name="two", num_devices=2)
-    node(proto, "attend").device_configurations.add(configuration_id="two")
-    put(proto, "attend", "qkv", {}, ((0, 1),))
-    for cache in ("k", "v", "ko", "vo"):
-        put(proto, "attend", cache, {1: 2}, (0, 1))
-    assert check_sharding(proto, HERE) == []
-    put(proto, "attend", "v", {}, ((0, 1),))
-    assert [f.tensor for f in check_sharding(proto, HERE)] == ["v"]
-
-
-def test_units_that_an_operator_works_on_are_not_split() -> None:
-    proto = model(
-        "float[1, 6, 32] q, float[1, 6, 16] k, float[1, 6, 16] v, int32[1, 1] s, int32 t",
-        "float[1, 6, 32] out",
-        "[attend] out = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, k, v, , , s, t)",
-        ir_version=11,
-    )
-    proto.configuration.add(name="eight", num_devices=8)
-    node(proto, "attend").device_configurations.add(configuration_id="eight")
-    put(proto, "attend", "q", {2: 8}, range(8))
-    found = check_sharding(proto, HERE)
-    assert [(f.severity, f.node, f.tensor) for f in found] == [("error", 'GroupQueryAttention "attend"', "q")]
-    assert "inside units of 8" in found[0].what
-    assert "at most 4 shards" in found[0].remedy
-
-
-def test_an_operator_without_a_rule_is_a_warning() -> None:
-    proto = model("float[8, 8] x", "float[8, 8] out", "[strange] out = com.example.Strange(x)", ir_version=11)
-    proto.opset_import.add(domain="com.example", version=1)
-    proto.configuration.add(name="four", num_devices=4)
-    node(proto, "strange").device_configurations.add(configuration_id="four")
-    put(proto, "strange", "x", {0: 4}, EACH)
-    assert {f.severity for f in check_sharding(proto, HERE)} == {"warning"}

@@ -37,8 +37,8 @@ from furiosa_llm.builder.planner import Plan, Planner
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, axes_of, index_map
 from tests.builder.plans import Prepared, prepare, random_assignment
+from tests.builder.sharding_specs import spec
 from tests.builder.stitching import session
-from tests.builder.test_annotation_faults import spec
 
 MESHES = {2: Mesh((2,)), 4: Mesh((2, 2)), 8: Mesh((2, 2, 2))}
 MODELS = (

@@ -18,7 +18,7 @@ from furiosa_llm.builder.annotations.placement import (
     to_proto,
 )
 from furiosa_llm.runtime.artifact.layout import Mesh
-from tests.builder.test_annotation_faults import ALL, EACH, PAIRS, Axes, Devices, spec
+from tests.builder.sharding_specs import ALL, EACH, PAIRS, Axes, Devices, spec
 
 MESH = Mesh((2, 2))
 
