@@ -11,16 +11,18 @@ import onnx_ir as ir
 
 from furiosa_llm.builder import configuration
 from furiosa_llm.builder.analysis import Analysis, analyse
+from furiosa_llm.builder.annotations import constraints_of
 from furiosa_llm.builder.build import Build
+from furiosa_llm.builder.constraints import leaf_parts
 from furiosa_llm.builder.load import Source, check_external_data, load
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.normalize import normalize
-from furiosa_llm.builder.planner import MAX_PADDING
+from furiosa_llm.builder.planner import MAX_PADDING, Pin
 from furiosa_llm.builder.planning import Planning
 from furiosa_llm.builder.probe import Probes, probe
 from furiosa_llm.builder.simplify import simplify
 from furiosa_llm.builder.states import States, find_states
-from furiosa_llm.builder.tactics import Tactics
+from furiosa_llm.builder.tactics import Tactics, add_pin
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 Stage = Callable[[str], None]
@@ -46,9 +48,16 @@ class Analysed:
     def lowered_for(
         self, mesh: Mesh, *, max_padding: float = MAX_PADDING, tactics: Tactics | None = None, told: Stage
     ) -> Build:
-        """Plan for `mesh` and emit the program; PlanError if `tactics` ask for what cannot be."""
+        """Plan for `mesh` and emit the program.
+
+        What the model's own multi-device annotations say is kept, too. Raises PlanError if that and `tactics` ask for
+        what cannot be, and AnnotationError or ConstraintError for annotations that contradict each other.
+        """
         told("plan")
         pins = {} if tactics is None else tactics.pins(self.analysis, self.states)
+        constraints = constraints_of(self.source, self.analysis, mesh.size)
+        for leaf, demand in leaf_parts(constraints, self.analysis).items():
+            add_pin(pins, leaf, Pin(parts=demand.parts, origin=demand.origin.origin))
         plan = self.planning.plan(mesh, max_padding, pins)
         told("lower")
         return Build(

@@ -76,7 +76,7 @@ def _demand(constraint: Constraint, value: ir.Value, analysis: Analysis) -> _Dem
         )
     leaves: list[Factor] = []
     packed: list[Factor] = []
-    for factor in flatten([dims[constraint.dim]]):
+    for factor in _without_prefixes(dims[constraint.dim]):
         (leaves if factor.kind is Kind.LEAF else packed).extend(leaf for leaf in factor.leaves() if leaf.size > 1)
     if constraint.parts > 1 and not leaves:
         found = (
@@ -87,6 +87,15 @@ def _demand(constraint: Constraint, value: ir.Value, analysis: Analysis) -> _Dem
             f"{'constrain what is cut out of it instead' if packed else 'leave it whole'}."
         )
     return _Demand(constraint, tuple(leaves), tuple(packed))
+
+
+def _without_prefixes(factor: Factor) -> list[Factor]:
+    """The product that `factor` is; what runs over whole blocks, the last one short, is split as the blocks are."""
+    return [
+        part
+        for found in flatten([factor])
+        for part in (_without_prefixes(found.kids[0]) if found.kind is Kind.PREFIX else [found])
+    ]
 
 
 def _settle(found: dict[Factor, LeafParts], leaf: Factor, parts: int, constraint: Constraint) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.blocks import BlockSpan, find_blocks
+from furiosa_llm.builder.blocks import find_blocks
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.check import interpreter, local_shape
 from furiosa_llm.builder.errors import ShapeError
@@ -100,16 +100,19 @@ class Memory:
     # -- stages --------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def blocks(self) -> list[BlockMemory]:
-        """What each block keeps; stages are runs of blocks."""
+    def _block_nodes(self) -> list[list[ir.Node]]:
         graph = self._build.lowered.graph
         states = [str(pair.input.name) for pair in self._build.states.pairs]
-        spans: list[BlockSpan] = find_blocks(graph, states, self._build.lowered.tensors)
         nodes = list(graph)
-        starts = [span.first_node for span in spans]
+        starts = [span.first_node for span in find_blocks(graph, states, self._build.lowered.tensors)]
+        return [nodes[start:stop] for start, stop in zip(starts, [*starts[1:], len(nodes)], strict=True)]
+
+    @functools.cached_property
+    def blocks(self) -> list[BlockMemory]:
+        """What each block keeps; stages are runs of blocks."""
         found = []
-        for start, stop in zip(starts, [*starts[1:], len(nodes)], strict=True):
-            read = {str(v.name) for node in nodes[start:stop] for v in node.inputs if v is not None}
+        for nodes in self._block_nodes:
+            read = {str(v.name) for node in nodes for v in node.inputs if v is not None}
             found.append(
                 BlockMemory(
                     weights=frozenset(read & self._tensors.keys()), states=frozenset(read & self.states_nbytes.keys())
@@ -122,6 +125,27 @@ class Memory:
 
         None if there are fewer blocks than stages. A weight that two stages read (a tied embedding) is in both.
         """
+        starts = self._stage_starts(count)
+        if starts is None:
+            return None
+        return [
+            self._kept_nbytes(self.blocks[start:stop])
+            for start, stop in zip(starts, [*starts[1:], len(self.blocks)], strict=True)
+        ]
+
+    def stages_of_values(self, count: int) -> dict[str, int] | None:
+        """Which of `count` stages computes each value of the program, by its name; None if there are too few blocks."""
+        starts = self._stage_starts(count)
+        if starts is None:
+            return None
+        found: dict[str, int] = {}
+        for position, nodes in enumerate(self._block_nodes):
+            stage = sum(start <= position for start in starts) - 1
+            found.update((str(value.name), stage) for node in nodes for value in node.outputs)
+        return found
+
+    def _stage_starts(self, count: int) -> list[int] | None:
+        """The first block of each stage."""
         if count > len(self.blocks):
             return None
         sizes = [self._kept_nbytes([block]) for block in self.blocks]
@@ -129,11 +153,7 @@ class Memory:
         while low < high:  # the least limit that `count` stages can keep
             limit = (low + high) // 2
             low, high = (low, limit) if len(_cut(sizes, limit, count)) <= count else (limit + 1, high)
-        starts = _cut(sizes, low, count)
-        return [
-            self._kept_nbytes(self.blocks[start:stop])
-            for start, stop in zip(starts, [*starts[1:], len(sizes)], strict=True)
-        ]
+        return _cut(sizes, low, count)
 
     def _kept_nbytes(self, blocks: Sequence[BlockMemory]) -> int:
         weights = frozenset[str]().union(*(block.weights for block in blocks))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.builder import configuration
+from furiosa_llm.builder.annotations import annotate, write_annotated
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.compile import Analysed, analyse_model
 from furiosa_llm.builder.errors import OptionError
@@ -151,6 +152,22 @@ def plan_model(
         plans=tuple(_size_plan(build, workload) for build in builds),
     )
     return plan, builds
+
+
+def write_annotated_plan(build: Build, workload: Workload, path: str | os.PathLike[str], stages: int = 1) -> None:
+    """Write the unsplit model with the plan of `build` as ONNX multi-device annotations, over `stages` stages.
+
+    Raises OptionError if the model has fewer blocks than stages, and OutputError if the file cannot be written.
+    """
+    memory = Memory(build, workload)
+    stage_of = memory.stages_of_values(stages)
+    if stage_of is None:
+        raise OptionError(
+            f"{stages} stages are more than the {len(memory.blocks)} blocks of the model; use at most that."
+        )
+    plan = build.plan
+    model = annotate(build.source, build.analysis, plan.assignment, plan.outcome, plan.mesh, stages=stage_of)
+    write_annotated(model, build.source, path)
 
 
 def _initializers(analysed: Analysed) -> list[Any]:

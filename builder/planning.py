@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis, analyse
+from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.factors import Factor
-from furiosa_llm.builder.groups import Group
+from furiosa_llm.builder.groups import Group, candidates
 from furiosa_llm.builder.outcome import Assignment, Axes, Outcome
 from furiosa_llm.builder.planner import MAX_PADDING, Decision, Pin, Planner, Refused, assignment_of
 from furiosa_llm.builder.pricing import Price, PricedStep, Pricer, Subject
@@ -54,6 +55,7 @@ class Planning:
     def plan(self, mesh: Mesh, max_padding: float = MAX_PADDING, pins: Mapping[Factor, Pin] | None = None) -> Plan:
         """The plan for `mesh`; PlanError if `pins` make it impossible."""
         pins = pins or {}
+        self._check_pins(pins)
         if self._reduced is not None and self._small is not None:
             leaves = _leaf_pairs(self._whole, self._small, self._reduced)
             small_pins = _carried_over(pins, leaves)
@@ -65,6 +67,15 @@ class Planning:
         plan = self._checked(Planner(self._whole, mesh, max_padding, pins).decide(), mesh, pins)
         assert plan is not None, "a plan's price changed when it was priced again"
         return plan
+
+    def _check_pins(self, pins: Mapping[Factor, Pin]) -> None:
+        possible = set(candidates(self._whole.analysis, self._whole.states))
+        for leaf, pin in pins.items():
+            if pin.parts != 1 and leaf not in possible:
+                raise PlanError(
+                    f"{pin.origin} splits a dimension of {leaf.size} that cannot be split: it is dynamic, or an op "
+                    "uses it inside, or no weight is contracted or looked up along it; leave it whole."
+                )
 
     def _checked(self, decision: Decision, mesh: Mesh, pins: Mapping[Factor, Pin]) -> Plan | None:
         """The plan, if the whole graph gives it the price that the decision was made for."""

@@ -21,7 +21,6 @@ from typing import Any
 import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
-from furiosa_llm.builder.constraints import Constraint
 from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.factors import Factor
 from furiosa_llm.builder.groups import Group, candidates, group_leaves
@@ -52,31 +51,29 @@ class Tactic:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tactics:
-    """Choices that the planner must keep, from a person or from an annotated model."""
+    """Choices that the planner must keep."""
 
-    tactics: tuple[Tactic, ...] = ()
-    constraints: tuple[Constraint, ...] = ()
+    tactics: tuple[Tactic, ...]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain values, for the manifest's provenance."""
-        return [*map(dataclasses.asdict, self.tactics), *map(dataclasses.asdict, self.constraints)]
+        return [dataclasses.asdict(tactic) for tactic in self.tactics]
 
     def pins(self, analysis: Analysis, states: States) -> dict[Factor, Pin]:
         """Which leaves they pin; PlanError if one matches nothing, or two contradict each other."""
         pins: dict[Factor, Pin] = {}
-        leaves = candidates(analysis, states)
-        groups = group_leaves(analysis, states, leaves)
+        groups = group_leaves(analysis, states, candidates(analysis, states))
         for tactic in self.tactics:
             found = _matches(tactic, analysis, groups)
             if not found:
                 raise PlanError(_nothing_found(tactic, analysis, groups))
             for leaf in found:
-                _pin(pins, leaf, Pin(parts=tactic.parts, origin=tactic.origin))
-        _pin_constraints(pins, self.constraints, analysis, set(leaves))
+                add_pin(pins, leaf, Pin(parts=tactic.parts, origin=tactic.origin))
         return pins
 
 
-def _pin(pins: dict[Factor, Pin], leaf: Factor, pin: Pin) -> None:
+def add_pin(pins: dict[Factor, Pin], leaf: Factor, pin: Pin) -> None:
+    """Add a pin; PlanError if there is another one that says otherwise."""
     before = pins.setdefault(leaf, pin)
     if before.parts != pin.parts:
         said, says = (_spelled(p.parts) for p in (before, pin))
@@ -124,12 +121,12 @@ def _of_layers(group: Group, layers: tuple[int, ...] | None) -> Iterator[Factor]
 def _weights(tactic: Tactic, analysis: Analysis) -> list[ir.Value]:
     weights = find_weight_derived(analysis)
     if tactic.selector == "weight":
-        return [v for v in weights if v.is_initializer() and _fits(names_of(v), tactic.pattern)]
+        return [v for v in weights if v.is_initializer() and _fits(_names_of(v), tactic.pattern)]
     nodes = (info.node for info in analysis.nodes if _fits({str(info.node.name)}, tactic.pattern))
     return [v for node in nodes for v in node.inputs if v in weights]
 
 
-def names_of(value: ir.Value) -> set[str]:
+def _names_of(value: ir.Value) -> set[str]:
     """The names that a value has in the normalised and in the source model."""
     return {str(value.name), str(value.meta.get(ORIGINAL_NAME, value.name))}
 
@@ -161,58 +158,6 @@ def _layer_counts(groups: Sequence[Group]) -> dict[str, int]:
     for group in groups:
         counts[group.role] = max(counts.get(group.role, 0), len(group.leaves))
     return counts
-
-
-# -- constraints ---------------------------------------------------------------------------------------------------
-
-
-def _pin_constraints(
-    pins: dict[Factor, Pin], constraints: Sequence[Constraint], analysis: Analysis, candidates_: set[Factor]
-) -> None:
-    """Pin the leaves of constrained dimensions: those whose leaves are settled but for one come first."""
-    named: dict[str, list[ir.Value]] = {}
-    for value in analysis.dims:
-        for name in names_of(value):
-            named.setdefault(name, []).append(value)
-    left = [(c, v) for c in constraints for v in named.get(c.value, ()) if c.dim < len(analysis.dims[v])]
-    while left:
-        left.sort(key=lambda pair: len(_open(pair, analysis, candidates_, pins)))
-        (constraint, value), *left = left
-        _pin_constraint(pins, constraint, value, analysis, candidates_)
-
-
-def _open(
-    pair: tuple[Constraint, ir.Value], analysis: Analysis, candidates_: set[Factor], pins: Mapping[Factor, Pin]
-) -> list[Factor]:
-    constraint, value = pair
-    leaves = dict.fromkeys(analysis.dims[value][constraint.dim].leaves())
-    return [leaf for leaf in leaves if leaf in candidates_ and leaf not in pins]
-
-
-def _pin_constraint(
-    pins: dict[Factor, Pin], constraint: Constraint, value: ir.Value, analysis: Analysis, candidates_: set[Factor]
-) -> None:
-    """Give the open leaves of the dimension the parts that are left, the leading one first."""
-    open_leaves = _open((constraint, value), analysis, candidates_, pins)
-    settled = 1
-    for leaf in dict.fromkeys(analysis.dims[value][constraint.dim].leaves()):
-        settled *= (pins[leaf].parts or 1) if leaf in pins else 1
-    if constraint.parts % settled or (not open_leaves and settled != constraint.parts):
-        raise PlanError(
-            f'{constraint.origin} splits dimension {constraint.dim} of "{constraint.value}" into {constraint.parts} '
-            f"parts, but it can only be split into {settled}: other choices settle it, or no weight is contracted or "
-            "looked up along it; change one of them."
-        )
-    parts = constraint.parts // settled
-    for number, leaf in enumerate(open_leaves):
-        here = parts if number == len(open_leaves) - 1 else _leading_parts(leaf.size, parts)
-        _pin(pins, leaf, Pin(parts=here, origin=constraint.origin))
-        parts //= here
-
-
-def _leading_parts(size: int, parts: int) -> int:
-    """As many of `parts` as divide `size`."""
-    return next(p for p in range(min(size, parts), 0, -1) if parts % p == 0 and size % p == 0)
 
 
 # -- the file ------------------------------------------------------------------------------------------------------

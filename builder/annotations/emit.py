@@ -152,14 +152,14 @@ class _Writer:
         return self._placements[key]
 
     def _components(self, factor: Factor, *, is_whole: bool = False) -> list[Component] | None:
-        """The components of a dimension; None if it is a concatenation of which parts are split."""
+        """The components of a dimension; None if parts of a concatenation are split, or blocks, the last one short."""
         root = factor.find()
         leaves = list(root.leaves())
         if is_whole or not any(self._assignment.get(leaf) for leaf in leaves):
             return [Component(root.size if self._fixed.issuperset(leaves) else None)]
         if root.kind is Kind.LEAF:
             return [Component(root.size, self._assignment[root])]
-        if root.kind is Kind.CONCATENATION:
+        if root.kind in (Kind.CONCATENATION, Kind.PREFIX):
             return None
         parts = [self._components(kid) for kid in root.kids]
         return None if None in parts else [component for part in parts if part is not None for component in part]

@@ -10,10 +10,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.builder import ModelPlan, Tactics, plan_model, read_tactics
+from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
 from furiosa_llm.builder.explain import Explained
 from furiosa_llm.builder.hardware import PE_NBYTES
-from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan
+from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import Sizes
 
@@ -59,6 +59,19 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
 @click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@click.option(
+    "--emit-onnx", type=click.Path(path_type=Path), help="Write the unsplit model with the plan as ONNX annotations."
+)
+@click.option(
+    "-pp",
+    "--pipeline-parallel-size",
+    "--pipeline_parallel_size",
+    "stages",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Pipeline stages to annotate with --emit-onnx.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(
     model: Path,
@@ -70,14 +83,18 @@ def plan(
     max_padding: float,
     tactics: Path | None,
     experimental_tp: bool,
+    emit_onnx: Path | None,
+    stages: int,
     as_json: bool,
 ) -> None:
     """Say how MODEL (an .onnx file) would be partitioned, what that costs, and where it fits.
 
     The weights are not read, and their files need not be there.
     """
+    if emit_onnx is not None and len(sizes) != 1:
+        raise OptionError(f"--emit-onnx writes one plan, got the sizes {list(sizes)}; choose one with -tp.")
     choices: Tactics | None = None if tactics is None else read_tactics(tactics)
-    found, _ = plan_model(
+    found, builds = plan_model(
         model,
         tensor_parallel_sizes=sizes,
         context=context,
@@ -88,6 +105,8 @@ def plan(
         tactics=choices,
         experimental_tp=experimental_tp,
     )
+    if emit_onnx is not None:
+        write_annotated_plan(builds[0], found.workload, emit_onnx, stages)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.builder import ArtifactBuilder, plan_model
 from furiosa_llm.builder.annotations import (
     annotate,
     check_sharding,
@@ -29,11 +29,12 @@ from furiosa_llm.builder.annotations.correspondence import Correspondence
 from furiosa_llm.builder.annotations.emit import UNEVEN_KEY, UNSAID_KEY
 from furiosa_llm.builder.constraints import leaf_parts
 from furiosa_llm.builder.errors import AnnotationError, OutputError
+from furiosa_llm.builder.factors import Factor
 from furiosa_llm.builder.interface import PROBE, SizeSet
 from furiosa_llm.builder.layouts import Layouts
 from furiosa_llm.builder.load import Source, load
-from furiosa_llm.builder.outcome import Assignment, Outcome
-from furiosa_llm.builder.planner import Plan, Planner
+from furiosa_llm.builder.outcome import Assignment, Axes, Outcome
+from furiosa_llm.builder.planning import Plan, Planning
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, axes_of, index_map
 from tests.builder.plans import Prepared, prepare, random_assignment
@@ -58,7 +59,6 @@ class Annotated:
 
     path: Path
     prepared: Prepared
-    planner: Planner
     plan: Plan
     proto: onnx.ModelProto
 
@@ -86,11 +86,9 @@ def annotated(zoo: Path) -> Make:
     def make(name: str, tensor_parallel_size: int) -> Annotated:
         path = zoo / name if name.endswith(".onnx") else zoo / name / "model.onnx"
         prepared, mesh = ready(path), MESHES[tensor_parallel_size]
-        probes = prepared.probes
-        planner = Planner(prepared.analysis, mesh, prepared.states, probes.decode, probes.longer)
-        plan = planner.decide()
+        plan = Planning(prepared.analysis, prepared.states, prepared.probes).plan(mesh)
         proto = annotate(prepared.source, prepared.analysis, plan.assignment, plan.outcome, mesh)
-        return Annotated(path=path, prepared=prepared, planner=planner, plan=plan, proto=proto)
+        return Annotated(path=path, prepared=prepared, plan=plan, proto=proto)
 
     return make
 
@@ -245,12 +243,22 @@ def test_uneven_shards_are_declared(annotated: Make) -> None:
     assert UNEVEN_KEY not in declared(annotated("tiny-llama-optimum", 4).proto)
 
 
+def replanned(made: Annotated, assignment: Mapping[Factor, Axes]) -> tuple[onnx.ModelProto, Outcome]:
+    """The model annotated with another plan, and what its sweep found."""
+    prepared = made.prepared
+    leaves = [leaf for group in made.plan.groups for leaf in group.leaves]
+    outcome = Sweeper(prepared.analysis, made.mesh, leaves, prepared.states).sweep(assignment)
+    return annotate(prepared.source, prepared.analysis, assignment, outcome, made.mesh), outcome
+
+
 def test_warnings_are_the_gatherings_of_the_plan(annotated: Make) -> None:
-    made = annotated("tiny-llama-genai-int4", 4)
-    inner = [c for c in made.plan.outcome.collectives if c.kind == "AllGather" and not c.value.is_graph_output()]
-    findings = check_sharding(made.proto, made.path)
-    assert [finding.tensor for finding in findings] == [collective.value.name for collective in inner]
+    """What the layers add to the residual stream is split: the norms behind need it whole."""
+    made = annotated("tiny-llama-genai-fp32", 4)
+    added = next(g.leaves for g in made.plan.groups if g.role == "hidden" and "[176, 64] dim 1" in g.description)
+    proto, outcome = replanned(made, dict.fromkeys(added, (0,)))
+    inner = {c.value.name for c in outcome.collectives if c.kind == "AllGather" and not c.value.is_graph_output()}
     assert len(inner) == 2
+    assert {finding.tensor for finding in check_sharding(proto, made.path)} == inner
 
 
 # -- pipeline stages ---------------------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def test_constraints_are_the_whole_plan(annotated: Make, name: str, tensor_paral
     found = leaf_parts(constraints_of(source, analysis, mesh.size), analysis)
     planned = {leaf: mesh.parts(made.plan.assignment.get(leaf, ())) for leaf in found}
     assert {leaf: demand.parts for leaf, demand in found.items()} == planned
-    undecided = {leaf for group in made.planner.groups for leaf in group.leaves} - found.keys()
+    undecided = {leaf for group in made.plan.groups for leaf in group.leaves} - found.keys()
     assert undecided == set()
     assert max(planned.values()) == mesh.size
 
@@ -310,8 +318,8 @@ def test_leaves_that_only_packed_weights_have_stay_free(annotated: Make, tmp_pat
     found = leaf_parts(
         constraints_of(load(tmp_path / "annotated.onnx"), made.prepared.analysis, 4), made.prepared.analysis
     )
-    free = [group.description for group in made.planner.groups if not found.keys() & set(group.leaves)]
-    assert free == ["MatMulNBits[1][128, 2, 16] dim 2"]
+    free = [group.description for group in made.plan.groups if not found.keys() & set(group.leaves)]
+    assert sorted(free) == ["MatMulNBits[1][128, 2, 16] dim 2", "MatMulNBits[1][176, 2, 16] dim 2"]
 
 
 def test_an_annotated_model_is_built_like_any_other(annotated: Make, tmp_path: Path) -> None:
@@ -320,6 +328,37 @@ def test_an_annotated_model_is_built_like_any_other(annotated: Make, tmp_path: P
     report = ArtifactBuilder(tmp_path / "annotated.onnx").build(tmp_path / "artifact")
     assert report.collectives == {"AllReduce": 5, "AllGather": 1}
     assert not is_annotated(onnx.load(tmp_path / "artifact" / "program.onnx", load_external_data=False))
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-optimum", "tiny-qwen2-14-2-optimum", "tiny-mixtral-dynamo-tf5"])
+def test_the_plan_of_an_annotated_model_is_the_one_in_it(annotated: Make, name: str, tmp_path: Path) -> None:
+    made = annotated(name, 8)
+    write_annotated(made.proto, made.prepared.source, tmp_path / "annotated.onnx")
+    (again,) = plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(8,))[1]
+    theirs = {(g.role, g.size): again.plan.mesh.parts(axes) for g, axes in again.plan.choices.items()}
+    ours = {(g.role, g.size): made.plan.mesh.parts(axes) for g, axes in made.plan.choices.items()}
+    assert theirs == ours
+    assert again.plan.pins
+    assert all("annotation of node" in pin.origin for pin in again.plan.pins.values())
+
+
+def test_annotations_are_kept_though_another_plan_is_cheaper(annotated: Make, tmp_path: Path) -> None:
+    """The plan in it leaves the vocabulary whole on every rank."""
+    made = annotated("tiny-llama-optimum", 4)
+    vocabulary = {leaf for g in made.plan.groups if g.role in ("vocabulary", "output") for leaf in g.leaves}
+    assignment = {leaf: axes for leaf, axes in made.plan.assignment.items() if leaf not in vocabulary}
+    proto, _ = replanned(made, assignment)
+    write_annotated(proto, made.prepared.source, tmp_path / "annotated.onnx")
+    (build,) = plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(4,))[1]
+    assert {g.role for g in build.plan.choices} & {"vocabulary", "output"} == set()
+    assert build.plan.price.collectives == 4  # two layers' sums, no embedding's, no scores'
+
+
+def test_annotations_for_another_size_are_refused(annotated: Make, tmp_path: Path) -> None:
+    made = annotated("tiny-llama-optimum", 4)
+    write_annotated(made.proto, made.prepared.source, tmp_path / "annotated.onnx")
+    with pytest.raises(AnnotationError, match=r'annotated for "furiosa-tp4" \(4 devices\), not for 8 devices'):
+        plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(8,))
 
 
 def small(*given: tuple[str, onnx.ShardingSpecProto], devices: int = 4) -> onnx.ModelProto:
@@ -415,6 +454,6 @@ def test_annotating_again_replaces_the_annotations(annotated: Make, tmp_path: Pa
     shutil.copytree(made.path.parent, tmp_path / "model")
     write_annotated(made.proto, made.source_in(tmp_path / "model"), tmp_path / "model" / "annotated.onnx")
     again = prepare(tmp_path / "model" / "annotated.onnx")
-    leaves_of = Planner(again.analysis, made.mesh, again.states, again.probes.decode, again.probes.longer).decide()
-    proto = annotate(again.source, again.analysis, leaves_of.assignment, leaves_of.outcome, made.mesh)
+    plan = Planning(again.analysis, again.states, again.probes).plan(made.mesh)
+    proto = annotate(again.source, again.analysis, plan.assignment, plan.outcome, made.mesh)
     assert proto == made.proto

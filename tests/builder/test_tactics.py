@@ -8,7 +8,6 @@ import onnx
 import pytest
 
 from furiosa_llm.builder import ArtifactBuilder, PlanError, Tactics, plan_model, read_tactics
-from furiosa_llm.builder.constraints import Constraint
 from furiosa_llm.builder.explain import Explained
 from tests.builder.stacks import stack
 
@@ -86,22 +85,6 @@ def test_an_artifact_keeps_them_and_says_so(zoo: Path, tmp_path: Path) -> None:
     assert '"tactic 1 of tactics.toml"' in (tmp_path / "pinned" / "manifest.json").read_text()
 
 
-def test_constraints_settle_leaves_one_after_the_other(zoo: Path) -> None:
-    """A projection of (2 key heads x 2 query heads x 16) in 4 parts, whose key heads another one splits in 2."""
-    model = zoo / LLAMA / "model.onnx"
-    names = [i.name for i in onnx.load(model, load_external_data=False).graph.initializer]
-    query, key, *_ = (name for name in names if name.startswith("onnx::MatMul"))
-    constraints = (
-        Constraint(value=query, dim=1, parts=4, origin="annotation of node q"),
-        Constraint(value=key, dim=1, parts=2, origin="annotation of node k"),
-    )
-    choices = explained(model, Tactics(constraints=constraints))
-    assert {(c.role, c.parts, c.pinned_by) for c in choices if c.pinned_by} == {
-        ("key/value heads", 2, "annotation of node k"),
-        ("query heads per key/value head", 2, "annotation of node q"),
-    }
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -159,9 +142,3 @@ def test_choices_that_cannot_be(text: str, message: str, zoo: Path, tmp_path: Pa
     tactics = read_tactics(write(tmp_path, text))
     with pytest.raises(PlanError, match=message):
         plan_model(zoo / LLAMA / "model.onnx", tensor_parallel_sizes=(4,), tactics=tactics)
-
-
-def test_a_constraint_that_nothing_can_keep(zoo: Path) -> None:
-    constraints = (Constraint(value="input_ids", dim=0, parts=4, origin="annotation of node g"),)
-    with pytest.raises(PlanError, match=r'splits dimension 0 of "input_ids" into 4 parts, but it can only be'):
-        plan_model(zoo / LLAMA / "model.onnx", tensor_parallel_sizes=(4,), tactics=Tactics(constraints=constraints))

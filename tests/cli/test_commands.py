@@ -306,3 +306,17 @@ def test_plan_takes_lists_of_sizes_only(cli: Cli, zoo: Path) -> None:
     result = cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "four")
     assert result.code == 2
     assert "'four' is not a list of sizes, for instance 4,8" in result.err
+
+
+def test_plan_writes_annotations_that_check(cli: Cli, refused: Callable[..., str], zoo: Path, tmp_path: Path) -> None:
+    model = zoo / OPTIMUM / "model.onnx"
+    out = tmp_path / "annotated.onnx"
+    assert cli("plan", model, "-tp", "4", "-pp", 2, "--emit-onnx", out, "--json").code == 0
+    checked = cli("check-sharding", out)
+    assert (checked.code, "errors: 0" in checked.out) == (0, True)
+    assert "--emit-onnx writes one plan, got the sizes [4, 8]" in refused("plan", model, "--emit-onnx", out, code=2)
+    more = tmp_path / "more.onnx"
+    assert "3 stages are more than the 2 blocks" in refused(
+        "plan", model, "-tp", "4", "-pp", 3, "--emit-onnx", more, code=2
+    )
+    assert not more.exists()
