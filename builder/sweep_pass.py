@@ -254,7 +254,7 @@ class SweepPass:
         found = {port: contents[leaf] for port, contents in inputs.items() if leaf in contents}
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
-        if Content.ZERO not in found.values():
+        if all(content is not Content.ZERO or port in info.rule.offset for port, content in found.items()):
             raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
         for port, content in found.items():
             if content is Content.ANY:

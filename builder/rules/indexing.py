@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Rule
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, words
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, standard_shape, words
 from furiosa_llm.builder.shapes import Fact, attributes_of
 
 
@@ -41,7 +41,7 @@ def gather_elements(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("ScatterElements")
+@rule("ScatterElements", "Scatter")
 def scatter_elements(view: NodeView) -> Rule:
     """Dimensions of equal size pass, but for the axis; jointly linear in data and updates."""
     rank = view.rank(0)
@@ -56,6 +56,16 @@ def scatter_elements(view: NodeView) -> Rule:
 @rule("GatherND")
 def gather_nd(view: NodeView) -> Rule:
     """Indexed dimensions must be whole, the slices' dimensions pass."""
+    return _gather_nd(view)
+
+
+@rule("GatherND", domain=MICROSOFT)
+def gather_nd_microsoft(view: NodeView) -> Rule:
+    """The same op, before it was ONNX's."""
+    return _gather_nd(view)
+
+
+def _gather_nd(view: NodeView) -> Rule:
     batch = int(view.attribute("batch_dims", 0))
     depth = view.shape(1)[-1]
     data, indices = words(view.rank(0)), words(view.rank(1) - 1, "i")
@@ -79,6 +89,28 @@ def scatter_nd(view: NodeView) -> Rule:
     return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
+@rule("TensorScatter")
+def tensor_scatter(view: NodeView) -> Rule:
+    """New positions are written into a cache on one axis; everything else passes. Jointly linear in both."""
+    rank = view.rank(0)
+    axis = int(view.attribute("axis", -2)) % rank
+    dims = ["*" if d == axis else n for d, n in enumerate(words(rank))]
+    operands = [dims, dims, *([[dims[0]]] if view.has(2) else [])]
+    text = f"{spell(*operands)} -> {spell(dims)}"
+    return Rule(text=text, linear=(0, 1), padding="moves", padding_ports=(0, 1), indices=2)
+
+
+@rule("ReverseSequence")
+def reverse_sequence(view: NodeView) -> Rule:
+    """The first positions of each sequence, as many as its length, are turned round."""
+    time = int(view.attribute("time_axis", 0)) % view.rank(0)
+    names = words(view.rank(0))
+    lengths = names[int(view.attribute("batch_axis", 1)) % view.rank(0)]
+    dims = ["*" if d == time else n for d, n in enumerate(names)]
+    text = f"{spell(dims, [lengths])} -> {spell(dims)}"
+    return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
+
+
 @rule("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(view: NodeView) -> Rule:
     """A quantised table, split along the axis that is looked up."""
@@ -93,6 +125,9 @@ def gather_block_quantized(view: NodeView) -> Rule:
         operands[2:] = [["*"] * view.rank(p) for p in range(2, len(operands))]
         return Rule(text=f"{spell(*operands)} -> {spell(out)}", padding="finite", indices=1)
     return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0, padding="finite", indices=1)
+
+
+shape_rule("GatherND")(standard_shape("GatherND"))
 
 
 @shape_rule("GatherBlockQuantized")

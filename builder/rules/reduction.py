@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Padding, Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
-from furiosa_llm.builder.shapes import Fact
+from furiosa_llm.builder.shapes import Fact, attributes_of
 
 
 def _tail(view: NodeView) -> list[list[str] | None]:
@@ -109,6 +109,15 @@ def cumulative_sum(view: NodeView) -> Rule:
     return dataclasses.replace(_along_axis(view, [int(axis.item()) % view.rank(0)], padding="moves"), linear=(0,))
 
 
+@rule("CumProd")
+def cumulative_product(view: NodeView) -> Rule:
+    """The axis, an input, must be whole; if it is not constant, everything must."""
+    axis = view.static_value(1)
+    if axis is None:
+        return whole(view)
+    return _along_axis(view, [int(axis.item()) % view.rank(0)])
+
+
 @rule("ArgMax", "ArgMin")
 def arg_max(view: NodeView) -> Rule:
     """The axis must be whole and is dropped or kept as 1."""
@@ -144,11 +153,13 @@ def _padding_of_norm(view: NodeView) -> Padding:
     return "finite" if view.attribute("epsilon", 1e-5) > 0 else "lost"
 
 
-@shape_rule("SimplifiedLayerNormalization", domain="")
-def _simplified_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+@shape_rule("LayerNormalization", "SimplifiedLayerNormalization", domain="")
+def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    """Also for opsets in which ONNX had none of these ops, and onnxruntime had."""
     data = inputs[0]
     assert data is not None
-    statistics = (ir.DataType.FLOAT, (*data.shape[:-1], 1))
+    axis = attributes_of(node).get("axis", -1) % len(data.shape)
+    statistics = (ir.DataType.FLOAT, (*data.shape[:axis], *[1] * (len(data.shape) - axis)))
     return [(data.dtype, data.shape), *[statistics] * (len(node.outputs) - 1)]
 
 
