@@ -27,7 +27,9 @@ def _reduced_axes(view: NodeView) -> set[int] | None:
     return {axis % rank for axis in axes or range(rank)}
 
 
-def _reduction(view: NodeView, *, summed: bool, average: bool = False, padding: Padding = "moves") -> Rule:
+def _reduction(
+    view: NodeView, *, summed: bool, linear: bool = True, average: bool = False, padding: Padding = "moves"
+) -> Rule:
     reduced = _reduced_axes(view)
     if reduced is None:
         return whole(view)
@@ -41,7 +43,7 @@ def _reduction(view: NodeView, *, summed: bool, average: bool = False, padding: 
     contracted = [n for d, n in enumerate(left) if d in reduced and n not in ("1", "*")]
     clause = f"; reduce {' '.join(contracted)}" if contracted else ""
     text = f"{spell(left, *_tail(view))} -> {spell(out)}{clause}"
-    return Rule(text=text, linear=(0,) if summed else (), average=average, padding=padding)
+    return Rule(text=text, linear=(0,) if summed and linear else (), average=average, padding=padding)
 
 
 @rule("ReduceSum")
@@ -57,7 +59,13 @@ def reduce_mean(view: NodeView) -> Rule:
     return _reduction(view, summed=exact, average=exact)
 
 
-@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+@rule("ReduceL1", "ReduceSumSquare")
+def reduce_magnitude(view: NodeView) -> Rule:
+    """Sums of what is not linear in the elements: local sums add up, partial ones do not pass."""
+    return _reduction(view, summed=True, linear=False)
+
+
+@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
 def reduce_other(view: NodeView) -> Rule:
     """Reduced axes must be whole; zeros give zero."""
     return _reduction(view, summed=False)

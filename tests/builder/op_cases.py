@@ -249,7 +249,10 @@ def reductions() -> Iterator[OpCase]:
     nodes = "s = ReduceMean<keepdims=0>(w, t) y = Mul(past_x, s)"
     text, x8 = "a b, * -> b; reduce a", "float[3, 8] past_x"
     yield case("ReduceMean", text, x8, "float[3, 8] y", nodes, "of a weight", **weights)
-    for op in ("Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSumExp"):
+    for op in ("L1", "SumSquare"):
+        nodes = f"present_y = Reduce{op}(past_x, t)"
+        yield case(f"Reduce{op}", "a b c, * -> a 1 c; reduce b", x, kept, nodes, t=ints(1))
+    for op in ("Max", "Min", "Prod", "L2", "LogSumExp"):
         nodes = f"present_y = Reduce{op}(past_x, t)"
         yield case(f"Reduce{op}", "a * c, * -> a 1 c", x, kept, nodes, t=ints(1))
     nodes = "e = Exp(past_x) present_y = ReduceLogSum(e, t)"
