@@ -13,13 +13,16 @@ from furiosa_llm.builder.shapes import Fact, attributes_of
 
 @rule("Gather")
 def gather(view: NodeView) -> Rule:
-    """A table (an initializer) may be split along the axis that is looked up; data must be whole there."""
+    """A table (an initializer) may be split along the axis that is looked up; data must be whole there.
+
+    Tables of numbers and of codes: one rank has the row, and zeros add nothing to it.
+    """
     rank = view.rank(0)
     axis = int(view.attribute("axis", 0)) % rank
     data, indices = words(rank), words(view.rank(1), "i")
-    is_table = (
-        view.is_weight(0) and rank > 1 and view.static_value(1) is None and view.fact(0).dtype.is_floating_point()
-    )
+    kind = view.fact(0).dtype
+    of_numbers = kind.is_floating_point() or kind in (ir.DataType.UINT8, ir.DataType.INT8)
+    is_table = view.is_weight(0) and rank > 1 and view.static_value(1) is None and of_numbers
     out = [*data[:axis], *indices, *data[axis + 1 :]]
     if not is_table:
         data[axis] = "*"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tests.builder import op_cases_fused, op_cases_images, op_cases_integers
-from tests.builder.op_case import OpCase, X, Y, case, ints, number
+from tests.builder.op_case import OpCase, X, Y, case, codes, ints, number
 
 
 def unary() -> Iterator[OpCase]:
@@ -201,6 +201,10 @@ def indexing() -> Iterator[OpCase]:
     """Gather and Scatter."""
     x, y = "int64[2, 3] index", "float[2, 3, 5] y"
     yield case("Gather", "a b, ia ib -> ia ib b; lookup a", x, y, "y = Gather(w, index)", "table", w=(9, 5))
+    for kind, table in (("uint8", codes(9, 5)), ("int8", codes(9, 5).view(np.int8))):
+        nodes, y = "c = Gather(w, index) y = DequantizeLinear(c, s, z)", "float[2, 3, 5] y"
+        parts = {"w": table, "s": number(0.1), "z": table[0, 0]}
+        yield case("Gather", "a b, ia ib -> ia ib b; lookup a", x, y, nodes, f"table of {kind}", **parts)
     y = "float[5, 2, 3] y"
     yield case("Gather", "a b, ia ib -> a ia ib; lookup b", x, y, "y = Gather<axis=-1>(w, index)", "columns", w=(5, 9))
     y = "float[6, 2] present_y"

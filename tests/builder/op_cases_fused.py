@@ -178,8 +178,8 @@ def standard_attentions() -> Iterator[OpCase]:
     tables, p = {"cos": (9, 8), "sin": (9, 8)}, np.array([[0, 1, 2], [4, 5, 6]])
     text = "b h * *, * *, * *, b * -> b h * *"
     yield case("RotaryEmbedding", text, x, y, nodes, "places", p=p, opset=23, **tables)
-    nodes, tables = "present_y = RotaryEmbedding(past_x, cos, sin)", {"cos": (2, 3, 8), "sin": (2, 3, 8)}
-    yield case("RotaryEmbedding", "b h * *, b * *, b * * -> b h * *", x, y, nodes, "batch", opset=23, **tables)
+    nodes, angles = "present_y = RotaryEmbedding(past_x, cos, sin)", {"cos": (2, 3, 8), "sin": (2, 3, 8)}
+    yield case("RotaryEmbedding", "b h * *, b * *, b * * -> b h * *", x, y, nodes, "batch", opset=23, **angles)
     op, nodes = "com.microsoft.RotaryEmbedding", "present_y = com.microsoft.RotaryEmbedding(past_x, p, cos, sin)"
     tables = {"cos": (9, 8), "sin": (9, 8)}
     yield case(op, "b h * *, b *, * *, * * -> b h * *", x, y, nodes, "batch", p=p, **tables)

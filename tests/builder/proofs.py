@@ -45,9 +45,9 @@ def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False) ->
         for assignment in assignments(leaves, mesh, seed):
             try:
                 outcome = sweeper.sweep(assignment)
-            except InfeasibleError as error:
+            except InfeasibleError as infeasible:
                 if mesh.size == 2 and len(assignment) == 1:
-                    refused.append(str(error))
+                    refused.append(str(infeasible))
                 continue
             split = prepared.split(mesh, assignment, outcome)
             error = prepared.greatest_error(split, SIZES, seed)

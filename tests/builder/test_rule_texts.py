@@ -4,7 +4,8 @@ import pytest
 
 from furiosa_llm.builder.rules import RULES
 from furiosa_llm.builder.rules.replicated import REASONS
-from tests.builder.op_cases import CASES, OpCase
+from tests.builder.op_case import OpCase
+from tests.builder.op_cases import CASES
 from tests.builder.plans import prepare_proto
 
 
