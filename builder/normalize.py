@@ -12,6 +12,7 @@ from furiosa_llm.builder.decompose import decompose
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.program import ORIGINAL_NAME
+from furiosa_llm.builder.sequences import replace_sequences
 from furiosa_llm.builder.unsupported_ops import refuse_unsupported_ops
 
 _OLDEST_OPSET = 7
@@ -45,6 +46,7 @@ def normalize(source: Source) -> ir.Model:
         refuse_unsupported_ops(model, source)
         decompose(model.graph)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        replace_sequences(model.graph, source.path.name)
         _compute_outputs(model.graph)
         _remove_identities(model.graph)
         passes.RemoveUnusedNodesPass()(model)

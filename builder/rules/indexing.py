@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, standard_shape, words
 from furiosa_llm.builder.shapes import Fact, attributes_of
@@ -101,6 +102,33 @@ def tensor_scatter(view: NodeView) -> Rule:
     operands = [dims, dims, *([[dims[0]]] if view.has(2) else [])]
     text = f"{spell(*operands)} -> {spell(dims)}"
     return Rule(text=text, linear=(0, 1), padding="moves", padding_ports=(0, 1), indices=2)
+
+
+@rule("Compress")
+def compress(view: NodeView) -> Rule:
+    """A constant selection along one axis; without an axis, of all elements."""
+    axis = view.attribute("axis")
+    kept = None if axis is None else int(axis) % view.rank(0)
+    dims = ["*" if kept in (None, d) else n for d, n in enumerate(words(view.rank(0)))]
+    out = ["*"] if kept is None else dims
+    return Rule(text=f"{spell(dims, ['*'])} -> {spell(out)}", linear=(0,), padding="moves", padding_ports=(0,))
+
+
+@shape_rule("Compress", domain="")
+def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data, condition = inputs[0], inputs[1]
+    assert data is not None
+    if condition is None or condition.value is None:
+        raise ShapeError(
+            f'Compress "{node.name}" keeps as many elements as its condition says when the model runs, expected a '
+            "constant condition; export the model without a selection by data."
+        )
+    axis, count = attributes_of(node).get("axis"), int(condition.value.sum())
+    shape = list(data.shape)
+    if axis is None:
+        return [(data.dtype, (count,))]
+    shape[axis] = count
+    return [(data.dtype, tuple(shape))]
 
 
 @rule("ReverseSequence")

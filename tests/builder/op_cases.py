@@ -230,6 +230,10 @@ def indexing() -> Iterator[OpCase]:
     yield case("TensorScatter", text, x, y, nodes, i=ints(6, 2), opset=24)
     nodes, text = 'present_y = TensorScatter<mode="circular">(past_x, past_u)', "a b * d, a b * d -> a b * d"
     yield case("TensorScatter", text, x, y, nodes, "without places", opset=24)
+    nodes, kept = "present_y = Compress<axis=1>(past_x, c)", np.array([True, False, True, False, True])
+    yield case("Compress", "a *, * -> a *", X, "float[6, 3] present_y", nodes, c=kept)
+    nodes = "present_y = Compress(past_x, c)"
+    yield case("Compress", "* *, * -> *", X, "float[3] present_y", nodes, "of all", c=kept)
     x, y = "float[4, 6, 5] past_x", "float[4, 6, 5] present_y"
     nodes = "present_y = ReverseSequence<time_axis=0, batch_axis=1>(past_x, n)"
     yield case("ReverseSequence", "* b c, b -> * b c", x, y, nodes, n=ints(1, 2, 3, 4, 2, 3))

@@ -31,7 +31,7 @@ OF_TEXT = """
 OF_TRAINING = """
     NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss BiasDropout BitmaskBiasDropout BitmaskDropout IsAllFinite
 """
-SIZES_FROM_DATA = "Compress NonMaxSuppression Unique ImageDecoder GatherPacked"
+SIZES_FROM_DATA = "NonMaxSuppression Unique ImageDecoder GatherPacked"
 """Their outputs' sizes follow from what the inputs hold, so that no program of known shapes can have them."""
 SEARCHES = "BeamSearch GreedySearch WhisperBeamSearch"
 """They hold the whole model as a subgraph: normalisation refuses them with the remedy."""

@@ -61,6 +61,7 @@ INTEGERS = {
     "scattered": [[3] * 5, [0] * 5, [1] * 5],
     "targets": [[3], [0], [1]],
     "pads": [0, 1, 0, 1],
+    "kept": [True, False, True, False, False],
 }
 
 PASSES = {
@@ -99,6 +100,7 @@ PASSES = {
     ),
     "ScatterND": Case(f"{PARTIAL} y = ScatterND(zeros, targets, p)", shape="4, 5"),
     "Pad": Case(f"{PARTIAL} y = Pad(p, pads)", shape="3, 7"),
+    "Compress": Case(f"{PARTIAL} y = Compress<axis=1>(p, kept)", shape="3, 2"),
     "residuals of two branches": Case(f"{TWO} s = Add(r, p) y = Add(s, q)"),
 }
 """Everything up to the output is partial; one AllReduce there, unless other values are named."""
