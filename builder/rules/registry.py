@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.shapes import Fact, Facts, ShapeRule, attributes_of
 
@@ -144,8 +145,16 @@ def standard_shape(op_type: str, *, drop_inputs_from: int | None = None) -> Shap
         facts = {name: fact for name, fact in zip(proto.input, inputs, strict=False) if fact is not None}
         types = {name: onnx.helper.make_tensor_type_proto(int(f.dtype), f.shape) for name, f in facts.items()}
         data = {n: onnx.numpy_helper.from_array(f.value, n) for n, f in facts.items() if f.value is not None}
-        outputs = infer_node_outputs(schema, proto, types, data)
+        try:
+            outputs = infer_node_outputs(schema, proto, types, data)
+        except onnx.shape_inference.InferenceError as error:
+            raise ShapeError(f'{node.op_type} "{node.name}" does not fit its inputs: {str(error).strip()}.') from error
         found = [outputs[name].tensor_type for name in proto.output]
+        if not all(dim.HasField("dim_value") for t in found for dim in t.shape.dim):
+            raise ShapeError(
+                f'{node.op_type} "{node.name}" has an output whose size follows from what the inputs hold, expected '
+                "sizes that follow from sizes; export the model with constants there."
+            )
         return [(ir.DataType(t.elem_type), tuple(d.dim_value for d in t.shape.dim)) for t in found]
 
     return infer

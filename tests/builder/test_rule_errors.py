@@ -48,8 +48,28 @@ def test_the_error_says_what_to_do(name: str) -> None:
         prepare_proto(proto)
 
 
-def test_upsampling_by_computed_scales_is_refused() -> None:
-    nodes = "y = Upsample(past_x, past_s)"
-    proto = model("float[1, 2, 4, 4] past_x, float[4] past_s", "float[1, 2, a, b] y", nodes, opset=9)
-    with pytest.raises(ShapeError, match="Upsample .* needs constant scales; export the model at one image size"):
+@pytest.mark.parametrize(
+    ("op", "nodes", "message"),
+    [
+        ("Upsample", "y = Upsample(past_x, past_s)", r"needs constant scales; export the model at one image size"),
+        (
+            "Resize",
+            "y = Resize(past_x, , past_s)",
+            r"follows from what the inputs hold, .*; export the model with const",
+        ),
+        ("Pad", "y = com.microsoft.Pad(past_x, past_p)", r"follows from what the inputs hold"),
+    ],
+)
+def test_sizes_by_data_are_refused(op: str, nodes: str, message: str) -> None:
+    second = "int64[8] past_p" if "past_p" in nodes else "float[4] past_s"
+    inputs = f"float[1, 2, 4, 4] past_x, {second}"
+    proto = model(inputs, "float[1, 2, a, b] y", nodes, opset=9 if op == "Upsample" else 21)
+    with pytest.raises(ShapeError, match=rf"{op} .*{message}"):
+        prepare_proto(proto)
+
+
+def test_standard_shapes_that_contradict_are_refused() -> None:
+    nodes = "y = com.microsoft.GatherND(past_x, index)"
+    proto = model("float[4] past_x", "float[1] y", nodes, {"index": np.zeros((1, 3), np.int64)})
+    with pytest.raises(ShapeError, match=r"GatherND .* does not fit its inputs"):
         prepare_proto(proto)
