@@ -101,8 +101,7 @@ def _divide(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     a, b = _array(inputs[0]), _array(inputs[1])
     if a.dtype.kind not in "iu":
         return np.asarray(a / b)
-    with np.errstate(all="ignore"):
-        magnitude = np.abs(a) // np.where(b == 0, 1, np.abs(b))
+    magnitude = np.abs(a) // np.where(b == 0, 1, np.abs(b))
     return np.asarray(np.sign(a) * np.sign(b) * magnitude, dtype=a.dtype)
 
 
@@ -307,7 +306,17 @@ def _trilu(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return (np.triu if attributes.get("upper", 1) else np.tril)(_array(inputs[0]), k)
 
 
-EVALUATORS: dict[str, Evaluator] = {
+def _quiet(evaluator: Evaluator) -> Evaluator:
+    """ONNX computes log(0) and 1/0 without a word, and so do we."""
+
+    def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array | tuple[Array, ...]:
+        with np.errstate(all="ignore"):
+            return evaluator(attributes, inputs)
+
+    return evaluate
+
+
+_FUNCTIONS: dict[str, Evaluator] = {
     "Abs": _unary(np.abs),
     "Add": _binary(np.add),
     "And": _binary(np.logical_and),
@@ -375,3 +384,6 @@ EVALUATORS: dict[str, Evaluator] = {
     "Where": _where,
     "Xor": _binary(np.logical_xor),
 }
+
+EVALUATORS: dict[str, Evaluator] = {op_type: _quiet(function) for op_type, function in _FUNCTIONS.items()}
+"""Op type of the standard domain -> its function of attributes and inputs."""

@@ -209,12 +209,13 @@ def test_wrong_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     right = RULES[domain, op_type]
     monkeypatch.setitem(RULES, (domain, op_type), lambda view: mutation.apply(right(view)))
     try:
-        wrong = bool(prove(mutation.model()).wrong)
+        wrong = bool(prove(mutation.model(), until_wrong=True).wrong)
     except (AssertionError, ShapeError, Fail, InvalidArgument, RuntimeException):
         wrong = True
     assert wrong, "every plan gave the right result"
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [name for name, mutation in MUTATIONS.items() if callable(mutation.shown_by)])
 def test_right_rule_is_not(name: str) -> None:
+    """The other mutations are shown by cases that are proved elsewhere with the right rule."""
     assert prove(MUTATIONS[name].model()).wrong == ()

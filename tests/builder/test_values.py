@@ -41,6 +41,8 @@ CASES = (
     *(Case(op, (A, B)) for op in ("GreaterOrEqual", "LessOrEqual")),
     *(Case(op, (F, P)) for op in ("Add", "Div", "Sum", "Mean", "Max", "Min")),
     *(Case(op, (T, N)) for op in ("And", "Or", "Xor")),
+    *(Case(op, (F - F,)) for op in ("Log", "Reciprocal")),
+    Case("Div", (F, F - F)),
     Case("Mod", (A, B), "fmod=1"),
     Case("Pow", (A, two)),
     Case("Pow", (P, np.array(0.5, np.float32))),
