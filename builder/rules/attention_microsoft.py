@@ -56,6 +56,8 @@ def _hidden_sizes(heads: int, width: int, given: Sequence[int] | None) -> tuple[
 @rule("Attention", domain=MICROSOFT)
 def attention_microsoft(view: NodeView) -> Rule:
     """The projections of query, key and value lie side by side in one weight."""
+    if view.attribute("past_present_share_buffer", 0):
+        return whole(view, note="Attention with its cache in place: replicated")
     heads, given = int(view.attribute("num_heads")), view.attribute("qkv_hidden_sizes")
     size, value_size = _hidden_sizes(heads, view.shape(1)[1], given)
     b = _batch(view, 3)
@@ -103,6 +105,8 @@ def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fa
 @rule("QAttention", domain=MICROSOFT)
 def quantized_attention(view: NodeView) -> Rule:
     """Attention on codes, with one scale for the input and one scale, or one for each column, for the weight."""
+    if view.attribute("past_present_share_buffer", 0):
+        return whole(view, note="QAttention with its cache in place: replicated")
     heads = int(view.attribute("num_heads"))
     b = _batch(view, 5)
     packed, past = "[h d|h d|h d]", [b if word == "b" else word for word in _PAST]
@@ -147,13 +151,15 @@ def _query_key_value(view: NodeView, b: str, heads: int) -> tuple[list[_Operand]
 @rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(view: NodeView) -> Rule:
     """Query, key and value apart or packed; the projections' biases lie side by side in one vector."""
+    if view.has(8) or view.has(9):
+        return whole(view, note="MultiHeadAttention with its cache in place, or with beams: replicated")
     heads = int(view.attribute("num_heads"))
-    b = "*" if view.has(9) else _batch(view, 4)
+    b = _batch(view, 4)
     operands, size, value_size = _query_key_value(view, b, heads)
     operands += [[_PACKED] if view.has(3) else None, _mask(view, 4), _bias(view, 5, b)]
     caches = [[b, "h", "*", "d"], [b, "h", "*", "e"]]
     operands += [cache if view.has(port) else None for port, cache in zip((6, 7), caches, strict=True)]
-    operands = operands[: len(view.node.inputs)] + _rest(view, 8)
+    operands = operands[: len(view.node.inputs)]
     return _heads_rule(view, b, operands, {"h": heads, "d": size, "e": value_size})
 
 

@@ -99,6 +99,12 @@ def packed_attentions() -> Iterator[OpCase]:
     nodes = f"present_y, present_c = {op}<num_heads=6, qkv_hidden_sizes=[48, 48, 48]>(past_x, w, c, , past_c)"
     text = "b * *, * [h d|h d|h d], [h d|h d|h d], _, * b h * d -> b * (h d), * b h * d; pin d"
     yield case(op, text, x, y, nodes, "cache", **weights)
+    in_place, whole = "past_present_share_buffer=1", "* * *, * *, *, _, * * * * *, _, * -> * * *, * * * * *"
+    arguments = "past_x, w, c, , past_c, , n"
+    nodes = f"present_y, present_c = {op}<num_heads=6, {in_place}>({arguments})"
+    y = "float[2, 4, 48] present_y, float[2, 2, 6, 5, 8] present_c"
+    yield case(op, whole, x, y, nodes, "in place", n=np.array([1], np.int32), runs=False, **weights)
+    y = "float[2, 4, 48] present_y, float[2, 2, 6, 9, 8] present_c"
     op, parts = "com.microsoft.QAttention", {"s": number(0.1), "t": positive(144) + 0.01, "c": (144,)}
     parts |= {"w": codes(10, 144), "z": np.array(7, np.uint8), "p": np.full(144, 128, np.uint8)}
     nodes = f"present_y = {op}<num_heads=6>(past_x, w, c, s, t, , z, p)"
@@ -143,6 +149,9 @@ def heads_attentions() -> Iterator[OpCase]:
     nodes = f"present_y, present_k, present_v = {op}<num_heads=6, unidirectional=1>({arguments})"
     text = "b * (h d), b * (h d), b * (h e), _, _, _, b h * d, b h * e -> b * (h e), b h * d, b h * e; pin d e"
     yield case(op, text, x, y, nodes, "cache")
+    nodes = nodes.replace("past_k, past_v)", "past_k, past_v, n)")
+    text = "* * *, * * *, * * *, _, _, _, * * * *, * * * *, * -> * * *, * * * *, * * * *"
+    yield case(op, text, x, y, nodes, "in place", n=np.array([1], np.int32), runs=False)
     op = "com.microsoft.DecoderMaskedMultiHeadAttention"
     x = "float[2, 1, 48] past_q, float[2, 6, 5, 8] past_k, float[2, 6, 5, 8] past_v"
     nodes, y = f"present_y = {op}<num_heads=6>(past_q, past_k, past_v, mask)", "float[2, 1, 48] present_y"
