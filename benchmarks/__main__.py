@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import building, parity, speed
+from benchmarks import building, parity, planning, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "building": building.bars,
     "parity": parity.bars,
+    "planning": planning.bars,
     "speed": speed.bars,
 }
 

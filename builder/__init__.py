@@ -10,7 +10,9 @@ from furiosa_llm.builder.errors import (
     ShapeError,
     UnsupportedModelError,
 )
+from furiosa_llm.builder.model_plan import ModelPlan, plan_model
 from furiosa_llm.builder.report import BuildReport, Decision
+from furiosa_llm.builder.tactics import Tactics, read_tactics
 
 __all__ = [
     "ArtifactBuilder",
@@ -18,9 +20,13 @@ __all__ = [
     "BuildReport",
     "Decision",
     "ModelLoadError",
+    "ModelPlan",
     "OptionError",
     "OutputError",
     "PlanError",
     "ShapeError",
+    "Tactics",
     "UnsupportedModelError",
+    "plan_model",
+    "read_tactics",
 ]

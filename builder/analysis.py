@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.factors import Factor, FactorConflictError, concatenation, product, unify
+from furiosa_llm.builder.factors import Factor, FactorConflictError, concatenation, prefix, product, unify
 from furiosa_llm.builder.rule import DimExpr, Rule, Signature, parse
 from furiosa_llm.builder.rules import NodeView, rule_of
 from furiosa_llm.builder.shapes import Facts
@@ -85,6 +85,7 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
         for factor, expression in zip(dims[use.value], use.operand, strict=True):
             if expression.segments and not _link(factor, expression, symbols, sizes):
                 unlinked |= expression.symbols
+    unlinked = _with_companions(unlinked, uses)
     whole = signature.full | unlinked
     # What could not be linked is whole on every rank: neither contracted nor looked up in parts, and of global size.
     linked = symbols.keys() - unlinked
@@ -133,7 +134,7 @@ def _uses(view: NodeView, signature: Signature) -> Iterator[_Use]:
             yield _Use(value, operand, port, bool(is_output))
 
 
-def _whole_ports(uses: Sequence[_Use], whole: frozenset[str], *, is_output: bool) -> set[Port]:
+def _whole_ports(uses: Sequence[_Use], whole: Set[str], *, is_output: bool) -> set[Port]:
     return {
         (use.port, d)
         for use in uses
@@ -141,6 +142,12 @@ def _whole_ports(uses: Sequence[_Use], whole: frozenset[str], *, is_output: bool
         for d, expression in enumerate(use.operand)
         if expression.kind == "full" or expression.symbols & whole
     }
+
+
+def _with_companions(symbols: set[str], uses: Sequence[_Use]) -> set[str]:
+    """`symbols` and those that share a dimension with one of them: it cannot be whole for one and split for another."""
+    shared = {s for use in uses for e in use.operand if e.symbols & symbols for s in e.symbols}
+    return symbols if shared <= symbols else _with_companions(symbols | shared, uses)
 
 
 def _sizes_of_lone_symbols(uses: Sequence[_Use], facts: Facts) -> dict[str, int]:
@@ -162,11 +169,16 @@ def _link(factor: Factor, expression: DimExpr, symbols: dict[str, Factor], sizes
             return True
     segments = [[_symbol(name, symbols, sizes) for name in names] for names in expression.segments]
     try:
-        if expression.kind == "product":
+        if expression.kind == "prefix":
+            assert expression.name is not None
+            unify([factor], [symbols.setdefault(expression.name, prefix(factor.find().size, segments[0]))])
+        elif expression.kind == "product":
             unify([factor], segments[0])
         else:
             unify([factor], [concatenation([product(segment) for segment in segments])])
     except FactorConflictError:
+        if expression.name is not None:
+            symbols.setdefault(expression.name, Factor(factor.find().size))  # attributes may speak of it
         return False
     return True
 

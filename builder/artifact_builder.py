@@ -11,45 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.builder import configuration, writer
-from furiosa_llm.builder.analysis import analyse
 from furiosa_llm.builder.build import Build
+from furiosa_llm.builder.compile import analyse_model
 from furiosa_llm.builder.errors import OptionError
-from furiosa_llm.builder.load import Source, check_external_data, load
-from furiosa_llm.builder.lower import lower
+from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.manifest_of import manifest_of
-from furiosa_llm.builder.normalize import normalize
-from furiosa_llm.builder.planner import MAX_PADDING, Planner
-from furiosa_llm.builder.probe import probe
+from furiosa_llm.builder.planner import MAX_PADDING
 from furiosa_llm.builder.program_shapes import program_shapes
 from furiosa_llm.builder.report import BuildReport, report_of
-from furiosa_llm.builder.simplify import simplify
-from furiosa_llm.builder.states import find_states
+from furiosa_llm.builder.tactics import Tactics
+from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size, mesh_of
 from furiosa_llm.builder.weights import num_shards
-from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
 
-SUPPORTED_SIZES = (4, 8)
-EXPERIMENTAL_SIZES = (1, 2, 16)
 _LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir")
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, what is done and what there is to do (bytes for `write`, 0 or 1 for the others)."""
-
-
-def check_tensor_parallel_size(size: int, *, experimental: bool) -> None:
-    """Raise OptionError unless `size` is a size that artifacts can be built for."""
-    allowed = (*SUPPORTED_SIZES, *EXPERIMENTAL_SIZES) if experimental else SUPPORTED_SIZES
-    if size in allowed:
-        return
-    message = f"tensor parallel size {size} is not supported; a card has 8 PEs, fused by 4 or 8, so use 4 or 8"
-    if size in EXPERIMENTAL_SIZES:
-        message += f" (or say --experimental-tp to build for {size} all the same)"
-    raise OptionError(message + ".")
-
-
-def mesh_of(size: int) -> Mesh:
-    """The mesh of `size` ranks: one axis for each factor of two, so that a dimension may be split in part."""
-    return Mesh((2,) * (size.bit_length() - 1) or (1,))
 
 
 class ArtifactBuilder:
@@ -62,6 +40,7 @@ class ArtifactBuilder:
         max_seq_len_to_capture: The longest sequence to serve, in tokens; at most, and if None, the model's own limit.
         dims: Sizes of dynamic input dimensions that do not follow from the model, by symbol or `input.symbol`.
         max_padding: By how much padding may make one dimension larger (1.34: a third).
+        tactics: Choices that the planner must keep (see `read_tactics`).
         experimental_tp: Also allow tensor_parallel_size 1, 2 and 16.
     """
 
@@ -74,6 +53,7 @@ class ArtifactBuilder:
         max_seq_len_to_capture: int | None = None,
         dims: Mapping[str, int] | None = None,
         max_padding: float = MAX_PADDING,
+        tactics: Tactics | None = None,
         experimental_tp: bool = False,
     ) -> None:
         check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
@@ -87,6 +67,7 @@ class ArtifactBuilder:
         self._max_seq_len = max_seq_len_to_capture
         self._dims = dict(dims or {})
         self._max_padding = max_padding
+        self._tactics = tactics
 
     def build(
         self, save_dir: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
@@ -96,29 +77,12 @@ class ArtifactBuilder:
         told = progress or (lambda *_: None)
         destination = Path(save_dir)
         with writer.output_folder(destination, force=force) as folder:
-            told("load", 0, 1)
-            source = load(self._model)
-            check_external_data(source)
-            model = normalize(source)
-            told("analyse", 0, 1)
-            config = configuration.read_json(source.path, "config.json")
-            probes = probe(model, self._dims, config)
-            if simplify(model, probes):
-                probes = probe(model, self._dims, config)
-            states = find_states(model.graph, probes.facts)
-            analysis = analyse(model.graph, probes.facts, probes.others)
-            told("plan", 0, 1)
-            planner = Planner(analysis, self._mesh, states, probes.decode, probes.longer, self._max_padding)
-            plan = planner.decide()
-            told("lower", 0, 1)
-            build = Build(
-                source=source,
-                model=model,
-                probes=probes,
-                states=states,
-                analysis=analysis,
-                plan=plan,
-                lowered=lower(analysis, self._mesh, plan.assignment, plan.outcome, source.model),
+            analysed = analyse_model(self._model, self._dims, weights=True, told=lambda stage: told(stage, 0, 1))
+            build = analysed.lowered_for(
+                self._mesh,
+                max_padding=self._max_padding,
+                tactics=self._tactics,
+                told=lambda stage: told(stage, 0, 1),
             )
             manifest = self._write(folder, build, told)
         return report_of(build, manifest, artifact=str(destination), seconds=time.monotonic() - started)
@@ -164,6 +128,7 @@ class ArtifactBuilder:
             "max_seq_len_to_capture": self._max_seq_len,
             "dims": dict(sorted(self._dims.items())),
             "max_padding": self._max_padding,
+            "tactics": [] if self._tactics is None else self._tactics.to_json(),
         }
         digest = hashlib.sha256()
         with source.path.open("rb") as file:

@@ -10,7 +10,7 @@ from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.interface import role_of
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.lower import Lowered
-from furiosa_llm.builder.planner import Plan
+from furiosa_llm.builder.planning import Plan
 from furiosa_llm.builder.probe import Probes
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.states import States

@@ -23,6 +23,10 @@ class PlanError(BuildError):
     """A plan that was asked for is infeasible."""
 
 
+class AnnotationError(BuildError):
+    """A model's multi-device annotations contradict each other, or what was asked for."""
+
+
 class OutputError(BuildError):
     """The output folder cannot be written, or exists already."""
 

@@ -1,6 +1,7 @@
 """Factors: the trees that dimensions are made of, and their unification.
 
-Every dimension of every value is a `Factor`: a leaf, a row-major product of factors, or a concatenation of factors.
+Every dimension of every value is a `Factor`: a leaf, a row-major product of factors, a concatenation of factors, or the
+prefix of a longer factor (176 columns in blocks of 32 are the first indices of 6 blocks, which are split as wholes).
 Two dimensions that run over the same indices share one factor, so that deciding how a factor is split decides it for
 every value at once. Factors are refined in place: a leaf of 768 becomes the product (12, 64) once a Reshape tells.
 
@@ -14,9 +15,9 @@ import enum
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Prod
+from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Prefix, Prod
 
 
 class FactorConflictError(Exception):
@@ -29,6 +30,8 @@ class Kind(enum.Enum):
     LEAF = enum.auto()
     PRODUCT = enum.auto()
     CONCATENATION = enum.auto()
+    PREFIX = enum.auto()
+    """The first indices of its only kid, which is longer, but not twice as long."""
 
 
 _serial = itertools.count()
@@ -77,6 +80,8 @@ class Factor:
         root = self.find()
         if root.kind is Kind.LEAF:
             return str(root.size)
+        if root.kind is Kind.PREFIX:
+            return f"({root.size} of {root.kids[0]!r})"
         sign = "x" if root.kind is Kind.PRODUCT else "|"
         return "(" + sign.join(map(repr, root.kids)) + ")"
 
@@ -87,6 +92,20 @@ def product(factors: Sequence[Factor]) -> Factor:
     if len(flat) == 1:
         return flat[0]
     return Factor(math.prod(f.size for f in flat), Kind.PRODUCT, flat) if flat else Factor(1)
+
+
+def prefix(size: int, factors: Sequence[Factor]) -> Factor:
+    """The first `size` indices of the row-major product of `factors`.
+
+    Raises FactorConflictError if that is not most of them. So nothing inside a prefix is as long as the prefix itself,
+    and unification cannot make a factor a part of itself.
+    """
+    whole = product(factors)
+    if whole.size == size:
+        return whole
+    if not size < whole.size < 2 * size:
+        raise FactorConflictError
+    return Factor(size, Kind.PREFIX, [whole])
 
 
 def concatenation(factors: Sequence[Factor]) -> Factor:
@@ -104,7 +123,7 @@ def concatenation(factors: Sequence[Factor]) -> Factor:
 
 
 def flatten(factors: Sequence[Factor]) -> list[Factor]:
-    """`factors` as one product list of leaves and concatenations, without those of size 1."""
+    """`factors` as one product list of leaves, concatenations and prefixes, without those of size 1."""
     flat: list[Factor] = []
     for factor in factors:
         root = factor.find()
@@ -149,6 +168,8 @@ def segment(factor: Factor, start: int, stop: int) -> Factor:
         kids = [Factor(size) for size in sizes if size]
         root.become(Kind.CONCATENATION, kids)
         return kids[1 if start else 0]
+    if root.kind is Kind.PREFIX:
+        raise FactorConflictError
     if root.kind is Kind.CONCATENATION:
         _cut(root, start)
         _cut(root, stop)
@@ -164,10 +185,23 @@ def segments_of(factor: Factor) -> list[Factor]:
     root = factor.find()
     if root.kind is Kind.LEAF:
         return [root]
-    if root.kind is Kind.CONCATENATION:
+    if root.kind is Kind.CONCATENATION or (root.kind is Kind.PREFIX and _has_concatenation(root)):
         return [s for kid in root.kids for s in segments_of(kid)]
     # A product of a concatenation and other factors: each segment with all the rest.
     return [root] if not any(_has_concatenation(kid) for kid in root.kids) else list(_expand(root))
+
+
+def leaves_in_prefixes(factors: Iterable[Factor]) -> frozenset[Factor]:
+    """The leaves below any prefix in `factors`."""
+    found: set[Factor] = set()
+    pending = list({factor.find() for factor in factors})
+    while pending:
+        root = pending.pop().find()
+        if root.kind is Kind.PREFIX:
+            found.update(root.leaves())
+        else:
+            pending.extend(root.kids)
+    return frozenset(found)
 
 
 def _has_concatenation(factor: Factor) -> bool:
@@ -190,6 +224,8 @@ def to_dim(factor: Factor, axes: Mapping[Factor, tuple[int, ...]]) -> Dim:
     if root.kind is Kind.LEAF:
         return Leaf(root.size, axes.get(root, ()))
     kids = tuple(to_dim(kid, axes) for kid in root.kids)
+    if root.kind is Kind.PREFIX:
+        return Prefix(root.size, kids[0])
     return Prod(kids) if root.kind is Kind.PRODUCT else Cat(kids)
 
 
@@ -211,9 +247,12 @@ def _cut_larger(smalls: deque[Factor], larges: deque[Factor]) -> None:
             raise FactorConflictError
         large.become(Kind.PRODUCT, [Factor(small.size), Factor(large.size // small.size)])
         return
-    prefix = _take(smalls, large.size)
+    parts = _take(smalls, large.size)
     larges.popleft()
-    _concatenation_as_product(large, prefix)
+    if large.kind is Kind.PREFIX:
+        _prefix_as_product(large, parts)
+    else:
+        _concatenation_as_product(large, parts)
 
 
 def _take(queue: deque[Factor], size: int) -> list[Factor]:
@@ -240,6 +279,13 @@ def _merge(x: Factor, y: Factor) -> None:
         x.forward(y)
     elif y.kind is Kind.LEAF:
         y.forward(x)
+    elif x.kind is not y.kind:
+        raise FactorConflictError
+    elif x.kind is Kind.PREFIX:
+        short, long = sorted((x, y), key=lambda factor: factor.kids[0].find().size)
+        part = short.kids[0]
+        unify([part], [prefix(part.find().size, long.kids)])  # blocks of 128 are four of 32
+        long.forward(short)
     else:
         while (offsets := _offsets(x)) != _offsets(y):  # cutting one may cut the other, where they share segments
             for offset in sorted(offsets | _offsets(y)):
@@ -263,6 +309,18 @@ def _concatenation_as_product(cat: Factor, parts: list[Factor]) -> None:
         leading.append(lead)
     unify([parts[0]], [concatenation(leading)])
     cat.become(Kind.PRODUCT, parts)
+
+
+def _prefix_as_product(whole: Factor, parts: list[Factor]) -> None:
+    """Refine a prefix, n = parts[0] * inner, whose blocks are multiples of `inner`, into a product of a prefix."""
+    inner = whole.size // parts[0].size
+    longer = whole.kids[0]
+    if longer.find().size % inner:
+        raise FactorConflictError
+    lead = Factor(longer.find().size // inner)
+    unify([longer], [lead, *parts[1:]])
+    unify([parts[0]], [prefix(parts[0].size, [lead])])
+    whole.become(Kind.PRODUCT, parts)
 
 
 def _segments(cat: Factor) -> list[tuple[int, Factor]]:

@@ -192,7 +192,7 @@ def local_prefix(dim: Dim, position: int, mesh: Mesh) -> int:
             local += local_prefix(part, size, mesh)
             position -= size
         return local
-    assert not dim.axes, "a bound inside a split factor"
+    assert not axes_of(dim), "a bound inside a split factor"
     return position
 
 

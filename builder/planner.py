@@ -1,94 +1,67 @@
-"""Decide which factor is split over which mesh axes: greedy descent on a price, over groups of like leaves.
-
-The price of a plan is what one rank reads and receives for one decoded token: bytes of weights and KV cache, bytes
-that collectives carry, and a fixed charge for each collective. The charge is relative to the model (a collective must
-save three tenths of the median weight matrix), so that the plan of a model does not depend on its scale.
-"""
+"""Decide which factor is split over which mesh axes: greedy descent on a price, over groups of like leaves."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
-import onnx_ir as ir
+from furiosa_llm.builder.errors import PlanError
+from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.groups import Group, candidates, group_leaves
+from furiosa_llm.builder.outcome import Axes
+from furiosa_llm.builder.pricing import Price, Pricer, Subject
+from furiosa_llm.builder.units import nbytes
+from furiosa_llm.runtime.artifact.layout import Mesh
 
-from furiosa_llm.builder.analysis import Analysis
-from furiosa_llm.builder.factors import Factor, to_dim
-from furiosa_llm.builder.outcome import Assignment, Axes, Collective, InfeasibleError, Outcome
-from furiosa_llm.builder.shapes import Facts
-from furiosa_llm.builder.states import States
-from furiosa_llm.builder.sweep import Sweeper, find_weight_derived
-from furiosa_llm.runtime.artifact.layout import Mesh, local_size
-
-COLLECTIVE_CHARGE = 0.3
-"""What a collective must save, as a share of the median weight matrix."""
 MOVE_CHARGE = 0.01
-"""What splitting another group must save even if it adds no collective: each split adds nodes and files to read."""
+"""What splitting another group must save even if it adds no collective, as a share of the median weight matrix: each
+split adds nodes and files to read."""
 MOVE_TOLERANCE = 0.03
 """Moves whose savings per collective differ by less than this share are equally good."""
 MAX_DETOUR = 0.2
 """How much of the gain a change may give back at first, when other changes follow from it."""
 MAX_PADDING = 1.34
-"""How much larger padding may make one factor."""
+"""How much larger padding may make one factor. A factor of blocks counts whole ones: 5.5 blocks are stored as 6 before
+any split, so that 6 over 8 ranks are 1.33, and the price has the bytes."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Group:
-    """Leaves that play the same part in every layer, and are therefore split alike."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """How many parts a leaf must be split into: somebody's choice, not the planner's."""
 
-    leaves: tuple[Factor, ...]
-    size: int
-    nbytes: int
-    """Bytes of the weights that the leaves occur in."""
-    description: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Price:
-    """What a plan costs one rank for one decoded token."""
-
-    nbytes: float
-    """Weights, KV cache and collectives' payload."""
-    payload_nbytes: float
-    """Of those, what collectives carry, as often as a rank touches it."""
-    collectives: int
-
-    def total(self, charge: float) -> float:
-        """Everything in bytes, when a collective is worth `charge` bytes."""
-        return self.nbytes + charge * self.collectives
+    parts: int | None
+    """1: it must not be split; None: it must be split, the planner says how far."""
+    origin: str
+    """Who said so, for messages."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PricedStep:
-    """The shapes of one step of the model, and how many new positions it has."""
-
-    facts: Facts
-    positions: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """An alternative that was priced and not taken."""
+    """An alternative that was not taken."""
 
     group: Group
     axes: Axes
     reason: str
+    saved_nbytes: float | None = None
+    """What it would have saved one rank per decoded token; None if it cannot be."""
+    collectives: int | None = None
+    """How many collectives it would have added."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
-    """The outcome of planning."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the planner chose for one subject."""
 
-    mesh: Mesh
+    groups: tuple[Group, ...]
+    """Every group that was considered, the largest first."""
     choices: Mapping[Group, Axes]
-    assignment: Assignment
-    outcome: Outcome
     price: Price
     unsplit: Price
     """The price of the plan that splits nothing."""
+    charge: float
+    """Bytes that one collective was held to be worth."""
     refused: tuple[Refused, ...]
     evaluations: int
 
@@ -96,72 +69,10 @@ class Plan:
 _Rank = tuple[float, float, float, int]
 """How good a move is: bytes saved per collective added, bytes saved, less bytes carried, less sums."""
 
-_Place = tuple[str, int, tuple[int, ...], int, int]
-"""Where a leaf occurs: op type, operand, the operand's shape, dimension, position in the dimension."""
 
-
-def candidates(analysis: Analysis, states: States) -> list[Factor]:
-    """Leaves worth splitting: those of weights that are contracted or looked up, which no op uses inside.
-
-    What follows the positions in a KV cache (the head vector) stays whole, too: attention kernels work on whole heads.
-    So do the inputs of the model that are no state: every rank is given them as they are.
-    """
-    weights = find_weight_derived(analysis)
-    kept_whole = set(analysis.pinned) | set(_behind_positions(analysis, states))
-    for value in analysis.graph.inputs:
-        if value not in states.values:
-            kept_whole.update(leaf for factor in analysis.dims[value] for leaf in factor.leaves())
-    found: dict[Factor, None] = {}
-    for info in analysis.nodes:
-        if not info.reduced and not info.looked_up:
-            continue
-        for weight in info.node.inputs:
-            if weight is None or weight not in weights or len(analysis.dims[weight]) < 2:
-                continue
-            for d, factor in enumerate(analysis.dims[weight]):
-                if not analysis.is_dynamic(weight, d):
-                    found.update(dict.fromkeys(leaf for leaf in factor.leaves() if leaf.size > 1))
-    return [leaf for leaf in found if leaf not in kept_whole]
-
-
-def _behind_positions(analysis: Analysis, states: States) -> Iterator[Factor]:
-    for value in states.values:
-        dynamic = [d for d in range(1, len(analysis.dims[value])) if analysis.is_dynamic(value, d)]
-        if dynamic:
-            for factor in analysis.dims[value][dynamic[-1] + 1 :]:
-                yield from factor.leaves()
-
-
-def group_leaves(analysis: Analysis, leaves: Sequence[Factor]) -> list[Group]:
-    """Leaves with the same signature: where they occur in which operand of which weight, and in what place."""
-    wanted = set(leaves)
-    signatures: dict[Factor, list[_Place]] = {leaf: [] for leaf in leaves}
-    nbytes: dict[Factor, int] = dict.fromkeys(leaves, 0)
-    seen: dict[Factor, set[ir.Value]] = {leaf: set() for leaf in leaves}
-    weights = find_weight_derived(analysis)
-    for info in analysis.nodes:
-        for port, value in enumerate(info.node.inputs):
-            if value is None or value not in weights:
-                continue
-            fact = analysis.facts[value]
-            for d, factor in enumerate(analysis.dims[value]):
-                for position, leaf in enumerate(factor.leaves()):
-                    if leaf in wanted:
-                        signatures[leaf].append((info.node.op_type, port, fact.shape, d, position))
-                        if value not in seen[leaf] and value.is_initializer():
-                            seen[leaf].add(value)
-                            nbytes[leaf] += math.prod(fact.shape) * fact.dtype.bitwidth // 8
-    groups: dict[tuple[int, tuple[_Place, ...]], list[Factor]] = {}
-    for leaf in leaves:
-        groups.setdefault((leaf.size, tuple(sorted(signatures[leaf]))), []).append(leaf)
-    built = [_group(members, signatures, nbytes) for members in groups.values()]
-    return sorted(built, key=lambda g: -g.nbytes)
-
-
-def _group(members: list[Factor], signatures: Mapping[Factor, list[_Place]], nbytes: Mapping[Factor, int]) -> Group:
-    first = members[0]
-    places = sorted({f"{op}[{port}]{list(shape)} dim {d}" for op, port, shape, d, _ in signatures[first]})
-    return Group(tuple(members), first.size, sum(nbytes[m] for m in members), ", ".join(places))
+def assignment_of(choices: Mapping[Group, Axes]) -> dict[Factor, Axes]:
+    """The axes of every leaf."""
+    return {leaf: axes for group, axes in choices.items() if axes for leaf in group.leaves}
 
 
 class Planner:
@@ -169,78 +80,87 @@ class Planner:
 
     def __init__(
         self,
-        analysis: Analysis,
+        subject: Subject,
         mesh: Mesh,
-        states: States,
-        decode: PricedStep,
-        longer: PricedStep,
         max_padding: float = MAX_PADDING,
+        pins: Mapping[Factor, Pin] | None = None,
     ) -> None:
-        """`decode` is the step that is priced; `longer` has more context, to see which collectives grow with it."""
-        self._analysis = analysis
+        """`pins` are choices that are made already."""
         self._mesh = mesh
-        self._decode, self._longer = decode, longer
         self._max_padding = max_padding
-        leaves = candidates(analysis, states)
-        self.groups = group_leaves(analysis, leaves)
-        self.sweeper = Sweeper(analysis, mesh, leaves, states)
-        wanted = set(leaves)
-        self._priced = [
-            (value, [f for f in analysis.dims[value] if wanted.intersection(f.leaves())])
-            for value in (
-                *analysis.graph.initializers.values(),
-                *(v for v in analysis.graph.inputs if v in states.values),
-            )
-        ]
-        self._median = self._median_matrix()
-        self.charge = COLLECTIVE_CHARGE * self._median
-        self._prices: dict[tuple[tuple[int, Axes], ...], tuple[Price, Outcome] | str] = {}
+        self._pins = dict(pins or {})
+        leaves = candidates(subject.analysis, subject.states)
+        self.groups = group_leaves(subject.analysis, subject.states, leaves, subject.counts, self._pins)
+        self._numbers = {group: number for number, group in enumerate(self.groups)}
+        self._pricer = Pricer(subject, mesh, leaves)
+        self._charge, self._median = self._pricer.charge, self._pricer.median_matrix
+        self._prices: dict[tuple[tuple[int, Axes], ...], Price | str] = {}
+        self._runs = _runs(mesh)
 
-    def _median_matrix(self) -> float:
-        matrices = [
-            self._nbytes(value)
-            for value, factors in self._priced
-            if factors and value.is_initializer() and len(self._decode.facts[value].shape) > 1
-        ]
-        return statistics.median(matrices) if matrices else 0.0
-
-    def _nbytes(self, value: ir.Value, facts: Facts | None = None) -> float:
-        fact = (facts or self._decode.facts)[value]
-        return math.prod(fact.shape) * fact.dtype.bitwidth / 8
-
-    def decide(self) -> Plan:
-        """The plan that greedy descent finds, with what it refused."""
+    def decide(self) -> Decision:
+        """The plan that greedy descent finds, with what it refused; PlanError if it cannot be as it is pinned."""
         unsplit = self._evaluate({})
         assert not isinstance(unsplit, str), unsplit
-        choices = self._improve(self._descend({}))
-        best, outcome = self._priced_choices(choices)
-        return Plan(
-            mesh=self._mesh,
+        choices = self._improve(self._descend(self._pinned()))
+        best = self._price_of(choices)
+        return Decision(
+            groups=tuple(self.groups),
             choices=choices,
-            assignment=self._assignment(choices),
-            outcome=outcome,
             price=best,
-            unsplit=unsplit[0],
+            unsplit=unsplit,
+            charge=self._charge,
             refused=tuple(self._refusals(choices, best)),
             evaluations=len(self._prices),
         )
 
-    def _priced_choices(self, choices: Mapping[Group, Axes]) -> tuple[Price, Outcome]:
+    # -- what somebody else chose --------------------------------------------------------------------------------
+
+    def _pin(self, group: Group) -> Pin | None:
+        return self._pins.get(group.leaves[0])
+
+    def _pinned(self) -> dict[Group, Axes]:
+        """The choices to start from: pinned groups, each on the axes where that is cheapest."""
+        choices: dict[Group, Axes] = {}
+        for group in self.groups:
+            pin = self._pin(group)
+            if pin is None or pin.parts == 1:
+                continue
+            results = {axes: self._evaluate({**choices, group: axes}) for axes in self._options(group)}
+            possible = {axes: r.total(self._charge) for axes, r in results.items() if not isinstance(r, str)}
+            if not possible:
+                raise PlanError(self._impossible(group, pin, results))
+            choices[group] = min(possible, key=lambda axes: (possible[axes], axes))
+        return choices
+
+    def _impossible(self, group: Group, pin: Pin, results: Mapping[Axes, Price | str]) -> str:
+        reasons = [r for r in results.values() if isinstance(r, str)]
+        if not reasons:
+            fitting = [run for run in self._runs if self._allows(group, run)]
+            sizes = sorted({self._mesh.parts(run) for run in self._runs})
+            reasons = [self._padding(group, run) for run in fitting] or [f"{self._mesh.size} ranks allow {sizes} parts"]
+        parts = "parts" if pin.parts is None else f"{pin.parts} parts"
+        return (
+            f"{pin.origin} splits {group.role} ({group.size}: {', '.join(group.weights[:3])}) into {parts}, "
+            f"which cannot be: {reasons[0]}; take it back, or choose another number of parts."
+        )
+
+    def _allows(self, group: Group, axes: Axes) -> bool:
+        pin = self._pin(group)
+        if pin is None:
+            return True
+        parts = self._mesh.parts(axes)
+        return parts > 1 if pin.parts is None else parts == pin.parts
+
+    def _options(self, group: Group) -> list[Axes]:
+        """The axes that a group may be split over."""
+        return [axes for axes in self._runs if self._fits(group, axes) and self._allows(group, axes)]
+
+    # -- search --------------------------------------------------------------------------------------------------
+
+    def _price_of(self, choices: Mapping[Group, Axes]) -> Price:
         result = self._evaluate(choices)
         assert not isinstance(result, str), result
         return result
-
-    def _assignment(self, choices: Mapping[Group, Axes]) -> dict[Factor, Axes]:
-        return {leaf: axes for group, axes in choices.items() if axes for leaf in group.leaves}
-
-    def _runs(self) -> list[Axes]:
-        count = len(self._mesh.shape)
-        runs = [tuple(range(a, b)) for a, b in itertools.combinations(range(count + 1), 2)]
-        return sorted(runs, key=lambda run: (-len(run), run))
-
-    def _fits(self, group: Group, axes: Axes) -> bool:
-        parts = self._mesh.parts(axes)
-        return group.size > 1 and math.ceil(group.size / parts) * parts <= self._max_padding * group.size
 
     def _descend(self, choices: dict[Group, Axes]) -> dict[Group, Axes]:
         """Make the best move as long as there is one."""
@@ -250,75 +170,95 @@ class Planner:
 
     def _best_move(self, choices: dict[Group, Axes]) -> dict[Group, Axes] | None:
         """The move with the most bytes saved per collective added, if it is worth its collectives."""
-        best, _ = self._priced_choices(choices)
+        best = self._price_of(choices)
         found: dict[Group, Axes] | None = None
         found_rank: _Rank = (0.0, 0.0, 0.0, 0)
-        for group, axes in itertools.product(self.groups, self._runs()):
-            if choices.get(group) or not self._fits(group, axes):
-                continue
+        moves = ((group, axes) for group in self.groups if not choices.get(group) for axes in self._options(group))
+        for group, axes in moves:
             trial = {**choices, group: axes}
-            result = self._evaluate(trial)
-            if isinstance(result, str):
+            price = self._evaluate(trial)
+            if isinstance(price, str):
                 continue
-            price, outcome = result
             saved, added = best.nbytes - price.nbytes, price.collectives - best.collectives
-            if best.total(self.charge) - price.total(self.charge) <= MOVE_CHARGE * self._median:
+            if best.total(self._charge) - price.total(self._charge) <= MOVE_CHARGE * self._median:
                 continue
             ratio = saved / added if added > 0 else math.inf
-            sums = sum(collective.kind == "AllReduce" for collective in outcome.collectives)
-            rank = (ratio, saved, -price.payload_nbytes, -sums)
+            rank = (ratio, saved, -price.payload_nbytes, -price.sums)
             if found is None or _outranks(rank, found_rank):
                 found, found_rank = trial, rank
         return found
 
     def _improve(self, choices: dict[Group, Axes]) -> dict[Group, Axes]:
         """Try every other choice for each group, and what follows from it, until none is cheaper."""
-        best, _ = self._priced_choices(choices)
-        unsplit, _ = self._priced_choices({})
-        gain = unsplit.total(self.charge) - best.total(self.charge)
+        best = self._price_of(choices)
+        unsplit = self._price_of({})
+        gain = unsplit.total(self._charge) - best.total(self._charge)
         improved = True
         while improved:
             improved = False
-            limit = best.total(self.charge) + MAX_DETOUR * gain
-            for group, axes in itertools.product(self.groups, [(), *self._runs()]):
-                if axes == choices.get(group, ()) or (axes and not self._fits(group, axes)):
+            limit = best.total(self._charge) + MAX_DETOUR * gain
+            others = ((group, axes) for group in self.groups for axes in ((), *self._options(group)))
+            for group, axes in others:
+                if axes == choices.get(group, ()) or not self._allows(group, axes):
                     continue
-                for trial in self._trials(choices, group, axes):
-                    result = self._evaluate(trial)
-                    if isinstance(result, str) or result[0].total(self.charge) > limit:
+                for trial, _ in self._trials(choices, group, axes):
+                    price = self._evaluate(trial)
+                    if isinstance(price, str) or price.total(self._charge) > limit:
                         continue
                     settled = self._descend(trial) if _gives_up(choices, trial) else trial
-                    price, _ = self._priced_choices(settled)
-                    if price.total(self.charge) < best.total(self.charge) - MOVE_CHARGE * self._median:
+                    price = self._price_of(settled)
+                    if price.total(self._charge) < best.total(self._charge) - MOVE_CHARGE * self._median:
                         choices, best, improved = settled, price, True
         return {g: a for g, a in choices.items() if a}
 
-    def _trials(self, choices: dict[Group, Axes], group: Group, axes: Axes) -> Iterator[dict[Group, Axes]]:
-        """The choice itself and, where it collides with another group's, the choice with those axes taken away."""
+    def _trials(
+        self, choices: Mapping[Group, Axes], group: Group, axes: Axes
+    ) -> Iterator[tuple[dict[Group, Axes], Group | None]]:
+        """The choice itself and, where it collides with another group's, the choice with those axes taken away from
+        that group, which is named.
+        """
         trial = {**choices, group: axes}
-        yield trial
+        yield trial, None
         if not axes or not isinstance(self._evaluate(trial), str):
             return
         for other, taken in choices.items():
             if other is not group and set(taken) & set(axes):
-                yield {**trial, other: tuple(a for a in taken if a not in axes)}
+                left = tuple(a for a in taken if a not in axes)
+                if self._allows(other, left):
+                    yield {**trial, other: left}, other
 
     def _refusals(self, choices: Mapping[Group, Axes], best: Price) -> Iterator[Refused]:
-        """For every group that is not split over the whole mesh, what the next wider split would have cost."""
+        """For every group what wider splits would have cost, and for one that is split what it would cost whole."""
         for group in self.groups:
             chosen = choices.get(group, ())
-            for axes in self._runs():
-                if len(axes) <= len(chosen):
-                    continue
-                result = (
-                    self._evaluate({**choices, group: axes}) if self._fits(group, axes) else self._padding(group, axes)
-                )
-                if isinstance(result, str):
-                    yield Refused(group, axes, result)
-                else:
-                    more = result[0].collectives - best.collectives
-                    saved = best.nbytes - result[0].nbytes
-                    yield Refused(group, axes, f"would save {saved:.0f} bytes per rank for {more} more collectives")
+            for axes in (*self._runs, ()):
+                if len(axes) > len(chosen) or (chosen and not axes):
+                    yield self._refusal(choices, best, group, axes)
+
+    def _refusal(self, choices: Mapping[Group, Axes], best: Price, group: Group, axes: Axes) -> Refused:
+        if not self._fits(group, axes):
+            return Refused(group=group, axes=axes, reason=self._padding(group, axes))
+        pin = self._pin(group)
+        if pin is not None and not self._allows(group, axes):
+            return Refused(group=group, axes=axes, reason=f"{pin.origin} says otherwise")
+        trials = [
+            (trial, f"in place of {other.role}, " if other else "")
+            for trial, other in self._trials(choices, group, axes)
+        ]
+        alone = {g: a for g, a in choices.items() if g is group or not set(a) & set(axes)} | {group: axes}
+        if all(self._allows(g, alone.get(g, ())) for g in choices):
+            trials.append((alone, "in place of all others on these axes, "))
+        priced = [(p, place) for trial, place in trials if not isinstance(p := self._evaluate(trial), str)]
+        if not priced:
+            return Refused(group=group, axes=axes, reason=str(self._evaluate(trials[0][0])))
+        price, place = min(priced, key=lambda pair: pair[0].total(self._charge))
+        more, saved = price.collectives - best.collectives, best.nbytes - price.nbytes
+        reason = place + _bargain(saved, more)
+        return Refused(group=group, axes=axes, reason=reason, saved_nbytes=saved, collectives=more)
+
+    def _fits(self, group: Group, axes: Axes) -> bool:
+        parts = self._mesh.parts(axes)
+        return group.size > 1 and math.ceil(group.size / parts) * parts <= self._max_padding * group.size
 
     def _padding(self, group: Group, axes: Axes) -> str:
         parts = self._mesh.parts(axes)
@@ -326,54 +266,25 @@ class Planner:
         factor, limit = padded / group.size, self._max_padding
         return f"{group.size} over {parts} needs padding to {padded} ({factor:.2f}x, limit {limit}x)"
 
-    def _evaluate(self, choices: Mapping[Group, Axes]) -> tuple[Price, Outcome] | str:
-        key = tuple(sorted((self.groups.index(g), a) for g, a in choices.items() if a))
+    def _evaluate(self, choices: Mapping[Group, Axes]) -> Price | str:
+        key = tuple(sorted((self._numbers[g], a) for g, a in choices.items() if a))
         if key not in self._prices:
-            self._prices[key] = self._price(self._assignment(choices))
+            priced = self._pricer.price(assignment_of(choices))
+            self._prices[key] = priced if isinstance(priced, str) else priced[0]
         return self._prices[key]
 
-    def _price(self, assignment: dict[Factor, Axes]) -> tuple[Price, Outcome] | str:
-        try:
-            outcome = self.sweeper.sweep(assignment)
-        except InfeasibleError as error:
-            return str(error)
-        nbytes = sum(self._nbytes(v) * self._share(factors, assignment) for v, factors in self._priced)
-        for value, whole_sets in outcome.weight_layouts.items():
-            nbytes += sum(self._nbytes(value) for whole in whole_sets if whole)
-        carried = 0.0
-        for collective in outcome.collectives:
-            payload = self._payload(collective, assignment, self._decode)
-            if payload != self._payload(collective, assignment, self._longer):
-                return f"{collective.kind} of {collective.value.name} would grow with the context"
-            carried += payload * _passes_over_payload(collective)
-        return Price(nbytes + carried, carried, len(outcome.collectives)), outcome
 
-    def _payload(self, collective: Collective, assignment: Assignment, step: PricedStep) -> float:
-        """Bytes that one rank receives for a collective, per new position."""
-        value = collective.value
-        factors = [
-            f
-            for d, f in enumerate(self._analysis.dims[value])
-            if d != collective.dim and any(leaf in assignment for leaf in f.leaves())
-        ]
-        return self._nbytes(value, step.facts) / step.positions * self._share(factors, assignment)
-
-    def _share(self, factors: Iterable[Factor], assignment: Assignment) -> float:
-        """Local size over global size of some dimensions."""
-        share = 1.0
-        for factor in factors:
-            if any(leaf in assignment for leaf in factor.leaves()):
-                share *= local_size(to_dim(factor, dict(assignment)), self._mesh) / factor.find().size
-        return share
+def _bargain(saved: float, more: int) -> str:
+    """An alternative's price beside the plan's: bytes that a rank reads and receives for a token, and collectives."""
+    verb = "save" if saved >= 0 else "cost"
+    counts = f" for {abs(more)} {'fewer' if more < 0 else 'more'} collectives" if more else ""
+    return f"would {verb} {nbytes(abs(saved))} per PE and token{counts}"
 
 
-def _passes_over_payload(collective: Collective) -> int:
-    """How often a rank touches the payload: a sum is received and added; a gathered value is received and put into
-    its new order, unless it leaves the program at once.
-    """
-    if collective.kind == "AllReduce":
-        return 2
-    return 1 if collective.value.is_graph_output() else 3
+def _runs(mesh: Mesh) -> list[Axes]:
+    """Contiguous runs of mesh axes, the longest first."""
+    runs = [tuple(range(a, b)) for a, b in itertools.combinations(range(len(mesh.shape) + 1), 2)]
+    return sorted(runs, key=lambda run: (-len(run), run))
 
 
 def _outranks(rank: _Rank, other: _Rank) -> bool:

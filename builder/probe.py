@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
-from furiosa_llm.builder.planner import PricedStep
+from furiosa_llm.builder.pricing import PricedStep
 from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes import Facts, Interpreter, SizeMismatchError
 
@@ -63,15 +63,36 @@ def _extreme_runs(interpreter: Interpreter, kinds: DimensionKinds) -> Iterator[F
 
 
 def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+    """The facts, and the kinds with the sizes that follow from the graph.
+
+    What one layer's cache turns out to be is guessed of every dimension of the same unknown name, so that the number
+    of runs does not grow with the number of layers; a guess that proves wrong is corrected.
+    """
+    found: dict[tuple[str, int], int] = {}
+    guessed: dict[str, int] = {}
     while True:
+        tried = {
+            name: tuple(_size(name, d, kind, found, guessed) for d, kind in enumerate(dims))
+            for name, dims in kinds.items()
+        }
         try:
-            return interpreter.run(concrete(kinds, PROBE)), kinds
+            return interpreter.run(concrete(tried, PROBE)), tried
         except SizeMismatchError as error:
-            dims = list(kinds.get(str(error.value.name), ()))
-            if not dims or isinstance(dims[error.dim], int):
+            name = str(error.value.name)
+            kind = kinds[name][error.dim] if name in kinds else 0
+            if isinstance(kind, int) or (name, error.dim) in found:
                 raise
-            dims[error.dim] = error.expected
-            kinds = {**kinds, str(error.value.name): tuple(dims)}
+            found[name, error.dim] = error.expected
+            if not hasattr(PROBE, kind):
+                guessed.setdefault(kind, error.expected)
+
+
+def _size(
+    name: str, d: int, kind: int | str, found: Mapping[tuple[str, int], int], guessed: Mapping[str, int]
+) -> int | str:
+    if isinstance(kind, int):
+        return kind
+    return found.get((name, d), guessed.get(kind, kind))
 
 
 def _priced_steps(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:

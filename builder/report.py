@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
 from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.planner import Plan
+from furiosa_llm.builder.planning import Plan
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.states import StatePair
 from furiosa_llm.builder.weights import num_shards
@@ -83,7 +83,7 @@ def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float
         padding_nbytes=padding_nbytes(tensors, mesh),
         model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
-        state_nbytes_per_token=sum(_state_nbytes(build, pair) for pair in build.states.pairs),
+        state_nbytes_per_token=state_nbytes_per_token(build),
         collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
         collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
         decisions=decisions(build.plan),
@@ -116,6 +116,11 @@ def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
         return 0
     elements = math.prod(tensor.local_shape) * num_shards(tensor, mesh)
     return (elements - math.prod(global_size(dim) for dim in tensor.layout)) * tensor.dtype.bitwidth // 8
+
+
+def state_nbytes_per_token(build: Build) -> int:
+    """Bytes that one rank keeps of all states for one position."""
+    return sum(_state_nbytes(build, pair) for pair in build.states.pairs)
 
 
 def _state_nbytes(build: Build, pair: StatePair) -> int:

@@ -5,7 +5,8 @@ A rule is a line of text in the manner of Shardy's sharding rules (https://openx
     b m k, k n -> b m n; reduce k
 
 One operand per comma, one word per dimension. A word is a symbol; `(h d)`, a row-major product of symbols;
-`[h d|kv d]`, a concatenation of products; `1`, a dimension of size 1 that is broadcast; `.`, a dimension about which
+`[h d|kv d]`, a concatenation of products; `k<q w>`, named k, the first indices of a product whose last block is filled
+in part; `1`, a dimension of size 1 that is broadcast; `.`, a dimension about which
 nothing is said; `*`, a dimension that must be whole on every rank; `_` alone is an absent operand. Clauses:
 
     reduce k   k is contracted: if it is split, the output is a partial sum
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -26,15 +28,20 @@ from typing import Literal
 class DimExpr:
     """One dimension of a rule's operand."""
 
-    kind: Literal["one", "any", "full", "product", "concatenation"]
+    kind: Literal["one", "any", "full", "product", "concatenation", "prefix"]
     segments: tuple[tuple[str, ...], ...] = ()
-    """The products that are concatenated; a product has one."""
+    """The products that are concatenated; a product and a prefix have one."""
+    name: str | None = None
+    """The symbol of a prefix."""
 
     @property
     def symbols(self) -> frozenset[str]:
         """Every symbol in this dimension."""
-        return frozenset(symbol for segment in self.segments for symbol in segment)
+        named = () if self.name is None else (self.name,)
+        return frozenset((*named, *(symbol for segment in self.segments for symbol in segment)))
 
+
+_PREFIX = re.compile(r"(?P<name>\w+)<(?P<product>[^>]+)>")
 
 Operand = tuple[DimExpr, ...] | None
 
@@ -148,6 +155,10 @@ def _dims(text: str) -> tuple[DimExpr, ...]:
             segments = tuple(tuple(part.split()) for part in rest[1:end].split("|"))
             dims.append(DimExpr("product" if len(segments) == 1 else "concatenation", segments))
             rest = rest[end + 1 :].strip()
+            continue
+        if found := _PREFIX.match(rest):
+            dims.append(DimExpr("prefix", (tuple(found["product"].split()),), found["name"]))
+            rest = rest[found.end() :].strip()
             continue
         word, _, rest = rest.partition(" ")
         rest = rest.strip()

@@ -72,7 +72,11 @@ class Interpreter:
         self._protos: dict[ir.Node, onnx.NodeProto] = {}
         self._runs = 0
         self._fresh: Iterator[int] = iter(())
-        self._constants = {v: _constant_fact(v) for v in model.graph.initializers.values()}
+        self._interned: dict[object, Fact] = {}
+        self._signatures: dict[object, int] = {}
+        self._inferred: dict[tuple[int, ...], list[Fact]] = {}
+        self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
+        self._numbers = {node: self._number(node) for node in model.graph}
 
     def run(self, sizes: Mapping[str, Shape]) -> Facts:
         """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict."""
@@ -82,20 +86,37 @@ class Interpreter:
         for value in self._model.graph.inputs:
             assert value.name is not None
             assert value.dtype is not None
-            facts[value] = Fact(dtype=value.dtype, shape=sizes[value.name])
+            facts[value] = self._intern(Fact(dtype=value.dtype, shape=sizes[value.name]))
         for node in self._model.graph:
             inputs = [None if v is None else facts[v] for v in node.inputs]
-            for value, fact in zip(node.outputs, self._infer(node, inputs), strict=True):
-                facts[value] = fact
+            facts.update(zip(node.outputs, self._infer_once(node, inputs), strict=True))
         return facts
+
+    def _number(self, node: ir.Node) -> int:
+        """A number that nodes share if they do the same to the same inputs."""
+        attributes = tuple(sorted((name, attribute_key(a)) for name, a in node.attributes.items()))
+        key = (node.domain, node.op_type, len(node.outputs), tuple(v is None for v in node.inputs), attributes)
+        return self._signatures.setdefault(key, len(self._signatures))
+
+    def _intern(self, fact: Fact) -> Fact:
+        """The first fact that says the same, so that equal facts are one object."""
+        content = None if fact.value is None else (fact.value.dtype.str, fact.value.tobytes())
+        return self._interned.setdefault((fact.dtype, fact.shape, content, fact.zero), fact)
+
+    def _infer_once(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
+        """The outputs' facts. What many layers do alike is inferred once: only NonZero gives other sizes each time."""
+        if node.op_type == "NonZero" and not node.domain:
+            assert inputs[0] is not None
+            return [self._intern(Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh))))]
+        key = (self._numbers[node], *map(id, inputs))
+        if key not in self._inferred:
+            self._inferred[key] = [self._intern(fact) for fact in self._infer(node, inputs)]
+        return self._inferred[key]
 
     def _infer(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
         evaluated = self._evaluate(node, inputs)
         if evaluated is not None:
             return evaluated
-        if node.op_type == "NonZero":
-            assert inputs[0] is not None
-            return [Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh)))]
         rule = self._shape_rules.get((node.domain, node.op_type))
         if rule is not None:
             pairs = rule(node, inputs)
@@ -171,6 +192,15 @@ class Interpreter:
         except onnx.shape_inference.InferenceError as error:
             raise ShapeError(_contradiction(node, inputs, str(error))) from error
         return [_from_type(outputs.get(name), node, inputs) for name in proto.output]
+
+
+def attribute_key(attribute: ir.Attr) -> object:
+    """What an attribute says, to compare it; a tensor is compared by its elements."""
+    if attribute.type is ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
+    value = attribute.value
+    return str(attribute.type), tuple(value) if isinstance(value, list) else value
 
 
 def _constant_fact(value: ir.Value) -> Fact:

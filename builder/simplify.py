@@ -6,6 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from furiosa_llm.builder.analysis import analyse
+from furiosa_llm.builder.dead_code import remove_unused
 from furiosa_llm.builder.probe import Probes
 from furiosa_llm.builder.size_folding import fold_sizes
 
@@ -17,7 +18,7 @@ def simplify(model: ir.Model, probes: Probes) -> bool:
     fold_sizes(model, analysis, probes.kinds, probes.all_facts)
     _merge_single_elements(model.graph)
     passes.CommonSubexpressionEliminationPass()(model)
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     return list(model.graph) != before
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes import common as passes
 
 from furiosa_llm.builder.analysis import Analysis
+from furiosa_llm.builder.dead_code import remove_unused
 from furiosa_llm.builder.factors import Factor, Kind
 from furiosa_llm.builder.shapes import Facts, attributes_of
 from furiosa_llm.builder.values import EVALUATORS
@@ -112,7 +112,7 @@ def fold_sizes(
     before = len(model.graph)
     folder = _Folder(model, analysis, kinds, probes)
     folder.run()
-    passes.RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     return before - len(model.graph)
 
 
@@ -175,6 +175,8 @@ class _Folder:
             return Polynomial.of({(self._names[root],): 1})
         if root.kind is Kind.LEAF:
             return None
+        if root.kind is Kind.PREFIX:
+            return Polynomial.constant(root.size)  # of a block-quantised weight, and those never change
         kids = [self._polynomial(kid) or self._static(kid) for kid in root.kids]
         total = kids[0]
         for kid in kids[1:]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis, NodeInfo
-from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.factors import Factor, leaves_in_prefixes
 from furiosa_llm.builder.outcome import Assignment, InfeasibleError, Outcome
 from furiosa_llm.builder.rules import WEIGHT_MOVERS
 from furiosa_llm.builder.states import States
@@ -53,6 +53,7 @@ class Sweeper:
             mesh=mesh,
             states=states,
             leaves=leaves,
+            in_prefixes=leaves_in_prefixes(factor for dims in analysis.dims.values() for factor in dims),
             active=_find_active(analysis, {value for value, dims in leaves.items() if dims}),
             consumers=_count_consumers(analysis),
         )
@@ -78,7 +79,8 @@ class Sweeper:
                 raise InfeasibleError(f"factor of {leaf.size} is used whole inside an op")
             if leaf.size <= 1 and axes:
                 raise InfeasibleError("a factor of 1 would be split")  # equal ones are not tied to each other
-            if leaf in self._dynamic_leaves and leaf.size % self._ground.mesh.parts(axes):
+            uneven = leaf.size % self._ground.mesh.parts(axes) or leaf in self._ground.in_prefixes
+            if leaf in self._dynamic_leaves and uneven and axes:
                 raise InfeasibleError(f"factor of {leaf.size} would be padded inside a dynamic dimension")
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.factors import Factor, Kind, segments_of, to_dim
 from furiosa_llm.builder.outcome import Assignment, Axes, Collective, InfeasibleError, Outcome, Step
-from furiosa_llm.builder.padding import Content, Contents, output_content
+from furiosa_llm.builder.padding import Content, Contents, content_at, have_common_leaves, output_content, padded_places
 from furiosa_llm.builder.states import States
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, simplify
 
@@ -27,6 +27,8 @@ class Ground:
     states: States
     leaves: Mapping[ir.Value, tuple[tuple[int, tuple[Factor, ...]], ...]]
     """For every value its dimensions that have leaves which may be split, with those leaves."""
+    in_prefixes: frozenset[Factor]
+    """The leaves that are below some prefix: splitting them makes padding, however evenly."""
     active: Sequence[NodeInfo]
     """The nodes that a split leaf or a partial sum can reach."""
     consumers: Mapping[ir.Value, int]
@@ -40,7 +42,8 @@ class SweepPass:
         self._ground = ground
         self._analysis = ground.analysis
         self._axes = {leaf: axes for leaf, axes in assignment.items() if axes}
-        self._padded = {leaf for leaf, axes in self._axes.items() if leaf.size % ground.mesh.parts(axes)}
+        self._uneven = {leaf for leaf, axes in self._axes.items() if leaf.size % ground.mesh.parts(axes)}
+        self._pads = bool(self._uneven) or not ground.in_prefixes.isdisjoint(self._axes)
         self._deferred = deferred
         self._partial: dict[ir.Value, Axes] = {}
         self._contents: dict[ir.Value, Contents] = {}
@@ -53,7 +56,7 @@ class SweepPass:
         """Sweep the graph; InfeasibleError if the assignment cannot be realised."""
         for value in self._analysis.graph.inputs:
             self._check_interface(value)
-            self._contents[value] = dict.fromkeys(self._padded_leaves(value), Content.FINITE)
+            self._contents[value] = dict.fromkeys(self._places(value), Content.FINITE)
         for info in self._ground.active:
             step = self._visit(info)
             if step is not None:
@@ -102,8 +105,8 @@ class SweepPass:
             if step.partial:
                 self._partial[value] = step.partial
             step.slices += [(port, d) for d, _ in self._split(value) if (port, d) in info.full_outputs]
-        if self._padded:
-            self._follow_padding(info, step, split)
+        if self._pads:
+            self._follow_padding(info, step)
         outputs_split = any(self._split(v) for v in node.outputs)
         return step if split or outputs_split or step.partial or step.reduce else None
 
@@ -210,55 +213,54 @@ class SweepPass:
 
     # -- padding -------------------------------------------------------------------------------------------------
 
-    def _padded_leaves(self, value: ir.Value) -> set[Factor]:
-        return {leaf for _, split in self._split(value) for leaf in split if leaf in self._padded}
+    def _places(self, value: ir.Value, whole: Collection[int] = ()) -> dict[Factor, list[int]]:
+        """Where a value of which the dimensions `whole` have been gathered is padded, with the dimensions."""
+        found: dict[Factor, list[int]] = {}
+        for d, _ in self._split(value) if self._pads else ():
+            if d not in whole:
+                for place in padded_places(self._analysis.dims[value][d], self._axes, self._uneven):
+                    found.setdefault(place, []).append(d)
+        return found
 
-    def _follow_padding(self, info: NodeInfo, step: Step, split: Mapping[int, Split]) -> None:
+    def _follow_padding(self, info: NodeInfo, step: Step) -> None:
         """Make sure that padding does no harm at this node, and find out what its outputs' padding holds."""
         inputs = {p: self._content(v, step.gather.get(p, ())) for p, v in enumerate(info.node.inputs) if v is not None}
         for factor in info.reduced:
-            for leaf in self._padded.intersection(factor.leaves()):
-                self._contract_padding(info, step, inputs, split, leaf)
+            for place in padded_places(factor, self._axes, self._uneven):
+                self._contract_padding(info, step, inputs, place)
         positions = inputs.get(info.rule.indices, {}) if info.rule.indices is not None else {}
         divisor = inputs.get(info.rule.divisor, {}) if info.rule.divisor is not None else {}
         integers = self._analysis.facts[info.node.outputs[0]].dtype.is_integer()
         if any(content is not Content.ZERO for content in positions.values()) or (divisor and integers):
             raise InfeasibleError(f"{info.node.op_type} would look up or divide by padding")
-        cut = {
-            port: {leaf for d, f in self._split(v) if (port, d) in step.slices for leaf in f}
-            for port, v in enumerate(info.node.outputs)
-        }
         for port, value in enumerate(info.node.outputs):
+            zero, cut = self._analysis.facts[value].zero, {d for p, d in step.slices if p == port}
             self._contents[value] = {
-                leaf: Content.FINITE
-                if leaf in cut[port]
-                else output_content(info, inputs, leaf, zero=self._analysis.facts[value].zero)
-                for leaf in self._padded_leaves(value)
+                place: Content.FINITE if not cut.isdisjoint(dims) else output_content(info, inputs, place, zero=zero)
+                for place, dims in self._places(value).items()
             }
 
     def _content(self, value: ir.Value, whole: Collection[int]) -> Contents:
         """What padding holds in an input of which the dimensions `whole` have been gathered, and have none."""
-        padded = {leaf for d, split in self._split(value) if d not in whole for leaf in split if leaf in self._padded}
         if value.is_initializer():
-            return dict.fromkeys(padded, Content.ZERO)
-        return {leaf: self._contents[value][leaf] for leaf in padded}
+            return dict.fromkeys(self._places(value, whole), Content.ZERO)
+        known = self._contents.get(value, {})
+        return {place: known[place] for place in self._places(value, whole)} if whole else known
 
-    def _contract_padding(
-        self,
-        info: NodeInfo,
-        step: Step,
-        inputs: Mapping[int, Contents],
-        split: Mapping[int, Split],
-        leaf: Factor,
-    ) -> None:
-        found = {port: contents[leaf] for port, contents in inputs.items() if leaf in contents}
+    def _contract_padding(self, info: NodeInfo, step: Step, inputs: Mapping[int, Contents], place: Factor) -> None:
+        found = {port: content_at(contents, place) for port, contents in inputs.items()}
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
         if all(content is not Content.ZERO or port in info.rule.offset for port, content in found.items()):
-            raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
+            # The last block of a weight holds what the exporter left there: the operand that ends before it is cleared.
+            ending = [port for port, contents in inputs.items() if place in contents and place.kind is Kind.PREFIX]
+            if not ending or info.rule.offset:
+                raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
+            found[ending[0]] = Content.ANY
         for port, content in found.items():
             if content is Content.ANY:
-                dims = [d for d, leaves in split[port] if leaf in leaves]
+                places = self._places(_present(info.node.inputs[port]), step.gather.get(port, ()))
+                dims = {d for other, at in places.items() if have_common_leaves(other, place) for d in at}
                 step.clear[port] = sorted({*step.clear.get(port, ()), *dims})
 
     # -- feasibility ---------------------------------------------------------------------------------------------

@@ -14,3 +14,9 @@ collect_ignore = ["wheel"]
 def zoo() -> Path:
     """The folder of small exported models, one folder each."""
     return ROOT / "fixtures" / "zoo"
+
+
+@pytest.fixture(scope="session")
+def graphs() -> Path:
+    """The folder of full-size graphs without weights, one folder each."""
+    return ROOT / "fixtures" / "graphs"

@@ -29,13 +29,18 @@ COUNTS: dict[str, tuple[int, int]] = {
     "tiny-llama-dynamo-tf5": (2 * L + 1, 1),
     "tiny-llama-genai-fp16-cuda": (2 * L + 1, 1),
     "tiny-llama-genai-fp32": (2 * L + 1, 1),
+    "tiny-llama-genai-int4": (2 * L + 1, 1),
+    "tiny-llama-genai-int4-qdq": (2 * L + 1, 1),
+    "tiny-llama-genai-int8": (2 * L + 1, 1),
     "tiny-llama-mha-tied-optimum": (2 * L + 1, 1),
     "tiny-llama-optimum": (2 * L + 1, 1),
+    "tiny-llama-tied-genai-int4-shared": (2 * L + 1, 1),
     "tiny-mistral-dynamo-tf5": (2 * L + 1, 1),
     "tiny-mixtral-dynamo-tf5": (2 * L + 1, 1),
     "tiny-neox-optimum": (L + 1, 1),
     "tiny-phi3-optimum": (2 * L + 1, 1),
     "tiny-qwen2-14-2-optimum": (2 * L + 1, 1),
+    "tiny-qwen2-genai-int4": (2 * L + 1, 1),
     "tiny-qwen2-optimum": (2 * L + 1, 1),
     "tiny-qwen3-optimum": (2 * L + 1, 1),
     "tiny-qwen3moe-optimum": (2 * L + 1, 1),
@@ -46,15 +51,6 @@ COUNTS: dict[str, tuple[int, int]] = {
 }
 """Model -> AllReduce and AllGather per forward pass, the same for 4 and 8 PEs."""
 
-WITHOUT_COUNTS = (
-    "tiny-llama-genai-int4",
-    "tiny-llama-genai-int4-qdq",
-    "tiny-llama-genai-int8",
-    "tiny-llama-tied-genai-int4-shared",
-    "tiny-qwen2-genai-int4",
-)
-"""Block-quantised models whose feed-forward width 176 is no multiple of the block of 32: padding blocks is issue 3."""
-
 SIZES = {"encoder": 6}
 
 
@@ -63,12 +59,11 @@ def _model(zoo: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [4, 8])
-@pytest.mark.parametrize("name", [*COUNTS, *WITHOUT_COUNTS])
+@pytest.mark.parametrize("name", COUNTS)
 def test_split_model_equals_the_whole(name: str, tensor_parallel_size: int, zoo: Path, tmp_path: Path) -> None:
     model = _model(zoo, name)
     report = ArtifactBuilder(model, tensor_parallel_size=tensor_parallel_size).build(tmp_path / "artifact")
-    if name in COUNTS:
-        assert (report.collectives.get("AllReduce", 0), report.collectives.get("AllGather", 0)) == COUNTS[name]
+    assert (report.collectives.get("AllReduce", 0), report.collectives.get("AllGather", 0)) == COUNTS[name]
     assert report.weight_nbytes < report.model_nbytes
     found = verify_against(tmp_path / "artifact", model, sizes=SIZES, max_tokens=4)
     cases = {error.case for error in found.outputs}
@@ -88,5 +83,5 @@ def _input_names(model: Path) -> list[str]:
 
 
 def test_every_model_of_the_zoo_is_tested(zoo: Path) -> None:
-    tested = {name.split("/")[0] for name in (*COUNTS, *WITHOUT_COUNTS)}
+    tested = {name.split("/")[0] for name in COUNTS}
     assert {folder.name for folder in zoo.iterdir() if folder.is_dir()} == tested

@@ -22,7 +22,10 @@ from furiosa_llm.builder.shapes import Fact, attributes_of
 
 @rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(view: NodeView) -> Rule:
-    """`n` output columns; the contraction is (blocks, block), and neither a block nor a byte is ever cut."""
+    """`n` output columns; the contraction is (bytes, blocks, block), and neither a block nor a byte is ever cut.
+
+    A byte is one of zero points, which belong to as many blocks as share it.
+    """
     bits, block = int(view.attribute("bits", 4)), int(view.attribute("block_size"))
     size, columns = int(view.attribute("K")), int(view.attribute("N"))
     if view.has(4):
@@ -30,31 +33,29 @@ def matmul_nbits(view: NodeView) -> Rule:
     blocks = -(-size // block)
     packed = view.has(3) and view.fact(3).dtype is ir.DataType.UINT8 and bits < 8
     per_byte = 8 // bits if packed else 1
+    bytes_ = -(-blocks // per_byte)
+    # The last block, or a row's last byte of zero points, may be filled in part; splits are between whole ones.
+    even = size == bytes_ * per_byte * block
+    contraction, contracted = ("(k u w)", "k u") if even else ("x<k u w>", "x")
+    groups, group = ("(k u)", "k u") if blocks == bytes_ * per_byte else ("g<k u>", "g")
     rows = words(view.rank(0) - 1)
-    if size % block or blocks % per_byte:  # the last block, or the last byte of a row, is used in part
-        contraction, groups, points, clause = "*", "r", "t", "pin r t" if packed else "pin r"
-        sizes = {"r": blocks, "t": -(-blocks // per_byte)}
-    else:
-        contraction, groups, points, clause = "(k u w)", "k u", "k", "reduce k u; pin u w"
-        sizes = {"k": blocks // per_byte, "u": per_byte, "w": block}
-    if not packed:
-        points = groups
-    operands: list[list[str] | None] = [[*rows, contraction], ["n", f"({groups})", "*"], _per_group(view, 2, groups)]
-    operands.append(_per_group(view, 3, points) if view.has(3) else None)
+    scales = ["n", groups] if view.rank(2) == 2 else [f"(n {group})"]
+    operands: list[list[str] | None] = [[*rows, contraction], ["n", groups, "*"], scales]
+    operands.append(_zero_points(view, "k" if packed else group) if view.has(3) else None)
     operands += [None, ["n"] if view.has(5) else None]
     return Rule(
-        text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell([*rows, 'n'])}; {clause}",
-        sizes={"n": columns, **sizes},
+        text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell([*rows, 'n'])}; reduce {contracted}; pin u w",
+        sizes={"n": columns, "k": bytes_, "u": per_byte, "w": block},
         masked=(5,) if view.has(5) else (),
-        attributes={"N": "n"} if contraction == "*" else {"N": "n", "K": "k u w"},
+        attributes={"N": "n", "K": "k u w" if even else "x"},
         padding="product",
         padding_ports=(0, 2),
     )
 
 
-def _per_group(view: NodeView, port: int, groups: str) -> list[str]:
-    """Scales or zero points: `[n, groups]`, or flat."""
-    return ["n", f"({groups})"] if view.rank(port) == 2 else [f"(n {groups})"]
+def _zero_points(view: NodeView, symbols: str) -> list[str]:
+    """A row for each output column, or all rows one after the other."""
+    return ["n", f"({symbols})"] if view.rank(3) == 2 else [f"(n {symbols})"]
 
 
 @shape_rule("MatMulNBits")
@@ -88,10 +89,10 @@ def _dequantize(view: NodeView) -> Rule:
     axis = int(view.attribute("axis", 1)) % len(data) if data else 0
     if not block:
         scale = [] if view.rank(1) == 0 else ["1"] if view.shape(1) == (1,) else [data[axis]]
-    elif view.shape(0)[axis] % block:
+    elif view.shape(0)[axis] % block and view.is_dynamic(0, axis):
         data[axis] = out[axis] = scale[axis] = "*"
     else:
-        data[axis] = out[axis] = "(q w)"
+        data[axis] = out[axis] = "x<q w>" if view.shape(0)[axis] % block else "(q w)"
         scale[axis] = "q"
         clause, sizes = "; pin w", {"q": view.shape(1)[axis], "w": block}
     text = f"{spell(data, *[scale] * (len(view.node.inputs) - 1))} -> {spell(out)}{clause}"

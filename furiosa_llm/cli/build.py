@@ -17,9 +17,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from furiosa_llm.builder import ArtifactBuilder, BuildReport
-from furiosa_llm.builder.artifact_builder import check_tensor_parallel_size
-from furiosa_llm.cli.units import nbytes
+from furiosa_llm.builder import ArtifactBuilder, BuildReport, read_tactics
+from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size
+from furiosa_llm.builder.units import nbytes
+from furiosa_llm.cli.options import Sizes
 
 _STAGES = {
     "load": "reading the graph",
@@ -28,18 +29,6 @@ _STAGES = {
     "lower": "writing the program",
 }
 _SHOWN_REPLICATED = 3
-
-
-class _Sizes(click.ParamType[tuple[str, int]]):
-    """`NAME=SIZE`, a positive integer."""
-
-    name = "NAME=SIZE"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
-        key, _, size = str(value).rpartition("=")
-        if not key or not size.isdecimal() or int(size) < 1:
-            self.fail(f"{value!r} is not NAME=SIZE with a positive size, for instance height=224", param, ctx)
-        return key, int(size)
 
 
 @click.command()
@@ -60,11 +49,12 @@ class _Sizes(click.ParamType[tuple[str, int]]):
     "--max-seq-len-to-capture", type=int, help="Longest sequence to serve, in tokens.  [default: the model's]"
 )
 @click.option(
-    "--dim", "dims", type=_Sizes(), multiple=True, help="Size of a dynamic input dimension that the model leaves open."
+    "--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension that the model leaves open."
 )
 @click.option(
     "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
 )
+@click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
 @click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 def build(
@@ -75,6 +65,7 @@ def build(
     max_seq_len_to_capture: int | None,
     dims: tuple[tuple[str, int], ...],
     max_padding: float,
+    tactics: Path | None,
     experimental_tp: bool,
     force: bool,
 ) -> None:
@@ -90,6 +81,7 @@ def build(
         max_seq_len_to_capture=max_seq_len_to_capture,
         dims=dict(dims),
         max_padding=max_padding,
+        tactics=None if tactics is None else read_tactics(tactics),
         experimental_tp=experimental_tp,
     )
     destination = output or default_output(model, tensor_parallel_size)

@@ -9,6 +9,7 @@ import click
 from furiosa_llm import FuriosaLLMError, __version__
 from furiosa_llm.cli.build import build
 from furiosa_llm.cli.generate import generate
+from furiosa_llm.cli.plan import plan
 from furiosa_llm.cli.run import run
 from furiosa_llm.cli.verify import verify
 
@@ -21,7 +22,7 @@ def cli() -> None:
     """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
 
 
-for command in (build, generate, run, verify):
+for command in (build, generate, plan, run, verify):
     cli.add_command(command)
 
 

@@ -2,10 +2,12 @@
 
 A dimension is a tree. A `Leaf` is a run of indices that may be split over mesh axes; a `Prod` is an outer product of
 dimensions (row-major: the first part is the slowest); a `Cat` is a concatenation. Query heads packed with keys and
-values, for instance, are `Cat((Prod((kv, g, d)), Prod((kv, d)), Prod((kv, d))))`.
+values, for instance, are `Cat((Prod((kv, g, d)), Prod((kv, d)), Prod((kv, d))))`. A `Prefix` is the first indices of a
+longer dimension: 176 columns in blocks of 32, of which the sixth is half full, are `Prefix(176, Prod((6, 32)))`.
 
 All ranks have equal local sizes. A leaf of `size` n split in `parts` pieces has ceil(n / parts) local indices on every
-rank, and the indices beyond n are padding: they appear as -1 in an index map, and hold zeros in a stored weight.
+rank, and the indices beyond n are padding: they appear as -1 in an index map, and hold zeros in a stored weight. So are
+the indices beyond a prefix, where it is split; where it is whole, there are none.
 """
 
 from __future__ import annotations
@@ -89,7 +91,26 @@ class Cat:
     parts: tuple[Dim, ...]
 
 
-Dim = Leaf | Prod | Cat
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The first `size` indices of `part`, which is longer: those that whole blocks have beyond are padding."""
+
+    size: int
+    part: Dim
+
+
+Dim = Leaf | Prod | Cat | Prefix
+
+
+def parts_of(dim: Dim) -> tuple[Dim, ...]:
+    """What `dim` is made of; a leaf of nothing."""
+    match dim:
+        case Leaf():
+            return ()
+        case Prefix():
+            return (dim.part,)
+        case _:
+            return dim.parts
 
 
 def leaves(dim: Dim) -> Iterator[Leaf]:
@@ -97,7 +118,7 @@ def leaves(dim: Dim) -> Iterator[Leaf]:
     if isinstance(dim, Leaf):
         yield dim
     else:
-        for part in dim.parts:
+        for part in parts_of(dim):
             yield from leaves(part)
 
 
@@ -108,7 +129,7 @@ def axes_of(dim: Dim) -> tuple[int, ...]:
 
 def global_size(dim: Dim) -> int:
     """The number of indices of the whole dimension, padding left out."""
-    if isinstance(dim, Leaf):
+    if isinstance(dim, Leaf | Prefix):
         return dim.size
     sizes = [global_size(part) for part in dim.parts]
     return math.prod(sizes) if isinstance(dim, Prod) else sum(sizes)
@@ -118,6 +139,8 @@ def local_size(dim: Dim, mesh: Mesh) -> int:
     """The number of indices that each rank holds, padding included."""
     if isinstance(dim, Leaf):
         return -(-dim.size // mesh.parts(dim.axes))
+    if isinstance(dim, Prefix):
+        return local_size(dim.part, mesh) if axes_of(dim) else dim.size
     sizes = [local_size(part, mesh) for part in dim.parts]
     return math.prod(sizes) if isinstance(dim, Prod) else sum(sizes)
 
@@ -127,6 +150,9 @@ def index_map(dim: Dim, mesh: Mesh, rank: int) -> IndexMap:
     if isinstance(dim, Leaf):
         count = local_size(dim, mesh)
         indices = np.arange(count, dtype=np.int64) + mesh.position(rank, dim.axes) * count
+        return np.where(indices < dim.size, indices, -1)
+    if isinstance(dim, Prefix):
+        indices = index_map(dim.part, mesh, rank) if axes_of(dim) else np.arange(dim.size, dtype=np.int64)
         return np.where(indices < dim.size, indices, -1)
     maps = [index_map(part, mesh, rank) for part in dim.parts]
     sizes = [global_size(part) for part in dim.parts]
@@ -146,10 +172,12 @@ def simplify(dim: Dim) -> Dim:
         return Leaf(global_size(dim))
     if isinstance(dim, Leaf):
         return dim
+    if isinstance(dim, Prefix):
+        return Prefix(dim.size, simplify(dim.part))
     parts: list[Dim] = []
     for part in map(simplify, dim.parts):
         previous = parts[-1] if parts else None
-        if not isinstance(part, Leaf) and type(part) is type(dim):
+        if isinstance(part, Prod | Cat) and type(part) is type(dim):
             parts.extend(part.parts)
         elif isinstance(dim, Prod) and part == Leaf(1):
             continue
@@ -162,9 +190,11 @@ def simplify(dim: Dim) -> Dim:
 
 
 def to_json(dim: Dim) -> Any:
-    """`dim` as the manifest writes it: an int, `{"size", "axes"}`, `{"prod"}` or `{"cat"}`."""
+    """`dim` as the manifest writes it: an int, `{"size", "axes"}`, `{"prod"}`, `{"cat"}` or `{"prefix", "of"}`."""
     if isinstance(dim, Leaf):
         return {"size": dim.size, "axes": list(dim.axes)} if dim.axes else dim.size
+    if isinstance(dim, Prefix):
+        return {"prefix": dim.size, "of": to_json(dim.part)}
     return {"prod" if isinstance(dim, Prod) else "cat": [to_json(part) for part in dim.parts]}
 
 
@@ -176,12 +206,14 @@ def from_json(value: Any, mesh: Mesh, *, depth: int = 0) -> Dim:
         return Leaf(_checked_size(value))
     if isinstance(value, Mapping) and value.keys() == {"size", "axes"}:
         return Leaf(_checked_size(value["size"]), _checked_axes(value["axes"], mesh))
+    if isinstance(value, Mapping) and value.keys() == {"prefix", "of"}:
+        return _checked_prefix(_checked_size(value["prefix"]), from_json(value["of"], mesh, depth=depth + 1))
     if isinstance(value, Mapping) and len(value) == 1:
         kind, parts = next(iter(value.items()))
         if kind in ("prod", "cat") and isinstance(parts, list) and parts:
             built = tuple(from_json(part, mesh, depth=depth + 1) for part in parts)
             return Prod(built) if kind == "prod" else Cat(built)
-    expected = "an integer, {size, axes}, {prod: [...]} or {cat: [...]}"
+    expected = "an integer, {size, axes}, {prod: [...]}, {cat: [...]} or {prefix, of}"
     raise LayoutError(f"a layout is {expected}; found {value!r:.120}")
 
 
@@ -197,3 +229,12 @@ def _checked_axes(axes: Any, mesh: Mesh) -> tuple[int, ...]:
     if not valid or len(set(axes)) != len(axes) or not axes:
         raise LayoutError(f"a layout's axes are distinct mesh axes below {len(mesh.shape)}; found {axes!r:.60}")
     return tuple(axes)
+
+
+def _checked_prefix(size: int, part: Dim) -> Prefix:
+    if not axes_of(part):
+        raise LayoutError(f"a layout's prefix is of a dimension that is split; found one of {to_json(part)!r:.120}")
+    whole = global_size(part)
+    if not size < whole < 2 * size:
+        raise LayoutError(f"a layout's prefix is more than half of its dimension, but not all; found {size} of {whole}")
+    return Prefix(size, part)

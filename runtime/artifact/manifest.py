@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from furiosa_llm.runtime.artifact.dimensions import Shape
-from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prod, to_json
+from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prefix, Prod, to_json
 
 FORMAT_NAME = "furiosa-llm-onnx"
 FORMAT_VERSION = 1
@@ -193,7 +193,7 @@ class Manifest:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Leaf | Prod | Cat):
+    if isinstance(value, Leaf | Prod | Cat | Prefix):
         return to_json(value)
     if is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}

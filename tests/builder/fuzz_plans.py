@@ -21,9 +21,9 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, R
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.groups import candidates, group_leaves
 from furiosa_llm.builder.interface import SizeSet
 from furiosa_llm.builder.outcome import InfeasibleError
-from furiosa_llm.builder.planner import candidates, group_leaves
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh
 from tests.builder.plans import Assignment, Prepared, prepare, random_assignment
@@ -91,7 +91,7 @@ def _groups(prepared: Prepared, rng: random.Random) -> tuple[list[Factor], Seque
     any_leaf = kind == "leaves"
     leaves = prepared.static_leaves() if any_leaf else candidates(prepared.analysis, prepared.states)
     if kind == "groups":
-        return leaves, [group.leaves for group in group_leaves(prepared.analysis, leaves)]
+        return leaves, [group.leaves for group in group_leaves(prepared.analysis, prepared.states, leaves)]
     return leaves, [(leaf,) for leaf in leaves]
 
 

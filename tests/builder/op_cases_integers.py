@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +28,25 @@ def quantized() -> Iterator[OpCase]:
     yield product("zero points and bias", text, "q, s, z, , b", 64, q=q, s=s, z=codes(6, 2), b=(6,))
     text = f"a b (k u w), n (k u) *, n (k u), n (k u) -> a b n; {clause}"
     yield product("eight bits", text, "q, s, z", 64, 8, q=codes(6, 4, 16), s=s, z=codes(6, 4))
-    yield product("short block", "a b *, n (r) *, n (r) -> a b n; pin r", "q, s", 56, q=q, s=s)
-    text = "a b *, n (r) *, (n r), n (t) -> a b n; pin r t"
+    clause = "reduce x; pin u w"
+    text = f"a b x<k u w>, n (k u) *, n (k u) -> a b n; {clause}"
+    yield product("short block", text, "q, s", 56, q=q, s=s)
+    text = f"a b x<k u w>, n (k u) *, (n k u), (n k) -> a b n; {clause}"
+    yield product("short block flat", text, "q, s, z", 60, q=q, s=s.reshape(-1), z=codes(12))
+    text = f"a b x<k u w>, n g<k u> *, (n g), n (k) -> a b n; {clause}"
     flat = s[:, :3].reshape(-1)
     yield product("half a byte", text, "q, s, z", 48, q=codes(6, 3, 8), s=flat, z=codes(6, 2))
+    text = f"a b x<k u w>, n g<k u> *, n g<k u>, n (k), _, n -> a b n; {clause}"
+    weights: dict[str, Any] = {"q": codes(6, 5, 8), "s": positive(6, 5), "z": codes(6, 3), "b": (6,)}
+    yield product("short block and half a byte", text, "q, s, z, , b", 70, **weights)
+    text = f"a b x<k u w>, n (k u) *, n (k u), n (k u) -> a b n; {clause}"
+    weights = {"q": codes(6, 3, 16), "s": positive(6, 3), "z": codes(6, 3)}
+    yield product("short block of eight bits", text, "q, s, z", 40, 8, **weights)
+    text = f"a b x<k u w>, n (k u) *, n (k u) -> a b n; {clause}"
+    yield product("less than a block", text, "q, s", 12, q=codes(6, 1, 8), s=positive(6, 1))
+    text = f"a b x<k u w>, n g<k u> *, n g<k u>, n (k) -> a b n; {clause}"
+    weights = {"q": codes(6, 2, 4), "s": positive(6, 2), "z": codes(6, 1)}
+    yield product("half of the only byte", text, "q, s, z", 32, 2, **weights)
 
     x, y, product_ = "float[6, 10] past_x", "float[6, 10] present_y", "present_y = Mul(past_x, w)"
     signed = codes(6, 10).view(np.int8)
@@ -43,14 +59,21 @@ def quantized() -> Iterator[OpCase]:
     nodes = "w = DequantizeLinear<axis=1, block_size=2>(q, s, z) t = Transpose(w) y = MatMul(past_x, t)"
     weights = {"q": signed, "s": positive(6, 5), "z": signed[:, :5].copy()}
     yield case("DequantizeLinear", text, x, "float[6, 6] y", nodes, "by block", **weights)
-    nodes = "w = DequantizeLinear<axis=1, block_size=4>(q, s) t = Transpose(w) y = MatMul(past_x, t)"
-    yield case(
-        "DequantizeLinear", "a *, a * -> a *", x, "float[6, 6] y", nodes, "short block", q=signed, s=positive(6, 3)
-    )
+    text = "a x<q w>, a q, a q -> a x<q w>; pin w"
+    nodes = nodes.replace("block_size=2", "block_size=4")
+    weights = {"q": signed, "s": positive(6, 3), "z": signed[:, :3].copy()}
+    yield case("DequantizeLinear", text, x, "float[6, 6] y", nodes, "short block", **weights)
+    text, nodes = text.replace(", a q, a q", ", a q"), nodes.replace(", z)", ")")
+    del weights["z"]
+    yield case("DequantizeLinear", text, x, "float[6, 6] y", nodes, "short block around zero", **weights)
     text = "v *, ia ib, v * -> ia ib *; lookup v"
     nodes = "y = com.microsoft.GatherBlockQuantized<block_size=16, bits=4>(q, index, s)"
     x, y = "int64[2, 3] index", "float[2, 3, 32] y"
     yield case("com.microsoft.GatherBlockQuantized", text, x, y, nodes, q=codes(10, 16), s=positive(10, 2))
+    y = y.replace("32", "24")
+    yield case(
+        "com.microsoft.GatherBlockQuantized", text, x, y, nodes, "short block", q=codes(10, 12), s=positive(10, 2)
+    )
 
 
 def integer_products() -> Iterator[OpCase]:

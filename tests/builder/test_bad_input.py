@@ -26,7 +26,7 @@ from furiosa_llm.builder import (
     UnsupportedModelError,
     writer,
 )
-from furiosa_llm.builder.artifact_builder import check_tensor_parallel_size
+from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size
 from tests.builder.graphs import model
 
 IDS, LOGITS = "int64[batch, sequence] input_ids", "float[batch, sequence, 32] logits"

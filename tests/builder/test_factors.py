@@ -16,6 +16,8 @@ from furiosa_llm.builder.factors import (
     FactorConflictError,
     Kind,
     concatenation,
+    leaves_in_prefixes,
+    prefix,
     product,
     segment,
     segments_of,
@@ -48,13 +50,17 @@ def divisors(size: int) -> list[int]:
 @st.composite
 def views(draw: st.DrawFn, size: int, depth: int = 2) -> Factor:
     """A random way to write `size` indices as a tree."""
-    kind = draw(st.sampled_from(["leaf", "product", "concatenation"])) if depth and size > 1 else "leaf"
+    kinds = ["leaf", "product", "concatenation", "prefix"]
+    kind = draw(st.sampled_from(kinds)) if depth and size > 1 else "leaf"
     if kind == "product" and divisors(size):
         first = draw(st.sampled_from(divisors(size)))
         return product([draw(views(first, depth - 1)), draw(views(size // first, depth - 1))])
     if kind == "concatenation":
         first = draw(st.integers(1, size - 1))
         return concatenation([draw(views(first, depth - 1)), draw(views(size - first, depth - 1))])
+    if kind == "prefix":
+        block = draw(st.integers(2, size))
+        return prefix(size, [draw(views(-(-size // block), depth - 1)), draw(views(block, depth - 1))])
     return Factor(size)
 
 
@@ -123,7 +129,7 @@ def test_a_segment_is_that_run_of_indices(data: st.DataObject) -> None:
         return
     assert cut.find().size == stop - start
     split = data.draw(st.sampled_from(before)) if before else Factor(1)
-    axes = dict.fromkeys(split.leaves(), (0,))
+    axes = {leaf: (0,) for leaf in split.leaves() if leaf.size > 1}  # those of 1 are not tied to each other
     whole, part = (index_map(to_dim(f, axes), MESH, 4) for f in (factor, cut))
     np.testing.assert_array_equal(whole[(whole >= start) & (whole < stop)] - start, part[part >= 0])
 
@@ -190,3 +196,35 @@ def test_segments_of_a_product_of_a_concatenation() -> None:
     sizes = [part.find().size for part in segments_of(product([concatenation([a, b]), c]))]
     assert sizes == [6, 12]
     assert math.prod(leaf.size for leaf in c.leaves()) == 3
+
+
+def test_blocks_of_two_sizes_are_one_factor() -> None:
+    """176 in 6 blocks of 32 and in 2 of 128: the six are the first of two times four."""
+    columns, blocks, larger = Factor(176), Factor(6), Factor(2)
+    unify([columns], [prefix(176, [blocks, Factor(32)])])
+    unify([columns], [prefix(176, [larger, Factor(128)])])
+    assert repr(columns) == "(176 of ((6 of (2x4))x32))"
+    axes = {larger.find(): (0,)}
+    assert local_size(to_dim(columns, axes), Mesh((2,))) == 128
+    assert index_map(to_dim(blocks, axes), Mesh((2,)), 1).tolist() == [4, 5, -1, -1]
+
+
+def test_blocks_of_several_heads_are_a_prefix_of_heads() -> None:
+    """9 heads of 64 in blocks of 128: the heads are split in pairs."""
+    columns, pairs, heads = Factor(576), Factor(5), Factor(9)
+    unify([columns], [prefix(576, [pairs, Factor(128)])])
+    unify([columns], [heads, Factor(64)])
+    assert repr(columns) == "((9 of (5x2))x64)"
+    assert leaves_in_prefixes([columns]) == set(heads.leaves())
+    indices = index_map(to_dim(heads, {pairs.find(): (0, 1)}), Mesh((2, 2)), 2)
+    np.testing.assert_array_equal(indices, [8, -1, -1, -1])
+
+
+def test_a_prefix_has_nothing_in_common_with_what_cuts_its_blocks() -> None:
+    for other in ([Factor(16), Factor(36)], [concatenation([Factor(192), Factor(384)])]):
+        with pytest.raises(FactorConflictError):
+            unify([prefix(576, [Factor(5), Factor(128)])], other)
+    with pytest.raises(FactorConflictError):
+        segment(prefix(576, [Factor(5), Factor(128)]), 0, 128)
+    with pytest.raises(FactorConflictError):
+        prefix(16, [Factor(1), Factor(32)])

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from furiosa_llm.builder.artifact_builder import mesh_of
 from furiosa_llm.builder.interface import SizeSet
-from furiosa_llm.builder.planner import Planner
+from furiosa_llm.builder.planning import Planning
+from furiosa_llm.builder.tensor_parallel import mesh_of
 from tests.builder.graphs import Array, model, random
 from tests.builder.op_case import codes, ints, number, positive
 from tests.builder.plans import prepare_proto
@@ -308,8 +308,8 @@ def test_the_planned_model_is_right_and_its_collectives_are_those_by_hand(name: 
     family = FAMILIES[name]
     proto = model(family.inputs, family.outputs, family.nodes, family.weights, opset=family.opset)
     prepared = prepare_proto(proto, simplified=True)
-    mesh, probes = mesh_of(tp), prepared.probes
-    plan = Planner(prepared.analysis, mesh, prepared.states, probes.decode, probes.longer).decide()
+    mesh = mesh_of(tp)
+    plan = Planning(prepared.analysis, prepared.states, prepared.probes).plan(mesh)
     kinds = [collective.kind for collective in plan.outcome.collectives]
     split = prepared.split(mesh, plan.assignment, plan.outcome)
     for sizes in family.sizes:

@@ -114,6 +114,25 @@ MUTATIONS = {
     "MatMulNBits keeps K": Mutation(
         "com.microsoft.MatMulNBits", "com.microsoft.MatMulNBits symmetric", {"attributes": {"N": "n"}}
     ),
+    "MatMulNBits with a short block is cut anywhere": Mutation(
+        "com.microsoft.MatMulNBits",
+        "com.microsoft.MatMulNBits short block",
+        text=("x<k u w>, n (k u) *, n (k u) -> a b n; reduce x; pin u w", "x, n k *, n k -> a b n; reduce x; pin k"),
+    ),
+    "MatMulNBits with a short block cuts it": Mutation(
+        "com.microsoft.MatMulNBits", "com.microsoft.MatMulNBits short block", text=("pin u w", "pin u")
+    ),
+    "MatMulNBits with a short block keeps K": Mutation(
+        "com.microsoft.MatMulNBits", "com.microsoft.MatMulNBits short block", {"attributes": {"N": "n"}}
+    ),
+    "half a byte of zero points is cut off": Mutation(
+        "com.microsoft.MatMulNBits", "com.microsoft.MatMulNBits half a byte", text=("pin u w", "pin w")
+    ),
+    "the short block of DequantizeLinear is cut": Mutation(
+        "DequantizeLinear",
+        "DequantizeLinear short block",
+        text=("x<q w>, a q, a q -> a x<q w>; pin w", "b, a *, a * -> a b"),
+    ),
     "Mul of two partial sums is one": Mutation("Mul", "Mul of two", {"linear": (0, 1), "bilinear": False}),
     "Add counts constants once on every rank": Mutation("Add", "Add a constant", {"linear": (), "bilinear": True}),
     "Einsum sums whole": Mutation("Einsum", "Einsum scores", text=("; reduce d", "")),

@@ -9,18 +9,21 @@ import numpy as np
 import pytest
 
 from furiosa_llm.builder import OptionError
-from furiosa_llm.builder.artifact_builder import ArtifactBuilder, mesh_of
+from furiosa_llm.builder.artifact_builder import ArtifactBuilder
 from furiosa_llm.builder.factors import to_dim
+from furiosa_llm.builder.groups import Group, candidates
 from furiosa_llm.builder.outcome import Collective
-from furiosa_llm.builder.planner import MAX_PADDING, Group, Plan, Planner, PricedStep, candidates
+from furiosa_llm.builder.planner import MAX_PADDING
+from furiosa_llm.builder.planning import Plan, Planning
+from furiosa_llm.builder.pricing import COLLECTIVE_CHARGE, PricedStep, Pricer, Subject, find_scales
+from furiosa_llm.builder.tensor_parallel import mesh_of
 from furiosa_llm.runtime.artifact.layout import local_size
 from tests.builder.graphs import model
 from tests.builder.plans import Prepared, prepare, prepare_proto
 
 
 def plan_of(prepared: Prepared, tp: int, max_padding: float = MAX_PADDING) -> Plan:
-    probes = prepared.probes
-    return Planner(prepared.analysis, mesh_of(tp), prepared.states, probes.decode, probes.longer, max_padding).decide()
+    return Planning(prepared.analysis, prepared.states, prepared.probes).plan(mesh_of(tp), max_padding)
 
 
 def zoo_plan(zoo: Path, name: str, tp: int, max_padding: float = MAX_PADDING) -> Plan:
@@ -81,7 +84,8 @@ def test_every_alternative_that_was_not_taken_has_its_reason(name: str, zoo: Pat
     plan = zoo_plan(zoo, name, 8)
     assert plan.refused
     for refused in plan.refused:
-        assert len(refused.axes) > len(plan.choices.get(refused.group, ()))
+        chosen = plan.choices.get(refused.group, ())
+        assert len(refused.axes) > len(chosen) or (chosen and refused.axes == ())
         assert refused.reason
         assert refused.group.description
 
@@ -168,3 +172,25 @@ def test_head_vectors_and_inputs_that_are_no_state_are_no_candidates() -> None:
     leaves = candidates(prepared.analysis, prepared.states)
     assert 512 not in {leaf.size for leaf in leaves}, "attention kernels want whole heads"
     assert 8 in {leaf.size for leaf in leaves}
+
+
+def test_scales_are_no_matrices_of_their_own(zoo: Path) -> None:
+    """A collective must save a share of the median matrix: the codes of gate and up, 176 x 2 x 16 bytes."""
+    prepared = prepare(zoo / "tiny-llama-genai-int4" / "model.onnx")
+    probes = prepared.probes
+    subject = Subject(analysis=prepared.analysis, states=prepared.states, decode=probes.decode, longer=probes.longer)
+    pricer = Pricer(subject, mesh_of(8), candidates(prepared.analysis, prepared.states))
+    assert pricer.charge == COLLECTIVE_CHARGE * 176 * 2 * 16
+    names = sorted(str(value.name) for value in find_scales(prepared.analysis) if "layers.0" in str(value.name))
+    assert len(names) == 5
+    assert all(name.endswith("scales") for name in names)
+
+
+@pytest.mark.parametrize("tp", [4, 8])
+def test_blocks_are_split_as_wholes(tp: int, zoo: Path) -> None:
+    """176 are 5.5 blocks of 32: 6 over 4 are two each, over 8 one each; a limit below 8/6 refuses that."""
+    plan = zoo_plan(zoo, "tiny-llama-genai-int4", tp)
+    assert [plan.mesh.parts(axes) for axes in axes_by_size(plan, 6)] == [tp]
+    limited = zoo_plan(zoo, "tiny-llama-genai-int4", tp, 1.3)
+    assert [limited.mesh.parts(axes) for axes in axes_by_size(limited, 6)] == [2]
+    assert any(f"6 over {tp} needs padding to 8 (1.33x, limit 1.3x)" in refused.reason for refused in limited.refused)

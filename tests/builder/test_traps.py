@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.groups import candidates
 from furiosa_llm.builder.outcome import InfeasibleError, Outcome
-from furiosa_llm.builder.planner import Planner, candidates, group_leaves
+from furiosa_llm.builder.planning import Planning
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from tests.builder.graphs import Weights, model
@@ -75,11 +76,9 @@ def test_matrices_used_twice_stay_tied() -> None:
 def test_equal_places_in_different_positions_are_different_groups(zoo: Path) -> None:
     """Trap 2: key heads and query groups of a packed projection have one size and the same consumers."""
     prepared = prepare(zoo / "tiny-llama-genai-fp32" / "model.onnx")
-    groups = group_leaves(prepared.analysis, candidates(prepared.analysis, prepared.states))
-    heads = [group for group in groups if group.size == 2]
+    plan = Planning(prepared.analysis, prepared.states, prepared.probes).plan(Mesh((2, 2)))
+    heads = [group for group in plan.groups if group.size == 2]
     assert len(heads) == 2
-    mesh = Mesh((2, 2))
-    plan = Planner(prepared.analysis, mesh, prepared.states, prepared.probes.decode, prepared.probes.longer).decide()
     assert {plan.choices[group] for group in heads} == {(0,), (1,)}
 
 
@@ -266,6 +265,63 @@ def test_padding_that_is_not_a_number_does_no_harm(how: str) -> None:
     prepared = prepare_proto(proto)
     assignment = {leaf(prepared, "s", 1): (0,)}
     assert [step.clear for step in sweep(prepared, assignment).steps.values() if step.clear] == [{0: [1]}]
+
+
+SHORT_BLOCK = "y = com.microsoft.MatMulNBits<K=24, N=6, bits=4, block_size=16>({}, q, s)"
+"""A block and a half: in the other half lies whatever the exporter left there."""
+
+
+def short_block(x: str, nodes: str, weights: Weights) -> onnx.ModelProto:
+    codes = np.random.default_rng(0).integers(0, 256, (6, 2, 8), dtype=np.uint8)
+    return model(f"float[5, {x}] past_x", "float[5, 6] y", nodes, {"q": codes, "s": (6, 2), **weights})
+
+
+def test_what_follows_a_short_block_is_cleared() -> None:
+    """The weights are no zeros there, so that the activations must be."""
+    prepared = prepare_proto(short_block("24", SHORT_BLOCK.format("past_x"), {}))
+    assignment = {leaf(prepared, "q", 1): (0,)}
+    assert [step.clear for step in sweep(prepared, assignment).steps.values()] == [{0: [1]}]
+    assert error_of(prepared, assignment) < TOLERANCE
+
+
+def test_zeros_after_a_short_block_are_followed_to_it() -> None:
+    """Columns of a weight that pad the last block give zeros, and so do activations that keep zeros."""
+    nodes = "h = MatMul(past_x, a) g = Sigmoid(h) m = Mul(g, h) " + SHORT_BLOCK.format("m")
+    prepared = prepare_proto(short_block("7", nodes, {"a": (7, 24)}))
+    assignment = {leaf(prepared, "q", 1): (0,)}
+    assert all(not step.clear for step in sweep(prepared, assignment).steps.values())
+    assert error_of(prepared, assignment) < TOLERANCE
+
+
+@pytest.mark.parametrize("packed", ["g, u = Split<axis=1, num_outputs=2>(h)", "r = Reshape(h, pairs) {}"])
+def test_short_blocks_reach_a_packed_gate(packed: str) -> None:
+    """Both halves of the packed product are split by the blocks of what multiplies them."""
+    apart = "g = Gather<axis=2>(r, zero) u = Gather<axis=2>(r, one)"
+    nodes = f"h = MatMul(past_x, a_w) {packed.format(apart)} m = Mul(g, u) " + SHORT_BLOCK.format("m")
+    sizes = {"pairs": ints(5, 24, 2), "zero": np.array(0), "one": np.array(1)} if "Reshape" in packed else {}
+    proto = short_block("7", nodes, {"a_w": (7, 48), **sizes})
+    assert prove(proto).wrong == ()
+    prepared = prepare_proto(proto)
+    assignment = {leaf(prepared, "q", 1): (0,)}
+    assert [c.kind for c in sweep(prepared, assignment).collectives] == ["AllReduce"]
+    assert error_of(prepared, assignment) < TOLERANCE
+
+
+def test_short_block_taken_for_a_whole_one_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proofs see it if padding is looked for in leaves alone: two blocks over two ranks are not padded."""
+
+    def leaves_alone(factor: Factor, _: object, uneven: set[Factor]) -> list[Factor]:
+        return [leaf for leaf in factor.leaves() if leaf in uneven]
+
+    monkeypatch.setattr("furiosa_llm.builder.sweep_pass.padded_places", leaves_alone)
+    assert prove(short_block("24", SHORT_BLOCK.format("past_x"), {})).wrong != ()
+
+
+def test_flat_scales_are_whole_with_what_they_run_over() -> None:
+    """Heads of 12 have nothing in common with blocks of 16: the columns are whole, too, as they share a dimension."""
+    nodes = "f = Reshape(past_x, t) y = com.microsoft.MatMulNBits<K=48, N=6, bits=4, block_size=16>(f, q, s)"
+    codes = np.random.default_rng(0).integers(0, 256, (6, 3, 8), dtype=np.uint8)
+    check("float[5, 4, 12] past_x", "float[5, 6] y", nodes, {"t": ints(5, 48), "q": codes, "s": (18,)})
 
 
 def test_contraction_of_padding_needs_zeros() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.cli.main import main
-from furiosa_llm.cli.units import nbytes
 from furiosa_llm.runtime import open_artifact
 
 OPTIMUM, DYNAMO, GENAI = "tiny-llama-optimum", "tiny-llama-dynamo-op23-tf5", "tiny-llama-genai-fp32"
@@ -259,3 +259,50 @@ def test_the_plan_is_in_the_manifest(built: Path) -> None:
 
 def test_units() -> None:
     assert [nbytes(n) for n in (0, 999, 1500, 123_456, 5.4e8)] == ["0 B", "999 B", "1.5 kB", "123 kB", "540 MB"]
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_sizes_side_by_side_with_reasons(cli: Cli, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    result = cli("plan", zoo / "tiny-qwen2-14-2-optimum" / "model.onnx", "--context", 64)
+    assert result.code == 0
+    text = " ".join(result.out.replace("│", " ").split())
+    for said in ("context 64", "tp 4: what is split, and why", "tp 8: what is split", "query heads per key/value head"):
+        assert said in text
+    assert "7 padded to 8, +14%" in text
+    assert "not over 4" in text
+    assert "1 AllGather over 8" in text
+
+
+def test_plan_as_json(cli: Cli, zoo: Path) -> None:
+    result = cli("plan", zoo / GENAI / "model.onnx", "-tp", "8", "--batch", 2, "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert [plan["tensor_parallel_size"] for plan in found["plans"]] == [8]
+    assert found["workload"]["batch"] == 2
+
+
+def test_plan_and_build_take_tactics(cli: Cli, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    tactics = tmp_path / "mine.toml"
+    tactics.write_text('[[tactic]]\nrole = "vocabulary"\nplace = "replicate"\n')
+    result = cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4", "--tactics", tactics)
+    assert "tactic 1 of mine.toml" in " ".join(result.out.replace("│", " ").split())
+    built = cli("build", zoo / OPTIMUM / "model.onnx", tmp_path / "out", "--tactics", tactics)
+    assert built.code == 0
+
+
+def test_plan_refuses_what_it_cannot(refused: Callable[..., str], zoo: Path, tmp_path: Path) -> None:
+    model = zoo / OPTIMUM / "model.onnx"
+    assert "tensor parallel size 3 is not supported" in refused("plan", model, "-tp", "4,3", code=2)
+    assert "context must be at least 1, got 0" in refused("plan", model, "--context", 0, code=2)
+    assert "does not exist" in refused("plan", tmp_path / "none.onnx")
+    assert "cannot be read" in refused("plan", model, "--tactics", tmp_path / "none.toml")
+
+
+def test_plan_takes_lists_of_sizes_only(cli: Cli, zoo: Path) -> None:
+    result = cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "four")
+    assert result.code == 2
+    assert "'four' is not a list of sizes, for instance 4,8" in result.err

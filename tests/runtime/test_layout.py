@@ -15,6 +15,7 @@ from furiosa_llm.runtime.artifact.layout import (
     Dim,
     Leaf,
     Mesh,
+    Prefix,
     Prod,
     axes_of,
     from_json,
@@ -22,6 +23,7 @@ from furiosa_llm.runtime.artifact.layout import (
     index_map,
     leaves,
     local_size,
+    parts_of,
     simplify,
     to_json,
 )
@@ -37,19 +39,27 @@ def trees(axes: tuple[int, ...]) -> st.SearchStrategy[Dim]:
         lambda inner: st.one_of(
             st.lists(inner, min_size=1, max_size=3).map(lambda parts: Cat(tuple(parts))),
             st.lists(inner, min_size=1, max_size=3).map(lambda parts: Prod(tuple(parts))),
+            st.builds(prefix, inner, st.integers(0, 100)),
         ),
         max_leaves=5,
     )
+
+
+def prefix(dim: Dim, missing: int) -> Dim:
+    """A prefix of a dimension that is split, without up to a half of it."""
+    size = global_size(dim)
+    missing = min(missing, (size - 1) // 2)
+    return Prefix(size - missing, dim) if missing and axes_of(dim) else dim
 
 
 def disjoint(dim: Dim) -> bool:
     """Whether the parts of every product are split over different axes, as they must be to cover their indices."""
     if isinstance(dim, Leaf):
         return True
-    own = [set(axes_of(part)) for part in dim.parts]
+    own = [set(axes_of(part)) for part in parts_of(dim)]
     if isinstance(dim, Prod) and sum(map(len, own)) != len(set().union(*own)):
         return False
-    return all(map(disjoint, dim.parts))
+    return all(map(disjoint, parts_of(dim)))
 
 
 @given(trees((0, 1, 2)))
@@ -70,7 +80,7 @@ def test_every_index_is_on_one_rank_of_each_replica(dim: Dim) -> None:
 
 def walk(dim: Dim) -> list[Dim]:
     """`dim` and everything below it."""
-    return [dim] if isinstance(dim, Leaf) else [dim, *(inner for part in dim.parts for inner in walk(part))]
+    return [dim, *(inner for part in parts_of(dim) for inner in walk(part))]
 
 
 @given(trees((0, 1, 2)))
@@ -109,6 +119,23 @@ def test_nine_heads_over_four_ranks() -> None:
     assert maps == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [-1, -1, -1]]
 
 
+def test_five_and_a_half_blocks_over_four_ranks() -> None:
+    columns = Prefix(176, Prod((Leaf(6, (0, 1)), Leaf(32))))
+    assert local_size(columns, Mesh((2, 2))) == 64
+    found = [index_map(columns, Mesh((2, 2)), rank) for rank in range(4)]
+    np.testing.assert_array_equal(found[1], np.arange(64, 128))
+    np.testing.assert_array_equal(found[2], [*range(128, 176), *[-1] * 16])
+    assert (found[3] == -1).all()
+    assert to_json(columns) == {"prefix": 176, "of": {"prod": [{"size": 6, "axes": [0, 1]}, 32]}}
+
+
+def test_a_prefix_that_is_not_split_has_no_padding() -> None:
+    columns = Prefix(176, Prod((Leaf(6), Leaf(32))))
+    assert simplify(columns) == Leaf(176)
+    assert local_size(columns, MESH) == 176
+    np.testing.assert_array_equal(index_map(columns, MESH, 5), np.arange(176))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -123,6 +150,17 @@ def test_nine_heads_over_four_ranks() -> None:
         ({"size": 4, "axes": [True]}, "distinct mesh axes below 3"),
         ({"prod": []}, "a layout is an integer"),
         ({"sum": [1]}, "a layout is an integer"),
+        ({"prefix": 5}, "a layout is an integer"),
+        ({"prefix": 5, "of": {"size": 6, "axes": [0]}, "by": 1}, "a layout is an integer"),
+        ({"prefix": "5", "of": {"size": 6, "axes": [0]}}, "a layout's size is an integer from 0"),
+        ({"prefix": -5, "of": {"size": 6, "axes": [0]}}, "a layout's size is an integer from 0"),
+        ({"prefix": 5, "of": {"size": 6, "axes": [3]}}, "distinct mesh axes below 3"),
+        ({"prefix": 5, "of": 6}, "a dimension that is split; found one of 6"),
+        ({"prefix": 5, "of": {"prefix": 6, "of": 7}}, "a dimension that is split; found one of 7"),
+        ({"prefix": 6, "of": {"size": 6, "axes": [0]}}, "more than half of its dimension, but not all; found 6 of 6"),
+        ({"prefix": 7, "of": {"size": 6, "axes": [0]}}, "more than half of its dimension, but not all; found 7 of 6"),
+        ({"prefix": 3, "of": {"size": 6, "axes": [0]}}, "more than half of its dimension, but not all; found 3 of 6"),
+        ({"prefix": 0, "of": {"size": 0, "axes": [0]}}, "more than half of its dimension, but not all; found 0 of 0"),
     ],
 )
 def test_malformed_layouts_are_refused(value: object, message: str) -> None:
@@ -131,11 +169,12 @@ def test_malformed_layouts_are_refused(value: object, message: str) -> None:
 
 
 def test_deep_nesting_is_refused() -> None:
-    value: object = 1
-    for _ in range(100):
-        value = {"cat": [value]}
-    with pytest.raises(LayoutError, match="nested deeper"):
-        from_json(value, MESH)
+    for kind in ("cat", "prefix"):
+        value: object = 1
+        for _ in range(100):
+            value = {"cat": [value]} if kind == "cat" else {"prefix": 1, "of": value}
+        with pytest.raises(LayoutError, match="nested deeper"):
+            from_json(value, MESH)
 
 
 def test_a_rank_off_the_mesh_is_refused() -> None:

@@ -106,6 +106,14 @@ REFUSED: list[tuple[Change, str]] = [
     ),
     (put(["batch"], "inputs", 0, "shape"), r"\$\.inputs\[0\]\.layout: found 2 of them, expected 1 layouts"),
     (put([4, None], "inputs", 0, "layout"), r"\$\.inputs\[0\]\.layout\[0\]: found 4, expected null for a dynamic"),
+    (
+        put({"prefix": 15, "of": 16}, "inputs", 2, "layout", 3),
+        r"inputs\[2\]\.layout\[3\]: a layout's prefix is of a dimension that is split; found one of 16",
+    ),
+    (
+        put({"prefix": 15, "of": {"size": 16, "axes": [0]}}, "inputs", 2, "layout", 3),
+        r"layout\[3\]: found one of 15, expected a layout of 16 indices",
+    ),
     (put(99, "inputs", 2, "layout", 3), r"layout\[3\]: found one of 99, expected a layout of 16 indices"),
     (put("other", "inputs", 2, "role"), r"layout\[1\]: .* because only states may be split"),
     (put("logits", "inputs", 0, "role"), r"\$\.inputs\[0\]\.role: found \"logits\", expected one of token_ids"),

@@ -1,0 +1,61 @@
+"""Find the nodes and values of a model file again in the graph that was made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+
+
+class Correspondence:
+    """A model's own graph beside the normalised (and perhaps simplified) one.
+
+    Normalising keeps the names of what it keeps, but for aliases: an Identity goes, and the value keeps one of the two
+    names. Nodes that were folded, inlined or merged with an equal one have no counterpart.
+    """
+
+    def __init__(self, original: onnx.GraphProto, graph: ir.Graph) -> None:
+        self._values: dict[str, ir.Value] = {str(v.name): v for v in graph.inputs}
+        self._values.update((str(v.name), v) for v in graph.initializers.values())
+        self._values.update((str(v.name), v) for node in graph for v in node.outputs if v.name)
+        for node in original.node:
+            if node.op_type == "Identity" and not node.domain and len(node.input) == len(node.output) == 1:
+                self._learn_alias(node.input[0], node.output[0])
+        for node in reversed(original.node):  # an alias of an alias
+            if node.op_type == "Identity" and not node.domain and len(node.input) == len(node.output) == 1:
+                self._learn_alias(node.input[0], node.output[0])
+
+    def _learn_alias(self, before: str, after: str) -> None:
+        for known, other in ((before, after), (after, before)):
+            if known in self._values and other not in self._values:
+                self._values[other] = self._values[known]
+
+    def value(self, name: str) -> ir.Value | None:
+        """The value that a name of the original graph stands for, if it is still there."""
+        return self._values.get(name)
+
+    def node(self, original: onnx.NodeProto) -> ir.Node | None:
+        """The node that computes what `original` computes, in the same way: the same operator on as many inputs."""
+        found = self.value(next((name for name in original.output if name), ""))
+        node = found.producer() if found is not None else None
+        if node is None or (node.op_type, node.domain) != (original.op_type, _domain(original)):
+            return None
+        return node if len(node.inputs) == len(original.input) else None
+
+    def operands(self, original: onnx.NodeProto) -> Iterator[tuple[str, int, bool, ir.Value]]:
+        """Every tensor of a node that is still there: its original name, its port, whether it is an output, the value.
+
+        A vector that several nodes share is a value of its own at each of them.
+        """
+        node = self.node(original)
+        for is_output, names in enumerate((original.input, original.output)):
+            values = () if node is None else node.outputs if is_output else node.inputs
+            for port, name in enumerate(names):
+                value = values[port] if port < len(values) else self.value(name)
+                if name and value is not None:
+                    yield name, port, bool(is_output), value
+
+
+def _domain(node: onnx.NodeProto) -> str:
+    return "" if node.domain == "ai.onnx" else node.domain

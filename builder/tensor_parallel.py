@@ -1,0 +1,25 @@
+"""The tensor parallel sizes that are supported, and the mesh of each."""
+
+from __future__ import annotations
+
+from furiosa_llm.builder.errors import OptionError
+from furiosa_llm.runtime.artifact.layout import Mesh
+
+SUPPORTED_SIZES = (4, 8)
+EXPERIMENTAL_SIZES = (1, 2, 16)
+
+
+def check_tensor_parallel_size(size: int, *, experimental: bool) -> None:
+    """Raise OptionError unless `size` is a size that artifacts can be built for."""
+    allowed = (*SUPPORTED_SIZES, *EXPERIMENTAL_SIZES) if experimental else SUPPORTED_SIZES
+    if size in allowed:
+        return
+    message = f"tensor parallel size {size} is not supported; a card has 8 PEs, fused by 4 or 8, so use 4 or 8"
+    if size in EXPERIMENTAL_SIZES:
+        message += f" (or say --experimental-tp to build for {size} all the same)"
+    raise OptionError(message + ".")
+
+
+def mesh_of(size: int) -> Mesh:
+    """The mesh of `size` ranks: one axis for each factor of two, so that a dimension may be split in part."""
+    return Mesh((2,) * (size.bit_length() - 1) or (1,))

@@ -1,0 +1,201 @@
+"""`furiosa-llm plan`: what a build would give for each tensor parallel size, why, and what fits on how many cards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from furiosa_llm.builder import ModelPlan, Tactics, plan_model, read_tactics
+from furiosa_llm.builder.explain import Explained
+from furiosa_llm.builder.hardware import PE_NBYTES
+from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan
+from furiosa_llm.builder.units import nbytes
+from furiosa_llm.cli.options import Sizes
+
+_SHOWN_WEIGHTS = 3
+
+
+class _ParallelSizes(click.ParamType[tuple[int, ...]]):
+    """`4,8`."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of sizes, for instance 4,8", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    "--tensor_parallel_size",
+    "sizes",
+    type=_ParallelSizes(),
+    default="4,8",
+    show_default=True,
+    help="How many PEs share each matrix; several sizes are shown side by side.",
+)
+@click.option(
+    "--context", type=int, help="Positions that each sequence may reach.  [default: 2048 or the model's limit]"
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
+@click.option("--chunk", type=int, default=DEFAULT_CHUNK, show_default=True, help="New positions in a prefill step.")
+@click.option(
+    "--dim", "dims", type=Sizes(), multiple=True, help="Size of an input dimension that the model leaves open."
+)
+@click.option(
+    "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
+)
+@click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
+@click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def plan(
+    model: Path,
+    sizes: tuple[int, ...],
+    context: int | None,
+    batch: int,
+    chunk: int,
+    dims: tuple[tuple[str, int], ...],
+    max_padding: float,
+    tactics: Path | None,
+    experimental_tp: bool,
+    as_json: bool,
+) -> None:
+    """Say how MODEL (an .onnx file) would be partitioned, what that costs, and where it fits.
+
+    The weights are not read, and their files need not be there.
+    """
+    choices: Tactics | None = None if tactics is None else read_tactics(tactics)
+    found, _ = plan_model(
+        model,
+        tensor_parallel_sizes=sizes,
+        context=context,
+        batch=batch,
+        chunk=chunk,
+        dims=dict(dims),
+        max_padding=max_padding,
+        tactics=choices,
+        experimental_tp=experimental_tp,
+    )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    console = Console()
+    console.print(_figures(found), crop=False)
+    for size_plan in found.plans:
+        console.print()
+        console.print(_choices(size_plan), crop=False)
+    console.print()
+    console.print(_deployments(found), crop=False)
+
+
+def _figures(found: ModelPlan) -> Table:
+    """Every size side by side."""
+    work = found.workload
+    parameters = (
+        f"{found.num_parameters / 1e9:.2f} billion" if found.num_parameters > 1e9 else f"{found.num_parameters:,}"
+    )
+    table = Table(
+        title=f"{found.model}: {parameters} parameters, {nbytes(found.nbytes)}, {found.num_nodes} nodes; "
+        f"context {work.context}, batch {work.batch}, prefill by {work.chunk}",
+        title_justify="left",
+    )
+    table.add_column("one PE of tp")
+    for plan_ in found.plans:
+        table.add_column(str(plan_.tensor_parallel_size), justify="right")
+    rows: list[tuple[str, Callable[[SizePlan], str]]] = [
+        ("weights", lambda p: f"{nbytes(p.weight_nbytes)} ({p.weight_nbytes / max(found.nbytes, 1):.1%})"),
+        ("  of them on every PE alike", lambda p: nbytes(p.replicated_nbytes)),
+        ("  padding, all PEs together", lambda p: nbytes(p.padding_nbytes)),
+        ("KV cache", lambda p: f"{nbytes(p.state_nbytes)} ({nbytes(p.state_nbytes_per_token)} a position)"),
+        ("activations", lambda p: "unknown" if p.activation_nbytes is None else nbytes(p.activation_nbytes)),
+        ("all of it", lambda p: f"{nbytes(_all_nbytes(p))} of {nbytes(PE_NBYTES)}"),
+        ("collectives per token", lambda p: "\n".join(map(_collective, p.collectives)) or "none"),
+        ("reading the weights once", lambda p: f"{p.floor_us / 1000:.2f} ms"),
+        ("blocks (pp is at most)", lambda p: str(p.num_blocks)),
+    ]
+    for name, text in rows:
+        table.add_row(name, *(text(plan_) for plan_ in found.plans))
+    return table
+
+
+def _all_nbytes(plan_: SizePlan) -> int:
+    return plan_.weight_nbytes + plan_.state_nbytes + (plan_.activation_nbytes or 0)
+
+
+def _collective(cost: CollectiveCost) -> str:
+    return f"{cost.count} {cost.kind} over {cost.parts}, {nbytes(cost.nbytes)} each"
+
+
+def _choices(plan_: SizePlan) -> Table:
+    """Every group of dimensions: what, how and why."""
+    size = plan_.tensor_parallel_size
+    table = Table(title=f"tp {size}: what is split, and why", title_justify="left", show_lines=True)
+    for name in ("dimension", "split", "why, and what was not taken"):
+        table.add_column(name, overflow="fold")
+    for choice in plan_.choices:
+        table.add_row(_what(choice), _split(choice), _why(choice))
+    for note in plan_.replicated:
+        table.add_row("ops", "on every PE", note)
+    return table
+
+
+def _what(choice: Explained) -> str:
+    shown = ", ".join(choice.weights[:_SHOWN_WEIGHTS])
+    more = len(choice.weights) - _SHOWN_WEIGHTS
+    names = f"{shown} and {more} more" if more > 0 else shown
+    return f"{choice.role}: {choice.size} ({choice.count}x)\n{nbytes(choice.nbytes)}: {names}"
+
+
+def _split(choice: Explained) -> str:
+    if not choice.axes:
+        return "whole"
+    axes = ",".join(map(str, choice.axes))
+    padded = f"\npadded to {choice.padded_size}" if choice.padded_size != choice.size else ""
+    return f"over {choice.parts} PEs\n(mesh axes {axes}){padded}"
+
+
+def _why(choice: Explained) -> str:
+    lines = [choice.why]
+    if choice.replicated_nbytes:
+        lines.append(f"more than an even share of these weights: +{nbytes(choice.replicated_nbytes)} per PE")
+    if choice.padding_nbytes:
+        lines.append(f"padding: +{nbytes(choice.padding_nbytes)} per PE")
+    refused: dict[str, list[int]] = {}
+    for other in choice.alternatives:
+        if other.parts > choice.parts:
+            refused.setdefault(other.reason, []).append(other.parts)
+    lines += [f"not over {', '.join(map(str, parts))}: {reason}" for reason, parts in refused.items()]
+    return "\n".join(lines)
+
+
+def _deployments(found: ModelPlan) -> Table:
+    """What fits on how many cards."""
+    table = Table(title="where it fits (RNGD: 8 PEs and 48 GB a card)", title_justify="left")
+    for name in ("cards", "tp", "pp", "dp", "fullest PE", "fits", "room for more KV positions, each replica"):
+        table.add_column(name, justify="right")
+    for plan_ in found.plans:
+        for d in plan_.deployments:
+            over = "" if d.fits else f"no, {nbytes(d.pe_nbytes - PE_NBYTES)} too much"
+            table.add_row(
+                str(d.cards),
+                str(plan_.tensor_parallel_size),
+                str(d.pipeline_parallel_size),
+                str(d.data_parallel_size),
+                nbytes(d.pe_nbytes),
+                "yes" if d.fits else over,
+                f"{d.free_tokens:,}",
+            )
+        table.add_section()
+    return table

@@ -1,0 +1,164 @@
+"""`plan_model`: the figures of a plan equal those of the build, without the weights, at full size, and explained."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import onnx
+import pytest
+
+from furiosa_llm.builder import ArtifactBuilder, OptionError, plan_model
+from furiosa_llm.builder.compile import analyse_model
+from furiosa_llm.builder.explain import Explained
+from furiosa_llm.builder.hardware import PE_NBYTES
+from furiosa_llm.builder.memory import Memory, Workload
+from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
+from furiosa_llm.builder.tensor_parallel import mesh_of
+from tests.builder.stacks import stack
+
+LAYERS = {
+    "gemma-2-9b-genai-bf16-cuda": 42,
+    "llama-3.1-405b-genai-bf16-cuda": 126,
+    "llama-3.1-70b-dynamo-op21-bf16": 80,
+    "llama-3.1-70b-genai-bf16-cuda": 80,
+    "llama-3.1-8b-dynamo-op21-fp16": 32,
+    "mixtral-8x7b-dynamo-op21-bf16": 32,
+    "qwen2.5-0.5b-dynamo-op21-fp32": 24,
+    "qwen2.5-0.5b-optimum-fp32": 24,
+    "qwen3-30b-a3b-dynamo-op21-bf16": 48,
+    "smollm2-135m-optimum-fp32": 30,
+}
+FAST = {"llama-3.1-405b-genai-bf16-cuda", "qwen2.5-0.5b-dynamo-op21-fp32"}
+"""The others, a few seconds each, run with the slow tests."""
+
+
+def plan_of(path: Path, tp: int, context: int | None = None, batch: int = 1) -> SizePlan:
+    found, _ = plan_model(path, tensor_parallel_sizes=(tp,), context=context, batch=batch)
+    return found.plans[0]
+
+
+def choice(plan: SizePlan, role: str, size: int | None = None) -> Explained:
+    (found,) = (c for c in plan.choices if c.role == role and size in (None, c.size))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in sorted(LAYERS)]
+)
+def test_collectives_of_full_size_graphs_equal_the_plan_by_hand(name: str, graphs: Path) -> None:
+    """2L+1 AllReduces (two a layer and one for the embedding) and one AllGather of the scores."""
+    found, _ = plan_model(graphs / name / "model.onnx")
+    assert [plan.tensor_parallel_size for plan in found.plans] == [4, 8]
+    for plan in found.plans:
+        counts = {kind: sum(c.count for c in plan.collectives if c.kind == kind) for kind in ("AllReduce", "AllGather")}
+        assert counts == {"AllReduce": 2 * LAYERS[name] + 1, "AllGather": 1}
+        assert plan.num_blocks == LAYERS[name]
+        assert plan.replicated_nbytes < 0.02 * found.nbytes
+
+
+@pytest.mark.parametrize("tp", [4, 8])
+@pytest.mark.parametrize("name", ["tiny-llama-genai-fp32", "tiny-qwen2-14-2-optimum", "tiny-t5-optimum"])
+def test_a_plan_says_what_the_build_does(name: str, tp: int, zoo: Path, tmp_path: Path) -> None:
+    model = zoo / name / ("decoder_with_past_model.onnx" if "t5" in name else "model.onnx")
+    plan = plan_of(model, tp, context=16, batch=3)
+    report = ArtifactBuilder(model, tensor_parallel_size=tp).build(tmp_path / "artifact")
+    assert plan.weight_nbytes == report.weight_nbytes
+    assert plan.replicated_nbytes == report.replicated_nbytes
+    assert plan.padding_nbytes == report.padding_nbytes
+    assert plan.state_nbytes_per_token == report.state_nbytes_per_token
+    counts = {kind: sum(c.count for c in plan.collectives if c.kind == kind) for kind in report.collectives}
+    assert counts == report.collectives
+    assert sum(c.nbytes * c.count for c in plan.collectives) == report.collective_nbytes
+    if "t5" not in name:  # its caches of the encoder's output are there whatever the decoder's position
+        assert plan.state_nbytes == 16 * 3 * report.state_nbytes_per_token
+
+
+def test_weights_need_not_be_there(graphs: Path) -> None:
+    folder = graphs / "qwen2.5-0.5b-dynamo-op21-fp32"
+    assert {path.name for path in folder.iterdir()} == {"model.onnx", "config.json"}
+    assert plan_of(folder / "model.onnx", 8).weight_nbytes > 2e8
+
+
+def test_why_heads_are_as_they_are(zoo: Path) -> None:
+    """14 query and 2 key heads over 8 PEs: key heads on four PEs each, the seven query heads of each padded to 8."""
+    plan = plan_of(zoo / "tiny-qwen2-14-2-optimum" / "model.onnx", 8)
+    keys, queries = choice(plan, "key/value heads"), choice(plan, "query heads per key/value head")
+    assert (keys.size, keys.parts) == (2, 2)
+    assert "held alike by 4 PEs" in keys.why
+    assert keys.replicated_nbytes > 0
+    wider = {a.parts: a.reason for a in keys.alternatives}
+    assert wider[4] == "2 over 4 needs padding to 4 (2.00x, limit 1.34x)"
+    assert (queries.size, queries.parts, queries.padded_size) == (7, 4, 8)
+    assert "7 padded to 8, +14%" in queries.why
+    # Each of the two layers' query and output projections (224 x 224) and the bias: one part in seven of an eighth.
+    assert queries.padding_nbytes == pytest.approx(2 * (2 * 224 * 224 + 224) * 4 / 8 / 7, rel=0.01)
+    whole = next(a for a in queries.alternatives if a.parts == 1)
+    assert whole.saved_nbytes is not None
+    assert whole.saved_nbytes < 0
+    assert "saves" in queries.why
+
+
+def test_every_alternative_is_refused_with_a_price_or_a_reason(zoo: Path) -> None:
+    plan = plan_of(zoo / "tiny-gptoss-genai-fp32-fullkv" / "model.onnx", 8)
+    for explained in plan.choices:
+        parts = {a.parts for a in explained.alternatives}
+        assert parts == {p for p in (1, 2, 4, 8) if p > explained.parts or (p == 1 < explained.parts)}
+        for other in explained.alternatives:
+            assert other.reason
+            assert (other.saved_nbytes is None) == (other.collectives is None)
+
+
+def memory_of(folder: Path, workload: Workload) -> Memory:
+    onnx.save(stack(9), folder / "model.onnx")
+    analysed = analyse_model(folder / "model.onnx", {}, weights=True, told=lambda _: None)
+    return Memory(analysed.lowered_for(mesh_of(4), told=lambda _: None), workload)
+
+
+def test_activations_are_the_most_that_is_alive(tmp_path: Path) -> None:
+    """At the end: the residual stream (16 floats a position), the local scores (10) and the gathered ones (40)."""
+    memory = memory_of(tmp_path, Workload(context=32, batch=5, chunk=1))
+    inner, residual, scores = 5 * 64 // 4 * 4, 5 * 16 * 4, 5 * 40 * 4
+    layer = residual + 2 * inner  # the inner values before and behind Relu, beside what is added to later
+    assert memory.activation_nbytes == max(layer, scores // 4 + scores)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5, 9])
+def test_stages_hold_everything_once(stages: int, tmp_path: Path) -> None:
+    """No block twice, none left out, and no cut is better than the one found."""
+    memory = memory_of(tmp_path, Workload(context=32, batch=1, chunk=8))
+    found = memory.stages_nbytes(stages)
+    assert found is not None
+    assert len(found) == stages
+    assert sum(found) == memory.weights_nbytes
+    assert max(found) >= memory.weights_nbytes / stages
+    assert memory.stages_nbytes(len(memory.blocks) + 1) is None
+
+
+def test_what_fits(graphs: Path) -> None:
+    """812 GB of weights in 6 GB PEs: 17 cards at least, and so 32 of those tried."""
+    plan = plan_of(graphs / "llama-3.1-405b-genai-bf16-cuda" / "model.onnx", 8, context=4096, batch=2)
+    fits = {d.cards: d for d in plan.deployments if d.fits}
+    assert min(fits) == 32
+    assert fits[32].pipeline_parallel_size >= 17
+    for deployment in plan.deployments:
+        d = deployment
+        assert 8 * d.cards == 8 * d.pipeline_parallel_size * d.data_parallel_size
+        assert d.pipeline_parallel_size <= d.cards
+        assert d.fits == (d.pe_nbytes <= PE_NBYTES)
+        assert (d.free_tokens > 0) <= d.fits
+
+
+@pytest.mark.parametrize("option", ["context", "batch", "chunk"])
+def test_workloads_below_one_mean_nothing(option: str, zoo: Path) -> None:
+    with pytest.raises(OptionError, match=f"{option} must be at least 1, got 0"):
+        plan_model(zoo / "tiny-llama-genai-fp32" / "model.onnx", **{option: 0})  # type: ignore[arg-type]
+
+
+def test_json_holds_everything(zoo: Path) -> None:
+    found, _ = plan_model(zoo / "tiny-llama-genai-fp32" / "model.onnx")
+    again = json.loads(json.dumps(found.to_json()))
+    assert set(again) == set(ModelPlan.__dataclass_fields__)
+    assert [set(plan) for plan in again["plans"]] == 2 * [set(SizePlan.__dataclass_fields__)]
+    assert all(math.isfinite(plan["floor_us"]) for plan in again["plans"])
