@@ -64,7 +64,7 @@ def _behind_positions(analysis: Analysis, states: States) -> Iterator[Factor]:
     for value in states.values:
         dynamic = [d for d in range(1, len(analysis.dims[value])) if analysis.is_dynamic(value, d)]
         if dynamic:
-            for factor in analysis.dims[value][dynamic[0] + 1 :]:
+            for factor in analysis.dims[value][dynamic[-1] + 1 :]:
                 yield from factor.leaves()
 
 

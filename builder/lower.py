@@ -114,9 +114,13 @@ class _Lowering:
     def _local_attributes(self, info: NodeInfo) -> dict[str, object]:
         """Attributes that are sizes, as the ranks must have them."""
         mesh = self._layouts.mesh
+
+        def size(symbols: str) -> int:
+            return math.prod(local_size(self._layouts.of_factor(info.symbols[s]), mesh) for s in symbols.split())
+
         return {
-            attribute: math.prod(local_size(self._layouts.of_factor(info.symbols[s]), mesh) for s in symbols.split())
-            for attribute, symbols in info.rule.attributes.items()
+            attribute: [size(product) for product in products.split(",")] if "," in products else size(products)
+            for attribute, products in info.rule.attributes.items()
         }
 
     def _raw_names(self, info: NodeInfo, step: Step) -> list[str]:

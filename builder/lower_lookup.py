@@ -68,11 +68,16 @@ def _local_index(
     from_end = program.one("Add", [indices, scalar(size)], name=f"{name}/from_end")
     row = program.one("Where", [negative, from_end, indices], name=f"{name}/row")
     local = program.one("Sub", [row, offset], name=f"{name}/local_row")
-    above = program.one("GreaterOrEqual", [local, scalar(0)], name=f"{name}/is_above")
+    above = _at_least(program, local, scalar(0), f"{name}/is_above")
     below = program.one("Less", [local, scalar(count)], name=f"{name}/is_below")
     here = program.one("And", [above, below], name=f"{name}/is_here")
     before = program.one("Less", [row, scalar(0)], name=f"{name}/is_before_all")
-    behind = program.one("GreaterOrEqual", [row, scalar(size)], name=f"{name}/is_behind_all")
+    behind = _at_least(program, row, scalar(size), f"{name}/is_behind_all")
     nowhere = program.one("Or", [before, behind], name=f"{name}/is_nowhere")
     local_or_0 = program.one("Where", [here, local, scalar(0)], name=f"{name}/local_row_or_0")
     return here, program.one("Where", [nowhere, scalar(count), local_or_0], name=f"{name}/safe_row")
+
+
+def _at_least(program: ProgramBuilder, left: ir.Value, right: ir.Value, name: str) -> ir.Value:
+    """GreaterOrEqual in terms that opsets before 12 know, too."""
+    return program.one("Not", [program.one("Less", [left, right], name=f"{name}/not")], name=name)

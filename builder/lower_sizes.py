@@ -60,6 +60,8 @@ class SizeRewriter:
         """Make an operand that holds sizes or positions local, in `inputs` and `attributes`."""
         if operand.kind == "dims":
             self._localise_dims(info, operand.port, inputs)
+        elif operand.kind == "repeats":
+            self._localise_repeats(info, operand.port, inputs)
         elif operand.kind == "split":
             self._localise_split(info, operand.port, inputs, attributes)
         else:
@@ -88,6 +90,23 @@ class SizeRewriter:
             if key not in self._local:
                 self._local[key] = self._local_vector(_present(inputs[port]), target, static, divide)
             inputs[port] = self._local[key]
+
+    def _localise_repeats(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
+        """How often this rank's part of the input is in its part of the output."""
+        data, repeats = _present(info.node.inputs[0]), _present(info.node.inputs[port])
+        raw = self._analysis.facts[repeats].value
+        before, after = self._layouts.of(data), self._layouts.of(info.node.outputs[0])
+        mesh = self._layouts.mesh
+        changed: dict[int, int] = {}
+        for d in self._layouts.split_dims(info.node.outputs[0]):
+            if (0, d) in info.full_outputs or self._analysis.is_dynamic(data, d):
+                continue  # of a dynamic dimension the repeats are 1
+            assert raw is not None, f"{info.node.op_type} {info.node.name}: the repeats of a split value are not known"
+            local = local_size(after[d], mesh) // local_size(before[d], mesh)
+            if local != int(raw[d]):
+                changed[d] = local
+        if changed:
+            inputs[port] = self._local_vector(_present(inputs[port]), repeats, changed, {})
 
     def _local_vector(
         self, vector: ir.Value, original: ir.Value, static: dict[int, int], divide: dict[int, int]

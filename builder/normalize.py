@@ -8,9 +8,12 @@ import onnx_ir as ir
 from onnx_ir.passes import PassError
 from onnx_ir.passes import common as passes
 
+from furiosa_llm.builder.decompose import decompose
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.program import ORIGINAL_NAME
+from furiosa_llm.builder.sequences import replace_sequences
+from furiosa_llm.builder.unsupported_ops import refuse_unsupported_ops
 
 _OLDEST_OPSET = 7
 """Before it, elementwise ops aligned dimensions by an attribute."""
@@ -40,7 +43,10 @@ def normalize(source: Source) -> ir.Model:
         passes.InlinePass()(model)
         _inline_constant_ifs(model)
         _refuse_subgraphs(model, source)
+        refuse_unsupported_ops(model, source)
+        decompose(model.graph)
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        replace_sequences(model.graph, source.path.name)
         _compute_outputs(model.graph)
         _remove_identities(model.graph)
         passes.RemoveUnusedNodesPass()(model)

@@ -63,8 +63,9 @@ class ShapeOperand:
     """An input that holds sizes or positions, to be made local where the dimension that it speaks of is split."""
 
     port: int
-    kind: Literal["dims", "split", "starts", "ends"]
-    """`dims`: the sizes of output 0's dimensions; `split`: the outputs' sizes on the axis; Slice's bounds."""
+    kind: Literal["dims", "repeats", "split", "starts", "ends"]
+    """`dims`: the sizes of output 0's dimensions; `repeats`: how often input 0 is in output 0, by dimensions;
+    `split`: the outputs' sizes on the axis; Slice's bounds."""
 
 
 Padding = Literal["moves", "product", "sum", "finite", "fragile", "lost"]
@@ -93,12 +94,16 @@ class Rule:
     masked: tuple[int, ...] = ()
     """Inputs that are added after the contraction: only one rank may add them when it is split."""
     attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Attributes that are sizes, each as the product of symbols whose local size it must have."""
+    """Attributes that are sizes, each as the product of symbols whose local size it must have.
+
+    Products with commas between them are the elements of a list."""
     shape_operands: tuple[ShapeOperand, ...] = ()
     padding: Padding = "lost"
     """What the outputs hold where the inputs have padding."""
     padding_ports: tuple[int, ...] | None = None
     """The inputs that `padding` speaks of; None: all of them."""
+    offset: tuple[int, ...] = ()
+    """Inputs from which something is subtracted before they are contracted, so that their zeros add to the sum."""
     divisor: int | None = None
     """The input that is divided by."""
     indices: int | None = None

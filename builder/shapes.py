@@ -141,7 +141,7 @@ class Interpreter:
             return None
         arguments = [None if f is None else f.value for f in inputs]
         if (
-            node.op_type in ("Expand", "ConstantOfShape", "Range")
+            node.op_type in ("Expand", "ConstantOfShape", "OneHot", "Pad", "Range", "Tile")
             and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS
         ):
             return None
@@ -244,9 +244,15 @@ def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) ->
     if node.op_type == "Range":
         start, limit, delta = (float(a.item()) for a in arguments if a is not None)
         return abs((limit - start) / delta) if delta else 0.0
-    target = arguments[-1]
-    assert target is not None
-    return float(np.prod(target.astype(np.float64)))
+    data, *rest = (a.astype(np.float64) for a in arguments if a is not None)
+    match node.op_type:
+        case "OneHot":
+            return float(data.size * rest[0].item())
+        case "Pad":
+            return float((data.size + 1) * np.prod(1 + np.abs(rest[0])) if rest else data.size)
+        case "Tile":
+            return float(data.size * np.prod(rest[0]))
+    return float(np.prod(rest[-1] if rest else data))
 
 
 def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]) -> tuple[ir.DataType, Shape]:

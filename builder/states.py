@@ -15,6 +15,7 @@ _CACHE_PORTS = {
     "GroupQueryAttention": {3: 1, 4: 2},
     "MultiHeadAttention": {6: 1, 7: 2},
     "Attention": {4: 1, 5: 2},
+    "QAttention": {8: 1},
 }
 """Attention ops: which input is the cache that comes out, longer, as which output."""
 _IN_PLACE = frozenset({"GroupQueryAttention"})

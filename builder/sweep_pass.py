@@ -251,10 +251,10 @@ class SweepPass:
         found = {port: content_at(contents, place) for port, contents in inputs.items()}
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
-        if Content.ZERO not in found.values():
+        if all(content is not Content.ZERO or port in info.rule.offset for port, content in found.items()):
             # The last block of a weight holds what the exporter left there: the operand that ends before it is cleared.
             ending = [port for port, contents in inputs.items() if place in contents and place.kind is Kind.PREFIX]
-            if not ending:
+            if not ending or info.rule.offset:
                 raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
             found[ending[0]] = Content.ANY
         for port, content in found.items():

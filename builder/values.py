@@ -101,8 +101,7 @@ def _divide(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     a, b = _array(inputs[0]), _array(inputs[1])
     if a.dtype.kind not in "iu":
         return np.asarray(a / b)
-    with np.errstate(all="ignore"):
-        magnitude = np.abs(a) // np.where(b == 0, 1, np.abs(b))
+    magnitude = np.abs(a) // np.where(b == 0, 1, np.abs(b))
     return np.asarray(np.sign(a) * np.sign(b) * magnitude, dtype=a.dtype)
 
 
@@ -162,43 +161,229 @@ def _split(attributes: Attributes, inputs: Sequence[Array | None]) -> tuple[Arra
     return tuple(np.split(data, np.cumsum(sizes)[:-1], axis=axis))
 
 
-EVALUATORS: dict[str, Evaluator] = {
+def _axis(attributes: Attributes, array: Array, default: int) -> int:
+    return int(attributes.get("axis", default)) % max(array.ndim, 1)
+
+
+def _arg(function: Callable[..., Any]) -> Evaluator:
+    def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+        data, last = _array(inputs[0]), bool(attributes.get("select_last_index", 0))
+        axis = _axis(attributes, data, 0)
+        found = function(np.flip(data, axis) if last else data, axis=axis, keepdims=bool(attributes.get("keepdims", 1)))
+        return np.asarray(data.shape[axis] - 1 - found if last else found, dtype=np.int64)
+
+    return evaluate
+
+
+def _cast_like(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+    return _array(inputs[0]).astype(_array(inputs[1]).dtype)
+
+
+def _clip(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data = _array(inputs[0])
+    low, high = [*inputs[1:], None, None][:2]
+    low = attributes.get("min") if low is None else low
+    high = attributes.get("max") if high is None else high
+    data = data if low is None else np.maximum(data, np.asarray(low, dtype=data.dtype))
+    return data if high is None else np.minimum(data, np.asarray(high, dtype=data.dtype))
+
+
+def _compress(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, condition = _array(inputs[0]), _array(inputs[1])
+    return np.compress(condition, data, axis=attributes.get("axis"))
+
+
+def _cumulative_sum(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, axis = _array(inputs[0]), int(_array(inputs[1]).item())
+    data = np.flip(data, axis) if attributes.get("reverse", 0) else data
+    total = np.cumsum(data, axis=axis, dtype=data.dtype)
+    total = total - data if attributes.get("exclusive", 0) else total
+    return np.flip(total, axis) if attributes.get("reverse", 0) else total
+
+
+def _eye_like(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data = _array(inputs[0])
+    dtype = ir.DataType(attributes["dtype"]).numpy() if "dtype" in attributes else data.dtype
+    rows, columns = data.shape
+    return np.asarray(np.eye(rows, columns, k=attributes.get("k", 0)), dtype=dtype)
+
+
+def _flatten(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data = _array(inputs[0])
+    axis = attributes.get("axis", 1)
+    return data.reshape(int(np.prod(data.shape[: axis if axis >= 0 else axis + data.ndim])), -1)
+
+
+def _gather_elements(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, indices = _array(inputs[0]), _array(inputs[1])
+    return np.take_along_axis(_cropped(data, indices, _axis(attributes, data, 0)), indices, _axis(attributes, data, 0))
+
+
+def _cropped(data: Array, indices: Array, axis: int) -> Array:
+    """The part of `data` that indices along `axis` can reach."""
+    return data[tuple(slice(None) if d == axis else slice(size) for d, size in enumerate(indices.shape))]
+
+
+def _gather_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, indices = _array(inputs[0]), _array(inputs[1])
+    batch = attributes.get("batch_dims", 0)
+    grid = np.ogrid[tuple(slice(size) for size in indices.shape[:batch])] if batch else ()
+    own = [g.reshape(g.shape + (1,) * (indices.ndim - 1 - batch)) for g in grid]
+    return np.asarray(data[(*own, *np.moveaxis(indices, -1, 0))])
+
+
+def _mean(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    total = _variadic(np.add)(attributes, inputs)
+    assert not isinstance(total, tuple)
+    return np.asarray(total / len(inputs), dtype=total.dtype)
+
+
+def _one_hot(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    indices, values = _array(inputs[0]), _array(inputs[2])
+    depth = int(_array(inputs[1]).item())
+    axis = attributes.get("axis", -1)
+    wrapped = np.where(indices < 0, indices + depth, indices).astype(np.int64)
+    hot = np.expand_dims(wrapped, axis) == np.arange(depth).reshape(
+        [-1] + [1] * ((indices.ndim - axis) if axis >= 0 else -1 - axis)
+    )
+    return np.asarray(np.where(hot, values[1], values[0]))
+
+
+def _pad(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, mode = _array(inputs[0]), attributes.get("mode", "constant")
+    pads = attributes.get("pads") if len(inputs) < 2 else _ints(inputs[1])
+    value, axes = [*inputs[2:], None, None][:2]
+    assert pads is not None
+    widths = [(0, 0)] * data.ndim
+    for i, place in enumerate(range(data.ndim) if axes is None else _ints(axes)):
+        widths[place] = (pads[i], pads[len(pads) // 2 + i])
+    cut = tuple(
+        slice(max(-before, 0), size - max(-after, 0)) for size, (before, after) in zip(data.shape, widths, strict=True)
+    )
+    grown = [(max(before, 0), max(after, 0)) for before, after in widths]
+    match mode:
+        case "reflect":
+            return np.pad(data[cut], grown, mode="reflect")
+        case "edge":
+            return np.pad(data[cut], grown, mode="edge")
+        case "wrap":
+            return np.pad(data[cut], grown, mode="wrap")
+    fill = attributes.get("value", 0) if value is None else value.item()
+    return np.pad(data[cut], grown, constant_values=fill)
+
+
+def _scatter_elements(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, indices, updates = _array(inputs[0]).copy(), _array(inputs[1]), _array(inputs[2])
+    axis = _axis(attributes, data, 0)
+    places = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
+    places[axis] = np.where(indices < 0, indices + data.shape[axis], indices)
+    _combine(attributes, data, tuple(places), updates)
+    return data
+
+
+def _scatter_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    data, indices, updates = _array(inputs[0]).copy(), _array(inputs[1]), _array(inputs[2])
+    _combine(attributes, data, tuple(np.moveaxis(indices, -1, 0)), updates)
+    return data
+
+
+def _combine(attributes: Attributes, data: Array, places: tuple[Array, ...], updates: Array) -> None:
+    """Write or accumulate updates at places, one after the other."""
+    how = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
+    reduction = attributes.get("reduction", "none")
+    if reduction == "none":
+        data[places] = updates
+    else:
+        how[reduction].at(data, places, updates)
+
+
+def _tile(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+    return np.tile(_array(inputs[0]), _ints(inputs[1]))
+
+
+def _trilu(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    k = int(_array(inputs[1]).item()) if len(inputs) > 1 and inputs[1] is not None else 0
+    return (np.triu if attributes.get("upper", 1) else np.tril)(_array(inputs[0]), k)
+
+
+def _quiet(evaluator: Evaluator) -> Evaluator:
+    """ONNX computes log(0) and 1/0 without a word, and so do we."""
+
+    def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array | tuple[Array, ...]:
+        with np.errstate(all="ignore"):
+            return evaluator(attributes, inputs)
+
+    return evaluate
+
+
+_FUNCTIONS: dict[str, Evaluator] = {
     "Abs": _unary(np.abs),
     "Add": _binary(np.add),
     "And": _binary(np.logical_and),
+    "ArgMax": _arg(np.argmax),
+    "ArgMin": _arg(np.argmin),
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Ceil": _unary(np.ceil),
+    "Clip": _clip,
+    "Compress": _compress,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
+    "CumSum": _cumulative_sum,
     "Div": _divide,
     "Equal": _binary(np.equal),
+    "Exp": _unary(np.exp),
     "Expand": _expand,
+    "EyeLike": _eye_like,
+    "Flatten": _flatten,
     "Floor": _unary(np.floor),
     "Gather": _gather,
+    "GatherElements": _gather_elements,
+    "GatherND": _gather_nd,
     "Greater": _binary(np.greater),
     "GreaterOrEqual": _binary(np.greater_equal),
     "Identity": _unary(np.asarray),
+    "IsNaN": lambda _, inputs: np.isnan(_array(inputs[0])),
     "Less": _binary(np.less),
     "LessOrEqual": _binary(np.less_equal),
+    "Log": _unary(np.log),
     "Max": _variadic(np.maximum),
+    "Mean": _mean,
     "Min": _variadic(np.minimum),
     "Mod": _mod,
     "Mul": _binary(np.multiply),
     "Neg": _unary(np.negative),
+    "NonZero": lambda _, inputs: np.array(np.nonzero(_array(inputs[0])), dtype=np.int64),
     "Not": lambda _, inputs: np.logical_not(_array(inputs[0])),
+    "OneHot": _one_hot,
     "Or": _binary(np.logical_or),
+    "Pad": _pad,
+    "Pow": lambda _, inputs: np.power(_array(inputs[0]), _array(inputs[1])).astype(_array(inputs[0]).dtype),
     "Range": _range,
+    "Reciprocal": _unary(np.reciprocal),
     "ReduceMax": _reduce(np.max),
+    "ReduceMean": _reduce(np.mean),
     "ReduceMin": _reduce(np.min),
     "ReduceProd": _reduce(np.prod),
     "ReduceSum": _reduce(np.sum),
     "Reshape": _reshape,
+    "Round": _unary(np.round),
+    "ScatterElements": _scatter_elements,
+    "ScatterND": _scatter_nd,
+    "Sign": _unary(np.sign),
     "Slice": _slice,
     "Split": _split,
     "Sqrt": _unary(np.sqrt),
     "Squeeze": _squeeze,
     "Sub": _binary(np.subtract),
+    "Sum": _variadic(np.add),
+    "Tile": _tile,
     "Transpose": _transpose,
+    "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
     "Where": _where,
+    "Xor": _binary(np.logical_xor),
 }
+
+EVALUATORS: dict[str, Evaluator] = {op_type: _quiet(function) for op_type, function in _FUNCTIONS.items()}
+"""Op type of the standard domain -> its function of attributes and inputs."""

@@ -2,12 +2,18 @@
 
 from furiosa_llm.builder.rules import (
     attention,
+    attention_microsoft,
+    convolution,
+    einsum,
     elementwise,
     experts,
     indexing,
+    integers,
     linear_algebra,
     quantization,
+    recurrent,
     reduction,
+    replicated,
     structure,
 )
 from furiosa_llm.builder.rules.registry import RULES, SHAPES, WEIGHT_MOVERS, NodeView, rule_of
@@ -18,12 +24,18 @@ __all__ = [
     "WEIGHT_MOVERS",
     "NodeView",
     "attention",
+    "attention_microsoft",
+    "convolution",
+    "einsum",
     "elementwise",
     "experts",
     "indexing",
+    "integers",
     "linear_algebra",
     "quantization",
+    "recurrent",
     "reduction",
+    "replicated",
     "rule_of",
     "structure",
 ]

@@ -40,6 +40,10 @@ def group_query_attention(view: NodeView) -> Rule:
     operands: list[list[str] | None] = [query, key, key]
     operands += [cache if view.has(port) else None for port in (3, 4)]
     operands += _rest(view, 5)
+    if view.has(5):  # lengths, one for each sequence
+        operands[5] = ["b", *["*"] * (view.rank(5) - 1)]
+    if view.has(9):
+        operands[9] = ["1" if view.shape(9)[0] == 1 else "b", "*"]
     if view.has(10):
         operands[10] = _mask(view, 10)
     if view.has(11):
@@ -115,18 +119,34 @@ def attention(view: NodeView) -> Rule:
 
 @rule("RotaryEmbedding")
 def rotary_embedding(view: NodeView) -> Rule:
-    """Heads pass, the head vector is whole."""
-    return _rotary(view)
+    """Heads pass, the head vector is whole; caches are of positions, or of each sequence."""
+    rest = _rest(view, 1)
+    for operand, port in zip(rest, range(1, 4), strict=False):
+        if operand and (port == 3 or len(operand) == 3):
+            operand[0] = "1" if view.shape(port)[0] == 1 else "b"
+    return _rotary(view, rest)
 
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op: positions before the caches."""
-    return _rotary(view)
-
-
-def _rotary(view: NodeView) -> Rule:
+    """Onnxruntime's op: positions (of each sequence, or the first of all) before the caches."""
     rest = _rest(view, 1)
+    if view.rank(1) == 2:
+        rest[0] = ["1" if view.shape(1)[0] == 1 else "b", "*"]
+    return _rotary(view, rest)
+
+
+@rule("MRotaryEmbedding", domain=MICROSOFT)
+def multimodal_rotary_embedding(view: NodeView) -> Rule:
+    """RotaryEmbedding with three positions for each token."""
+    if view.attribute("is_packed_batching", 0):
+        return whole(view, note="MRotaryEmbedding of sequences of different lengths: replicated")
+    rest = _rest(view, 1)
+    rest[0] = ["*", "b", "*"]
+    return _rotary(view, rest)
+
+
+def _rotary(view: NodeView, rest: list[list[str] | None]) -> Rule:
     if view.rank(0) == 4:
         dims = ["b", "h", "*", "*"]
         return Rule(text=f"{spell(dims, *rest)} -> {spell(dims)}", padding="moves")
@@ -139,7 +159,7 @@ def _rotary(view: NodeView) -> Rule:
     return Rule(text=text, sizes=sizes, attributes={"num_heads": "h"}, padding="moves")
 
 
-@shape_rule("RotaryEmbedding")
+@shape_rule("RotaryEmbedding", "MRotaryEmbedding")
 def _rotary_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data = inputs[0]
     assert data is not None

@@ -9,23 +9,24 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Padding, Rule
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, words
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
 from furiosa_llm.builder.shapes import Fact
 
 # fmt: off
 _PADDING: dict[Padding, tuple[str, ...]] = {
     "moves": (
-        "Abs", "Atan", "Ceil", "Celu", "Elu", "Erf", "Floor", "Gelu", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu",
-        "Round", "Selu", "Sign", "Sin", "Sinh", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
+        "Abs", "Asinh", "Atan", "Ceil", "Celu", "Elu", "Erf", "Floor", "Gelu", "HardSwish", "LeakyRelu", "Mish",
+        "PRelu", "Relu", "Round", "Selu", "Sign", "Sin", "Sinh", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
     ),
     "sum": ("Max", "Min"),
     "finite": (
-        "And", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Clip", "Cos", "Cosh", "Equal", "Exp",
-        "Greater", "GreaterOrEqual", "HardSigmoid", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Sigmoid",
-        "Softplus", "Xor",
+        "And", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Clip", "Cos",
+        "Cosh", "Equal", "Exp", "Greater", "GreaterOrEqual", "HardSigmoid", "IsInf", "IsNaN", "Less", "LessOrEqual",
+        "Not", "Or", "Shrink", "Sigmoid", "Softplus", "Xor",
     ),
-    "fragile": ("Asin", "Sqrt", "Tan"),
-    "lost": ("Acos", "Log", "Reciprocal"),
+    "product": ("SwiGLU",),
+    "fragile": ("Asin", "Atanh", "Sqrt", "Tan"),
+    "lost": ("Acos", "Acosh", "Log", "Reciprocal"),
 }
 # fmt: on
 _POINTWISE: dict[str, Padding] = {op_type: padding for padding, op_types in _PADDING.items() for op_type in op_types}
@@ -61,13 +62,21 @@ def power(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), padding=padding, padding_ports=(0,))
 
 
-@rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", domain=MICROSOFT)
+@rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "ScaledSiLU", domain=MICROSOFT)
 def activation(view: NodeView) -> Rule:
     """Activations of onnxruntime's, with an optional bias."""
     return dataclasses.replace(broadcast(view), padding="sum")
 
 
-@shape_rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu")
+@rule("GatedAdd", domain=MICROSOFT)
+def gated_add(view: NodeView) -> Rule:
+    """`x + y * gate`, one gate for each row; a gate that is projected inside the op contracts what it is made of."""
+    if view.has(3):
+        return whole(view, note="GatedAdd with a projection inside: replicated")
+    return dataclasses.replace(broadcast(view), padding="sum")
+
+
+@shape_rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "ScaledSiLU", "GatedAdd", "QLinearSigmoid", "QLinearLeakyRelu")
 def _activation_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data = inputs[0]
     assert data is not None
@@ -118,3 +127,54 @@ def cast(view: NodeView) -> Rule:
     exact = source == target or _FLOAT_BITS.get(source.name, 64) < _FLOAT_BITS.get(target.name, 0)
     linear = (0,) if exact and source.name in _FLOAT_BITS else ()
     return dataclasses.replace(broadcast(view), linear=linear, padding="moves")
+
+
+@rule("CastLike")
+def cast_like(view: NodeView) -> Rule:
+    """A Cast that takes its type from the second input, of which nothing else matters."""
+    names = words(view.rank(0))
+    return dataclasses.replace(
+        cast(view), text=f"{spell(names, ['.'] * view.rank(1))} -> {spell(names)}", padding_ports=(0,)
+    )
+
+
+@rule("Dropout")
+def dropout(view: NodeView) -> Rule:
+    """The identity in inference (training is refused), with a mask of ones."""
+    names = words(view.rank(0))
+    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
+    outputs = [names] * len(view.node.outputs)
+    alone = len(outputs) == 1
+    text = f"{spell(names, *rest)} -> {spell(*outputs)}"
+    return Rule(text=text, linear=(0,) if alone else (), padding="moves" if alone else "finite", padding_ports=(0,))
+
+
+@rule("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
+def quantized_elementwise(view: NodeView) -> Rule:
+    """Codes with one scale for all of them: each element is computed alone."""
+    return dataclasses.replace(broadcast(view), padding="finite")
+
+
+@shape_rule("QLinearAdd", "QLinearMul")
+def _quantized_elementwise_shape(
+    _: ir.Node, inputs: Sequence[Fact | None]
+) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    a, b = inputs[0], inputs[3]
+    assert a is not None
+    assert b is not None
+    return [(a.dtype, np.broadcast_shapes(a.shape, b.shape))]
+
+
+@rule("QLinearWhere", domain=MICROSOFT)
+def quantized_where(view: NodeView) -> Rule:
+    """Where of codes, which are brought to one scale."""
+    return dataclasses.replace(broadcast(view), padding="finite")
+
+
+@shape_rule("QLinearWhere")
+def _quantized_where_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    condition, a, b = inputs[0], inputs[1], inputs[4]
+    assert condition is not None
+    assert a is not None
+    assert b is not None
+    return [(a.dtype, np.broadcast_shapes(condition.shape, a.shape, b.shape))]

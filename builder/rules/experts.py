@@ -1,13 +1,14 @@
-"""onnxruntime's fused mixture of experts."""
+"""onnxruntime's fused mixtures of experts: MoE, QMoE and the router in front of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Rule
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, words
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
 from furiosa_llm.builder.shapes import Fact
 
 _PAIRED = {1: "(i u)", 2: "[i|i]"}
@@ -42,7 +43,90 @@ def mixture_of_experts(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("MoE")
+@rule("QMoE", domain=MICROSOFT)
+def quantized_mixture_of_experts(view: NodeView) -> Rule:
+    """MoE with integer codes: blocks of the inner dimension are contracted, and neither a block nor a byte is cut."""
+    bits, block = int(view.attribute("expert_weight_bits", 4)), int(view.attribute("block_size", 0))
+    fused = int(view.attribute("swiglu_fusion", 0))
+    same_bits = all(view.attribute(f"fc{i}_expert_weight_bits", bits) == bits for i in (1, 2, 3))
+    if view.attribute("quant_type", "int") != "int" or view.attribute("weights_prepacked", 0) > 0 or not same_bits:
+        return whole(view, note="QMoE with floating point codes, prepacked weights or several widths: replicated")
+    if 8 % bits or any(view.has(port) and view.rank(port) == 2 and bits < 8 for port in (11, 13)):
+        return whole(view, note="QMoE whose zero points share bytes with those of other rows: replicated")
+    per_byte = 8 // bits
+    inner = view.shape(5)[2] * per_byte
+    group = block or per_byte
+    points = per_byte if view.has(12) and view.rank(12) == 3 else 1
+    if inner % group or (inner // group) % points:
+        return whole(view, note="QMoE whose inner dimension does not end with a block: replicated")
+    sizes = {"k": inner // group // points, "u": points, "v": group // per_byte, "w": per_byte, "s": 2}
+    rows = words(view.rank(0) - 1)
+    operands = _quantized_experts(view, rows, _PAIRED_BLOCKS.get(fused, "(k u v w)"))
+    pins = {word for dims in operands if dims for dim in dims for word in dim.strip("()[]").replace("|", " ").split()}
+    pin = " ".join(sorted(pins & {"u", "v", "w", "s"}))
+    return Rule(
+        text=f"{spell(*operands)} -> {spell([*rows, '*'])}; reduce k; pin {pin}",
+        sizes=sizes,
+        masked=(7,) if view.has(7) else (),
+        padding="finite",
+    )
+
+
+def _quantized_experts(view: NodeView, rows: list[str], width: str) -> list[list[str] | None]:
+    """The operands of QMoE; `width` is the outer dimension of the first product."""
+    flat = [f"({' '.join(rows)})", "*"]
+    inner = "(k u v w)"
+    candidates: list[list[str]] = [
+        [*rows, "*"],
+        flat if view.rank(1) == 2 else [*rows, "*"],
+        ["*", width, "*"],
+        ["*", width, "*"],
+        ["*", width],
+        ["*", "*", "(k u v)"],
+        ["*", "*", "(k u)"],
+        ["*", "*"],
+        ["*", inner, "*"],
+        ["*", inner, "*"],
+        ["*", inner],
+        ["*", width, "*"],
+        ["*", "*", "k"],
+        ["*", inner, "*"],
+        flat,
+    ]
+    found: list[list[str] | None] = []
+    for port in range(len(view.node.inputs)):
+        dims = candidates[port] if port < len(candidates) else ["*"] * (view.rank(port) if view.has(port) else 0)
+        found.append(dims[: view.rank(port)] if view.has(port) else None)
+    return found
+
+
+_PAIRED_BLOCKS = {1: "(k u v w s)", 2: "[k u v w|k u v w]"}
+"""How gate and up projections share the first product, by the attribute swiglu_fusion."""
+
+
+@rule("MoEGroupRouter", domain=MICROSOFT)
+def group_router(view: NodeView) -> Rule:
+    """Scores of all experts are compared for each token."""
+    rows = words(view.rank(0) - 1)
+    rest: list[list[str] | None] = [
+        None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]
+    ]
+    out = [f"({' '.join(rows)})", "*"]
+    outputs = [out if len(view.out(port)) else [] for port in range(len(view.node.outputs))]
+    return Rule(text=f"{spell([*rows, '*'], *rest)} -> {spell(*outputs)}", padding="finite")
+
+
+@shape_rule("MoEGroupRouter")
+def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data, bias = inputs[0], inputs[1]
+    assert data is not None
+    assert bias is not None
+    shape = (math.prod(data.shape[:-1]), bias.shape[0])
+    kinds = (data.dtype, ir.DataType.FLOAT, ir.DataType.FLOAT)
+    return [(kind, shape if value.name else ()) for kind, value in zip(kinds, node.outputs, strict=False)]
+
+
+@shape_rule("MoE", "QMoE")
 def _moe_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data = inputs[0]
     assert data is not None

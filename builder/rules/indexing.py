@@ -6,20 +6,24 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rule import Rule
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, words
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, standard_shape, words
 from furiosa_llm.builder.shapes import Fact, attributes_of
 
 
 @rule("Gather")
 def gather(view: NodeView) -> Rule:
-    """A table (an initializer) may be split along the axis that is looked up; data must be whole there."""
+    """A table (an initializer) may be split along the axis that is looked up; data must be whole there.
+
+    Tables of numbers and of codes: one rank has the row, and zeros add nothing to it.
+    """
     rank = view.rank(0)
     axis = int(view.attribute("axis", 0)) % rank
     data, indices = words(rank), words(view.rank(1), "i")
-    is_table = (
-        view.is_weight(0) and rank > 1 and view.static_value(1) is None and view.fact(0).dtype.is_floating_point()
-    )
+    kind = view.fact(0).dtype
+    of_numbers = kind.is_floating_point() or kind in (ir.DataType.UINT8, ir.DataType.INT8)
+    is_table = view.is_weight(0) and rank > 1 and view.static_value(1) is None and of_numbers
     out = [*data[:axis], *indices, *data[axis + 1 :]]
     if not is_table:
         data[axis] = "*"
@@ -41,7 +45,7 @@ def gather_elements(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("ScatterElements")
+@rule("ScatterElements", "Scatter")
 def scatter_elements(view: NodeView) -> Rule:
     """Dimensions of equal size pass, but for the axis; jointly linear in data and updates."""
     rank = view.rank(0)
@@ -56,6 +60,16 @@ def scatter_elements(view: NodeView) -> Rule:
 @rule("GatherND")
 def gather_nd(view: NodeView) -> Rule:
     """Indexed dimensions must be whole, the slices' dimensions pass."""
+    return _gather_nd(view)
+
+
+@rule("GatherND", domain=MICROSOFT)
+def gather_nd_microsoft(view: NodeView) -> Rule:
+    """The same op, before it was ONNX's."""
+    return _gather_nd(view)
+
+
+def _gather_nd(view: NodeView) -> Rule:
     batch = int(view.attribute("batch_dims", 0))
     depth = view.shape(1)[-1]
     data, indices = words(view.rank(0)), words(view.rank(1) - 1, "i")
@@ -79,6 +93,55 @@ def scatter_nd(view: NodeView) -> Rule:
     return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
+@rule("TensorScatter")
+def tensor_scatter(view: NodeView) -> Rule:
+    """New positions are written into a cache on one axis; everything else passes. Jointly linear in both."""
+    rank = view.rank(0)
+    axis = int(view.attribute("axis", -2)) % rank
+    dims = ["*" if d == axis else n for d, n in enumerate(words(rank))]
+    operands = [dims, dims, *([[dims[0]]] if view.has(2) else [])]
+    text = f"{spell(*operands)} -> {spell(dims)}"
+    return Rule(text=text, linear=(0, 1), padding="moves", padding_ports=(0, 1), indices=2)
+
+
+@rule("Compress")
+def compress(view: NodeView) -> Rule:
+    """A constant selection along one axis; without an axis, of all elements."""
+    axis = view.attribute("axis")
+    kept = None if axis is None else int(axis) % view.rank(0)
+    dims = ["*" if kept in (None, d) else n for d, n in enumerate(words(view.rank(0)))]
+    out = ["*"] if kept is None else dims
+    return Rule(text=f"{spell(dims, ['*'])} -> {spell(out)}", linear=(0,), padding="moves", padding_ports=(0,))
+
+
+@shape_rule("Compress", domain="")
+def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data, condition = inputs[0], inputs[1]
+    assert data is not None
+    if condition is None or condition.value is None:
+        raise ShapeError(
+            f'Compress "{node.name}" keeps as many elements as its condition says when the model runs, expected a '
+            "constant condition; export the model without a selection by data."
+        )
+    axis, count = attributes_of(node).get("axis"), int(condition.value.sum())
+    shape = list(data.shape)
+    if axis is None:
+        return [(data.dtype, (count,))]
+    shape[axis] = count
+    return [(data.dtype, tuple(shape))]
+
+
+@rule("ReverseSequence")
+def reverse_sequence(view: NodeView) -> Rule:
+    """The first positions of each sequence, as many as its length, are turned round."""
+    time = int(view.attribute("time_axis", 0)) % view.rank(0)
+    names = words(view.rank(0))
+    lengths = names[int(view.attribute("batch_axis", 1)) % view.rank(0)]
+    dims = ["*" if d == time else n for d, n in enumerate(names)]
+    text = f"{spell(dims, [lengths])} -> {spell(dims)}"
+    return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
+
+
 @rule("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(view: NodeView) -> Rule:
     """A quantised table, split along the axis that is looked up."""
@@ -93,6 +156,9 @@ def gather_block_quantized(view: NodeView) -> Rule:
         operands[2:] = [["*"] * view.rank(p) for p in range(2, len(operands))]
         return Rule(text=f"{spell(*operands)} -> {spell(out)}", padding="finite", indices=1)
     return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0, padding="finite", indices=1)
+
+
+shape_rule("GatherND")(standard_shape("GatherND"))
 
 
 @shape_rule("GatherBlockQuantized")

@@ -1,4 +1,4 @@
-"""Contractions: MatMul, Gemm and Conv."""
+"""Contractions of matrices: MatMul, Gemm, and what onnxruntime fuses into them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def matmul(view: NodeView) -> Rule:
     return Rule(text=matmul_text(view.shape(0), view.shape(1)), padding="product")
 
 
-@rule("FusedMatMul", domain=MICROSOFT)
+@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(view: NodeView) -> Rule:
     """MatMul with transposed operands and a factor."""
     if view.attribute("transBatchA", 0) or view.attribute("transBatchB", 0):
@@ -56,7 +56,7 @@ def fused_matmul(view: NodeView) -> Rule:
     return Rule(text=f"{left}, {right} -> {tail}", padding="product")
 
 
-@shape_rule("FusedMatMul")
+@shape_rule("FusedMatMul", "TransposeMatMul")
 def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     a, b = inputs[0], inputs[1]
     assert a is not None
@@ -71,24 +71,32 @@ def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
 @rule("Gemm")
 def gemm(view: NodeView) -> Rule:
     """Matrix product plus a bias, which one rank alone adds where the contraction is split."""
-    left = ["k", "m"] if view.attribute("transA", 0) else ["m", "k"]
-    right = ["n", "k"] if view.attribute("transB", 0) else ["k", "n"]
-    operands: list[list[str] | None] = [left, right]
-    if view.has(2):
-        names = ["m", "n"][2 - view.rank(2) :]
-        operands.append([n if s != 1 else "1" for n, s in zip(names, view.shape(2), strict=True)])
+    operands = _gemm_operands(view, "k")
     text = f"{spell(*operands)} -> m n; reduce k"
     return Rule(text=text, masked=(2,) if view.has(2) else (), padding="product", padding_ports=(0, 1))
 
 
-@rule("Conv")
-def conv(view: NodeView) -> Rule:
-    """Output channels and batch; where there are no groups, input channels are contracted."""
-    space = ["*"] * (view.rank(0) - 2)
-    if view.attribute("group", 1) != 1:
-        return whole(view, note="Conv with groups: replicated")
-    operands: list[list[str] | None] = [["b", "c", *space], ["o", "c", *space]]
+@rule("FusedGemm", domain=MICROSOFT)
+def fused_gemm(view: NodeView) -> Rule:
+    """Gemm with an activation behind it, which needs the whole sum: what is contracted is whole."""
+    return Rule(text=f"{spell(*_gemm_operands(view, '*'))} -> m n", padding="finite")
+
+
+@shape_rule("FusedGemm")
+def _fused_gemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    a, b = inputs[0], inputs[1]
+    assert a is not None
+    assert b is not None
+    attributes = attributes_of(node)
+    return [(a.dtype, (a.shape[1 if attributes.get("transA") else 0], b.shape[0 if attributes.get("transB") else 1]))]
+
+
+def _gemm_operands(view: NodeView, contracted: str) -> list[list[str] | None]:
+    k = contracted
+    left = [k, "m"] if view.attribute("transA", 0) else ["m", k]
+    right = ["n", k] if view.attribute("transB", 0) else [k, "n"]
+    operands: list[list[str] | None] = [left, right]
     if view.has(2):
-        operands.append(["o"])
-    text = f"{spell(*operands)} -> {spell(['b', 'o', *space])}; reduce c"
-    return Rule(text=text, masked=(2,) if view.has(2) else (), padding="product", padding_ports=(0, 1))
+        names = ["m", "n"][2 - view.rank(2) :]
+        operands.append([n if s != 1 else "1" for n, s in zip(names, view.shape(2), strict=True)])
+    return operands

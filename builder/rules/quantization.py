@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Rule
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.registry import (
+    MICROSOFT,
+    NodeView,
+    rule,
+    shape_rule,
+    spell,
+    standard_shape,
+    whole,
+    words,
+)
 from furiosa_llm.builder.shapes import Fact, attributes_of
 
 
@@ -59,6 +68,20 @@ def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
 @rule("DequantizeLinear")
 def dequantize(view: NodeView) -> Rule:
     """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
+    return _dequantize(view)
+
+
+@rule("DequantizeLinear", domain=MICROSOFT)
+def dequantize_microsoft(view: NodeView) -> Rule:
+    """Onnxruntime's op for codes that ONNX did not have."""
+    return _dequantize(view)
+
+
+shape_rule("DequantizeLinear")(standard_shape("DequantizeLinear"))
+shape_rule("QuantizeLinear")(standard_shape("QuantizeLinear"))
+
+
+def _dequantize(view: NodeView) -> Rule:
     data = words(view.rank(0))
     out, scale = list(data), list(data)
     clause, sizes = "", {}

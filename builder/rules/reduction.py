@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rule import Padding, Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
-from furiosa_llm.builder.shapes import Fact
+from furiosa_llm.builder.shapes import Fact, attributes_of
 
 
 def _tail(view: NodeView) -> list[list[str] | None]:
@@ -27,7 +27,9 @@ def _reduced_axes(view: NodeView) -> set[int] | None:
     return {axis % rank for axis in axes or range(rank)}
 
 
-def _reduction(view: NodeView, *, summed: bool, average: bool = False, padding: Padding = "moves") -> Rule:
+def _reduction(
+    view: NodeView, *, summed: bool, linear: bool = True, average: bool = False, padding: Padding = "moves"
+) -> Rule:
     reduced = _reduced_axes(view)
     if reduced is None:
         return whole(view)
@@ -41,7 +43,7 @@ def _reduction(view: NodeView, *, summed: bool, average: bool = False, padding: 
     contracted = [n for d, n in enumerate(left) if d in reduced and n not in ("1", "*")]
     clause = f"; reduce {' '.join(contracted)}" if contracted else ""
     text = f"{spell(left, *_tail(view))} -> {spell(out)}{clause}"
-    return Rule(text=text, linear=(0,) if summed else (), average=average, padding=padding)
+    return Rule(text=text, linear=(0,) if summed and linear else (), average=average, padding=padding)
 
 
 @rule("ReduceSum")
@@ -57,7 +59,13 @@ def reduce_mean(view: NodeView) -> Rule:
     return _reduction(view, summed=exact, average=exact)
 
 
-@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+@rule("ReduceL1", "ReduceSumSquare")
+def reduce_magnitude(view: NodeView) -> Rule:
+    """Sums of what is not linear in the elements: local sums add up, partial ones do not pass."""
+    return _reduction(view, summed=True, linear=False)
+
+
+@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
 def reduce_other(view: NodeView) -> Rule:
     """Reduced axes must be whole; zeros give zero."""
     return _reduction(view, summed=False)
@@ -109,6 +117,15 @@ def cumulative_sum(view: NodeView) -> Rule:
     return dataclasses.replace(_along_axis(view, [int(axis.item()) % view.rank(0)], padding="moves"), linear=(0,))
 
 
+@rule("CumProd")
+def cumulative_product(view: NodeView) -> Rule:
+    """The axis, an input, must be whole; if it is not constant, everything must."""
+    axis = view.static_value(1)
+    if axis is None:
+        return whole(view)
+    return _along_axis(view, [int(axis.item()) % view.rank(0)])
+
+
 @rule("ArgMax", "ArgMin")
 def arg_max(view: NodeView) -> Rule:
     """The axis must be whole and is dropped or kept as 1."""
@@ -144,11 +161,13 @@ def _padding_of_norm(view: NodeView) -> Padding:
     return "finite" if view.attribute("epsilon", 1e-5) > 0 else "lost"
 
 
-@shape_rule("SimplifiedLayerNormalization", domain="")
-def _simplified_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+@shape_rule("LayerNormalization", "SimplifiedLayerNormalization", domain="")
+def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    """Also for opsets in which ONNX had none of these ops, and onnxruntime had."""
     data = inputs[0]
     assert data is not None
-    statistics = (ir.DataType.FLOAT, (*data.shape[:-1], 1))
+    axis = attributes_of(node).get("axis", -1) % len(data.shape)
+    statistics = (ir.DataType.FLOAT, (*data.shape[:axis], *[1] * (len(data.shape) - axis)))
     return [(data.dtype, data.shape), *[statistics] * (len(node.outputs) - 1)]
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
+from onnx.shape_inference import infer_node_outputs
 
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.shapes import Fact, Facts, ShapeRule, attributes_of
 
 MICROSOFT = "com.microsoft"
+_STANDARD_OPSET = 21
+"""The opset whose ops onnxruntime's own are like."""
 
 # fmt: off
 WEIGHT_MOVERS = frozenset((
@@ -127,6 +132,34 @@ def shape_rule(*op_types: str, domain: str = MICROSOFT) -> Callable[[ShapeRule],
     return register
 
 
+def standard_shape(op_type: str, *, drop_inputs_from: int | None = None) -> ShapeRule:
+    """The shape rule of an op of onnxruntime's that has the shapes of a standard op."""
+
+    def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+        proto = ir.to_proto(node)
+        proto.op_type, proto.domain = op_type, ""
+        del proto.input[drop_inputs_from if drop_inputs_from is not None else len(proto.input) :]
+        schema = onnx.defs.get_schema(op_type, _STANDARD_OPSET, "")
+        for attribute in [a for a in proto.attribute if a.name not in schema.attributes]:
+            proto.attribute.remove(attribute)
+        facts = {name: fact for name, fact in zip(proto.input, inputs, strict=False) if fact is not None}
+        types = {name: onnx.helper.make_tensor_type_proto(int(f.dtype), f.shape) for name, f in facts.items()}
+        data = {n: onnx.numpy_helper.from_array(f.value, n) for n, f in facts.items() if f.value is not None}
+        try:
+            outputs = infer_node_outputs(schema, proto, types, data)
+        except onnx.shape_inference.InferenceError as error:
+            raise ShapeError(f'{node.op_type} "{node.name}" does not fit its inputs: {str(error).strip()}.') from error
+        found = [outputs[name].tensor_type for name in proto.output]
+        if not all(dim.HasField("dim_value") for t in found for dim in t.shape.dim):
+            raise ShapeError(
+                f'{node.op_type} "{node.name}" has an output whose size follows from what the inputs hold, expected '
+                "sizes that follow from sizes; export the model with constants there."
+            )
+        return [(ir.DataType(t.elem_type), tuple(d.dim_value for d in t.shape.dim)) for t in found]
+
+    return infer
+
+
 def words(count: int, prefix: str = "") -> list[str]:
     """`count` distinct symbols: a, b, c, ... (with a prefix: xa, xb, ...)."""
     return [prefix + (chr(ord("a") + i) if i < 26 else f"z{i}") for i in range(count)]
@@ -171,6 +204,7 @@ __all__ = [
     "rule_of",
     "shape_rule",
     "spell",
+    "standard_shape",
     "whole",
     "words",
 ]

@@ -8,9 +8,21 @@ import operator
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_ir as ir
 
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rule import Rule, ShapeOperand
-from furiosa_llm.builder.rules.registry import NodeView, rule, spell, whole, words
+from furiosa_llm.builder.rules.registry import (
+    MICROSOFT,
+    NodeView,
+    rule,
+    shape_rule,
+    spell,
+    standard_shape,
+    whole,
+    words,
+)
+from furiosa_llm.builder.shapes import Fact
 
 _END = 2**31 - 1
 """What exporters write, at least, for a slice that goes on to the end."""
@@ -215,34 +227,89 @@ def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
 
 @rule("Tile")
 def tile(view: NodeView) -> Rule:
-    """Axes that are not repeated pass."""
-    names = words(view.rank(0))
-    same = [a == b for a, b in zip(view.shape(0), view.out(), strict=True)]
-    dims = [name if keep else "*" for name, keep in zip(names, same, strict=True)]
-    return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}", linear=(0,), padding="moves")
-
-
-@rule("Range", "NonZero")
-def replicated(view: NodeView) -> Rule:
-    """Integers that every rank computes."""
-    return whole(view)
+    """An axis a that is repeated r times is (r a) behind it; where it was 1, any part of it may be made."""
+    shape, known = view.shape(0), view.static_value(1)
+    repeats = view.fact(1).value if known is None else known
+    left, right = words(view.rank(0)), words(view.rank(0))
+    sizes: dict[str, int] = {}
+    for d, size in enumerate(shape):
+        count = None if repeats is None else int(repeats[d])
+        if count == 1:
+            continue
+        if known is None or not count or view.is_dynamic(0, d):
+            left[d] = right[d] = "*"
+        elif size == 1:
+            left[d], right[d] = "1", "."
+        else:
+            right[d] = f"(r{d} {left[d]})"
+            sizes |= {f"r{d}": count, left[d]: size}
+    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=(ShapeOperand(1, "repeats"),), padding="moves")
 
 
 @rule("Trilu")
 def trilu(view: NodeView) -> Rule:
     """The two last dimensions are compared with each other."""
+    return _trilu(view)
+
+
+@rule("Trilu", domain=MICROSOFT)
+def trilu_microsoft(view: NodeView) -> Rule:
+    """The same op, before it was ONNX's."""
+    return _trilu(view)
+
+
+@rule("ExpandDims", domain=MICROSOFT)
+def expand_dims(view: NodeView) -> Rule:
+    """Unsqueeze by one axis."""
+    left, right, sizes = regroup(view.shape(0), view.out())
+    return Rule(text=f"{spell(left, [])} -> {spell(right)}", sizes=sizes, linear=(0,), padding="moves")
+
+
+def _trilu(view: NodeView) -> Rule:
     names = [*words(view.rank(0))[:-2], "*", "*"]
     return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
 
 
 @rule("Pad")
 def pad(view: NodeView) -> Rule:
-    """Axes that are not padded pass."""
-    names = words(view.rank(0))
-    pads = view.static_value(1)
-    same = [a == b for a, b in zip(view.shape(0), view.out(), strict=True)]
-    if pads is None or view.has(3):
-        return whole(view)
-    padded = [bool(begin or end) for begin, end in np.asarray(pads).reshape(2, -1).T]
-    dims = [n if keep and not moved else "*" for n, keep, moved in zip(names, same, padded, strict=True)]
-    return Rule(text=f"{spell(dims, *_others(view))} -> {spell(dims)}", padding="finite")
+    """Axes that are not padded pass; linear where zeros, or elements that are there already, are put around."""
+    return _pad(view)
+
+
+@rule("Pad", domain=MICROSOFT)
+def pad_microsoft(view: NodeView) -> Rule:
+    """The same op, before ONNX took the pads as an input."""
+    return _pad(view)
+
+
+def _pad(view: NodeView) -> Rule:
+    pads = view.static_value(1) if view.has(1) else np.asarray(view.attribute("pads", ()), dtype=np.int64)
+    axes = view.static_value(3)
+    if pads is None or not pads.size or (view.has(3) and axes is None):
+        return whole(view, note="Pad by sizes that are not constant: replicated")
+    places = range(view.rank(0)) if axes is None else [int(axis) % view.rank(0) for axis in axes]
+    padded = {d for d, ends in zip(places, np.asarray(pads).reshape(2, -1).T, strict=True) if ends.any()}
+    dims = ["*" if d in padded else name for d, name in enumerate(words(view.rank(0)))]
+    zeros = not float(view.attribute("value", 0.0)) and (not view.has(2) or view.fact(2).zero)
+    linear = zeros or view.attribute("mode", "constant") != "constant"
+    return Rule(
+        text=f"{spell(dims, *_others(view))} -> {spell(dims)}",
+        linear=(0,) if linear else (),
+        padding="moves" if linear else "finite",
+        padding_ports=(0,),
+    )
+
+
+shape_rule("Trilu")(standard_shape("Trilu"))
+shape_rule("Pad")(standard_shape("Pad"))
+
+
+@shape_rule("ExpandDims")
+def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data, axis = inputs[0], inputs[1]
+    assert data is not None
+    if axis is None or axis.value is None:
+        raise ShapeError(f'ExpandDims "{node.name}" needs a constant axis; export the model with Unsqueeze.')
+    place = int(axis.value.item()) % (len(data.shape) + 1)
+    return [(data.dtype, (*data.shape[:place], 1, *data.shape[place:]))]

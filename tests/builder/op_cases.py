@@ -1,106 +1,41 @@
-"""For every op with a rule: small models with that op in them, and the rule's text there.
-
-Inputs named `past...` and outputs named `present...` are states and may be split. Sizes are such that most of them need
-padding on two or four ranks.
-"""
+"""For every op with a rule: small models with that op in them, and the rule's text there."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 
-from tests.builder.graphs import Weights, model, random
-
-Array = npt.NDArray[Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OpCase:
-    """A model with one node of interest."""
-
-    op: str
-    label: str
-    text: str
-    """The rule's text at the last node with this op."""
-    inputs: str
-    outputs: str
-    nodes: str
-    weights: Weights
-    opset: int
-    runs: bool
-    """Whether onnxruntime has a kernel for it."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.label}".strip()
-
-    def model(self) -> onnx.ModelProto:
-        return model(self.inputs, self.outputs, self.nodes, self.weights, opset=self.opset)
-
-
-def case(
-    op: str,
-    text: str,
-    inputs: str,
-    outputs: str,
-    nodes: str,
-    label: str = "",
-    /,
-    *,
-    opset: Any = 21,
-    runs: Any = True,
-    **weights: Any,
-) -> OpCase:
-    """A row of the table. `opset` is an int and `runs` a bool; weights are arrays or shapes, by name."""
-    return OpCase(
-        op=op,
-        label=label,
-        text=text,
-        inputs=inputs,
-        outputs=outputs,
-        nodes=nodes,
-        weights=weights,
-        opset=opset,
-        runs=runs,
-    )
-
-
-X = "float[6, 5] past_x"
-Y = "float[6, 5] present_y"
-
-
-def number(value: float) -> Array:
-    return np.array(value, dtype=np.float32)
-
-
-def ints(*values: int) -> Array:
-    return np.array(values, dtype=np.int64)
-
-
-def positive(*shape: int) -> Array:
-    return np.abs(random(*shape)) / 10
-
-
-def codes(*shape: int) -> Array:
-    """Bytes of packed weights."""
-    return np.random.default_rng(list(shape)).integers(0, 256, shape, dtype=np.uint8)
+from tests.builder import op_cases_fused, op_cases_images, op_cases_integers
+from tests.builder.op_case import OpCase, X, Y, case, codes, ints, number
 
 
 def unary() -> Iterator[OpCase]:
     """Elementwise ops of one input."""
     names = (
-        "Abs Atan Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Mish Neg Relu "
-        "Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Tan Tanh ThresholdedRelu"
+        "Abs Asinh Atan Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Mish Neg "
+        "Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Tan Tanh ThresholdedRelu"
     )
     for op in names.split():
         yield case(op, "a b -> a b", X, Y, f"present_y = {op}(past_x)")
     yield case("Swish", "a b -> a b", X, Y, "present_y = Swish(past_x)", opset=24)
-    for op in ("Acos", "Asin", "Log", "Reciprocal", "Sqrt"):
+    nodes = "e = Exp(past_x) f = Sum(e, one) present_y = Acosh(f)"
+    yield case("Acosh", "a b -> a b", X, Y, nodes, one=number(1))
+    yield case(
+        "CastLike",
+        "a b, . . -> a b",
+        X,
+        "double[6, 5] present_y",
+        "present_y = CastLike(past_x, d)",
+        d=np.zeros((1, 1)),
+    )
+    yield case("Dropout", "a b -> a b", X, Y, "present_y = Dropout(past_x)")
+    y = "float[6, 5] present_y, bool[6, 5] present_m"
+    nodes = "present_y, present_m = Dropout(past_x, half)"
+    yield case("Dropout", "a b,  -> a b, a b", X, y, nodes, "with a mask", half=number(0.5))
+    nodes = "b = BitCast<to=6>(past_x) present_y = Cast<to=1>(b)"
+    yield case("BitCast", "a b -> a b", X, Y, nodes, opset=26)
+    for op in ("Acos", "Asin", "Atanh", "Log", "Reciprocal", "Sqrt"):
         yield case(op, "a b -> a b", X, Y, f"s = Sigmoid(past_x) present_y = {op}(s)")
     for op in ("IsInf", "IsNaN"):
         yield case(op, "a b -> a b", X, Y, f"c = {op}(past_x) present_y = Cast<to=1>(c)")
@@ -125,6 +60,13 @@ def binary() -> Iterator[OpCase]:
     yield case("Pow", "a b,  -> a b", X, Y, "present_y = Pow(past_x, two)", two=number(2))
     nodes = "present_y = Clip(past_x, low, high)"
     yield case("Clip", "a b, ,  -> a b", X, Y, nodes, low=number(-0.5), high=number(0.5))
+    x = "float[6, 5] past_x, float[6, 5] past_z"
+    yield case("SwiGLU", "a b, a b -> a b", x, Y, "present_y = SwiGLU(past_x, past_z)", opset=28, runs=False)
+    x = "float[6, 5] past_x, float[6, 5] past_z, float[6, 1] past_g"
+    nodes = "present_y = com.microsoft.GatedAdd(past_x, past_z, past_g)"
+    yield case("com.microsoft.GatedAdd", "a b, a b, a 1 -> a b", x, Y, nodes)
+    nodes = "present_y = com.microsoft.ScaledSiLU<alpha=1.5>(past_x)"
+    yield case("com.microsoft.ScaledSiLU", "a b -> a b", X, Y, nodes)
     for op in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"):
         yield case(op, text, both, out, f"c = {op}(past_a, past_b) present_y = Cast<to=1>(c)")
     for op in ("And", "Or", "Xor"):
@@ -161,79 +103,13 @@ def contractions() -> Iterator[OpCase]:
     nodes = "y = com.microsoft.FusedMatMul<transA=1, transB=1, alpha=0.5>(past_x, w)"
     x, y = "float[3, 5, 6] past_x", "float[3, 6, 7] y"
     yield case("com.microsoft.FusedMatMul", text, x, y, nodes, w=(3, 7, 5))
-    text = "b c * *, o c * *, o -> b o * *; reduce c"
-    nodes = "y = Conv<kernel_shape=[2, 2], strides=[3, 3]>(past_x, w, b)"
-    yield case("Conv", text, "float[2, 3, 8, 8] past_x", "float[2, 5, 3, 3] y", nodes, w=(5, 3, 2, 2), b=(5,))
-    text = "* * * *, * * * * -> * * * *"
-    nodes = "present_y = Conv<kernel_shape=[2, 2], group=4>(past_x, w)"
-    x, y = "float[2, 4, 8, 8] past_x", "float[2, 4, 7, 7] present_y"
-    yield case("Conv", text, x, y, nodes, "groups", w=(4, 1, 2, 2))
-
-
-def quantized() -> Iterator[OpCase]:
-    """Block-quantised products and tables."""
-
-    def product(
-        label: str, text: str, arguments: str, k: int, bits: int = 4, **weights: Array | tuple[int, ...]
-    ) -> OpCase:
-        nodes = f"y = com.microsoft.MatMulNBits<K={k}, N=6, bits={bits}, block_size=16>(past_x, {arguments})"
-        x, y = f"float[2, 3, {k}] past_x", "float[2, 3, 6] y"
-        return case("com.microsoft.MatMulNBits", text, x, y, nodes, label, **weights)
-
-    q, s, clause = codes(6, 4, 8), positive(6, 4), "reduce k u; pin u w"
-    yield product("symmetric", f"a b (k u w), n (k u) *, n (k u) -> a b n; {clause}", "q, s", 64, q=q, s=s)
-    text = f"a b (k u w), n (k u) *, (n k u), (n k) -> a b n; {clause}"
-    yield product("flat", text, "q, s, z", 64, q=q, s=s.reshape(-1), z=codes(12))
-    text = f"a b (k u w), n (k u) *, n (k u), n (k), _, n -> a b n; {clause}"
-    yield product("zero points and bias", text, "q, s, z, , b", 64, q=q, s=s, z=codes(6, 2), b=(6,))
-    text = f"a b (k u w), n (k u) *, n (k u), n (k u) -> a b n; {clause}"
-    yield product("eight bits", text, "q, s, z", 64, 8, q=codes(6, 4, 16), s=s, z=codes(6, 4))
-    clause = "reduce x; pin u w"
-    text = f"a b x<k u w>, n (k u) *, n (k u) -> a b n; {clause}"
-    yield product("short block", text, "q, s", 56, q=q, s=s)
-    text = f"a b x<k u w>, n (k u) *, (n k u), (n k) -> a b n; {clause}"
-    yield product("short block flat", text, "q, s, z", 60, q=q, s=s.reshape(-1), z=codes(12))
-    text = f"a b x<k u w>, n g<k u> *, (n g), n (k) -> a b n; {clause}"
-    flat = s[:, :3].reshape(-1)
-    yield product("half a byte", text, "q, s, z", 48, q=codes(6, 3, 8), s=flat, z=codes(6, 2))
-    text = f"a b x<k u w>, n g<k u> *, n g<k u>, n (k), _, n -> a b n; {clause}"
-    weights: dict[str, Any] = {"q": codes(6, 5, 8), "s": positive(6, 5), "z": codes(6, 3), "b": (6,)}
-    yield product("short block and half a byte", text, "q, s, z, , b", 70, **weights)
-    text = f"a b x<k u w>, n (k u) *, n (k u), n (k u) -> a b n; {clause}"
-    weights = {"q": codes(6, 3, 16), "s": positive(6, 3), "z": codes(6, 3)}
-    yield product("short block of eight bits", text, "q, s, z", 40, 8, **weights)
-    text = f"a b x<k u w>, n (k u) *, n (k u) -> a b n; {clause}"
-    yield product("less than a block", text, "q, s", 12, q=codes(6, 1, 8), s=positive(6, 1))
-    text = f"a b x<k u w>, n g<k u> *, n g<k u>, n (k) -> a b n; {clause}"
-    weights = {"q": codes(6, 2, 4), "s": positive(6, 2), "z": codes(6, 1)}
-    yield product("half of the only byte", text, "q, s, z", 32, 2, **weights)
-
-    x, y, product_ = "float[6, 10] past_x", "float[6, 10] present_y", "present_y = Mul(past_x, w)"
-    signed = codes(6, 10).view(np.int8)
-    nodes = f"w = DequantizeLinear(q, s) {product_}"
-    yield case("DequantizeLinear", "a b,  -> a b", x, y, nodes, "by one scale", q=signed, s=number(0.1))
-    nodes = f"w = DequantizeLinear<axis=0>(q, s, z) {product_}"
-    weights = {"q": signed, "s": positive(6), "z": signed[:, 0].copy()}
-    yield case("DequantizeLinear", "a b, a, a -> a b", x, y, nodes, "by row", **weights)
-    text = "a (q w), a q, a q -> a (q w); pin w"
-    nodes = "w = DequantizeLinear<axis=1, block_size=2>(q, s, z) t = Transpose(w) y = MatMul(past_x, t)"
-    weights = {"q": signed, "s": positive(6, 5), "z": signed[:, :5].copy()}
-    yield case("DequantizeLinear", text, x, "float[6, 6] y", nodes, "by block", **weights)
-    text = "a x<q w>, a q, a q -> a x<q w>; pin w"
-    nodes = nodes.replace("block_size=2", "block_size=4")
-    weights = {"q": signed, "s": positive(6, 3), "z": signed[:, :3].copy()}
-    yield case("DequantizeLinear", text, x, "float[6, 6] y", nodes, "short block", **weights)
-    text, nodes = text.replace(", a q, a q", ", a q"), nodes.replace(", z)", ")")
-    del weights["z"]
-    yield case("DequantizeLinear", text, x, "float[6, 6] y", nodes, "short block around zero", **weights)
-    text = "v *, ia ib, v * -> ia ib *; lookup v"
-    nodes = "y = com.microsoft.GatherBlockQuantized<block_size=16, bits=4>(q, index, s)"
-    x, y = "int64[2, 3] index", "float[2, 3, 32] y"
-    yield case("com.microsoft.GatherBlockQuantized", text, x, y, nodes, q=codes(10, 16), s=positive(10, 2))
-    y = y.replace("32", "24")
     yield case(
-        "com.microsoft.GatherBlockQuantized", text, x, y, nodes, "short block", q=codes(10, 12), s=positive(10, 2)
+        "com.microsoft.TransposeMatMul", text, x, y, nodes.replace("FusedMatMul", "TransposeMatMul"), w=(3, 7, 5)
     )
+    nodes = 'y = com.microsoft.FusedGemm<activation="Relu">(past_x, w, b)'
+    text = "m *, * n, n -> m n"
+    x, y = "float[6, 5] past_x", "float[6, 7] y"
+    yield case("com.microsoft.FusedGemm", text, x, y, nodes, w=(5, 7), b=(7,))
 
 
 def moves() -> Iterator[OpCase]:
@@ -288,13 +164,34 @@ def moves() -> Iterator[OpCase]:
     yield case("Slice", text, x, y, "present_y = Slice(past_x, s, e, a, p)", "backwards", **bounds)
     nodes = "present_y = Slice<starts=[2], ends=[8], axes=[0]>(past_x)"
     yield case("Slice", "* * -> * *", x, "float[6, 5] present_y", nodes, "opset 9", opset=9)
-    y = "float[6, 10] present_y"
-    yield case("Tile", "a *, * -> a *", X, y, "present_y = Tile(past_x, t)", t=ints(1, 2))
+    nodes, x, y = "present_y = Tile(past_x, t)", "float[6, 5] past_x", "float[6, 10] present_y"
+    yield case("Tile", "a b, * -> a (r1 b)", x, y, nodes, t=ints(1, 2))
+    x, y = "float[3, 1, 5] past_x", "float[3, 6, 5] present_y"
+    yield case("Tile", "a 1 c, * -> a . c", x, y, nodes, "of one", t=ints(1, 6, 1))
+    nodes = "s = Shape(ids) r = Slice(s, one, two) t = Concat<axis=0>(one, r) present_y = Tile(past_x, t)"
+    x, y = "int64[2, sequence] ids, float[6, 5] past_x", "float[6, n] present_y"
+    yield case("Tile", "a *, * -> a *", x, y, nodes, "by a dynamic size", one=ints(1), two=ints(2))
     x = y = "float[6, 5, 5] "
     nodes = "present_y = Trilu<upper=0>(past_x, k)"
     yield case("Trilu", "a * *,  -> a * *", x + "past_x", y + "present_y", nodes, k=np.array(1, dtype=np.int64))
     y = "float[6, 8] present_y"
     yield case("Pad", "a *, * -> a *", X, y, "present_y = Pad(past_x, t)", t=ints(0, 1, 0, 2))
+    nodes = "present_y = Pad(past_x, t, v, a)"
+    yield case("Pad", "a *, *, , * -> a *", X, y, nodes, "an axis", t=ints(1, 2), v=number(0.5), a=ints(-1))
+    nodes = 'present_y = Pad<mode="reflect">(past_x, t)'
+    yield case("Pad", "a *, * -> a *", X, y, nodes, "reflected", t=ints(0, 1, 0, 2))
+    nodes = "present_y = Pad<pads=[0, 1, 0, 2]>(past_x)"
+    yield case("Pad", "a * -> a *", X, y, nodes, "opset 10", opset=10)
+    nodes = "present_y = com.microsoft.Pad(past_x, t)"
+    yield case("com.microsoft.Pad", "a *, * -> a *", X, y, nodes, t=ints(0, 1, 0, 2))
+    nodes = "present_y = com.microsoft.ExpandDims(past_x, t)"
+    y = "float[6, 1, 5] present_y"
+    yield case("com.microsoft.ExpandDims", "a b,  -> a 1 b", X, y, nodes, t=np.array(1, dtype=np.int32))
+    x = y = "float[6, 5, 5] "
+    nodes = "present_y = com.microsoft.Trilu<upper=0>(past_x)"
+    yield case("com.microsoft.Trilu", "a * * -> a * *", x + "past_x", y + "present_y", nodes)
+    x, y = "float[5, 5] past_x", "float[5, 5] present_y"
+    yield case("EyeLike", "* * -> * *", x, y, "e = EyeLike(past_x) present_y = Add(past_x, e)")
     nodes = "r = Range(zero, five, one) present_y = Add(past_x, r)"
     yield case("Range", ", ,  -> *", X, Y, nodes, zero=number(0), five=number(5), one=number(1))
     yield case("NonZero", "* * -> * *", X, "int64[2, n] y", "y = NonZero(past_x)")
@@ -304,6 +201,10 @@ def indexing() -> Iterator[OpCase]:
     """Gather and Scatter."""
     x, y = "int64[2, 3] index", "float[2, 3, 5] y"
     yield case("Gather", "a b, ia ib -> ia ib b; lookup a", x, y, "y = Gather(w, index)", "table", w=(9, 5))
+    for kind, table in (("uint8", codes(9, 5)), ("int8", codes(9, 5).view(np.int8))):
+        nodes, y = "c = Gather(w, index) y = DequantizeLinear(c, s, z)", "float[2, 3, 5] y"
+        parts = {"w": table, "s": number(0.1), "z": table[0, 0]}
+        yield case("Gather", "a b, ia ib -> ia ib b; lookup a", x, y, nodes, f"table of {kind}", **parts)
     y = "float[5, 2, 3] y"
     yield case("Gather", "a b, ia ib -> a ia ib; lookup b", x, y, "y = Gather<axis=-1>(w, index)", "columns", w=(5, 9))
     y = "float[6, 2] present_y"
@@ -319,38 +220,60 @@ def indexing() -> Iterator[OpCase]:
     yield case("ScatterElements", text, x, Y, nodes, i=i)
     nodes = 'present_y = ScatterElements<axis=1, reduction="max">(past_x, i, past_u)'
     yield case("ScatterElements", text, x, Y, nodes, "max", i=i)
+    nodes = "present_y = Scatter<axis=1>(past_x, i, past_u)"
+    yield case("Scatter", text, x, Y, nodes, i=i, opset=10)
+    x, y = "float[6, 5, 7] past_x, int64[3, 1] index", "float[3, 5, 7] present_y"
+    nodes = "present_y = com.microsoft.GatherND(past_x, index)"
+    yield case("com.microsoft.GatherND", "* b c, ia * -> ia b c", x, y, nodes)
+    x, y = "float[2, 6, 9, 5] past_x, float[2, 6, 3, 5] past_u", "float[2, 6, 9, 5] present_y"
+    nodes, text = "present_y = TensorScatter(past_x, past_u, i)", "a b * d, a b * d, a -> a b * d"
+    yield case("TensorScatter", text, x, y, nodes, i=ints(6, 2), opset=24)
+    nodes, text = 'present_y = TensorScatter<mode="circular">(past_x, past_u)', "a b * d, a b * d -> a b * d"
+    yield case("TensorScatter", text, x, y, nodes, "without places", opset=24)
+    nodes, kept = "present_y = Compress<axis=1>(past_x, c)", np.array([True, False, True, False, True])
+    yield case("Compress", "a *, * -> a *", X, "float[6, 3] present_y", nodes, c=kept)
+    nodes = "present_y = Compress(past_x, c)"
+    yield case("Compress", "* *, * -> *", X, "float[3] present_y", nodes, "of all", c=kept)
+    x, y = "float[4, 6, 5] past_x", "float[4, 6, 5] present_y"
+    nodes = "present_y = ReverseSequence<time_axis=0, batch_axis=1>(past_x, n)"
+    yield case("ReverseSequence", "* b c, b -> * b c", x, y, nodes, n=ints(1, 2, 3, 4, 2, 3))
     x, text = "float[6, 5] past_x, float[2, 5] past_u", "* b, * *, * b -> * b"
     yield case("ScatterND", text, x, Y, "present_y = ScatterND(past_x, i, past_u)", i=np.array([[4], [1]]))
 
 
 def reductions() -> Iterator[OpCase]:
     """Sums, norms and what else looks along an axis."""
-    x, kept, dropped = "float[6, 5, 3] past_x", "float[6, 1, 3] present_y", "float[6, 3] present_y"
+    x, kept, dropped = "float[6, 4, 3] past_x", "float[6, 1, 3] present_y", "float[6, 3] present_y"
     for op in ("ReduceSum", "ReduceMean"):
         yield case(op, "a b c, * -> a 1 c; reduce b", x, kept, f"present_y = {op}(past_x, t)", t=ints(-2))
         nodes = f"present_y = {op}<keepdims=0, axes=[1]>(past_x)"
         yield case(op, "a b c -> a c; reduce b", x, dropped, nodes, "opset 11", opset=11)
-    y = "float[6, 5, 3] present_y"
+    y = "float[6, 4, 3] present_y"
     nodes = "present_y = ReduceSum<noop_with_empty_axes=1>(past_x)"
     yield case("ReduceSum", "a b c -> a b c", x, y, nodes, "of no axes")
-    y = "float[1, 1, 1] y"
-    yield case("ReduceSum", "a b c -> 1 1 1; reduce a b c", x, y, "y = ReduceSum(past_x)", "of all axes")
+    y, x8 = "float[1, 1, 1] y", "float[6, 4, 8] past_x"
+    yield case("ReduceSum", "a b c -> 1 1 1; reduce a b c", x8, y, "y = ReduceSum(past_x)", "of all axes")
     weights = {"w": (6, 8), "t": ints(0)}
     nodes = "s = ReduceMean<keepdims=0>(w, t) y = Mul(past_x, s)"
     text, x8 = "a b, * -> b; reduce a", "float[3, 8] past_x"
     yield case("ReduceMean", text, x8, "float[3, 8] y", nodes, "of a weight", **weights)
-    for op in ("Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSumExp"):
+    for op in ("L1", "SumSquare"):
+        nodes = f"present_y = Reduce{op}(past_x, t)"
+        yield case(f"Reduce{op}", "a b c, * -> a 1 c; reduce b", x, kept, nodes, t=ints(1))
+    for op in ("Max", "Min", "Prod", "L2", "LogSumExp"):
         nodes = f"present_y = Reduce{op}(past_x, t)"
         yield case(f"Reduce{op}", "a * c, * -> a 1 c", x, kept, nodes, t=ints(1))
     nodes = "e = Exp(past_x) present_y = ReduceLogSum(e, t)"
     yield case("ReduceLogSum", "a * c, * -> a 1 c", x, kept, nodes, t=ints(1))
-    y = "float[6, 5, 3] present_y"
+    y = "float[6, 4, 3] present_y"
     for op in ("Softmax", "LogSoftmax", "Hardmax"):
         yield case(op, "a * c -> a * c", x, y, f"present_y = {op}<axis=1>(past_x)")
         yield case(op, "a * * -> a * *", x, y, f"present_y = {op}(past_x)", "opset 11", opset=11)
     yield case("LpNormalization", "a * c -> a * c", x, y, "present_y = LpNormalization<axis=1>(past_x)")
     nodes = "present_y = CumSum(past_x, t)"
     yield case("CumSum", "a * c,  -> a * c", x, y, nodes, t=np.array(1, dtype=np.int64))
+    nodes = "present_y = CumProd(past_x, t)"
+    yield case("CumProd", "a * c,  -> a * c", x, y, nodes, t=np.array(1, dtype=np.int64), opset=26)
     outputs, text = "float[6, 2, 3] present_y, int64[6, 2, 3] present_i", "a * c, * -> a * c, a * c"
     yield case("TopK", text, x, outputs, "present_y, present_i = TopK<axis=1>(past_x, k)", k=ints(2))
     for op in ("ArgMax", "ArgMin"):
@@ -384,73 +307,32 @@ def norms() -> Iterator[OpCase]:
     yield case(op, text, both, y, nodes, **weights)
 
 
-def attentions() -> Iterator[OpCase]:
-    """Fused attention, with 6 query heads over 3 key heads of size 16."""
-    heads, state = "num_heads=6, kv_num_heads=3", "float[1, 3, 4, 16] past_k, float[1, 3, 4, 16] past_v"
-    presents = "float[1, 3, 6, 16] present_k, float[1, 3, 6, 16] present_v"
-    lengths = {"last": np.array([5], dtype=np.int32), "total": np.array(6, dtype=np.int32)}
-    rotary = {"cos": (16, 8), "sin": (16, 8)}
-    op = "com.microsoft.GroupQueryAttention"
-    cache, out = "b kv * d, b kv * d", "b * (kv g d), b kv * d, b kv * d; pin d"
-    x = f"float[1, 2, 96] past_q, float[1, 2, 48] past_x, float[1, 2, 48] past_z, {state}"
-    nodes = f"present_y, present_k, present_v = {op}<{heads}>(past_q, past_x, past_z, past_k, past_v, last, total)"
-    text = f"b * (kv g d), b * (kv d), b * (kv d), {cache}, *,  -> {out}"
-    yield case(op, text, x, f"float[1, 2, 96] present_y, {presents}", nodes, "apart", **lengths)
-    x = f"float[1, 2, 192] past_x, {state}"
-    arguments = 'past_x, "", "", past_k, past_v, last, total, cos, sin'.replace('""', "")
-    nodes = f"present_y, present_k, present_v = {op}<{heads}, do_rotary=1>({arguments})"
-    text = f"b * [kv g d|kv d|kv d], _, _, {cache}, *, , * *, * * -> {out}"
-    yield case(op, text, x, f"float[1, 2, 96] present_y, {presents}", nodes, "packed", **lengths, **rotary)
-    arguments += ", , , sink"
-    nodes = f"present_y, present_k, present_v = {op}<{heads}, do_rotary=1, softcap=5.0>({arguments})"
-    text = f"b * [kv g d|kv d|kv d], _, _, {cache}, *, , * *, * *, _, _, (kv g) -> {out}"
-    yield case(op, text, x, f"float[1, 2, 96] present_y, {presents}", nodes, "sinks", **lengths, **rotary, sink=(6,))
-
-    x = "float[1, 6, 2, 8] past_q, float[1, 3, 5, 8] past_k, float[1, 3, 5, 4] past_v"
-    text = "b (kv g) * d, b kv * d, b kv * e -> b (kv g) * e; pin d e"
-    y, nodes = "float[1, 6, 2, 4] present_y", "present_y = Attention(past_q, past_k, past_v)"
-    yield case("Attention", text, x, y, nodes, "of heads", opset=23)
-    text = "b (kv g) * d, b kv * d, b kv * e, 1 (kv g) * * -> b (kv g) * e; pin d e"
-    nodes = "present_y = Attention(past_q, past_k, past_v, past_m)"
-    x += ", float[1, 6, 2, 5] past_m"
-    yield case("Attention", text, x, y, nodes, "with a mask", opset=23)
-    x = f"float[1, 2, 96] past_q, float[1, 2, 48] past_x, float[1, 2, 48] past_z, {state}"
-    arguments = "past_q, past_x, past_z, , past_k, past_v"
-    nodes = f"present_y, present_k, present_v = Attention<q_num_heads=6, kv_num_heads=3>({arguments})"
-    text = "b * (kv g d), b * (kv d), b * (kv e), _, b kv * d, b kv * e -> b * (kv g e), b kv * d, b kv * e; pin d e"
-    y = f"float[1, 2, 96] present_y, {presents}"
-    yield case("Attention", text, x, y, nodes, "packed", opset=23)
-
-    cos = {"cos": (1, 2, 8), "sin": (1, 2, 8)}
-    x, y = "float[1, 6, 2, 16] past_x", "float[1, 6, 2, 16] present_y"
-    nodes = "present_y = RotaryEmbedding(past_x, cos, sin)"
-    yield case("RotaryEmbedding", "b h * *, * * *, * * * -> b h * *", x, y, nodes, opset=23, **cos)
-    x, y = "float[1, 2, 96] past_x", "float[1, 2, 96] present_y"
-    nodes = "present_y = RotaryEmbedding<num_heads=6>(past_x, cos, sin)"
-    text = "b * (h d), * * *, * * * -> b * (h d); pin d"
-    yield case("RotaryEmbedding", text, x, y, nodes, "packed", opset=23, **cos)
-    op = "com.microsoft.RotaryEmbedding"
-    nodes, text = f"present_y = {op}<num_heads=6>(past_x, p, cos, sin)", "b * (h d), * *, * *, * * -> b * (h d); pin d"
-    yield case(op, text, x, y, nodes, p=np.array([[0, 1]]), **rotary)
-    nodes, text = f"present_y = {op}(past_x, p, cos, sin)", "* * *, * *, * *, * * -> * * *"
-    yield case(
-        op, text, x.replace("96", "16"), y.replace("96", "16"), nodes, "one head", p=np.array([[0, 1]]), **rotary
-    )
-
-
-def experts() -> Iterator[OpCase]:
-    """The fused mixture of experts: 4 experts, 2 of them used, of inner size 6."""
-    op = "com.microsoft.MoE"
-    x, y = "float[3, 8] past_x, float[3, 4] past_r", "float[3, 8] y"
-    nodes = f'y = {op}<k=2, activation_type="silu">(past_x, past_r, a, , b)'
-    yield case(op, "a *, (a) *, * i *, _, * * i -> a *; reduce i", x, y, nodes, a=(4, 6, 8), b=(4, 8, 6))
-    nodes = f'y = {op}<k=2, activation_type="swiglu", swiglu_fusion=1>(past_x, past_r, a, c, b, d)'
-    weights = {"a": (4, 12, 8), "c": (4, 12), "b": (4, 8, 6), "d": (4, 8)}
-    text = "a *, (a) *, * (i u) *, * (i u), * * i, * * -> a *; reduce i; pin u"
-    yield case(op, text, x, y, nodes, "interleaved", **weights)
-    nodes = nodes.replace("swiglu_fusion=1", "swiglu_fusion=2")
-    text = "a *, (a) *, * [i|i] *, * [i|i], * * i, * * -> a *; reduce i"
-    yield case(op, text, x, y, nodes, "one after the other", runs=False, **weights)
+def einsums() -> Iterator[OpCase]:
+    """Equations."""
+    both, y = "float[2, 6, 3, 4] past_q, float[2, 6, 7, 4] past_k", "float[2, 6, 3, 7] y"
+    nodes = 'y = Einsum<equation="bhqd,bhkd->bhqk">(past_q, past_k)'
+    yield case("Einsum", "b h q d, b h k d -> b h q k; reduce d", both, y, nodes, "scores")
+    both = "float[2, 3, 6, 4] past_q, float[2, 7, 6, 4] past_k"
+    nodes = 'y = Einsum<equation="bqhd, bkhd -> bhqk">(past_q, past_k)'
+    yield case("Einsum", "b q h d, b k h d -> b h q k; reduce d", both, y, nodes, "scores of heads inside")
+    x, y, w = "float[2, 3, 5] past_x", "float[2, 3, 6, 4] y", (5, 6, 4)
+    nodes = 'y = Einsum<equation="...c,chd->...hd">(past_x, w)'
+    yield case("Einsum", "e0 e1 c, c h d -> e0 e1 h d; reduce c", x, y, nodes, "projection", w=w)
+    x, y = "float[2, 3, 6, 4] past_x", "float[2, 3, 5] y"
+    nodes = 'y = Einsum<equation="abhd,hdc">(past_x, w)'
+    text = "a b h d, h d c -> a b c; reduce h d"
+    yield case("Einsum", text, x, y, nodes, "implicit", w=(6, 4, 5))
+    x, y = "float[6, 4, 7] past_x", "float[7, 6] y"
+    yield case("Einsum", "i j k -> k i; reduce j", x, y, 'y = Einsum<equation="ijk->ki">(past_x)', "of one")
+    x, y = "float[5, 5, 6] past_x", "float[6, 5] present_y"
+    yield case("Einsum", "* * k -> k *", x, y, 'present_y = Einsum<equation="iik->ki">(past_x)', "diagonal")
+    both, y = "float[3, 1, 5] past_a, float[6, 5, 4] past_b", "float[3, 6, 4] y"
+    nodes = 'y = Einsum<equation="...k,...kn->...n">(past_a, past_b)'
+    text = "e0 1 k, e1 k n -> e0 e1 n; reduce k"
+    yield case("Einsum", text, both, y, nodes, "broadcast", runs=False)
+    three, y = "float[6, 4] past_a, float[4, 8] past_b, float[8] past_c", "float[6] y"
+    nodes = 'y = Einsum<equation="ij,jk,k->i">(past_a, past_b, past_c)'
+    yield case("Einsum", "i j, j k, k -> i; reduce j k", three, y, nodes, "of three")
 
 
 CASES = tuple(
@@ -459,13 +341,14 @@ CASES = tuple(
         unary,
         binary,
         contractions,
-        quantized,
+        einsums,
         moves,
         indexing,
         reductions,
         norms,
-        attentions,
-        experts,
+        *op_cases_fused.GROUPS,
+        *op_cases_images.GROUPS,
+        *op_cases_integers.GROUPS,
     )
     for found in group()
 )

@@ -30,12 +30,14 @@ class Proof:
     plans: int
     wrong: tuple[str, ...]
     """The assignments that gave something else than the unsplit model, with the error."""
+    refused: tuple[str, ...]
+    """Why a leaf could not be split alone over two ranks, for every one that could not."""
 
 
-def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False) -> Proof:
-    """Try the feasible assignments of a model's factors on small meshes."""
+def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False, until_wrong: bool = False) -> Proof:
+    """Try the feasible assignments of a model's factors on small meshes; all of them, or until one is wrong."""
     prepared = prepare_proto(proto, simplified=simplified)
-    plans, wrong = 0, []
+    plans, wrong, refused = 0, [], []
     for mesh in MESHES:
         leaves = prepared.static_leaves()
         sweeper = Sweeper(prepared.analysis, mesh, leaves, prepared.states)
@@ -43,17 +45,19 @@ def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False) ->
         for assignment in assignments(leaves, mesh, seed):
             try:
                 outcome = sweeper.sweep(assignment)
-            except InfeasibleError:
+            except InfeasibleError as infeasible:
+                if mesh.size == 2 and len(assignment) == 1:
+                    refused.append(str(infeasible))
                 continue
             split = prepared.split(mesh, assignment, outcome)
             error = prepared.greatest_error(split, SIZES, seed)
             if not error < TOLERANCE:
                 wrong.append(f"{mesh.shape} {describe(prepared, assignment)}: {error:.1e}")
             tried += 1
-            if tried == MOST_PLANS:
+            if tried == MOST_PLANS or (until_wrong and wrong):
                 break
         plans += tried
-    return Proof(plans, tuple(wrong))
+    return Proof(plans, tuple(wrong), tuple(refused))
 
 
 def assignments(leaves: list[Factor], mesh: Mesh, seed: int) -> Iterator[Assignment]:

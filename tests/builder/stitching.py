@@ -200,8 +200,10 @@ def _collective(node: onnx.NodeProto, mesh: Mesh) -> list[onnx.NodeProto]:
         sources = [f"r{rank}/{node.input[0]}" for rank in group]
         for rank in group:
             target = [f"r{rank}/{node.output[0]}"]
-            if node.op_type == "AllReduce":
-                nodes.append(helper.make_node("Sum", sources, target))
+            if node.op_type == "AllReduce":  # by Add: onnxruntime's Sum knows no integers
+                sums = [f"{target[0]}/sum{i}" for i in range(len(sources) - 2)] + target
+                for left, right, total in zip([sources[0], *sums], sources[1:], sums, strict=False):
+                    nodes.append(helper.make_node("Add", [left, right], [total]))
             else:
                 nodes.append(helper.make_node("Concat", sources, target, axis=attributes["dim"]))
     return nodes

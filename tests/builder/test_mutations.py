@@ -61,6 +61,17 @@ def two_products() -> onnx.ModelProto:
     return model("float[4, 6] past_x", "float[4, 3] y", nodes, {"a": (6, 5), "b": (5, 3)})
 
 
+def offset_product() -> onnx.ModelProto:
+    """A contraction of 10 over four ranks: the padding's codes of 0 are not zeros, but less than zero by 7."""
+    weights = {"w": np.random.default_rng(0).integers(0, 256, (10, 6), dtype=np.uint8), "z": np.array(7, np.uint8)}
+    return model("uint8[4, 10] past_x", "int32[4, 6] y", "y = MatMulInteger(past_x, w, z, z)", weights)
+
+
+def squares_of_a_sum() -> onnx.ModelProto:
+    nodes = "p = MatMul(past_x, w) y = ReduceSumSquare(p, one)"
+    return model("float[4, 6] past_x", "float[4, 1] y", nodes, {"w": (6, 5), "one": np.array([1])})
+
+
 MUTATIONS = {
     "MatMul forgets that it contracts": Mutation("MatMul", "MatMul by a matrix", text=("; reduce k", "")),
     "MatMul takes rows for columns": Mutation("MatMul", square_product, text=("k n", "n k")),
@@ -124,6 +135,88 @@ MUTATIONS = {
     ),
     "Mul of two partial sums is one": Mutation("Mul", "Mul of two", {"linear": (0, 1), "bilinear": False}),
     "Add counts constants once on every rank": Mutation("Add", "Add a constant", {"linear": (), "bilinear": True}),
+    "Einsum sums whole": Mutation("Einsum", "Einsum scores", text=("; reduce d", "")),
+    "Einsum takes a diagonal in parts": Mutation("Einsum", "Einsum diagonal", text=("* * k -> k *", "i j k -> k i")),
+    "Tile repeats elements": Mutation("Tile", "Tile", text=("(r1 b)", "(b r1)")),
+    "Tile keeps its repeats": Mutation("Tile", "Tile of one", {"shape_operands": ()}),
+    "Pad with a number is linear": Mutation("Pad", "Pad with ones", {"linear": (0,)}),
+    "TensorScatter writes at places of others": Mutation(
+        "TensorScatter", "TensorScatter", text=("a b * d, a ->", "a b * d, * ->")
+    ),
+    "Conv keeps its groups": Mutation("Conv", "Conv groups", {"attributes": {}}),
+    "Conv groups come last": Mutation("Conv", "Conv groups", text=("(g i) *, (g o)", "(i g) *, (o g)")),
+    "ConvTranspose adds its bias on every rank": Mutation("ConvTranspose", "ConvTranspose groups", {"masked": ()}),
+    "blocks of pixels may be cut": Mutation("DepthToSpace", "DepthToSpace", text=("; pin p q", "")),
+    "pixels come in rows": Mutation("DepthToSpace", "DepthToSpace", text=("(p q c)", "(c p q)")),
+    "GroupNormalization of part of a group": Mutation("GroupNormalization", "GroupNormalization", text=("; pin c", "")),
+    "GroupNormalization keeps its groups": Mutation("GroupNormalization", "GroupNormalization", {"attributes": {}}),
+    "codes are scaled by parts": Mutation("DynamicQuantizeLinear", "DynamicQuantizeLinear", text=("; full a b", "")),
+    "zero points add nothing": Mutation("MatMulInteger", offset_product, {"offset": (), "padding_ports": (0, 1)}),
+    "QLinearMatMul rounds parts": Mutation(
+        "QLinearMatMul",
+        "QLinearMatMul",
+        text=("m *, , , * n, n, n, ,  -> m n", "m k, , , k n, n, n, ,  -> m n; reduce k"),
+    ),
+    "MatMulBnb4 cuts bytes": Mutation(
+        "com.microsoft.MatMulBnb4", "com.microsoft.MatMulBnb4", text=("; pin u w", "; pin w")
+    ),
+    "Attention contracts in front of its softmax": Mutation(
+        "com.microsoft.Attention", "com.microsoft.Attention", text=("b * *, * [h d|h d|h e]", "b * c, c [h d|h d|h e]")
+    ),
+    "Attention keeps its sizes": Mutation(
+        "com.microsoft.Attention", "com.microsoft.Attention other values", {"attributes": {"num_heads": "h"}}
+    ),
+    "Attention packs values first": Mutation(
+        "com.microsoft.Attention",
+        "com.microsoft.Attention other values",
+        text=("* [h d|h d|h e], [h d|h d|h e]", "* [h e|h d|h d], [h e|h d|h d]"),
+    ),
+    "MultiHeadAttention keeps its heads": Mutation(
+        "com.microsoft.MultiHeadAttention", "com.microsoft.MultiHeadAttention apart", {"attributes": {}}
+    ),
+    "lengths of all sequences": Mutation(
+        "com.microsoft.GroupQueryAttention", "com.microsoft.GroupQueryAttention batch", text=("d, b,  ->", "d, *,  ->")
+    ),
+    "valid keys of all sequences": Mutation("Attention", "Attention lengths", text=("_, b ->", "_, * ->")),
+    "places of all sequences": Mutation(
+        "com.microsoft.RotaryEmbedding", "com.microsoft.RotaryEmbedding batch", text=("b *, * *", "* *, * *")
+    ),
+    "linear attention cuts keys": Mutation(
+        "com.microsoft.LinearAttention", "com.microsoft.LinearAttention linear", text=("; pin d e", "; pin e")
+    ),
+    "linear attention keeps its heads": Mutation(
+        "com.microsoft.LinearAttention",
+        "com.microsoft.LinearAttention gated delta",
+        {"attributes": {"q_num_heads": "kv g"}},
+    ),
+    "gates of keys are gates of heads": Mutation(
+        "com.microsoft.LinearAttention",
+        "com.microsoft.LinearAttention decay of keys",
+        text=("b * (kv d), b * 1", "b * (d kv), b * 1"),
+    ),
+    "GatedDeltaNet has its values first": Mutation(
+        "com.microsoft.GatedDeltaNet", "com.microsoft.GatedDeltaNet packed", text=("[q d|q d|q g e]", "[q g e|q d|q d]")
+    ),
+    "channels of a convolution mix": Mutation(
+        "com.microsoft.CausalConvWithState",
+        "com.microsoft.CausalConvWithState",
+        text=("b c *, c * *, c", "b c *, * * *, *"),
+    ),
+    "GatedRMSNorm of part of a group": Mutation(
+        "com.microsoft.GatedRMSNorm", "com.microsoft.GatedRMSNorm", text=("; pin c", "")
+    ),
+    "every rank adds the quantised experts' bias": Mutation(
+        "com.microsoft.QMoE", "com.microsoft.QMoE blocks", {"masked": ()}
+    ),
+    "quantised experts cut blocks": Mutation(
+        "com.microsoft.QMoE", "com.microsoft.QMoE blocks", text=("pin s u v w", "pin s u w")
+    ),
+    "quantised pairs lie behind each other": Mutation(
+        "com.microsoft.QMoE",
+        "com.microsoft.QMoE blocks",
+        text=("(k u v w s) *, * (k u v w s)", "(s k u v w) *, * (s k u v w)"),
+    ),
+    "ReduceSumSquare is linear": Mutation("ReduceSumSquare", squares_of_a_sum, {"linear": (0,)}),
     "padding may be divided by": Mutation("Div", padded_quotient, {"divisor": None}),
 }
 
@@ -135,12 +228,13 @@ def test_wrong_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     right = RULES[domain, op_type]
     monkeypatch.setitem(RULES, (domain, op_type), lambda view: mutation.apply(right(view)))
     try:
-        wrong = bool(prove(mutation.model()).wrong)
+        wrong = bool(prove(mutation.model(), until_wrong=True).wrong)
     except (AssertionError, ShapeError, Fail, InvalidArgument, RuntimeException):
         wrong = True
     assert wrong, "every plan gave the right result"
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [name for name, mutation in MUTATIONS.items() if callable(mutation.shown_by)])
 def test_right_rule_is_not(name: str) -> None:
+    """The other mutations are shown by cases that are proved elsewhere with the right rule."""
     assert prove(MUTATIONS[name].model()).wrong == ()

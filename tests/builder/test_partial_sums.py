@@ -60,6 +60,8 @@ INTEGERS = {
     "points": [[0], [2]],
     "scattered": [[3] * 5, [0] * 5, [1] * 5],
     "targets": [[3], [0], [1]],
+    "pads": [0, 1, 0, 1],
+    "kept": [True, False, True, False, False],
 }
 
 PASSES = {
@@ -97,6 +99,8 @@ PASSES = {
         f'{PARTIAL} y = ScatterElements<axis=0, reduction="add">(full, scattered, p)', shape="4, 5"
     ),
     "ScatterND": Case(f"{PARTIAL} y = ScatterND(zeros, targets, p)", shape="4, 5"),
+    "Pad": Case(f"{PARTIAL} y = Pad(p, pads)", shape="3, 7"),
+    "Compress": Case(f"{PARTIAL} y = Compress<axis=1>(p, kept)", shape="3, 2"),
     "residuals of two branches": Case(f"{TWO} s = Add(r, p) y = Add(s, q)"),
 }
 """Everything up to the output is partial; one AllReduce there, unless other values are named."""
@@ -112,7 +116,7 @@ STOPS = {
     "Cast to fewer bits": Case(f"{PARTIAL} y = Cast<to=10>(p)", ("p",), dtype="float16"),
     "two readers": Case(f"{PARTIAL} m = Neg(p) e = Mul(p, r) y = Add(m, e)", ("p",)),
     "Softmax": Case(f"{PARTIAL} y = Softmax(p)", ("p",)),
-    "Pad": Case(f"{PARTIAL} y = Pad(p, pads)", ("p",), shape="3, 7"),
+    "Pad with ones": Case(f"{PARTIAL} y = Pad(p, pads, half)", ("p",), shape="3, 7"),
     "ReduceMax": Case(f"{PARTIAL} y = ReduceMax(p, axis1)", ("p",), shape="3, 1"),
     "MatMul": Case(f"{PARTIAL} t = Transpose(v) y = MatMul(p, t)", ("p",), shape="3, 4"),
     "ScatterElements multiplies": Case(
@@ -120,7 +124,6 @@ STOPS = {
     ),
 }
 """The sum is made before the op."""
-INTEGERS["pads"] = [0, 1, 0, 1]
 
 
 def reduced_values(prepared: Prepared) -> tuple[str, ...]:

@@ -1,0 +1,231 @@
+"""onnxruntime's own attention ops: Attention, QAttention, MultiHeadAttention and the one for decoding.
+
+Heads h are split. What the ops project inside (Attention's hidden dimension) must be whole, as a softmax follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.integers import per_channel
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.shapes import Fact, attributes_of
+
+_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
+_Operand = list[str] | None
+_PACKED = "[h d|h d|h e]"
+_PAST = ["*", "b", "h", "*", "d"]
+
+
+def _batch(view: NodeView, mask: int) -> str:
+    """Whether the batch may be split: a mask of one dimension may hold several numbers for each sequence."""
+    return "*" if view.has(mask) and view.rank(mask) == 1 else "b"
+
+
+def _mask(view: NodeView, port: int) -> _Operand:
+    """A mask by batch, or numbers of positions."""
+    if not view.has(port):
+        return None
+    rest = ["*"] * (view.rank(port) - 1)
+    return ["*"] if not rest else ["1" if view.shape(port)[0] == 1 else "b", *rest]
+
+
+def _bias(view: NodeView, port: int, batch: str) -> _Operand:
+    """What is added to the scores: batch and heads, or 1 for all of them."""
+    if not view.has(port):
+        return None
+    return ["1" if size == 1 else name for name, size in zip((batch, "h", "*", "*"), view.shape(port), strict=True)]
+
+
+def _rest(view: NodeView, start: int) -> list[_Operand]:
+    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
+
+
+# -- Attention ---------------------------------------------------------------------------------------------------
+
+
+def _hidden_sizes(heads: int, width: int, given: Sequence[int] | None) -> tuple[int, int]:
+    """The sizes of a query's and of a value's head vector."""
+    sizes = given or [width // 3] * 3
+    return sizes[0] // heads, sizes[2] // heads
+
+
+@rule("Attention", domain=MICROSOFT)
+def attention_microsoft(view: NodeView) -> Rule:
+    """The projections of query, key and value lie side by side in one weight."""
+    if view.attribute("past_present_share_buffer", 0):
+        return whole(view, note="Attention with its cache in place: replicated")
+    heads, given = int(view.attribute("num_heads")), view.attribute("qkv_hidden_sizes")
+    size, value_size = _hidden_sizes(heads, view.shape(1)[1], given)
+    b = _batch(view, 3)
+    past = [b if word == "b" else word for word in _PAST]
+    packed = _PACKED
+    if view.has(4) or len(view.node.outputs) > 1:  # keys and values lie in one cache, so their heads are of one size
+        packed = "[h d|h d|h d]"
+    value = "e" if packed == _PACKED else "d"
+    operands: list[_Operand] = [[b, "*", "*"], ["*", packed], [packed] if view.has(2) else None]
+    operands += [_mask(view, 3), past if view.has(4) else None, _bias(view, 5, b), *_rest(view, 6)]
+    outputs = [[b, "*", f"(h {value})"], past][: len(view.node.outputs)]
+    attributes = {"num_heads": "h"}
+    if given:
+        attributes["qkv_hidden_sizes"] = f"h d, h d, h {value}"
+    return Rule(
+        text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell(*outputs)}; pin d"
+        + (" e" if value == "e" else ""),
+        sizes={"h": heads, "d": size, "e": value_size},
+        attributes=attributes,
+        padding="finite",
+    )
+
+
+@shape_rule("Attention")
+def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    data, weights, past = inputs[0], inputs[1], inputs[4] if len(inputs) > 4 else None
+    assert weights is not None
+    return _self_attention_shape(node, data, weights.shape[1], past)
+
+
+def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fact | None) -> _Shapes:
+    assert data is not None
+    attributes = attributes_of(node)
+    heads = attributes["num_heads"]
+    size, value_size = _hidden_sizes(heads, width, attributes.get("qkv_hidden_sizes"))
+    batch, sequence = data.shape[:2]
+    kind = ir.DataType.FLOAT if data.dtype.is_integer() else data.dtype
+    length = sequence + (past.shape[3] if past is not None else 0)
+    if attributes.get("past_present_share_buffer") and past is not None:
+        length = past.shape[3]
+    shapes = [(kind, (batch, sequence, heads * value_size)), (kind, (2, batch, heads, length, size))]
+    return shapes[: len(node.outputs)]
+
+
+@rule("QAttention", domain=MICROSOFT)
+def quantized_attention(view: NodeView) -> Rule:
+    """Attention on codes, with one scale for the input and one scale, or one for each column, for the weight."""
+    if view.attribute("past_present_share_buffer", 0):
+        return whole(view, note="QAttention with its cache in place: replicated")
+    heads = int(view.attribute("num_heads"))
+    b = _batch(view, 5)
+    packed, past = "[h d|h d|h d]", [b if word == "b" else word for word in _PAST]
+    operands: list[_Operand] = [[b, "*", "*"], ["*", packed], [packed], per_channel(view, 3, "*")]
+    operands += [per_channel(view, 4, packed), _mask(view, 5), per_channel(view, 6, "*"), per_channel(view, 7, packed)]
+    operands += [past if view.has(8) else None]
+    outputs = [[b, "*", "(h d)"], past][: len(view.node.outputs)]
+    return Rule(
+        text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell(*outputs)}; pin d",
+        sizes={"h": heads, "d": view.shape(1)[1] // 3 // heads},
+        attributes={"num_heads": "h"},
+        padding="finite",
+    )
+
+
+@shape_rule("QAttention")
+def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    data, weights, past = inputs[0], inputs[1], inputs[8] if len(inputs) > 8 else None
+    assert weights is not None
+    return _self_attention_shape(node, data, weights.shape[1], past)
+
+
+# -- MultiHeadAttention ------------------------------------------------------------------------------------------
+
+
+def _query_key_value(view: NodeView, b: str, heads: int) -> tuple[list[_Operand], int, int]:
+    """Query, key and value in the forms that the op knows, and the sizes of their head vectors."""
+    cache = view.has(1) and view.rank(1) == 4  # of cross attention: heads apart already
+    if view.rank(0) == 5:
+        size = view.shape(0)[4]
+        return [[b, "*", "h", "*", "d"], None, None], size, size
+    size = view.shape(0)[2] // heads
+    if not view.has(1):
+        return [[b, "*", _PACKED], None, None], size // 3, size // 3
+    if view.rank(1) == 5:
+        return [[b, "*", "(h d)"], [b, "*", "h", "*", "d"], None], size, size
+    if cache:
+        return [[b, "*", "(h d)"], [b, "h", "*", "d"], [b, "h", "*", "e"]], size, view.shape(2)[3]
+    return [[b, "*", "(h d)"], [b, "*", "(h d)"], [b, "*", "(h e)"]], size, view.shape(2)[2] // heads
+
+
+@rule("MultiHeadAttention", domain=MICROSOFT)
+def multi_head_attention(view: NodeView) -> Rule:
+    """Query, key and value apart or packed; the projections' biases lie side by side in one vector."""
+    if view.has(8) or view.has(9):
+        return whole(view, note="MultiHeadAttention with its cache in place, or with beams: replicated")
+    heads = int(view.attribute("num_heads"))
+    b = _batch(view, 4)
+    operands, size, value_size = _query_key_value(view, b, heads)
+    operands += [[_PACKED] if view.has(3) else None, _mask(view, 4), _bias(view, 5, b)]
+    caches = [[b, "h", "*", "d"], [b, "h", "*", "e"]]
+    operands += [cache if view.has(port) else None for port, cache in zip((6, 7), caches, strict=True)]
+    operands = operands[: len(view.node.inputs)]
+    return _heads_rule(view, b, operands, {"h": heads, "d": size, "e": value_size})
+
+
+@rule("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
+def decoder_attention(view: NodeView) -> Rule:
+    """MultiHeadAttention of one new position, its biases behind everything else.
+
+    Its cross attention alone is split: a self attention's states come out in the buffers they go in by, so no rule
+    for it could be proved.
+    """
+    if view.has(5) or view.has(8) or view.has(9) or not view.has(1) or view.rank(1) != 4:
+        return whole(view, note="DecoderMaskedMultiHeadAttention in place, or with beams: replicated")
+    heads = int(view.attribute("num_heads"))
+    b = _batch(view, 3)
+    operands, size, value_size = _query_key_value(view, b, heads)
+    operands += [_mask(view, 3), _bias(view, 4, b), *_rest(view, 5)]
+    if view.has(10):
+        operands[10] = [_PACKED]
+    operands = operands[: len(view.node.inputs)]
+    return _heads_rule(view, b, operands, {"h": heads, "d": size, "e": value_size})
+
+
+def _heads_rule(view: NodeView, b: str, operands: list[_Operand], sizes: dict[str, int]) -> Rule:
+    caches = [[b, "h", "*", "d"], [b, "h", "*", "e"]]
+    outputs = [[b, "*", "(h e)"], *caches, [b, "h", "*", "*"]]
+    present = [o if len(view.out(i)) else [] for i, o in enumerate(outputs[: len(view.node.outputs)])]
+    text = f"{spell(*operands)} -> {spell(*present)}"
+    pins = [s for s in ("d", "e") if f" {s}" in text]
+    return Rule(text=f"{text}; pin {' '.join(pins)}", sizes=sizes, attributes={"num_heads": "h"}, padding="finite")
+
+
+@shape_rule("MultiHeadAttention")
+def _multi_head_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    return _heads_shape(node, inputs, inputs[6] if len(inputs) > 6 else None)
+
+
+@shape_rule("DecoderMaskedMultiHeadAttention")
+def _decoder_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    return _heads_shape(node, inputs, inputs[5] if len(inputs) > 5 else None)
+
+
+def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None) -> _Shapes:
+    query, key, value = inputs[0], inputs[1] if len(inputs) > 1 else None, inputs[2] if len(inputs) > 2 else None
+    assert query is not None
+    attributes = attributes_of(node)
+    heads = attributes["num_heads"]
+    batch, sequence = query.shape[:2]
+    if key is None:
+        size = value_size = query.shape[4] if len(query.shape) == 5 else query.shape[2] // heads // 3
+        length = sequence
+    elif len(key.shape) == 5:
+        size = value_size = key.shape[4]
+        length = key.shape[1]
+    else:
+        assert value is not None
+        cross = len(key.shape) == 4
+        size = query.shape[2] // heads
+        value_size = value.shape[3] if cross else value.shape[2] // heads
+        length = key.shape[2] if cross else key.shape[1]
+    if past is not None:
+        length = past.shape[2] + (0 if attributes.get("past_present_share_buffer") else length)
+    kind = query.dtype
+    shapes = [
+        (kind, (batch, sequence, heads * value_size)),
+        (kind, (batch, heads, length, size)),
+        (kind, (batch, heads, length, value_size)),
+        (kind, (batch, heads, sequence, length)),
+    ]
+    return shapes[: len(node.outputs)]

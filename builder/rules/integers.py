@@ -1,0 +1,251 @@
+"""Integer arithmetic: activations quantised as the model runs or ahead of it, and products of codes.
+
+A scale that is found as the model runs (DynamicQuantizeLinear) is taken over the whole tensor, so the tensor must be
+whole: ranks that took it over their own part would round otherwise than the unsplit model. From there on everything is
+exact: codes are cut for nothing, and sums of products in int32 are the same in parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.linear_algebra import matmul_text
+from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.shapes import Fact, attributes_of
+
+_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
+
+
+def offsets(view: NodeView, zero_points: Mapping[int, int]) -> tuple[int, ...]:
+    """Of the inputs with a zero point (data input -> its zero point's input) those whose zeros are not zeros."""
+    return tuple(port for port, point in zero_points.items() if view.has(point) and not view.fact(point).zero)
+
+
+def per_channel(view: NodeView, port: int, channel: str) -> list[str] | None:
+    """A scale or zero point: one for all, or one for each channel."""
+    if not view.has(port):
+        return None
+    return ["1" if size == 1 else channel for size in view.shape(port)]
+
+
+@rule("DynamicQuantizeLinear")
+def dynamic_quantize(view: NodeView) -> Rule:
+    """One scale for all elements, from the greatest and the least of them; the codes are each rank's part again."""
+    dims = words(view.rank(0))
+    note = "DynamicQuantizeLinear takes one scale over all elements: its input is whole (gathered where it was split)"
+    clause = f"; full {' '.join(dims)}" if dims else ""
+    return Rule(text=f"{spell(dims)} -> {spell(dims, [], [])}{clause}", padding="finite", note=note)
+
+
+@rule("QuantizeLinear")
+def quantize(view: NodeView) -> Rule:
+    """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
+    return _quantize(view, 1)
+
+
+@rule("QuantizeLinear", domain=MICROSOFT)
+def quantize_microsoft(view: NodeView) -> Rule:
+    """Onnxruntime's op for codes that ONNX did not have."""
+    return _quantize(view, 1)
+
+
+def _quantize(view: NodeView, default_axis: int) -> Rule:
+    data = words(view.rank(0))
+    out, scale = list(data), list(data)
+    clause, sizes = "", {}
+    block = int(view.attribute("block_size", 0))
+    axis = int(view.attribute("axis", default_axis)) % len(data) if data else 0
+    if not block:
+        scale = [] if view.rank(1) == 0 else ["1"] if view.shape(1) == (1,) else [data[axis]]
+    elif view.shape(0)[axis] % block:
+        data[axis] = out[axis] = scale[axis] = "*"
+    else:
+        data[axis] = out[axis] = "(q w)"
+        scale[axis] = "q"
+        clause, sizes = "; pin w", {"q": view.shape(1)[axis], "w": block}
+    text = f"{spell(data, *[scale] * (len(view.node.inputs) - 1))} -> {spell(out)}{clause}"
+    return Rule(text=text, sizes=sizes, padding="finite")
+
+
+# -- products ----------------------------------------------------------------------------------------------------
+
+
+def _product(
+    view: NodeView, a: int, b: int, per_row: Sequence[int], per_column: Sequence[int], points: Mapping[int, int]
+) -> Rule | None:
+    """A matrix product of inputs `a` and `b`, of which other inputs hold one number for each row or column.
+
+    None where such numbers have more dimensions than one.
+    """
+    if any(view.has(port) and view.rank(port) > 1 for port in (*per_row, *per_column)):
+        return None
+    left, tail = matmul_text(view.shape(a), view.shape(b)).split(", ", 1)
+    right, result = tail.split(" -> ", 1)
+    operands: list[str] = []
+    for port in range(len(view.node.inputs)):
+        if port in (a, b):
+            operands.append(left if port == a else right)
+        elif not view.has(port):
+            operands.append("_")
+        else:
+            channel = "m" if port in per_row else "n"
+            operands.append(" ".join(per_channel(view, port, channel) or []))
+    shifted = offsets(view, points)
+    return Rule(
+        text=f"{', '.join(operands)} -> {result}",
+        padding="product",
+        padding_ports=tuple(port for port in (a, b) if port not in shifted),
+        offset=shifted,
+    )
+
+
+@rule("MatMulInteger")
+def matmul_integer(view: NodeView) -> Rule:
+    """Sums of products of codes less their zero points: exact in int32, whole or in parts."""
+    found = _product(view, 0, 1, (2,), (3,), {0: 2, 1: 3})
+    return found or whole(view, note="MatMulInteger with zero points for each matrix: replicated")
+
+
+@rule("MatMulIntegerToFloat", domain=MICROSOFT)
+def matmul_integer_to_float(view: NodeView) -> Rule:
+    """MatMulInteger with its scales and a bias, which one rank alone adds where the contraction is split."""
+    found = _product(view, 0, 1, (2, 4), (3, 5, 6), {0: 4, 1: 5})
+    if found is None:
+        return whole(view, note="MatMulIntegerToFloat with scales for each matrix: replicated")
+    return dataclasses.replace(found, masked=(6,) if view.has(6) else ())
+
+
+@shape_rule("MatMulIntegerToFloat")
+def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    return _product_shape(inputs[0], inputs[1], inputs[2])
+
+
+@rule("QLinearMatMul")
+def qlinear_matmul(view: NodeView) -> Rule:
+    """Columns alone: the sum is rounded to 8 bits inside the op, so it must be whole."""
+    found = _product(view, 0, 3, (1, 2), (4, 5), {0: 2, 3: 5})
+    if found is None:
+        return whole(view, note="QLinearMatMul with scales for each matrix: replicated")
+    left, _, right = found.text.partition("; reduce k")[0].partition(" -> ")
+    dims = [["*" if word == "k" else word for word in operand.split(" ")] for operand in left.split(", ")]
+    note = "QLinearMatMul rounds its sum to 8 bits: its contraction is gathered (as bytes), not computed in parts"
+    text = f"{', '.join(' '.join(words_) for words_ in dims)} -> {right}"
+    return Rule(text=text, padding="finite", note=note)
+
+
+@rule("QGemm", domain=MICROSOFT)
+def qgemm(view: NodeView) -> Rule:
+    """Gemm of codes; where it rounds its sum to 8 bits, the sum must be whole."""
+    k = "*" if view.has(7) else "k"
+    left = [k, "m"] if view.attribute("transA", 0) else ["m", k]
+    right = ["n", k] if view.attribute("transB", 0) else [k, "n"]
+    operands: list[list[str] | None] = [left, per_channel(view, 1, "*"), per_channel(view, 2, "*"), right]
+    operands += [per_channel(view, 4, "n"), per_channel(view, 5, "n")]
+    if len(view.node.inputs) > 6:
+        bias = ["m", "n"][2 - view.rank(6) :] if view.has(6) else []
+        shape = view.shape(6) if view.has(6) else ()
+        operands.append([n if s != 1 else "1" for n, s in zip(bias, shape, strict=True)] if view.has(6) else None)
+    operands += [per_channel(view, port, "*") for port in range(7, len(view.node.inputs))]
+    text = f"{spell(*operands)} -> m n"
+    if k == "*":
+        note = "QGemm rounds its sum to 8 bits: its contraction is gathered (as bytes), not computed in parts"
+        return Rule(text=text, padding="finite", note=note)
+    shifted = offsets(view, {0: 2, 3: 5})
+    return Rule(
+        text=f"{text}; reduce k",
+        masked=(6,) if view.has(6) else (),
+        padding="product",
+        padding_ports=tuple(port for port in (0, 3) if port not in shifted),
+        offset=shifted,
+    )
+
+
+@shape_rule("QGemm")
+def _qgemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    a, b, scale = inputs[0], inputs[3], inputs[1]
+    assert a is not None
+    assert b is not None
+    assert scale is not None
+    attributes = attributes_of(node)
+    rows, columns = a.shape[1 if attributes.get("transA") else 0], b.shape[0 if attributes.get("transB") else 1]
+    point = inputs[8] if len(inputs) > 8 else None
+    return [(scale.dtype if point is None else point.dtype, (rows, columns))]
+
+
+def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> _Shapes:
+    assert a is not None
+    assert b is not None
+    assert kind is not None
+    return [(kind.dtype, (*a.shape[:-1], b.shape[-1]))]
+
+
+@rule("MatMulBnb4", domain=MICROSOFT)
+def matmul_bnb4(view: NodeView) -> Rule:
+    """Rows of 4-bit codes, two in a byte, in blocks that are never cut; all rows one behind the other."""
+    size, columns, block = (int(view.attribute(name)) for name in ("K", "N", "block_size"))
+    if size % block or not view.attribute("transB", 1):
+        return whole(view, note="MatMulBnb4 whose blocks run from row to row, or transposed: replicated")
+    rows = words(view.rank(0) - 1)
+    operands = [[*rows, "(k u w)"], ["(n k u)"] if view.rank(1) == 1 else ["(n k u)", "1"], ["(n k)"]]
+    return Rule(
+        text=f"{spell(*operands)} -> {spell([*rows, 'n'])}; reduce k; pin u w",
+        sizes={"n": columns, "k": size // block, "u": block // 2, "w": 2},
+        attributes={"N": "n", "K": "k u w"},
+        padding="product",
+        padding_ports=(0, 2),
+    )
+
+
+@shape_rule("MatMulBnb4")
+def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    data, attributes = inputs[0], attributes_of(node)
+    assert data is not None
+    return [(data.dtype, (*data.shape[:-1], attributes["N" if attributes.get("transB", 1) else "K"]))]
+
+
+# -- what else onnxruntime computes on codes ---------------------------------------------------------------------
+
+
+@rule("QLinearSoftmax", domain=MICROSOFT)
+def quantized_softmax(view: NodeView) -> Rule:
+    """Softmax of codes; before opset 13 it took everything from the axis on for one."""
+    rank = view.rank(0)
+    axis = int(view.attribute("axis", -1)) % rank
+    along = [axis] if int(view.attribute("opset", 13)) >= 13 else range(axis, rank)
+    names = ["*" if d in along else n for d, n in enumerate(words(rank))]
+    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
+    return Rule(text=f"{spell(names, *rest)} -> {spell(names)}", padding="finite")
+
+
+@rule("QLinearConcat", domain=MICROSOFT)
+def quantized_concat(view: NodeView) -> Rule:
+    """Triples of codes, scale and zero point behind the result's scale and zero point; the axis is a concatenation."""
+    axis = int(view.attribute("axis")) % len(view.out())
+    names = words(len(view.out()))
+    ports = range(2, len(view.node.inputs), 3)
+    parts = [f"p{i}" for i in range(len(ports))]
+    operands = [per_channel(view, port, "*") for port in range(len(view.node.inputs))]
+    for port, part in zip(ports, parts, strict=True):
+        operands[port] = [part if d == axis else name for d, name in enumerate(names)]
+    out = ["[" + "|".join(parts) + "]" if d == axis else name for d, name in enumerate(names)]
+    return Rule(text=f"{spell(*operands)} -> {spell(out)}", axis=axis, padding="finite")
+
+
+@shape_rule("QLinearConcat")
+def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    data = [fact for fact in inputs[2::3] if fact is not None]
+    axis = attributes_of(node)["axis"] % len(data[0].shape)
+    shape = list(data[0].shape)
+    shape[axis] = sum(fact.shape[axis] for fact in data)
+    return [(data[0].dtype, tuple(shape))]
+
+
+@shape_rule("QLinearSoftmax")
+def _quantized_softmax_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+    data = inputs[0]
+    assert data is not None
+    return [(data.dtype, data.shape)]

@@ -1,0 +1,183 @@
+"""Replace sequences of tensors by the tensors in them, where it is known how many there are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import UnsupportedModelError
+
+_SIZES_ARE_INPUT = 13
+"""Since this opset, Split takes its sizes, and Squeeze and Unsqueeze take their axes, as an input."""
+
+
+_Attributes = dict[str, int | list[int]]
+
+
+def replace_sequences(graph: ir.Graph, file_name: str) -> None:
+    """Replace every sequence op of `graph`, in place; constants must be initializers.
+
+    Raises UnsupportedModelError for a sequence whose length or order follows from data, or that leaves the graph.
+    """
+    replacer = _Replacer(graph, file_name)
+    for node in list(graph):
+        if not node.domain and node.op_type in _OPS:
+            _OPS[node.op_type](replacer, node)
+    for node in reversed(list(graph)):
+        if not node.domain and node.op_type in _OPS:
+            graph.remove(node, safe=True)
+
+
+class _Replacer:
+    def __init__(self, graph: ir.Graph, file_name: str) -> None:
+        self._graph, self._file_name = graph, file_name
+        self._elements: dict[ir.Value, list[ir.Value]] = {}
+        self._opset = graph.opset_imports.get("", 1)
+        self._names = itertools.count(1)
+
+    # -- what makes sequences ------------------------------------------------------------------------------------
+
+    def construct(self, node: ir.Node) -> None:
+        self._elements[node.outputs[0]] = [value for value in node.inputs if value is not None]
+
+    def insert(self, node: ir.Node) -> None:
+        elements, tensor = list(self._sequence(node)), node.inputs[1]
+        assert tensor is not None
+        elements.insert(self._position(node, 2, len(elements), default=len(elements)), tensor)
+        self._elements[node.outputs[0]] = elements
+
+    def erase(self, node: ir.Node) -> None:
+        elements = list(self._sequence(node))
+        del elements[self._position(node, 1, len(elements), default=len(elements) - 1)]
+        self._elements[node.outputs[0]] = elements
+
+    def split(self, node: ir.Node) -> None:
+        data = node.inputs[0]
+        assert data is not None
+        axis = _attribute(node, "axis", 0)
+        sizes = self._sizes(node, data, axis)
+        keep = _attribute(node, "keepdims", 1) or len(node.inputs) > 1
+        attributes: _Attributes = {"axis": axis}
+        inputs = [data]
+        if self._opset < _SIZES_ARE_INPUT:
+            attributes["split"] = sizes
+        else:
+            inputs.append(self._constant(node, "sizes", sizes))
+        parts = self._emit(node, "Split", inputs, "part", attributes, count=len(sizes))
+        self._elements[node.outputs[0]] = parts if keep else [self._axes_op(node, "Squeeze", p, axis) for p in parts]
+
+    def _sizes(self, node: ir.Node, data: ir.Value, axis: int) -> list[int]:
+        given = self._known(node, 1) if len(node.inputs) > 1 else np.array(1)
+        if given is not None and given.ndim:
+            return [int(size) for size in given]
+        size = data.shape[axis] if data.shape is not None else None
+        if given is None or not isinstance(size, int):
+            raise self._unknown(node, "the number of its parts is not known")
+        step = int(given)
+        return [min(step, size - start) for start in range(0, size, step)]
+
+    # -- what takes from them ------------------------------------------------------------------------------------
+
+    def at(self, node: ir.Node) -> None:
+        elements = self._sequence(node)
+        self._replace(node, elements[self._position(node, 1, len(elements) - 1)])
+
+    def length(self, node: ir.Node) -> None:
+        self._replace(node, self._constant(node, "length", len(self._sequence(node))))
+
+    def concatenate(self, node: ir.Node) -> None:
+        elements, axis = self._sequence(node), _attribute(node, "axis", 0)
+        if _attribute(node, "new_axis", 0):
+            elements = [self._axes_op(node, "Unsqueeze", element, axis) for element in elements]
+        (joined,) = self._emit(node, "Concat", elements, "joined", {"axis": axis})
+        self._replace(node, joined)
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _sequence(self, node: ir.Node) -> list[ir.Value]:
+        found = self._elements.get(node.inputs[0]) if node.inputs[0] is not None else None
+        if found is None:
+            raise self._unknown(node, "what is in it is not known")
+        return found
+
+    def _position(self, node: ir.Node, port: int, last: int, default: int | None = None) -> int:
+        if len(node.inputs) <= port or node.inputs[port] is None:
+            assert default is not None
+            return default
+        given = self._known(node, port)
+        if given is None:
+            raise self._unknown(node, "a position in it is computed")
+        position = int(given) + (last + 1 if int(given) < 0 else 0)
+        if not 0 <= position <= last:
+            raise self._unknown(node, f"position {int(given)} is out of range")
+        return position
+
+    def _known(self, node: ir.Node, port: int) -> npt.NDArray[Any] | None:
+        value = node.inputs[port]
+        tensor = value.const_value if value is not None and value.is_initializer() else None
+        return None if tensor is None else tensor.numpy()
+
+    def _unknown(self, node: ir.Node, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f'{self._file_name}: node {node.op_type} "{node.name}" works on a sequence of tensors, and {reason}; '
+            "export the model with split and concatenated tensors (torch: give torch.split constant sizes)."
+        )
+
+    def _axes_op(self, node: ir.Node, op_type: str, value: ir.Value, axis: int) -> ir.Value:
+        """Squeeze or Unsqueeze."""
+        if self._opset < _SIZES_ARE_INPUT:
+            return self._emit(node, op_type, [value], op_type, {"axes": [axis]})[0]
+        return self._emit(node, op_type, [value, self._constant(node, "axis", [axis])], op_type, {})[0]
+
+    def _emit(
+        self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value], label: str, given: _Attributes, count: int = 1
+    ) -> list[ir.Value]:
+        attributes = [ir.convenience.convert_attribute(name, value) for name, value in given.items()]
+        new = ir.Node("", op_type, inputs, attributes, num_outputs=count)
+        for value in new.outputs:
+            value.name = self._name(node, label)
+        new.name = new.outputs[0].name
+        self._graph.insert_before(node, new)
+        return list(new.outputs)
+
+    def _constant(self, node: ir.Node, label: str, number: int | list[int]) -> ir.Value:
+        array = np.array(number, dtype=np.int64)
+        tensor = ir.tensor(array, name=self._name(node, label))
+        value = ir.Value(name=tensor.name, const_value=tensor)
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+        self._graph.register_initializer(value)
+        return value
+
+    def _name(self, node: ir.Node, label: str) -> str:
+        return f"{node.outputs[0].name}/{label}{next(self._names)}"
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        old = node.outputs[0]
+        if old.is_graph_output():  # an output keeps its name, and what it is may have one as well
+            alias = ir.Node("", "Identity", [value], name=f"{old.name}/output")
+            alias.outputs[0].name, alias.outputs[0].type, alias.outputs[0].shape = old.name, old.type, old.shape
+            self._graph.insert_before(node, alias)
+            value = alias.outputs[0]
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+
+
+def _attribute(node: ir.Node, name: str, default: int) -> int:
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
+
+
+_OPS: dict[str, Callable[[_Replacer, ir.Node], None]] = {
+    "ConcatFromSequence": _Replacer.concatenate,
+    "SequenceAt": _Replacer.at,
+    "SequenceConstruct": _Replacer.construct,
+    "SequenceEmpty": _Replacer.construct,
+    "SequenceErase": _Replacer.erase,
+    "SequenceInsert": _Replacer.insert,
+    "SequenceLength": _Replacer.length,
+    "SplitToSequence": _Replacer.split,
+}
