@@ -14,6 +14,7 @@ from furiosa_llm.builder import configuration, writer
 from furiosa_llm.builder.analysis import analyse
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.errors import OptionError
+from furiosa_llm.builder.fusion import Fusion, fuse_attention
 from furiosa_llm.builder.load import Source, check_external_data, load
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.manifest_of import manifest_of
@@ -63,6 +64,8 @@ class ArtifactBuilder:
         dims: Sizes of dynamic input dimensions that do not follow from the model, by symbol or `input.symbol`.
         max_padding: By how much padding may make one dimension larger (1.34: a third).
         experimental_tp: Also allow tensor_parallel_size 1, 2 and 16.
+        fuse_attention: Replace attention that is written out in small ops by one op with its cache in place, where both
+            give the same numbers.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ArtifactBuilder:
         dims: Mapping[str, int] | None = None,
         max_padding: float = MAX_PADDING,
         experimental_tp: bool = False,
+        fuse_attention: bool = True,
     ) -> None:
         check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
         if not max_padding >= 1:  # not a number is not, either
@@ -87,6 +91,7 @@ class ArtifactBuilder:
         self._max_seq_len = max_seq_len_to_capture
         self._dims = dict(dims or {})
         self._max_padding = max_padding
+        self._fuse_attention = fuse_attention
 
     def build(
         self, save_dir: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
@@ -105,6 +110,9 @@ class ArtifactBuilder:
             probes = probe(model, self._dims, config)
             if simplify(model, probes):
                 probes = probe(model, self._dims, config)
+            fusion = fuse_attention(model, probes) if self._fuse_attention else Fusion()
+            if fusion.fused:
+                probes = probe(model, self._dims, config)
             states = find_states(model.graph, probes.facts)
             analysis = analyse(model.graph, probes.facts, probes.others)
             told("plan", 0, 1)
@@ -116,6 +124,7 @@ class ArtifactBuilder:
                 model=model,
                 probes=probes,
                 states=states,
+                fusion=fusion,
                 analysis=analysis,
                 plan=plan,
                 lowered=lower(analysis, self._mesh, plan.assignment, plan.outcome, source.model),
@@ -164,6 +173,7 @@ class ArtifactBuilder:
             "max_seq_len_to_capture": self._max_seq_len,
             "dims": dict(sorted(self._dims.items())),
             "max_padding": self._max_padding,
+            "fuse_attention": self._fuse_attention,
         }
         digest = hashlib.sha256()
         with source.path.open("rb") as file:

@@ -63,6 +63,8 @@ def _pair(value: ir.Value, facts: Facts) -> StatePair | None:
         grown = [d for d, (a, b) in enumerate(sizes) if a != b]
         if before.dtype == after.dtype and len(before.shape) == len(after.shape) and len(grown) == 1:
             in_place = node.op_type in _IN_PLACE and value in node.inputs and output in node.outputs
+            # What else reads a cache in place would find it as long as its buffer.
+            in_place = in_place and all(reader is node for reader, _ in value.uses()) and not output.uses()
             return StatePair(input=value, output=output, sequence_dim=grown[0], in_place=in_place)
     return None
 

@@ -66,6 +66,12 @@ class _Sizes(click.ParamType[tuple[str, int]]):
     "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
 )
 @click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@click.option(
+    "--fuse-attention/--no-fuse-attention",
+    default=True,
+    show_default=True,
+    help="Replace attention written out in small ops by one op with its cache in place.",
+)
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 def build(
     model: Path,
@@ -76,6 +82,7 @@ def build(
     dims: tuple[tuple[str, int], ...],
     max_padding: float,
     experimental_tp: bool,
+    fuse_attention: bool,
     force: bool,
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
@@ -91,6 +98,7 @@ def build(
         dims=dict(dims),
         max_padding=max_padding,
         experimental_tp=experimental_tp,
+        fuse_attention=fuse_attention,
     )
     destination = output or default_output(model, tensor_parallel_size)
     console = Console(stderr=True)
@@ -155,6 +163,11 @@ def closing_table(report: BuildReport) -> Table:
     more = len(report.replicated) - _SHOWN_REPLICATED
     rest = f"; {more} smaller" if more > 0 else ""
     table.add_row("replicated", f"{nbytes(report.replicated_nbytes)}: {shown}{rest}" if shown else "nothing")
+    left = report.attentions_left
+    if report.fused_attentions or left:
+        table.add_row("attention", f"{report.fused_attentions} fused, {len(left)} left as they are")
+    for line in left:
+        table.add_row("left", line)
     for note in report.notes:
         table.add_row("note", note)
     padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""
