@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import building, parity, speed
+from benchmarks import building, fusion, parity, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "building": building.bars,
+    "fusion": fusion.bars,
     "parity": parity.bars,
     "speed": speed.bars,
 }

@@ -31,8 +31,9 @@ def run_singly(
     outputs: Sequence[OutputInfo],
     batch: int,
 ) -> dict[str, Array]:
-    """The outputs of `run` for a batch, run sequence by sequence; what has no dimension of the batch is alike in all."""
-    dims = {info.name: info.shape.index(_BATCH) for info in (*infos, *outputs) if _BATCH in info.shape}
+    """The outputs of `run` for a batch, run sequence by sequence; what has no dimension of the batch is the first's."""
+    shapes = {info.name: info.shape for info in infos} | {info.name: info.shape for info in outputs}
+    dims = {name: shape.index(_BATCH) for name, shape in shapes.items() if _BATCH in shape}
     rows = []
     for row in range(batch):
         one = {

@@ -1,4 +1,4 @@
-"""Cut a part out of a graph as a model of its own: from chosen values back to a boundary and to the graph's inputs."""
+"""Cut a part out of a graph as a model: from chosen values back to a boundary and to the graph's inputs."""
 
 from __future__ import annotations
 

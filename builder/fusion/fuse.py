@@ -1,4 +1,4 @@
-"""The pass: match every attention, write its replacement, prove it, and put it in place or leave the graph as it was."""
+"""The pass: match every attention, write its replacement, prove it, and take it or leave the graph as it was."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from furiosa_llm.builder.fusion.interior import interior_of, structure_of
-from furiosa_llm.builder.fusion.matching import anchors, match
+from furiosa_llm.builder.fusion.matching import match
 from furiosa_llm.builder.fusion.nodes import Sizes
 from furiosa_llm.builder.fusion.proof import prove
 from furiosa_llm.builder.fusion.rewriting import Replacement, is_in_place, replace
 from furiosa_llm.builder.fusion.structure import LeftAloneError, Match
+from furiosa_llm.builder.fusion.tracing import anchors
 from furiosa_llm.builder.probe import Probes
 from furiosa_llm.builder.rules.registry import MICROSOFT
 
@@ -92,7 +93,7 @@ class _Pass:
                 self._graph.remove(replacement.nodes, safe=True)
             return False
         for old, new in zip(found.results, replacement.results, strict=True):
-            _take_over(self._graph, old, new)
+            _take_over(old, new)
         return True
 
     def _prove(self, found: Match, replacement: Replacement, structure: object) -> None:
@@ -102,12 +103,12 @@ class _Pass:
                 self._proved[structure] = None
             except LeftAloneError as reason:
                 self._proved[structure] = str(reason)
-        reason = self._proved[structure]
-        if reason is not None:
-            raise LeftAloneError(reason)
+        wrong = self._proved[structure]
+        if wrong is not None:
+            raise LeftAloneError(wrong)
 
 
-def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+def _take_over(old: ir.Value, new: ir.Value) -> None:
     """Let `new` be what `old` is, and have its name where that is an output's."""
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}/unfused"

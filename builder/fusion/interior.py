@@ -1,4 +1,4 @@
-"""The nodes of an attention between its boundary and its output: nothing else may read them, and equal ones are alike."""
+"""The nodes of an attention between its boundary and its output, and when two attentions are alike."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def interior_of(found: Match) -> dict[ir.Node, None]:
                 raise LeftAloneError(f'"{value.name}" inside it is read elsewhere')
     given = {value for node in inside for value in node.outputs} | starts
     for term in found.terms:
-        for value in (term.value, term.condition):
-            if value is not None and value in given:
-                raise LeftAloneError("its mask is made from its scores")
+        if term.value in given or term.condition in given:
+            raise LeftAloneError("its mask is made from its scores")
     return inside
 
 
@@ -66,9 +65,7 @@ def structure_of(found: Match, interior: dict[ir.Node, None], facts: Facts) -> o
         numbers[one.value] = (position, one.form, one.num_heads, one.size)
     for position, cache in enumerate((found.key, found.value)):
         numbers[cache.past] = ("past", position, cache.past.is_graph_input(), facts[cache.past].dtype)
-        concat = cache.present.producer()
-        assert concat is not None
-        numbers[cache.present] = ("present", position, tuple(numbers.get(v, _leaf(v)) for v in concat.inputs if v))
+        numbers[cache.present] = ("present", position)  # of the past and what the new heads' form tells
     rows = []
     for row, node in enumerate(interior):
         inputs = tuple(None if v is None else numbers.get(v, _leaf(v)) for v in node.inputs)

@@ -6,34 +6,27 @@ a Reshape only merges dimensions) is proved on numbers afterwards, see `furiosa_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.fusion.structure import Cache, Form, Heads, LeftAloneError, Match, Term
+from furiosa_llm.builder.fusion.tracing import (
+    FACTORS,
+    MAX_STEPS,
+    MOVES,
+    REPEATS,
+    VIEWS,
+    Step,
+    cache_source,
+    factor_port,
+    is_guard,
+    operand,
+    scalar,
+)
 from furiosa_llm.builder.shapes import Facts
-
-_VIEWS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-_MOVES = _VIEWS | {"Transpose"}
-_REPEATS = _MOVES | {"Expand"}
-_BEHIND_SOFTMAX = _VIEWS | {"Add", "Div", "Dropout", "Mul", "Where"}
-"""What may lie between softmax and product; whether it is harmless is looked at later, with a line in the report."""
-_MAX_STEPS = 16
-"""More nodes than any exporter puts between two ends of an attention that are looked for."""
-
-
-def anchors(graph: ir.Graph) -> list[ir.Node]:
-    """Every product of softmax and values, and every Attention that keeps no cache itself."""
-    found = []
-    for node in graph:
-        if node.domain:
-            continue
-        if node.op_type == "Attention" and all(v is None for v in node.inputs[4:]):
-            found.append(node)
-        elif node.op_type == "Softmax":
-            found += _weighings(node.outputs[0])
-    return found
 
 
 def match(node: ir.Node, facts: Sequence[Facts]) -> Match:
@@ -42,20 +35,6 @@ def match(node: ir.Node, facts: Sequence[Facts]) -> Match:
     `facts` are shapes at two sets of sizes in which no two dynamic dimensions are equal.
     """
     return _Matcher(node, facts).run()
-
-
-def _weighings(softmax: ir.Value) -> list[ir.Node]:
-    """The products that take a softmax, possibly behind a change of form or a guard against NaN."""
-    found: list[ir.Node] = []
-    queue, seen = [softmax], {softmax}
-    while queue and len(seen) < _MAX_STEPS:
-        for node, port in queue.pop().uses():
-            if node.op_type == "MatMul" and port == 0:
-                found.append(node)
-            elif node.op_type in _BEHIND_SOFTMAX:
-                queue += [o for o in node.outputs if o not in seen]
-                seen.update(node.outputs)
-    return list(dict.fromkeys(found))
 
 
 class _Matcher:
@@ -71,7 +50,7 @@ class _Matcher:
             query, key, terms = self._fused()
         else:
             query, key, terms = self._decomposed()
-        value = self._cache(_input(self._anchor, 2 if self._anchor.op_type == "Attention" else 1), scaled=False)
+        value = self._cache(operand(self._anchor, 2 if self._anchor.op_type == "Attention" else 1), scaled=False)
         if key.new.num_heads != value.new.num_heads or key.new.size != value.new.size:
             raise LeftAloneError("its keys and values differ in heads or in the size of a head")
         heads = self._query(query, key)
@@ -93,7 +72,7 @@ class _Matcher:
         node = self._anchor
         if len(node.outputs) > 1 and any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
             raise LeftAloneError("its scores are read elsewhere")
-        query, key = _input(node, 0), self._cache(_input(node, 1), scaled=False)
+        query, key = operand(node, 0), self._cache(operand(node, 1), scaled=False)
         default = 1 / float(np.sqrt(key.new.size))
         scale, softcap = node.attributes.get("scale"), node.attributes.get("softcap")
         self._scale = default if scale is None else scale.as_float()
@@ -107,9 +86,9 @@ class _Matcher:
         return query, key, (Term(before=end, after=end, value=mask),)
 
     def _decomposed(self) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
-        softmax = self._softmax(_input(self._anchor, 0))
+        softmax = self._softmax(operand(self._anchor, 0))
         axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
-        scores = _input(softmax, 0)
+        scores = operand(softmax, 0)
         if axis not in (-1, len(self._shape(scores)) - 1):
             raise LeftAloneError(f"its softmax is over axis {axis}, not over the last one")
         steps = next(self._ways_back(scores), None)
@@ -121,41 +100,41 @@ class _Matcher:
     def _softmax(self, weights: ir.Value) -> ir.Node:
         """The Softmax behind `weights`; between them only changes of form and a guard against NaN."""
         current = weights
-        for _ in range(_MAX_STEPS):
+        for _ in range(MAX_STEPS):
             node = current.producer()
             if node is None or node.domain:
                 break
             if node.op_type == "Softmax":
                 return node
-            if node.op_type in _VIEWS or node.op_type == "Dropout":
-                current = _input(node, 0)
-            elif node.op_type == "Where" and _is_guard(node):
-                current = _input(node, 2)
+            if node.op_type in VIEWS or node.op_type == "Dropout":
+                current = operand(node, 0)
+            elif node.op_type == "Where" and is_guard(node):
+                current = operand(node, 2)
             else:
                 raise LeftAloneError(f'{node.op_type} "{node.name}" changes the weights behind its softmax')
         raise LeftAloneError("no softmax gives its weights")
 
-    def _ways_back(self, value: ir.Value, depth: int = 0) -> Iterator[list[tuple[ir.Node, int]]]:
+    def _ways_back(self, value: ir.Value, depth: int = 0) -> Iterator[list[Step]]:
         """Paths from the softmax back to a product with cached keys: each node with the port of the scores."""
         node = value.producer()
-        if node is None or node.domain or depth > _MAX_STEPS:
+        if node is None or node.domain or depth > MAX_STEPS:
             return
         if node.op_type == "MatMul":
-            if _source(_input(node, 1), _REPEATS | {"Mul", "Div"}) is not None:
+            if cache_source(operand(node, 1), REPEATS | FACTORS) is not None:
                 yield [(node, 0)]
             return
         ports = {"Add": (0, 1), "Mul": (0, 1), "Div": (0,), "Tanh": (0,), "Where": (1, 2)}.get(node.op_type, ())
-        for port in (0,) if node.op_type in _VIEWS else ports:
-            for rest in self._ways_back(_input(node, port), depth + 1):
+        for port in (0,) if node.op_type in VIEWS else ports:
+            for rest in self._ways_back(operand(node, port), depth + 1):
                 yield [(node, port), *rest]
 
-    def _read(self, steps: list[tuple[ir.Node, int]]) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
+    def _read(self, steps: list[Step]) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
         """Scale, soft cap and terms along `steps`, which go from the softmax back; each kind has its place."""
         terms: list[Term] = []
         scaled = False
-        for (node, port), (before, _) in zip(steps, steps[1:], strict=False):
-            if node.op_type in _VIEWS:
-                terms.append(Term(before=_input(node, 0), after=node.outputs[0]))
+        for (node, port), (before, _) in itertools.pairwise(steps):
+            if node.op_type in VIEWS:
+                terms.append(Term(before=operand(node, 0), after=node.outputs[0]))
             elif node.op_type in ("Add", "Where"):
                 if scaled:
                     raise LeftAloneError(f'{node.op_type} "{node.name}" comes before the scale of its scores')
@@ -171,28 +150,28 @@ class _Matcher:
                 self._scale *= factor
         return *self._product(steps, start=len(steps) - 1), tuple(reversed(terms))
 
-    def _product(self, steps: list[tuple[ir.Node, int]], *, start: int) -> tuple[ir.Value, Cache]:
+    def _product(self, steps: list[Step], *, start: int) -> tuple[ir.Value, Cache]:
         """The query, and the cached keys; what lies behind `start` scales the scores before the soft cap."""
         for node, port in steps[start:-1]:
-            if node.op_type in ("Mul", "Div"):
+            if node.op_type in FACTORS:
                 self._scale *= self._factor(node, port)
-            elif node.op_type not in _VIEWS:
+            elif node.op_type not in VIEWS:
                 raise LeftAloneError(f'{node.op_type} "{node.name}" comes before the soft cap of its scores')
         if self._softcap:
             self._scale *= self._softcap
         product = steps[-1][0]
-        return _input(product, 0), self._cache(_input(product, 1), scaled=True)
+        return operand(product, 0), self._cache(operand(product, 1), scaled=True)
 
     # -- queries, caches and the output --------------------------------------------------------------------------
 
     def _cache(self, value: ir.Value, *, scaled: bool) -> Cache:
         """The cache behind `value`, past changes of form, repeated heads and, for keys, factors."""
-        found = _source(value, _REPEATS | ({"Mul", "Div"} if scaled else set()))
+        found = cache_source(value, REPEATS | (FACTORS if scaled else frozenset()))
         if found is None:
             raise LeftAloneError("its keys or values are not appended to a cache")
         concat, path = found
         for node, port in path:
-            if node.op_type in ("Mul", "Div"):
+            if node.op_type in FACTORS:
                 self._scale *= self._factor(node, port)
         present = concat.outputs[0]
         shapes = self._shapes(present)
@@ -200,26 +179,26 @@ class _Matcher:
             raise LeftAloneError(f"its cache has the form {list(shapes[0])}, not batch, heads, positions, vector")
         if any(s[1::2] != shapes[0][1::2] for s in shapes):
             raise LeftAloneError(f"its cache has heads or vectors of changing size: {list(shapes[0])}")
-        past, new = _input(concat, 0), _input(concat, 1)
+        past, new = operand(concat, 0), operand(concat, 1)
         heads, size = shapes[0][1], shapes[0][3]
         return Cache(past=past, new=self._heads(new, heads, size), present=present)
 
     def _query(self, value: ir.Value, key: Cache) -> Heads:
         """The query of all heads: the last `b h s d` on the way back through factors and changes of form."""
         current, found = value, None
-        for _ in range(_MAX_STEPS):
+        for _ in range(MAX_STEPS):
             shapes = self._shapes(current)
             if self._is_heads_first(shapes, key):
                 found = (current, shapes[0][1])
             node = current.producer()
             if node is None or node.domain:
                 break
-            port = _factor_port(node) if node.op_type in ("Mul", "Div") else 0
-            if port is None or not (node.op_type in _MOVES or self._is_factor(node, port)):
+            port = factor_port(node) if node.op_type in FACTORS else 0
+            if port is None or not (node.op_type in MOVES or self._is_factor(node, port)):
                 break
-            if node.op_type in ("Mul", "Div"):
+            if node.op_type in FACTORS:
                 self._scale *= self._factor(node, port)
-            current = _input(node, port)
+            current = operand(node, port)
         if found is None:
             raise LeftAloneError("its query has no dimension of heads")
         return self._heads(found[0], found[1], key.new.size)
@@ -236,10 +215,10 @@ class _Matcher:
         form: Form = "heads first"
         node = value.producer()
         if node is not None and node.op_type == "Transpose" and node.attributes["perm"].as_ints() == (0, 2, 1, 3):
-            value, form = _input(node, 0), "heads inside"
+            value, form = operand(node, 0), "heads inside"
             node = value.producer()
             if node is not None and node.op_type == "Reshape":
-                before = _input(node, 0)
+                before = operand(node, 0)
                 shapes = zip(self._shapes(before), self._shapes(value), strict=True)
                 if all(b == (*a[:2], num_heads * size) for b, a in shapes):
                     value, form = before, "packed"
@@ -250,13 +229,12 @@ class _Matcher:
         current, found = self._anchor.outputs[0], None
         for _ in range(4):
             form = self._form(current, query)
-            found = (
-                found if form is None else Heads(value=current, form=form, num_heads=query.num_heads, size=query.size)
-            )
-            uses = current.uses()
-            if form == "packed" or len(uses) != 1 or current.is_graph_output() or uses[0][0].op_type not in _MOVES:
+            if form is not None:
+                found = Heads(value=current, form=form, num_heads=query.num_heads, size=query.size)
+            readers = [node for node, _ in current.uses()]
+            if form == "packed" or len(readers) != 1 or current.is_graph_output() or readers[0].op_type not in MOVES:
                 break
-            current = uses[0][0].outputs[0]
+            current = readers[0].outputs[0]
         if found is None:
             raise LeftAloneError(f"its output has the form {list(self._shape(self._anchor.outputs[0]))}")
         return found
@@ -284,92 +262,19 @@ class _Matcher:
         return self._facts[0][value].dtype
 
     def _is_factor(self, node: ir.Node, port: int) -> bool:
-        return node.op_type in ("Mul", "Div") and scalar(_input(node, 1 - port)) is not None
+        return node.op_type in FACTORS and scalar(operand(node, 1 - port)) is not None
 
     def _factor(self, node: ir.Node, port: int) -> float:
         """What `node` multiplies its input `port` with."""
-        number = scalar(_input(node, 1 - port))
+        number = scalar(operand(node, 1 - port))
         if number is None or (node.op_type == "Div" and (port == 1 or not number)):
             raise LeftAloneError(f'{node.op_type} "{node.name}" scales by more than one constant')
         return 1 / number if node.op_type == "Div" else number
 
 
-def scalar(value: ir.Value, depth: int = 0) -> float | None:
-    """The number that `value` holds at any sizes and inputs, if it is one."""
-    tensor = value.const_value if value.is_initializer() else None
-    if tensor is not None:
-        return float(tensor.numpy().item()) if tensor.size == 1 else None
-    node = value.producer()
-    if node is None or node.domain or depth > _MAX_STEPS or not node.inputs:
-        return None
-    numbers = [None if v is None else scalar(v, depth + 1) for v in node.inputs]
-    if any(n is None for n in numbers):
-        return None
-    known = [n for n in numbers if n is not None]
-    match node.op_type, known:
-        case (("Cast" | "Identity" | "Reshape" | "Squeeze" | "Unsqueeze"), [first, *_]):
-            return first
-        case "Sqrt", [first]:
-            return float(np.sqrt(first))
-        case "Mul", [first, second]:
-            return first * second
-        case "Div", [first, second] if second:
-            return first / second
-    return None
-
-
-def _source(value: ir.Value, through: frozenset[str] | set[str]) -> tuple[ir.Node, list[tuple[ir.Node, int]]] | None:
-    """The Concat of a cache behind `value`, and the nodes on the way to it with the port of the data."""
-    path: list[tuple[ir.Node, int]] = []
-    current = value
-    for _ in range(_MAX_STEPS):
-        node = current.producer()
-        if node is None or node.domain:
-            return None
-        if node.op_type == "Concat":
-            return (node, path) if len(node.inputs) == 2 and _is_past(_input(node, 0)) else None
-        port = _factor_port(node) if node.op_type in ("Mul", "Div") else 0
-        if node.op_type not in through or port is None:
-            return None
-        path.append((node, port))
-        current = _input(node, port)
-    return None
-
-
-def _is_past(value: ir.Value) -> bool:
-    """Whether `value` is a graph input, or the last positions of one."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Slice", "Identity"):
-        value = _input(node, 0)
-        node = value.producer()
-    return value.is_graph_input()
-
-
-def _factor_port(node: ir.Node) -> int | None:
-    """Which input of a Mul or Div is the data, if the other is a number."""
-    for port in (0, 1) if node.op_type == "Mul" else (0,):
-        if scalar(_input(node, 1 - port)) is not None:
-            return port
-    return None
-
-
-def _is_guard(node: ir.Node) -> bool:
-    """Where(IsNaN(x), 0, x)."""
-    condition, zero, kept = (_input(node, port) for port in range(3))
-    test = condition.producer()
-    return test is not None and test.op_type == "IsNaN" and test.inputs[0] is kept and scalar(zero) == 0
-
-
 def _term(node: ir.Node, port: int) -> Term:
-    before, after = _input(node, port), node.outputs[0]
+    before, after = operand(node, port), node.outputs[0]
     if node.op_type == "Add":
-        return Term(before=before, after=after, value=_input(node, 1 - port))
-    condition, other = _input(node, 0), _input(node, 3 - port)
+        return Term(before=before, after=after, value=operand(node, 1 - port))
+    condition, other = operand(node, 0), operand(node, 3 - port)
     return Term(before=before, after=after, value=other, condition=condition, keeps=port == 1)
-
-
-def _input(node: ir.Node, port: int) -> ir.Value:
-    value = node.inputs[port]
-    if value is None:
-        raise LeftAloneError(f'{node.op_type} "{node.name}" has no input {port}')
-    return value

@@ -24,16 +24,15 @@ class NodeWriter:
 
     def add(self, op_type: str, inputs: Sequence[ir.Value | None], **attributes: object) -> ir.Value:
         """The output of a new node of the standard's."""
-        return self.add_all(op_type, inputs, num_outputs=1, **attributes)[0]
+        return self.add_all(op_type, inputs, 1, "", attributes)[0]
 
     def add_all(
         self,
         op_type: str,
         inputs: Sequence[ir.Value | None],
-        *,
         num_outputs: int,
-        domain: str = "",
-        **attributes: object,
+        domain: str,
+        attributes: Mapping[str, object],
     ) -> tuple[ir.Value, ...]:
         """The outputs of a new node."""
         outputs = tuple(ir.Value(name=self._name()) for _ in range(num_outputs))

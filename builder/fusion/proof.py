@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,8 +198,8 @@ def _compare(found: Match, case: Case, fused: Sequence[Array], original: Sequenc
             raise LeftAloneError(f"the fused op gives another cache ({what})")
     ours, theirs = (_heads_first(values[0], found) for values in (fused, original))
     shape = (case.batch, found.query.num_heads, case.sequence, total)
-    shown = np.broadcast_to(fused[3] > -_HIDDEN if len(fused) > 3 else np.True_, shape)
-    rows = shown.any(axis=-1)
+    shown: Array = np.broadcast_to(np.asarray(fused[3] > -_HIDDEN if len(fused) > 3 else True), shape)
+    rows: Array = np.asarray(shown.any(axis=-1))
     if not rows.any() or not np.isfinite(ours).all():
         raise LeftAloneError(f"the fused op's output is not finite, or nothing can be compared ({what})")
     blind = np.broadcast_to(~rows[:, :, None], (*rows.shape[:2], case.sequence, case.sequence))

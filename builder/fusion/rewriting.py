@@ -74,17 +74,14 @@ class _Replacing:
         ]
         if bias is not None:
             operands += [None, None, None, bias]
-        cap = {"softcap": found.softcap} if found.softcap else {}
-        output, key, value = self._new.add_all(
-            "GroupQueryAttention",
-            operands,
-            num_outputs=3,
-            domain=MICROSOFT,
-            num_heads=found.query.num_heads,
-            kv_num_heads=found.key.new.num_heads,
-            scale=found.scale,
-            **cap,
-        )
+        attributes: dict[str, object] = {
+            "num_heads": found.query.num_heads,
+            "kv_num_heads": found.key.new.num_heads,
+            "scale": found.scale,
+        }
+        if found.softcap:
+            attributes["softcap"] = found.softcap
+        output, key, value = self._new.add_all("GroupQueryAttention", operands, 3, MICROSOFT, attributes)
         results = (self._unpacked(output), key, value)
         nodes = self._new.put_before(found.anchor)
         return Replacement(nodes=nodes, results=results, bias=bias, in_place=self._in_place)
@@ -207,4 +204,4 @@ class _Replacing:
 
     @staticmethod
     def _lowest(dtype: ir.DataType) -> float:
-        return float(ml_dtypes.finfo(dtype.numpy()).min)
+        return float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]
