@@ -111,7 +111,7 @@ class ArtifactBuilder:
             if simplify(model, probes):
                 probes = probe(model, self._dims, config)
             fusion = fuse_attention(model, probes) if self._fuse_attention else Fusion()
-            if fusion.fused:
+            if fusion.changed:
                 probes = probe(model, self._dims, config)
             states = find_states(model.graph, probes.facts)
             analysis = analyse(model.graph, probes.facts, probes.others)

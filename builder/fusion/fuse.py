@@ -10,7 +10,7 @@ from onnx_ir.passes import common as passes
 from furiosa_llm.builder.fusion.interior import interior_of, structure_of
 from furiosa_llm.builder.fusion.matching import match
 from furiosa_llm.builder.fusion.nodes import Sizes
-from furiosa_llm.builder.fusion.proof import prove
+from furiosa_llm.builder.fusion.proof import TOLERANCES, prove
 from furiosa_llm.builder.fusion.rewriting import Replacement, is_in_place, replace
 from furiosa_llm.builder.fusion.structure import LeftAloneError, Match
 from furiosa_llm.builder.fusion.tracing import anchors
@@ -28,13 +28,12 @@ class Fusion:
     fused: int = 0
     left: tuple[str, ...] = ()
     """A line for each attention that stays as it is: the node that names it, and why."""
+    changed: bool = False
+    """Whether the graph is another now, and must be probed again; sizes may come from other inputs than before."""
 
 
 def fuse_attention(model: ir.Model, probes: Probes) -> Fusion:
-    """Replace decomposed attention in `model` by GroupQueryAttention, each replacement proved on numbers first.
-
-    If any was replaced, `model` must be probed again.
-    """
+    """Replace decomposed attention in `model` by GroupQueryAttention, each replacement proved on numbers first."""
     return _Pass(model, probes).run()
 
 
@@ -50,6 +49,7 @@ class _Pass:
 
     def run(self) -> Fusion:
         """See `fuse_attention`."""
+        before = list(self._graph)
         found = self._matches()
         sizes = Sizes(self._graph, self._probes.kinds)
         for one in found:
@@ -66,7 +66,7 @@ class _Pass:
             passes.TopologicalSortPass()(self._model)
             passes.CommonSubexpressionEliminationPass()(self._model)
         left = tuple(f'{node.op_type} "{node.name}": {reason}' for node, reason in self._left.items())
-        return Fusion(fused=fused, left=left)
+        return Fusion(fused=fused, left=left, changed=list(self._graph) != before)
 
     def _matches(self) -> list[Match]:
         found = []
@@ -75,9 +75,15 @@ class _Pass:
             try:
                 if opset < _OLDEST_OPSET:
                     raise LeftAloneError(f"opset {opset} is older than {_OLDEST_OPSET}")
-                found.append(match(node, self._facts))
+                found.append(self._provable(match(node, self._facts)))
             except LeftAloneError as reason:
                 self._left[node] = str(reason)
+        return found
+
+    def _provable(self, found: Match) -> Match:
+        dtype = self._probes.facts[found.query.value].dtype
+        if dtype not in TOLERANCES:
+            raise LeftAloneError(f"onnxruntime has no fused op for {dtype.name} on a CPU")
         return found
 
     def _fuse(self, found: Match, sizes: Sizes) -> bool:

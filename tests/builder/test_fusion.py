@@ -23,6 +23,7 @@ from furiosa_llm.builder.fusion.proof import prove
 from furiosa_llm.builder.fusion.rewriting import replace
 from furiosa_llm.builder.fusion.structure import LeftAloneError
 from furiosa_llm.builder.fusion.tracing import anchors
+from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.attention import KV, SIZE, VOCAB, Attention, fused, prepared
 from tests.builder.conftest import Built
@@ -236,6 +237,34 @@ def test_altered_attention_is_left_alone(name: str, written: Callable[[Attention
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["mask that shows all positions", "weights are read elsewhere"])
+def test_an_artifact_with_an_altered_attention(name: str, written: Callable[[Attention], Path], tmp_path: Path) -> None:
+    path = written(ALTERED[name][0])
+    report = ArtifactBuilder(path).build(tmp_path / "artifact")
+    assert (report.fused_attentions, len(report.attentions_left)) == (0, 1)
+    found = verify_against(tmp_path / "artifact", path)
+    assert {error.case for error in found.outputs} == {"prefill", "decode", "chunk"}
+    assert found.within(EXACT)
+
+
+def test_bfloat16_is_left_alone(written: Callable[[Attention], Path]) -> None:
+    path = written(Attention())
+    proto = onnx.load(path)
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor).astype(ir.DataType.BFLOAT16.numpy())
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    onnx.save(proto, path)
+    model, fusion = fused(path)
+    assert fusion.fused == 0
+    assert re.search("no fused op for BFLOAT16", fusion.left[0])
+    assert not fusion.changed
+    assert "GroupQueryAttention" not in {node.op_type for node in model.graph}
+
+
 ZOO = {
     **{f"tiny-{name}-optimum": (2, 0) for name in ("llama", "qwen2", "qwen3", "gemma", "phi3", "qwen3moe", "neox")},
     **{f"tiny-{name}-optimum": (2, 0) for name in ("llama-mha-tied", "gpt2", "bloom", "llama-9-3", "qwen2-14-2")},
@@ -292,7 +321,12 @@ def test_the_manifest_tells_what_was_fused(built: Built) -> None:
 
 def test_layers_of_one_structure_are_proved_once(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proved: list[object] = []
-    monkeypatch.setattr(fuse, "prove", lambda *given: proved.append(given) or prove(*given))
+
+    def counted(*given: Any) -> None:
+        proved.append(given)
+        prove(*given)
+
+    monkeypatch.setattr(fuse, "prove", counted)
     model, probes = prepared(zoo / "tiny-llama-optimum" / "model.onnx")
     assert fuse_attention(model, probes).fused == 2
     assert len(proved) == 1
