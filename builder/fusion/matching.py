@@ -214,7 +214,7 @@ class _Matcher:
         """`value`, which has heads first, or what it is a transposition of."""
         form: Form = "heads first"
         node = value.producer()
-        if node is not None and node.op_type == "Transpose" and node.attributes["perm"].as_ints() == (0, 2, 1, 3):
+        if node is not None and node.op_type == "Transpose" and _permutation(node) == (0, 2, 1, 3):
             value, form = operand(node, 0), "heads inside"
             node = value.producer()
             if node is not None and node.op_type == "Reshape":
@@ -270,6 +270,10 @@ class _Matcher:
         if number is None or (node.op_type == "Div" and (port == 1 or not number)):
             raise LeftAloneError(f'{node.op_type} "{node.name}" scales by more than one constant')
         return 1 / number if node.op_type == "Div" else number
+
+
+def _permutation(node: ir.Node) -> tuple[int, ...] | None:
+    return tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else None
 
 
 def _term(node: ir.Node, port: int) -> Term:

@@ -15,7 +15,7 @@ VIEWS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 MOVES = VIEWS | {"Transpose"}
 REPEATS = MOVES | {"Expand"}
 FACTORS = frozenset({"Div", "Mul"})
-_BEHIND_SOFTMAX = VIEWS | {"Add", "Div", "Dropout", "Mul", "Where"}
+_BEHIND_SOFTMAX = VIEWS | {"Add", "Div", "Dropout", "Mul", "Slice", "Where"}
 """What may lie between softmax and product; whether it is harmless is looked at later, with a line in the report."""
 MAX_STEPS = 16
 """More nodes than any exporter puts between two ends of an attention that are looked for."""
