@@ -25,7 +25,7 @@ from furiosa_llm.builder.fusion.structure import LeftAloneError
 from furiosa_llm.builder.fusion.tracing import anchors
 from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from tests.builder.attention import KV, SIZE, VOCAB, Attention, fused, prepared
+from tests.builder.attention import KV, LOWEST, SIZE, VOCAB, Attention, fused, prepared
 from tests.builder.conftest import Built
 from tests.builder.stitching import session
 
@@ -217,6 +217,16 @@ def test_caches_may_be_longer_than_what_is_valid(name: str, written: Callable[[A
         for cache in (1, 2):
             assert found[cache].shape[2] > total
             np.testing.assert_array_equal(found[cache][:, :, :total], expected[cache])
+
+
+@pytest.mark.parametrize("name", ["infinite mask with a guard", "Where instead of Add", "Attention op"])
+def test_no_bias_is_infinite(name: str, written: Callable[[Attention], Path]) -> None:
+    """A row that is hidden wholly would be infinity less infinity, and no kernel says what it makes of that."""
+    proto = ir.to_proto(fused(written(SAME[name]))[0])
+    (node,) = (node for node in proto.graph.node if node.op_type == "GroupQueryAttention")
+    proto.graph.output.append(onnx.ValueInfoProto(name=node.input[10]))
+    (bias,) = session(proto).run([node.input[10]], STEPS["padded prefill"])
+    assert bias.min() == LOWEST
 
 
 @pytest.mark.parametrize("name", ALTERED)
