@@ -28,6 +28,7 @@ _STAGES = {
     "lower": "writing the program",
 }
 _SHOWN_REPLICATED = 3
+_SHOWN_LEFT = 6
 
 
 class _Sizes(click.ParamType[tuple[str, int]]):
@@ -166,8 +167,10 @@ def closing_table(report: BuildReport) -> Table:
     left = report.attentions_left
     if report.fused_attentions or left:
         table.add_row("attention", f"{report.fused_attentions} fused, {len(left)} left as they are")
-    for line in left:
-        table.add_row("left", line)
+    for line in left[:_SHOWN_LEFT]:
+        table.add_row("attention left", line)
+    if len(left) > _SHOWN_LEFT:
+        table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
     for note in report.notes:
         table.add_row("note", note)
     padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.builder.fusion import fuse, fuse_attention
@@ -23,6 +24,7 @@ from furiosa_llm.builder.fusion.proof import prove
 from furiosa_llm.builder.fusion.rewriting import replace
 from furiosa_llm.builder.fusion.structure import LeftAloneError
 from furiosa_llm.builder.fusion.tracing import anchors
+from furiosa_llm.cli.main import cli
 from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.attention import KV, LOWEST, SIZE, VOCAB, Attention, fused, prepared
@@ -320,6 +322,15 @@ def test_fusion_can_be_turned_off(zoo: Path, tmp_path: Path) -> None:
     assert (report.fused_attentions, report.attentions_left) == (0, ())
     assert {state.mode for state in artifact.manifest.states} == {"append"}
     assert artifact.manifest.provenance.options["fuse_attention"] is False
+
+
+@pytest.mark.parametrize(("option", "told"), [("--fuse-attention", True), ("--no-fuse-attention", False)])
+def test_the_command_line_tells_what_was_fused(option: str, *, told: bool, zoo: Path, tmp_path: Path) -> None:
+    model = zoo / "tiny-t5-optimum" / "decoder_with_past_model.onnx"
+    result = CliRunner().invoke(cli, ["build", option, str(model), str(tmp_path / "artifact")])
+    assert result.exit_code == 0
+    assert ("2 fused, 2 left as they are" in result.stdout) is told
+    assert result.stdout.count("attention left") == (2 if told else 0)
 
 
 def test_the_manifest_tells_what_was_fused(built: Built) -> None:
