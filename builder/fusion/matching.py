@@ -185,11 +185,11 @@ class _Matcher:
 
     def _query(self, value: ir.Value, key: Cache) -> Heads:
         """The query of all heads: the last `b h s d` on the way back through factors and changes of form."""
-        current, found = value, None
+        current, found, scale = value, None, 1.0
         for _ in range(MAX_STEPS):
             shapes = self._shapes(current)
             if self._is_heads_first(shapes, key):
-                found = (current, shapes[0][1])
+                found = (current, shapes[0][1], scale)
             node = current.producer()
             if node is None or node.domain:
                 break
@@ -197,10 +197,11 @@ class _Matcher:
             if port is None or not (node.op_type in MOVES or self._is_factor(node, port)):
                 break
             if node.op_type in FACTORS:
-                self._scale *= self._factor(node, port)
+                scale *= self._factor(node, port)
             current = operand(node, port)
         if found is None:
             raise LeftAloneError("its query has no dimension of heads")
+        self._scale *= found[2]
         return self._heads(found[0], found[1], key.new.size)
 
     def _is_heads_first(self, shapes: Sequence[tuple[int, ...]], key: Cache) -> bool:

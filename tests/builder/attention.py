@@ -35,6 +35,7 @@ class Attention:
     """The text of each part; the parts are joined in this order."""
 
     mask: str = "causal"
+    query: str = "q1 = MatMul(x, q_weight)"
     caches: str = "present_key = Concat<axis=2>(past_key, k) present_value = Concat<axis=2>(past_value, v)"
     repeat: str = """
         k5 = Unsqueeze(present_key, axis2) k6 = Expand(k5, groups) k7 = Reshape(k6, heads_first)
@@ -50,7 +51,7 @@ class Attention:
         """A decoder of one layer; its embedding is large enough for the attention to matter."""
         nodes = f"""
             x = Gather(embedding, input_ids)
-            q1 = MatMul(x, q_weight) q2 = Reshape(q1, inside) q = Transpose<perm=[0, 2, 1, 3]>(q2)
+            {self.query} q2 = Reshape(q1, inside) q = Transpose<perm=[0, 2, 1, 3]>(q2)
             k1 = MatMul(x, k_weight) k2 = Reshape(k1, inside) k = Transpose<perm=[0, 2, 1, 3]>(k2)
             v1 = MatMul(x, v_weight) v2 = Reshape(v1, inside) v = Transpose<perm=[0, 2, 1, 3]>(v2)
             {self.caches}

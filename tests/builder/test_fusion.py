@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from fixtures.smollm2 import ensure
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.builder.fusion import fuse, fuse_attention
 from furiosa_llm.builder.fusion.matching import match
@@ -38,6 +39,10 @@ SAME = {
     "as exporters write it": Attention(),
     "scale on query and keys": Attention(
         scores="kt = Transpose<perm=[0, 1, 3, 2]>(k7) ks = Mul(kt, root) qs = Mul(root, q) scaled = MatMul(qs, ks)"
+    ),
+    "scale on the query before it has heads": Attention(
+        query="q0 = MatMul(x, q_weight) q1 = Mul(q0, scale)",
+        scores="kt = Transpose<perm=[0, 1, 3, 2]>(k7) scaled = MatMul(q, kt)",
     ),
     "division": Attention(scores="kt = Transpose<perm=[0, 1, 3, 2]>(k7) raw = MatMul(q, kt) scaled = Div(raw, ten)"),
     "no scale": Attention(scores="kt = Transpose<perm=[0, 1, 3, 2]>(k7) scaled = MatMul(q, kt)"),
@@ -375,3 +380,10 @@ def test_the_proof_finds_a_wrong_replacement(wrong: dict[str, Any], written: Cal
     mistaken = replace(dataclasses.replace(found, **wrong), facts, sizes)
     with pytest.raises(LeftAloneError, match="differs by"):
         prove(found, mistaken, model.graph, probes.kinds, probes.facts)
+
+
+@pytest.mark.real_model
+def test_every_attention_of_a_real_model_is_fused() -> None:
+    model, fusion = fused(ensure("optimum-fp32") / "model.onnx")
+    assert (fusion.fused, fusion.left) == (30, ())
+    assert Counter(node.op_type for node in model.graph)["Softmax"] == 0
