@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import building, parity, planning, speed
+from benchmarks import building, fusion, parity, planning, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "building": building.bars,
+    "fusion": fusion.bars,
     "parity": parity.bars,
     "planning": planning.bars,
     "speed": speed.bars,

@@ -42,6 +42,8 @@ class ArtifactBuilder:
         max_padding: By how much padding may make one dimension larger (1.34: a third).
         tactics: Choices that the planner must keep (see `read_tactics`).
         experimental_tp: Also allow tensor_parallel_size 1, 2 and 16.
+        fuse_attention: Replace attention that is written out in small ops by one op with its cache in place, where both
+            give the same numbers.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ArtifactBuilder:
         max_padding: float = MAX_PADDING,
         tactics: Tactics | None = None,
         experimental_tp: bool = False,
+        fuse_attention: bool = True,
     ) -> None:
         check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
         if not max_padding >= 1:  # not a number is not, either
@@ -68,6 +71,7 @@ class ArtifactBuilder:
         self._dims = dict(dims or {})
         self._max_padding = max_padding
         self._tactics = tactics
+        self._fuse_attention = fuse_attention
 
     def build(
         self, save_dir: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
@@ -77,7 +81,13 @@ class ArtifactBuilder:
         told = progress or (lambda *_: None)
         destination = Path(save_dir)
         with writer.output_folder(destination, force=force) as folder:
-            analysed = analyse_model(self._model, self._dims, weights=True, told=lambda stage: told(stage, 0, 1))
+            analysed = analyse_model(
+                self._model,
+                self._dims,
+                weights=True,
+                fuse=self._fuse_attention,
+                told=lambda stage: told(stage, 0, 1),
+            )
             build = analysed.lowered_for(
                 self._mesh,
                 max_padding=self._max_padding,
@@ -129,6 +139,7 @@ class ArtifactBuilder:
             "dims": dict(sorted(self._dims.items())),
             "max_padding": self._max_padding,
             "tactics": [] if self._tactics is None else self._tactics.to_json(),
+            "fuse_attention": self._fuse_attention,
         }
         digest = hashlib.sha256()
         with source.path.open("rb") as file:

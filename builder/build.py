@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
+from furiosa_llm.builder.fusion import Fusion
 from furiosa_llm.builder.interface import role_of
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.lower import Lowered
@@ -29,6 +30,7 @@ class Build:
     """The source, normalised."""
     probes: Probes
     states: States
+    fusion: Fusion
     analysis: Analysis
     plan: Plan
     lowered: Lowered

@@ -1,4 +1,4 @@
-"""The stages of compilation, in order: load, normalise, probe, simplify, analyse; then plan and lower for each mesh."""
+"""The stages of compilation, in order: load to analysis once for each model, then plan and lower for each mesh."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from furiosa_llm.builder.analysis import Analysis, analyse
 from furiosa_llm.builder.annotations import constraints_of
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.constraints import leaf_parts
+from furiosa_llm.builder.fusion import Fusion, fuse_attention
 from furiosa_llm.builder.load import Source, check_external_data, load
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.normalize import normalize
@@ -38,6 +39,7 @@ class Analysed:
     """The source, normalised."""
     probes: Probes
     states: States
+    fusion: Fusion
     analysis: Analysis
 
     @functools.cached_property
@@ -65,19 +67,21 @@ class Analysed:
             model=self.model,
             probes=self.probes,
             states=self.states,
+            fusion=self.fusion,
             analysis=self.analysis,
             plan=plan,
             lowered=lower(self.analysis, mesh, plan.assignment, plan.outcome, self.source.model),
         )
 
 
-def analyse_model(path: Path, dims: Mapping[str, int], *, weights: bool, told: Stage) -> Analysed:
+def analyse_model(path: Path, dims: Mapping[str, int], *, weights: bool, fuse: bool, told: Stage) -> Analysed:
     """Everything up to the analysis of the model at `path`.
 
     Args:
         path: The .onnx file.
         dims: Sizes of dynamic input dimensions that do not follow from the model.
         weights: Whether the files that hold its weights must be there.
+        fuse: Whether attention that is written out in small ops is replaced by one op.
         told: Told the name of each stage.
     """
     told("load")
@@ -90,10 +94,14 @@ def analyse_model(path: Path, dims: Mapping[str, int], *, weights: bool, told: S
     probes = probe(model, dims, config)
     if simplify(model, probes):
         probes = probe(model, dims, config)
+    fusion = fuse_attention(model, probes) if fuse else Fusion()
+    if fusion.changed:
+        probes = probe(model, dims, config)
     return Analysed(
         source=source,
         model=model,
         probes=probes,
         states=find_states(model.graph, probes.facts),
+        fusion=fusion,
         analysis=analyse(model.graph, probes.facts, probes.others),
     )

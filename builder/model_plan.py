@@ -112,6 +112,7 @@ def plan_model(
     max_padding: float = MAX_PADDING,
     tactics: Tactics | None = None,
     experimental_tp: bool = False,
+    fuse_attention: bool = True,
 ) -> tuple[ModelPlan, tuple[Build, ...]]:
     """Plan a model; its weights' files need not be there, and are not read.
 
@@ -125,6 +126,7 @@ def plan_model(
         max_padding: By how much padding may make one dimension larger.
         tactics: Choices that the planner must keep.
         experimental_tp: Also allow tensor parallel sizes 1, 2 and 16.
+        fuse_attention: As `ArtifactBuilder` does; without, every node of the model has its place in the plan.
 
     Returns:
         The figures for people, and the plans and programs behind them, one for each size.
@@ -135,7 +137,7 @@ def plan_model(
         if number is not None and number < 1:
             raise OptionError(f"{name} must be at least 1, got {number}.")
     path = Path(model)
-    analysed = analyse_model(path, dims or {}, weights=False, told=lambda _: None)
+    analysed = analyse_model(path, dims or {}, weights=False, fuse=fuse_attention, told=lambda _: None)
     limit = configuration.max_sequence_length(path)
     workload = Workload(context=context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), batch=batch, chunk=chunk)
     builds = tuple(

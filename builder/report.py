@@ -63,6 +63,10 @@ class BuildReport:
     """Weights that are on every rank, largest first, and why."""
     notes: tuple[str, ...]
     """Ops that were replicated for want of a better rule."""
+    fused_attentions: int
+    """How many attentions became one op with its cache."""
+    attentions_left: tuple[str, ...]
+    """A line for each attention that was left as it is, and why."""
     num_nodes: int
     seconds: float
     peak_rss_nbytes: int
@@ -89,6 +93,8 @@ def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float
         decisions=decisions(build.plan),
         replicated=tuple(f"{t.name} {list(t.local_shape)} ({_why_whole(t, build)})" for t in replicated),
         notes=notes(build.analysis),
+        fused_attentions=build.fusion.fused,
+        attentions_left=build.fusion.left,
         num_nodes=len(build.lowered.graph),
         seconds=seconds,
         peak_rss_nbytes=_peak_rss_nbytes(),
@@ -184,4 +190,5 @@ def plan_json(build: Build) -> dict[str, Any]:
             for r in plan.refused
         ],
         "notes": list(notes(build.analysis)),
+        "attention": {"fused": build.fusion.fused, "left": list(build.fusion.left)},
     }

@@ -63,9 +63,25 @@ def _pair(value: ir.Value, facts: Facts) -> StatePair | None:
         sizes = zip(before.shape, after.shape, strict=False)
         grown = [d for d, (a, b) in enumerate(sizes) if a != b]
         if before.dtype == after.dtype and len(before.shape) == len(after.shape) and len(grown) == 1:
-            in_place = node.op_type in _IN_PLACE and value in node.inputs and output in node.outputs
+            in_place = value in node.inputs and output in node.outputs and _writes_in_place(node)
             return StatePair(input=value, output=output, sequence_dim=grown[0], in_place=in_place)
     return None
+
+
+def _writes_in_place(node: ir.Node) -> bool:
+    """Whether `node` has all of its caches in the graph's own inputs and outputs, which nothing else reads.
+
+    What else reads a cache in place would find it as long as its buffer.
+    """
+    if node.op_type not in _IN_PLACE:
+        return False
+    for port, out in _CACHE_PORTS[node.op_type].items():
+        before, after = node.inputs[port], node.outputs[out]
+        if before is None or not before.is_graph_input() or not after.is_graph_output():
+            return False
+        if after.uses() or any(reader is not node for reader, _ in before.uses()):
+            return False
+    return True
 
 
 def _appended(value: ir.Value) -> list[tuple[ir.Value, ir.Node]]:

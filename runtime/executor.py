@@ -22,6 +22,7 @@ from furiosa_llm.runtime.driver import Drivers
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.ort import Array, SessionSettings, wrap
 from furiosa_llm.runtime.program import cut_program
+from furiosa_llm.runtime.rows import is_chunk_of_many, run_singly, takes_chunks_singly
 from furiosa_llm.runtime.sessions import create_sessions
 
 
@@ -44,6 +45,7 @@ class Executor:
         self.mesh = artifact.manifest.mesh
         self.threads = min(threads or cores, self.mesh.size)
         self.program = cut_program(artifact.program, artifact.manifest)
+        self._chunks_singly = takes_chunks_singly(artifact.program)
         settings = SessionSettings(prepack=not mapped, exact=exact)
         self._sessions = create_sessions(artifact, self.program, settings, threads=threads or cores)
         self._drivers = Drivers(self.threads)
@@ -101,17 +103,23 @@ class Executor:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The program's outputs by name, for `inputs` by name: all tensors global, as the unsplit model has them.
 
-        State inputs are cut for the ranks by their layouts, and split outputs are put together again. Raises
-        InputError for a missing or unknown name, a wrong type or shape, and ExecutionError if a segment fails.
+        State inputs are cut for the ranks by their layouts, and split outputs are put together again. Several tokens
+        behind a past are run sequence by sequence where a kernel wants it. Raises InputError for a missing or unknown
+        name, a wrong type or shape, and ExecutionError if a segment fails.
         """
-        infos = self.artifact.manifest.inputs
+        manifest = self.artifact.manifest
         sizes = known_sizes(self._check_inputs(inputs))
         with self._lock:
-            self._bound.resize(sizes)
-            for info in infos:
-                self._bind(info, np.asarray(inputs[info.name], order="C"))
-            self._bound.run()
-            return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
+            if not (self._chunks_singly and is_chunk_of_many(sizes)):
+                return self._run(inputs, sizes)
+            single = {**sizes, "batch": 1}
+            return run_singly(
+                lambda one: self._run(one, single),
+                inputs,
+                infos=manifest.inputs,
+                outputs=manifest.outputs,
+                batch=sizes["batch"],
+            )
 
     def close(self) -> None:
         """Ends the driver threads; the executor cannot run any more."""
@@ -124,6 +132,13 @@ class Executor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        self._bound.resize(sizes)
+        for info in self.artifact.manifest.inputs:
+            self._bind(info, np.asarray(inputs[info.name], order="C"))
+        self._bound.run()
+        return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
 
     def _check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         infos = self.artifact.manifest.inputs

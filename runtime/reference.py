@@ -6,6 +6,7 @@ them in place are one buffer, bound as past and present.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from furiosa_llm.runtime.ort import ORT_ERRORS, Array, Session, SessionSettings,
 class ReferenceModel:
     """The unsplit model in the file `path`, described by the `inputs`, `outputs` and `states` of its artifact.
 
+    A state that the artifact has in place is appended to here if the model itself has no op that writes it in place.
     `threads` are onnxruntime's intra-op threads. `accuracy_level`, if given, replaces that of every MatMulNBits.
     Raises InputError if the file is not a model with these inputs and outputs, ExecutionError if onnxruntime
     cannot load it.
@@ -43,8 +45,8 @@ class ReferenceModel:
         self._path = Path(path)
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
-        self._states = tuple(states)
         model = _read_model(self._path)
+        self._states = _own_states(model, states)
         _check_names(self._path, "inputs", [v.name for v in model.graph.input], [i.name for i in inputs])
         _check_names(self._path, "outputs", [v.name for v in model.graph.output], [o.name for o in outputs])
         if accuracy_level is not None:
@@ -91,6 +93,12 @@ class ReferenceModel:
             bound.run()
         except ORT_ERRORS as error:
             raise ExecutionError(f"onnxruntime cannot run {self._path}: {error}") from error
+
+
+def _own_states(model: onnx.ModelProto, states: Sequence[State]) -> tuple[State, ...]:
+    """The states as the model itself keeps them; a build may have put them in place."""
+    in_place = {name for node in model.graph.node if node.op_type == "GroupQueryAttention" for name in node.input}
+    return tuple(s if s.input in in_place else dataclasses.replace(s, mode="append") for s in states)
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:

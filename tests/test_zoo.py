@@ -76,6 +76,16 @@ def test_split_model_equals_the_whole(name: str, tensor_parallel_size: int, zoo:
     assert all(comparison.identical for comparison in found.tokens)
 
 
+@pytest.mark.parametrize("name", ["tiny-llama-9-3-optimum", "tiny-bloom-optimum", "tiny-llama-dynamo-op23-tf5"])
+def test_split_model_without_fused_attention(name: str, zoo: Path, tmp_path: Path) -> None:
+    model = _model(zoo, name)
+    report = ArtifactBuilder(model, fuse_attention=False).build(tmp_path / "artifact")
+    assert (report.collectives["AllReduce"], report.collectives["AllGather"]) == COUNTS[name]
+    found = verify_against(tmp_path / "artifact", model, max_tokens=4)
+    assert {error.case for error in found.outputs} == {"prefill", "decode", "chunk"}
+    assert found.within(FP32)
+
+
 def _input_names(model: Path) -> list[str]:
     import onnx
 

@@ -29,6 +29,7 @@ _STAGES = {
     "lower": "writing the program",
 }
 _SHOWN_REPLICATED = 3
+_SHOWN_LEFT = 6
 
 
 @click.command()
@@ -56,6 +57,12 @@ _SHOWN_REPLICATED = 3
 )
 @click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
 @click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@click.option(
+    "--fuse-attention/--no-fuse-attention",
+    default=True,
+    show_default=True,
+    help="Replace attention written out in small ops by one op with its cache in place.",
+)
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 def build(
     model: Path,
@@ -67,6 +74,7 @@ def build(
     max_padding: float,
     tactics: Path | None,
     experimental_tp: bool,
+    fuse_attention: bool,
     force: bool,
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
@@ -83,6 +91,7 @@ def build(
         max_padding=max_padding,
         tactics=None if tactics is None else read_tactics(tactics),
         experimental_tp=experimental_tp,
+        fuse_attention=fuse_attention,
     )
     destination = output or default_output(model, tensor_parallel_size)
     console = Console(stderr=True)
@@ -147,6 +156,13 @@ def closing_table(report: BuildReport) -> Table:
     more = len(report.replicated) - _SHOWN_REPLICATED
     rest = f"; {more} smaller" if more > 0 else ""
     table.add_row("replicated", f"{nbytes(report.replicated_nbytes)}: {shown}{rest}" if shown else "nothing")
+    left = report.attentions_left
+    if report.fused_attentions or left:
+        table.add_row("attention", f"{report.fused_attentions} fused, {len(left)} left as they are")
+    for line in left[:_SHOWN_LEFT]:
+        table.add_row("attention left", line)
+    if len(left) > _SHOWN_LEFT:
+        table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
     for note in report.notes:
         table.add_row("note", note)
     padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""

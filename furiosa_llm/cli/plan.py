@@ -72,6 +72,12 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Pipeline stages to annotate with --emit-onnx.",
 )
+@click.option(
+    "--fuse-attention/--no-fuse-attention",
+    default=True,
+    show_default=True,
+    help="Plan for attention as one op, as `build` does; --emit-onnx always plans for the model's own nodes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(
     model: Path,
@@ -85,6 +91,7 @@ def plan(
     experimental_tp: bool,
     emit_onnx: Path | None,
     stages: int,
+    fuse_attention: bool,
     as_json: bool,
 ) -> None:
     """Say how MODEL (an .onnx file) would be partitioned, what that costs, and where it fits.
@@ -104,6 +111,7 @@ def plan(
         max_padding=max_padding,
         tactics=choices,
         experimental_tp=experimental_tp,
+        fuse_attention=fuse_attention and emit_onnx is None,
     )
     if emit_onnx is not None:
         write_annotated_plan(builds[0], found.workload, emit_onnx, stages)

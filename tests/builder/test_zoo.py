@@ -73,7 +73,7 @@ def test_split_model_gives_the_unsplit_models_results(row: Row, tp: int, zoo: Pa
     split = SplitModel.of_artifact(dataclasses.replace(artifact, program=without_accuracy_level(artifact.program)))
     reference = session(proto)
     stitched = split.session()
-    for case in cases_of(proto):
+    for case in cases_of(artifact.program):
         feeds = feeds_of(artifact.manifest.inputs, case, artifact.manifest.model.vocab_size)
         wanted = {value.name for value in reference.get_inputs()}
         names = [value.name for value in reference.get_outputs()]

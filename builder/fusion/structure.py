@@ -1,0 +1,77 @@
+"""What the matcher finds: the values around one attention, and how the scores were made between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import onnx_ir as ir
+
+Form = Literal["heads first", "heads inside", "packed"]
+"""How a value holds heads: `b h s d`, `b s h d` or `b s (h d)`."""
+
+
+class LeftAloneError(Exception):
+    """Why an attention stays as it is; its message ends up in the report."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """A value with one vector for each head and position."""
+
+    value: ir.Value
+    form: Form
+    num_heads: int
+    size: int
+    """Elements of a head's vector."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """The positions before this step, this step's, and both: `b kv t d` all three."""
+
+    past: ir.Value
+    new: Heads
+    present: ir.Value
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One step from the scaled scores to the softmax, which adds `value` to them or puts it where they are hidden.
+
+    With `condition`, positions where it is `keeps` stay and the others become `value`. A term without `value` is a
+    change of the scores' form or type, from `before` to `after`.
+    """
+
+    before: ir.Value
+    after: ir.Value
+    value: ir.Value | None = None
+    condition: ir.Value | None = None
+    keeps: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """One attention: softmax(softcap(scale q k^T) + terms) v, with keys and values appended to a cache."""
+
+    anchor: ir.Node
+    """The node that weighs the values, which names the attention in the report."""
+    query: Heads
+    key: Cache
+    value: Cache
+    output: Heads
+    scale: float
+    softcap: float
+    """0 for none."""
+    terms: tuple[Term, ...]
+    """In the order of the computation."""
+
+    @property
+    def boundary(self) -> tuple[ir.Value, ...]:
+        """The values that the attention is computed from, but for its mask."""
+        return (self.query.value, self.key.new.value, self.value.new.value, self.key.past, self.value.past)
+
+    @property
+    def results(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The values that a replacement must give."""
+        return (self.output.value, self.key.present, self.value.present)
