@@ -12,6 +12,7 @@ from typing import Any
 
 from furiosa_llm.builder import configuration, writer
 from furiosa_llm.builder.analysis import analyse
+from furiosa_llm.builder.branches import settle_branches
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.load import Source, check_external_data, load
@@ -102,7 +103,7 @@ class ArtifactBuilder:
             model = normalize(source)
             told("analyse", 0, 1)
             config = configuration.read_json(source.path, "config.json")
-            probes = probe(model, self._dims, config)
+            probes = settle_branches(model, self._dims, config)
             if simplify(model, probes):
                 probes = probe(model, self._dims, config)
             states = find_states(model.graph, probes.facts)

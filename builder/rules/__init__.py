@@ -2,6 +2,7 @@
 
 from furiosa_llm.builder.rules import (
     attention,
+    control_flow,
     elementwise,
     experts,
     indexing,
@@ -18,6 +19,7 @@ __all__ = [
     "WEIGHT_MOVERS",
     "NodeView",
     "attention",
+    "control_flow",
     "elementwise",
     "experts",
     "indexing",
