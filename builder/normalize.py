@@ -103,6 +103,11 @@ def _check_values(model: ir.Model, source: Source) -> None:
     for graph in _roots(model):
         _check_scope(graph, set(), source)
     for value in model.graph.outputs:
+        if value.is_graph_input():
+            raise UnsupportedModelError(
+                f'{source.path.name} gives its input "{value.name}" back as an output, expected outputs that a node '
+                "gives; remove it from the outputs, its caller has it."
+            )
         if model.graph.outputs.count(value) > 1:
             raise ModelLoadError(
                 f'{source.path.name} lists the output "{value.name}" twice; remove one of them, or export it again.'

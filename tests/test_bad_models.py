@@ -86,6 +86,12 @@ def test_external_data_outside_the_folder(location: str, model: Path, output: Pa
     assert "outside the model's folder" in message
 
 
+@pytest.mark.parametrize("location", ["x" * 300, "x/" * 3000])
+def test_external_data_under_a_name_that_no_file_has(location: str, model: Path, output: Path) -> None:
+    edit(model, set_external("location", location))
+    assert "no file can have" in refusal(ModelLoadError, model, output)
+
+
 def test_external_data_behind_a_link_that_leaves_the_folder(model: Path, output: Path) -> None:
     data = model.parent / "model.onnx.data"
     data.rename(model.parent.parent / "elsewhere.data")

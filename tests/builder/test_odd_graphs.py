@@ -9,6 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+from furiosa_llm.builder.errors import UnsupportedModelError
 from furiosa_llm.builder.interface import SizeSet
 from furiosa_llm.builder.outcome import InfeasibleError
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -254,9 +255,11 @@ def test_initializers_among_the_outputs() -> None:
     assert prove(proto).wrong == ()
 
 
-def test_an_input_that_is_an_output() -> None:
+def test_an_input_that_is_an_output_is_refused() -> None:
+    """A program must write its outputs, and could not write this one under its name."""
     proto = model("float[4, 6] past_x, float[2] z", "float[4, 6] y, float[2] z", "y = Exp(past_x)")
-    assert prove(proto).wrong == ()
+    with pytest.raises(UnsupportedModelError, match='gives its input "z" back as an output.*remove it'):
+        prove(proto)
 
 
 def test_a_state_that_is_passed_through() -> None:
