@@ -14,7 +14,6 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.validate import validate
 
-
 _LONGEST_LOCATION, _LONGEST_NAME = 4000, 255
 """Of paths, and of one name in them, on the file systems in use."""
 
@@ -100,9 +99,9 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 def _check_external(what: str, tensor: ir.ExternalTensor, folder: Path) -> None:
     location = Path(tensor.location)
-    if len(tensor.location) > _LONGEST_LOCATION or any(len(part) > _LONGEST_NAME for part in location.parts):
+    if len(str(location)) > _LONGEST_LOCATION or any(len(part) > _LONGEST_NAME for part in location.parts):
         raise ModelLoadError(
-            f'{what} has its data in "{tensor.location:.40}...", a name that no file can have; export the model again.'
+            f'{what} has its data in "{location!s:.40}...", a name that no file can have; export the model again.'
         )
     target = Path(os.path.normpath(folder / location))
     if location.is_absolute() or not target.is_relative_to(folder) or not target.resolve().is_relative_to(folder):

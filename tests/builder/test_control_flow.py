@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport, UnsupportedModelError
+from furiosa_llm.builder.size_folding import Polynomial
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.executor import Executor
 from tests.builder import branching
@@ -116,6 +117,18 @@ def test_weights_of_a_branch_become_the_programs(tmp_path: Path) -> None:
     build_and_compare(proto, tmp_path)
 
 
+def test_a_weight_of_one_branch_may_have_the_name_of_a_value_in_the_other(tmp_path: Path) -> None:
+    """Both lie in one closure, which passes the weight to either branch."""
+    proto = branching.with_a_lookup()
+    then, other = (a.g for a in next(node for node in proto.graph.node if node.op_type == "If").attribute)
+    then.initializer.append(onnx.numpy_helper.from_array(random(512), "scale"))
+    then.node.add(op_type="Mul", input=[then.output[0].name, "scale"], output=["scaled"])
+    then.output[0].name = "scaled"
+    other.node.add(op_type="Neg", input=[other.output[0].name], output=["scale"])
+    other.output[0].name = "scale"
+    build_and_compare(proto, tmp_path)
+
+
 def test_weights_of_a_branch_may_be_external(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     proto = branching.with_a_lookup()
@@ -132,6 +145,43 @@ def test_weights_of_a_branch_may_be_external(tmp_path: Path) -> None:
     original = onnx.load(tmp_path / "artifact" / "source.onnx", load_external_data=False)
     kept = next(node for node in original.graph.node if node.op_type == "If").attribute[1].g.initializer[0]
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(kept), data)
+
+
+def size(**terms: int) -> Polynomial:
+    """A polynomial in sizes: `one` is the number, the others are names."""
+    return Polynomial.of({() if name == "one" else (name,): factor for name, factor in terms.items()})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (size(one=3), size(one=2), True),
+        (size(one=2), size(one=2), False),
+        (size(one=2), size(one=3), False),
+        (size(n=2, one=1), size(n=1), True),
+        (size(n=1), size(n=1, one=1), False),
+        (size(n=2), size(n=1), None),
+        (size(n=1), size(n=2), False),
+        (size(n=1), size(one=1), None),
+        (size(n=1), size(past=1), None),
+    ],
+)
+def test_what_is_known_of_two_sizes(first: Polynomial, second: Polynomial, expected: bool | None) -> None:
+    """Whether the first is greater, for any sizes of 0 or more."""
+    assert first.exceeds(second) is expected
+
+
+def test_branches_that_sizes_decide_are_inlined(tmp_path: Path) -> None:
+    """sequence + 1 < sequence never holds; not (sequence + 1 <= sequence) always does."""
+    one = "one = Constant<value_int=1>() shape = Shape(input_ids) n = Gather(shape, one) m = Add(n, one)"
+    for number, nodes in enumerate(("condition = Less(m, n)", "c = LessOrEqual(m, n) condition = Not(c)")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        report, program = build_and_compare(branching.layer(f"{one} {nodes}"), folder)
+        kinds = {node.op_type for node in program.graph.node}
+        assert "Relu" in kinds if number == 0 else "Sigmoid" in kinds
+        assert not kinds & {"If", "Relu" if number else "Sigmoid"}
+        assert report.notes == ()
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
