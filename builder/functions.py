@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.control_flow import graphs_of
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
+from furiosa_llm.builder.validate_nodes import check_node
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
@@ -25,12 +26,14 @@ def inline_functions(model: ir.Model, name: str) -> None:
     graph as an attribute.
     """
     _harmonize_opsets(model, name)
-    _Inliner(model).run(model.graph)
+    _Inliner(model, name).run(model.graph)
     model.functions.clear()
 
 
 class _Inliner:
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, name: str) -> None:
+        self._name = name
+        self._imports = dict(model.graph.opset_imports)
         self._functions = dict(model.functions)
         self._copies: Counter[str] = Counter()
         self._taken = {str(v.name) for graph in model.graphs() for v in _values_of(graph)}
@@ -53,7 +56,9 @@ class _Inliner:
         assert isinstance(graph, ir.Graph)
         defaults = {a.name: a for a in function.attributes.values() if a.value is not None}
         body = function.graph.clone()
-        _set_attributes(body, {**defaults, **call.attributes})
+        for node in _set_attributes(body, {**defaults, **call.attributes}):
+            if node.op_identifier() not in self._functions:
+                check_node(ir.to_proto(node), self._imports, self._name)
         self._name_apart(body)
         arguments = [*call.inputs, *[None] * (len(body.inputs) - len(call.inputs))]
         for parameter, argument in zip(body.inputs, arguments, strict=True):
@@ -120,12 +125,17 @@ def _replace(value: ir.Value, other: ir.Value | None) -> None:
         node.replace_input_with(position, None)
 
 
-def _set_attributes(body: ir.Graph, given: Mapping[str, ir.Attr]) -> None:
-    """Replace what refers to an attribute of the function by the call's; what the call leaves out has no value."""
+def _set_attributes(body: ir.Graph, given: Mapping[str, ir.Attr]) -> list[ir.Node]:
+    """Replace what refers to an attribute of the function by the call's; what the call leaves out has no value.
+
+    Returns the nodes that are changed, whose attributes nobody has looked at yet.
+    """
+    changed: dict[ir.Node, None] = {}
     for node in ir.traversal.RecursiveGraphIterator(body):
         for key, attribute in list(node.attributes.items()):
             if not attribute.is_ref():
                 continue
+            changed[node] = None
             value = given.get(str(attribute.ref_attr_name))
             if value is None:
                 del node.attributes[key]
@@ -136,6 +146,7 @@ def _set_attributes(body: ir.Graph, given: Mapping[str, ir.Attr]) -> None:
                 )
             else:
                 node.attributes[key] = ir.Attr(key, value.type, value.value)
+    return list(changed)
 
 
 # -- versions ------------------------------------------------------------------------------------------------------

@@ -37,6 +37,12 @@ def validate(proto: ModelProto, name: str) -> None:
         _check_value(value, name)
     for node in _nodes(proto.graph.node):
         _check_node(node, opsets, functions, name)
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise ModelLoadError(
+                    f'{name}: node {node.op_type} "{node.name}" has the attribute {attribute.name} of a function, but '
+                    "is in none; the file is damaged, export the model again."
+                )
     for function in functions.values():
         own = _function_opsets(function, name)
         _check_function(function, name)

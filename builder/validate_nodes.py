@@ -118,13 +118,18 @@ def _check_attributes(node: NodeProto, where: str) -> None:
         seen.add(name)
         if attribute.type not in AttributeProto.AttributeType.values() or not attribute.type:
             _fail(where, f"has the attribute {name} of the unknown type {attribute.type}", "a type that ONNX defines")
-        payload = _PAYLOADS.get(attribute.type)
-        if payload is not None and not attribute.ref_attr_name and not attribute.HasField(payload):
-            _fail(where, f"has the attribute {name} without its value", f"a {_type_name(attribute.type)}")
-        if name in _FLAGS and attribute.type == AttributeProto.INT and attribute.i not in (0, 1):
-            _fail(where, f"has {name}={attribute.i}", "0 or 1")
-        if name in _ELEMENT_TYPES and attribute.type == AttributeProto.INT and not _is_type(attribute):
-            _fail(where, f"has {name}={attribute.i}", "the number of an element type")
+        if not attribute.ref_attr_name:  # what a call gives instead is checked once it is there
+            _check_value(attribute, where)
+
+
+def _check_value(attribute: AttributeProto, where: str) -> None:
+    name, payload = attribute.name, _PAYLOADS.get(attribute.type)
+    if payload is not None and not attribute.HasField(payload):
+        _fail(where, f"has the attribute {name} without its value", f"a {_type_name(attribute.type)}")
+    if name in _FLAGS and attribute.type == AttributeProto.INT and attribute.i not in (0, 1):
+        _fail(where, f"has {name}={attribute.i}", "0 or 1")
+    if name in _ELEMENT_TYPES and attribute.type == AttributeProto.INT and not _is_type(attribute):
+        _fail(where, f"has {name}={attribute.i}", "the number of an element type")
 
 
 def _is_type(attribute: AttributeProto) -> bool:

@@ -151,6 +151,25 @@ def function_with_too_few_inputs(proto: onnx.ModelProto) -> None:
     proto.graph.node[-1].input.append("m")
 
 
+def function_with_an_attribute(*given: onnx.AttributeProto) -> Damage:
+    """A function whose Cast has its type from the call, which gives an attribute, or none."""
+
+    def change(proto: onnx.ModelProto) -> None:
+        function_without_imports(proto)
+        function = proto.functions[0]
+        function.opset_import.add(domain="", version=21)
+        function.attribute.append("kind")
+        function.node[0].op_type = "Cast"
+        function.node[0].attribute.add(name="to", ref_attr_name="kind", type=AttributeProto.INT)
+        proto.graph.node[-1].attribute.extend(given)
+
+    return change
+
+
+def attribute_of_no_function(proto: onnx.ModelProto) -> None:
+    node(proto, "Cast").attribute[0].ref_attr_name = "kind"
+
+
 def functions_of_one_name(proto: onnx.ModelProto) -> None:
     function_without_imports(proto)
     proto.functions.add().CopyFrom(proto.functions[0])
@@ -285,10 +304,16 @@ FUNCTIONS: dict[str, Row] = {
     "mutual recursion": (ModelLoadError, recursive, ("local::", "calls itself", "without recursion")),
     "no imports": (ModelLoadError, function_without_imports, ("uses ops of ['ai.onnx'] without importing them",)),
     "too many arguments": (ModelLoadError, function_with_too_few_inputs, ("has 2 inputs, expected 0 to 1",)),
+    "attribute left out": (ModelLoadError, function_with_an_attribute(), ("lacks the attributes ['to']",)),
+    "attribute of another type": (ModelLoadError, function_with_an_attribute(helper.make_attribute("kind", "x")),
+                                  ("to of type STRING, expected INT",)),
+    "no element type from a call": (ModelLoadError, function_with_an_attribute(helper.make_attribute("kind", 88)),
+                                    ("to=88", "an element type")),
+    "attribute of no function": (ModelLoadError, attribute_of_no_function, ("attribute to of a function",)),
     "two of one name": (ModelLoadError, functions_of_one_name, ("local::f twice",)),
     "a value from nowhere": (ModelLoadError, function_that_reads_nothing, ('reads "nobody"',)),
     "an output from nowhere": (ModelLoadError, function_without_its_output, ('no node gives the output "nobody"',)),
-}
+}  # fmt: skip
 ROWS = {**VERSIONS, **NAMES, **TYPES, **TENSORS, **ATTRIBUTES, **NODES_AND_SIZES, **FUNCTIONS}
 
 
