@@ -39,12 +39,21 @@ _SCALED = frozenset(("DequantizeLinear", "QuantizeLinear"))
 """Ops that do not look at their axis if there is one scale for all elements."""
 
 
+_ALONG_AN_AXIS = frozenset(
+    ("ArgMax", "ArgMin", "Concat", "CumSum", "Gather", "GatherElements", "Hardmax", "LayerNormalization", "LogSoftmax",
+     "RMSNormalization", "ScatterElements", "Slice", "Softmax", "Split", "TopK")
+)  # fmt: skip
+"""Ops that work along a dimension, which a scalar does not have."""
+
+
 def operand_fault(node: ir.Node, shapes: Shapes) -> str | None:
     """What is wrong with the shapes of a node's inputs, if anything."""
     for port, ranks in _RANKS.get((node.domain, node.op_type), {}).items():
         shape = shapes[port] if port < len(shapes) else None
         if shape is not None and len(shape) not in ranks:
             return f"input {port} has {len(shape)} dimensions instead of {' or '.join(map(str, ranks))}"
+    if node.op_type in _ALONG_AN_AXIS and not node.domain and shapes[0] == ():
+        return "input 0 has no dimension"
     reason = _axis_fault(node, shapes)
     if reason is not None:
         return reason
@@ -87,6 +96,10 @@ def _transpose(node: ir.Node, shapes: Shapes) -> str | None:
 def _range(_: ir.Node, shapes: Shapes) -> str | None:
     single = all(shape is not None and math.prod(shape) == 1 for shape in shapes)
     return None if single else "start, limit and delta are not one element each"
+
+
+def _cumulative_sum(_: ir.Node, shapes: Shapes) -> str | None:
+    return "the axis is not one element" if shapes[1] not in ((), (1,)) else None
 
 
 def _slice(_: ir.Node, shapes: Shapes) -> str | None:
@@ -142,6 +155,7 @@ def _has(shapes: Shapes, port: int) -> bool:
 
 
 _CHECKS = {
+    ("", "CumSum"): _cumulative_sum,
     ("", "Range"): _range,
     ("", "Slice"): _slice,
     ("", "Transpose"): _transpose,

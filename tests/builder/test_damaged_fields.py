@@ -298,6 +298,8 @@ NODES_AND_SIZES: dict[str, Row] = {
     "fill beyond memory": (ShapeError, extra("ConstantOfShape", ["tops"], ["s"]), ("node ConstantOfShape", "extra")),
     "expand beyond memory": (ShapeError, extra("Expand", ["one", "tops"], ["s"]), ("node Expand",)),
     "tile beyond memory": (ShapeError, extra("Tile", ["tops", "tops1"], ["s"]), ("node Tile",)),
+    "sum along no axis": (ShapeError, extra("CumSum", ["half", "zero"], ["s"]), ("CumSum", "has no dimension")),
+    "sums along many axes": (ShapeError, extra("CumSum", ["w", "tops"], ["s"]), ("the axis is not one element",)),
     "range of matrices": (ShapeError, extra("Range", ["w", "w", "w"], ["s"]), ("node Range", "one element each")),
 }  # fmt: skip
 FUNCTIONS: dict[str, Row] = {
@@ -319,7 +321,14 @@ ROWS = {**VERSIONS, **NAMES, **TYPES, **TENSORS, **ATTRIBUTES, **NODES_AND_SIZES
 
 def damaged(damage: Damage) -> bytes:
     proto = good()
-    for name, value in (("zero", 0), ("one", 1), ("top", 2**60), ("tops", [2**40, 2**40]), ("tops1", [2**50])):
+    for name, value in (
+        ("half", 0.5),
+        ("zero", 0),
+        ("one", 1),
+        ("top", 2**60),
+        ("tops", [2**40, 2**40]),
+        ("tops1", [2**50]),
+    ):
         proto.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
     result = damage(proto)
     return result if isinstance(result, bytes) else proto.SerializeToString()
