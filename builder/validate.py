@@ -30,11 +30,6 @@ def validate(proto: ModelProto, name: str) -> None:
     """Raise ModelLoadError if the model in the file `name` is damaged, UnsupportedModelError if it is beyond us."""
     opsets = _opsets(proto, name)
     functions = _functions(proto, name)
-    for graph in _graphs(proto.graph.node):
-        _check_names(graph, name)
-    _check_names(proto.graph, name)
-    for value in (*proto.graph.input, *proto.graph.output):
-        _check_value(value, name)
     for node in _nodes(proto.graph.node):
         _check_node(node, opsets, functions, name)
         for attribute in node.attribute:
@@ -43,11 +38,15 @@ def validate(proto: ModelProto, name: str) -> None:
                     f'{name}: node {node.op_type} "{node.name}" has the attribute {attribute.name} of a function, but '
                     "is in none; the file is damaged, export the model again."
                 )
+    for graph in (proto.graph, *_graphs(proto.graph.node)):
+        _check_names(graph, name)
+    for value in (*proto.graph.input, *proto.graph.output):
+        _check_value(value, name)
     for function in functions.values():
         own = _function_opsets(function, name)
-        _check_function(function, name)
         for node in _nodes(function.node):
             _check_node(node, own, functions, name)
+        _check_function(function, name)
     _check_expansion(proto, functions, name)
 
 
