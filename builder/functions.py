@@ -56,13 +56,12 @@ class _Inliner:
         assert isinstance(graph, ir.Graph)
         defaults = {a.name: a for a in function.attributes.values() if a.value is not None}
         body = function.graph.clone()
-        for node in _set_attributes(body, {**defaults, **call.attributes}):
-            if node.op_identifier() not in self._functions:
-                check_node(ir.to_proto(node), self._imports, self._name)
+        changed = _set_attributes(body, {**defaults, **call.attributes})
         self._name_apart(body)
         arguments = [*call.inputs, *[None] * (len(body.inputs) - len(call.inputs))]
         for parameter, argument in zip(body.inputs, arguments, strict=True):
-            _replace(parameter, argument)
+            changed += _replace(parameter, argument)
+        self._check(changed)
         results = _outputs(body, arguments)
         nodes = list(body)
         body.outputs.clear()
@@ -76,7 +75,7 @@ class _Inliner:
     def _pass_on(self, graph: ir.Graph, call: ir.Node, old: ir.Value, new: ir.Value | None) -> None:
         """Let those who read an output of the call read the body's; a graph output keeps its name and its type."""
         if not old.is_graph_output():
-            _replace(old, new)
+            self._check(_replace(old, new))
             return
         if new is None:
             raise ModelLoadError(
@@ -86,6 +85,12 @@ class _Inliner:
         output = ir.Value(name=old.name, type=old.type, shape=old.shape)
         graph.insert_before(call, ir.Node("", "Identity", [new], outputs=[output], name=f"{old.name}/call"))
         old.replace_all_uses_with(output, replace_graph_outputs=True)
+
+    def _check(self, changed: Sequence[ir.Node]) -> None:
+        """Look at nodes whose attributes or inputs came from a call, as at those of a file."""
+        for node in changed:
+            if node.op_identifier() not in self._functions:
+                check_node(ir.to_proto(node), self._imports, self._name)
 
     def _name_apart(self, body: ir.Graph) -> None:
         for graph in (body, *body.subgraphs()):
@@ -117,12 +122,15 @@ def _outputs(body: ir.Graph, arguments: Sequence[ir.Value | None]) -> list[ir.Va
     return [given.get(value, value) for value in body.outputs]
 
 
-def _replace(value: ir.Value, other: ir.Value | None) -> None:
+def _replace(value: ir.Value, other: ir.Value | None) -> list[ir.Node]:
+    """Let those who read `value` read the other one; returns those who have one input less."""
     if other is not None:
         value.replace_all_uses_with(other)
-        return
-    for node, position in list(value.uses()):
+        return []
+    uses = list(value.uses())
+    for node, position in uses:
         node.replace_input_with(position, None)
+    return [node for node, _ in uses]
 
 
 def _set_attributes(body: ir.Graph, given: Mapping[str, ir.Attr]) -> list[ir.Node]:
