@@ -12,7 +12,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
-from furiosa_llm.builder.validate_nodes import check_node
+from furiosa_llm.builder.validate_nodes import check_node, is_operator
 from furiosa_llm.builder.validate_tensors import MAX_ELEMENTS, check_tensor, check_text, dtype_name
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
@@ -29,7 +29,7 @@ FunctionKey = tuple[str, str, str]
 def validate(proto: ModelProto, name: str) -> None:
     """Raise ModelLoadError if the model in the file `name` is damaged, UnsupportedModelError if it is beyond us."""
     opsets = _opsets(proto, name)
-    functions = _functions(proto, name)
+    functions = _functions(proto, opsets, name)
     for node in _nodes(proto.graph.node):
         _check_node(node, opsets, functions, name)
         for attribute in node.attribute:
@@ -193,7 +193,7 @@ def _key(node: NodeProto) -> FunctionKey:
     return _domain(node.domain), node.op_type, node.overload
 
 
-def _functions(proto: ModelProto, name: str) -> dict[FunctionKey, FunctionProto]:
+def _functions(proto: ModelProto, opsets: dict[str, int], name: str) -> dict[FunctionKey, FunctionProto]:
     functions: dict[FunctionKey, FunctionProto] = {}
     for function in proto.functions:
         key = (_domain(function.domain), function.name, function.overload)
@@ -201,6 +201,11 @@ def _functions(proto: ModelProto, name: str) -> dict[FunctionKey, FunctionProto]
         if key in functions:
             raise ModelLoadError(
                 f"{name} defines the function {function.domain}::{function.name} twice; export it again."
+            )
+        if is_operator(function.name, key[0], opsets.get(key[0], 1)):
+            raise UnsupportedModelError(
+                f"{name} defines the function {key[0] or 'ai.onnx'}::{function.name}, which is an operator, too; "
+                "runtimes disagree about which of the two is meant: rename the function or remove it."
             )
         functions[key] = function
     return functions

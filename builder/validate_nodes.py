@@ -99,11 +99,16 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: F
         _check_count(where, "inputs", len(node.input), range(len(call.input) + 1))
         _check_count(where, "outputs", len(node.output), range(len(call.output) + 1))
         return
-    definition = _definition(node.op_type, domain, opsets[domain]) or _ONNXRUNTIME.get((domain, node.op_type))
+    definition = _definition(node.op_type, domain, opsets[domain])
     if definition is not None:
         _check_definition(node, definition, where)
     if not domain:
         _check_graphs(node, where)
+
+
+def is_operator(op_type: str, domain: str, version: int) -> bool:
+    """Whether an op has a definition here, which a function of its name would replace."""
+    return _definition(op_type, domain, version) is not None
 
 
 def _check_attributes(node: NodeProto, where: str) -> None:
@@ -187,7 +192,7 @@ def _definition(op_type: str, domain: str, version: int) -> _Definition | None:
     try:
         schema = onnx.defs.get_schema(op_type, version, domain)
     except onnx.defs.SchemaError:
-        return None
+        return _ONNXRUNTIME.get((domain, op_type))
     optional = OpSchema.FormalParameterOption.Single
     return _Definition(
         inputs=range(schema.min_input, schema.max_input + 1),

@@ -170,6 +170,12 @@ def attribute_of_no_function(proto: onnx.ModelProto) -> None:
     node(proto, "Cast").attribute[0].ref_attr_name = "kind"
 
 
+def function_named_as_an_operator(proto: onnx.ModelProto) -> None:
+    function_without_imports(proto)
+    proto.functions[0].opset_import.add(domain="", version=21)
+    proto.functions[0].domain, proto.functions[0].name = "", "Softmax"
+
+
 def argument_left_out(proto: onnx.ModelProto) -> None:
     function_without_imports(proto)
     proto.functions[0].opset_import.add(domain="", version=21)
@@ -312,6 +318,8 @@ FUNCTIONS: dict[str, Row] = {
     "mutual recursion": (ModelLoadError, recursive, ("local::", "calls itself", "without recursion")),
     "no imports": (ModelLoadError, function_without_imports, ("uses ops of ['ai.onnx'] without importing them",)),
     "too many arguments": (ModelLoadError, function_with_too_few_inputs, ("has 2 inputs, expected 0 to 1",)),
+    "named as an operator": (UnsupportedModelError, function_named_as_an_operator,
+                             ("ai.onnx::Softmax", "rename the function")),
     "argument left out": (ModelLoadError, argument_left_out, ("Neg", "leaves out input 0")),
     "attribute left out": (ModelLoadError, function_with_an_attribute(), ("lacks the attributes ['to']",)),
     "attribute of another type": (ModelLoadError, function_with_an_attribute(helper.make_attribute("kind", "x")),
