@@ -15,11 +15,17 @@ from furiosa_llm.builder.validate_tensors import MAX_ELEMENTS
 Shape = tuple[int, ...]
 Shapes = Sequence[Shape | None]
 
+_TAKE_AXES = (
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare", "Squeeze", "Unsqueeze",
+)  # fmt: skip
 _RANKS: Mapping[tuple[str, str], Mapping[int, tuple[int, ...]]] = {
+    **{("", op_type): {1: (0, 1)} for op_type in _TAKE_AXES},
     ("", "ConstantOfShape"): {0: (1,)},
     ("", "Expand"): {1: (1,)},
     ("", "Reshape"): {1: (1,)},
     ("", "Slice"): dict.fromkeys(range(1, 5), (1,)),
+    ("", "Split"): {1: (1,)},
     ("", "Tile"): {1: (1,)},
     ("com.microsoft", "GatherBlockQuantized"): {0: (2, 3)},
     ("com.microsoft", "GroupQueryAttention"): {**dict.fromkeys((0, 1, 2), (3,)), 3: (4,), 4: (4,), 10: (4,), 11: (1,)},

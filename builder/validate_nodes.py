@@ -61,6 +61,12 @@ def _microsoft(inputs: range, required: Sequence[int], *integers: str, outputs: 
     )
 
 
+_INTEGERS = frozenset(
+    ("accuracy_level", "axis", "bits", "block_size", "do_rotary", "gather_axis", "interleaved", "k", "kv_num_heads",
+     "local_window_size", "num_heads", "quantize_axis", "rotary_embedding_dim", "rotary_interleaved",
+     "swiglu_fusion", "transA", "transB", "transBatchA", "transBatchB")
+)  # fmt: skip
+"""Attributes that are integers in all of onnxruntime's own ops."""
 _ONNXRUNTIME: Mapping[tuple[str, str], _Definition] = {
     ("", "SimplifiedLayerNormalization"): _microsoft(range(2, 3), (0, 1), outputs=2),
     ("com.microsoft", "BiasGelu"): _microsoft(range(2, 3), (0, 1)),
@@ -168,6 +174,8 @@ def _check_definition(node: NodeProto, definition: _Definition, where: str) -> N
             _fail(where, f"leaves out input {position}", "all but optional inputs")
     for attribute in node.attribute:
         expected = definition.attributes.get(attribute.name)
+        if definition.takes_others and attribute.name in _INTEGERS:
+            expected = AttributeProto.INT
         if expected is None and definition.takes_others:
             continue
         if expected is None:

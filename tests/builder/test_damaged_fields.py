@@ -288,6 +288,9 @@ ATTRIBUTES: dict[str, Row] = {
     "no element type": (ModelLoadError, attribute("Cast", "to", 88), ("has to=88", "number of an element type")),
     "neither yes nor no": (ModelLoadError, attribute("Reshape", "allowzero", 7), ("allowzero=7, expected 0 or 1",)),
     "graph without a graph": (ModelLoadError, graph_attribute_without_a_graph, ("then_branch without its value",)),
+    "of another type in onnxruntime's op": (
+        ModelLoadError, extra("MatMulNBits", ["m", "w", "w"], ["s"], "com.microsoft", K=1, N=1, block_size=1, bits="x"),
+        ("bits of type STRING, expected INT",)),
     "absurd axis": (ShapeError, attribute("Softmax", "axis", HUGE), ("node Softmax", "does not fit its inputs")),
     "no permutation": (ShapeError, attribute("Transpose", "perm", [0, 0, 1]), ("node Transpose",)),
     "permutation of another rank": (ShapeError, attribute("Transpose", "perm", [1, 0]), ("node Transpose",)),
@@ -312,6 +315,7 @@ NODES_AND_SIZES: dict[str, Row] = {
     "tile beyond memory": (ShapeError, extra("Tile", ["tops", "tops1"], ["s"]), ("node Tile",)),
     "sum along no axis": (ShapeError, extra("CumSum", ["half", "zero"], ["s"]), ("CumSum", "has no dimension")),
     "sums along many axes": (ShapeError, extra("CumSum", ["w", "tops"], ["s"]), ("the axis is not one element",)),
+    "axes of rank 2": (ShapeError, extra("ReduceMean", ["m", "w"], ["s"]), ("input 1 has 2 dimensions",)),
     "range of matrices": (ShapeError, extra("Range", ["w", "w", "w"], ["s"]), ("node Range", "one element each")),
 }  # fmt: skip
 FUNCTIONS: dict[str, Row] = {
