@@ -63,8 +63,14 @@ PLANS ?= 3000
 fuzz: $(INSTALLED) ## random feasible plans over the zoo, checked against the unsplit models (PLANS=3000)
 	$(BIN)/python -m tests.builder.fuzz_plans --plans $(PLANS)
 
+SECONDS ?= 600
+
+.PHONY: fuzz-loader
+fuzz-loader: $(INSTALLED) ## damaged models: refused by name, or built and compared with the unsplit ones (SECONDS=600)
+	$(BIN)/python -m tests.builder.fuzz_loader --seconds $(SECONDS)
+
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz bench ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader bench ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

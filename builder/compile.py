@@ -12,6 +12,7 @@ import onnx_ir as ir
 from furiosa_llm.builder import configuration
 from furiosa_llm.builder.analysis import Analysis, analyse
 from furiosa_llm.builder.annotations import constraints_of
+from furiosa_llm.builder.branches import settle_branches
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.constraints import leaf_parts
 from furiosa_llm.builder.fusion import Fusion, fuse_attention
@@ -91,7 +92,7 @@ def analyse_model(path: Path, dims: Mapping[str, int], *, weights: bool, fuse: b
     model = normalize(source)
     told("analyse")
     config = configuration.read_json(source.path, "config.json")
-    probes = probe(model, dims, config)
+    probes = settle_branches(model, dims, config)
     if simplify(model, probes):
         probes = probe(model, dims, config)
     fusion = fuse_attention(model, probes) if fuse else Fusion()

@@ -7,10 +7,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.builder.validate import validate
+
+_LONGEST_LOCATION, _LONGEST_NAME = 4000, 255
+"""Of paths, and of one name in them, on the file systems in use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,21 +37,42 @@ def load(path: str | os.PathLike[str]) -> Source:
         raise ModelLoadError(f"{file} is a folder, expected an ONNX file{hint}.")
     if not file.is_file():
         raise ModelLoadError(f"{file} does not exist; give the path of an .onnx file.")
+    proto = _read(file)
+    validate(proto, file.name)
     try:
-        model = ir.load(file)
+        model = ir.from_proto(proto)
+    except ir.serde.SerdeError as error:
+        raise ModelLoadError(
+            f"{file.name} is not a valid graph: {root_cause(error)}; the file is damaged, export the model again."
+        ) from error
+    ir.external_data.set_base_dir(model.graph, file.parent)
+    return Source(path=file, model=model)
+
+
+def _read(file: Path) -> onnx.ModelProto:
+    try:
+        proto = onnx.load(file, load_external_data=False)
     except OSError as error:
         raise ModelLoadError(f"{file} cannot be read: {error.strerror}; check the rights of the file.") from error
-    except (DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (DecodeError, ValueError) as error:
         raise ModelLoadError(
             f"{file} is not an ONNX model: {error}. Expected the protobuf file that an exporter writes; "
             "if it was downloaded, check that the download is complete and not a pointer to large-file storage."
         ) from error
-    if not len(model.graph) and not model.graph.outputs:
+    if not proto.graph.node and not proto.graph.output:
         raise ModelLoadError(
             f"{file} is not an ONNX model: it has no nodes and no outputs ({file.stat().st_size} bytes); "
             "check that the download is complete and not a pointer to large-file storage."
         )
-    return Source(path=file, model=model)
+    return proto
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that others were raised from, without a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
 
 
 def check_external_data(source: Source) -> None:
@@ -73,6 +99,10 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 def _check_external(what: str, tensor: ir.ExternalTensor, folder: Path) -> None:
     location = Path(tensor.location)
+    if len(str(location)) > _LONGEST_LOCATION or any(len(part) > _LONGEST_NAME for part in location.parts):
+        raise ModelLoadError(
+            f'{what} has its data in "{location!s:.40}...", a name that no file can have; export the model again.'
+        )
     target = Path(os.path.normpath(folder / location))
     if location.is_absolute() or not target.is_relative_to(folder) or not target.resolve().is_relative_to(folder):
         raise ModelLoadError(

@@ -45,10 +45,13 @@ class Probes:
         return (self.facts, self.others, self.decode.facts, self.longer.facts, *self.extremes)
 
 
-def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object]) -> Probes:
-    """Interpret `model`; sizes of inputs that follow from the graph are found on the way."""
+def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object], *, lenient: bool = False) -> Probes:
+    """Interpret `model`; sizes of inputs that follow from the graph are found on the way.
+
+    If `lenient`, the branches of an If need not agree where its condition is known at some sizes.
+    """
     kinds = dimension_kinds(model.graph, given, config)
-    interpreter = Interpreter(model, SHAPES)
+    interpreter = Interpreter(model, SHAPES, lenient=lenient)
     facts, kinds = _first_run(interpreter, kinds)
     others = interpreter.run(concrete(kinds, SECOND_PROBE))
     decode, longer = _priced_steps(interpreter, kinds)

@@ -58,7 +58,7 @@ def _values_to_describe(build: Build) -> dict[ir.Value, None]:
             if value is None or value.is_initializer():
                 continue
             made = level.get(value, 0)
-            if made >= 0 and (collective or made != level[node.outputs[0]]):
+            if collective or (made >= 0 and made != level[node.outputs[0]]):
                 wanted[value] = None
         if collective:
             wanted.update(dict.fromkeys(node.outputs))

@@ -7,7 +7,6 @@ onnxruntime's own ops from `builder.rules` (see `furiosa_llm.builder.rules.regis
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,30 +17,22 @@ import onnx
 import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
+from furiosa_llm.builder.bodies import SIBLINGS, ControlFlow
+from furiosa_llm.builder.control_flow import is_control_flow
 from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.facts import Fact as Fact
+from furiosa_llm.builder.facts import Facts as Facts
+from furiosa_llm.builder.facts import Shape as Shape
+from furiosa_llm.builder.operands import operand_fault, result_fault
 from furiosa_llm.builder.values import EVALUATORS
-
-Shape = tuple[int, ...]
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 _MAX_KNOWN_ELEMENTS = 4096
 _MAX_READ_NBYTES = 1024
 """Constants larger than this are weights to the interpreter: their values are never looked at."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Fact:
-    """What is known of a value at one set of input sizes."""
-
-    dtype: ir.DataType
-    shape: Shape
-    value: npt.NDArray[Any] | None = None
-    """The elements, for small tensors that do not depend on the inputs' elements."""
-    zero: bool = False
-    """Every element is zero, whatever the inputs hold."""
-
-
 ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Sequence[tuple[ir.DataType, Shape]]]
-Facts = dict[ir.Value, Fact]
 
 _ZERO_PRESERVING = {"Cast", "Expand", "Flatten", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -63,9 +54,14 @@ class SizeMismatchError(ShapeError):
 
 
 class Interpreter:
-    """Interprets one graph at any number of input size sets."""
+    """Interprets one graph at any number of input size sets.
 
-    def __init__(self, model: ir.Model, shape_rules: Mapping[tuple[str, str], ShapeRule]) -> None:
+    If `lenient`, the branches of an If need not agree where its condition is known.
+    """
+
+    def __init__(
+        self, model: ir.Model, shape_rules: Mapping[tuple[str, str], ShapeRule], *, lenient: bool = False
+    ) -> None:
         self._model = model
         self._shape_rules = shape_rules
         self._opsets = dict(model.graph.opset_imports)
@@ -73,10 +69,12 @@ class Interpreter:
         self._runs = 0
         self._fresh: Iterator[int] = iter(())
         self._interned: dict[object, Fact] = {}
+        self._known: set[int] = set()
         self._signatures: dict[object, int] = {}
         self._inferred: dict[tuple[int, ...], list[Fact]] = {}
+        self._numbers: dict[ir.Node, int] = {}
+        self._control_flow = ControlFlow(self.interpret, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
         self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
-        self._numbers = {node: self._number(node) for node in model.graph}
 
     def run(self, sizes: Mapping[str, Shape]) -> Facts:
         """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict."""
@@ -87,33 +85,54 @@ class Interpreter:
             assert value.name is not None
             assert value.dtype is not None
             facts[value] = self._intern(Fact(dtype=value.dtype, shape=sizes[value.name]))
-        for node in self._model.graph:
-            inputs = [None if v is None else facts[v] for v in node.inputs]
-            facts.update(zip(node.outputs, self._infer_once(node, inputs), strict=True))
+        self.interpret(self._model.graph, facts)
         return facts
+
+    def interpret(self, graph: ir.Graph, facts: Facts) -> None:
+        """Add the facts of what the nodes of `graph` give to `facts`, which holds those of all that they read."""
+        for node in graph:
+            inputs = [None if v is None else facts[v] for v in node.inputs]
+            if is_control_flow(node):
+                found = self._control_flow.infer(node, inputs, facts)
+            else:
+                found = self._infer_once(node, inputs)
+            if len(found) != len(node.outputs):
+                raise ShapeError(_contradiction(node, inputs, f"it gives {len(found)} outputs"))
+            facts.update(zip(node.outputs, map(self._intern, found), strict=True))
 
     def _number(self, node: ir.Node) -> int:
         """A number that nodes share if they do the same to the same inputs."""
-        attributes = tuple(sorted((name, attribute_key(a)) for name, a in node.attributes.items()))
-        key = (node.domain, node.op_type, len(node.outputs), tuple(v is None for v in node.inputs), attributes)
-        return self._signatures.setdefault(key, len(self._signatures))
+        if node not in self._numbers:
+            attributes = tuple(sorted((name, attribute_key(a)) for name, a in node.attributes.items()))
+            key = (node.domain, node.op_type, len(node.outputs), tuple(v is None for v in node.inputs), attributes)
+            self._numbers[node] = self._signatures.setdefault(key, len(self._signatures))
+        return self._numbers[node]
 
     def _intern(self, fact: Fact) -> Fact:
         """The first fact that says the same, so that equal facts are one object."""
+        if id(fact) in self._known:
+            return fact
         content = None if fact.value is None else (fact.value.dtype.str, fact.value.tobytes())
-        return self._interned.setdefault((fact.dtype, fact.shape, content, fact.zero), fact)
+        found = self._interned.setdefault((fact.dtype, fact.shape, content, fact.zero), fact)
+        self._known.add(id(found))
+        return found
 
     def _infer_once(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
         """The outputs' facts. What many layers do alike is inferred once: only NonZero gives other sizes each time."""
         if node.op_type == "NonZero" and not node.domain:
             assert inputs[0] is not None
-            return [self._intern(Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh))))]
-        key = (self._numbers[node], *map(id, inputs))
+            unknown = [Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh)))]
+            return self._evaluate(node, inputs) or unknown
+        key = (self._number(node), *(id(None if f is None else self._intern(f)) for f in inputs))
         if key not in self._inferred:
             self._inferred[key] = [self._intern(fact) for fact in self._infer(node, inputs)]
         return self._inferred[key]
 
     def _infer(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
+        shapes = [None if f is None else f.shape for f in inputs]
+        reason = operand_fault(node, shapes)
+        if reason is not None:
+            raise ShapeError(_contradiction(node, inputs, reason))
         evaluated = self._evaluate(node, inputs)
         if evaluated is not None:
             return evaluated
@@ -125,6 +144,9 @@ class Interpreter:
         else:
             pairs = self._infer_with_onnx(node, inputs)
         zero = _is_zero(node, inputs)
+        reason = result_fault(node, shapes, [shape for _, shape in pairs])
+        if reason is not None:
+            raise ShapeError(_contradiction(node, inputs, reason))
         return [Fact(dtype=dtype, shape=shape, zero=zero) for dtype, shape in pairs]
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
@@ -147,7 +169,7 @@ class Interpreter:
             return None
         try:
             result = evaluator(attributes_of(node), arguments)
-        except (ValueError, IndexError, TypeError) as error:
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ShapeError(_contradiction(node, inputs, str(error))) from error
         zero = _is_zero(node, inputs)
         return [_known(np.asarray(r), zero=zero) for r in (result if isinstance(result, tuple) else (result,))]
@@ -189,7 +211,7 @@ class Interpreter:
         imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
         try:
             outputs = infer_node_outputs(schema, proto, types, data, opset_imports=imports)
-        except onnx.shape_inference.InferenceError as error:
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             raise ShapeError(_contradiction(node, inputs, str(error))) from error
         return [_from_type(outputs.get(name), node, inputs) for name in proto.output]
 
@@ -206,6 +228,11 @@ def attribute_key(attribute: ir.Attr) -> object:
 def _constant_fact(value: ir.Value) -> Fact:
     tensor = value.const_value
     assert tensor is not None
+    if tensor.dtype.name not in DTYPES:
+        raise UnsupportedModelError(
+            f'constant "{value.name}" has elements of type {tensor.dtype.name}, expected one of {", ".join(DTYPES)}; '
+            "export the model without them."
+        )
     shape = tuple(tensor.shape.numpy())
     known = _read(tensor) if tensor.nbytes <= _MAX_READ_NBYTES else None
     zero = known is not None and not known.astype(bool).any()
@@ -214,8 +241,6 @@ def _constant_fact(value: ir.Value) -> Fact:
 
 def _read(tensor: ir.TensorProtocol) -> npt.NDArray[Any] | None:
     """The elements of a small constant; None where planning goes on without its data file."""
-    if tensor.dtype is ir.DataType.STRING:
-        return None
     try:
         return tensor.numpy()
     except FileNotFoundError:
@@ -256,7 +281,13 @@ def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) ->
 
 
 def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]) -> tuple[ir.DataType, Shape]:
-    if proto is None or not proto.HasField("tensor_type") or not proto.tensor_type.HasField("shape"):
+    kind = None if proto is None else proto.WhichOneof("value")
+    if kind not in (None, "tensor_type"):
+        raise UnsupportedModelError(
+            f'node {node.op_type} "{node.name}" gives a value of type {str(kind).removesuffix("_type")}, '
+            "expected a tensor; export the model without sequences, optionals and maps."
+        )
+    if proto is None or kind is None or not proto.tensor_type.HasField("shape"):
         raise ShapeError(_contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes"))
     dims = proto.tensor_type.shape.dim
     if not all(dim.HasField("dim_value") for dim in dims):
@@ -266,8 +297,9 @@ def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fac
 
 def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) -> str:
     found = ", ".join("-" if f is None else f"{f.dtype.name}{list(f.shape)}" for f in inputs)
+    first_line = reason.strip().partition("\n")[0][:300].rstrip(".")
     return (
-        f'node {node.op_type} "{node.name}" does not fit its inputs ({found}): {reason.strip()}. '
+        f'node {node.op_type} "{node.name}" does not fit its inputs ({found:.300}): {first_line}. '
         "Expected sizes that the model accepts together; if an input has a size of its own, say it with "
         "--dim NAME=SIZE (for instance --dim height=224)."
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,13 @@ class Polynomial:
         same_sign = all(c > 0 for c in coefficients) or all(c < 0 for c in coefficients)
         return False if offset and same_sign else None
 
+    def exceeds(self, other: Polynomial) -> bool | None:
+        """Whether this size is greater than the other, whatever the names stand for; None if that depends on them."""
+        difference = dict((self - other).terms)
+        if all(c > 0 for c in difference.values()) and difference.get((), 0) > 0:
+            return True
+        return False if all(c < 0 for c in difference.values()) else None
+
 
 def fold_sizes(
     model: ir.Model, analysis: Analysis, kinds: Mapping[str, tuple[int | str, ...]], probes: Sequence[Facts]
@@ -114,6 +121,16 @@ def fold_sizes(
     folder.run()
     remove_unused(model)
     return before - len(model.graph)
+
+
+def proven_conditions(
+    model: ir.Model, analysis: Analysis, kinds: Mapping[str, tuple[int | str, ...]], probes: Sequence[Facts]
+) -> dict[ir.Value, bool]:
+    """The single booleans of `model` that are the same whatever the sizes are, and what they are."""
+    folder = _Folder(model, analysis, kinds, probes)
+    folder.evaluate()
+    known = folder.known.items()
+    return {v: bool(sizes.item()) for v, sizes in known if sizes.dtype == np.bool_ and sizes.size == 1}
 
 
 class _Folder:
@@ -130,24 +147,28 @@ class _Folder:
                 if isinstance(kind, str):
                     self._sources.setdefault(kind, (value, d))
                     self._names.setdefault(analysis.dims[value][d].find(), kind)
-        self._known: dict[ir.Value, Sizes] = {}
+        self.known: dict[ir.Value, Sizes] = {}
         self._emitted: dict[object, ir.Value] = {}
         self._front: list[ir.Node] = []
 
-    def run(self) -> None:
+    def evaluate(self) -> None:
+        """Find out what is known of every value."""
         for value in self._graph.initializers.values():
             constant = self._constant(value)
             if constant is not None:
-                self._known[value] = constant
+                self.known[value] = constant
         for node in self._graph:
             for value, sizes in zip(node.outputs, self._evaluate(node), strict=False):
-                self._known[value] = sizes
-        if sum(all(o in self._known for o in node.outputs) for node in self._graph) < _MIN_NODES:
+                self.known[value] = sizes
+
+    def run(self) -> None:
+        self.evaluate()
+        if sum(all(o in self.known for o in node.outputs) for node in self._graph) < _MIN_NODES:
             return
         for node in list(self._graph):
             for value in node.outputs:
-                if value in self._known and self._is_read(value):
-                    self._replace(value, self._known[value])
+                if value in self.known and self._is_read(value):
+                    self._replace(value, self.known[value])
         if self._front:
             first = next(iter(self._graph))
             self._graph.insert_before(first, self._front)
@@ -202,7 +223,9 @@ class _Folder:
             return ()
         if node.op_type == "Shape" and node.inputs[0] is not None:
             return self._shape(node, node.inputs[0])
-        inputs = [None if v is None else self._known.get(v) for v in node.inputs]
+        if node.op_type == "Size" and node.inputs[0] is not None:
+            return self._number_of_elements(node.inputs[0])
+        inputs = [None if v is None else self.known.get(v) for v in node.inputs]
         if any(v is not None and known is None for v, known in zip(node.inputs, inputs, strict=True)):
             return ()
         if node.op_type == "Cast":
@@ -211,8 +234,8 @@ class _Folder:
             return (data,) if integer and data is not None and data.dtype == object else ()
         if node.op_type == "ConstantOfShape":
             return self._constant_of_shape(node, inputs[0])
-        if node.op_type in ("Equal", "Where", "Div"):
-            found = {"Equal": _equal, "Where": _where, "Div": _divide}[node.op_type](inputs)
+        if node.op_type in _ON_SIZES:
+            found = _ON_SIZES[node.op_type](inputs)
             return () if found is None else (found,)
         if node.op_type not in _SAME_ON_SIZES:
             return ()
@@ -230,6 +253,13 @@ class _Folder:
         sizes = [self._size(value, d) for d in dims]
         return () if any(s is None for s in sizes) else (_polynomials(sizes, (len(sizes),)),)
 
+    def _number_of_elements(self, value: ir.Value) -> Sequence[Sizes]:
+        total: Polynomial | None = Polynomial.constant(1)
+        for d in range(len(self._analysis.dims[value])):
+            size = self._size(value, d)
+            total = None if total is None or size is None else total * size
+        return () if total is None else (_polynomials([total], ()),)
+
     def _constant_of_shape(self, node: ir.Node, shape: Sizes | None) -> Sequence[Sizes]:
         numbers = _numbers(shape)
         if numbers is None or np.prod(numbers) > _MAX_ELEMENTS:
@@ -244,9 +274,9 @@ class _Folder:
 
     def _is_read(self, value: ir.Value) -> bool:
         """Whether something that is not itself folded away reads `value`."""
-        if self._known[value] is _NOTHING or self._known[value].ndim > 1:
+        if self.known[value] is _NOTHING or self.known[value].ndim > 1:
             return False
-        return any(not any(o in self._known for o in node.outputs) for node, _ in value.uses())
+        return any(not any(o in self.known for o in node.outputs) for node, _ in value.uses())
 
     def _replace(self, value: ir.Value, sizes: Sizes) -> None:
         dtype = self._analysis.facts[value].dtype
@@ -343,6 +373,23 @@ def _equal(inputs: Sequence[Sizes | None]) -> Sizes | None:
     return None if any(r is None for r in results) else np.array(results, dtype=np.bool_).reshape(pairs.shape)
 
 
+def _greater(inputs: Sequence[Sizes | None]) -> Sizes | None:
+    a, b = inputs
+    if a is None or b is None or a.dtype != object or b.dtype != object:
+        return None
+    pairs = np.broadcast(a, b)
+    results = [x.exceeds(y) for x, y in pairs]
+    return None if any(r is None for r in results) else np.array(results, dtype=np.bool_).reshape(pairs.shape)
+
+
+def _logical(function: Callable[..., Any]) -> Callable[[Sequence[Sizes | None]], Sizes | None]:
+    def evaluate(inputs: Sequence[Sizes | None]) -> Sizes | None:
+        known = [i for i in inputs if i is not None and i.dtype == np.bool_]
+        return np.asarray(function(*known)) if len(known) == len(inputs) else None
+
+    return evaluate
+
+
 def _where(inputs: Sequence[Sizes | None]) -> Sizes | None:
     condition, a, b = inputs
     if condition is None or condition.dtype != np.bool_ or a is None or b is None:
@@ -361,3 +408,22 @@ def _divide(inputs: Sequence[Sizes | None]) -> Sizes | None:
             return None
         quotients.append(Polynomial.of({m: c // int(n) for m, c in x.terms}))
     return _polynomials(quotients, np.broadcast_shapes(a.shape, divisor.shape))
+
+
+def _negated(comparison: Sizes | None) -> Sizes | None:
+    return None if comparison is None else np.logical_not(comparison)
+
+
+_ON_SIZES: Mapping[str, Callable[[Sequence[Sizes | None]], Sizes | None]] = {
+    "And": _logical(np.logical_and),
+    "Div": _divide,
+    "Equal": _equal,
+    "Greater": _greater,
+    "GreaterOrEqual": lambda inputs: _negated(_greater(inputs[::-1])),
+    "Less": lambda inputs: _greater(inputs[::-1]),
+    "LessOrEqual": lambda inputs: _negated(_greater(inputs)),
+    "Not": _logical(np.logical_not),
+    "Or": _logical(np.logical_or),
+    "Where": _where,
+}
+"""Ops that decide something about sizes."""

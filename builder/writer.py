@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from furiosa_llm.builder.control_flow import open_closures, tensors_in_nodes
 from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.program import ShardedTensor
@@ -199,6 +200,7 @@ def program_proto(
 ) -> onnx.ModelProto:
     """program.onnx: external initializers at the windows of shard 0, `shapes` as inputs', outputs' and value_info."""
     proto = ir.to_proto(ir.Model(graph, ir_version=ir_version))
+    open_closures(proto)
     for initializer in proto.graph.initializer:
         placement = placements.get(initializer.name)
         if placement is None:
@@ -225,7 +227,9 @@ def _value_info(name: str, dtype: ir.DataType, shape: Sequence[int | str | None]
 
 
 def source_proto(source: Source, stored: Mapping[str, tuple[str, ...]]) -> onnx.ModelProto:
-    """source.onnx: the original model, its stored initializers without data, its small external ones with it."""
+    """source.onnx: the original model, its stored initializers without data, its small external ones and those in
+    branches with it.
+    """
     proto = onnx.load(source.path, load_external_data=False)
     originals = source.model.graph.initializers
     for initializer in proto.graph.initializer:
@@ -235,7 +239,13 @@ def source_proto(source: Source, stored: Mapping[str, tuple[str, ...]]) -> onnx.
             _add_external(empty, location="artifact", tensor=stored[initializer.name][0])
             initializer.CopyFrom(empty)
         elif initializer.data_location == onnx.TensorProto.EXTERNAL:
-            tensor = originals[initializer.name].const_value
-            assert tensor is not None
-            initializer.CopyFrom(ir.to_proto(ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=initializer.name)))
+            original = originals[initializer.name].const_value
+            assert original is not None
+            inline = ir.Tensor(original.numpy(), dtype=original.dtype, name=initializer.name)
+            initializer.CopyFrom(ir.to_proto(inline))
+    for tensor in tensors_in_nodes([*proto.graph.node, *(node for f in proto.functions for node in f.node)]):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.path.parent))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
     return proto

@@ -86,6 +86,12 @@ def test_external_data_outside_the_folder(location: str, model: Path, output: Pa
     assert "outside the model's folder" in message
 
 
+@pytest.mark.parametrize("location", ["x" * 300, "x/" * 3000])
+def test_external_data_under_a_name_that_no_file_has(location: str, model: Path, output: Path) -> None:
+    edit(model, set_external("location", location))
+    assert "no file can have" in refusal(ModelLoadError, model, output)
+
+
 def test_external_data_behind_a_link_that_leaves_the_folder(model: Path, output: Path) -> None:
     data = model.parent / "model.onnx.data"
     data.rename(model.parent.parent / "elsewhere.data")
@@ -115,11 +121,23 @@ def test_a_cycle(model: Path, output: Path) -> None:
     assert "cycle" in refusal(ModelLoadError, model, output)
 
 
+def test_an_if_whose_branches_differ(tmp_path: Path, output: Path) -> None:
+    path = tmp_path / "branching.onnx"
+    proto = branching_model()
+    branch = proto.graph.node[0].attribute[0].g
+    branch.node.add(op_type="Transpose", input=[branch.output[0].name], output=["turned"])
+    branch.output[0].CopyFrom(helper.make_tensor_value_info("turned", TensorProto.FLOAT, [8, "n"]))
+    onnx.save(proto, path)
+    message = refusal(UnsupportedModelError, path, output)
+    assert "its branches give" in message
+    assert "export the branches as separate models" in message
+
+
 def test_an_if_that_depends_on_the_input(tmp_path: Path, output: Path) -> None:
     path = tmp_path / "branching.onnx"
     onnx.save(branching_model(), path)
-    message = refusal(UnsupportedModelError, path, output)
-    assert "branches that cannot be inlined" in message
+    report = ArtifactBuilder(path, tensor_parallel_size=4).build(output)
+    assert report.notes == ()
 
 
 def test_an_if_with_a_constant_condition_is_inlined(tmp_path: Path, output: Path) -> None:

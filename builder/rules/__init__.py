@@ -3,6 +3,7 @@
 from furiosa_llm.builder.rules import (
     attention,
     attention_microsoft,
+    control_flow,
     convolution,
     einsum,
     elementwise,
@@ -25,6 +26,7 @@ __all__ = [
     "NodeView",
     "attention",
     "attention_microsoft",
+    "control_flow",
     "convolution",
     "einsum",
     "elementwise",

@@ -87,7 +87,7 @@ def _reshape(view: NodeView, operands: tuple[ShapeOperand, ...]) -> Rule:
     if math.prod(before) == 0 or (operands and not view.has(1)):  # nothing to split, or the target is an attribute
         return whole(view)
     left, right, sizes = regroup(before, after)
-    if any(left[d] != right[d] for d in _copied_dims(view) if operands):
+    if operands and any(left[d] != right[d] for d in _copied_dims(view)):
         return whole(view, note="Reshape that copies the size of another dimension: replicated")
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")

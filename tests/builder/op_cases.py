@@ -195,6 +195,29 @@ def moves() -> Iterator[OpCase]:
     nodes = "r = Range(zero, five, one) present_y = Add(past_x, r)"
     yield case("Range", ", ,  -> *", X, Y, nodes, zero=number(0), five=number(5), one=number(1))
     yield case("NonZero", "* * -> * *", X, "int64[2, n] y", "y = NonZero(past_x)")
+    yield from _control_flow()
+
+
+def _control_flow() -> Iterator[OpCase]:
+    """The ops as they are once they are closed: what they capture is among their inputs."""
+    flag = f"{X}, bool flag"
+    branches = """
+        present_y = If(flag) <then_branch = t () => (float[6, 5] a) { a = CumSum(past_x, one) },
+                              else_branch = e () => (float[6, 5] b) { b = Neg(past_x) }>
+    """
+    yield case("furiosa_llm.closure.If", ", * *,  -> * *", flag, Y, branches, one=np.array(1))
+    loop = """
+        present_y = Loop(three, , past_x) <body = l (int64 i, bool c, float[6, 5] s) => (bool d, float[6, 5] t)
+            { d = Identity(c) t = Mul(s, past_x) }>
+    """
+    yield case("furiosa_llm.closure.Loop", ", _, * *, * * -> * *", X, Y, loop, three=np.array(3))
+    scan = """
+        last, present_y = Scan<num_scan_inputs = 1, body = l (float[5] s, float[5] r) => (float[5] t, float[5] o)
+            { t = Add(s, r) o = Mul(t, r) }>(zeros, past_x)
+    """
+    zeros = np.zeros(5, np.float32)
+    outputs = f"float[5] last, {Y}"
+    yield case("furiosa_llm.closure.Scan", "*, * * -> *, * *", X, outputs, scan, zeros=zeros)
 
 
 def indexing() -> Iterator[OpCase]:

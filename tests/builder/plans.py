@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from furiosa_llm.builder import configuration
 from furiosa_llm.builder.analysis import Analysis, analyse
+from furiosa_llm.builder.branches import settle_branches
 from furiosa_llm.builder.check import check_shapes, interpreter, local_shape
 from furiosa_llm.builder.factors import Factor
 from furiosa_llm.builder.interface import PROBE, SECOND_PROBE, SizeSet, concrete, role_of
@@ -144,7 +145,7 @@ def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool) -> Prepar
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
     config = configuration.read_json(source.path, "config.json")
-    probes = probe(model, {}, config)
+    probes = settle_branches(model, {}, config)
     if simplified and simplify(model, probes):
         probes = probe(model, {}, config)
     return Prepared(

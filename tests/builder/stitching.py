@@ -17,10 +17,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import helper
 
+from furiosa_llm.builder.control_flow import open_closures
 from furiosa_llm.builder.lower import Lowered
 from furiosa_llm.builder.program import COLLECTIVE_DOMAIN
 from furiosa_llm.builder.weights import shard
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, index_map
+from furiosa_llm.runtime.artifact.program_checks import attribute_graphs
 from furiosa_llm.runtime.artifact.reader import Artifact
 
 Array = npt.NDArray[Any]
@@ -50,8 +52,10 @@ class SplitModel:
             array = shard(tensor, mesh, mesh.position(rank, tensor.shard_axes))
             return ir.to_proto(ir.Tensor(array, dtype=tensor.dtype, name=proto.name))
 
+        program = ir.to_proto(ir.Model(lowered.graph, ir_version=max(ir_version, 10)))
+        open_closures(program)
         return SplitModel(
-            program=ir.to_proto(ir.Model(lowered.graph, ir_version=max(ir_version, 10))),
+            program=program,
             mesh=mesh,
             inputs=lowered.input_layouts,
             outputs=lowered.output_layouts,
@@ -185,11 +189,17 @@ def stitch(split: SplitModel) -> onnx.ModelProto:
 def _copy(node: onnx.NodeProto, rank: int) -> onnx.NodeProto:
     own = onnx.NodeProto()
     own.CopyFrom(node)
-    own.name = f"r{rank}/{node.name}"
+    own.name = f"r{rank}/{node.name}" if node.name else ""
     for names in (own.input, own.output):
         renamed = [f"r{rank}/{name}" if name else "" for name in names]
         del names[:]
         names.extend(renamed)
+    for graph in attribute_graphs(own):
+        copies = [_copy(inner, rank) for inner in graph.node]
+        del graph.node[:], graph.value_info[:]
+        graph.node.extend(copies)
+        for value in (*graph.input, *graph.output, *graph.initializer):
+            value.name = f"r{rank}/{value.name}"
     return own
 
 

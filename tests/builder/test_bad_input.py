@@ -173,19 +173,6 @@ def test_sequences_at_the_boundary(folder: Path) -> None:
     refuse(UnsupportedModelError, folder, proto, '"all" has type', "expected a tensor")
 
 
-def test_loops(folder: Path) -> None:
-    text = f"""
-        <ir_version: 10, opset_import: ["": 21]>
-        g ({IDS}, float[32, 8] e) => (float y) {{
-            n = Constant<value=int64 {{3}}>() start = Constant<value=float {{1.0}}>()
-            y = Loop(n, , start) <body = b (int64 i, bool c, float s) => (bool d, float t) {{
-                d = Identity(c) t = Add(s, s)
-            }}>
-        }}
-    """
-    refuse(UnsupportedModelError, folder, onnx.parser.parse_model(text), "Loop", "loops unrolled")
-
-
 def test_unknown_ops(folder: Path) -> None:
     nodes = f"{NODES.replace('logits', 'l')} logits = com.microsoft.NoSuchOp(l)"
     proto = model(IDS, LOGITS, nodes, WEIGHTS)

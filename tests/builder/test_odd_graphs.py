@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -9,12 +11,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.builder.errors import UnsupportedModelError
 from furiosa_llm.builder.interface import SizeSet
 from furiosa_llm.builder.outcome import InfeasibleError
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.executor import Executor
 from tests.builder.graphs import model, random
 from tests.builder.plans import Prepared, prepare_proto
 from tests.builder.proofs import TOLERANCE, prove
+from tests.builder.stitching import session
 from tests.builder.test_traps import TWO, check, error_of, ints, leaf, merged, sweep
 
 
@@ -254,9 +261,11 @@ def test_initializers_among_the_outputs() -> None:
     assert prove(proto).wrong == ()
 
 
-def test_an_input_that_is_an_output() -> None:
+def test_an_input_that_is_an_output_is_refused() -> None:
+    """A program must write its outputs, and could not write this one under its name."""
     proto = model("float[4, 6] past_x, float[2] z", "float[4, 6] y, float[2] z", "y = Exp(past_x)")
-    assert prove(proto).wrong == ()
+    with pytest.raises(UnsupportedModelError, match=r'gives its input "z" back as an output.*remove it'):
+        prove(proto)
 
 
 def test_a_state_that_is_passed_through() -> None:
@@ -387,3 +396,17 @@ def test_sizes_that_a_window_bounds_are_not_constant(length: int, sequence: int,
     sizes = SizeSet(batch=1, sequence=sequence, past=past, encoder=6, others=(sequence,) * 8)
     split = prepared.split(TWO, {}, sweep(prepared, {}))
     assert prepared.greatest_error(split, sizes) == 0
+
+
+def test_a_collective_of_what_weights_alone_give(tmp_path: Path) -> None:
+    """The sum does not depend on any input; its type and shape must be known all the same."""
+    nodes = "c = MatMul(w, v) m = MatMul(x, c) y = Softmax(m)"
+    proto = model("float[n, 64] x", "float[n, 64] y", nodes, {"w": (64, 2048), "v": (2048, 64)})
+    onnx.save(proto, tmp_path / "model.onnx")
+    report = ArtifactBuilder(tmp_path / "model.onnx").build(tmp_path / "artifact")
+    assert report.collectives == {"AllReduce": 1}
+    artifact = open_artifact(tmp_path / "artifact", full=True)
+    assert [(c.id, c.shape) for c in artifact.manifest.collectives] == [("c/AllReduce", (64, 64))]
+    x = random(3, 64)
+    with Executor(artifact, threads=1) as executor:
+        np.testing.assert_allclose(executor.run({"x": x})["y"], session(proto).run(None, {"x": x})[0], atol=1e-4)

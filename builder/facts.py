@@ -1,0 +1,26 @@
+"""What the abstract interpreter knows of a value at one set of input sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """What is known of a value at one set of input sizes."""
+
+    dtype: ir.DataType
+    shape: Shape
+    value: npt.NDArray[Any] | None = None
+    """The elements, for small tensors that do not depend on the inputs' elements."""
+    zero: bool = False
+    """Every element is zero, whatever the inputs hold."""
+
+
+Facts = dict[ir.Value, Fact]

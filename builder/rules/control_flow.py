@@ -1,0 +1,13 @@
+"""If, Loop and Scan, closed over what they read: every rank runs all of it."""
+
+from __future__ import annotations
+
+from furiosa_llm.builder.control_flow import CLOSURE_DOMAIN
+from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.registry import NodeView, rule, whole
+
+
+@rule("If", "Loop", "Scan", domain=CLOSURE_DOMAIN)
+def control_flow(view: NodeView) -> Rule:
+    """Inputs, captured values and outputs are whole: nothing inside is known to the analysis."""
+    return whole(view, note=f"{view.node.op_type}: replicated, with all that it reads")
