@@ -30,7 +30,10 @@ def lift_constants(model: ir.Model) -> None:
             if tensor is None:
                 continue
             value = ir.Value(
-                name=output.name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=output.name,
+                shape=ir.Shape(tensor.shape.numpy()),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
             )
             output.replace_all_uses_with(value)
             lifted.append((node, value))

@@ -1,0 +1,192 @@
+"""Which pieces of a node's operands each symbol of its op's rule stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.proof import pieces
+from furiosa_llm.builder.proof.pieces import Dim, Size
+from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
+from furiosa_llm.builder.rule import DimExpr, Operand, Signature
+
+Symbols = dict[str, Dim]
+
+_CONTRACTIONS = {"MatMul", "FusedMatMul"}
+_JOINED = {"Concat"}
+
+
+def uses(signature: Signature, inputs: Mapping[int, Placement]) -> list[tuple[int, int, Dim, DimExpr]]:
+    """Every input dimension: port, position, what it is, and what the rule says of it."""
+    found: list[tuple[int, int, Dim, DimExpr]] = []
+    for port, placement in inputs.items():
+        operand = signature.inputs[port] if port < len(signature.inputs) else None
+        if operand is None:  # the rule does not speak of it: it may mean anything, so it must be whole
+            operand = (DimExpr("full"),) * len(placement.dims)
+        if len(operand) != len(placement.dims):
+            raise ContradictionError(
+                f"an operand {port} of {len(placement.dims)} dimensions", f"{len(operand)} dimensions", REBUILD
+            )
+        found += [(port, d, dim, e) for d, (dim, e) in enumerate(zip(placement.dims, operand, strict=True))]
+    return found
+
+
+def bind(
+    signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, Size]
+) -> tuple[Symbols, frozenset[str]]:
+    """What every symbol is, by global sizes; and the symbols that are no run of pieces, which must be whole."""
+    known: Symbols = {}
+    unlinked: set[str] = set()
+    every = uses(signature, inputs)
+    lone = {e.segments[0][0]: pieces.global_size(dim) for _, _, dim, e in every if _is_lone(e)}
+    for port, d, dim, expression in every:
+        _check_size(port, d, dim, expression, {**lone, **sizes})
+        parts = _parts(dim, expression, {**lone, **sizes})
+        if parts is None:
+            unlinked |= expression.symbols
+            continue
+        for symbol, part in parts:
+            same = part if symbol not in known else pieces.unify(known[symbol], part)
+            if same is None:
+                raise ContradictionError(
+                    f"an operand {port} whose dimension {d} is split as ({pieces.text(part)})",
+                    f"({pieces.text(known[symbol])}), as the other operands are",
+                    REBUILD,
+                )
+            known[symbol] = same
+    return known, frozenset(unlinked)
+
+
+def _check_size(port: int, d: int, dim: Dim, expression: DimExpr, sizes: Mapping[str, Size]) -> None:
+    """A dimension has as many indices as its symbols say."""
+    if not expression.segments or _is_lone(expression):
+        return
+    wanted = [_product([sizes[s] for s in segment]) for segment in expression.segments]
+    total = sum(size[0] for size in wanted), sum(size[1] for size in wanted)
+    if total != pieces.global_size(dim):
+        raise ContradictionError(
+            f"an operand {port} of {pieces.global_size(dim)[0]} in dimension {d}", f"{total[0]}", REBUILD
+        )
+
+
+def _is_lone(expression: DimExpr) -> bool:
+    return expression.kind == "product" and len(expression.segments[0]) == 1
+
+
+def _parts(dim: Dim, expression: DimExpr, sizes: Mapping[str, Size]) -> list[tuple[str, Dim]] | None:
+    """The symbols of one dimension with their pieces; None if there is no boundary between them."""
+    if not expression.segments:
+        return []
+    if _is_lone(expression):
+        return [(expression.segments[0][0], dim)]
+    segments: list[Dim] | None = [dim]
+    if expression.kind == "concatenation":
+        wanted = [_product([sizes[s] for s in segment]) for segment in expression.segments]
+        segments = pieces.segments(dim, wanted, pieces.global_size)
+    if segments is None:
+        return None
+    found: list[tuple[str, Dim]] = []
+    for segment, own in zip(expression.segments, segments, strict=True):
+        rest = own
+        for symbol in segment[:-1]:
+            cut = pieces.take(rest, sizes[symbol])
+            if cut is None:
+                return None
+            found.append((symbol, cut[0]))
+            rest = cut[1]
+        found.append((segment[-1], rest))
+    return found
+
+
+def _product(sizes: Sequence[Size]) -> Size:
+    total = pieces.ONE
+    for size in sizes:
+        total = pieces.times(total, size)
+    return total
+
+
+def compose(
+    operand: Operand, shape: Sequence[Size], symbols: Mapping[str, Dim], whole: Collection[str]
+) -> tuple[Dim, ...]:
+    """The dimensions of an output of global `shape`."""
+    if operand is None:
+        operand = (DimExpr("full"),) * len(shape)
+    found: list[Dim] = []
+    for expression, size in zip(operand, shape, strict=True):
+        if not expression.segments or any(s in whole or s not in symbols for s in expression.symbols):
+            found.append(pieces.run(size))
+            continue
+        found.append(pieces.concatenate([pieces.join(*(symbols[s] for s in own)) for own in expression.segments]))
+    return tuple(found)
+
+
+# -- from local sizes ------------------------------------------------------------------------------------------------
+
+
+def solve(signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, int]) -> Symbols:
+    """What symbols are, by local sizes: what is pinned takes no axis, and what is left over belongs to who is left."""
+    known: Symbols = {}
+    whole = signature.pin | signature.full
+    todo: list[tuple[Dim, tuple[str, ...]]] = []
+    for _, _, dim, expression in uses(signature, inputs):
+        if expression.kind == "concatenation":
+            local = [_product([(sizes[s], sizes[s]) for s in own]) for own in expression.segments]
+            cut = pieces.segments(dim, local, pieces.local_size)
+            todo += zip(cut, expression.segments, strict=True) if cut is not None else []
+        elif expression.segments:
+            todo.append((dim, expression.segments[0]))
+    for _ in range(len(todo)):
+        before = len(known)
+        for dim, symbols in todo:
+            _narrow(dim, list(symbols), known, whole, sizes)
+        if len(known) == before:
+            break
+    return known
+
+
+def _narrow(dim: Dim, symbols: list[str], known: Symbols, whole: Collection[str], sizes: Mapping[str, int]) -> None:
+    """Strip what is known or whole off both ends; what is left is the last symbol's."""
+    while len(symbols) > 1:
+        last, first = symbols[-1], symbols[0]
+        if last in known or last in whole:
+            own = known.get(last, pieces.run((sizes.get(last, 1), sizes.get(last, 1))))
+            outer = pieces.over(pieces.global_size(dim), pieces.global_size(own))
+            cut = None if outer is None else pieces.take(dim, outer)
+            if cut is None or pieces.unify(cut[1], own) is None:
+                return
+            known[last], dim = own, cut[0]
+            symbols.pop()
+        elif first in known:
+            cut = pieces.take(dim, pieces.global_size(known[first]))
+            if cut is None or pieces.unify(cut[0], known[first]) is None:
+                return
+            dim = cut[1]
+            symbols.pop(0)
+        else:
+            return
+    known.setdefault(symbols[0], dim)
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_copies(node: ir.Node, inputs: Mapping[int, Placement]) -> dict[int, Placement]:
+    """The inputs, with copies taken for what the other inputs have in the dimensions that are aligned with theirs."""
+    found = dict(inputs)
+    for (a, x), (b, y) in itertools.permutations(inputs.items(), 2):
+        if not any(map(pieces.has_copies, x.dims)):
+            continue
+        skip = 2 if node.op_type in _CONTRACTIONS else 0
+        dims = list(found[a].dims)
+        for back in range(skip + 1, min(len(x.dims), len(y.dims)) + 1):
+            if node.op_type in _JOINED and len(dims) - back == node.attributes["axis"].as_int() % len(dims):
+                continue
+            same = pieces.unify(dims[-back], found[b].dims[-back])
+            if same is not None and pieces.local_size(found[b].dims[-back]) == pieces.local_size(dims[-back]):
+                dims[-back] = same
+        padded = {axes: Content.FINITE for dim in dims for axes in pieces.padded_axes(dim)}
+        found[a] = dataclasses.replace(found[a], dims=tuple(dims), contents={**padded, **found[a].contents})
+    return found

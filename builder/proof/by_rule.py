@@ -1,0 +1,292 @@
+"""What a node makes of its operands' placements, by the rule of its op, applied to the node of the unsplit model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import BuildError
+from furiosa_llm.builder.proof import pieces
+from furiosa_llm.builder.proof.binding import bind, compose, resolve_copies, solve, uses
+from furiosa_llm.builder.proof.contents import check_contraction, check_positions, contents_of
+from furiosa_llm.builder.proof.interpretation import LocalFacts, global_fact
+from furiosa_llm.builder.proof.pieces import Dim
+from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Held, Placement, RankFunction, Rows
+from furiosa_llm.builder.rule import Rule, Signature, parse
+from furiosa_llm.builder.rules import NodeView, rule_of
+from furiosa_llm.builder.shapes import Facts
+from furiosa_llm.runtime.artifact.layout import Mesh
+
+
+class RuleTransfer:
+    """Applies rules."""
+
+    def __init__(self, facts: LocalFacts, mesh: Mesh, opset: int) -> None:
+        self._facts = facts
+        self._mesh = mesh
+        self._opset = opset
+
+    def outputs(self, node: ir.Node, held: Sequence[Held | None]) -> list[Held]:
+        """The outputs' placements; ContradictionError if no unsplit node explains them."""
+        inputs = self._tensors(node, held)
+        whole = self._unsplit(node, inputs)
+        try:
+            view = self._global_view(whole, inputs)
+            rule, other = self._rule(view), self._rule(view.swapped())
+            shapes = [tuple(zip(view.facts[v].shape, view.others[v].shape, strict=True)) for v in whole.outputs]
+        finally:
+            if whole is not node:
+                _detach(whole)
+        signature = parse(rule.text)
+        sizes = {name: (size, other.sizes.get(name, size)) for name, size in rule.sizes.items()}
+        symbols, unlinked = bind(signature, inputs, sizes)
+        _check_whole(signature, inputs, symbols, unlinked)
+        for name, text in rule.attributes.items():
+            _check_attribute(node, name, [symbols.get(s, pieces.run(sizes[s])) for s in text.split()])
+        contracted = [symbols[s] for s in sorted(signature.reduce) if s in symbols and s not in unlinked]
+        reduced = _reduced(contracted)
+        partial = _partial(node, rule, inputs, reduced, self._facts)
+        check_contraction(rule, inputs, contracted)
+        check_positions(node, rule, inputs, self._facts)
+        scale = self._mesh.parts(sorted(reduced)) if rule.average else 1
+        found: list[Placement] = []
+        for port, value in enumerate(node.outputs):
+            operand = signature.outputs[port] if port < len(signature.outputs) else None
+            dims = compose(operand, shapes[port], symbols, unlinked | signature.full)
+            self._check_local(value, dims)
+            check_axes(dims, partial)
+            contents = contents_of(rule, inputs, dims, zero=self._facts.is_zero(value))
+            found.append(Placement(dims=dims, partial=partial, scale=scale, contents=contents))
+        table = next((symbols[s] for s in signature.lookup if pieces.axes_of(symbols[s])), None)
+        return list(found) if table is None else [_rows(node, rule, held, one, table, inputs) for one in found]
+
+    # -- operands ------------------------------------------------------------------------------------------------
+
+    def _tensors(self, node: ir.Node, held: Sequence[Held | None]) -> dict[int, Placement]:
+        """The inputs as tensors of the unsplit model."""
+        found: dict[int, Placement] = {}
+        for port, (value, one) in enumerate(zip(node.inputs, held, strict=True)):
+            if value is None or one is None:
+                continue
+            match one:
+                case Placement():
+                    if one.scale != 1:
+                        raise ContradictionError(
+                            f"a mean of parts, {value.name!r}, that is not divided by their number",
+                            f"a product with 1/{one.scale} first",
+                            REBUILD,
+                        )
+                    found[port] = one
+                case RankFunction() if port == 1 and node.op_type.startswith("Gather"):
+                    found[port] = Placement(dims=one.dims)
+                case _:
+                    raise ContradictionError(
+                        f"an operand that differs between ranks, {value.name!r}: {one}",
+                        "a tensor that is split, partial or the same on all ranks",
+                        REBUILD,
+                    )
+        return resolve_copies(node, found)
+
+    def _unsplit(self, node: ir.Node, inputs: Mapping[int, Placement]) -> ir.Node:
+        """The node with the attributes that it has in the unsplit model."""
+        attributes = self._global_attributes(node, inputs)
+        if not attributes:
+            return node
+        changed = {**node.attributes, **{name: ir.AttrInt64(name, size) for name, size in attributes.items()}}
+        outputs = [ir.Value(name=value.name) for value in node.outputs]
+        return ir.Node(node.domain, node.op_type, node.inputs, changed, outputs=outputs)
+
+    def _rule(self, view: NodeView) -> Rule:
+        try:
+            return rule_of(view)
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ContradictionError(
+                f"a node that the rule of its op does not fit ({type(error).__name__}: {error})",
+                "attributes and operands that fit each other",
+                REBUILD,
+            ) from error
+
+    def _global_view(self, node: ir.Node, inputs: Mapping[int, Placement]) -> NodeView:
+        """The node as the unsplit model has it."""
+        both: list[Facts] = []
+        for side, facts in enumerate((self._facts.first, self._facts.second)):
+            known: Facts = {}
+            for port, value in enumerate(node.inputs):
+                if value is not None:
+                    shape = tuple(pieces.global_size(dim)[side] for dim in inputs[port].dims)
+                    known[value] = global_fact(facts[value], shape)
+            both.append(known)
+        operands = tuple([None if v is None else known[v] for v in node.inputs] for known in both)
+        try:
+            results = self._facts.infer_global(node, (operands[0], operands[1]))
+        except BuildError as error:
+            raise ContradictionError(
+                f"operands that do not fit each other in the unsplit model ({error})",
+                "operands that are split alike",
+                REBUILD,
+            ) from error
+        for known, result in zip(both, results, strict=True):
+            known.update(zip(node.outputs, result, strict=True))
+        return NodeView(node, both[0], both[1], self._opset)
+
+    def _global_attributes(self, node: ir.Node, inputs: Mapping[int, Placement]) -> dict[str, int]:
+        """Attributes that are sizes, as the unsplit model has them; those that are the same left out."""
+        if not any(pieces.axes_of(dim) for placement in inputs.values() for dim in placement.dims):
+            return {}
+        rule = self._rule(NodeView(node, self._facts.first, self._facts.second, self._opset))
+        if not rule.attributes:
+            return {}
+        symbols = solve(parse(rule.text), inputs, rule.sizes)
+        found: dict[str, int] = {}
+        for name, text in rule.attributes.items():
+            missing = [s for s in text.split() if s not in symbols]
+            if missing:
+                raise ContradictionError(
+                    f"an attribute {name} of which it is undecided what part of a size it is ({missing})",
+                    "operands that tell",
+                    REBUILD,
+                )
+            found[name] = math.prod(pieces.global_size(symbols[s])[0] for s in text.split())
+        return found
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def _check_local(self, value: ir.Value, dims: tuple[Dim, ...]) -> None:
+        found = self._facts.shape(value)
+        expected = tuple(pieces.local_size(dim) for dim in dims)
+        if found != expected:
+            raise ContradictionError(
+                f"an output {value.name!r} of local shape {[s[0] for s in found]}",
+                f"{[s[0] for s in expected]}, as its operands are split",
+                REBUILD,
+            )
+
+
+def check_axes(dims: Sequence[Dim], partial: Collection[int]) -> None:
+    """No mesh axis may be used twice in one tensor: the ranks would hold a diagonal of it."""
+    seen = list(partial)
+    for dim in dims:
+        for axis in pieces.axes_of(dim):
+            if axis in seen:
+                raise ContradictionError(f"a tensor that is split twice over mesh axis {axis}", "once", REBUILD)
+            seen.append(axis)
+
+
+def check_linear(node: ir.Node, ports: Sequence[int], inputs: Mapping[int, Placement], facts: LocalFacts) -> None:
+    """What is added to a partial sum must be one over the same axes, or zero."""
+    every = {port: one.partial for port, one in inputs.items() if one.partial}
+    wanted = next(iter(every.values()), frozenset())
+    for port, one in inputs.items():
+        value = node.inputs[port]
+        assert value is not None
+        if port in ports and one.partial != wanted and not facts.is_zero(value):
+            raise ContradictionError(
+                f"operands {value.name!r} and others that are partial over different axes: {sorted(one.partial)} and "
+                f"{sorted(wanted)}",
+                "partial sums over the same axes, what is whole counted on one rank alone",
+                REBUILD,
+            )
+
+
+def _partial(
+    node: ir.Node, rule: Rule, inputs: Mapping[int, Placement], reduced: frozenset[int], facts: LocalFacts
+) -> frozenset[int]:
+    """The axes over which the outputs are partial sums."""
+    if rule.ignores_values:
+        return frozenset()
+    for port in rule.masked:
+        value = node.inputs[port] if port in inputs else None
+        if value is not None and inputs[port].partial != reduced and not facts.is_zero(value):
+            raise ContradictionError(
+                f"a bias {value.name!r} that is added once for axes {sorted(inputs[port].partial)}",
+                f"once for the axes {sorted(reduced)} that the contraction is split over",
+                REBUILD,
+            )
+    plain = {port: one for port, one in inputs.items() if port not in rule.masked}
+    ports = [port for port, one in plain.items() if one.partial]
+    passing = tuple(plain) if rule.bilinear and len(ports) == 1 else rule.linear
+    for port in ports:
+        if port not in passing:
+            raise ContradictionError(
+                f"a partial sum {_name(node, port)!r} over axes {sorted(plain[port].partial)} in an op that is not "
+                "linear in it",
+                "an AllReduce in front of it",
+                REBUILD,
+            )
+    if not rule.bilinear:
+        check_linear(node, rule.linear, plain, facts)
+    incoming = frozenset(axis for port in ports for axis in plain[port].partial)
+    if incoming & reduced:
+        raise ContradictionError("a partial sum that is contracted over its own axes", "other axes", REBUILD)
+    return incoming | reduced
+
+
+def _name(node: ir.Node, port: int) -> str:
+    value = node.inputs[port]
+    return str(value.name) if value is not None else ""
+
+
+def _reduced(contracted: Sequence[Dim]) -> frozenset[int]:
+    """The axes over which a contraction is split; every segment of a concatenation must agree on them."""
+    for dim in contracted:
+        for piece in dim:
+            if isinstance(piece, pieces.Cat) and len({frozenset(pieces.axes_of(part)) for part in piece.parts}) > 1:
+                raise ContradictionError(
+                    "a contraction of a concatenation whose segments are split differently", "one split", REBUILD
+                )
+            if isinstance(piece, pieces.Gathered):
+                raise ContradictionError("a contraction of gathered parts out of order", "their order first", REBUILD)
+    return frozenset(axis for dim in contracted for axis in pieces.axes_of(dim))
+
+
+def _check_whole(
+    signature: Signature, inputs: Mapping[int, Placement], symbols: Mapping[str, Dim], unlinked: frozenset[str]
+) -> None:
+    """Dimensions that the op needs whole must be."""
+    whole = signature.full | signature.pin
+    for port, d, dim, expression in uses(signature, inputs):
+        needed = expression.kind in ("full", "one") or expression.symbols & unlinked
+        bad = dim if needed and not pieces.is_whole(dim) else None
+        for symbol in expression.symbols & whole:
+            if symbol in symbols and not pieces.is_whole(symbols[symbol]):
+                bad = symbols[symbol]
+        if bad is not None:
+            raise ContradictionError(
+                f"an operand {port} that is split in dimension {d} ({pieces.text(bad)}), which the op needs whole",
+                "an AllGather in front of it",
+                REBUILD,
+            )
+
+
+def _check_attribute(node: ir.Node, name: str, symbols: Sequence[Dim]) -> None:
+    found = node.attributes[name].as_int() if name in node.attributes else None
+    expected = math.prod(pieces.local_size(dim)[0] for dim in symbols)
+    if found != expected:
+        raise ContradictionError(f"the attribute {name} {found}", f"{expected}, the size on a rank", REBUILD)
+
+
+def _rows(
+    node: ir.Node,
+    rule: Rule,
+    held: Sequence[Held | None],
+    out: Placement,
+    table: Dim,
+    inputs: Mapping[int, Placement],
+) -> Rows:
+    indices = node.inputs[1]
+    if not isinstance(held[1], RankFunction) or indices is None:
+        raise ContradictionError(
+            "a split table that is looked up at global positions", "positions in the rank's own part", REBUILD
+        )
+    if any(one.partial for one in inputs.values()):
+        raise ContradictionError("a split table that is a partial sum", "an AllReduce first", REBUILD)
+    trailing = len(inputs[0].dims) - (rule.axis or 0) - 1
+    return Rows(dims=out.dims, table=table, indices=indices, trailing=trailing, contents=out.contents)
+
+
+def _detach(node: ir.Node) -> None:
+    """Take a made-up node out of its operands' lists of uses."""
+    for port in range(len(node.inputs)):
+        node.replace_input_with(port, None)

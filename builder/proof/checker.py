@@ -1,0 +1,295 @@
+"""The checker of produced programs: derives how every value lies over the ranks, and finds what contradicts it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import BuildError
+from furiosa_llm.builder.proof import collectives, stored
+from furiosa_llm.builder.proof.by_rule import RuleTransfer
+from furiosa_llm.builder.proof.interpretation import LocalFacts
+from furiosa_llm.builder.proof.movers import Movers
+from furiosa_llm.builder.proof.pieces import Dim, of_layout, padded_axes, run
+from furiosa_llm.builder.proof.placement import (
+    REBUILD,
+    Content,
+    ContradictionError,
+    Fault,
+    Held,
+    LocalSizes,
+    Placement,
+    ProofReport,
+    RankConstant,
+    RankFunction,
+    Rows,
+    Unknown,
+    whole,
+)
+from furiosa_llm.builder.proof.ranks import Constants, RankTransfer, restored, sub_dimensions
+from furiosa_llm.runtime.artifact import layout
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+
+_RANDOM = frozenset(
+    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+)
+
+_MAX_RETRIES = 32
+"""How many faulty nodes are tried with other readings of the reshapes before them."""
+_MAX_KEYS = 6
+"""How many different reshapes before a faulty node are read otherwise, the nearest first."""
+
+
+def prove(path: str | os.PathLike[str]) -> ProofReport:
+    """Check the artifact in the folder `path`; ArtifactError if it is not even an artifact."""
+    artifact = open_artifact(path)
+    return check_program(artifact.program, artifact.manifest, constants_of(artifact))
+
+
+def constants_of(artifact: Artifact) -> Constants:
+    """A reader of stored tensors: `(name, rank)` to the elements of local shape."""
+
+    def read(name: str, rank: int) -> npt.NDArray[Any]:
+        tensor = artifact.tensors[name]
+        data = artifact.read_window(artifact.window(name, rank))
+        return data.view(DTYPES[tensor.dtype].numpy).reshape(tensor.local_shape)
+
+    return read
+
+
+def check_program(program: onnx.ModelProto, manifest: Manifest, constants: Constants) -> ProofReport:
+    """Derive the placement of every value of `program` from it and `manifest` alone, and report what is wrong.
+
+    `constants` gives the elements of a stored tensor that the builder made (one whose layout is None) on one rank; big
+    weights are never asked for. Nothing is raised for a fault: a program that cannot be decided has one, too.
+    """
+    faults = [*stored.check_interface(manifest, program)]
+    if faults:
+        return ProofReport(faults=tuple(faults), placements={}, num_nodes=len(program.graph.node))
+    faults += stored.check_tensors(manifest, program)
+    try:
+        model = ir.from_proto(program)
+    except ir.serde.SerdeError as error:
+        faults.append(stored.fault("program.onnx", f"a malformed graph ({error.__cause__ or error})", "an ONNX graph"))
+        return ProofReport(faults=tuple(faults), placements={}, num_nodes=len(program.graph.node))
+    return _Checker(model, manifest, constants).report(faults)
+
+
+class _Checker:
+    def __init__(self, model: ir.Model, manifest: Manifest, constants: Constants) -> None:
+        self._model = model
+        self._manifest = manifest
+        self._constants = constants
+        self._nodes = list(model.graph)
+        self._held: dict[ir.Value, Held] = {}
+        self._faults: list[Fault] = []
+        self._facts = LocalFacts(model, manifest)
+        self._choices: dict[object, int] = {}
+        self._ways: dict[object, tuple[int, int]] = {}
+        self._keys: dict[ir.Node, object] = {}
+        self._position = {node: position for position, node in enumerate(self._nodes)}
+        self._declared = {info.name: info for info in manifest.outputs}
+        self._retries = 0
+        mesh = manifest.mesh
+        self._rules = RuleTransfer(self._facts, mesh, model.graph.opset_imports.get("", 1))
+        self._movers = Movers(self._facts, self._choose)
+        self._ranks = RankTransfer(self._facts, mesh, constants, sub_dimensions(self._described()))
+
+    def report(self, faults: Sequence[Fault]) -> ProofReport:
+        """The faults given, and those of the program."""
+        self._start()
+        for position, node in enumerate(self._nodes):
+            self._visit(position, node)
+        found = [*faults, *self._faults]
+        found += stored.check_collectives(self._manifest, self._model, self._facts)
+        found += stored.check_states(self._manifest, self._model)
+        placements = {str(value.name): str(held) for value, held in self._held.items() if value.name}
+        return ProofReport(faults=tuple(found), placements=placements, num_nodes=len(self._nodes))
+
+    def _described(self) -> list[Dim]:
+        """Every dimension that the manifest describes."""
+        manifest = self._manifest
+        layouts: list[Sequence[layout.Dim | None]] = [t.layout for t in manifest.tensors if t.layout is not None]
+        layouts += [info.layout for info in manifest.inputs]
+        layouts += [info.layout for info in manifest.outputs]
+        return [of_layout(dim, manifest.mesh) for dims in layouts for dim in dims if dim is not None]
+
+    def _start(self) -> None:
+        """Placements of inputs and initializers."""
+        mesh = self._manifest.mesh
+        infos = {info.name: info for info in self._manifest.inputs}
+        for value in self._model.graph.inputs:
+            pairs = zip(infos[str(value.name)].layout, self._facts.shape(value), strict=True)
+            dims = [run(size) if dim is None else of_layout(dim, mesh) for dim, size in pairs]
+            self._held[value] = _known(tuple(dims), Content.FINITE)
+        tensors = {tensor.name: tensor for tensor in self._manifest.tensors}
+        for name, value in self._model.graph.initializers.items():
+            tensor = tensors.get(name)
+            if tensor is not None and tensor.layout is not None:
+                self._held[value] = _known(tuple(of_layout(dim, mesh) for dim in tensor.layout), Content.ZERO)
+            elif tensor is not None and tensor.shard_axes:
+                dims_of_rank = tuple(run((size, size)) for size in tensor.local_shape)
+                self._held[value] = RankConstant(dims=dims_of_rank, axes=tensor.shard_axes)
+            else:
+                self._held[value] = whole(self._facts.shape(value))
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    def _visit(self, position: int, node: ir.Node) -> None:
+        try:
+            self._step(node)
+        except ContradictionError as error:
+            if not self._read_otherwise(position):
+                self._faults.append(_fault(node, error))
+                self._held.update(dict.fromkeys(node.outputs, Unknown()))
+
+    def _step(self, node: ir.Node) -> None:
+        """Derive one node's outputs."""
+        held = [None if value is None else self._held.get(value, Unknown()) for value in node.inputs]
+        if any(isinstance(one, Unknown) for one in held):
+            self._held.update(dict.fromkeys(node.outputs, Unknown()))
+            return
+        if any(value not in self._facts.second for value in node.outputs):
+            try:
+                self._facts.visit(node)
+            except BuildError as error:
+                raise ContradictionError(str(error), "operands that fit on one rank", REBUILD) from error
+        for value, one in zip(node.outputs, self._outputs(node, held), strict=True):
+            self._held[value] = one
+            if value.is_graph_output():
+                stored.check_output(one, self._declared[str(value.name)], self._manifest.mesh)
+
+    def _outputs(self, node: ir.Node, held: Sequence[Held | None]) -> Sequence[Held]:
+        self._check_alike(node)
+        if node.domain == COLLECTIVE_DOMAIN:
+            return collectives.transfer(node, held[0], self._manifest.mesh)
+        if any(isinstance(one, LocalSizes) for one in held):
+            return restored(node, held, self._facts)
+        in_table = node.op_type.startswith("Gather") and len(held) > 1 and isinstance(held[1], RankFunction)
+        if any(isinstance(one, RankConstant | RankFunction | Rows) for one in held) and not in_table:
+            return self._ranks.outputs(node, held)
+        if all(isinstance(one, Placement) and one.is_whole for one in held if one is not None):
+            copies = node.op_type in ("Expand", "ConstantOfShape") and not self._are_integers(node)
+            if not copies and not node.domain:  # what onnxruntime's own ops need is in their rules alone
+                return [whole(self._facts.shape(value)) for value in node.outputs]
+        if node.op_type == "Mul" and any(isinstance(one, Placement) and one.scale != 1 for one in held):
+            return self._divided(node, held)
+        if collectives.is_ordering(node, held[0]):
+            assert isinstance(held[0], Placement)
+            return collectives.put_in_order(node, held[0], self._facts, self._whole_constant(node.inputs[1]))
+        if node.domain == "" and node.op_type in self._movers.table:
+            return self._movers.outputs(node, held)
+        return self._rules.outputs(node, held)
+
+    def _check_alike(self, node: ir.Node) -> None:
+        """Equal operands must give equal results, and graphs inside a node must read nothing but what is whole."""
+        if node.op_type in _RANDOM and not node.domain:
+            raise ContradictionError("numbers drawn at random on each rank", "the same numbers on all ranks", REBUILD)
+        inner = [
+            n for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH for n in a.as_graph().all_nodes()
+        ]
+        for value in (value for one in inner for value in one.inputs if value is not None):
+            held = self._held.get(value)
+            if held is not None and not (isinstance(held, Placement) and held.is_whole):
+                raise ContradictionError(
+                    f"a graph inside a node that reads {value.name!r}: {held}",
+                    "a tensor that every rank holds",
+                    REBUILD,
+                )
+
+    def _are_integers(self, node: ir.Node) -> bool:
+        """Whether a node gives small integers whose elements are known: sizes, not a tensor that may be split."""
+        dtype = self._facts.first[node.outputs[0]].dtype
+        return dtype.is_integer() and self._facts.values(node.outputs[0]) is not None
+
+    def _whole_constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
+        """The elements of a constant that is the same on all ranks, inline or stored."""
+        if value is None or not value.is_initializer():
+            return None
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) or tensor is None:
+            return self._constants(str(value.name), 0)
+        return np.asarray(tensor.numpy())
+
+    def _divided(self, node: ir.Node, held: Sequence[Held | None]) -> list[Held]:
+        """The product that divides a mean of parts by their number."""
+        port = next(p for p, one in enumerate(held) if isinstance(one, Placement) and one.scale != 1)
+        data, other = held[port], node.inputs[1 - port]
+        values = self._facts.values(other)
+        assert isinstance(data, Placement)
+        factor = float(values[0].reshape(-1)[0]) if values is not None and values[0].size == 1 else None
+        if factor is None or factor * data.scale != 1:
+            raise ContradictionError(
+                f"a mean of {data.scale} parts that is multiplied by {factor}", f"1/{data.scale}", REBUILD
+            )
+        return [Placement(dims=data.dims, partial=data.partial, contents=data.contents)]
+
+    # -- readings ------------------------------------------------------------------------------------------------
+
+    def _choose(self, node: ir.Node, key: object, ways: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
+        """One of several readings of a node, the same for all nodes in the same situation."""
+        first, _ = self._ways.get(key, (self._position[node], 0))
+        self._ways[key] = (min(first, self._position[node]), len(ways))
+        self._keys[node] = key
+        return ways[self._choices.get(key, 0)]
+
+    def _read_otherwise(self, position: int) -> bool:
+        """Whether everything up to a faulty node is right with another reading of a reshape before it."""
+        self._retries += 1
+        if self._retries > _MAX_RETRIES:
+            return False
+        for key in self._readable(self._nodes[position]):
+            first, count = self._ways[key]
+            before, current = dict(self._held), self._choices.get(key, 0)
+            for number in range(count):
+                if number != current:
+                    self._choices[key] = number
+                    if self._redo(first, position):
+                        return True
+            self._choices[key] = current
+            self._held = before
+        return False
+
+    def _readable(self, node: ir.Node) -> list[object]:
+        """The nearest reshapes before a node that can be read in several ways."""
+        found: dict[object, None] = {}
+        seen, queue = {node}, [node]
+        while queue and len(found) < _MAX_KEYS:
+            current = queue.pop(0)
+            key = self._keys.get(current)
+            if key is not None and self._ways[key][1] > 1:
+                found[key] = None
+            for value in current.inputs:
+                producer = value.producer() if value is not None else None
+                if producer is not None and producer not in seen:
+                    seen.add(producer)
+                    queue.append(producer)
+        return list(found)
+
+    def _redo(self, first: int, last: int) -> bool:
+        try:
+            for node in self._nodes[first : last + 1]:
+                known = all(value in self._held and isinstance(self._held[value], Unknown) for value in node.outputs)
+                if not known or node is self._nodes[last]:
+                    self._step(node)
+        except ContradictionError:
+            return False
+        return True
+
+
+def _known(dims: tuple[Dim, ...], content: Content) -> Placement:
+    contents = {axes: content for dim in dims for axes in padded_axes(dim)}
+    return Placement(dims=dims, contents=contents)
+
+
+def _fault(node: ir.Node, error: ContradictionError) -> Fault:
+    return Fault(node=f'{node.op_type} "{node.name}"', what=error.found, expected=error.expected, remedy=error.remedy)

@@ -1,0 +1,139 @@
+"""The program as one rank runs it, interpreted on local shapes at two sets of sizes of its dynamic dimensions."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.proof.pieces import Size, local_size, of_layout
+from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.shapes import Fact, Facts, Interpreter, Shape, ShapeRule
+from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
+from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
+from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
+
+_SIZES = {"batch": (5, 3), "sequence": (7, 5), "past": (11, 17), "encoder": (13, 29), "encoder_sequence": (13, 29)}
+_OTHERS = ((19, 53), (23, 59), (29, 61), (31, 67), (37, 71), (41, 73), (43, 79), (47, 83))
+"""Distinct primes, so that a product tells its factors; what differs between the two sets is dynamic."""
+
+
+def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
+    """A size for every name of a dynamic dimension of the inputs, twice."""
+    dims = (dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str))
+    names = dict.fromkeys(name for dim in dims for name in parse_dimension(dim).names)
+    both: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    others = itertools.cycle(_OTHERS)
+    for name in names:
+        if name == "total" and "past" in names:
+            continue
+        pair = _SIZES.get(name) or next(others)
+        for sizes, size in zip(both, pair, strict=True):
+            sizes[name] = size
+    return known_sizes(both[0]), known_sizes(both[1])
+
+
+class RankInterpreter(Interpreter):
+    """Interprets the program node by node, as one rank runs it."""
+
+    def __init__(self, model: ir.Model, mesh: Mesh, fresh: int) -> None:
+        """`fresh` is where sizes begin that depend on elements, those of NonZero."""
+        super().__init__(model, {**SHAPES, **_collective_shapes(mesh)})
+        self._fresh = itertools.count(fresh, 10)
+
+    @property
+    def constants(self) -> Mapping[ir.Value, Fact]:
+        """Facts of the initializers."""
+        return self._constants
+
+    def infer(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
+        """Facts of a node's outputs; ShapeError or UnsupportedModelError if there are none."""
+        return self._infer(node, inputs)
+
+
+def _collective_shapes(mesh: Mesh) -> dict[tuple[str, str], ShapeRule]:
+    def all_reduce(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
+        data = inputs[0]
+        assert data is not None
+        return [(data.dtype, data.shape)]
+
+    def all_gather(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
+        data = inputs[0]
+        assert data is not None
+        dim = node.attributes["dim"].as_int()
+        parts = mesh.parts(node.attributes["axes"].as_ints())
+        return [(data.dtype, tuple(n * parts if d == dim else n for d, n in enumerate(data.shape)))]
+
+    return {(COLLECTIVE_DOMAIN, "AllReduce"): all_reduce, (COLLECTIVE_DOMAIN, "AllGather"): all_gather}
+
+
+class LocalFacts:
+    """What is known of every value as one rank has it, at both sets of sizes."""
+
+    def __init__(self, model: ir.Model, manifest: Manifest) -> None:
+        hide_stored_data(model)
+        self._both = tuple(RankInterpreter(model, manifest.mesh, fresh) for fresh in (101, 102))
+        self.first: Facts = dict(self._both[0].constants)
+        self.second: Facts = dict(self._both[1].constants)
+        infos = {info.name: info for info in manifest.inputs}
+        for facts, sizes in zip((self.first, self.second), sizes_of(manifest), strict=True):
+            for value in model.graph.inputs:
+                assert value.dtype is not None
+                facts[value] = Fact(dtype=value.dtype, shape=_local(infos[str(value.name)], manifest.mesh, sizes))
+
+    def visit(self, node: ir.Node) -> None:
+        """Infer the node's outputs; ShapeError or UnsupportedModelError if its inputs do not fit."""
+        for interpreter, facts in zip(self._both, (self.first, self.second), strict=True):
+            inputs = [None if value is None else facts[value] for value in node.inputs]
+            for value, fact in zip(node.outputs, interpreter.infer(node, inputs), strict=True):
+                facts[value] = fact
+
+    def has(self, node: ir.Node) -> bool:
+        """Whether every input is known."""
+        return all(value is None or value in self.second for value in node.inputs)
+
+    def shape(self, value: ir.Value) -> tuple[Size, ...]:
+        """The local sizes of a value's dimensions."""
+        return tuple(zip(self.first[value].shape, self.second[value].shape, strict=True))
+
+    def values(self, value: ir.Value | None) -> tuple[Any, Any] | None:
+        """The elements of a small tensor at both sets of sizes; None if they are not known."""
+        if value is None or value not in self.second:
+            return None
+        first, second = self.first[value].value, self.second[value].value
+        return None if first is None or second is None else (first, second)
+
+    def is_zero(self, value: ir.Value) -> bool:
+        """Whether every element is zero at any sizes."""
+        return self.first[value].zero and self.second[value].zero
+
+    def infer_global(
+        self, node: ir.Node, inputs: tuple[Sequence[Fact | None], Sequence[Fact | None]]
+    ) -> tuple[list[Fact], list[Fact]]:
+        """Facts of a node's outputs for inputs as the unsplit model has them."""
+        return self._both[0].infer(node, inputs[0]), self._both[1].infer(node, inputs[1])
+
+
+def _local(info: InputInfo, mesh: Mesh, sizes: Mapping[str, int]) -> Shape:
+    shape = shape_of(info.shape, sizes)
+    layouts = zip(info.layout, shape, strict=True)
+    return tuple(size if dim is None else local_size(of_layout(dim, mesh))[0] for dim, size in layouts)
+
+
+def hide_stored_data(model: ir.Model) -> None:
+    """Forget where stored initializers lie: what rank 0 has there must never be taken for what all ranks have."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor("unread", 0, 0, tensor.dtype, shape=shape, name=str(value.name))
+
+
+def global_fact(fact: Fact, shape: Shape) -> Fact:
+    """A fact of the unsplit model: the elements stand only where the value is whole."""
+    same = fact.shape == shape
+    return dataclasses.replace(fact, shape=shape, value=fact.value if same else None)

@@ -1,0 +1,112 @@
+"""The checker of produced programs finds nothing in what the builder writes, for any model, size and assignment."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import onnx
+import pytest
+
+from furiosa_llm.builder.outcome import InfeasibleError
+from furiosa_llm.builder.planner import candidates, group_leaves
+from furiosa_llm.builder.proof import check_program, prove
+from furiosa_llm.builder.sweep import Sweeper
+from furiosa_llm.runtime.artifact.layout import Mesh
+from tests.builder.conftest import Built
+from tests.builder.faults import Subject
+from tests.builder.fuzz_plans import MESHES, ZOO
+from tests.builder.op_cases import CASES
+from tests.builder.plans import prepare, prepare_proto, random_assignment
+from tests.builder.produced import produced
+from tests.builder.proofs import assignments
+from tests.builder.test_partial_sums import PASSES, STOPS
+from tests.builder.test_zoo import FLOAT, QUANTIZED
+
+ARTIFACTS = [(row.path, tp) for row in FLOAT for tp in (4, 8)] + list(QUANTIZED)
+
+Make = Callable[[], onnx.ModelProto]
+SMALL: dict[str, Make] = {case.name: case.model for case in CASES}
+SMALL |= {f"partial sum, {name}": case.model for name, case in {**PASSES, **STOPS}.items()}
+UNBUILT = ("ReduceMean of a weight",)
+"""The builder itself fails where what is computed from weights alone is summed over the ranks."""
+
+PLANS = 3
+"""Assignments of each small model."""
+
+RANDOM = ("tiny-qwen2-14-2-optimum", "tiny-gpt2-dynamo-tf5", "tiny-llama-genai-int4", "tiny-bloom-optimum")
+
+
+def check(subject: Subject) -> None:
+    assert check_program(subject.program, subject.manifest, subject.constants).faults == ()
+
+
+@pytest.mark.parametrize(("path", "tp"), ARTIFACTS, ids=[f"{path.replace('/', '-')}-{tp}" for path, tp in ARTIFACTS])
+def test_no_artifact_of_the_zoo_has_a_fault(path: str, tp: int, built: Built) -> None:
+    _, artifact = built(path, tp)
+    report = prove(artifact.folder)
+    assert report.faults == ()
+    assert report.is_proved
+    assert report.num_nodes == len(artifact.program.graph.node)
+    made = {name for node in artifact.program.graph.node for name in node.output if name}
+    assert made <= report.placements.keys()
+    assert "unknown" not in report.placements.values()
+
+
+def feasible(proto: onnx.ModelProto) -> Iterator[Subject]:
+    """The programs of a small model's assignments."""
+    prepared, mesh = prepare_proto(proto), Mesh((2, 2))
+    leaves = prepared.static_leaves()
+    sweeper = Sweeper(prepared.analysis, mesh, leaves, prepared.states)
+    for assignment in assignments(leaves, mesh, 0):
+        try:
+            outcome = sweeper.sweep(assignment)
+        except InfeasibleError:
+            continue
+        yield produced(prepared, mesh, assignment, outcome)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in UNBUILT])
+def test_no_rule_gives_a_fault(name: str) -> None:
+    for subject in itertools.islice(feasible(SMALL[name]()), PLANS):
+        check(subject)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_no_random_plan_has_a_fault(name: str) -> None:
+    prepared = prepare(ZOO / name / "model.onnx")
+    leaves = candidates(prepared.analysis, prepared.states)
+    groups = [group.leaves for group in group_leaves(prepared.analysis, leaves)]
+    for seed in range(3):
+        rng = random.Random(f"{name} {seed}")
+        mesh = rng.choice(MESHES)
+        sweeper = Sweeper(prepared.analysis, mesh, leaves, prepared.states)
+        assignment, outcome = random_assignment(sweeper, groups, mesh, rng, 8)
+        check(produced(prepared, mesh, assignment, outcome))
+
+
+def test_placements_are_those_of_the_plan(built: Built) -> None:
+    _, artifact = built("tiny-llama-genai-fp32", 4)
+    placements = prove(artifact.folder).placements
+    assert placements["model.embed_tokens.weight"] == "[axis0(2) axis1(2) 256, 64]"
+    assert placements["past_key_values.0.key"] == "[?, axis0(2), ?, 16]"
+    assert placements["logits"] == "[?, ?, 1024]"
+    assert "partial over axes [0, 1]" in placements["/model/layers.0/attn/o_proj/MatMul/output_0"]
+
+
+def test_a_malformed_graph_is_a_fault(built: Built) -> None:
+    subject = Subject.of(built("tiny-llama-genai-fp32", 4)[1]).copy()
+    node = subject.program.graph.node[-1]
+    subject.program.graph.node.append(node)
+    (fault,) = check_program(subject.program, subject.manifest, subject.constants).faults
+    assert fault.node == "program.onnx"
+    assert "malformed" in fault.what
+
+
+def test_an_artifact_is_checked_within_a_second(built: Built) -> None:
+    _, artifact = built("tiny-qwen3moe-optimum", 8)
+    started = time.process_time()
+    prove(artifact.folder)
+    assert time.process_time() - started < 1.0
