@@ -12,6 +12,7 @@ from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.pieces import Dim, Size
 from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
 from furiosa_llm.builder.rule import DimExpr, Operand, Signature
+from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Symbols = dict[str, Dim]
 
@@ -35,7 +36,7 @@ def uses(signature: Signature, inputs: Mapping[int, Placement]) -> list[tuple[in
 
 
 def bind(
-    signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, Size]
+    signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, Size], mesh: Mesh
 ) -> tuple[Symbols, frozenset[str]]:
     """What every symbol is, by global sizes; and the symbols that are no run of pieces, which must be whole."""
     known: Symbols = {}
@@ -44,7 +45,11 @@ def bind(
     lone = {e.segments[0][0]: pieces.global_size(dim) for _, _, dim, e in every if _is_lone(e)}
     for port, d, dim, expression in every:
         _check_size(port, d, dim, expression, {**lone, **sizes})
-        parts = _parts(dim, expression, {**lone, **sizes})
+        every_size = {**lone, **sizes}
+        if expression.kind == "prefix":
+            parts = _parts_of_prefix(dim, expression, every_size, mesh)
+        else:
+            parts = _parts(dim, expression, every_size)
         if parts is None:
             unlinked |= expression.symbols
             continue
@@ -66,6 +71,10 @@ def _check_size(port: int, d: int, dim: Dim, expression: DimExpr, sizes: Mapping
         return
     wanted = [_product([sizes[s] for s in segment]) for segment in expression.segments]
     total = sum(size[0] for size in wanted), sum(size[1] for size in wanted)
+    if expression.kind == "prefix":
+        block = _product([sizes[s] for s in expression.segments[0][1:]])[0]
+        size = pieces.global_size(dim)
+        total = size if total[0] - block < size[0] == size[1] <= total[0] else total
     if total != pieces.global_size(dim):
         raise ContradictionError(
             f"an operand {port} of {pieces.global_size(dim)[0]} in dimension {d}", f"{total[0]}", REBUILD
@@ -101,6 +110,26 @@ def _parts(dim: Dim, expression: DimExpr, sizes: Mapping[str, Size]) -> list[tup
     return found
 
 
+def _parts_of_prefix(
+    dim: Dim, expression: DimExpr, sizes: Mapping[str, Size], mesh: Mesh
+) -> list[tuple[str, Dim]] | None:
+    """The prefix itself, and its product: of whole blocks, which are dealt out as their elements are."""
+    assert expression.name is not None
+    first, *inner = expression.segments[0]
+    if pieces.is_whole(dim):
+        outer = pieces.run(sizes[first])
+    elif len(dim) == 1 and isinstance(dim[0], pieces.Padded):
+        block = _product([sizes[s] for s in inner])[0]
+        if dim[0].count % block:
+            return None
+        outer = pieces.of_layout(Leaf(sizes[first][0], dim[0].axes), mesh)
+        if pieces.local_size(outer)[0] * block != dim[0].count:
+            return None
+    else:
+        return None
+    return [(expression.name, dim), (first, outer), *((s, pieces.run(sizes[s])) for s in inner)]
+
+
 def _product(sizes: Sequence[Size]) -> Size:
     total = pieces.ONE
     for size in sizes:
@@ -119,6 +148,9 @@ def compose(
         if not expression.segments or any(s in whole or s not in symbols for s in expression.symbols):
             found.append(pieces.run(size))
             continue
+        if expression.name is not None:
+            found.append(symbols[expression.name])
+            continue
         found.append(pieces.concatenate([pieces.join(*(symbols[s] for s in own)) for own in expression.segments]))
     return tuple(found)
 
@@ -136,6 +168,8 @@ def solve(signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[
             local = [_product([(sizes[s], sizes[s]) for s in own]) for own in expression.segments]
             cut = pieces.segments(dim, local, pieces.local_size)
             todo += zip(cut, expression.segments, strict=True) if cut is not None else []
+        elif expression.name is not None:
+            known[expression.name] = dim
         elif expression.segments:
             todo.append((dim, expression.segments[0]))
     for _ in range(len(todo)):

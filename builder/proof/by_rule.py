@@ -41,14 +41,15 @@ class RuleTransfer:
                 _detach(whole)
         signature = parse(rule.text)
         sizes = {name: (size, other.sizes.get(name, size)) for name, size in rule.sizes.items()}
-        symbols, unlinked = bind(signature, inputs, sizes)
+        symbols, unlinked = bind(signature, inputs, sizes, self._mesh)
         _check_whole(signature, inputs, symbols, unlinked)
         for name, text in rule.attributes.items():
             _check_attribute(node, name, [symbols.get(s, pieces.run(sizes[s])) for s in text.split()])
         contracted = [symbols[s] for s in sorted(signature.reduce) if s in symbols and s not in unlinked]
         reduced = _reduced(contracted)
         partial = _partial(node, rule, inputs, reduced, self._facts)
-        check_contraction(rule, inputs, contracted)
+        short = {e.name for _, _, _, e in uses(signature, inputs) if e.name is not None}
+        check_contraction(rule, inputs, contracted, [symbols[s] for s in sorted(short) if s in symbols])
         check_positions(node, rule, inputs, self._facts)
         scale = self._mesh.parts(sorted(reduced)) if rule.average else 1
         found: list[Placement] = []
@@ -138,9 +139,14 @@ class RuleTransfer:
         rule = self._rule(NodeView(node, self._facts.first, self._facts.second, self._opset))
         if not rule.attributes:
             return {}
-        symbols = solve(parse(rule.text), inputs, rule.sizes)
+        signature = parse(rule.text)
+        symbols = solve(signature, inputs, rule.sizes)
+        whole = {tuple(e.segments[0]): dim for _, _, dim, e in uses(signature, inputs) if e.kind == "product"}
         found: dict[str, int] = {}
         for name, text in rule.attributes.items():
+            if (dim := whole.get(tuple(text.split()))) is not None:  # a dimension's size, whatever it is made of
+                found[name] = pieces.global_size(dim)[0]
+                continue
             missing = [s for s in text.split() if s not in symbols]
             if missing:
                 raise ContradictionError(

@@ -22,8 +22,22 @@ def content_of(placement: Placement, axes: Axes) -> Content | None:
     return placement.contents.get(axes, Content.ANY)
 
 
-def check_contraction(rule: Rule, inputs: Mapping[int, Placement], contracted: Sequence[Dim]) -> None:
-    """Padding may be contracted where one operand has zeros there, and no operand what times zero is not zero."""
+def check_contraction(
+    rule: Rule, inputs: Mapping[int, Placement], contracted: Sequence[Dim], short: Sequence[Dim]
+) -> None:
+    """Padding may be contracted where one operand has zeros there, and no operand what times zero is not zero.
+
+    In a dimension of `short`, whose last block is filled in part, that operand must be one that has the elements
+    themselves: those that have blocks hold zeros in whole blocks only.
+    """
+    for axes in dict.fromkeys(a for dim in short if dim in contracted for a in pieces.padded_axes(dim)):
+        elements = [one for one in inputs.values() if any(dim in short for dim in one.dims)]
+        if all(content_of(one, axes) is not Content.ZERO for one in elements):
+            raise ContradictionError(
+                "a contraction of blocks, the last one filled in part, with an operand that nobody says is zero there",
+                "a Where that clears it first",
+                REBUILD,
+            )
     for axes in dict.fromkeys(a for dim in contracted for a in pieces.padded_axes(dim)):
         found = {port: c for port, one in inputs.items() if (c := content_of(one, axes)) is not None}
         if rule.average:

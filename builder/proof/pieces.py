@@ -211,6 +211,21 @@ def of_layout(dim: stored.Dim, mesh: Mesh) -> Dim:
             return join(*(of_layout(part, mesh) for part in parts))
         case stored.Cat(parts):
             return concatenate([of_layout(part, mesh) for part in parts])
+        case stored.Prefix(size, part):
+            return _first(size, of_layout(part, mesh))
+
+
+def _first(size: int, dim: Dim) -> Dim:
+    """The first `size` indices of a dimension of whole blocks, of which every rank has as many, one after the other."""
+    if is_whole(dim):
+        return run((size, size))
+    split = dim[:-1] if isinstance(dim[-1], Run) else dim
+    axes = tuple(piece.axis for piece in split if isinstance(piece, Axis))
+    if len(split) == 1 and isinstance(split[0], Padded):
+        axes = split[0].axes
+    elif len(axes) != len(split):
+        raise ValueError(f"the first {size} of {text(dim)} are not dealt out in blocks")
+    return (Padded(size, axes, local_size(dim)[0]),)
 
 
 # -- taking apart ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.layout import (
     Dim,
     Leaf,
     Mesh,
+    Prefix,
 )
 from furiosa_llm.runtime.artifact.manifest import Collective, Manifest, StoredTensor
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
@@ -204,4 +205,6 @@ def lookups(subject: Subject, suffix: str) -> list[int]:
 def each_leaf(dim: Dim, change: Callable[[Leaf], Leaf]) -> Dim:
     if isinstance(dim, Leaf):
         return change(dim) if dim.axes else dim
+    if isinstance(dim, Prefix):
+        return Prefix(dim.size, each_leaf(dim.part, change))
     return type(dim)(tuple(each_leaf(part, change) for part in dim.parts))

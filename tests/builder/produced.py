@@ -11,9 +11,10 @@ import numpy.typing as npt
 from furiosa_llm.builder import manifest_of as parts
 from furiosa_llm.builder import writer
 from furiosa_llm.builder.build import Build
+from furiosa_llm.builder.fusion import Fusion
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.outcome import Outcome
-from furiosa_llm.builder.planner import Plan
+from furiosa_llm.builder.planning import Plan
 from furiosa_llm.builder.program_shapes import program_shapes
 from furiosa_llm.builder.weights import num_shards
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -32,6 +33,7 @@ def produced(prepared: Prepared, mesh: Mesh, assignment: Assignment, outcome: Ou
         model=prepared.model,
         probes=prepared.probes,
         states=prepared.states,
+        fusion=Fusion(),
         analysis=prepared.analysis,
         plan=cast(Plan, SimpleNamespace(mesh=mesh)),
         lowered=lowered,

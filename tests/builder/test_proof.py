@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import onnx
 import pytest
 
+from furiosa_llm.builder.groups import candidates, group_leaves
 from furiosa_llm.builder.outcome import InfeasibleError
-from furiosa_llm.builder.planner import candidates, group_leaves
 from furiosa_llm.builder.proof import check_program, prove
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -23,9 +23,9 @@ from tests.builder.plans import prepare, prepare_proto, random_assignment
 from tests.builder.produced import produced
 from tests.builder.proofs import assignments
 from tests.builder.test_partial_sums import PASSES, STOPS
-from tests.builder.test_zoo import FLOAT, QUANTIZED
+from tests.builder.test_zoo import MODELS
 
-ARTIFACTS = [(row.path, tp) for row in FLOAT for tp in (4, 8)] + list(QUANTIZED)
+ARTIFACTS = [(row.path, tp) for row in MODELS for tp in (4, 8)]
 
 Make = Callable[[], onnx.ModelProto]
 SMALL: dict[str, Make] = {case.name: case.model for case in CASES}
@@ -78,7 +78,7 @@ def test_no_rule_gives_a_fault(name: str) -> None:
 def test_no_random_plan_has_a_fault(name: str) -> None:
     prepared = prepare(ZOO / name / "model.onnx")
     leaves = candidates(prepared.analysis, prepared.states)
-    groups = [group.leaves for group in group_leaves(prepared.analysis, leaves)]
+    groups = [group.leaves for group in group_leaves(prepared.analysis, prepared.states, leaves)]
     for seed in range(3):
         rng = random.Random(f"{name} {seed}")
         mesh = rng.choice(MESHES)
