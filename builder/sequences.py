@@ -28,9 +28,14 @@ def replace_sequences(graph: ir.Graph, file_name: str) -> None:
     for node in list(graph):
         if not node.domain and node.op_type in _OPS:
             _OPS[node.op_type](replacer, node)
-    for node in reversed(list(graph)):
-        if not node.domain and node.op_type in _OPS:
-            graph.remove(node, safe=True)
+    replaced = [node for node in graph if not node.domain and node.op_type in _OPS]
+    for value in (value for node in replaced for value in node.outputs):
+        if value.is_graph_output():
+            raise UnsupportedModelError(
+                f'{file_name}: output "{value.name}" has type sequence, expected a tensor; sequences cannot cross the '
+                "boundary of a model that is split: export the model with tensors as outputs."
+            )
+    graph.remove(replaced, safe=True)
 
 
 class _Replacer:

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from onnx import helper
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
+from furiosa_llm.builder.control_flow import open_closures
 from furiosa_llm.builder.rule import Operand, Signature, parse
 from tests.builder.graphs import Array
 from tests.builder.op_case import OpCase
@@ -62,7 +63,9 @@ class Trial:
         inputs = [helper.make_tensor_value_info(n, _type(a), shapes[n]) for n, a in self.inputs.items()]
         outputs = [helper.make_empty_tensor_value_info(name) for name in self.outputs]
         graph = helper.make_graph([node], "op", inputs, outputs)
-        return helper.make_model(graph, opset_imports=model.opset_import, ir_version=10)
+        alone = helper.make_model(graph, opset_imports=model.opset_import, ir_version=10)
+        open_closures(alone)
+        return alone
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs for some inputs."""

@@ -61,6 +61,9 @@ ON_PURPOSE = (
         r"com\.microsoft\.GatherBlockQuantized.*", r"S1, R, S1 -> S2", "the table is split by rows, which is enough"
     ),
     LeftOut(r"com\.microsoft\.MatMulBnb4 short block", r"S0, R, R -> S0", "replicated as a whole"),
+    LeftOut(
+        r"furiosa_llm\.closure\..*", r"[RPS0, ]+ -> [RPS0, ]+", "what is inside branches and bodies is not followed"
+    ),
     LeftOut(r"IsInf|IsNaN|Equal", r"[RPS0, ]+ -> (R|S1)", "by chance: no element is, on any rank"),
     LeftOut(
         r"com\.microsoft\.QLinear(Sigmoid|LeakyRelu|Concat)", r"[RPS01, ]+ -> [RPS01/]+", "by chance: all saturated"
