@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from fixtures.llama.onnx_writer import write_model_files
 from fixtures.llama.optimum import write_optimum_graph
 from fixtures.llama.projection import DenseProjection
 from fixtures.synthetic import RandomWeights
-from furiosa_llm.builder import plan_model
 
 GRAPHS = Path("fixtures/graphs")
 PLOT = Path("docs/planning-time.png")
@@ -61,17 +60,13 @@ def bars() -> Iterator[Bar]:
 
 
 def _times(shape: str) -> Times:
-    """Seconds to plan small decoders of some depths at tp 4 and 8, the least of some rounds."""
+    """Seconds to plan small decoders of some depths at tp 4 and 8 from a cold start, the least of some rounds."""
     found: Times = {}
     with tempfile.TemporaryDirectory() as folder:
         for layers in LAYERS:
             model = _write(Path(folder) / f"{shape}-{layers}", shape, layers)
-            seconds = []
-            for _ in range(_ROUNDS):
-                started = time.perf_counter()
-                plan, _builds = plan_model(model)
-                seconds.append(time.perf_counter() - started)
-            found[layers] = (plan.num_nodes, min(seconds))
+            runs = [run_measured([sys.executable, "-c", _PLAN, "plan", str(model), "--json"]) for _ in range(_ROUNDS)]
+            found[layers] = (json.loads(runs[0].output)["num_nodes"], min(run.seconds for run in runs))
     return found
 
 

@@ -9,7 +9,10 @@ from onnx_ir.passes import common as passes
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Remove nodes and initializers that no output depends on, and outputs of nodes that nobody reads."""
+    """Remove nodes and initializers that no output depends on, and outputs of nodes that nobody reads.
+
+    The nodes must be in topological order, and closed over what branches and bodies read.
+    """
     graph = model.graph
     needed = set(graph.outputs)
     unused = []

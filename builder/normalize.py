@@ -51,8 +51,8 @@ def normalize(source: Source) -> ir.Model:
         take_constant_branches(model.graph)
         _compute_outputs(model.graph)
         _remove_identities(model.graph)
-        remove_unused(model)
         passes.TopologicalSortPass()(model)
+        remove_unused(model)
     except (PassError, InvariantError, ValueError) as error:
         raise ModelLoadError(
             f"{source.path.name} is not a valid graph: {root_cause(error)}; export the model again."

@@ -7,6 +7,7 @@ import dataclasses
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from furiosa_llm.builder.dead_code import remove_unused
 from furiosa_llm.builder.fusion.interior import interior_of, structure_of
 from furiosa_llm.builder.fusion.matching import match
 from furiosa_llm.builder.fusion.nodes import Sizes
@@ -62,8 +63,8 @@ class _Pass:
         if not fused and not imported:
             del self._graph.opset_imports[MICROSOFT]
         if found:
-            passes.RemoveUnusedNodesPass()(self._model)
             passes.TopologicalSortPass()(self._model)
+            remove_unused(self._model)
             passes.CommonSubexpressionEliminationPass()(self._model)
         left = tuple(f'{node.op_type} "{node.name}": {reason}' for node, reason in self._left.items())
         return Fusion(fused=fused, left=left, changed=list(self._graph) != before)
