@@ -34,8 +34,8 @@ MESHES = (Mesh((2,)), Mesh((2, 2)), Mesh((2, 2, 2)), Mesh((3,)), Mesh((2, 3)))
 STEPS = ((2, 9, 0), (2, 1, 9), (3, 5, 7), (2, 1, 1), (2, 2, 0))
 """Batch, new positions, past."""
 TOLERANCE = 1e-4
-SIMPLIFIED = 0.7
-"""The share of plans that are of the simplified model, which is what is built."""
+STAGES = ("exported", "simplified", "fused", "fused")
+"""What is planned: the graph as it was exported, with its sizes folded, with its attention fused, too."""
 CRASHES = (AssertionError, KeyError, IndexError, ValueError, ShapeError, Fail, InvalidArgument, RuntimeException)
 
 
@@ -65,15 +65,15 @@ class Fuzzer:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._prepared: dict[bool, Prepared] = {}
+        self._prepared: dict[str, Prepared] = {}
 
     def plan(self, seed: int) -> Failure | None:
-        """Make and run the plan of one seed, of the model as it was exported or with its sizes folded."""
+        """Make and run the plan of one seed, of the model as it was exported, or at a later stage of the build."""
         rng = random.Random(f"{self.name} {seed}")
-        simplified = rng.random() < SIMPLIFIED
-        if simplified not in self._prepared:
-            self._prepared[simplified] = prepare(ZOO / self.name, simplified=simplified)
-        prepared, mesh = self._prepared[simplified], rng.choice(MESHES)
+        stage = rng.choice(STAGES)
+        if stage not in self._prepared:
+            self._prepared[stage] = prepare(ZOO / self.name, simplified=stage != "exported", fused=stage == "fused")
+        prepared, mesh = self._prepared[stage], rng.choice(MESHES)
         leaves, groups = _groups(prepared, rng)
         sweeper = Sweeper(prepared.analysis, mesh, leaves, prepared.states)
         sizes = _sizes(prepared, rng)

@@ -20,6 +20,7 @@ from furiosa_llm.builder.analysis import Analysis, analyse
 from furiosa_llm.builder.branches import settle_branches
 from furiosa_llm.builder.check import check_shapes, interpreter, local_shape
 from furiosa_llm.builder.factors import Factor
+from furiosa_llm.builder.fusion import fuse_attention
 from furiosa_llm.builder.interface import PROBE, SECOND_PROBE, SizeSet, concrete, role_of
 from furiosa_llm.builder.load import Source, load
 from furiosa_llm.builder.lower import lower
@@ -130,9 +131,9 @@ def without_accuracy_level(proto: onnx.ModelProto) -> onnx.ModelProto:
     return exact
 
 
-def prepare(path: Path, *, simplified: bool = True) -> Prepared:
+def prepare(path: Path, *, simplified: bool = True, fused: bool = False) -> Prepared:
     """A model file, up to its analysis."""
-    return _prepare(load(path), without_accuracy_level(onnx.load(path)), simplified)
+    return _prepare(load(path), without_accuracy_level(onnx.load(path)), simplified, fused)
 
 
 def prepare_proto(proto: onnx.ModelProto, *, simplified: bool = False) -> Prepared:
@@ -140,13 +141,15 @@ def prepare_proto(proto: onnx.ModelProto, *, simplified: bool = False) -> Prepar
     return _prepare(Source(path=Path("handmade.onnx"), model=ir.from_proto(proto)), proto, simplified)
 
 
-def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool) -> Prepared:
+def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool, fused: bool = False) -> Prepared:
     model = normalize(source)
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
     config = configuration.read_json(source.path, "config.json")
     probes = settle_branches(model, {}, config)
     if simplified and simplify(model, probes):
+        probes = probe(model, {}, config)
+    if fused and fuse_attention(model, probes).changed:
         probes = probe(model, {}, config)
     return Prepared(
         proto=proto,
