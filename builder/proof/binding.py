@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.pieces import Dim, Size
 from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
-from furiosa_llm.builder.rule import DimExpr, Operand, Signature
+from furiosa_llm.builder.rule import DimExpr, Operand, Rule, Signature
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Symbols = dict[str, Dim]
@@ -35,21 +36,43 @@ def uses(signature: Signature, inputs: Mapping[int, Placement]) -> list[tuple[in
     return found
 
 
+def global_sizes(
+    signature: Signature,
+    inputs: Mapping[int, Placement],
+    shapes: Sequence[Sequence[Size]],
+    given: Mapping[str, Size],
+) -> dict[str, Size]:
+    """The sizes of symbols in the unsplit model: those `given`, and of those that are a dimension by themselves.
+
+    `shapes` are the outputs' there.
+    """
+    found: dict[str, Size] = {}
+    for _, _, dim, expression in uses(signature, inputs):
+        found |= _named(expression, pieces.global_size(dim))
+    for operand, shape in zip(signature.outputs, shapes, strict=False):
+        for expression, size in zip(operand or (), shape, strict=False):
+            found = {**_named(expression, size), **found}
+    return {**found, **given}
+
+
+def _named(expression: DimExpr, size: Size) -> dict[str, Size]:
+    if expression.name is not None:
+        return {expression.name: size}
+    return {expression.segments[0][0]: size} if _is_lone(expression) else {}
+
+
 def bind(
     signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, Size], mesh: Mesh
 ) -> tuple[Symbols, frozenset[str]]:
     """What every symbol is, by global sizes; and the symbols that are no run of pieces, which must be whole."""
     known: Symbols = {}
     unlinked: set[str] = set()
-    every = uses(signature, inputs)
-    lone = {e.segments[0][0]: pieces.global_size(dim) for _, _, dim, e in every if _is_lone(e)}
-    for port, d, dim, expression in every:
-        _check_size(port, d, dim, expression, {**lone, **sizes})
-        every_size = {**lone, **sizes}
+    for port, d, dim, expression in uses(signature, inputs):
+        _check_size(port, d, dim, expression, sizes)
         if expression.kind == "prefix":
-            parts = _parts_of_prefix(dim, expression, every_size, mesh)
+            parts = _parts_of_prefix(dim, expression, sizes, mesh)
         else:
-            parts = _parts(dim, expression, every_size)
+            parts = _parts(dim, expression, sizes)
         if parts is None:
             unlinked |= expression.symbols
             continue
@@ -62,6 +85,9 @@ def bind(
                     REBUILD,
                 )
             known[symbol] = same
+    # What the outputs alone have is made by the op, all of it on every rank.
+    made = {s for operand in signature.outputs for expression in operand or () for s in expression.symbols}
+    known |= {s: pieces.run(sizes[s]) for s in made if s in sizes and s not in known and s not in unlinked}
     return known, frozenset(unlinked)
 
 
@@ -116,14 +142,13 @@ def _parts_of_prefix(
     """The prefix itself, and its product: of whole blocks, which are dealt out as their elements are."""
     assert expression.name is not None
     first, *inner = expression.segments[0]
+    plain = pieces.merged(dim)
     if pieces.is_whole(dim):
         outer = pieces.run(sizes[first])
-    elif len(dim) == 1 and isinstance(dim[0], pieces.Padded):
+    elif len(plain) == 1 and isinstance(plain[0], pieces.Padded):
         block = _product([sizes[s] for s in inner])[0]
-        if dim[0].count % block:
-            return None
-        outer = pieces.of_layout(Leaf(sizes[first][0], dim[0].axes), mesh)
-        if pieces.local_size(outer)[0] * block != dim[0].count:
+        outer = pieces.of_layout(Leaf(sizes[first][0], plain[0].axes), mesh)
+        if pieces.local_size(outer)[0] * block != plain[0].count:
             return None
     else:
         return None
@@ -159,9 +184,14 @@ def compose(
 
 
 def solve(signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, int]) -> Symbols:
-    """What symbols are, by local sizes: what is pinned takes no axis, and what is left over belongs to who is left."""
+    """What symbols are, by local sizes: what is pinned takes no axis, and what is left over belongs to who is left.
+
+    A dimension of 1 says the least: it may be one that is broadcast, where a rank has one of what there are several.
+    """
     known: Symbols = {}
     whole = signature.pin | signature.full
+    lone = {e.segments[0][0]: pieces.local_size(dim)[0] for _, _, dim, e in uses(signature, inputs) if _is_lone(e)}
+    sizes = {**lone, **sizes}
     todo: list[tuple[Dim, tuple[str, ...]]] = []
     for _, _, dim, expression in uses(signature, inputs):
         if expression.kind == "concatenation":
@@ -172,13 +202,23 @@ def solve(signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[
             known[expression.name] = dim
         elif expression.segments:
             todo.append((dim, expression.segments[0]))
+    clear = [(dim, symbols) for dim, symbols in todo if dim]
+    _narrow_all(clear, known, whole, sizes)
+    for symbol in (s for dim, symbols in todo if not dim for s in symbols):
+        known.setdefault(symbol, ())
+    _narrow_all(clear, known, whole, sizes)
+    return known
+
+
+def _narrow_all(
+    todo: Sequence[tuple[Dim, tuple[str, ...]]], known: Symbols, whole: Collection[str], sizes: Mapping[str, int]
+) -> None:
     for _ in range(len(todo)):
         before = len(known)
         for dim, symbols in todo:
             _narrow(dim, list(symbols), known, whole, sizes)
         if len(known) == before:
             break
-    return known
 
 
 def _narrow(dim: Dim, symbols: list[str], known: Symbols, whole: Collection[str], sizes: Mapping[str, int]) -> None:
@@ -204,6 +244,55 @@ def _narrow(dim: Dim, symbols: list[str], known: Symbols, whole: Collection[str]
     known.setdefault(symbols[0], dim)
 
 
+Attributes = dict[str, int | list[int]]
+
+
+def unsplit_attributes(rule: Rule, signature: Signature, inputs: Mapping[int, Placement]) -> list[Attributes]:
+    """Attributes that are sizes, as the unsplit model may have them; ContradictionError if the operands do not tell.
+
+    `rule` is that of the node as a rank has it. Where a rank has one of something, a group of a convolution for
+    instance, there may be one in all, or one for each rank: the operands must fit what the rule says of either.
+    """
+    symbols = solve(signature, inputs, rule.sizes)
+    whole = {tuple(e.segments[0]): dim for _, _, dim, e in uses(signature, inputs) if e.kind == "product" and dim}
+    products = {name: [tuple(p.split()) for p in text.split(",")] for name, text in rule.attributes.items()}
+    needed = {s: name for name, every in products.items() for own in every if own not in whole for s in own}
+    missing = [s for s in needed if s not in symbols]
+    ways = [_readings(s, rule, signature, inputs) for s in missing]
+    if not all(ways):
+        raise ContradictionError(
+            f"an attribute {needed[missing[0]]} of which it is undecided what part of a size it is ({missing})",
+            "operands that tell",
+            REBUILD,
+        )
+    sizes = {s: pieces.global_size(symbols[s])[0] for s in needed if s in symbols}
+    found: list[Attributes] = []
+    for picks in itertools.product(*ways):
+        known = {**sizes, **dict(zip(missing, picks, strict=True))}
+        attributes: Attributes = {}
+        for name, every in products.items():
+            # A dimension's size is known, whatever it is made of.
+            values = [
+                pieces.global_size(whole[own])[0] if own in whole else math.prod(known[s] for s in own) for own in every
+            ]
+            attributes[name] = values if "," in rule.attributes[name] else values[0]
+        found.append(attributes)
+    return found
+
+
+def _readings(symbol: str, rule: Rule, signature: Signature, inputs: Mapping[int, Placement]) -> list[int]:
+    """How many there may be in all of what a rank has one of: as many as the ranks that a dimension is dealt out to."""
+    if rule.sizes.get(symbol) != 1:
+        return []
+    found = {1: None}
+    for _, _, dim, expression in uses(signature, inputs):
+        if expression.kind != "product" or expression.segments[0][0] != symbol:
+            continue
+        heads = (dim[:stop] for stop in range(1, len(dim) + 1))
+        found |= {pieces.global_size(head)[0]: None for head in heads if pieces.local_size(head) == pieces.ONE}
+    return list(found)
+
+
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +310,6 @@ def resolve_copies(node: ir.Node, inputs: Mapping[int, Placement]) -> dict[int, 
             same = pieces.unify(dims[-back], found[b].dims[-back])
             if same is not None and pieces.local_size(found[b].dims[-back]) == pieces.local_size(dims[-back]):
                 dims[-back] = same
-        padded = {axes: Content.FINITE for dim in dims for axes in pieces.padded_axes(dim)}
+        padded = {place: Content.FINITE for dim in dims for place in pieces.places(dim)}
         found[a] = dataclasses.replace(found[a], dims=tuple(dims), contents={**padded, **found[a].contents})
     return found

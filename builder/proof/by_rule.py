@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.proof import pieces
-from furiosa_llm.builder.proof.binding import bind, compose, resolve_copies, solve, uses
+from furiosa_llm.builder.proof.binding import (
+    Attributes,
+    bind,
+    compose,
+    global_sizes,
+    resolve_copies,
+    unsplit_attributes,
+    uses,
+)
 from furiosa_llm.builder.proof.contents import check_contraction, check_positions, contents_of
 from furiosa_llm.builder.proof.interpretation import LocalFacts, global_fact
 from furiosa_llm.builder.proof.pieces import Dim
@@ -18,6 +28,9 @@ from furiosa_llm.builder.rule import Rule, Signature, parse
 from furiosa_llm.builder.rules import NodeView, rule_of
 from furiosa_llm.builder.shapes import Facts
 from furiosa_llm.runtime.artifact.layout import Mesh
+
+_TOLD_SIZES = {"Resize": 3}
+"""Operands that say the sizes of an output, of ops that are not among the `Movers`."""
 
 
 class RuleTransfer:
@@ -31,7 +44,20 @@ class RuleTransfer:
     def outputs(self, node: ir.Node, held: Sequence[Held | None]) -> list[Held]:
         """The outputs' placements; ContradictionError if no unsplit node explains them."""
         inputs = self._tensors(node, held)
-        whole = self._unsplit(node, inputs)
+        first: ContradictionError | None = None
+        for attributes in self._unsplit_attributes(node, inputs):
+            try:
+                return self._explained(node, held, inputs, attributes)
+            except ContradictionError as error:
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _explained(
+        self, node: ir.Node, held: Sequence[Held | None], inputs: Mapping[int, Placement], attributes: Attributes
+    ) -> list[Held]:
+        """The outputs' placements if the unsplit node has those `attributes`."""
+        whole = _with_attributes(node, attributes)
         try:
             view = self._global_view(whole, inputs)
             rule, other = self._rule(view), self._rule(view.swapped())
@@ -40,16 +66,16 @@ class RuleTransfer:
             if whole is not node:
                 _detach(whole)
         signature = parse(rule.text)
-        sizes = {name: (size, other.sizes.get(name, size)) for name, size in rule.sizes.items()}
+        given = {name: (size, other.sizes.get(name, size)) for name, size in rule.sizes.items()}
+        sizes = global_sizes(signature, inputs, shapes, given)
         symbols, unlinked = bind(signature, inputs, sizes, self._mesh)
         _check_whole(signature, inputs, symbols, unlinked)
         for name, text in rule.attributes.items():
-            _check_attribute(node, name, [symbols.get(s, pieces.run(sizes[s])) for s in text.split()])
+            _check_attribute(node, name, text, {s: pieces.run(size) for s, size in sizes.items()} | symbols)
         contracted = [symbols[s] for s in sorted(signature.reduce) if s in symbols and s not in unlinked]
         reduced = _reduced(contracted)
         partial = _partial(node, rule, inputs, reduced, self._facts)
-        short = {e.name for _, _, _, e in uses(signature, inputs) if e.name is not None}
-        check_contraction(rule, inputs, contracted, [symbols[s] for s in sorted(short) if s in symbols])
+        check_contraction(rule, inputs, contracted)
         check_positions(node, rule, inputs, self._facts)
         scale = self._mesh.parts(sorted(reduced)) if rule.average else 1
         found: list[Placement] = []
@@ -90,15 +116,6 @@ class RuleTransfer:
                     )
         return resolve_copies(node, found)
 
-    def _unsplit(self, node: ir.Node, inputs: Mapping[int, Placement]) -> ir.Node:
-        """The node with the attributes that it has in the unsplit model."""
-        attributes = self._global_attributes(node, inputs)
-        if not attributes:
-            return node
-        changed = {**node.attributes, **{name: ir.AttrInt64(name, size) for name, size in attributes.items()}}
-        outputs = [ir.Value(name=value.name) for value in node.outputs]
-        return ir.Node(node.domain, node.op_type, node.inputs, changed, outputs=outputs)
-
     def _rule(self, view: NodeView) -> Rule:
         try:
             return rule_of(view)
@@ -118,6 +135,7 @@ class RuleTransfer:
                 if value is not None:
                     shape = tuple(pieces.global_size(dim)[side] for dim in inputs[port].dims)
                     known[value] = global_fact(facts[value], shape)
+            _restore_sizes(node, facts, known)
             both.append(known)
         operands = tuple([None if v is None else known[v] for v in node.inputs] for known in both)
         try:
@@ -132,30 +150,12 @@ class RuleTransfer:
             known.update(zip(node.outputs, result, strict=True))
         return NodeView(node, both[0], both[1], self._opset)
 
-    def _global_attributes(self, node: ir.Node, inputs: Mapping[int, Placement]) -> dict[str, int]:
-        """Attributes that are sizes, as the unsplit model has them; those that are the same left out."""
+    def _unsplit_attributes(self, node: ir.Node, inputs: Mapping[int, Placement]) -> list[Attributes]:
+        """Attributes that are sizes, as the unsplit model may have them."""
         if not any(pieces.axes_of(dim) for placement in inputs.values() for dim in placement.dims):
-            return {}
+            return [{}]
         rule = self._rule(NodeView(node, self._facts.first, self._facts.second, self._opset))
-        if not rule.attributes:
-            return {}
-        signature = parse(rule.text)
-        symbols = solve(signature, inputs, rule.sizes)
-        whole = {tuple(e.segments[0]): dim for _, _, dim, e in uses(signature, inputs) if e.kind == "product"}
-        found: dict[str, int] = {}
-        for name, text in rule.attributes.items():
-            if (dim := whole.get(tuple(text.split()))) is not None:  # a dimension's size, whatever it is made of
-                found[name] = pieces.global_size(dim)[0]
-                continue
-            missing = [s for s in text.split() if s not in symbols]
-            if missing:
-                raise ContradictionError(
-                    f"an attribute {name} of which it is undecided what part of a size it is ({missing})",
-                    "operands that tell",
-                    REBUILD,
-                )
-            found[name] = math.prod(pieces.global_size(symbols[s])[0] for s in text.split())
-        return found
+        return unsplit_attributes(rule, parse(rule.text), inputs) if rule.attributes else [{}]
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -266,11 +266,36 @@ def _check_whole(
             )
 
 
-def _check_attribute(node: ir.Node, name: str, symbols: Sequence[Dim]) -> None:
-    found = node.attributes[name].as_int() if name in node.attributes else None
-    expected = math.prod(pieces.local_size(dim)[0] for dim in symbols)
+def _check_attribute(node: ir.Node, name: str, text: str, symbols: Mapping[str, Dim]) -> None:
+    """An attribute that is a size, or a list of them, is what a rank needs."""
+    expected = [math.prod(pieces.local_size(symbols[s])[0] for s in product.split()) for product in text.split(",")]
+    attribute = node.attributes.get(name)
+    found = [] if attribute is None else np.atleast_1d(attribute.value).tolist()
     if found != expected:
-        raise ContradictionError(f"the attribute {name} {found}", f"{expected}, the size on a rank", REBUILD)
+        raise ContradictionError(f"the attribute {name} {found}", f"{expected}, the sizes on a rank", REBUILD)
+
+
+def _restore_sizes(node: ir.Node, local: Facts, known: Facts) -> None:
+    """Sizes that an op is told, as the unsplit model has them: what a rank keeps of its own size keeps its size."""
+    port = _TOLD_SIZES.get(node.op_type, len(node.inputs)) if not node.domain else len(node.inputs)
+    data, target = node.inputs[0] if node.inputs else None, node.inputs[port] if port < len(node.inputs) else None
+    sizes = known[target].value if target is not None else None
+    if data is None or target is None or sizes is None or sizes.shape != (len(local[data].shape),):
+        return
+    pairs = zip(sizes, local[data].shape, known[data].shape, strict=True)
+    kept = [unsplit if size == own else size for size, own, unsplit in pairs]
+    known[target] = dataclasses.replace(known[target], value=np.array(kept, dtype=sizes.dtype))
+
+
+def _with_attributes(node: ir.Node, attributes: Attributes) -> ir.Node:
+    """The node as the unsplit model may have it; the node itself if there is nothing to change."""
+    if not attributes:
+        return node
+    changed = dict(node.attributes)
+    for name, value in attributes.items():
+        changed[name] = ir.AttrInt64s(name, value) if isinstance(value, list) else ir.AttrInt64(name, value)
+    outputs = [ir.Value(name=value.name) for value in node.outputs]
+    return ir.Node(node.domain, node.op_type, node.inputs, changed, outputs=outputs)
 
 
 def _rows(

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from furiosa_llm.builder.control_flow import graphs_within, nodes_within
 from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.proof import collectives, stored
 from furiosa_llm.builder.proof.by_rule import RuleTransfer
 from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.movers import Movers
-from furiosa_llm.builder.proof.pieces import Dim, of_layout, padded_axes, run
+from furiosa_llm.builder.proof.pieces import Dim, of_layout, places, run
 from furiosa_llm.builder.proof.placement import (
     REBUILD,
     Content,
@@ -76,6 +77,8 @@ def check_program(program: onnx.ModelProto, manifest: Manifest, constants: Const
     if faults:
         return ProofReport(faults=tuple(faults), placements={}, num_nodes=len(program.graph.node))
     faults += stored.check_tensors(manifest, program)
+    if undecided := list(stored.check_layouts(manifest)):
+        return ProofReport(faults=(*faults, *undecided), placements={}, num_nodes=len(program.graph.node))
     try:
         model = ir.from_proto(program)
     except ir.serde.SerdeError as error:
@@ -178,7 +181,7 @@ class _Checker:
         if any(isinstance(one, RankConstant | RankFunction | Rows) for one in held) and not in_table:
             return self._ranks.outputs(node, held)
         if all(isinstance(one, Placement) and one.is_whole for one in held if one is not None):
-            copies = node.op_type in ("Expand", "ConstantOfShape") and not self._are_integers(node)
+            copies = node.op_type in ("Expand", "ConstantOfShape", "Tile") and not self._are_integers(node)
             if not copies and not node.domain:  # what onnxruntime's own ops need is in their rules alone
                 return [whole(self._facts.shape(value)) for value in node.outputs]
         if node.op_type == "Mul" and any(isinstance(one, Placement) and one.scale != 1 for one in held):
@@ -192,12 +195,12 @@ class _Checker:
 
     def _check_alike(self, node: ir.Node) -> None:
         """Equal operands must give equal results, and graphs inside a node must read nothing but what is whole."""
-        if node.op_type in _RANDOM and not node.domain:
+        inner = list(nodes_within(node))
+        if any(one.op_type in _RANDOM and not one.domain for one in (node, *inner)):
             raise ContradictionError("numbers drawn at random on each rank", "the same numbers on all ranks", REBUILD)
-        inner = [
-            n for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH for n in a.as_graph().all_nodes()
-        ]
-        for value in (value for one in inner for value in one.inputs if value is not None):
+        read = [value for one in inner for value in one.inputs if value is not None]
+        read += [value for graph in graphs_within(node) for value in graph.outputs]
+        for value in read:
             held = self._held.get(value)
             if held is not None and not (isinstance(held, Placement) and held.is_whole):
                 raise ContradictionError(
@@ -287,7 +290,7 @@ class _Checker:
 
 
 def _known(dims: tuple[Dim, ...], content: Content) -> Placement:
-    contents = {axes: content for dim in dims for axes in padded_axes(dim)}
+    contents = {place: content for dim in dims for place in places(dim)}
     return Placement(dims=dims, contents=contents)
 
 

@@ -8,43 +8,38 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.interpretation import LocalFacts
-from furiosa_llm.builder.proof.pieces import Dim
-from furiosa_llm.builder.proof.placement import REBUILD, Axes, Content, ContradictionError, Placement
+from furiosa_llm.builder.proof.pieces import Dim, Place
+from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
 from furiosa_llm.builder.rule import Rule
 
-Contents = Mapping[Axes, Content]
 
+def content_of(placement: Placement, place: Place) -> Content | None:
+    """What a tensor holds at a place of padding; None if nothing is padding there.
 
-def content_of(placement: Placement, axes: Axes) -> Content | None:
-    """What the padding of the piece over `axes` holds; None if the tensor has no such piece."""
-    if not any(axes in pieces.padded_axes(dim) for dim in placement.dims):
-        return None
-    return placement.contents.get(axes, Content.ANY)
-
-
-def check_contraction(
-    rule: Rule, inputs: Mapping[int, Placement], contracted: Sequence[Dim], short: Sequence[Dim]
-) -> None:
-    """Padding may be contracted where one operand has zeros there, and no operand what times zero is not zero.
-
-    In a dimension of `short`, whose last block is filled in part, that operand must be one that has the elements
-    themselves: those that have blocks hold zeros in whole blocks only.
+    Of a place that is split over some of its axes, but ends elsewhere, it is known at best that all is finite: the
+    padding of whole blocks says nothing of a block that is filled in part.
     """
-    for axes in dict.fromkeys(a for dim in short if dim in contracted for a in pieces.padded_axes(dim)):
-        elements = [one for one in inputs.values() if any(dim in short for dim in one.dims)]
-        if all(content_of(one, axes) is not Content.ZERO for one in elements):
-            raise ContradictionError(
-                "a contraction of blocks, the last one filled in part, with an operand that nobody says is zero there",
-                "a Where that clears it first",
-                REBUILD,
-            )
-    for axes in dict.fromkeys(a for dim in contracted for a in pieces.padded_axes(dim)):
-        found = {port: c for port, one in inputs.items() if (c := content_of(one, axes)) is not None}
+    found: list[Content] = []
+    for other in (other for dim in placement.dims for other in pieces.places(dim)):
+        content = placement.contents.get(other, Content.ANY)
+        if other == place:
+            found.append(content)
+        elif not set(other[0]).isdisjoint(place[0]):
+            found.append(max(content, Content.FINITE))
+    return max(found, default=None)
+
+
+def check_contraction(rule: Rule, inputs: Mapping[int, Placement], contracted: Sequence[Dim]) -> None:
+    """Padding may be contracted where one operand has zeros there, and no operand what times zero is not zero."""
+    for place in dict.fromkeys(place for dim in contracted for place in pieces.places(dim)):
+        found = {port: c for port, one in inputs.items() if (c := content_of(one, place)) is not None}
         if rule.average:
             raise ContradictionError("a mean over padding", "a dimension without padding", REBUILD)
-        if Content.ZERO not in found.values():
+        if all(content is not Content.ZERO or port in rule.offset for port, content in found.items()):
             raise ContradictionError(
-                "a contraction of padding that nobody says is zero", "zeros in one operand", REBUILD
+                "a contraction of padding that nobody says is zero",
+                "zeros in one operand (a Where that clears it), and nothing that is subtracted from them",
+                REBUILD,
             )
         if Content.ANY in found.values():
             raise ContradictionError(
@@ -61,27 +56,29 @@ def check_positions(node: ir.Node, rule: Rule, inputs: Mapping[int, Placement], 
         one = inputs.get(port) if port is not None else None
         if one is None:
             continue
-        for axes in (a for dim in one.dims for a in pieces.padded_axes(dim)):
-            if port == rule.divisor or content_of(one, axes) is not Content.ZERO:
+        for place in (place for dim in one.dims for place in pieces.places(dim)):
+            if port == rule.divisor or content_of(one, place) is not Content.ZERO:
                 raise ContradictionError("positions or divisors in padding", "a tensor without padding there", REBUILD)
 
 
-def contents_of(rule: Rule, inputs: Mapping[int, Placement], dims: Sequence[Dim], *, zero: bool) -> dict[Axes, Content]:
+def contents_of(
+    rule: Rule, inputs: Mapping[int, Placement], dims: Sequence[Dim], *, zero: bool
+) -> dict[Place, Content]:
     """What the padding of an output holds."""
-    wanted = dict.fromkeys(axes for dim in dims for axes in pieces.padded_axes(dim))
-    return {axes: Content.ZERO if zero else _content(rule, inputs, axes) for axes in wanted}
+    wanted = dict.fromkeys(place for dim in dims for place in pieces.places(dim))
+    return {place: Content.ZERO if zero else _content(rule, inputs, place) for place in wanted}
 
 
-def _content(rule: Rule, inputs: Mapping[int, Placement], axes: Axes) -> Content:
-    if rule.divisor is not None and rule.divisor in inputs and content_of(inputs[rule.divisor], axes) is not None:
+def _content(rule: Rule, inputs: Mapping[int, Placement], place: Place) -> Content:
+    if rule.divisor is not None and rule.divisor in inputs and content_of(inputs[rule.divisor], place) is not None:
         return Content.ANY
     ports = [p for p in inputs if rule.padding_ports is None or p in rule.padding_ports]
-    found = [c for p in ports if (c := content_of(inputs[p], axes)) is not None]
+    found = [c for p in ports if (c := content_of(inputs[p], place)) is not None]
     worst = max(found, default=Content.FINITE)
     match rule.padding:
         case "moves":
             return worst
-        case "product" if worst < Content.ANY and _adds_nothing(rule, inputs, axes):
+        case "product" if worst < Content.ANY and _adds_nothing(rule, inputs, place):
             return min(found, default=Content.FINITE)
         case "sum" if len(found) == len(ports):
             return worst
@@ -93,6 +90,6 @@ def _content(rule: Rule, inputs: Mapping[int, Placement], axes: Axes) -> Content
             return Content.ANY
 
 
-def _adds_nothing(rule: Rule, inputs: Mapping[int, Placement], axes: Axes) -> bool:
+def _adds_nothing(rule: Rule, inputs: Mapping[int, Placement], place: Place) -> bool:
     """Whether what is added after a contraction is zero, too."""
-    return all(content_of(inputs[port], axes) is Content.ZERO for port in rule.masked if port in inputs)
+    return all(content_of(inputs[port], place) is Content.ZERO for port in rule.masked if port in inputs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.control_flow import is_control_flow
 from furiosa_llm.builder.proof.pieces import Size, local_size, of_layout
 from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes import Fact, Facts, Interpreter, Shape, ShapeRule
@@ -50,9 +51,14 @@ class RankInterpreter(Interpreter):
         """Facts of the initializers."""
         return self._constants
 
-    def infer(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
-        """Facts of a node's outputs; ShapeError or UnsupportedModelError if there are none."""
-        return self._infer(node, inputs)
+    def infer(self, node: ir.Node, inputs: Sequence[Fact | None], around: Facts) -> list[Fact]:
+        """Facts of a node's outputs; ShapeError or UnsupportedModelError if there are none.
+
+        `around` are the facts of all values that graphs inside of the node may read.
+        """
+        if is_control_flow(node):
+            return self._control_flow.infer(node, inputs, around)
+        return self._infer_once(node, inputs)
 
 
 def _collective_shapes(mesh: Mesh) -> dict[tuple[str, str], ShapeRule]:
@@ -89,7 +95,7 @@ class LocalFacts:
         """Infer the node's outputs; ShapeError or UnsupportedModelError if its inputs do not fit."""
         for interpreter, facts in zip(self._both, (self.first, self.second), strict=True):
             inputs = [None if value is None else facts[value] for value in node.inputs]
-            for value, fact in zip(node.outputs, interpreter.infer(node, inputs), strict=True):
+            for value, fact in zip(node.outputs, interpreter.infer(node, inputs, facts), strict=True):
                 facts[value] = fact
 
     def has(self, node: ir.Node) -> bool:
@@ -115,7 +121,7 @@ class LocalFacts:
         self, node: ir.Node, inputs: tuple[Sequence[Fact | None], Sequence[Fact | None]]
     ) -> tuple[list[Fact], list[Fact]]:
         """Facts of a node's outputs for inputs as the unsplit model has them."""
-        return self._both[0].infer(node, inputs[0]), self._both[1].infer(node, inputs[1])
+        return self._both[0].infer(node, inputs[0], self.first), self._both[1].infer(node, inputs[1], self.second)
 
 
 def _local(info: InputInfo, mesh: Mesh, sizes: Mapping[str, int]) -> Shape:

@@ -39,6 +39,7 @@ class Movers:
             "Unsqueeze": self._unsqueeze,
             "Expand": self._expand,
             "ConstantOfShape": self._constant,
+            "Tile": self._tile,
             "Split": self._split,
             "Slice": self._slice,
             "Shape": self._shape,
@@ -68,8 +69,8 @@ class Movers:
                     REBUILD,
                 )
             check_axes(own, data.partial)
-            kept = {axes for dim in own for axes in pieces.padded_axes(dim)}
-            contents = {axes: content for axes, content in data.contents.items() if axes in kept}
+            kept = {place for dim in own for place in pieces.places(dim)}
+            contents = {place: content for place, content in data.contents.items() if place in kept}
             found.append(dataclasses.replace(data, dims=own, contents=contents))
         return found
 
@@ -127,6 +128,16 @@ class Movers:
     def _constant(self, node: ir.Node, _: Sequence[Placement]) -> list[Held]:
         sizes = self._facts.shape(node.outputs[0])
         return [Placement(dims=tuple((Copies(size),) for size in sizes))]
+
+    def _tile(self, node: ir.Node, operands: Sequence[Placement]) -> list[Held]:
+        data, out = self._facts.shape(_present(node.inputs[0])), self._facts.shape(node.outputs[0])
+        dims: list[Dim] = []
+        for dim, before, after in zip(operands[0].dims, data, out, strict=True):
+            count = pieces.over(after, before)
+            if count is None:
+                raise ContradictionError(f"{after[0]} elements of {before[0]} repeated", "a multiple", REBUILD)
+            dims.append(pieces.join((Copies(count),), dim))  # where a rank has one copy, each may have one of several
+        return self._moved(node, operands[0], [tuple(dims)])
 
     # -- some of the elements ------------------------------------------------------------------------------------
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact import layout as stored
+from furiosa_llm.runtime.artifact.errors import LayoutError
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 Size = tuple[int, int]
@@ -36,7 +38,10 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Padded:
-    """`size` indices dealt out over `axes`, `count` to each rank; what lies beyond `size` is padding."""
+    """`size` indices dealt out over `axes`, `count` to each rank; what lies beyond `size` is padding.
+
+    `count` may be more than the least that is enough: 176 columns in blocks of 32 are dealt out in 6 blocks.
+    """
 
     size: int
     axes: tuple[int, ...]
@@ -68,6 +73,8 @@ class Cat:
 Piece = Run | Axis | Padded | Copies | Gathered | Cat
 Dim = tuple[Piece, ...]
 Measure = Callable[[Dim], Size]
+Place = tuple[tuple[int, ...], Fraction]
+"""The axes of a padded piece, and how many ranks' parts it fills: what lies beyond those is padding."""
 
 
 def times(a: Size, b: Size) -> Size:
@@ -144,9 +151,10 @@ def has_copies(dim: Dim) -> bool:
     return any(isinstance(piece, Copies) for piece in pieces_of(dim))
 
 
-def padded_axes(dim: Dim) -> tuple[tuple[int, ...], ...]:
-    """The axes of every padded piece."""
-    return tuple(dict.fromkeys(piece.axes for piece in pieces_of(dim) if isinstance(piece, Padded)))
+def places(dim: Dim) -> tuple[Place, ...]:
+    """Where a dimension is padded; a factor of it that has the same padding has the same place."""
+    padded = (piece for piece in pieces_of(dim) if isinstance(piece, Padded))
+    return tuple(dict.fromkeys((piece.axes, Fraction(piece.size, piece.count)) for piece in padded))
 
 
 # -- putting together ------------------------------------------------------------------------------------------------
@@ -199,7 +207,7 @@ def _is_run(dim: Dim) -> bool:
 
 
 def of_layout(dim: stored.Dim, mesh: Mesh) -> Dim:
-    """The normal form of a layout of the manifest."""
+    """The normal form of a layout of the manifest; LayoutError for one that it cannot be decided for."""
     match dim:
         case stored.Leaf(size, axes):
             parts = mesh.parts(axes)
@@ -224,7 +232,7 @@ def _first(size: int, dim: Dim) -> Dim:
     if len(split) == 1 and isinstance(split[0], Padded):
         axes = split[0].axes
     elif len(axes) != len(split):
-        raise ValueError(f"the first {size} of {text(dim)} are not dealt out in blocks")
+        raise LayoutError(f"the first {size} of ({text(dim)}) are not dealt out in blocks, one rank's after another's")
     return (Padded(size, axes, local_size(dim)[0]),)
 
 
@@ -324,7 +332,7 @@ def _segments_of_cat(parts: list[Dim], sizes: Sequence[Size], measure: Measure) 
 
 def unify(a: Dim, b: Dim) -> Dim | None:
     """What both dimensions are, copies taken for whatever the other has there; None if they lie differently."""
-    if a == b:
+    if a == b or merged(a) == merged(b):
         return a
     if not has_copies(a) and not has_copies(b):
         return None
@@ -379,6 +387,18 @@ def _strip(a: Dim, b: Dim, *, at_end: bool) -> tuple[Dim, Dim, Dim]:
             break
         common = join(same, common) if at_end else join(common, same)
     return common, a, b
+
+
+def merged(dim: Dim) -> Dim:
+    """The same dimension with what follows a padded piece taken into it: 11 heads of 16 are 176 in parts of 16."""
+    made: list[Piece] = []
+    for piece in dim:
+        last = made[-1] if made else None
+        if isinstance(last, Padded) and isinstance(piece, Run) and piece.size[0] == piece.size[1]:
+            made[-1] = Padded(last.size * piece.size[0], last.axes, last.count * piece.size[0])
+        else:
+            made.append(piece)
+    return tuple(made)
 
 
 # -- as numbers ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from furiosa_llm.builder.proof import pieces
-from furiosa_llm.builder.proof.pieces import Dim, Size
+from furiosa_llm.builder.proof.pieces import Dim, Place, Size
 
 Axes = tuple[int, ...]
 REBUILD = "build the artifact again, and report it if the new one has it, too"
@@ -35,8 +35,8 @@ class Placement:
     """The mesh axes over which the ranks' tensors are to be summed."""
     scale: int = 1
     """How often the tensor is counted, besides: means of parts, before they are divided by the number of parts."""
-    contents: Mapping[Axes, Content] = dataclasses.field(default_factory=dict)
-    """What is in the padding of the piece that is split over these axes."""
+    contents: Mapping[Place, Content] = dataclasses.field(default_factory=dict)
+    """What is in the padding at each place."""
 
     @property
     def is_whole(self) -> bool:
@@ -81,7 +81,7 @@ class Rows:
     indices: ir.Value
     trailing: int
     """How many dimensions follow those of the indices."""
-    contents: Mapping[Axes, Content]
+    contents: Mapping[Place, Content]
 
     def __str__(self) -> str:
         return f"rows of a table split as {pieces.text(self.table)}"

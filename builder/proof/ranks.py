@@ -111,7 +111,7 @@ class RankTransfer:
                     "true at elements, false at padding",
                     REBUILD,
                 )
-        cleared = dict.fromkeys(pieces.padded_axes(data.dims[d]), Content.ZERO)
+        cleared = dict.fromkeys(pieces.places(data.dims[d]), Content.ZERO)
         return dataclasses.replace(data, contents={**data.contents, **cleared})
 
     # -- parts of a dimension ------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class RankTransfer:
             if all(np.array_equal(own, found) for own, found in zip(maps, indices, strict=True)):
                 dims = (*data.dims[:axis], dim, *data.dims[axis + 1 :])
                 check_axes(dims, data.partial)
-                padding = dict.fromkeys(pieces.padded_axes(dim), Content.FINITE)
+                padding = dict.fromkeys(pieces.places(dim), Content.FINITE)
                 return dataclasses.replace(data, dims=dims, contents={**data.contents, **padding})
         raise ContradictionError(
             f"parts of dimension {axis} of {size[0]} that are no split of it",
@@ -154,6 +154,8 @@ class RankTransfer:
                 if not remainder and -(-rest // parts) * outer * inner == count:
                     leaf = of_layout(Leaf(rest, axes), self._mesh)
                     yield pieces.join(pieces.run((outer, outer)), leaf, pieces.run((inner, inner)))
+            if count < size < count * parts:  # in whole blocks, the last one filled in part
+                yield (pieces.Padded(size, axes, count),)
 
     # -- tables --------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from furiosa_llm.builder.proof.interpretation import LocalFacts, sizes_of
 from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Fault, Held, Placement
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.errors import LayoutError
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import Collective, Manifest, OriginalInitializer, OutputInfo, StoredTensor
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
@@ -31,6 +32,20 @@ def check_interface(manifest: Manifest, program: onnx.ModelProto) -> Iterator[Fa
         found, expected = [value.name for value in values], [info.name for info in infos]
         if found != expected:
             yield fault(f"$.{what}", f"a program with the {what} {found}", f"{expected}")
+
+
+def check_layouts(manifest: Manifest) -> Iterator[Fault]:
+    """Every layout has a normal form, without which nothing can be said of what is laid out so."""
+    named: list[tuple[str, Sequence[Dim | None]]] = []
+    named += [(f'tensor "{tensor.name}"', tensor.layout or ()) for tensor in manifest.tensors]
+    named += [(f'input "{info.name}"', info.layout) for info in manifest.inputs]
+    named += [(f'output "{info.name}"', info.layout) for info in manifest.outputs]
+    for where, layout in named:
+        for dim in (dim for dim in layout if dim is not None):
+            try:
+                pieces.of_layout(dim, manifest.mesh)
+            except LayoutError as error:
+                yield fault(where, f"a layout that cannot be decided: {error}", "whole blocks, dealt out in order")
 
 
 # -- stored tensors --------------------------------------------------------------------------------------------------
