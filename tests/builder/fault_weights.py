@@ -13,6 +13,7 @@ from furiosa_llm.runtime.artifact.layout import (
     Dim,
     Leaf,
     Mesh,
+    Prefix,
     Prod,
     axes_of,
     global_size,
@@ -117,6 +118,39 @@ def _(subject: Subject) -> Iterator[Subject]:
 
 def _maps_differ(a: Dim, b: Dim, mesh: Mesh) -> bool:
     return any(not np.array_equal(index_map(a, mesh, r), index_map(b, mesh, r)) for r in range(mesh.size))
+
+
+def short_blocks(subject: Subject) -> Iterator[tuple[StoredTensor, tuple[Dim, ...], int, Prefix]]:
+    """Stored weights with a dimension of whole blocks, the last one filled in part."""
+    for tensor, layout in split_weights(subject):
+        for d, dim in enumerate(layout):
+            if isinstance(dim, Prefix):
+                yield tensor, layout, d, dim
+
+
+@kind("a short block of another size")
+def _(subject: Subject) -> Iterator[Subject]:
+    for tensor, layout, d, dim in short_blocks(subject):
+        for size in (dim.size - 1, dim.size + 1):
+            if size < global_size(dim.part) < 2 * size:
+                yield relaid(subject, tensor, [*layout[:d], Prefix(size, dim.part), *layout[d + 1 :]])
+
+
+@kind("a short block filled up")
+def _(subject: Subject) -> Iterator[Subject]:
+    for tensor, layout, d, dim in short_blocks(subject):
+        yield relaid(subject, tensor, [*layout[:d], dim.part, *layout[d + 1 :]])
+
+
+@kind("blocks dealt out otherwise")
+def _(subject: Subject) -> Iterator[Subject]:
+    for tensor, layout, d, dim in short_blocks(subject):
+        ways: list[Dim] = [Leaf(dim.size, axes_of(dim))]
+        if isinstance(dim.part, Prod):
+            ways.append(Prefix(dim.size, Prod(dim.part.parts[::-1])))
+        for way in ways:
+            if _maps_differ(dim, way, subject.mesh):
+                yield relaid(subject, tensor, [*layout[:d], way, *layout[d + 1 :]])
 
 
 @kind("a fused weight split as one piece")

@@ -17,6 +17,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from tests.builder.conftest import Built
 from tests.builder.faults import KINDS, Subject, relaid, split_weights
 from tests.builder.graphs import model
+from tests.builder.op_case import codes, positive
 from tests.builder.plans import prepare_proto
 from tests.builder.produced import produced
 from tests.builder.proofs import assignments
@@ -29,9 +30,10 @@ ARTIFACTS = [
     ("tiny-qwen2-genai-int4", 4),
     ("tiny-llama-genai-int4-qdq", 8),
     ("tiny-gpt2-optimum", 4),
-    ("tiny-t5-optimum/encoder_model.onnx", 4),
+    ("tiny-t5-optimum/decoder_with_past_model.onnx", 4),
+    ("tiny-bert-optimum", 4),
 ]
-"""Decomposed attention, padded heads, fused attention with experts, quantised weights, biases, no states."""
+"""Attention that was fused, padded heads, experts, short blocks, biases, decomposed attention, no states."""
 
 FEW = 1
 """Places of each kind in each artifact that `make test` tries; `make test-real` tries all."""
@@ -48,8 +50,22 @@ def an_uneven_output() -> onnx.ModelProto:
     return model("float[4, 5] past_x", "float[4, 7] y", "y = MatMul(past_x, a)", {"a": (5, 7)})
 
 
-HANDMADE = {"/average": a_mean_of_parts, "/cleared": padded_quotient, "/order": an_uneven_output}
-"""What no artifact of the zoo has, by what its nodes are named: a model to make it of."""
+def a_short_block() -> onnx.ModelProto:
+    """Four blocks over four ranks, the last one half full: what is multiplied with the rest of it is not zero."""
+    nodes = (
+        "h = MatMul(past_x, a) s = Sigmoid(h) y = com.microsoft.MatMulNBits<K=56, N=6, bits=4, block_size=16>(s, q, t)"
+    )
+    weights = {"a": (5, 56), "q": codes(6, 4, 8), "t": positive(6, 4)}
+    return model("float[4, 5] past_x", "float[4, 6] y", nodes, weights)
+
+
+HANDMADE = {
+    "a mean": ("/average", a_mean_of_parts),
+    "a quotient": ("/cleared", padded_quotient),
+    "an output": ("/order", an_uneven_output),
+    "a short block": ("/cleared", a_short_block),
+}
+"""What no artifact of the zoo has: the ends of names of nodes that there are then, and a model to make it of."""
 
 ONLY_HANDMADE = ("a mean of parts", "padding that", "a mask of padding", "gathered parts")
 """Kinds that are made in these models. Others may do no harm there: one weight alone may be split in any order."""
@@ -57,8 +73,9 @@ ONLY_HANDMADE = ("a mean of parts", "padding that", "a mask of padding", "gather
 
 @functools.cache
 def handmade(name: str) -> Subject:
-    """A program with a node whose name ends so."""
-    prepared, mesh = prepare_proto(HANDMADE[name]()), Mesh((2, 2))
+    """A program with a node of that name."""
+    ending, make = HANDMADE[name]
+    prepared, mesh = prepare_proto(make()), Mesh((2, 2))
     leaves = prepared.static_leaves()
     sweeper = Sweeper(prepared.analysis, mesh, leaves, prepared.states)
     for assignment in assignments(leaves, mesh, 0):
@@ -67,9 +84,9 @@ def handmade(name: str) -> Subject:
         except InfeasibleError:
             continue
         subject = produced(prepared, mesh, assignment, outcome)
-        if any(node.name.endswith(name) for node in subject.program.graph.node):
+        if any(node.name.endswith(ending) for node in subject.program.graph.node):
             return subject
-    raise AssertionError(f"no plan gives a node {name}")
+    raise AssertionError(f"no plan gives a node {ending}")
 
 
 def faults_of(subject: Subject) -> tuple[Fault, ...]:
