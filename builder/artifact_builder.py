@@ -18,6 +18,7 @@ from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.manifest_of import manifest_of
 from furiosa_llm.builder.planner import MAX_PADDING
 from furiosa_llm.builder.program_shapes import program_shapes
+from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.report import BuildReport, report_of
 from furiosa_llm.builder.tactics import Tactics
 from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size, mesh_of
@@ -95,7 +96,10 @@ class ArtifactBuilder:
                 told=lambda stage: told(stage, 0, 1),
             )
             manifest = self._write(folder, build, told)
-        return report_of(build, manifest, artifact=str(destination), seconds=time.monotonic() - started)
+            told("prove", 0, 1)
+            faults = tuple(map(str, prove(folder).faults))
+        seconds = time.monotonic() - started
+        return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
 
     def _write(self, folder: Path, build: Build, told: Progress) -> Manifest:
         """Write every file of the artifact, the manifest last."""

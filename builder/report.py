@@ -26,6 +26,8 @@ from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
 class Decision:
     """How one group of factors is split."""
 
+    role: str
+    """What they are to people, as `furiosa-llm plan` names them."""
     size: int
     count: int
     """How many factors (usually one per layer) play this part."""
@@ -67,12 +69,16 @@ class BuildReport:
     """How many attentions became one op with its cache."""
     attentions_left: tuple[str, ...]
     """A line for each attention that was left as it is, and why."""
+    faults: tuple[str, ...]
+    """Where program and manifest alone do not show that the split model is the unsplit one; empty: they do."""
     num_nodes: int
     seconds: float
     peak_rss_nbytes: int
 
 
-def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float) -> BuildReport:
+def report_of(
+    build: Build, manifest: Manifest, *, artifact: str, seconds: float, faults: tuple[str, ...]
+) -> BuildReport:
     """The report of a build whose artifact has been written."""
     mesh = build.plan.mesh
     tensors = list(build.lowered.tensors.values())
@@ -95,6 +101,7 @@ def report_of(build: Build, manifest: Manifest, *, artifact: str, seconds: float
         notes=notes(build.analysis),
         fused_attentions=build.fusion.fused,
         attentions_left=build.fusion.left,
+        faults=faults,
         num_nodes=len(build.lowered.graph),
         seconds=seconds,
         peak_rss_nbytes=_peak_rss_nbytes(),
@@ -157,6 +164,7 @@ def decisions(plan: Plan) -> tuple[Decision, ...]:
         parts = plan.mesh.parts(axes)
         found.append(
             Decision(
+                role=group.role,
                 size=group.size,
                 count=len(group.leaves),
                 axes=axes,

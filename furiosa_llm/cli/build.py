@@ -27,6 +27,7 @@ _STAGES = {
     "analyse": "finding what depends on what",
     "plan": "choosing what to split",
     "lower": "writing the program",
+    "prove": "proving the program",
 }
 _SHOWN_REPLICATED = 3
 _SHOWN_LEFT = 6
@@ -150,7 +151,7 @@ def closing_table(report: BuildReport) -> Table:
     table.add_row("collectives per token", f"{counts}: {nbytes(report.collective_nbytes)}")
     for decision in report.decisions:
         padded = f", padded to {decision.padded_size}" if decision.padded_size != decision.size else ""
-        what = f"{decision.size} over {decision.parts} PEs{padded} ({decision.count}x)"
+        what = f"{decision.role}, {decision.size} over {decision.parts} PEs{padded} ({decision.count}x)"
         table.add_row(f"split: {what}", decision.where)
     shown = "; ".join(report.replicated[:_SHOWN_REPLICATED])
     more = len(report.replicated) - _SHOWN_REPLICATED
@@ -165,7 +166,15 @@ def closing_table(report: BuildReport) -> Table:
         table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
     for note in report.notes:
         table.add_row("note", note)
+    table.add_row("static proof", _proof(report))
     padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""
     table.add_row("stored, all PEs", f"{nbytes(report.stored_nbytes)}{padding}")
     table.add_row("build", f"{report.seconds:.1f} s, peak memory {nbytes(report.peak_rss_nbytes)}")
     return table
+
+
+def _proof(report: BuildReport) -> str:
+    """Whether the program that was written proves itself."""
+    if not report.faults:
+        return "complete: program and manifest alone show where every value lies"
+    return f"INCOMPLETE in {len(report.faults)} places, use `furiosa-llm verify`; the first: {report.faults[0]}"

@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from furiosa_llm.builder.proof import prove
 from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Report, TokenComparison
 
@@ -38,10 +39,12 @@ def verify(
     seed: int,
     threads: int | None,
 ) -> None:
-    """Run ARTIFACT and the unsplit model on the same inputs, and compare outputs and greedy tokens.
+    """Prove ARTIFACT, run it and the unsplit model on the same inputs, and compare outputs and greedy tokens.
 
-    Exit code 0 if every output is within the tolerance and all tokens are identical, 1 otherwise.
+    The static proof derives from program and manifest alone how every value lies over the PEs. Exit code 0 if it is
+    complete, every output is within the tolerance and all tokens are identical, 1 otherwise.
     """
+    proof = prove(artifact)
     report = verify_against(
         artifact, against, prompts=prompts or DEFAULT_PROMPTS, max_tokens=max_tokens, seed=seed, threads=threads
     )
@@ -51,9 +54,13 @@ def verify(
         console.print(_tokens_line(comparison), highlight=False, soft_wrap=True)
     if report.accuracy_level_replaced:
         console.print("MatMulNBits was compared at accuracy level 0, without rounding activations to 8 bits.")
+    for fault in proof.faults:
+        console.print(f"not proved: {fault}", highlight=False, soft_wrap=True)
+    if proof.is_proved:
+        console.print(f"static proof: complete, {proof.num_nodes} nodes", highlight=False)
     verified = report.within(tolerance)
     console.print(f"verified within {tolerance:g}" if verified else f"NOT within {tolerance:g}", highlight=False)
-    sys.exit(0 if verified else 1)
+    sys.exit(0 if verified and proof.is_proved else 1)
 
 
 def _outputs_table(report: Report) -> Table:
