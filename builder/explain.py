@@ -13,7 +13,7 @@ from furiosa_llm.builder.groups import Group
 from furiosa_llm.builder.outcome import Axes
 from furiosa_llm.builder.planner import Refused
 from furiosa_llm.builder.planning import Plan
-from furiosa_llm.builder.units import nbytes
+from furiosa_llm.builder.units import counted, nbytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,5 +163,5 @@ def _why(
 def _worth(whole: Alternative) -> str:
     if whole.saved_nbytes is None or whole.collectives is None:
         return f"whole is impossible beside the other choices ({whole.reason})"
-    counts = f" for {-whole.collectives} collectives" if whole.collectives else ""
+    counts = f" for {counted(-whole.collectives, 'collective')}" if whole.collectives else ""
     return f"saves {nbytes(-whole.saved_nbytes)} per PE and token{counts}"

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.factors import Factor, Kind
 from furiosa_llm.builder.interface import role_of
+from furiosa_llm.builder.rules import WEIGHT_MOVERS
 from furiosa_llm.builder.states import States
 from furiosa_llm.builder.sweep import find_weight_derived
 
@@ -163,7 +164,14 @@ class _Roles:
 
 
 def _reads_tokens(info: NodeInfo) -> bool:
-    return any(v is not None and v.is_graph_input() and role_of(v) == "token_ids" for v in info.node.inputs)
+    """Whether token ids are looked up, perhaps in another form."""
+    for value in info.node.inputs:
+        source = value
+        while source is not None and (node := source.producer()) is not None and node.op_type in WEIGHT_MOVERS:
+            source = node.inputs[0]
+        if source is not None and source.is_graph_input() and role_of(source) == "token_ids":
+            return True
+    return False
 
 
 def _products(factor: Factor) -> Iterator[list[Factor]]:

@@ -12,7 +12,7 @@ from furiosa_llm.builder.factors import Factor
 from furiosa_llm.builder.groups import Group, candidates, group_leaves
 from furiosa_llm.builder.outcome import Axes
 from furiosa_llm.builder.pricing import Price, Pricer, Subject
-from furiosa_llm.builder.units import nbytes
+from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 MOVE_CHARGE = 0.01
@@ -277,7 +277,8 @@ class Planner:
 def _bargain(saved: float, more: int) -> str:
     """An alternative's price beside the plan's: bytes that a rank reads and receives for a token, and collectives."""
     verb = "save" if saved >= 0 else "cost"
-    counts = f" for {abs(more)} {'fewer' if more < 0 else 'more'} collectives" if more else ""
+    noun = "fewer collective" if more < 0 else "more collective"
+    counts = f" for {counted(abs(more), noun)}" if more else ""
     return f"would {verb} {nbytes(abs(saved))} per PE and token{counts}"
 
 

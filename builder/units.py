@@ -3,6 +3,11 @@
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: 1 -> `1 collective`, 2 -> `2 collectives`."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
 def nbytes(count: float) -> str:
     """A number of bytes in decimal units: 1536 -> `1.5 kB`."""
     unit = 0
