@@ -144,6 +144,8 @@ def _(subject: Subject) -> Iterator[Subject]:
         reader = subject.node(readers[0]) if readers else None
         if reader is None or len(reader.output) != 1 or reader.op_type in ("Shape", "Identity", "Cast"):
             continue
+        if reader.op_type == "Div" and reader.input[0] == subject.node(i).output[0]:
+            continue  # behind it is as right: a sum may be divided in parts
         found = subject.copy()
         summed, after = found.node(i), found.node(readers[0])
         after.input[:] = [summed.input[0] if name == summed.output[0] else name for name in after.input]

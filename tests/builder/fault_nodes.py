@@ -35,8 +35,8 @@ def _(subject: Subject) -> Iterator[Subject]:
     for i in subject.nodes("Reshape", "Expand", "ConstantOfShape"):
         port = 0 if subject.node(i).op_type == "ConstantOfShape" else 1
         before = subject.producer(subject.node(i).input[port])
-        if before is None or subject.node(before).op_type not in ("Where", "Div"):
-            continue
+        if before is None or not subject.node(before).name.endswith(("/local", "/local_quotient")):
+            continue  # a Where of the exporter's own may do nothing
         fixed = subject.node(before)
         found = subject.copy()
         found.node(i).input[port] = fixed.input[2 if fixed.op_type == "Where" else 0]
@@ -188,6 +188,15 @@ def _(subject: Subject) -> Iterator[Subject]:
         yield found
 
 
+@kind("zero points that make something of padding")
+def _(subject: Subject) -> Iterator[Subject]:
+    for i in subject.nodes("MatMulInteger"):
+        found = subject.copy()
+        point = found.constant(np.array(7, dtype=np.uint8))
+        found.node(i).input.extend([point, point])
+        yield found
+
+
 @kind("an op that nobody knows")
 def _(subject: Subject) -> Iterator[Subject]:
     for i in contractions(subject):
@@ -298,6 +307,8 @@ def _(subject: Subject) -> Iterator[Subject]:
     for i in subject.nodes("Where", "Mul"):
         constant = subject.inline(subject.node(i).input[1])
         before = [subject.producer(name) for name in subject.node(i).input]
+        if "global" not in subject.node(i).name:
+            continue  # a Where of the exporter's own may not take what is changed
         if constant is not None and any(b is not None and subject.node(b).op_type == "Shape" for b in before):
             found = subject.copy()
             found.node(i).input[1] = found.constant(constant * 2)

@@ -134,7 +134,8 @@ def _(subject: Subject) -> Iterator[Subject]:
 
 @kind("a bound of a table wrong")
 def _(subject: Subject) -> Iterator[Subject]:
-    for i in lookups(subject, "/is_below") + lookups(subject, "/is_above") + lookups(subject, "/is_behind_all"):
+    ends = ("/is_below", "/is_above/not", "/is_behind_all/not")
+    for i in (i for end in ends for i in lookups(subject, end)):
         bound = subject.inline(subject.node(i).input[1])
         assert bound is not None
         for change in (-1, 1):

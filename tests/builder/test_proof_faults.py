@@ -59,15 +59,29 @@ def a_short_block() -> onnx.ModelProto:
     return model("float[4, 5] past_x", "float[4, 6] y", nodes, weights)
 
 
+def blocks_around_a_point() -> onnx.ModelProto:
+    """Zero is no zero of these weights: of the last block only what is multiplied with its rest can be cleared."""
+    nodes = "h = MatMul(past_x, a) s = Sigmoid(h) w = DequantizeLinear<axis=0, block_size=16>(q, t, z) y = MatMul(s, w)"
+    weights = {"a": (5, 56), "q": codes(56, 6), "t": positive(4, 6), "z": codes(4, 6)}
+    return model("float[4, 5] past_x", "float[4, 6] y", nodes, weights)
+
+
+def a_product_of_codes() -> onnx.ModelProto:
+    """Six codes over four ranks: one rank has padding alone."""
+    return model("uint8[4, 6] past_x", "int32[4, 7] y", "y = MatMulInteger(past_x, w)", {"w": codes(6, 7)})
+
+
 HANDMADE = {
     "a mean": ("/average", a_mean_of_parts),
     "a quotient": ("/cleared", padded_quotient),
     "an output": ("/order", an_uneven_output),
     "a short block": ("/cleared", a_short_block),
+    "blocks around a point": ("/cleared", blocks_around_a_point),
+    "a product of codes": ("/AllReduce", a_product_of_codes),
 }
 """What no artifact of the zoo has: the ends of names of nodes that there are then, and a model to make it of."""
 
-ONLY_HANDMADE = ("a mean of parts", "padding that", "a mask of padding", "gathered parts")
+ONLY_HANDMADE = ("a mean of parts", "padding that", "a mask of padding", "gathered parts", "zero points that")
 """Kinds that are made in these models. Others may do no harm there: one weight alone may be split in any order."""
 
 
