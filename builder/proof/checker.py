@@ -161,6 +161,7 @@ class _Checker:
         if any(isinstance(one, Unknown) for one in held):
             self._held.update(dict.fromkeys(node.outputs, Unknown()))
             return
+        self._check_alike(node)
         if any(value not in self._facts.second for value in node.outputs):
             try:
                 self._facts.visit(node)
@@ -172,7 +173,6 @@ class _Checker:
                 stored.check_output(one, self._declared[str(value.name)], self._manifest.mesh)
 
     def _outputs(self, node: ir.Node, held: Sequence[Held | None]) -> Sequence[Held]:
-        self._check_alike(node)
         if node.domain == COLLECTIVE_DOMAIN:
             return collectives.transfer(node, held[0], self._manifest.mesh)
         if any(isinstance(one, LocalSizes) for one in held):
@@ -198,9 +198,10 @@ class _Checker:
         inner = list(nodes_within(node))
         if any(one.op_type in _RANDOM and not one.domain for one in (node, *inner)):
             raise ContradictionError("numbers drawn at random on each rank", "the same numbers on all ranks", REBUILD)
-        read = [value for one in inner for value in one.inputs if value is not None]
-        read += [value for graph in graphs_within(node) for value in graph.outputs]
-        for value in read:
+        results = (value for graph in graphs_within(node) for value in graph.outputs)
+        if any(value.producer() is None and not value.is_graph_input() for value in results):
+            raise ContradictionError("a graph inside a node that does not compute its outputs", "its own", REBUILD)
+        for value in (value for one in inner for value in one.inputs if value is not None):
             held = self._held.get(value)
             if held is not None and not (isinstance(held, Placement) and held.is_whole):
                 raise ContradictionError(

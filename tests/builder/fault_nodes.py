@@ -277,18 +277,34 @@ def _(subject: Subject) -> Iterator[Subject]:
             )
 
 
+def branched(subject: Subject, position: int, inner: onnx.GraphProto) -> Subject:
+    """What an If gives, in place of a node's first operand."""
+    found = subject.copy()
+    condition = found.constant(np.array(True))
+    branch = onnx.helper.make_node("If", [condition], ["seeded"], then_branch=inner, else_branch=inner)
+    found.node(position).input[0] = "seeded"
+    found.insert(position, branch)
+    return found
+
+
 @kind("a branch that reads what is split")
 def _(subject: Subject) -> Iterator[Subject]:
     for i in contractions(subject):
         name = subject.node(i).input[0]
-        found = subject.copy()
         taken = onnx.helper.make_node("Identity", [name], ["seeded/taken"])
-        inner = onnx.helper.make_graph([taken], "branch", [], [onnx.ValueInfoProto(name="seeded/taken")])
-        condition = found.constant(np.array(True))
-        branch = onnx.helper.make_node("If", [condition], ["seeded"], then_branch=inner, else_branch=inner)
-        found.node(i).input[0] = "seeded"
-        found.insert(i, branch)
-        yield found
+        result = onnx.ValueInfoProto(name="seeded/taken")
+        yield branched(subject, i, onnx.helper.make_graph([taken], "branch", [], [result]))
+        yield branched(subject, i, onnx.helper.make_graph([], "branch", [], [onnx.ValueInfoProto(name=name)]))
+
+
+@kind("a branch that draws numbers at random")
+def _(subject: Subject) -> Iterator[Subject]:
+    for i in subject.nodes("AllReduce"):
+        for reader in subject.readers(subject.node(i).output[0])[:1]:
+            name = subject.node(reader).input[0]
+            drawn = onnx.helper.make_node("RandomNormalLike", [name], ["seeded/drawn"], dtype=1)
+            result = onnx.ValueInfoProto(name="seeded/drawn")
+            yield branched(subject, reader, onnx.helper.make_graph([drawn], "branch", [], [result]))
 
 
 @kind("an input or output that the manifest does not name")

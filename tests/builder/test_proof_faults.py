@@ -60,9 +60,9 @@ def a_short_block() -> onnx.ModelProto:
 
 
 def blocks_around_a_point() -> onnx.ModelProto:
-    """Zero is no zero of these weights: of the last block only what is multiplied with its rest can be cleared."""
+    """Six blocks over four ranks: scales are zero in those that are padding, and not in the rest of the last one."""
     nodes = "h = MatMul(past_x, a) s = Sigmoid(h) w = DequantizeLinear<axis=0, block_size=16>(q, t, z) y = MatMul(s, w)"
-    weights = {"a": (5, 56), "q": codes(56, 6), "t": positive(4, 6), "z": codes(4, 6)}
+    weights = {"a": (5, 88), "q": codes(88, 6), "t": positive(6, 6), "z": codes(6, 6)}
     return model("float[4, 5] past_x", "float[4, 6] y", nodes, weights)
 
 
