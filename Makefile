@@ -28,7 +28,7 @@ demo: $(INSTALLED) ## split SmolLM2 over 4, then 8 PEs, and let it answer a ques
 
 .PHONY: test
 test: $(INSTALLED) ## the fast tests
-	$(BIN)/pytest -m "not real_model and not slow"
+	$(BIN)/pytest -m "not real_model and not slow" --numprocesses auto --dist worksteal
 
 .PHONY: test-real
 test-real: $(INSTALLED) ## the tests that `make test` leaves out: on the real model, and the slow ones
