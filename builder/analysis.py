@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.factors import Factor, FactorConflictError, concatenation, prefix, product, unify
 from furiosa_llm.builder.rule import DimExpr, Rule, Signature, parse
 from furiosa_llm.builder.rules import NodeView, rule_of
@@ -80,8 +81,12 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
     uses = list(_uses(view, signature))
     sizes = {**_sizes_of_lone_symbols(uses, view.facts), **rule.sizes}
     for use in uses:
-        found = f"{view.node.op_type} {view.node.name}: {rule.text} does not fit {view.facts[use.value].shape}"
-        assert len(use.operand) == len(dims[use.value]), found
+        if len(use.operand) != len(dims[use.value]):
+            raise ShapeError(
+                f'node {view.node.op_type} "{view.node.name}" does not fit its operands: "{use.value.name}" has the '
+                f"shape {list(view.facts[use.value].shape)}, expected {len(use.operand)} dimensions ({rule.text}); "
+                "the model is damaged, export it again."
+            )
         for factor, expression in zip(dims[use.value], use.operand, strict=True):
             if expression.segments and not _link(factor, expression, symbols, sizes):
                 unlinked |= expression.symbols

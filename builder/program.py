@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +157,7 @@ class ProgramBuilder:
         return self._weights[key]
 
     def _add_weight(self, name: str, tensor: ir.TensorProtocol, layout: tuple[Dim, ...]) -> ir.Value:
-        if not any(axes_of(dim) for dim in layout) and tensor.nbytes <= INLINE_NBYTES:
+        if not any(axes_of(dim) for dim in layout) and tensor.nbytes <= INLINE_NBYTES and _is_here(tensor):
             unique = self._unique(name, self._names)
             return self._initializer(unique, ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=unique))
         for d, dim in enumerate(layout):
@@ -232,3 +233,8 @@ def _segments_by_axes(dim: Dim) -> list[Dim]:
         return [dim]
     runs = [list(run) for _, run in itertools.groupby(segments, key=lambda part: frozenset(axes_of(part)))]
     return [run[0] if len(run) == 1 else Cat(tuple(run)) for run in runs]
+
+
+def _is_here(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor's data can be read: plans are made without the files that hold it."""
+    return not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path).is_file()

@@ -26,6 +26,7 @@ from furiosa_llm.builder.shapes import Facts, attributes_of
 from furiosa_llm.builder.values import EVALUATORS
 
 _MAX_ELEMENTS = 64
+_BEYOND_INT64 = 2**63
 _MIN_NODES = 16
 """Graphs with less shape arithmetic than this are left as they are: they have little to win."""
 _SAME_ON_SIZES = frozenset(
@@ -274,7 +275,8 @@ class _Folder:
 
     def _is_read(self, value: ir.Value) -> bool:
         """Whether something that is not itself folded away reads `value`."""
-        if self.known[value] is _NOTHING or self.known[value].ndim > 1:
+        known = self.known[value]
+        if known is _NOTHING or known.ndim > 1 or not _can_be_written(known):
             return False
         return any(not any(o in self.known for o in node.outputs) for node, _ in value.uses())
 
@@ -344,6 +346,12 @@ class _Folder:
             self._graph.register_initializer(value)
             self._emitted[key] = value
         return self._emitted[key]
+
+
+def _can_be_written(sizes: Sizes) -> bool:
+    """Whether every number in it is an int64."""
+    polynomials = sizes.reshape(-1) if sizes.dtype == object else ()
+    return all(abs(c) < _BEYOND_INT64 for polynomial in polynomials for _, c in polynomial.terms)
 
 
 _NOTHING: Sizes = np.empty(0, dtype=object)

@@ -30,7 +30,7 @@ def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
     both: tuple[dict[str, int], dict[str, int]] = ({}, {})
     others = itertools.cycle(_OTHERS)
     for name in names:
-        if name == "total" and "past" in names:
+        if name == "total" and {"past", "sequence"} <= names.keys():
             continue
         pair = _SIZES.get(name) or next(others)
         for sizes, size in zip(both, pair, strict=True):

@@ -15,11 +15,12 @@ import onnx_ir as ir
 import pytest
 from safetensors import safe_open
 
-from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.builder import ArtifactBuilder, BuildReport, read_tactics
 from furiosa_llm.runtime.artifact.layout import axes_of, global_size, index_map
 from furiosa_llm.runtime.artifact.manifest import StoredTensor
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.executor import Executor
 from tests.builder.conftest import Built
 from tests.builder.graphs import model, random
 from tests.builder.parity import DECODE, PREFILL, feeds_of
@@ -332,3 +333,24 @@ def test_what_the_report_says(built: Built) -> None:
     assert report.padding_nbytes > 0
     assert report.num_nodes == len(artifact.program.graph.node)
     assert [axes_of(dim) for dim in artifact.manifest.inputs[-1].layout if dim is not None] == [(0,), ()]
+
+
+def test_a_weight_in_two_layouts(tmp_path: Path) -> None:
+    """One product takes its columns in parts, a softmax of it needs them whole: both are stored, and both are read."""
+    nodes = "h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) s = Softmax<axis = 1>(w) t = MatMul(x, s) z = ReduceMax(t)"
+    weights = {"w": (8, 64), "v": (64, 8)}
+    proto = model("float[batch, 8] x", "float[batch, 8] y, float[one, two] z", nodes, weights)
+    onnx.save(proto, tmp_path / "model.onnx")
+    text = '[[tactic]]\nweight = "w"\ndim = 1\nplace = 4'
+    (tmp_path / "tactics.toml").write_text(text)
+    builder = ArtifactBuilder(tmp_path / "model.onnx", tactics=read_tactics(tmp_path / "tactics.toml"))
+    report = builder.build(tmp_path / "artifact")
+    assert report.faults == ()
+    layouts = [t.layout for t in open_artifact(tmp_path / "artifact").tensors.values() if t.origin == "w"]
+    assert len(layouts) == 2
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    expected = session(proto).run(None, {"x": x})
+    with Executor(open_artifact(tmp_path / "artifact")) as executor:
+        found = executor.run({"x": x})
+    for name, array in zip(("y", "z"), expected, strict=True):
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)

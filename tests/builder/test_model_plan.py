@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import onnx
@@ -79,6 +80,20 @@ def test_weights_need_not_be_there(graphs: Path) -> None:
     folder = graphs / "qwen2.5-0.5b-dynamo-op21-fp32"
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "config.json"}
     assert plan_of(folder / "model.onnx", 8).weight_nbytes > 2e8
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-llama-genai-fp32", "tiny-llama-genai-int4-qdq", "tiny-gptoss-genai-fp32-fullkv"]
+)
+def test_without_its_data_a_graph_has_the_same_plan(name: str, zoo: Path, tmp_path: Path) -> None:
+    shutil.copy(zoo / name / "model.onnx", tmp_path)
+    with_data, without = (
+        plan_of(zoo / name / "model.onnx", 4, context=64),
+        plan_of(tmp_path / "model.onnx", 4, context=64),
+    )
+    assert without.collectives == with_data.collectives
+    assert without.choices == with_data.choices
+    assert without.weight_nbytes == pytest.approx(with_data.weight_nbytes, rel=0.01)  # a few bytes are not inlined
 
 
 def test_why_heads_are_as_they_are(zoo: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from furiosa_llm.builder import ArtifactBuilder
-from furiosa_llm.builder.errors import UnsupportedModelError
+from furiosa_llm.builder import ArtifactBuilder, plan_model
+from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
 from furiosa_llm.builder.interface import SizeSet
 from furiosa_llm.builder.outcome import InfeasibleError
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -410,3 +410,23 @@ def test_a_collective_of_what_weights_alone_give(tmp_path: Path) -> None:
     x = random(3, 64)
     with Executor(artifact, threads=1) as executor:
         np.testing.assert_allclose(executor.run({"x": x})["y"], session(proto).run(None, {"x": x})[0], atol=1e-4)
+
+
+def test_sizes_beyond_int64_are_left_to_the_graph() -> None:
+    """Shape arithmetic that overflows is not folded: the unsplit model wraps around, and so does the split one."""
+    powers = " ".join(f"s{i + 1} = Mul(s{i}, thousand)" for i in range(20))
+    nodes = f"s0 = Shape(x) {powers} y = Cast<to = 1>(s20)"
+    proto = model("float[batch, 4] x", "float[2] y", nodes, {"thousand": np.array([1000])})
+    prepared = prepare_proto(proto, simplified=True)
+    assert len(prepared.model.graph) > 1
+    assert error_of(prepared, {}) < TOLERANCE
+
+
+def test_an_operand_of_another_rank_is_the_models_mistake(zoo: Path, tmp_path: Path) -> None:
+    proto = onnx.load(zoo / "tiny-llama-genai-int4-qdq" / "model.onnx", load_external_data=False)
+    node = next(node for node in proto.graph.node if node.op_type == "DequantizeLinear")
+    (scales,) = (t for t in proto.graph.initializer if t.name == node.input[1])
+    scales.dims.append(1)
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ShapeError, match=rf'"{scales.name}" has the shape .*, expected 2 dimensions'):
+        plan_model(tmp_path / "model.onnx")
