@@ -16,6 +16,7 @@ from furiosa_llm.builder.explain import Explained
 from furiosa_llm.builder.hardware import PE_NBYTES
 from furiosa_llm.builder.memory import Memory, Workload
 from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
+from furiosa_llm.builder.program import INLINE_NBYTES
 from furiosa_llm.builder.tensor_parallel import mesh_of
 from tests.builder.stacks import stack
 
@@ -93,7 +94,10 @@ def test_without_its_data_a_graph_has_the_same_plan(name: str, zoo: Path, tmp_pa
     )
     assert without.collectives == with_data.collectives
     assert without.choices == with_data.choices
-    assert without.weight_nbytes == pytest.approx(with_data.weight_nbytes, rel=0.01)  # a few bytes are not inlined
+    # Small weights that are here are written into the program; those that are not count as stored.
+    initializers = onnx.load(zoo / name / "model.onnx").graph.initializer
+    small = sum(len(t.raw_data) for t in initializers if len(t.raw_data) <= INLINE_NBYTES)
+    assert with_data.weight_nbytes <= without.weight_nbytes <= with_data.weight_nbytes + small
 
 
 def test_why_heads_are_as_they_are(zoo: Path) -> None:
