@@ -138,7 +138,10 @@ class Interpreter:
             return evaluated
         rule = self._shape_rules.get((node.domain, node.op_type))
         if rule is not None:
-            pairs = rule(node, inputs)
+            try:
+                pairs = rule(node, inputs)
+            except (ArithmeticError, LookupError, TypeError, ValueError, onnx.checker.ValidationError) as error:
+                raise ShapeError(_contradiction(node, inputs, str(error))) from error
         elif _ELEMENTWISE.get(node.op_type) is not None and node.domain == "":
             pairs = self._elementwise(node, inputs)
         else:

@@ -288,7 +288,8 @@ class _Folder:
                 new = self._node("Cast", [new], ("cast", id(new), dtype), to=int(dtype))
         else:
             new = self._initializer(sizes)
-        value.replace_all_uses_with(new, replace_graph_outputs=False)
+        for node, port in list(value.uses()):  # a graph output stays what it is
+            node.replace_input_with(port, new)
 
     def _vector(self, elements: tuple[Polynomial, ...], *, scalar: bool) -> ir.Value:
         numbers = [e.number() for e in elements]

@@ -119,7 +119,7 @@ class RuleTransfer:
     def _rule(self, view: NodeView) -> Rule:
         try:
             return rule_of(view)
-        except (AssertionError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (AssertionError, BuildError) as error:
             raise ContradictionError(
                 f"a node that the rule of its op does not fit ({type(error).__name__}: {error})",
                 "attributes and operands that fit each other",

@@ -181,14 +181,21 @@ def rule_of(view: NodeView) -> Rule:
     """The rule of a node; an op without one is replicated, with a note.
 
     A rule may compare sizes only where the op's meaning makes equal sizes the same dimension. Where it says something
-    else at other sizes, two dimensions were equal by chance, and nothing is said.
+    else at other sizes, two dimensions were equal by chance, and nothing is said. Raises ShapeError for a node that the
+    rule of its op does not fit.
     """
     op = f"{view.node.domain or 'ai.onnx'}::{view.node.op_type}"
     function = RULES.get((view.node.domain, view.node.op_type))
     if function is None:
         return whole(view, note=f"no rule for {op}: replicated")
-    found = function(view)
-    if function(view.swapped()).text != found.text:
+    try:
+        found, other = function(view), function(view.swapped())
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ShapeError(
+            f'node {view.node.op_type} "{view.node.name}" has attributes or operands that {op} does not take '
+            f"({type(error).__name__}: {error}); the model is damaged, export it again."
+        ) from error
+    if other.text != found.text:
         return whole(view, note=f"{op} relates its dimensions differently at different sizes: replicated")
     return found
 

@@ -430,3 +430,30 @@ def test_an_operand_of_another_rank_is_the_models_mistake(zoo: Path, tmp_path: P
     onnx.save(proto, tmp_path / "model.onnx")
     with pytest.raises(ShapeError, match=rf'"{scales.name}" has the shape .*, expected 2 dimensions'):
         plan_model(tmp_path / "model.onnx")
+
+
+def test_a_folded_size_may_be_an_output() -> None:
+    powers = " ".join(f"s{i + 1} = Mul(s{i}, one)" for i in range(20))
+    nodes = f"s0 = Shape(x) {powers} y = Cast<to = 1>(s20)"
+    prepared = prepare_proto(
+        model("float[batch, 4] x", "float[2] y, int64[2] s20", nodes, {"one": np.array([1])}), simplified=True
+    )
+    assert error_of(prepared, {}) < TOLERANCE
+
+
+def test_too_few_factors_of_a_resize(tmp_path: Path) -> None:
+    nodes = 'y = Resize<mode = "nearest">(x, , factors)'
+    proto = model("float[2, 3, 8, 8] x", "float[a, b, c, d] y", nodes, {"factors": np.array([2.0], dtype=np.float32)})
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ShapeError, match=r'Resize "" does not fit its inputs'):
+        plan_model(tmp_path / "model.onnx")
+
+
+def test_an_attribute_of_another_type(zoo: Path, tmp_path: Path) -> None:
+    proto = onnx.load(zoo / "tiny-llama-genai-fp32" / "model.onnx", load_external_data=False)
+    node = next(node for node in proto.graph.node if node.op_type == "SkipSimplifiedLayerNormalization")
+    (epsilon,) = (a for a in node.attribute if a.name == "epsilon")
+    epsilon.CopyFrom(helper.make_attribute("epsilon", [1e-5, 1e-5]))
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ShapeError, match="SkipSimplifiedLayerNormalization does not take"):
+        plan_model(tmp_path / "model.onnx")
