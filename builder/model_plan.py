@@ -13,7 +13,7 @@ from typing import Any
 from furiosa_llm.builder import configuration
 from furiosa_llm.builder.annotations import annotate, write_annotated
 from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.compile import Analysed, analyse_model
+from furiosa_llm.builder.compile import analyse_model
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.explain import Explained, explain
 from furiosa_llm.builder.hardware import PE_BYTES_PER_S, PE_NBYTES, PES_PER_CARD
@@ -144,7 +144,8 @@ def plan_model(
         analysed.lowered_for(mesh_of(size), max_padding=max_padding, tactics=tactics, told=lambda _: None)
         for size in tensor_parallel_sizes
     )
-    tensors = {id(t): t for v in _initializers(analysed) if (t := v.const_value) is not None}
+    initializers = analysed.source.model.graph.initializers.values()
+    tensors = {id(t): t for value in initializers if (t := value.const_value) is not None}
     plan = ModelPlan(
         model=str(path),
         num_nodes=len(analysed.model.graph),
@@ -170,10 +171,6 @@ def write_annotated_plan(build: Build, workload: Workload, path: str | os.PathLi
     plan = build.plan
     model = annotate(build.source, build.analysis, plan.assignment, plan.outcome, plan.mesh, stages=stage_of)
     write_annotated(model, build.source, path)
-
-
-def _initializers(analysed: Analysed) -> list[Any]:
-    return list(analysed.source.model.graph.initializers.values())
 
 
 def _size_plan(build: Build, workload: Workload) -> SizePlan:
