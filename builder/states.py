@@ -62,7 +62,8 @@ def _pair(value: ir.Value, facts: Facts) -> StatePair | None:
         before, after = facts[value], facts[output]
         sizes = zip(before.shape, after.shape, strict=False)
         grown = [d for d, (a, b) in enumerate(sizes) if a != b]
-        if before.dtype == after.dtype and len(before.shape) == len(after.shape) and len(grown) == 1:
+        alike = before.dtype == after.dtype and len(before.shape) == len(after.shape)
+        if alike and len(grown) == 1 and not _is_fixed(value, grown[0]):
             in_place = value in node.inputs and output in node.outputs and _writes_in_place(node)
             return StatePair(input=value, output=output, sequence_dim=grown[0], in_place=in_place)
     return None
@@ -82,6 +83,11 @@ def _writes_in_place(node: ir.Node) -> bool:
         if after.uses() or any(reader is not node for reader, _ in before.uses()):
             return False
     return True
+
+
+def _is_fixed(value: ir.Value, d: int) -> bool:
+    """Whether a dimension of an input has one size only: then no new positions lie behind it."""
+    return value.shape is not None and isinstance(value.shape[d], int)
 
 
 def _appended(value: ir.Value) -> list[tuple[ir.Value, ir.Node]]:

@@ -457,3 +457,13 @@ def test_an_attribute_of_another_type(zoo: Path, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "model.onnx")
     with pytest.raises(ShapeError, match="SkipSimplifiedLayerNormalization does not take"):
         plan_model(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(("size", "pairs"), [("2", 0), ("past", 1)])
+def test_what_never_grows_is_no_state_from_step_to_step(size: str, pairs: int) -> None:
+    proto = model(
+        f"float[{size}, 8] past_x, float[sequence, 8] x",
+        "float[total, 8] present_y",
+        "present_y = Concat<axis = 0>(past_x, x)",
+    )
+    assert len(prepare_proto(proto).states.pairs) == pairs
