@@ -49,19 +49,19 @@ class Planning:
     def __init__(self, analysis: Analysis, states: States, probes: Probes) -> None:
         self._whole = Subject(analysis=analysis, states=states, decode=probes.decode, longer=probes.longer)
         facts = (analysis.facts, analysis.others, probes.decode.facts, probes.longer.facts)
-        self._reduced = reduce_repeats(analysis.graph, facts)
-        self._small = None if self._reduced is None else _small_subject(self._whole, self._reduced)
+        reduced = reduce_repeats(analysis.graph, facts)
+        self._small = None if reduced is None else _small_subject(self._whole, reduced)
+        self._leaves = {} if reduced is None or self._small is None else _leaf_pairs(self._whole, self._small, reduced)
 
     def plan(self, mesh: Mesh, max_padding: float = MAX_PADDING, pins: Mapping[Factor, Pin] | None = None) -> Plan:
         """The plan for `mesh`; PlanError if `pins` make it impossible."""
         pins = pins or {}
         self._check_pins(pins)
-        if self._reduced is not None and self._small is not None:
-            leaves = _leaf_pairs(self._whole, self._small, self._reduced)
-            small_pins = _carried_over(pins, leaves)
+        if self._small is not None:
+            small_pins = _carried_over(pins, self._leaves)
             if small_pins is not None:
                 decision = Planner(self._small, mesh, max_padding, small_pins).decide()
-                plan = self._checked(_on_whole(decision, leaves), mesh, pins)
+                plan = self._checked(_on_whole(decision, self._leaves), mesh, pins)
                 if plan is not None:
                     return plan
         plan = self._checked(Planner(self._whole, mesh, max_padding, pins).decide(), mesh, pins)
@@ -69,6 +69,8 @@ class Planning:
         return plan
 
     def _check_pins(self, pins: Mapping[Factor, Pin]) -> None:
+        if not pins:
+            return
         possible = set(candidates(self._whole.analysis, self._whole.states))
         for leaf, pin in pins.items():
             if pin.parts != 1 and leaf not in possible:
