@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import cast
 
@@ -73,6 +74,7 @@ def _tensors(build: Build, placements: Mapping[str, Placement]) -> tuple[StoredT
             layout=tensor.layout,
             part=tensor.part,
             origin=None if tensor.source is None else origins.get(id(tensor.source)),
+            sha256=placements[tensor.name].sha256,
         )
         for tensor in build.tensors()
     )
@@ -85,7 +87,9 @@ def _initializers(build: Build) -> tuple[OriginalInitializer, ...]:
         tensor = value.const_value
         assert tensor is not None
         shape = tuple(tensor.shape.numpy())
-        found.append(OriginalInitializer(name=name, dtype=tensor.dtype.name, shape=shape, stored=stored.get(name, ())))
+        parts = stored.get(name, ())
+        digest = hashlib.sha256(tensor.tobytes()).hexdigest() if parts else None
+        found.append(OriginalInitializer(name=name, dtype=tensor.dtype.name, shape=shape, stored=parts, sha256=digest))
     return tuple(found)
 
 

@@ -86,6 +86,8 @@ class Placement:
     offset: int
     nbytes: int
     """Of one shard."""
+    sha256: str
+    """Of all shards."""
 
 
 def write_weights(
@@ -97,11 +99,13 @@ def write_weights(
     for number, part in enumerate(_files(tensors, mesh), start=1):
         name = f"weights-{number:05d}.safetensors"
         header, offsets = _header(part, mesh)
-        for tensor in part:
-            placements[tensor.name] = Placement(name, len(header) + offsets[tensor.name], tensor.local_nbytes)
+        digests: dict[str, str] = {}
         with (folder / name).open("wb") as file:
-            digest = _write_hashed(file, _contents(header, part, mesh, progress))
+            digest = _write_hashed(file, _contents(header, part, mesh, progress, digests))
             size = file.tell()
+        for tensor in part:
+            offset = len(header) + offsets[tensor.name]
+            placements[tensor.name] = Placement(name, offset, tensor.local_nbytes, digests[tensor.name])
         files.append(FileEntry(path=name, nbytes=size, sha256=digest))
     return placements, files
 
@@ -139,15 +143,18 @@ def _header(tensors: Sequence[ShardedTensor], mesh: Mesh) -> tuple[bytes, dict[s
 
 
 def _contents(
-    header: bytes, tensors: Sequence[ShardedTensor], mesh: Mesh, progress: Progress
+    header: bytes, tensors: Sequence[ShardedTensor], mesh: Mesh, progress: Progress, digests: dict[str, str]
 ) -> Iterator[bytes | memoryview]:
     yield header
     for tensor in tensors:
+        digest = hashlib.sha256()
         for position in range(num_shards(tensor, mesh)):
             data = _bytes(shard(tensor, mesh, position), tensor.dtype)
             for start in range(0, len(data), _CHUNK_NBYTES):
                 yield data[start : start + _CHUNK_NBYTES]
+            digest.update(data)
             progress(len(data))
+        digests[tensor.name] = digest.hexdigest()
 
 
 def _bytes(array: npt.NDArray[Any], dtype: ir.DataType) -> memoryview:

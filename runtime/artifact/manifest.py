@@ -1,4 +1,4 @@
-"""manifest.json, format 1: one frozen dataclass per object, `to_json` for writers and `parse_manifest` for readers.
+"""manifest.json, format 2: one frozen dataclass per object, `to_json` for writers and `parse_manifest` for readers.
 
 docs/artifact-format.md is the specification. `parse_manifest` refuses whatever a well-formed manifest cannot hold;
 `reader.py` then compares the manifest with the other files of the folder.
@@ -6,6 +6,7 @@ docs/artifact-format.md is the specification. `parse_manifest` refuses whatever 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,10 +16,16 @@ from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prefix, Prod, to_json
 
 FORMAT_NAME = "furiosa-llm-onnx"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PROGRAM_NAME = "program.onnx"
 SOURCE_NAME = "source.onnx"
+MAX_MANIFEST_NBYTES = 64 * 2**20
+"""A longer manifest is refused unread: parsed JSON takes some twenty times its length in memory."""
+
+DIGEST_PREFIX = b'{\n "digest": "'
+"""How manifest.json begins; its own digest follows, in 64 hexadecimal digits."""
+_DIGEST_LENGTH = 64
 
 Task = Literal["decoder", "encoder", "other"]
 InputRole = Literal["token_ids", "attention_mask", "position_ids", "token_type_ids", "state", "other"]
@@ -32,7 +39,8 @@ class Provenance:
     """What made the artifact: no time, host or path, so that equal builds are equal bytes.
 
     `tool` is `name version`; `libraries` maps a library to its version; `options` are the build's options, any JSON;
-    `source_sha256` is the lower-case hexadecimal digest of the model file without its external data.
+    `source_sha256` is the lower-case hexadecimal digest of the model file without its external data and without the
+    initializers' data in it that is stored in the artifact; those have digests of their own.
     """
 
     tool: str
@@ -81,7 +89,8 @@ class StoredTensor:
     `dtype` is ONNX's name. `shard_axes` are the mesh axes that tell shards apart, the first most significant.
     `layout` has a layout for each dimension of the global tensor; `origin` is the original initializer's name, and
     `part` which part of it this is, None for all of it. All three are None for a tensor that the builder made; a tensor
-    that the source had as a constant, not as an initializer, has a layout but no origin.
+    that the source had as a constant, not as an initializer, has a layout but no origin. `sha256` is of all shards'
+    bytes as they follow each other in the file.
     """
 
     name: str
@@ -92,16 +101,21 @@ class StoredTensor:
     layout: tuple[Dim, ...] | None
     part: Part | None
     origin: str | None
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OriginalInitializer:
-    """One initializer of the original graph; `stored` names the tensors that make it up, none if source.onnx has it."""
+    """One initializer of the original graph; `stored` names the tensors that make it up, none if source.onnx has it.
+
+    `sha256` is of the original's bytes, little-endian and packed as ONNX packs them; None if source.onnx has them.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     stored: tuple[str, ...]
+    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +203,24 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json: equal manifests give equal bytes."""
-        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return seal(self.to_json())
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """The bytes of manifest.json for its members but the digest, which is put first."""
+    whole = {"digest": "0" * _DIGEST_LENGTH, **document}
+    data = (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    start = len(DIGEST_PREFIX)
+    return data[:start] + manifest_digest(data).encode() + data[start + _DIGEST_LENGTH :]
+
+
+def manifest_digest(data: bytes) -> str:
+    """What the digest in the manifest `data` must be: SHA-256 of its bytes with zeros for the digest's digits."""
+    start = len(DIGEST_PREFIX)
+    zeroed = hashlib.sha256(data[:start])
+    zeroed.update(b"0" * _DIGEST_LENGTH)
+    zeroed.update(data[start + _DIGEST_LENGTH :])
+    return zeroed.hexdigest()
 
 
 def _plain(value: Any) -> Any:

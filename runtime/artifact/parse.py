@@ -11,9 +11,11 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError, LayoutError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, check_unique, parse_json
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, from_json, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import (
+    DIGEST_PREFIX,
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
+    MAX_MANIFEST_NBYTES,
     Block,
     Collective,
     CollectiveKind,
@@ -31,11 +33,12 @@ from furiosa_llm.runtime.artifact.manifest import (
     StateMode,
     StoredTensor,
     Task,
+    manifest_digest,
 )
 from furiosa_llm.runtime.artifact.parse_checks import check_references
 
 _SECTIONS = (
-    *("format", "provenance", "model", "mesh", "files", "tensors", "initializers"),
+    *("digest", "format", "provenance", "model", "mesh", "files", "tensors", "initializers"),
     *("inputs", "outputs", "states", "collectives", "blocks", "plan"),
 )
 _MAX_RANKS = 4096
@@ -49,9 +52,14 @@ def parse_manifest(data: bytes) -> Manifest:
     unknown, missing or repeated keys, wrong types, numbers out of range, repeated names, paths that leave the folder,
     and references to what is not there.
     """
+    if len(data) > MAX_MANIFEST_NBYTES:
+        raise ArtifactError(
+            f"{MANIFEST_NAME} is {len(data)} bytes long, expected at most {MAX_MANIFEST_NBYTES}; {REBUILD}"
+        )
     root = parse_json(data, MANIFEST_NAME)
     _check_format(root)
     section = root.members(_SECTIONS)
+    _check_digest(section["digest"], data)
     mesh = _mesh(section["mesh"])
     manifest = Manifest(
         provenance=_provenance(section["provenance"]),
@@ -81,6 +89,17 @@ def _check_format(root: Field) -> None:
         raise ArtifactError(
             f"manifest.json is of format {name!r:.80} version {version}; this release reads {FORMAT_NAME!r} version "
             f"{FORMAT_VERSION}; {REBUILD} of this release, or install the release that made it"
+        )
+
+
+def _check_digest(field: Field, data: bytes) -> None:
+    declared, expected = _digest(field), manifest_digest(data)
+    if not data.startswith(DIGEST_PREFIX + declared.encode()):
+        field.fail("the digest as the first member, as docs/artifact-format.md spells it", "it elsewhere")
+    if declared != expected:
+        raise ArtifactError(
+            f"{MANIFEST_NAME} was altered: its digest is {expected[:16]}..., it says {declared[:16]}...; copy the "
+            f"artifact again or {REBUILD}"
         )
 
 
@@ -124,7 +143,7 @@ def _file(field: Field) -> FileEntry:
 
 
 def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
-    member = field.members(("name", "file", "dtype", "local_shape", "shard_axes", "layout", "part", "origin"))
+    member = field.members(("name", "file", "dtype", "local_shape", "shard_axes", "layout", "part", "origin", "sha256"))
     tensor = StoredTensor(
         name=member["name"].name(),
         file=member["file"].text(),
@@ -134,6 +153,7 @@ def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
         layout=member["layout"].optional(lambda layout: layout.items(lambda dim: _dim(dim, mesh))),
         part=member["part"].optional(_part),
         origin=member["origin"].optional(Field.name),
+        sha256=_digest(member["sha256"]),
     )
     if tensor.part is not None and tensor.origin is None:
         member["part"].fail("null, because the tensor has no origin")
@@ -159,13 +179,17 @@ def _part(field: Field) -> Part:
 
 
 def _initializer(field: Field) -> OriginalInitializer:
-    member = field.members(("name", "dtype", "shape", "stored"))
-    return OriginalInitializer(
+    member = field.members(("name", "dtype", "shape", "stored", "sha256"))
+    original = OriginalInitializer(
         name=member["name"].name(),
         dtype=member["dtype"].choice((*DTYPES, "STRING", "COMPLEX64", "COMPLEX128")),
         shape=member["shape"].items(Field.integer),
         stored=member["stored"].items(Field.name),
+        sha256=member["sha256"].optional(_digest),
     )
+    if (original.sha256 is None) != (not original.stored):
+        member["sha256"].fail("a digest if $.stored names tensors, null if it names none")
+    return original
 
 
 def _value(field: Field, mesh: Mesh, roles: Sequence[str]) -> dict[str, Any]:

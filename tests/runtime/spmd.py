@@ -159,6 +159,7 @@ class Spmd:
                     dtype=dtype_name(array),
                     shape=array.shape,
                     stored=(name,) if name in self.weights else (),
+                    sha256=hashlib.sha256(array.tobytes()).hexdigest() if name in self.weights else None,
                 )
                 for name, array in arrays.items()
             ),
@@ -203,13 +204,7 @@ class Spmd:
         return output
 
     def _write_weights(self, folder: Path) -> None:
-        arrays = {}
-        for name, weight in self.weights.items():
-            shards: dict[int, Array] = {}
-            for rank in range(self.mesh.size):
-                shards.setdefault(self.mesh.position(rank, weight.axes), weight.local(self.mesh, rank))
-            arrays[name] = np.stack([shards[position] for position in sorted(shards)])
-        save_file(arrays, folder / WEIGHTS)
+        save_file({name: _stacked(weight, self.mesh) for name, weight in self.weights.items()}, folder / WEIGHTS)
 
     def _external(self, model: ModelProto, folder: Path) -> ModelProto:
         header = read_header(folder / WEIGHTS)
@@ -235,7 +230,16 @@ class Spmd:
             layout=weight.layout,
             part=None,
             origin=name,
+            sha256=hashlib.sha256(_stacked(weight, self.mesh).tobytes()).hexdigest(),
         )
+
+
+def _stacked(weight: Weight, mesh: Mesh) -> Array:
+    """All shards of a weight, `[number of shards, *local shape]`."""
+    shards: dict[int, Array] = {}
+    for rank in range(mesh.size):
+        shards.setdefault(mesh.position(rank, weight.axes), weight.local(mesh, rank))
+    return np.stack([shards[position] for position in sorted(shards)])
 
 
 def dtype_name(array: Array) -> str:

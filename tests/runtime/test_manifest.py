@@ -11,7 +11,7 @@ import pytest
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
-from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.manifest import MAX_MANIFEST_NBYTES, Manifest, seal
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from tests.runtime.models import LlamaSize, llama
 
@@ -59,8 +59,8 @@ def copy_first(section: str) -> Change:
 
 
 REFUSED: list[tuple[Change, str]] = [
-    (put("other", "format", "name"), r"format 'other' version 1; this release reads 'furiosa-llm-onnx' version 1"),
-    (put(2, "format", "version"), r"version 2; this release reads .* version 1; rebuild .* or install the release"),
+    (put("other", "format", "name"), r"format 'other' version 2; this release reads 'furiosa-llm-onnx' version 2"),
+    (put(3, "format", "version"), r"version 3; this release reads .* version 2; rebuild .* or install the release"),
     (put(1.0, "format", "version"), r"\$\.format\.version: found 1\.0, expected an integer of at least 0"),
     (drop("format"), r"expected an object with the key 'format'"),
     (drop("mesh"), r"manifest.json \$: found an object without it, expected the key 'mesh'"),
@@ -95,6 +95,8 @@ REFUSED: list[tuple[Change, str]] = [
     (put({"dim": 0, "start": 3, "stop": 3}, "tensors", 0, "part"), r"part\.stop: found 3, expected more than start, 3"),
     (put({"dim": 0, "start": 0, "stop": 999}, "tensors", 0, "part"), r"expected a part of the original's shape"),
     (put({"dim": 0, "start": 0, "stop": 9}, "tensors", 0, "part"), r"layout: found FLOAT \[256, 8\], expected one of"),
+    (put("x" * 64, "tensors", 0, "sha256"), r"tensors\[0\]\.sha256: found .*, expected 64 lower-case hexadecimal"),
+    (put(None, "initializers", 0, "sha256"), r"initializers\[0\]\.sha256: found null, expected a digest if"),
     (copy_first("tensors"), r"\$\.tensors\[\d+\]: found 'cos' again, expected a name that item 0"),
     (
         put(["nothing"], "initializers", 0, "stored"),
@@ -151,7 +153,7 @@ def test_a_malformed_field_is_refused(manifest: Manifest, change: Change, messag
     root = json.loads(manifest.to_bytes())
     change(root)
     with pytest.raises(ArtifactError, match=message) as caught:
-        parse_manifest(json.dumps(root).encode())
+        parse_manifest(seal(root))
     assert "rebuild the artifact with `furiosa-llm build`" in str(caught.value)
 
 
@@ -175,15 +177,34 @@ def test_what_is_no_manifest_is_refused(data: bytes, message: str) -> None:
         parse_manifest(data)
 
 
+def test_an_altered_manifest_is_refused(manifest: Manifest) -> None:
+    data = manifest.to_bytes().replace(b'"vocab_size": null', b'"vocab_size": 4096')
+    with pytest.raises(ArtifactError, match=r"manifest\.json was altered: its digest is \w+\.\.\., it says \w+"):
+        parse_manifest(data)
+
+
+def test_the_digest_comes_first(manifest: Manifest) -> None:
+    root = json.loads(manifest.to_bytes())
+    root["plan"] = root.pop("plan")
+    root["digest"] = root.pop("digest")
+    with pytest.raises(ArtifactError, match=r"\$\.digest: found it elsewhere, expected the digest as the first member"):
+        parse_manifest(json.dumps(root, indent=1).encode())
+
+
+def test_a_giant_manifest_is_refused_unread() -> None:
+    with pytest.raises(ArtifactError, match=r"manifest\.json is \d+ bytes long, expected at most \d+; rebuild"):
+        parse_manifest(b" " * (MAX_MANIFEST_NBYTES + 1))
+
+
 def test_blocks_ascend(manifest: Manifest) -> None:
     root = json.loads(manifest.to_bytes())
     block = {"name": "a", "first_node": 3, "collectives": 1, "weight_nbytes": 0, "crossing": []}
     root["blocks"] = [block, {**block, "name": "b", "first_node": 3}]
     with pytest.raises(ArtifactError, match="expected blocks whose first nodes ascend"):
-        parse_manifest(json.dumps(root).encode())
+        parse_manifest(seal(root))
 
 
 def test_the_plan_may_be_any_object(manifest: Manifest, tmp_path: Path) -> None:
     root = json.loads(manifest.to_bytes())
     root["plan"] = {"anything": [1, {"at": None}]}
-    assert parse_manifest(json.dumps(root).encode()).plan == root["plan"]
+    assert parse_manifest(seal(root)).plan == root["plan"]

@@ -14,6 +14,7 @@ import pytest
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.runtime.models import mlp
 from tests.runtime.spmd import WEIGHTS, Spmd, file_entry
@@ -39,7 +40,7 @@ def refresh(folder: Path) -> None:
         {"path": e.path, "nbytes": e.nbytes, "sha256": e.sha256}
         for e in (file_entry(folder / entry["path"]) for entry in manifest["files"])
     ]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def test_windows_are_the_ranks_own(program: Spmd, folder: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_malformed_header(folder: Path, change: Callable[[object], object], me
 def test_a_tensor_that_the_manifest_does_not_name(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_bytes())
     del manifest["tensors"][0], manifest["initializers"][0]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
     with pytest.raises(ArtifactError, match=r"has a tensor 'A' that manifest\.json does not name"):
         open_artifact(folder)
 
@@ -228,6 +229,6 @@ def test_blocks_that_the_program_has_not(folder: Path, block: dict[str, object],
     manifest["blocks"] = [
         {"name": "b", "first_node": 0, "collectives": 1, "weight_nbytes": 0, "crossing": []} | block,
     ]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
     with pytest.raises(ArtifactError, match=message):
         open_artifact(folder)
