@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from furiosa_llm.builder.beside import find_beside
 from furiosa_llm.builder.errors import ModelLoadError
 
 COMPANIONS = (
@@ -30,18 +31,22 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length",
 
 
 def companions(model: Path) -> list[Path]:
-    """The files beside `model` that belong to it."""
-    return [path for name in COMPANIONS if (path := model.parent / name).is_file()]
+    """The files beside `model` that belong to it; raises ModelLoadError for a link that leads out of its folder."""
+    return [path for name in COMPANIONS if (path := _companion(model, name)) is not None]
+
+
+def _companion(model: Path, name: str) -> Path | None:
+    return find_beside(model, name, f"{model.parent / name} goes with the model")
 
 
 def read_json(model: Path, name: str) -> dict[str, Any]:
     """A JSON object beside the model; empty if there is none."""
-    path = model.parent / name
-    if not path.is_file():
+    path = _companion(model, name)
+    if path is None:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not JSON: {error}; mend it or remove it.") from error
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path} holds a {type(content).__name__}, expected a JSON object; mend it or remove it.")

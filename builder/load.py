@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -12,10 +11,10 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.builder.external_data import bind_external_data, check_regions
+from furiosa_llm.builder.lean import Lean, read_lean
+from furiosa_llm.builder.source_guard import SourceGuard
 from furiosa_llm.builder.validate import validate
-
-_LONGEST_LOCATION, _LONGEST_NAME = 4000, 255
-"""Of paths, and of one name in them, on the file systems in use."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +24,14 @@ class Source:
     path: Path
     """The file itself; its folder is where external data, the tokenizer and the configuration are looked for."""
     model: ir.Model
-    """The graph; initializers with external data are memory maps that nobody has opened yet."""
+    """The graph; tensors with external data, and large ones of the file's own, are `SourceTensor`s: read when asked."""
+    proto: onnx.ModelProto
+    """The file's content; large initializers refer to their bytes in the file as external data. Not to be changed."""
+    sha256: str = ""
+    """Of the file without what was passed over in it, so of all of it if all its large initializers are external; empty
+    for a model that comes from no file."""
+    guard: SourceGuard = dataclasses.field(default_factory=SourceGuard)
+    """Knows the model's files as they were."""
 
 
 def load(path: str | os.PathLike[str]) -> Source:
@@ -35,23 +41,28 @@ def load(path: str | os.PathLike[str]) -> Source:
         candidates = sorted(p.name for p in file.glob("*.onnx"))
         hint = f"; it holds {', '.join(candidates)}: name one of them" if candidates else "; it holds no .onnx file"
         raise ModelLoadError(f"{file} is a folder, expected an ONNX file{hint}.")
-    if not file.is_file():
+    if not file.exists():
         raise ModelLoadError(f"{file} does not exist; give the path of an .onnx file.")
-    proto = _read(file)
-    validate(proto, file.name)
+    if not file.is_file():
+        raise ModelLoadError(f"{file} is a pipe, socket or device, expected an ONNX file; save the model as a file.")
+    guard = SourceGuard()
+    guard.remember([file])
+    lean = _read(file)
+    validate(lean.proto, file.name, lean.left_out)
     try:
-        model = ir.from_proto(proto)
+        model = ir.from_proto(lean.proto)
     except ir.serde.SerdeError as error:
         raise ModelLoadError(
             f"{file.name} is not a valid graph: {root_cause(error)}; the file is damaged, export the model again."
         ) from error
-    ir.external_data.set_base_dir(model.graph, file.parent)
-    return Source(path=file, model=model)
+    left_out = {lean.proto.graph.initializer[index].name for index in lean.left_out}
+    guard.remember(bind_external_data(model, file, left_out))
+    return Source(path=file, model=model, proto=lean.proto, sha256=lean.sha256, guard=guard)
 
 
-def _read(file: Path) -> onnx.ModelProto:
+def _read(file: Path) -> Lean:
     try:
-        proto = onnx.load(file, load_external_data=False)
+        lean = read_lean(file)
     except OSError as error:
         raise ModelLoadError(f"{file} cannot be read: {error.strerror}; check the rights of the file.") from error
     except (DecodeError, ValueError) as error:
@@ -59,12 +70,12 @@ def _read(file: Path) -> onnx.ModelProto:
             f"{file} is not an ONNX model: {error}. Expected the protobuf file that an exporter writes; "
             "if it was downloaded, check that the download is complete and not a pointer to large-file storage."
         ) from error
-    if not proto.graph.node and not proto.graph.output:
+    if not lean.proto.graph.node and not lean.proto.graph.output:
         raise ModelLoadError(
             f"{file} is not an ONNX model: it has no nodes and no outputs ({file.stat().st_size} bytes); "
             "check that the download is complete and not a pointer to large-file storage."
         )
-    return proto
+    return lean
 
 
 def root_cause(error: BaseException) -> str:
@@ -76,54 +87,5 @@ def root_cause(error: BaseException) -> str:
 
 
 def check_external_data(source: Source) -> None:
-    """Raise ModelLoadError unless every external tensor lies inside a file inside the model's folder."""
-    folder = source.path.resolve().parent
-    for what, tensor in _tensors(source.model):
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_external(f"{what} of {source.path.name}", tensor, folder)
-
-
-def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """Every tensor of the model, in branches and functions too."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                yield f'initializer "{value.name}"', value.const_value
-    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for root in roots:
-        for node in ir.traversal.RecursiveGraphIterator(root):
-            for attribute in node.attributes.values():
-                if attribute.type is ir.AttributeType.TENSOR:
-                    yield f'attribute {attribute.name} of node "{node.name}"', attribute.as_tensor()
-
-
-def _check_external(what: str, tensor: ir.ExternalTensor, folder: Path) -> None:
-    location = Path(tensor.location)
-    if len(str(location)) > _LONGEST_LOCATION or any(len(part) > _LONGEST_NAME for part in location.parts):
-        raise ModelLoadError(
-            f'{what} has its data in "{location!s:.40}...", a name that no file can have; export the model again.'
-        )
-    target = Path(os.path.normpath(folder / location))
-    if location.is_absolute() or not target.is_relative_to(folder) or not target.resolve().is_relative_to(folder):
-        raise ModelLoadError(
-            f'{what} has its data in "{location}", outside the model\'s folder; '
-            "external data must lie in the folder of the .onnx file or below it: move the file there and export again."
-        )
-    if not target.is_file():
-        raise ModelLoadError(
-            f'{what} has its data in "{location}", which is missing; put that file into {folder} '
-            "(exporters write it next to the model, it must be copied along)."
-        )
-    expected = tensor.nbytes
-    length = tensor.length if tensor.length is not None else expected
-    if length != expected:
-        raise ModelLoadError(
-            f"{what} says its data is {length} bytes long, but {tensor.dtype} {list(tensor.shape)} takes {expected}; "
-            "the model is damaged, export it again."
-        )
-    end = (tensor.offset or 0) + expected
-    size = target.stat().st_size
-    if end > size:
-        raise ModelLoadError(
-            f'{what} ends at byte {end} of "{location}", which has {size} bytes; the file is incomplete, copy it again.'
-        )
+    """Raise ModelLoadError unless every external tensor lies inside a file that is there, to itself."""
+    check_regions(source.model, source.path)

@@ -6,12 +6,13 @@ What is looked at here is what later stages take for granted. Nodes are compared
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
+from furiosa_llm.builder.lean import LeftOut
 from furiosa_llm.builder.validate_nodes import check_node, is_operator
 from furiosa_llm.builder.validate_tensors import MAX_ELEMENTS, check_tensor, check_text, dtype_name
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
@@ -26,8 +27,11 @@ _OLDEST_IR_VERSION = 3
 FunctionKey = tuple[str, str, str]
 
 
-def validate(proto: ModelProto, name: str) -> None:
-    """Raise ModelLoadError if the model in the file `name` is damaged, UnsupportedModelError if it is beyond us."""
+def validate(proto: ModelProto, name: str, left_out: Mapping[int, LeftOut]) -> None:
+    """Raise ModelLoadError if the model in the file `name` is damaged, UnsupportedModelError if it is beyond us.
+
+    `left_out` is what was left out of the graph's initializers, by their positions.
+    """
     opsets = _opsets(proto, name)
     functions = _functions(proto, opsets, name)
     for node in _nodes(proto.graph.node):
@@ -38,8 +42,9 @@ def validate(proto: ModelProto, name: str) -> None:
                     f'{name}: node {node.op_type} "{node.name}" has the attribute {attribute.name} of a function, but '
                     "is in none; the file is damaged, export the model again."
                 )
-    for graph in (proto.graph, *_graphs(proto.graph.node)):
-        _check_names(graph, name)
+    _check_names(proto.graph, name, left_out)
+    for graph in _graphs(proto.graph.node):
+        _check_names(graph, name, {})
     for value in (*proto.graph.input, *proto.graph.output):
         _check_value(value, name)
     for function in functions.values():
@@ -117,7 +122,7 @@ def _domain(domain: str) -> str:
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
-def _check_names(graph: GraphProto, name: str) -> None:
+def _check_names(graph: GraphProto, name: str, left_out: Mapping[int, LeftOut]) -> None:
     """Every value of a graph has one source and a name of its own."""
     if graph.sparse_initializer:
         raise UnsupportedModelError(
@@ -125,8 +130,8 @@ def _check_names(graph: GraphProto, name: str) -> None:
             "convert them (onnx.reference or numpy can) and save the model again."
         )
     check_text(f"{name}: a graph", graph.name)
-    for tensor in graph.initializer:
-        check_tensor(tensor, f'{name}: initializer "{tensor.name}"')
+    for index, tensor in enumerate(graph.initializer):
+        check_tensor(tensor, f'{name}: initializer "{tensor.name}"', left_out=left_out.get(index))
     inputs = _distinct("input", [value.name for value in graph.input], name)
     initializers = _distinct("initializer", [tensor.name for tensor in graph.initializer], name)
     check_text(f"{name}: a value", *(value.name for value in (*graph.value_info, *graph.output)))
@@ -244,7 +249,7 @@ def _check_function(function: FunctionProto, name: str) -> None:
         if value not in seen:
             raise ModelLoadError(f'{where}: no node gives the output "{value}"; export the model again.')
     for graph in _graphs(function.node):
-        _check_names(graph, where)
+        _check_names(graph, where, {})
 
 
 def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionProto], name: str) -> None:

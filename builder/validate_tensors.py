@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from onnx import TensorProto
 
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
+from furiosa_llm.builder.lean import LeftOut
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 MAX_ELEMENTS = 2**40
@@ -45,10 +46,11 @@ def check_text(where: str, *texts: object) -> None:
             )
 
 
-def check_tensor(tensor: TensorProto, where: str, *, any_type: bool = False) -> None:
+def check_tensor(tensor: TensorProto, where: str, *, any_type: bool = False, left_out: LeftOut | None = None) -> None:
     """Raise ModelLoadError unless the tensor's data has the length that its type and dimensions take.
 
-    Raise UnsupportedModelError for a type that artifacts cannot hold, unless it may be of `any_type`.
+    Raise UnsupportedModelError for a type that artifacts cannot hold, unless it may be of `any_type`. `left_out` is
+    what was left out when the tensor was read, which is external data by now.
     """
     check_text(repr(where)[1:-1], tensor.name)
     dims, dtype = list(tensor.dims), dtype_name(tensor.data_type)
@@ -64,12 +66,15 @@ def check_tensor(tensor: TensorProto, where: str, *, any_type: bool = False) -> 
         )
     if tensor.HasField("segment"):
         raise UnsupportedModelError(f"{where} is stored in segments, expected it in one piece; save the model again.")
-    if tensor.data_location == TensorProto.EXTERNAL:
+    if left_out is not None:
+        expected = elements if left_out.field != "raw_data" else _nbytes(elements, dtype)
+        _check_length(where, left_out.entries, expected, _unit(left_out.field, dtype, dims))
+    elif tensor.data_location == TensorProto.EXTERNAL:
         _check_external(tensor, where, dtype)
     elif dtype == "STRING" or not tensor.HasField("raw_data"):
         _check_field(tensor, where, elements, dtype)
     else:
-        _check_length(where, len(tensor.raw_data), -(-elements * _bits(dtype) // 8), f"bytes for {dtype} {dims}")
+        _check_length(where, len(tensor.raw_data), _nbytes(elements, dtype), _unit("raw_data", dtype, dims))
 
 
 def _check_external(tensor: TensorProto, where: str, dtype: str) -> None:
@@ -80,8 +85,12 @@ def _check_external(tensor: TensorProto, where: str, dtype: str) -> None:
         if not isinstance(entry.key, str) or not isinstance(entry.value, str) or entry.key in entries:
             raise ModelLoadError(f"{where} has external data {entry.key!r:.40} twice or not as text; export it again.")
         entries[entry.key] = entry.value
-    if not entries.get("location") or "\0" in entries["location"]:
+    if not entries.get("location"):
         raise ModelLoadError(f"{where} is external, but does not say in which file; export the model again.")
+    if _CONTROL.search(entries["location"]):
+        raise ModelLoadError(
+            f"{where} has its data in {entries['location']!r:.80}, a name with control characters; export it again."
+        )
     for key in ("offset", "length"):
         text = entries.get(key, "0")
         if not (text.isascii() and text.isdigit() and int(text[:20]) < 2**62 and len(text) < 20):
@@ -95,12 +104,20 @@ def _check_field(tensor: TensorProto, where: str, elements: int, dtype: str) -> 
     bits = _bits(dtype)
     per_entry = 8 // bits if bits < 8 else 1
     expected = -(-elements // per_entry) * numbers
-    _check_length(where, len(getattr(tensor, field)), expected, f"entries of {field} for {dtype} {list(tensor.dims)}")
+    _check_length(where, len(getattr(tensor, field)), expected, _unit(field, dtype, list(tensor.dims)))
+
+
+def _unit(field: str, dtype: str, dims: list[int]) -> str:
+    return f"{'bytes' if field == 'raw_data' else f'entries of {field}'} for {dtype} {dims}"
 
 
 def _check_length(where: str, found: int, expected: int, what: str) -> None:
     if found != expected:
         raise ModelLoadError(f"{where} has {found} {what}, expected {expected}; the file is damaged, export it again.")
+
+
+def _nbytes(elements: int, dtype: str) -> int:
+    return -(-elements * _bits(dtype) // 8)
 
 
 def _bits(dtype: str) -> int:

@@ -18,6 +18,7 @@ from furiosa_llm.builder.annotations.correspondence import Correspondence
 from furiosa_llm.builder.annotations.finding import Finding, warning
 from furiosa_llm.builder.annotations.structure import DeclaredShape, annotations_of, declared_shapes, nodes_of
 from furiosa_llm.builder.errors import BuildError
+from furiosa_llm.builder.external_data import bind_external_data
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.normalize import normalize
 from furiosa_llm.builder.probe import Probes, probe
@@ -70,8 +71,8 @@ def _analysed(model: onnx.ModelProto, path: Path) -> tuple[Analysis, dict[str, D
         unsplit = ir.from_proto(plain)
     except (DecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BuildError(f"the graph is damaged: {error}") from error
-    ir.external_data.set_base_dir(unsplit.graph, path.resolve().parent)
-    normalized = normalize(Source(path=path, model=unsplit))
+    bind_external_data(unsplit, path)
+    normalized = normalize(Source(path=path, model=unsplit, proto=plain))
     config = configuration.read_json(path, "config.json")
     probes = probe(normalized, {}, config)
     shapes = dict(_inferred(model.graph, Correspondence(model.graph, normalized.graph), probes))

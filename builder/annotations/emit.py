@@ -200,7 +200,7 @@ def write_annotated(model: onnx.ModelProto, source: Source, path: str | os.PathL
         raise OutputError(f"{target} exists already; name another file, or remove it.")
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent} is not a folder; make it first, or name another file.")
-    folder = source.path.resolve().parent
+    folder = source.path.parent.resolve()
     moved = onnx.ModelProto()
     moved.CopyFrom(model)
     for tensor in _tensors(moved.graph, moved.functions):

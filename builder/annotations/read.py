@@ -70,7 +70,7 @@ def constraints_of(
     """
     if not any(node.device_configurations for node in source.model.graph):
         return ()
-    model = onnx.load(source.path, load_external_data=False)
+    model = source.proto
     correspondence = Correspondence(model.graph, analysis.graph)
     values = {
         name: value

@@ -138,7 +138,7 @@ def prepare(path: Path, *, simplified: bool = True, fused: bool = False) -> Prep
 
 def prepare_proto(proto: onnx.ModelProto, *, simplified: bool = False) -> Prepared:
     """A model made by hand, up to its analysis; as it was written, unless it is to be simplified."""
-    return _prepare(Source(path=Path("handmade.onnx"), model=ir.from_proto(proto)), proto, simplified)
+    return _prepare(Source(path=Path("handmade.onnx"), model=ir.from_proto(proto), proto=proto), proto, simplified)
 
 
 def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool, fused: bool = False) -> Prepared:

@@ -27,7 +27,7 @@ def test_damaged_models_are_refused_or_right(tmp_path: Path) -> None:
 def test_crashes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the checks of the file's fields."""
 
-    def unchecked(proto: onnx.ModelProto, name: str) -> None:
+    def unchecked(proto: onnx.ModelProto, name: str, left_out: object) -> None:
         assert proto.graph.node
 
     monkeypatch.setattr(load, "validate", unchecked)

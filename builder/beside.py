@@ -1,0 +1,40 @@
+"""Which files beside a model belong to it: those in its folder, and those that a link in it may lead to."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from furiosa_llm.builder.errors import ModelLoadError
+
+
+def folders_of(model: Path) -> tuple[Path, ...]:
+    """Where a link beside `model` may lead: the folder as it is named, and the one where the model really lies.
+
+    In a cache of Hugging Face's, the files of a model are links from one folder into another.
+    """
+    return tuple(dict.fromkeys((Path(os.path.realpath(model.parent)), Path(os.path.realpath(model)).parent)))
+
+
+def find_beside(model: Path, name: str | Path, what: str) -> Path | None:
+    """The file `name` in the folder of `model`; None if it is absent.
+
+    Raises ModelLoadError, which begins with `what`, if it is no regular file or a link that leads elsewhere.
+    """
+    path = model.parent / name
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ModelLoadError(f"{what}, which cannot be looked at: {error.strerror}; put a file there.") from error
+    if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders_of(model)):
+        raise ModelLoadError(
+            f"{what}, a link that leads outside the model's folder to {os.path.realpath(path)}; "
+            "links may only lead to files in the folder of the .onnx file or below it: put the file itself there."
+        )
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise ModelLoadError(f"{what}, which is a {kind}, expected a regular file; put the file there.")
+    return path

@@ -1,0 +1,80 @@
+"""Read tensors out of a model's files: into memory of their own, never mapped, as mapped pages count as memory used."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+
+_PIECE_NBYTES = 16 * 2**20
+
+
+class SourceTensor(ir.ExternalTensor):
+    """A tensor that lies in a file of the model, the .onnx file itself or another; it is read anew at each access."""
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The elements. Raises FileNotFoundError if the file is absent, and ModelLoadError if it cannot be read."""
+        dtype, shape = self.dtype, self.shape.numpy()
+        packed = _read(self)
+        if dtype.bitwidth < 8:
+            return np.asarray(ir.PackedTensor(packed, dtype, shape=shape).numpy())
+        return packed.view(np.dtype(dtype.numpy()).newbyteorder("<")).reshape(shape)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self.numpy(), dtype=dtype)
+
+    def tobytes(self) -> bytes:
+        """The elements as ONNX packs them."""
+        return read_packed(self).tobytes()
+
+
+def read_packed(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor as ONNX packs them, little-endian: one dimension, at most this one copy in memory.
+
+    Raises ModelLoadError if the file that they lie in is gone, too short or cannot be read.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return np.frombuffer(tensor.tobytes(), dtype=np.uint8)
+    try:
+        return _read(tensor)
+    except FileNotFoundError as error:
+        raise ModelLoadError(
+            f'{tensor.path}, which holds the data of "{tensor.name}", is missing; put the file there and try again.'
+        ) from error
+
+
+def _read(tensor: ir.ExternalTensor) -> npt.NDArray[np.uint8]:
+    path, offset = Path(tensor.path), tensor.offset or 0
+    content = np.empty(DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy()), dtype=np.uint8)
+    try:
+        # A pipe that has taken the file's place must not make the build wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ModelLoadError(f"{path} is no regular file, expected the data of a model; put the file there.")
+            done = 0
+            while done < len(content):
+                piece = content[done : done + _PIECE_NBYTES].data
+                read = os.preadv(descriptor, [piece], offset + done)
+                if not read:
+                    raise ModelLoadError(
+                        f'{path} ends at byte {os.fstat(descriptor).st_size}, but the data of "{tensor.name}" at byte '
+                        f"{offset + len(content)}: it is incomplete, or was changed while it was read; "
+                        "copy it again, and leave it alone during the build."
+                    )
+                done += read
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ModelLoadError(f"{path} cannot be read: {error.strerror}; check the file and its rights.") from error
+    return content
