@@ -12,6 +12,8 @@ from furiosa_llm.builder.errors import (
 )
 from furiosa_llm.builder.model_plan import ModelPlan, plan_model
 from furiosa_llm.builder.report import BuildReport, Decision
+from furiosa_llm.builder.reshard import reshard
+from furiosa_llm.builder.reuse import build_by_plan_of
 from furiosa_llm.builder.tactics import Tactics, read_tactics
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "ShapeError",
     "Tactics",
     "UnsupportedModelError",
+    "build_by_plan_of",
     "plan_model",
     "read_tactics",
+    "reshard",
 ]

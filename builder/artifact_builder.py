@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from furiosa_llm.builder import configuration, writer
+from furiosa_llm.builder.assemble import Assembly, Progress, default_name
 from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.compile import analyse_model
-from furiosa_llm.builder.errors import OptionError
-from furiosa_llm.builder.load import Source
-from furiosa_llm.builder.manifest_of import manifest_of
+from furiosa_llm.builder.compile import Analysed, Stage
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.planner import MAX_PADDING
-from furiosa_llm.builder.program_shapes import program_shapes
-from furiosa_llm.builder.proof import prove
-from furiosa_llm.builder.report import BuildReport, report_of
+from furiosa_llm.builder.report import BuildReport
+from furiosa_llm.builder.sources import load_with_weights
 from furiosa_llm.builder.tactics import Tactics
-from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size, mesh_of
-from furiosa_llm.builder.weights import num_shards
-from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
-
-_LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir")
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage's name, what is done and what there is to do (bytes for `write`, 0 or 1 for the others)."""
 
 
 class ArtifactBuilder:
@@ -60,109 +45,44 @@ class ArtifactBuilder:
         experimental_tp: bool = False,
         fuse_attention: bool = True,
     ) -> None:
-        check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
-        if not max_padding >= 1:  # not a number is not, either
-            raise OptionError(f"max_padding must be at least 1 (no padding), got {max_padding}.")
-        if max_seq_len_to_capture is not None and max_seq_len_to_capture < 1:
-            raise OptionError(f"max_seq_len_to_capture must be at least 1, got {max_seq_len_to_capture}.")
+        self._options = BuildOptions(
+            tensor_parallel_size=tensor_parallel_size,
+            max_seq_len_to_capture=max_seq_len_to_capture,
+            dims=dict(dims or {}),
+            max_padding=max_padding,
+            tactics=tactics,
+            fuse_attention=fuse_attention,
+        )
+        self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)
-        self._name = name
-        self._mesh = mesh_of(tensor_parallel_size)
-        self._max_seq_len = max_seq_len_to_capture
-        self._dims = dict(dims or {})
-        self._max_padding = max_padding
-        self._tactics = tactics
-        self._fuse_attention = fuse_attention
+        self._name = name or default_name(self._model)
 
     def build(
-        self, save_dir: str | os.PathLike[str], *, force: bool = False, progress: Progress | None = None
+        self,
+        save_dir: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+        workers: int | None = None,
     ) -> BuildReport:
-        """Write the artifact to `save_dir`; raises a BuildError and leaves nothing behind if that fails."""
-        started = time.monotonic()
-        told = progress or (lambda *_: None)
-        destination = Path(save_dir)
-        with writer.output_folder(destination, force=force) as folder:
-            analysed = analyse_model(
-                self._model,
-                self._dims,
-                weights=True,
-                fuse=self._fuse_attention,
-                told=lambda stage: told(stage, 0, 1),
-            )
-            build = analysed.lowered_for(
-                self._mesh,
-                max_padding=self._max_padding,
-                tactics=self._tactics,
-                told=lambda stage: told(stage, 0, 1),
-            )
-            manifest = self._write(folder, build, told)
-            told("prove", 0, 1)
-            faults = tuple(map(str, prove(folder).faults))
-        seconds = time.monotonic() - started
-        return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
+        """Write the artifact to `save_dir`; raises a BuildError and leaves nothing behind if that fails.
 
-    def _write(self, folder: Path, build: Build, told: Progress) -> Manifest:
-        """Write every file of the artifact, the manifest last."""
-        tensors = build.tensors()
-        shapes = program_shapes(build)
-        total = sum(tensor.local_nbytes * num_shards(tensor, self._mesh) for tensor in tensors)
-        placements, files = writer.write_weights(folder, tensors, self._mesh, _Counter(total, told).add)
-        program = writer.program_proto(build.lowered.graph, placements, shapes, build.ir_version)
-        original = writer.source_proto(build.source, build.stored_initializers())
-        files.append(writer.write_bytes(folder, PROGRAM_NAME, program.SerializeToString(deterministic=True)))
-        files.append(writer.write_bytes(folder, SOURCE_NAME, original.SerializeToString(deterministic=True)))
-        companions = configuration.companions(build.source.path)
-        files += [writer.write_bytes(folder, path.name, path.read_bytes()) for path in companions]
-        manifest = manifest_of(
-            build,
-            info=self._model_info(build),
-            provenance=self._provenance(build.source),
-            placements=placements,
-            shapes=shapes,
-            files=files,
+        Args:
+            save_dir: The folder to write.
+            force: Replace it if it is an artifact already.
+            progress: Told the stages, and the bytes as they are written.
+            workers: Threads that read, cut, hash and write weights, 1 to 4; by default 4. The artifact's bytes do not
+                depend on it.
+        """
+        assembly = Assembly(
+            options=self._options,
+            name=self._name,
+            load=lambda: load_with_weights(self._model),
+            lower=self._lower,
+            check=lambda source, _: source.guard.check_unchanged(),
         )
-        writer.write_manifest(folder, manifest)
-        return manifest
+        return assembly.build(Path(save_dir), force=force, progress=progress, workers=workers)
 
-    def _model_info(self, build: Build) -> ModelInfo:
-        path = build.source.path
-        limits = [n for n in (configuration.max_sequence_length(path), self._max_seq_len) if n is not None]
-        logits = build.logits
-        return ModelInfo(
-            name=self._name or (path.stem if path.stem != "model" else path.resolve().parent.name),
-            task=build.task,
-            max_sequence_length=min(limits, default=None),
-            vocab_size=build.probes.facts[logits].shape[-1] if logits is not None else None,
-            eos_token_ids=configuration.eos_token_ids(path),
-        )
-
-    def _provenance(self, source: Source) -> Provenance:
-        options: dict[str, Any] = {
-            "tensor_parallel_size": self._mesh.size,
-            "max_seq_len_to_capture": self._max_seq_len,
-            "dims": dict(sorted(self._dims.items())),
-            "max_padding": self._max_padding,
-            "tactics": [] if self._tactics is None else self._tactics.to_json(),
-            "fuse_attention": self._fuse_attention,
-        }
-        digest = hashlib.sha256()
-        with source.path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-        return Provenance(
-            tool=f"furiosa-llm-onnx {importlib.metadata.version('furiosa-llm-onnx')}",
-            libraries={name: importlib.metadata.version(name.replace("_", "-")) for name in _LIBRARIES},
-            options=options,
-            source_sha256=digest.hexdigest(),
-        )
-
-
-class _Counter:
-    """Turns bytes written into progress."""
-
-    def __init__(self, total: int, told: Progress) -> None:
-        self._done, self._total, self._told = 0, total, told
-
-    def add(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._told("write", self._done, self._total)
+    def _lower(self, analysed: Analysed, told: Stage) -> Build:
+        options = self._options
+        return analysed.lowered_for(options.mesh, max_padding=options.max_padding, tactics=options.tactics, told=told)

@@ -68,14 +68,25 @@ class Build:
         """Stored tensors in the order in which they are written.
 
         Those with the largest elements come first, so that every window of a file is aligned to its elements; then in
-        the order in which the program first reads them, unused ones last.
+        the order in which the program first reads their sources, unused ones last. All of one source follow each
+        other, so that it is read once.
         """
         reads = (str(value.name) for node in self.lowered.graph for value in node.inputs if value is not None)
         order = {name: position for position, name in enumerate(dict.fromkeys(reads))}
+        first: dict[int, int] = {}
 
-        def place(tensor: ShardedTensor) -> tuple[int, int]:
-            return -tensor.dtype.bitwidth, order.get(tensor.name, len(order))
+        def own_place(tensor: ShardedTensor) -> int:
+            return order.get(tensor.name, len(order))
 
+        for tensor in self.lowered.tensors.values():
+            key = id(tensor.source)
+            first[key] = min(first.get(key, len(order)), own_place(tensor))
+
+        def place(tensor: ShardedTensor) -> tuple[int, int, int, int]:
+            group = own_place(tensor) if tensor.source is None else first[id(tensor.source)]
+            return -tensor.dtype.bitwidth, group, sources.setdefault(id(tensor.source), len(sources)), own_place(tensor)
+
+        sources: dict[int, int] = {}
         return sorted(self.lowered.tensors.values(), key=place)
 
     def stored_initializers(self) -> dict[str, tuple[str, ...]]:

@@ -16,11 +16,11 @@ from furiosa_llm.builder.branches import settle_branches
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.constraints import leaf_parts
 from furiosa_llm.builder.fusion import Fusion, fuse_attention
-from furiosa_llm.builder.load import Source, check_external_data, load
+from furiosa_llm.builder.load import Source, load
 from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.normalize import normalize
 from furiosa_llm.builder.planner import MAX_PADDING, Pin
-from furiosa_llm.builder.planning import Planning
+from furiosa_llm.builder.planning import Plan, Planning
 from furiosa_llm.builder.probe import Probes, probe
 from furiosa_llm.builder.simplify import simplify
 from furiosa_llm.builder.states import States, find_states
@@ -51,7 +51,7 @@ class Analysed:
     def lowered_for(
         self, mesh: Mesh, *, max_padding: float = MAX_PADDING, tactics: Tactics | None = None, told: Stage
     ) -> Build:
-        """Plan for `mesh` and emit the program.
+        """Plan for `mesh` and lower.
 
         What the model's own multi-device annotations say is kept, too. Raises PlanError if that and `tactics` ask for
         what cannot be, and AnnotationError or ConstraintError for annotations that contradict each other.
@@ -63,6 +63,10 @@ class Analysed:
             add_pin(pins, leaf, Pin(parts=demand.parts, origin=demand.origin.origin))
         plan = self.planning.plan(mesh, max_padding, pins)
         told("lower")
+        return self.lowered_by(plan)
+
+    def lowered_by(self, plan: Plan) -> Build:
+        """Emit the program of a plan that is made already."""
         return Build(
             source=self.source,
             model=self.model,
@@ -71,24 +75,25 @@ class Analysed:
             fusion=self.fusion,
             analysis=self.analysis,
             plan=plan,
-            lowered=lower(self.analysis, mesh, plan.assignment, plan.outcome, self.source.model),
+            lowered=lower(self.analysis, plan.mesh, plan.assignment, plan.outcome, self.source.model),
         )
 
 
-def analyse_model(path: Path, dims: Mapping[str, int], *, weights: bool, fuse: bool, told: Stage) -> Analysed:
-    """Everything up to the analysis of the model at `path`.
+def analyse_model(path: Path, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
+    """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
+    told("load")
+    return analyse_source(load(path), dims, fuse=fuse, told=told)
+
+
+def analyse_source(source: Source, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
+    """Everything up to the analysis of a model.
 
     Args:
-        path: The .onnx file.
+        source: The model.
         dims: Sizes of dynamic input dimensions that do not follow from the model.
-        weights: Whether the files that hold its weights must be there.
         fuse: Whether attention that is written out in small ops is replaced by one op.
         told: Told the name of each stage.
     """
-    told("load")
-    source = load(path)
-    if weights:
-        check_external_data(source)
     model = normalize(source)
     told("analyse")
     config = configuration.read_json(source.path, "config.json")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import onnx_ir as ir
 
@@ -13,8 +12,7 @@ from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.interface import role_of
 from furiosa_llm.builder.program import COLLECTIVE_DOMAIN
 from furiosa_llm.builder.program_shapes import ValueShape, global_shape
-from furiosa_llm.builder.report import plan_json
-from furiosa_llm.builder.writer import Placement
+from furiosa_llm.builder.streaming import Placement, WrittenWeights
 from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.layout import Dim
 from furiosa_llm.runtime.artifact.manifest import (
@@ -40,24 +38,25 @@ def manifest_of(
     *,
     info: ModelInfo,
     provenance: Provenance,
-    placements: Mapping[str, Placement],
+    weights: WrittenWeights,
     shapes: Mapping[str, ValueShape],
-    files: list[FileEntry],
+    files: Sequence[FileEntry],
+    plan: Mapping[str, Any],
 ) -> Manifest:
-    """The manifest of a build whose weights lie at `placements` and whose program has the local `shapes`."""
+    """The manifest of a build whose weights are written and whose program has the local `shapes`."""
     return Manifest(
         provenance=provenance,
         model=info,
         mesh=build.plan.mesh,
         files=tuple(sorted(files, key=lambda file: file.path)),
-        tensors=_tensors(build, placements),
-        initializers=_initializers(build),
+        tensors=_tensors(build, weights.placements),
+        initializers=_initializers(build, weights.source_digests),
         inputs=_inputs(build),
         outputs=_outputs(build),
         states=_states(build),
         collectives=_collectives(build, shapes),
         blocks=_blocks(build),
-        plan=plan_json(build),
+        plan=plan,
     )
 
 
@@ -80,7 +79,7 @@ def _tensors(build: Build, placements: Mapping[str, Placement]) -> tuple[StoredT
     )
 
 
-def _initializers(build: Build) -> tuple[OriginalInitializer, ...]:
+def _initializers(build: Build, digests: Mapping[int, str]) -> tuple[OriginalInitializer, ...]:
     stored = build.stored_initializers()
     found = []
     for name, value in build.source.model.graph.initializers.items():
@@ -88,7 +87,7 @@ def _initializers(build: Build) -> tuple[OriginalInitializer, ...]:
         assert tensor is not None
         shape = tuple(tensor.shape.numpy())
         parts = stored.get(name, ())
-        digest = hashlib.sha256(tensor.tobytes()).hexdigest() if parts else None
+        digest = digests[id(tensor)] if parts else None
         found.append(OriginalInitializer(name=name, dtype=tensor.dtype.name, shape=shape, stored=parts, sha256=digest))
     return tuple(found)
 

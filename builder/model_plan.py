@@ -137,7 +137,7 @@ def plan_model(
         if number is not None and number < 1:
             raise OptionError(f"{name} must be at least 1, got {number}.")
     path = Path(model)
-    analysed = analyse_model(path, dims or {}, weights=False, fuse=fuse_attention, told=lambda _: None)
+    analysed = analyse_model(path, dims or {}, fuse=fuse_attention, told=lambda _: None)
     limit = configuration.max_sequence_length(path)
     workload = Workload(context=context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), batch=batch, chunk=chunk)
     builds = tuple(

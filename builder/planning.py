@@ -11,7 +11,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.analysis import Analysis, analyse
 from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.factors import Factor
-from furiosa_llm.builder.groups import Group, candidates
+from furiosa_llm.builder.groups import Group, candidates, group_leaves
 from furiosa_llm.builder.outcome import Assignment, Axes, Outcome
 from furiosa_llm.builder.planner import MAX_PADDING, Decision, Pin, Planner, Refused, assignment_of
 from furiosa_llm.builder.pricing import Price, PricedStep, Pricer, Subject
@@ -67,6 +67,34 @@ class Planning:
         plan = self._checked(Planner(self._whole, mesh, max_padding, pins).decide(), mesh, pins)
         assert plan is not None, "a plan's price changed when it was priced again"
         return plan
+
+    def follow(self, assignment: Assignment, mesh: Mesh) -> Plan:
+        """The plan that an assignment made earlier is, priced anew; PlanError if it cannot be for this graph."""
+        analysis, states = self._whole.analysis, self._whole.states
+        leaves = candidates(analysis, states)
+        strange = [leaf for leaf in assignment if leaf not in set(leaves)]
+        if strange:
+            raise PlanError(f"the plan splits {strange[0]!r}, which this model's ops use inside; plan anew.")
+        pricer = Pricer(self._whole, mesh, leaves)
+        priced, unsplit = pricer.price(assignment), pricer.price({})
+        if isinstance(priced, str):
+            raise PlanError(f"the plan cannot be carried out on this model: {priced}; plan anew.")
+        assert not isinstance(unsplit, str), unsplit
+        axes = {leaf: tuple(assignment.get(leaf, ())) for leaf in leaves}
+        groups = tuple(group_leaves(analysis, states, leaves, apart=axes))
+        return Plan(
+            mesh=mesh,
+            choices={group: axes[group.leaves[0]] for group in groups if axes[group.leaves[0]]},
+            assignment=assignment,
+            outcome=priced[1],
+            price=priced[0],
+            unsplit=unsplit[0],
+            charge=pricer.charge,
+            refused=(),
+            groups=groups,
+            pins={},
+            evaluations=2,
+        )
 
     def _check_pins(self, pins: Mapping[Factor, Pin]) -> None:
         if not pins:

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from furiosa_llm.builder.analysis import Analysis
+from furiosa_llm.builder.assignment import assignment_json
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.planning import Plan
 from furiosa_llm.builder.program import ShardedTensor
@@ -190,6 +191,7 @@ def plan_json(build: Build) -> dict[str, Any]:
     plan = build.plan
     return {
         "padding_nbytes": padding_nbytes(build.lowered.tensors.values(), plan.mesh),
+        "assignment": assignment_json(build.analysis, plan.assignment),
         "choices": [dataclasses.asdict(d) for d in decisions(plan)],
         "price": {"nbytes": plan.price.nbytes, "collectives": plan.price.collectives},
         "unsplit_price": {"nbytes": plan.unsplit.nbytes, "collectives": plan.unsplit.collectives},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ModelLoadError
@@ -36,11 +38,34 @@ class SourceTensor(ir.ExternalTensor):
         return read_packed(self).tobytes()
 
 
+class DeferredTensor(ir.LazyTensor):
+    """A tensor of the type and shape of another whose bytes are put together whenever they are asked for."""
+
+    def __init__(self, like: ir.TensorProtocol, packed: Callable[[], npt.NDArray[np.uint8]]) -> None:
+        """`packed` gives the bytes as ONNX packs them, `[n]`."""
+        self.packed = packed
+        shape = ir.Shape(like.shape.numpy())
+        super().__init__(self._read, dtype=like.dtype, shape=shape, name=like.name)
+
+    def _read(self) -> ir.TensorProtocol:
+        return tensor_of(self, self.packed().tobytes())
+
+
+def tensor_of(like: ir.TensorProtocol, data: bytes) -> ir.TensorProtocol:
+    """A tensor in memory with the name, type and shape of another, and `data` as ONNX packs it."""
+    dims = [int(size) for size in like.shape.numpy()]
+    return ir.serde.deserialize_tensor(
+        onnx.TensorProto(name=like.name, data_type=int(like.dtype), dims=dims, raw_data=data)
+    )
+
+
 def read_packed(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
     """The bytes of a tensor as ONNX packs them, little-endian: one dimension, at most this one copy in memory.
 
     Raises ModelLoadError if the file that they lie in is gone, too short or cannot be read.
     """
+    if isinstance(tensor, DeferredTensor):
+        return tensor.packed()
     if not isinstance(tensor, ir.ExternalTensor):
         return np.frombuffer(tensor.tobytes(), dtype=np.uint8)
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,7 +20,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from furiosa_llm.builder import ArtifactBuilder, BuildReport, read_tactics
+from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, read_tactics
+from furiosa_llm.builder.assemble import default_name
+from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import Sizes
@@ -29,6 +34,16 @@ _STAGES = {
     "lower": "writing the program",
     "prove": "proving the program",
 }
+_PLANNED = (
+    *("tensor_parallel_size", "max_seq_len_to_capture", "dims", "max_padding", "tactics", "experimental_tp"),
+    "fuse_attention",
+)
+"""Options that are taken from the artifact whose plan is reused."""
+WORKERS = click.option(
+    "--workers",
+    type=int,
+    help="Threads that read, cut, hash and write weights, 1 to 4; the bytes do not depend on it.  [default: 4]",
+)
 _SHOWN_REPLICATED = 3
 _SHOWN_LEFT = 6
 
@@ -64,8 +79,16 @@ _SHOWN_LEFT = 6
     show_default=True,
     help="Replace attention written out in small ops by one op with its cache in place.",
 )
+@click.option(
+    "--reuse-plan",
+    type=click.Path(path_type=Path),
+    help="An artifact of the same graph with other weights: its options and plan are taken, nothing is planned.",
+)
+@WORKERS
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
+@click.pass_context
 def build(
+    context: click.Context,
     model: Path,
     output: Path | None,
     tensor_parallel_size: int,
@@ -76,12 +99,23 @@ def build(
     tactics: Path | None,
     experimental_tp: bool,
     fuse_attention: bool,
+    reuse_plan: Path | None,
+    workers: int | None,
     force: bool,
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
 
     OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
     """
+    if reuse_plan is not None:
+        _refuse_beside_a_plan(context)
+        destination = output or Path(f"{default_name(model)}.artifact")
+        with shown_progress() as told:
+            report = build_by_plan_of(
+                reuse_plan, model, destination, name=name, force=force, progress=told, workers=workers
+            )
+        print_report(report)
+        return
     check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
     builder = ArtifactBuilder(
         model,
@@ -95,17 +129,37 @@ def build(
         fuse_attention=fuse_attention,
     )
     destination = output or default_output(model, tensor_parallel_size)
-    console = Console(stderr=True)
-    with _progress(console) as progress:
-        report = builder.build(destination, force=force, progress=_Shown(progress))
+    with shown_progress() as told:
+        report = builder.build(destination, force=force, progress=told, workers=workers)
+    print_report(report)
+
+
+def _refuse_beside_a_plan(context: click.Context) -> None:
+    given = [name for name in _PLANNED if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        raise OptionError(
+            f"{option} does not go with --reuse-plan, which takes the artifact's own options; leave it out."
+        )
+
+
+def default_output(model: Path, tensor_parallel_size: int) -> Path:
+    """The output folder's name, after the model."""
+    return Path(f"{default_name(model)}-tp{tensor_parallel_size}.artifact")
+
+
+def print_report(report: BuildReport) -> None:
+    """The closing table and line."""
     Console().print(closing_table(report), crop=False)
     click.echo("Artifact Build Completed")
 
 
-def default_output(model: Path, tensor_parallel_size: int) -> Path:
-    """The output folder's name: the model's file name, or its folder's if the file is called `model`."""
-    stem = model.stem if model.stem != "model" else model.resolve().parent.name
-    return Path(f"{stem}-tp{tensor_parallel_size}.artifact")
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows what a build says of its progress, on a terminal: the stage, bytes, rate and remaining time."""
+    console = Console(stderr=True)
+    with _progress(console) as progress:
+        yield _Shown(progress)
 
 
 def _progress(console: Console) -> Progress:

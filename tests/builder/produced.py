@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from furiosa_llm.builder.lower import lower
 from furiosa_llm.builder.outcome import Outcome
 from furiosa_llm.builder.planning import Plan
 from furiosa_llm.builder.program_shapes import program_shapes
+from furiosa_llm.builder.streaming import Placement
 from furiosa_llm.builder.weights import num_shards
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import Manifest, ModelInfo, Provenance
@@ -39,10 +41,10 @@ def produced(prepared: Prepared, mesh: Mesh, assignment: Assignment, outcome: Ou
         lowered=lowered,
     )
     shapes = program_shapes(build)
-    placements: dict[str, writer.Placement] = {}
+    placements: dict[str, Placement] = {}
     offset = 0
     for tensor in build.tensors():
-        placements[tensor.name] = writer.Placement(_FILE, offset, tensor.local_nbytes, sha256="0" * 64)
+        placements[tensor.name] = Placement(_FILE, offset, tensor.local_nbytes, sha256="0" * 64)
         offset += tensor.local_nbytes * num_shards(tensor, mesh)
     manifest = Manifest(
         provenance=Provenance(tool="test 0", libraries={}, options={}, source_sha256="0" * 64),
@@ -50,7 +52,7 @@ def produced(prepared: Prepared, mesh: Mesh, assignment: Assignment, outcome: Ou
         mesh=mesh,
         files=(),
         tensors=parts._tensors(build, placements),
-        initializers=parts._initializers(build),
+        initializers=parts._initializers(build, collections.defaultdict(lambda: "0" * 64)),
         inputs=parts._inputs(build),
         outputs=parts._outputs(build),
         states=parts._states(build),

@@ -20,7 +20,8 @@ from onnx import helper
 from furiosa_llm.builder.control_flow import open_closures
 from furiosa_llm.builder.lower import Lowered
 from furiosa_llm.builder.program import COLLECTIVE_DOMAIN
-from furiosa_llm.builder.weights import shard
+from furiosa_llm.builder.tensor_reading import read_packed
+from furiosa_llm.builder.weights import cut_shard
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.program_checks import attribute_graphs
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -49,8 +50,10 @@ class SplitModel:
             tensor = lowered.tensors.get(proto.name)
             if tensor is None:
                 return proto
-            array = shard(tensor, mesh, mesh.position(rank, tensor.shard_axes))
-            return ir.to_proto(ir.Tensor(array, dtype=tensor.dtype, name=proto.name))
+            data = None if tensor.source is None else read_packed(tensor.source)
+            pieces = cut_shard(tensor, data, mesh, mesh.position(rank, tensor.shard_axes))
+            raw = b"".join(piece.tobytes() for piece in pieces)
+            return onnx.TensorProto(name=proto.name, data_type=int(tensor.dtype), dims=tensor.local_shape, raw_data=raw)
 
         program = ir.to_proto(ir.Model(lowered.graph, ir_version=max(ir_version, 10)))
         open_closures(program)

@@ -293,7 +293,7 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("step", ["write_weights", "program_proto", "write_bytes", "write_manifest"])
+@pytest.mark.parametrize("step", ["program_proto", "source_proto", "write_bytes", "write_manifest"])
 def test_nothing_is_left_of_a_build_that_fails(
     step: str, builder: ArtifactBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,7 @@ def test_every_alternative_is_refused_with_a_price_or_a_reason(zoo: Path) -> Non
 
 def memory_of(folder: Path, workload: Workload) -> Memory:
     onnx.save(stack(9), folder / "model.onnx")
-    analysed = analyse_model(folder / "model.onnx", {}, weights=True, fuse=False, told=lambda _: None)
+    analysed = analyse_model(folder / "model.onnx", {}, fuse=False, told=lambda _: None)
     return Memory(analysed.lowered_for(mesh_of(4), told=lambda _: None), workload)
 
 

@@ -143,9 +143,7 @@ def test_the_plan_is_the_one_of_the_whole_graph(proto: onnx.ModelProto) -> None:
 
 
 def test_the_plan_of_a_full_size_graph_is_the_one_of_the_whole(graphs: Path) -> None:
-    found = analyse_model(
-        graphs / "qwen2.5-0.5b-dynamo-op21-fp32" / "model.onnx", {}, weights=False, fuse=False, told=lambda _: None
-    )
+    found = analyse_model(graphs / "qwen2.5-0.5b-dynamo-op21-fp32" / "model.onnx", {}, fuse=False, told=lambda _: None)
     assert_same_plan(found.analysis, found.states, found.probes)
 
 

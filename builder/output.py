@@ -1,0 +1,166 @@
+"""The folder that a build writes: a temporary one beside the destination, renamed as the last act.
+
+A build holds a lock on its temporary folder, which goes with the process. So what an interrupted build left behind is
+told from what another is writing at this moment: the first is removed, the second is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from furiosa_llm.builder.errors import OutputError
+from furiosa_llm.builder.units import nbytes as shown
+from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME
+
+_SPARE_NBYTES = 64 * 2**20
+"""Free space to ask for beyond the weights: program, tokenizer, the file system's own."""
+
+
+@contextlib.contextmanager
+def output_folder(destination: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `destination` that takes its place when the block ends well, and vanishes otherwise.
+
+    What a build that was killed left behind is removed first; an artifact that it was about to replace is put back.
+    Raises OutputError if the destination exists and `force` is not given, is not an artifact, is being written by
+    another build, or cannot be written.
+    """
+    _check_name(destination)
+    temporary = destination.with_name(f".{destination.name}.building")
+    replaced = destination.with_name(f".{destination.name}.replaced")
+    with contextlib.ExitStack() as stack:
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(temporary, destination))
+            _restore(destination, replaced)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {destination.parent}: {error.strerror}; give an output folder that can be written."
+            ) from error
+        try:
+            _check_destination(destination, force=force)
+            yield temporary
+            _publish(temporary, destination, replaced)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
+            raise OutputError(
+                f"writing {destination} failed: {error.strerror or error}; nothing was left behind. "
+                "Check the free space and the rights of that folder."
+            ) from error
+
+
+def check_free_space(folder: Path, nbytes: int) -> None:
+    """Raise OutputError unless the file system of `folder` has room for `nbytes` of weights and what goes with them."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + _SPARE_NBYTES:
+        raise OutputError(
+            f"the artifact's weights take {shown(nbytes)}, but {folder.parent} has {shown(free)} left; free some space "
+            "or give an output on another disk."
+        )
+
+
+def _check_name(destination: Path) -> None:
+    if not destination.name or destination.name == "..":
+        raise OutputError(f'the output "{destination}" has no name of its own; give the name of a new folder.')
+
+
+def _check_destination(destination: Path, *, force: bool) -> None:
+    if not os.path.lexists(destination):
+        return
+    if not force:
+        raise OutputError(f"{destination} exists already; give another output, or --force to replace it.")
+    is_folder = destination.is_dir() and not destination.is_symlink()
+    if not is_folder or not ((destination / MANIFEST_NAME).is_file() or not any(destination.iterdir())):
+        raise OutputError(
+            f"{destination} exists and is not an artifact (it has no {MANIFEST_NAME}), so --force does not replace it; "
+            "give another output or remove it yourself."
+        )
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path, destination: Path) -> Iterator[None]:
+    """The temporary folder, made or emptied, and locked until the block ends."""
+    descriptor = _open_folder(temporary, destination)
+    try:
+        while not _lock(descriptor, temporary, destination):
+            os.close(descriptor)
+            descriptor = _open_folder(temporary, destination)
+        temporary.chmod(0o755)
+        for entry in temporary.iterdir():
+            _remove(entry)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(temporary: Path, destination: Path) -> int:
+    while True:
+        with contextlib.suppress(FileExistsError):
+            temporary.mkdir()
+        try:
+            return os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # another build has just renamed it
+        except NotADirectoryError as error:
+            raise OutputError(
+                f"{temporary} is not a folder; builds of {destination} are written there: remove it first."
+            ) from error
+
+
+def _lock(descriptor: int, temporary: Path, destination: Path) -> bool:
+    """Lock the open folder; False if it is not the temporary folder any more."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"another build is writing {destination} at this moment; wait for its end, or give another output."
+        ) from error
+    return _is_at(descriptor, temporary)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _restore(destination: Path, replaced: Path) -> None:
+    """Undo what a build that was killed while it replaced an artifact has left of it."""
+    if not os.path.lexists(replaced):
+        return
+    if os.path.lexists(destination):
+        _remove(replaced)
+    else:
+        replaced.rename(destination)
+
+
+def _publish(temporary: Path, destination: Path, replaced: Path) -> None:
+    if os.path.lexists(destination):
+        destination.rename(replaced)
+    temporary.rename(destination)
+    sync(destination.parent)
+    if os.path.lexists(replaced):
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Have everything of a file or folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

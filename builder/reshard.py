@@ -1,0 +1,75 @@
+"""Make the artifact for another tensor parallel size from an artifact, as if from the model it was built from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from furiosa_llm.builder.assemble import Assembly, Progress
+from furiosa_llm.builder.build import Build
+from furiosa_llm.builder.compile import Analysed, Stage
+from furiosa_llm.builder.options import recorded_options
+from furiosa_llm.builder.report import BuildReport
+from furiosa_llm.builder.sources import source_of
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+
+
+def reshard(
+    artifact: str | os.PathLike[str],
+    save_dir: str | os.PathLike[str],
+    *,
+    tensor_parallel_size: int,
+    experimental_tp: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> BuildReport:
+    """Write the artifact that a build of the same model with the same options, but this size, gives: byte for byte.
+
+    The model itself is not needed. Every original is put together from its shards and compared with the digest that
+    the first build recorded, so that no damage is carried on.
+
+    Args:
+        artifact: Folder of the artifact to start from.
+        save_dir: Folder to write.
+        tensor_parallel_size: How many PEs are to share each matrix: 4 or 8.
+        experimental_tp: Also allow 1, 2 and 16.
+        force: Replace `save_dir` if it is an artifact already.
+        progress: See `ArtifactBuilder.build`.
+        workers: See `ArtifactBuilder.build`.
+
+    Raises:
+        ArtifactError: `artifact` is not one, or is damaged.
+        BuildError: As a build of the model would, and OutputError if `save_dir` cannot be written.
+    """
+    opened = open_artifact(artifact, full=False)
+    recorded = recorded_options(opened.manifest.provenance.options)
+    options = dataclasses.replace(recorded, tensor_parallel_size=tensor_parallel_size)
+    options.check(experimental_tp=experimental_tp)
+
+    def lower(analysed: Analysed, told: Stage) -> Build:
+        return analysed.lowered_for(options.mesh, max_padding=options.max_padding, tactics=options.tactics, told=told)
+
+    assembly = Assembly(
+        options=options,
+        name=opened.manifest.model.name,
+        load=lambda: source_of(opened),
+        lower=lower,
+        check=lambda _, manifest: _check_originals(opened, manifest),
+    )
+    return assembly.build(Path(save_dir), force=force, progress=progress, workers=workers)
+
+
+def _check_originals(before: Artifact, after: Manifest) -> None:
+    """Raise ArtifactError if an original that both artifacts store is not what the first build read."""
+    found = {entry.name: entry.sha256 for entry in after.initializers}
+    for entry in before.manifest.initializers:
+        digest = found[entry.name]
+        if entry.sha256 is not None and digest not in (None, entry.sha256):
+            raise ArtifactError(
+                f"{before.folder} is damaged: initializer {entry.name!r:.80}, put together from its shards, has sha256 "
+                f"{digest[:16]}..., expected {entry.sha256[:16]}...; copy the artifact again or rebuild it."
+            )

@@ -1,0 +1,192 @@
+"""Weights streamed into files: each source is read once, whatever fails is told, and threads change no byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import pytest
+
+from furiosa_llm.builder import ArtifactBuilder, OptionError, OutputError, streaming
+from furiosa_llm.builder.program import ShardedTensor
+from furiosa_llm.builder.streaming import write_weights
+from furiosa_llm.builder.tactics import read_tactics
+from furiosa_llm.builder.tensor_reading import read_packed
+from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.builder.graphs import model
+
+MESH = Mesh((2, 2))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The digest of every file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def tensors(*sizes: int) -> list[ShardedTensor]:
+    """Stored tensors of so many rows of 256 floats, each cut into columns."""
+    found = []
+    for number, rows in enumerate(sizes):
+        array = np.random.default_rng(number).standard_normal((rows, 256)).astype(np.float32)
+        found.append(
+            ShardedTensor(
+                name=f"w{number}",
+                dtype=ir.DataType.FLOAT,
+                local_shape=(rows, 64),
+                shard_axes=(0, 1),
+                layout=(Leaf(rows), Leaf(256, (0, 1))),
+                source=ir.Tensor(array),
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", ["tiny-llama-optimum", "tiny-llama-genai-int4-qdq"])
+def test_the_number_of_threads_changes_nothing(name: str, zoo: Path, tmp_path: Path) -> None:
+    builder = ArtifactBuilder(zoo / name / "model.onnx")
+    for workers in (1, 2, 3, 4):
+        builder.build(tmp_path / str(workers), workers=workers)
+    first = digests(tmp_path / "1")
+    assert all(digests(tmp_path / str(workers)) == first for workers in (2, 3, 4))
+
+
+@pytest.mark.parametrize("workers", [0, -1, 5])
+def test_a_number_of_threads_that_cannot_be(workers: int, zoo: Path, tmp_path: Path) -> None:
+    builder = ArtifactBuilder(zoo / "tiny-llama-optimum" / "model.onnx")
+    with pytest.raises(OptionError, match=f"workers must be 1 to 4, got {workers}"):
+        builder.build(tmp_path / "artifact", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_digests_are_those_of_the_bytes(zoo: Path, tmp_path: Path) -> None:
+    path = zoo / "tiny-phi3-optimum" / "model.onnx"
+    ArtifactBuilder(path).build(tmp_path / "artifact")
+    artifact = open_artifact(tmp_path / "artifact")
+    for tensor in artifact.manifest.tensors:
+        shards = artifact.manifest.mesh.parts(tensor.shard_axes)
+        content = (artifact.folder / tensor.file).read_bytes()
+        nbytes = artifact.window(tensor.name, 0).nbytes * shards
+        window = content[artifact.offsets[tensor.name] : artifact.offsets[tensor.name] + nbytes]
+        assert tensor.sha256 == hashlib.sha256(window).hexdigest()
+    for entry in artifact.manifest.files:
+        assert entry.sha256 == hashlib.sha256((artifact.folder / entry.path).read_bytes()).hexdigest()
+    originals = {t.name: ir.from_proto(t).tobytes() for t in onnx.load(path).graph.initializer}
+    for original in artifact.manifest.initializers:
+        if original.stored:
+            assert original.sha256 == hashlib.sha256(originals[original.name]).hexdigest()
+
+
+def test_a_source_in_two_layouts_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product takes the weight's columns in parts, a softmax of it needs them whole."""
+    nodes = "h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) s = Softmax<axis = 1>(w) t = MatMul(x, s) z = ReduceMax(t)"
+    proto = model("float[batch, 8] x", "float[batch, 8] y, float[one, two] z", nodes, {"w": (8, 64), "v": (64, 8)})
+    onnx.save(proto, tmp_path / "model.onnx")
+    (tmp_path / "tactics.toml").write_text('[[tactic]]\nweight = "w"\ndim = 1\nplace = 4')
+    reads: Counter[str] = Counter()
+
+    def counted(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+        reads[str(tensor.name)] += 1
+        return read_packed(tensor)
+
+    monkeypatch.setattr(streaming, "read_packed", counted)
+    ArtifactBuilder(tmp_path / "model.onnx", tactics=read_tactics(tmp_path / "tactics.toml")).build(tmp_path / "a")
+    assert [t.origin for t in open_artifact(tmp_path / "a").manifest.tensors].count("w") == 2
+    assert reads == {"w": 1, "v": 1}
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 64, 4), (64, 64, 64)])
+def test_no_more_is_in_memory_than_the_largest_tensor(
+    sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading ahead stops where two tensors together would take more than the largest takes alone."""
+    monkeypatch.setattr(streaming, "_READ_AHEAD_NBYTES", 8 * 1024)
+    alive: dict[str, int] = {}
+    most: list[int] = []
+    stored = tensors(*sizes)
+    numbers = {id(tensor.source): tensor for tensor in stored}
+
+    class Buffer(np.ndarray):
+        """Told of its end by its `base`."""
+
+    class Base:
+        def __init__(self, name: str, nbytes: int) -> None:
+            self.name = name
+            alive[name] = nbytes
+            most.append(sum(alive.values()))
+
+        def __del__(self) -> None:
+            alive.pop(self.name, None)
+
+    def read(source: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+        tensor = numbers[id(source)]
+        found = np.frombuffer(source.tobytes(), dtype=np.uint8).copy().view(Buffer)
+        found.token = Base(tensor.name, len(found))  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(streaming, "read_packed", read)
+    write_weights(tmp_path, stored, MESH, lambda _: None, workers=4)
+    assert len(most) == len(sizes)
+    assert max(most) <= max(8 * 1024, 1024 * max(sizes))
+
+
+def test_an_error_while_reading_ahead_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = tensors(4, 4, 4)
+
+    def read(source: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+        if source is stored[1].source:
+            raise ValueError("unreadable")
+        return np.frombuffer(source.tobytes(), dtype=np.uint8)
+
+    monkeypatch.setattr(streaming, "read_packed", read)
+    for workers in (1, 4):
+        with pytest.raises(ValueError, match="unreadable"):
+            write_weights(tmp_path, stored, MESH, lambda _: None, workers=workers)
+
+
+LIMITED = """
+import resource, signal, sys
+from furiosa_llm.builder import ArtifactBuilder, OutputError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    ArtifactBuilder(sys.argv[1]).build(sys.argv[2])
+except OutputError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [1000, 300_000])
+def test_a_file_that_cannot_grow(limit: int, zoo: Path, tmp_path: Path) -> None:
+    """The operating system refuses a write midway, as it does where a disk is full."""
+    command = [sys.executable, "-c", LIMITED, str(zoo / "tiny-llama-optimum" / "model.onnx"), str(tmp_path / "a")]
+    done = subprocess.run([*command, str(limit)], check=True, capture_output=True, text=True)
+    assert "failed: File too large; nothing was left behind. Check the free space" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_disk_has(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is written."""
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match=r"the artifact's weights take .* has 1\.0 kB left; free some space"):
+        ArtifactBuilder(zoo / "tiny-llama-optimum" / "model.onnx").build(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_headers_are_aligned(tmp_path: Path) -> None:
+    """Data begins at a multiple of 64 bytes, and the header is JSON padded with spaces."""
+    write_weights(tmp_path, tensors(4, 8), MESH, lambda _: None, workers=1)
+    content = (tmp_path / "weights-00001.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert (8 + length) % 64 == 0
+    header = json.loads(content[8 : 8 + length])
+    assert header["w1"] == {"dtype": "F32", "shape": [4, 8, 64], "data_offsets": [4096, 12288]}

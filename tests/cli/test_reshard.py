@@ -1,0 +1,79 @@
+"""`furiosa-llm reshard` and `furiosa-llm build --reuse-plan`: what they write, and what they say of bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.cli.main import main
+from tests.builder.test_streaming import digests
+
+
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """The exit code of the command line, and all that it says."""
+    monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    said = capsys.readouterr()
+    return int(str(caught.value.code)), said.out + said.err
+
+
+@pytest.fixture(scope="module")
+def folder(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resharded")
+    for size in (4, 8):
+        ArtifactBuilder(zoo / "tiny-llama-optimum" / "model.onnx", tensor_parallel_size=size).build(folder / str(size))
+    return folder
+
+
+def test_reshard(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = command(monkeypatch, capsys, "reshard", folder / "4", tmp_path / "out", "-tp", 8, "--workers", 1)
+    assert code == 0
+    assert "tensor parallel over 8 PEs" in said
+    assert "Artifact Build Completed" in said
+    assert digests(tmp_path / "out") == digests(folder / "8")
+    code, said = command(monkeypatch, capsys, "reshard", folder / "4", tmp_path / "out", "-tp", 8)
+    assert code == 1
+    assert "exists already; give another output, or --force to replace it" in said
+    code, said = command(monkeypatch, capsys, "reshard", folder / "8", tmp_path / "out", "-tp", 4, "--force")
+    assert code == 0
+    assert digests(tmp_path / "out") == digests(folder / "4")
+
+
+def test_reshard_of_what_is_no_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = command(monkeypatch, capsys, "reshard", tmp_path, tmp_path / "out", "-tp", 8)
+    assert code == 1
+    assert "is not an artifact: it has no manifest.json" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_build_by_a_plan(
+    folder: Path, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = zoo / "tiny-llama-optimum" / "model.onnx"
+    code, said = command(monkeypatch, capsys, "build", model, tmp_path / "out", "--reuse-plan", folder / "8")
+    assert code == 0, said
+    assert digests(tmp_path / "out") == digests(folder / "8")
+
+
+@pytest.mark.parametrize("option", [("-tp", 4), ("--max-padding", 2), ("--no-fuse-attention",), ("--dim", "n=3")])
+def test_options_that_do_not_go_with_a_plan(
+    option: tuple[object, ...],
+    folder: Path,
+    zoo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = zoo / "tiny-llama-optimum" / "model.onnx"
+    arguments = ("build", model, tmp_path / "out", "--reuse-plan", folder / "8", *option)
+    code, said = command(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "does not go with --reuse-plan, which takes the artifact's own options; leave it out" in said
+    assert list(tmp_path.iterdir()) == []
