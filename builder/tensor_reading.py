@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ModelLoadError
@@ -49,6 +50,19 @@ def read_packed(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
         raise ModelLoadError(
             f'{tensor.path}, which holds the data of "{tensor.name}", is missing; put the file there and try again.'
         ) from error
+
+
+def load_in_place(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Let an external tensor of a model in `folder` hold its data itself; raises ModelLoadError as `read_packed` does.
+
+    Where the data lies must have been checked.
+    """
+    external = ir.from_proto(tensor)
+    assert isinstance(external, ir.ExternalTensor)
+    external.base_dir = folder
+    tensor.ClearField("data_location")
+    del tensor.external_data[:]
+    tensor.raw_data = read_packed(external).tobytes()
 
 
 def _read(tensor: ir.ExternalTensor) -> npt.NDArray[np.uint8]:

@@ -22,6 +22,7 @@ from furiosa_llm.builder.control_flow import open_closures, tensors_in_nodes
 from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.program import ShardedTensor
+from furiosa_llm.builder.tensor_reading import load_in_place
 from furiosa_llm.builder.weights import num_shards, shard
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -252,7 +253,5 @@ def source_proto(source: Source, stored: Mapping[str, tuple[str, ...]]) -> onnx.
             initializer.CopyFrom(ir.to_proto(inline))
     for tensor in tensors_in_nodes([*proto.graph.node, *(node for f in proto.functions for node in f.node)]):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.path.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
+            load_in_place(tensor, source.path.parent)
     return proto
