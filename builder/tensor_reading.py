@@ -76,6 +76,19 @@ def read_packed(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
         ) from error
 
 
+def load_in_place(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Let an external tensor of a model in `folder` hold its data itself; raises ModelLoadError as `read_packed` does.
+
+    Where the data lies must have been checked.
+    """
+    external = ir.from_proto(tensor)
+    assert isinstance(external, ir.ExternalTensor)
+    external.base_dir = folder
+    tensor.ClearField("data_location")
+    del tensor.external_data[:]
+    tensor.raw_data = read_packed(external).tobytes()
+
+
 def _read(tensor: ir.ExternalTensor) -> npt.NDArray[np.uint8]:
     path, offset = Path(tensor.path), tensor.offset or 0
     content = np.empty(DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy()), dtype=np.uint8)

@@ -14,7 +14,7 @@ from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.output import sync
 from furiosa_llm.builder.streaming import Placement
-from furiosa_llm.builder.tensor_reading import read_packed
+from furiosa_llm.builder.tensor_reading import load_in_place, read_packed
 from furiosa_llm.builder.units import nbytes as shown
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, FileEntry, Manifest
 
@@ -98,9 +98,7 @@ def source_proto(source: Source, stored: Container[str]) -> onnx.ModelProto:
             initializer.raw_data = read_packed(original).tobytes()
     for tensor in tensors_in_nodes([*proto.graph.node, *(node for f in proto.functions for node in f.node)]):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            onnx.external_data_helper.load_external_data_for_tensor(tensor, str(source.path.parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
+            load_in_place(tensor, source.path.parent)
     return proto
 
 
