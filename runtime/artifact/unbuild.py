@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError, OutputFileError
@@ -21,6 +20,7 @@ from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, OriginalInitializer
 from furiosa_llm.runtime.artifact.originals import Bytes, read_original
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.source import read_source
 
 DATA_SUFFIX = ".data"
 _ALIGNMENT = 4096
@@ -114,20 +114,6 @@ def _source(artifact: Artifact) -> onnx.ModelProto:
     for name in found:
         if name not in entries:
             _fail(f"found an initializer {name!r:.80}", "only those that manifest.json has entries for")
-    return model
-
-
-def read_source(artifact: Artifact) -> onnx.ModelProto:
-    """source.onnx of `artifact`; raises ArtifactError if it is no model."""
-    model = onnx.ModelProto()
-    try:
-        model.ParseFromString((artifact.folder / SOURCE_NAME).read_bytes())
-    except DecodeError as error:
-        raise ArtifactError(f"{SOURCE_NAME} is not an ONNX model: {error}; {REBUILD}") from error
-    except OSError as error:
-        raise ArtifactError(f"{artifact.folder / SOURCE_NAME} cannot be read: {error.strerror}") from error
-    if not model.graph.output:
-        _fail("found no graph", "the graph that the artifact was built from")
     return model
 
 

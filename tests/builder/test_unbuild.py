@@ -195,7 +195,7 @@ INLINE = onnx.numpy_helper.from_array(np.ones((6, 4), dtype=np.float32), "w")
 )
 def test_source_must_fit_the_manifest(initializers: list[onnx.TensorProto], message: str, tmp_path: Path) -> None:
     artifact = artifact_of(tmp_path / "a", *initializers)
-    with pytest.raises(ArtifactError, match=f"source.onnx.*{message}"):
+    with pytest.raises(ArtifactError, match=f"source.onnx: .*{message}"):
         unbuild(artifact, tmp_path / "m.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

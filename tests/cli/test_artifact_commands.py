@@ -1,0 +1,120 @@
+"""`unbuild` and `diff` on the command line: what they print, and their exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from furiosa_llm import ArtifactBuilder
+from furiosa_llm.cli.diff import _dim, _layouts
+from furiosa_llm.cli.main import main
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def artifacts(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Packed query, key and value over 4 and over 8 ranks."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    for size in (4, 8):
+        ArtifactBuilder(zoo / "tiny-phi3-optimum" / "model.onnx", tensor_parallel_size=size).build(folder / str(size))
+    return {size: folder / str(size) for size in (4, 8)}
+
+
+def test_unbuild(artifacts: dict[int, Path], tmp_path: Path, command: Command, zoo: Path) -> None:
+    out = tmp_path / "new" / "m.onnx"
+    result = command("unbuild", artifacts[8], out)
+    assert result.code == 0, result.err
+    assert result.out.startswith(f"{out} and {out}.data: ")
+    assert result.out.endswith("all as they were\n")
+    expected, found = (onnx.load(path) for path in (zoo / "tiny-phi3-optimum" / "model.onnx", out))
+    assert [i.raw_data for i in expected.graph.initializer] == [i.raw_data for i in found.graph.initializer]
+    refused = command("unbuild", artifacts[4], out)
+    assert refused.code == 1
+    assert refused.err.startswith(f"error: {out} exists already; give another output, or --force")
+    assert command("unbuild", artifacts[4], out, "--force").code == 0
+
+
+def test_diff_of_the_same(artifacts: dict[int, Path], command: Command) -> None:
+    result = command("diff", artifacts[4], artifacts[4])
+    assert result.code == 0
+    assert result.out.startswith("the same artifact: ")
+    document = json.loads(command("diff", artifacts[4], artifacts[4], "--json").out)
+    assert document["same"] is True
+
+
+def test_diff_of_two_sizes(artifacts: dict[int, Path], command: Command) -> None:
+    result = command("diff", artifacts[4], artifacts[8])
+    assert result.code == 1
+    assert "plan: mesh" in result.out
+    assert "[2, 2, 2]" in result.out
+    assert "1024/(0,1,2)" in result.out
+    assert "weight:" not in result.out
+    document = command("diff", artifacts[4], artifacts[8], "--json")
+    assert document.code == 1
+    found = json.loads(document.out)
+    keys = ["same", "digests", "model", "provenance", "graph", "plan", "weights", "files", "manifest"]
+    assert list(found) == keys
+    assert found["plan"]["mesh"] == {"path": "mesh", "a": [2, 2], "b": [2, 2, 2]}
+
+
+def test_layouts_for_people() -> None:
+    heads = {"prod": [{"size": 2, "axes": [0]}, 16]}
+    blocks = {"prefix": 176, "of": {"prod": [{"size": 6, "axes": [0, 1]}, 32]}}
+    stored: list[dict[str, Any]] = [
+        {"part": [1, 64, 128], "layout": [64, {"cat": [heads, 5]}]},
+        {"part": None, "layout": [blocks]},
+    ]
+    text = "64..128 of dimension 1: [64, 2/(0)*16 + 5]\n[176 of (6/(0,1)*32)]"
+    assert _layouts(stored) == text
+    assert _layouts([]) == "in source.onnx"
+    assert _dim({"prod": [{"cat": [heads, heads]}, 3]}) == "(2/(0)*16 + 2/(0)*16)*3"
+
+
+def test_diff_of_other_weights(artifacts: dict[int, Path], tmp_path: Path, command: Command, zoo: Path) -> None:
+    proto = onnx.load(zoo / "tiny-phi3-optimum" / "model.onnx")
+    array = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    array.flat[0] += 1
+    proto.graph.initializer[0].raw_data = array.tobytes()
+    onnx.save(proto, tmp_path / "model.onnx")
+    ArtifactBuilder(tmp_path / "model.onnx").build(tmp_path / "artifact")
+    result = command("diff", artifacts[4], tmp_path / "artifact")
+    assert result.code == 1
+    assert f"weight: {proto.graph.initializer[0].name}" in result.out
+    assert "1 element differ" in result.out
+
+
+def test_diff_of_what_is_no_artifact(artifacts: dict[int, Path], tmp_path: Path, command: Command) -> None:
+    result = command("diff", artifacts[4], tmp_path)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {tmp_path} is not an artifact")
