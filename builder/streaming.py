@@ -38,7 +38,7 @@ MAX_WORKERS = 4
 _ALIGNMENT = 64
 _READ_AHEAD_NBYTES = 64 * 2**20
 """Two tensors are in memory at once if they are no larger than this together, or than the largest alone."""
-_QUEUE_LENGTH = 8
+_QUEUE_LENGTH = 16
 """Pieces that may wait for a thread that hashes."""
 
 Bytes = npt.NDArray[np.uint8]

@@ -16,7 +16,7 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
-PIECE_NBYTES = 4 * 2**20
+PIECE_NBYTES = 2**20
 """About how much of a shard is put together at once; small enough to stay in a core's cache."""
 
 _MOST_RUNS = 4096

@@ -91,7 +91,7 @@ def expected(tensor: ShardedTensor, position: int) -> bytes:
     return ir.Tensor(found, dtype=tensor.dtype).tobytes()
 
 
-@pytest.mark.parametrize("piece_nbytes", [1, 7, 64, 4 * 2**20])
+@pytest.mark.parametrize("piece_nbytes", [1, 7, 64, 2**20])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_shards(name: str, dtype: str, piece_nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
