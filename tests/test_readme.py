@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from furiosa_llm.runtime.artifact.reader import open_artifact
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -44,6 +46,9 @@ def test_shell_commands() -> None:
     assert done.returncode == 0, done.stderr
     assert "The capital of France is Paris." in done.stdout
     assert "verified within 0.0001" in done.stdout
+    tour = ROOT / "build" / "tour"
+    assert open_artifact(tour / "smollm2-tp8.artifact").manifest.mesh.size == 8
+    assert (tour / "smollm2.onnx").is_file()
 
 
 def test_python_program(tmp_path: Path, zoo: Path) -> None:
