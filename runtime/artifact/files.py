@@ -26,7 +26,7 @@ def open_regular(path: Path) -> BufferedReader:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing; copy the artifact again or {REBUILD}") from error
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; copy the artifact again") from error
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise not_regular(path)

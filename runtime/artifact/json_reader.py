@@ -49,7 +49,7 @@ class Field:
         for key in self.value:
             if key not in keys:
                 self.fail(f"only the keys {', '.join(keys)}", f"the unknown key {key!r:.80}")
-        return {key: self.child(key) for key in keys}
+        return {key: Field(self.value[key], f"{self.path}.{key}") for key in keys}
 
     def items(self, read: Callable[[Field], T], *, most: int | None = None) -> tuple[T, ...]:
         """The items of a list, each taken by `read`; at most `most` of them."""
@@ -57,7 +57,7 @@ class Field:
             self.fail("a list")
         if most is not None and len(self.value) > most:
             self.fail(f"a list of at most {most} items", f"{len(self.value)} of them")
-        return tuple(read(self.child(index)) for index in range(len(self.value)))
+        return tuple([read(Field(item, f"{self.path}[{index}]")) for index, item in enumerate(self.value)])
 
     def optional(self, read: Callable[[Field], T]) -> T | None:
         """None for `null`, else what `read` takes."""

@@ -25,6 +25,7 @@ _FIELDS: Mapping[str, tuple[str, int]] = {
     "STRING": ("string_data", 1),
 }
 """Where elements lie that are not in raw_data, and how many numbers make one; all other types lie in int32_data."""
+_DTYPE_NAMES: Mapping[int, str] = {code: name for name, code in TensorProto.DataType.items()}
 _WIDE_BITS = {"COMPLEX64": 64, "COMPLEX128": 128}
 
 _VALUE_OF = {
@@ -63,8 +64,7 @@ def refuse(document: str, found: str, expected: str) -> NoReturn:
 
 def dtype_name(code: int) -> str:
     """ONNX's name of an element type."""
-    known = code in TensorProto.DataType.values()
-    return TensorProto.DataType.Name(code) if known else f"of the unknown type {code}"
+    return _DTYPE_NAMES.get(code) or f"of the unknown type {code}"
 
 
 def check_model(model: ModelProto, document: str) -> None:
@@ -147,7 +147,9 @@ def _tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
 
 
 def _check_text(document: str, what: str, texts: Sequence[object]) -> None:
-    # protobuf gives bytes for what is not UTF-8.
-    for text in texts:
-        if not isinstance(text, str):
-            refuse(document, f"{what} with the name {text!r:.80}", "names in UTF-8")
+    # protobuf gives bytes for what is not UTF-8, which do not join.
+    try:
+        "".join(texts)  # type: ignore[arg-type]
+    except TypeError:
+        odd = next(text for text in texts if not isinstance(text, str))
+        refuse(document, f"{what} with the name {odd!r:.80}", "names in UTF-8")
