@@ -258,6 +258,9 @@ KINDS: list[Hostile] = [
         message="found it elsewhere, expected the",
     ),
     Hostile(
-        name="a giant manifest", base="mlp", apply=_giant, message=r"is 67108865 bytes long, expected at most 67108864"
+        name="a giant manifest",
+        base="mlp",
+        apply=_giant,
+        message=r"artifact/manifest\.json is 67108865 bytes long, expected at most 67108864",
     ),
 ]
