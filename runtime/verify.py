@@ -130,19 +130,18 @@ def verify_against(
     )
     random = np.random.default_rng(seed)
     with Executor(artifact, threads=threads, exact=True) as executor:
-        known = _configured_sizes(artifact.folder) | dict(sizes or {})
+        known = _configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
         outputs = tuple(_compare_outputs(executor, reference, manifest, known, random))
         tokens: tuple[TokenComparison, ...] = ()
-        if manifest.model.task == "decoder" and (artifact.folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_folder(artifact.folder)
+        if manifest.model.task == "decoder" and artifact.companion("tokenizer.json") is not None:
+            tokenizer = Tokenizer.from_artifact(artifact)
             tokens = tuple(_compare_tokens(executor, reference, tokenizer, prompts, max_tokens))
     return Report(outputs=outputs, tokens=tokens, accuracy_level_replaced=replaced)
 
 
-def _configured_sizes(folder: Path) -> dict[str, int]:
+def _configured_sizes(path: Path | None) -> dict[str, int]:
     """Sizes of dimensions besides batch and sequence: those of an image are in the model's configuration."""
-    path = folder / "config.json"
-    if not path.is_file():
+    if path is None:
         return dict(_OTHER_SIZES)
     try:
         config = json.loads(path.read_bytes())

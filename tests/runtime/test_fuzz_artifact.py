@@ -1,0 +1,68 @@
+"""A share of the reader's fuzz, and proof that it finds what it is for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from furiosa_llm.runtime.artifact import files, parse, reader
+from tests.runtime import fuzz_artifact
+from tests.runtime.fuzz_artifact import Fuzzer, Result, campaign
+
+SMALL = {name: fuzz_artifact.MODELS[name] for name in ("small", "decoder")}
+
+
+@pytest.fixture
+def fuzzer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fuzzer:
+    monkeypatch.setattr(fuzz_artifact, "MODELS", SMALL)
+    monkeypatch.setattr(fuzz_artifact, "SHARES", (1, 1))
+    return Fuzzer(tmp_path)
+
+
+def test_damaged_artifacts_are_refused_or_sound() -> None:
+    results = list(campaign(5))
+    assert [str(result) for result in results if result.finding is not None] == []
+    kinds = Counter(result.kind for result in results)
+    assert kinds["ArtifactError"] > kinds.total() / 2
+    assert kinds["same"] > 0
+
+
+def test_what_is_stored_twice_or_never_is_found(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the proof of coverage."""
+    monkeypatch.setattr(parse, "check_coverage", lambda section, manifest: None)
+    assert any(fuzzer.case(seed).kind == "unsound" for seed in range(3000))
+
+
+def test_what_digests_should_tell_is_found(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the comparison of files with their digests."""
+    monkeypatch.setattr(reader, "_check_digest", lambda folder, entry, found, what="": None)
+    assert any(fuzzer.case(seed).kind == "wrong" for seed in range(1000))
+
+
+def test_crashes_are_found(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the checks of what lies in the files' places."""
+    monkeypatch.setattr(files, "not_regular", lambda path: KeyError(path.name))
+    assert any(fuzzer.case(seed).kind == "crash" for seed in range(1000))
+
+
+def test_a_case_without_an_end_and_one_that_ends_the_process_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(_: Fuzzer, seed: int) -> Result:
+        if seed == 1:
+            time.sleep(60)
+        if seed == 3:
+            os._exit(7)
+        return Result(seed, "none", "same")
+
+    monkeypatch.setattr(Fuzzer, "case", case)
+    monkeypatch.setattr(fuzz_artifact, "LIMIT", 1)
+    monkeypatch.setattr(fuzz_artifact, "MODELS", SMALL)
+    found: dict[int, str] = {}
+    for result in campaign(30):
+        found[result.seed] = result.kind
+        if result.seed == 5:
+            break
+    assert found == {0: "same", 1: "hang", 2: "same", 3: "death", 4: "same", 5: "same"}
