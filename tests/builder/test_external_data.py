@@ -242,6 +242,9 @@ def test_a_configuration_from_elsewhere(name: str, folder: Path) -> None:
     (folder.parent / "secret").write_text("{}")
     (folder / name).symlink_to("../secret")
     refuse(folder, proto(), f"{folder / name} goes with the model", "a link that leads outside the model's folder")
+    if name == "config.json":
+        with pytest.raises(ModelLoadError, match=r"config\.json goes with the model, a link"):
+            plan_model(folder / "model.onnx")
 
 
 def test_a_configuration_that_is_nested_too_deeply(folder: Path) -> None:
