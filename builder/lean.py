@@ -235,8 +235,11 @@ class _Scanner:
             self._data.varint(end)
         elif wire == _LEN:
             length = self._data.varint(end)
-        if length > min(end - self._data.position, MAX_MESSAGE_NBYTES):
-            raise ValueError(f"the field at byte {start} has {length} bytes, and {end - self._data.position} are left")
+        left = end - self._data.position
+        if length > left:
+            raise ValueError(f"the field at byte {start} has {length} bytes, and {left} are left")
+        if length > MAX_MESSAGE_NBYTES:
+            raise ValueError(f"the field at byte {start} has {length} bytes, expected at most {MAX_MESSAGE_NBYTES}")
         return number, wire, length
 
 

@@ -81,7 +81,7 @@ def load_in_place(tensor: onnx.TensorProto, folder: Path) -> None:
 
     Where the data lies must have been checked.
     """
-    external = ir.from_proto(tensor)
+    external = ir.serde.deserialize_tensor(tensor)
     assert isinstance(external, ir.ExternalTensor)
     external.base_dir = folder
     tensor.ClearField("data_location")

@@ -93,6 +93,10 @@ def test_a_path_that_leads_out(location: str, folder: Path) -> None:
         plan_model(folder / "model.onnx")
 
 
+def test_an_absolute_path_to_the_right_place(folder: Path) -> None:
+    refuse(folder, proto(location=folder / "model.data"), 'initializer "e"', "no absolute path")
+
+
 @pytest.mark.parametrize("location", ["C:\\weights.bin", "c:weights.bin", "..\\weights.bin", "sub\\weights.bin"])
 def test_a_path_as_windows_writes_it(location: str, folder: Path) -> None:
     refuse(folder, proto(location=location), 'initializer "e"', f'"{location}"', "as Windows writes it", "forward")
@@ -238,6 +242,9 @@ def test_a_configuration_from_elsewhere(name: str, folder: Path) -> None:
     (folder.parent / "secret").write_text("{}")
     (folder / name).symlink_to("../secret")
     refuse(folder, proto(), f"{folder / name} goes with the model", "a link that leads outside the model's folder")
+    if name == "config.json":
+        with pytest.raises(ModelLoadError, match=r"config\.json goes with the model, a link"):
+            plan_model(folder / "model.onnx")
 
 
 def test_a_configuration_that_is_nested_too_deeply(folder: Path) -> None:
@@ -320,7 +327,7 @@ def test_elements_of_every_type(name: str, shape: tuple[int, ...], folder: Path)
         codes[-1] &= 2**used - 1  # what lies behind the last element is 0
     (folder / "codes").write_bytes(b"padding" + codes.tobytes())
     made = onnx.TensorProto(name="t", data_type=int(dtype), dims=shape, raw_data=codes.tobytes())
-    inline = ir.from_proto(made)
+    inline = ir.serde.deserialize_tensor(made)
     lying = SourceTensor("codes", 7, len(codes), dtype, shape=ir.Shape(shape), name="t", base_dir=folder)
     assert lying.numpy().shape == shape
     assert lying.numpy().dtype == inline.numpy().dtype

@@ -48,7 +48,8 @@ def written(content: bytes, folder: Path) -> Path:
 
 def restored(found: Lean, content: bytes) -> onnx.ModelProto:
     """The lean model with everything put back that was left out."""
-    proto = onnx.ModelProto.FromString(found.proto.SerializeToString())
+    proto = onnx.ModelProto()
+    proto.CopyFrom(found.proto)
     for index, left_out in found.left_out.items():
         initializer = proto.graph.initializer[index]
         entries = {entry.key: entry.value for entry in initializer.external_data}
@@ -284,7 +285,21 @@ def test_random_damage_is_read_as_protobuf_reads_it(tmp_path: Path) -> None:
     assert 200 < refused < 1300
 
 
-def test_the_file_grows_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_ahead_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the first read holds whole is not read again behind what is left out."""
+    path = written(WHOLE, tmp_path)
+    reads = Reads(monkeypatch)
+    assert len(read_lean(path).left_out) == 1
+    assert reads.nbytes == len(WHOLE)
+
+
+def test_a_field_beyond_protobufs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "MAX_MESSAGE_NBYTES", len(DATA) - 1)
+    with pytest.raises(ModelLoadError, match=r"the field at byte 0 has \d+ bytes, expected at most 8191"):
+        load(written(WHOLE, tmp_path))
+
+
+def test_a_file_beyond_protobufs_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean, "MAX_MESSAGE_NBYTES", len(WHOLE) - 1)
     monkeypatch.setattr(lean, "MAX_FIELDS", 1)
     with pytest.raises(ModelLoadError, match=rf"it has {len(WHOLE)} bytes, and a protobuf message at most"):
