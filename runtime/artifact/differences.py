@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,7 +51,7 @@ def difference(name: str, kind: Kind, a: memoryview, b: memoryview) -> Differenc
         return unlike(name, kind, kind)
     num_different, greatest, magnitude = 0, 0.0, 0.0
     ours, theirs = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
-    for one, other, are_different in _chunks(ours, theirs, dtype, math.prod(kind[1])):
+    for one, other, are_different in _chunks(ours, theirs, dtype):
         num_different += int(are_different.sum())
         magnitude = max(magnitude, _greatest(one), _greatest(other))
         with np.errstate(invalid="ignore", over="ignore"):  # infinities are no finite difference
@@ -67,14 +66,12 @@ def difference(name: str, kind: Kind, a: memoryview, b: memoryview) -> Differenc
     )
 
 
-def _chunks(a: Packed, b: Packed, dtype: DType, count: int) -> Iterator[tuple[Numbers, Numbers, npt.NDArray[np.bool_]]]:
-    """Elements as numbers, and which of them have different bits."""
+def _chunks(a: Packed, b: Packed, dtype: DType) -> Iterator[tuple[Numbers, Numbers, npt.NDArray[np.bool_]]]:
+    """Elements as numbers, and which of them have different bits; unused bits of a last byte are zero on both sides."""
     step = _CHUNK_NBYTES if dtype.bits >= 8 else _CHUNK_NBYTES * dtype.bits // 64
-    per_step = step * 8 // dtype.bits
-    for number, start in enumerate(range(0, a.size, step)):
+    for start in range(0, a.size, step):
         ours, theirs = (_codes(side[start : start + step], dtype.bits) for side in (a, b))
-        left = count - number * per_step
-        yield _numbers(ours, dtype)[:left], _numbers(theirs, dtype)[:left], (ours != theirs).any(axis=1)[:left]
+        yield _numbers(ours, dtype), _numbers(theirs, dtype), (ours != theirs).any(axis=1)
 
 
 def _codes(data: Packed, bits: int) -> npt.NDArray[np.uint8]:

@@ -40,7 +40,7 @@ class Provenance:
 
     `tool` is `name version`; `libraries` maps a library to its version; `options` are the build's options, any JSON;
     `source_sha256` is the lower-case hexadecimal digest of the model file without its external data and without the
-    initializers' data in it that is stored in the artifact; those have digests of their own.
+    data of initializers above 4 KiB in it; those have digests of their own.
     """
 
     tool: str

@@ -127,7 +127,8 @@ def _check_initializer(initializer: onnx.TensorProto, entry: OriginalInitializer
     is_external = initializer.data_location == onnx.TensorProto.EXTERNAL
     expected = {"location": _ARTIFACT_LOCATION, "tensor": entry.stored[0]} if entry.stored else {}
     if is_external != bool(entry.stored) or place != expected:
-        _fail(f"initializer {entry.name!r:.80} has its data at {place or 'no other place'}", f"{expected or 'in it'}")
+        found = f"{place or 'no other place'}{'' if is_external else ', not marked as external'}"
+        _fail(f"initializer {entry.name!r:.80} has its data at {found}", f"{expected or 'its data in it'}")
 
 
 def _write_data(

@@ -69,9 +69,12 @@ def initializer(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:
 
 
 def test_equal_builds_are_the_same(base: Artifact, tmp_path: Path) -> None:
-    result = found(base, build(tmp_path / "again"))
+    again = build(tmp_path / "again")
+    result = found(base, again)
     assert result == Diff(digests=result.digests)
     assert result.same
+    (again.folder / "source.onnx").unlink()
+    assert diff(base, again) == result, "nothing but the digests is looked at"
 
 
 def test_one_element_of_a_stored_weight(base: Artifact, tmp_path: Path) -> None:
@@ -162,6 +165,17 @@ def test_graphs_by_themselves() -> None:
     assert compare_graphs(one, other).nodes_added == ("Neg c",)
 
 
+def test_nodes_of_one_name_are_told_apart() -> None:
+    one = model("float[4] x", "float[4] y", "a = Relu(x) b = Neg(x) y = Add(a, b)", {})
+    for node in one.graph.node:
+        node.name = "same"
+    other = onnx.ModelProto()
+    other.CopyFrom(one)
+    other.graph.node[0].op_type = "Abs"
+    assert compare_graphs(one, one) == GraphDiff()
+    assert compare_graphs(one, other) == GraphDiff(nodes_added=("Abs a",), nodes_removed=("Relu a",))
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2-14-2-optimum", "tiny-phi3-optimum"])
 def test_other_sizes_have_the_same_weights(name: str, built: Built) -> None:
     result = found(built(name, 4)[1], built(name, 8)[1])
@@ -220,15 +234,16 @@ def test_a_tensor_of_the_builder_s_own(tmp_path: Path) -> None:
     artifact = write(tmp_path / "a", Mesh((2,)), [original], {"w": Shards("w", (Leaf(6, (0,)), Leaf(4)))}, source())
     own = dataclasses.replace(artifact.tensors["w"], name="own", origin=None, layout=None)
     sides = []
-    for digest in ("0" * 64, "1" * 64):
+    for digest, axes in (("0" * 64, (0,)), ("1" * 64, (0,)), ("2" * 64, ())):
         folder = tmp_path / digest
         shutil.copytree(artifact.folder, folder)
-        tensors = (*artifact.manifest.tensors, dataclasses.replace(own, sha256=digest))
+        tensors = (*artifact.manifest.tensors, dataclasses.replace(own, sha256=digest, shard_axes=axes))
         manifest = dataclasses.replace(artifact.manifest, tensors=tensors)
         (folder / "manifest.json").write_bytes(manifest.to_bytes())
         by_name = {tensor.name: tensor for tensor in tensors}
         sides.append(dataclasses.replace(artifact, folder=folder, manifest=manifest, tensors=by_name))
-    assert diff(*sides).weights == WeightsDiff(made=("own",))
+    assert diff(sides[0], sides[1]).weights == WeightsDiff(made=("own",))
+    assert diff(sides[0], sides[2]).weights == WeightsDiff(), "cut otherwise"
 
 
 def source() -> bytes:
@@ -256,12 +271,13 @@ def test_figures_of_every_type(dtype: str, chunk: int, monkeypatch: pytest.Monke
     greatest = 1.0 if dtype == "BOOL" or dtype.startswith("UINT") else 2.0
     magnitude = 2.0 if dtype.startswith("UINT") else 1.0
     assert (result.num_different, result.greatest, result.relative) == (2, greatest, greatest / magnitude)
+    assert difference("w", (dtype, (37,)), theirs, ours) == result
 
 
 def test_infinities_and_signs_of_zero() -> None:
-    a = np.array([np.inf, np.nan, 0.0, 1.0, 4.0], dtype=np.float32)
-    b = np.array([1.0, np.nan, -0.0, np.inf, 3.0], dtype=np.float32)
-    result = difference("w", ("FLOAT", (5,)), memoryview(a.tobytes()), memoryview(b.tobytes()))
+    a = np.array([np.inf, np.nan, 0.0, 1.0, 4.0, np.inf], dtype=np.float32)
+    b = np.array([1.0, np.nan, -0.0, np.inf, 3.0, np.inf], dtype=np.float32)
+    result = difference("w", ("FLOAT", (6,)), memoryview(a.tobytes()), memoryview(b.tobytes()))
     assert (result.num_different, result.greatest, result.relative) == (4, 1.0, 0.25)
 
 

@@ -117,7 +117,7 @@ TWO_NAMES = "x = Gather(e, input_ids) a = MatMul(x, w) b = Identity(w) c = MatMu
 def small(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """A decoder-like chain with one matrix under one name and one that is not used."""
     folder = tmp_path_factory.mktemp("small")
-    weights = {"e": random(64, 32), "w": random(32, 32), "unused": random(40, 40)}
+    weights = {"unused": random(40, 40), "e": random(64, 32), "w": random(32, 32)}
     proto = model("int64[batch, sequence] input_ids", "float[batch, sequence, 32] y", TWO_NAMES, weights)
     onnx.save(proto, folder / "model.onnx")
     ArtifactBuilder(folder / "model.onnx").build(folder / "artifact")
@@ -132,7 +132,7 @@ def test_large_initializers_are_external_and_aligned(small: Artifact, tmp_path: 
     assert [place["location"] for place in places] == ["m.onnx.data"] * 3
     assert [int(place["offset"]) % 4096 for place in places] == [0] * 3
     lengths = [int(place["length"]) for place in places]
-    assert lengths == [64 * 32 * 4, 32 * 32 * 4, 40 * 40 * 4]
+    assert lengths == [40 * 40 * 4, 64 * 32 * 4, 32 * 32 * 4]
     assert (written.num_initializers, written.num_rebuilt, written.nbytes) == (3, 3, sum(lengths))
     assert told == [(sum(lengths[: i + 1]), sum(lengths)) for i in range(3)]
 
@@ -159,11 +159,10 @@ def source(*initializers: onnx.TensorProto) -> bytes:
     return bytes(onnx.helper.make_model(graph).SerializeToString())
 
 
-def external(name: str = "w", shape: tuple[int, ...] = (6, 4), tensor: str = "w") -> onnx.TensorProto:
+def external(name: str = "w", shape: tuple[int, ...] = (6, 4)) -> onnx.TensorProto:
     proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=shape)
     proto.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", "artifact"), ("tensor", tensor)):
-        proto.external_data.add(key=key, value=value)
+    proto.external_data.add(key="location", value="artifact")
     return proto
 
 
@@ -180,6 +179,12 @@ def test_the_smallest_artifact_comes_back(tmp_path: Path) -> None:
     assert array.tobytes() == Original.random("w", "FLOAT", (6, 4)).packed
 
 
+def with_data(proto: onnx.TensorProto) -> onnx.TensorProto:
+    """An initializer that says both that its data is here and where else it is."""
+    proto.data_location = onnx.TensorProto.DEFAULT
+    return proto
+
+
 INLINE = onnx.numpy_helper.from_array(np.ones((6, 4), dtype=np.float32), "w")
 
 
@@ -187,7 +192,14 @@ INLINE = onnx.numpy_helper.from_array(np.ones((6, 4), dtype=np.float32), "w")
     ("initializers", "message"),
     [
         ([], "found no initializer 'w', expected one"),
-        ([INLINE], "'w' has its data at no other place, expected {'location': 'artifact', 'tensor': 'w'}"),
+        (
+            [INLINE],
+            "'w' has its data at no other place, not marked as external, expected {'location': 'artifact'",
+        ),
+        (
+            [with_data(external())],
+            "'w' has its data at {'location': 'artifact', 'tensor': 'w'}, not marked as external",
+        ),
         ([external(shape=(4, 6))], r"'w' is FLOAT \[4, 6\], expected FLOAT \[6, 4\]"),
         ([external(tensor="v")], "'w' has its data at {'location': 'artifact', 'tensor': 'v'}, expected"),
         ([external(), external("v")], "found an initializer 'v', expected only those"),

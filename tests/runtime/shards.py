@@ -143,7 +143,8 @@ def _program(tensors: Sequence[StoredTensor], header: Mapping[str, Any], start: 
         }
         for key, value in place.items():
             proto.external_data.add(key=key, value=str(value))
-    return bytes(helper.make_model(graph).SerializeToString())
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    return bytes(model.SerializeToString())
 
 
 def _manifest(folder: Path, mesh: Mesh, originals: Sequence[Original], tensors: Sequence[StoredTensor]) -> Manifest:

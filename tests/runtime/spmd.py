@@ -184,7 +184,6 @@ class Spmd:
             )
             tensor.data_location = TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="artifact")
-            tensor.external_data.add(key="tensor", value=name)
             graph.initializer.append(tensor)
         graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in self.constants.items())
         return helper.make_model(graph, opset_imports=OPSETS, ir_version=10)

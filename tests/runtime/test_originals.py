@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import tracemalloc
@@ -35,7 +36,8 @@ LAYOUTS: dict[str, tuple[Dim, ...]] = {
     "heads": (Prod((Leaf(3, (0, 1)), Leaf(2))), Leaf(4)),
     "inner of a product": (Leaf(2), Prod((Leaf(3), Leaf(5, (0,))))),
     "every second": (Prod((Leaf(9), Leaf(2, (0,)))), Leaf(3)),
-    "packed heads": (Cat((Prod((Leaf(4, (0, 1)), Leaf(2))), Leaf(3, (0,)), Leaf(2))), Leaf(3)),
+    "packed heads": (Cat((Prod((Leaf(4, (0, 1)), Leaf(2))), Leaf(3, (1, 0)), Leaf(5, (0, 1)))), Leaf(3)),
+    "packed and whole": (Cat((Leaf(2), Leaf(3))), Leaf(4, (0,))),
     "prefix": (Leaf(3), Prefix(11, Prod((Leaf(3, (0, 1)), Leaf(4))))),
     "prefix of one block": (Prefix(5, Prod((Leaf(2, (0, 1)), Leaf(4)))),),
     "prefix within a product": (Prod((Leaf(3), Prefix(5, Prod((Leaf(2, (0,)), Leaf(3)))))),),
@@ -183,16 +185,34 @@ def test_whole_tensors_are_not_parts(tmp_path: Path) -> None:
 
 
 def test_parts_of_different_originals(tmp_path: Path) -> None:
-    originals = [Original.random("a", "FLOAT", (2,)), Original.random("b", "INT32", (4,))]
+    names = {"v": ("a", "b"), "w": ("c", "d")}
+    originals = [Original.random(name, dtype, (4,), names[name]) for name, dtype in (("v", "FLOAT"), ("w", "INT32"))]
     shards = {
-        "a": Shards("a", (Leaf(2),), Part(dim=0, start=0, stop=2)),
-        "b": Shards("b", (Leaf(2),), Part(dim=0, start=2, stop=4)),
-        "c": Shards("b", (Leaf(2),), Part(dim=0, start=0, stop=2)),
+        part: Shards(name, (Leaf(2),), Part(dim=0, start=start, stop=start + 2))
+        for name, parts in names.items()
+        for part, start in zip(parts, (0, 2), strict=True)
     }
-    originals[1] = Original("b", "INT32", originals[1].codes, ("c", "b"))
     artifact = write(tmp_path / "a", MESH, originals, shards)
-    with pytest.raises(ArtifactError, match=r"'b' is INT32 \[2\], expected FLOAT \[2\] like 'a'"):
-        read_whole(artifact, ["a", "b"])
+    with pytest.raises(ArtifactError, match=r"'d' is INT32 \[2\], expected FLOAT \[2\] like 'a'"):
+        read_whole(artifact, ["a", "d"])
+
+
+def test_a_tensor_that_the_builder_made(tmp_path: Path) -> None:
+    _, artifact = stored(tmp_path / "a", "FLOAT", (Leaf(3),))
+    made = dataclasses.replace(artifact.tensors["w"], layout=None, origin=None)
+    altered = dataclasses.replace(artifact, tensors={"w": made})
+    assert padding_is_zero(altered, "w")
+    with pytest.raises(ArtifactError, match="stored tensor 'w' has no layout, expected one that was cut"):
+        read_whole(altered, ["w"])
+
+
+def test_an_entry_that_its_tensors_do_not_make_up(tmp_path: Path) -> None:
+    _, artifact = stored(tmp_path / "a", "FLOAT", (Leaf(3),))
+    for changes in ({"shape": (4,)}, {"dtype": "INT32"}):
+        entry = dataclasses.replace(artifact.manifest.initializers[0], **changes)
+        altered = dataclasses.replace(artifact, manifest=dataclasses.replace(artifact.manifest, initializers=(entry,)))
+        with pytest.raises(ArtifactError, match=r"initializer 'w' is stored as FLOAT \[3\], expected"):
+            read_original(altered, "w")
 
 
 def test_memory_is_that_of_the_original(tmp_path: Path) -> None:
