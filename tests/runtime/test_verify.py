@@ -14,7 +14,7 @@ from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.verify import OutputError, Report, TokenComparison
+from furiosa_llm.runtime.verify import OutputError, Parity, TokenComparison
 from tests.runtime.models import LlamaSize, llama, mlp
 from tests.runtime.spmd import Spmd
 from tests.runtime.test_llm import ZOO
@@ -133,7 +133,7 @@ def test_a_tie_within_the_error_counts_as_identical() -> None:
     assert compared(1e-6).identical
     assert not compared(1e-3).identical
     fine = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=True)
-    assert Report(outputs=(fine,), tokens=(compared(1e-6),), accuracy_level_replaced=False).within(0.1)
-    assert not Report(outputs=(fine,), tokens=(compared(1e-3),), accuracy_level_replaced=False).within(0.1)
+    assert Parity(stitched=(), outputs=(fine,), tokens=(compared(1e-6),), accuracy_level_replaced=False).within(0.1)
+    assert not Parity(stitched=(), outputs=(fine,), tokens=(compared(1e-3),), accuracy_level_replaced=False).within(0.1)
     broken = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=False)
-    assert not Report(outputs=(broken,), tokens=(), accuracy_level_replaced=False).within(0.1)
+    assert not Parity(stitched=(), outputs=(broken,), tokens=(), accuracy_level_replaced=False).within(0.1)
