@@ -13,6 +13,7 @@ from furiosa_llm.cli.check_sharding import check_sharding_command
 from furiosa_llm.cli.generate import generate
 from furiosa_llm.cli.plan import plan
 from furiosa_llm.cli.run import run
+from furiosa_llm.cli.unbuild import unbuild
 from furiosa_llm.cli.verify import verify
 
 _INTERRUPTED = 130
@@ -27,7 +28,7 @@ def cli() -> None:
     """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
 
 
-for command in (build, check_sharding_command, generate, plan, run, verify):
+for command in (build, check_sharding_command, generate, plan, run, unbuild, verify):
     cli.add_command(command)
 
 

@@ -13,3 +13,7 @@ class ArtifactError(FuriosaLLMError):
 
 class LayoutError(FuriosaLLMError):
     """A dimension's layout is malformed or does not fit the mesh."""
+
+
+class OutputFileError(FuriosaLLMError):
+    """A file that was asked for cannot be written, or exists already."""

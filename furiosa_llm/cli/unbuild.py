@@ -1,0 +1,40 @@
+"""`furiosa-llm unbuild`: an artifact back into the ONNX model that it was built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from furiosa_llm.builder.units import nbytes
+from furiosa_llm.runtime import open_artifact
+from furiosa_llm.runtime.artifact import unbuild as library
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUT.onnx", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace OUT.onnx and OUT.onnx.data if they exist.")
+def unbuild(artifact: Path, output: Path, force: bool) -> None:
+    """Write the ONNX model that ARTIFACT was built from to OUT.onnx, and its weights to OUT.onnx.data.
+
+    Every weight is put together from its shards and compared with the digest of the original: what is written is the
+    original's, bit for bit, or nothing is.
+    """
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        written = library.unbuild(
+            open_artifact(artifact, full=False),
+            output,
+            force=force,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    where = f" and {written.data}" if written.data is not None else ""
+    click.echo(
+        f"{written.model}{where}: {written.num_initializers} initializers, {written.num_rebuilt} of them put together "
+        f"from shards ({nbytes(written.nbytes)}), all as they were"
+    )
