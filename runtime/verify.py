@@ -177,7 +177,8 @@ class Subject:
     def _first_row(self, step: Step) -> Step:
         """A step's first sequence: GroupQueryAttention takes several tokens behind a past in a batch of one only."""
         manifest = self._artifact.manifest
-        shapes = {info.name: info.shape for info in (*manifest.inputs, *manifest.outputs)}
+        shapes = {info.name: info.shape for info in manifest.inputs}
+        shapes |= {info.name: info.shape for info in manifest.outputs}
         first = {
             name: array[(slice(None),) * shapes[name].index("batch") + (slice(0, 1),)]
             for name, array in (*step.inputs.items(), *step.expected.items())
