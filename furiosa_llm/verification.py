@@ -82,9 +82,12 @@ def verify_artifact(
     try:
         artifact = open_artifact(folder, full=False)
     except ArtifactError as error:
-        checks = [Check(name="structure", checked=1, faults=(_line(error, folder),))]
-        return Report(record=_record(_manifest_digest(folder), checks), parity=None)
-    digest = _manifest_digest(folder)
+        digest = _manifest_digest(folder)
+        if digest is None:
+            raise
+        fault = Check(name="structure", checked=1, faults=(_line(error, folder),))
+        return Report(record=_record(digest, [fault]), parity=None)
+    digest = manifest_digest((folder / MANIFEST_NAME).read_bytes())
     checks = [Check(name="structure", checked=1 + len(artifact.manifest.files)), _proof(artifact)]
     if full or against is not None or _weights_nbytes(artifact) <= SMALL_NBYTES:
         checks.append(_guarded(lambda: check_weights(artifact), "weights", folder))
@@ -102,10 +105,13 @@ def verify_artifact(
     return Report(record=_record(digest, checks), parity=parity)
 
 
-def _manifest_digest(folder: Path) -> str:
-    """The digest of a manifest that is well-formed by itself; raises ArtifactError if it is not."""
-    data = (folder / MANIFEST_NAME).read_bytes()
-    parse_manifest(data)
+def _manifest_digest(folder: Path) -> str | None:
+    """The digest of the manifest; None if it is not sound even by itself, so that there is nothing to vouch against."""
+    try:
+        data = (folder / MANIFEST_NAME).read_bytes()
+        parse_manifest(data)
+    except (OSError, ArtifactError):
+        return None
     return manifest_digest(data)
 
 
