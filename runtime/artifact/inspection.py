@@ -67,8 +67,8 @@ class WeightMemory:
 class StateMemory:
     """Bytes of all states of one sequence on each PE.
 
-    `nbytes_per_token` are those of a position; `nbytes_at_limit` those of a sequence as long as the model allows, with
-    what does not grow; None if there are growing states but no limit.
+    `nbytes_per_token` are those of a position, `nbytes_at_limit` those of a sequence as long as the model allows; None
+    if that is not known.
     """
 
     nbytes_per_token: int
@@ -267,21 +267,16 @@ def _padding_nbytes(tensor: StoredTensor, mesh: Mesh) -> int:
 
 def _state_memory(manifest: Manifest) -> StateMemory:
     infos = {info.name: info for info in manifest.inputs}
-    limit = manifest.model.max_sequence_length
-    per_token, fixed = 0, 0
+    per_token = 0
     for state in manifest.states:
         info = infos[state.input]
         sizes = [
-            local_size(dim, manifest.mesh) if dim is not None else size if isinstance(size, int) else 1
-            for size, dim in zip(info.shape, info.layout, strict=True)
+            local_size(dim, manifest.mesh) if dim is not None else 1
+            for dim in info.layout  # a dynamic dimension has no layout
         ]
-        nbytes = DTYPES[info.dtype].nbytes(sizes)
-        if isinstance(info.shape[state.sequence_dim], int):
-            fixed += nbytes
-        else:
-            per_token += nbytes
-    known = limit is not None or not per_token
-    return StateMemory(nbytes_per_token=per_token, nbytes_at_limit=fixed + per_token * (limit or 0) if known else None)
+        per_token += DTYPES[info.dtype].nbytes(sizes)
+    limit = manifest.model.max_sequence_length if per_token else 0
+    return StateMemory(nbytes_per_token=per_token, nbytes_at_limit=None if limit is None else per_token * limit)
 
 
 def _collectives(manifest: Manifest) -> tuple[CollectiveSummary, ...]:

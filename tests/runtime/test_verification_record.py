@@ -174,7 +174,7 @@ def test_a_write_that_fails_leaves_the_old_record(call: str, tmp_path: Path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full)
+    monkeypatch.setattr(os if call == "fsync" else Path, call, full)
     with pytest.raises(RecordError, match=r"verification\.json cannot be written: No space left.*--no-record"):
         write_verification(tmp_path, PASSED)
     monkeypatch.undo()
