@@ -114,7 +114,9 @@ def _split(size: int) -> Iterator[dict[str, DecoderSession]]:
     with ExitStack() as stack:
         sessions = {"plain": _session(_reference(model(MODEL)))}
         for name, fuse in (("fused", True), ("unfused", False)):
-            executor = stack.enter_context(Executor(open_artifact(_artifact(size, fuse=fuse)), threads=_THREADS))
+            executor = stack.enter_context(
+                Executor(open_artifact(_artifact(size, fuse=fuse), full=False), threads=_THREADS)
+            )
             sessions[f"tp {size} {name}"] = _session(executor)
         yield sessions
 
@@ -126,7 +128,7 @@ def _session(decoder: ReferenceModel | Executor) -> DecoderSession:
 
 
 def _reference(path: Path) -> ReferenceModel:
-    manifest = open_artifact(_artifact(4, fuse=True)).manifest
+    manifest = open_artifact(_artifact(4, fuse=True), full=False).manifest
     return ReferenceModel(
         path, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states, threads=_THREADS
     )

@@ -52,7 +52,7 @@ def bars() -> Iterator[Bar]:
             beside = f"{worst.output} in {worst.case}"
             what = f"{shape} tp {size}: greatest relative error of an output"
             yield Bar(what=what, figure=worst.relative, limit=1e-4, beside=beside)
-            found = artifact_perplexity(open_artifact(built.folder))
+            found = artifact_perplexity(open_artifact(built.folder, full=False))
             what = f"{shape} tp {size}: perplexity, distance from {REFERENCE_PERPLEXITY}"
             yield Bar(what=what, figure=abs(found - REFERENCE_PERPLEXITY), limit=0.01, beside=f"{found:.4f}")
 

@@ -38,7 +38,7 @@ def bars() -> Iterator[Bar]:
     """Two ratios for every model and size."""
     for (name, size), (decode_limit, prefill_limit) in LIMITS.items():
         built = artifact(name, size)
-        manifest = open_artifact(built.folder).manifest
+        manifest = open_artifact(built.folder, full=False).manifest
         weights = sum(f.nbytes for f in manifest.files if f.path.startswith("weights-"))
         padded = weights / sum(f.stat().st_size for f in built.model.parent.glob("model.onnx*"))
         with _sessions(name, size) as (ours, theirs):
@@ -52,7 +52,7 @@ def bars() -> Iterator[Bar]:
 @contextmanager
 def _sessions(name: str, size: int) -> Iterator[tuple[DecoderSession, DecoderSession]]:
     built = artifact(name, size)
-    opened = open_artifact(built.folder)
+    opened = open_artifact(built.folder, full=False)
     manifest = opened.manifest
     reference = ReferenceModel(
         built.model, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states, threads=_THREADS

@@ -16,7 +16,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.integrity import check_originals, check_padding, check_weights
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manifest_digest
 from furiosa_llm.runtime.artifact.parse import parse_manifest
-from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
 from furiosa_llm.runtime.artifact.unbuild import unbuild
 from furiosa_llm.runtime.artifact.verification import Check, Verification
 from furiosa_llm.runtime.errors import ExecutionError, InputError
@@ -25,9 +25,6 @@ from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, OutputError, Parity, Sub
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 5e-3
 """Of a model with float16 weights: 11 bits, and a partial sum is rounded on every rank."""
-
-SMALL_NBYTES = 2**30
-"""Weights up to this size are read in every verification: it takes a second or two."""
 
 _DISTRIBUTION = "furiosa-llm-onnx"
 _LIBRARIES = ("numpy", "onnx", "onnxruntime")
@@ -70,7 +67,7 @@ def verify_artifact(
 ) -> Report:
     """Checks the artifact in the folder `path`; what is wrong with it is reported, not raised.
 
-    Always: its structure, the digests of all files, but of more than SMALL_NBYTES of weights only with `full` or
+    Always: its structure, the digests of all files, but of more than FULL_BELOW_NBYTES of weights only with `full` or
     `against`, and the static proof. `full`: every original put together from its shards, and padding. `full` or
     `against`: outputs and greedy tokens beside the unsplit model, which is `against`, or is put back together from the
     artifact in a temporary folder. Nothing is written; `write_verification` does that with the report's record.
@@ -87,9 +84,8 @@ def verify_artifact(
             raise
         fault = Check(name="structure", checked=1, faults=(_line(error, folder),))
         return Report(record=_record(digest, [fault]), parity=None)
-    digest = manifest_digest((folder / MANIFEST_NAME).read_bytes())
     checks = [Check(name="structure", checked=1 + len(artifact.manifest.files)), _proof(artifact)]
-    if full or against is not None or _weights_nbytes(artifact) <= SMALL_NBYTES:
+    if full or against is not None or _weights_nbytes(artifact) < FULL_BELOW_NBYTES:
         checks.append(_guarded(lambda: check_weights(artifact), "weights", folder))
     if full:
         checks.append(_guarded(lambda: check_originals(artifact), "originals", folder))
@@ -102,7 +98,7 @@ def verify_artifact(
     elif full and all(check.passed for check in checks if check.name != "proof"):
         found, parity = _compared_with_itself(artifact, options or ParityOptions())
         checks += found
-    return Report(record=_record(digest, checks), parity=parity)
+    return Report(record=_record(artifact.digest, checks), parity=parity)
 
 
 def _manifest_digest(folder: Path) -> str | None:

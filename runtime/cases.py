@@ -68,10 +68,9 @@ def steps_of(
         yield Step(name=name, sizes=known, inputs=inputs, expected=expected)
 
 
-def configured_sizes(folder: Path) -> dict[str, int]:
-    """Sizes of dimensions besides batch and sequence: those of an image are in the config.json of an artifact."""
-    path = folder / "config.json"
-    if not path.is_file():
+def configured_sizes(path: Path | None) -> dict[str, int]:
+    """Sizes of dimensions besides batch and sequence: those of an image are in the config.json at `path`, if any."""
+    if path is None:
         return dict(_OTHER_SIZES)
     try:
         config = json.loads(path.read_bytes())

@@ -61,15 +61,16 @@ class LLM:
         seed: int | None = None,
         threads: int | None = None,
         mapped: bool = False,
-        full_verification: bool = False,
+        full_verification: bool | None = None,
     ) -> Self:
         """Loads the artifact in the folder `path`.
 
         `threads` step the PEs (None: one for each core this process may use). `mapped` leaves the weights in their file
         instead of packing them for speed: it loads faster and shares memory with other processes. `tokenizer` is the
         folder of another tokenizer than the artifact's. `seed` is for requests that have none. `full_verification`
-        compares the digests of the weights too. Raises ArtifactError for a damaged artifact, UnsupportedError for one
-        that does not generate, and for parallelism beyond tensor parallelism, which the artifact has built in.
+        compares the digests of the weights too; None does if they are below a gigabyte. Raises ArtifactError for a
+        damaged artifact, UnsupportedError for one that does not generate, and for parallelism beyond tensor
+        parallelism, which the artifact has built in.
         """
         for name, value in (
             ("data_parallel_size", data_parallel_size),
@@ -82,7 +83,7 @@ class LLM:
         artifact = open_artifact(path, full=full_verification)
         _check_generative(artifact.manifest)
         if not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_folder(artifact.folder if tokenizer is None else tokenizer)
+            tokenizer = Tokenizer.from_artifact(artifact) if tokenizer is None else Tokenizer.from_folder(tokenizer)
         return cls(Executor(artifact, threads=threads, mapped=mapped), tokenizer, seed=seed)
 
     @property

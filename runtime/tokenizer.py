@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +14,7 @@ import tokenizers
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import TokenizerError
 
 _TOKENIZER = "tokenizer.json"
@@ -38,10 +39,19 @@ class Tokenizer:
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer in `folder`; raises TokenizerError if it has none or a malformed one."""
         path = Path(folder)
-        file = path / _TOKENIZER
-        if not file.is_file():
+        return cls._from_files(path, lambda name: path / name if (path / name).is_file() else None)
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> Tokenizer:
+        """The tokenizer that came with the model, of the files that the manifest lists; raises TokenizerError."""
+        return cls._from_files(artifact.folder, artifact.companion)
+
+    @classmethod
+    def _from_files(cls, where: Path, find: Callable[[str], Path | None]) -> Tokenizer:
+        file = find(_TOKENIZER)
+        if file is None:
             raise TokenizerError(
-                f"{path} has no {_TOKENIZER}; put the tokenizer's files beside the model and build again, or give the "
+                f"{where} has no {_TOKENIZER}; put the tokenizer's files beside the model and build again, or give the "
                 f"folder that has them as the tokenizer"
             )
         try:
@@ -52,8 +62,8 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
-        config = _read_config(path / _CONFIG)
-        return cls(tokenizer, config, _read_template(path / _TEMPLATE, config))
+        config = _read_config(find(_CONFIG))
+        return cls(tokenizer, config, _read_template(find(_TEMPLATE), config))
 
     @property
     def vocab_size(self) -> int:
@@ -107,8 +117,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
         return {}
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -119,9 +129,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    if path.is_file():
-        return path.read_text("utf-8")
+def _read_template(path: Path | None, config: Mapping[str, Any]) -> str | None:
+    if path is not None:
+        try:
+            return path.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{path} cannot be read: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

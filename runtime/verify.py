@@ -147,7 +147,7 @@ class Subject:
             threads=threads or len(os.sched_getaffinity(0)),
             accuracy_level=0,
         )
-        known = configured_sizes(artifact.folder) | dict(sizes or {})
+        known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
         self._steps = list(steps_of(self._reference, manifest, known, np.random.default_rng(seed)))
 
     def stitched(self) -> tuple[OutputError, ...]:
@@ -169,9 +169,9 @@ class Subject:
         manifest = self._artifact.manifest
         with Executor(self._artifact, threads=self._threads, exact=True) as executor:
             outputs = tuple(_executor_errors(executor, self._steps))
-            if manifest.model.task != "decoder" or not (self._artifact.folder / "tokenizer.json").is_file():
+            if manifest.model.task != "decoder" or self._artifact.companion("tokenizer.json") is None:
                 return outputs, ()
-            tokenizer = Tokenizer.from_folder(self._artifact.folder)
+            tokenizer = Tokenizer.from_artifact(self._artifact)
             return outputs, tuple(_compare_tokens(executor, self._reference, tokenizer, prompts, max_tokens))
 
     def _first_row(self, step: Step) -> Step:

@@ -17,7 +17,7 @@ from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.identity import check_identity
 from furiosa_llm.runtime import collectives
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.layout import Mesh, index_map
+from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.manifest import StoredTensor
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.verification import CHECKS, Verification, parse_verification
@@ -124,7 +124,7 @@ def test_weights_are_read_by_themselves_if_they_are_small(build: Build, monkeypa
     tensor, file = faults(record, "weights")
     assert "stored tensor 'onnx::MatMul_733': found sha256" in tensor
     assert file.startswith("weights-00001.safetensors: found sha256")
-    monkeypatch.setattr(verification, "SMALL_NBYTES", 1000)
+    monkeypatch.setattr(verification, "FULL_BELOW_NBYTES", 1000)
     assert [check.name for check in verify(folder).checks] == ["structure", "proof"]
     assert "weights" in failed(verify(folder, full=True))
 
@@ -133,9 +133,12 @@ def test_weights_are_read_by_themselves_if_they_are_small(build: Build, monkeypa
 
 
 def split_matrix(folder: Path) -> StoredTensor:
-    """A matrix with four different shards."""
-    artifact = open_artifact(folder)
-    return next(t for t in artifact.manifest.tensors if t.origin and len(t.local_shape) == 2 and len(t.shard_axes) == 2)
+    """A matrix whose columns lie in four shards, so that the file has its elements in another order."""
+    return next(
+        tensor
+        for tensor in open_artifact(folder).manifest.tensors
+        if tensor.origin and tensor.layout and len(tensor.shard_axes) == 2 and axes_of(tensor.layout[-1])
+    )
 
 
 def swap_shards(data: bytearray) -> None:

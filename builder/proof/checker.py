@@ -52,7 +52,7 @@ _MAX_KEYS = 6
 
 def prove(path: str | os.PathLike[str]) -> ProofReport:
     """Check the artifact in the folder `path`; ArtifactError if it is not even an artifact."""
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, full=False)
     return check_program(artifact.program, artifact.manifest, constants_of(artifact))
 
 

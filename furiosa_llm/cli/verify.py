@@ -76,7 +76,8 @@ def verify(
     for check in report.record.checks:
         _show_check(console, check)
     passed = report.record.passed
-    console.print("verified" if passed else "NOT verified", highlight=False)
+    within = next((f" within {check.tolerance:g}" for check in report.record.checks if check.tolerance is not None), "")
+    console.print(f"verified{within}" if passed else f"NOT verified{within}", highlight=False)
     if not no_record:
         path = write_verification(artifact, report.record)
         console.print(f"recorded in {path}", highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,6 @@ from onnx import ModelProto
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, global_size, local_size, to_json
 from furiosa_llm.runtime.artifact.manifest import (
-    MANIFEST_NAME,
     Collective,
     InputInfo,
     Manifest,
@@ -26,7 +25,6 @@ from furiosa_llm.runtime.artifact.manifest import (
     Provenance,
     State,
     StoredTensor,
-    manifest_digest,
 )
 from furiosa_llm.runtime.artifact.program_checks import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
@@ -194,10 +192,9 @@ def inspect_artifact(path: str | os.PathLike[str]) -> Inspection:
     """
     artifact = open_artifact(Path(path), full=False)
     manifest = artifact.manifest
-    digest = manifest_digest((artifact.folder / MANIFEST_NAME).read_bytes())
     plan = manifest.plan
     return Inspection(
-        digest=digest,
+        digest=artifact.digest,
         model=manifest.model,
         mesh=manifest.mesh.shape,
         num_nodes=len(artifact.program.graph.node),
@@ -215,7 +212,7 @@ def inspect_artifact(path: str | os.PathLike[str]) -> Inspection:
         states=manifest.states,
         files=tuple(FileSummary(path=entry.path, nbytes=entry.nbytes) for entry in manifest.files),
         provenance=manifest.provenance,
-        verification=_verification(artifact.folder, digest),
+        verification=_verification(artifact.folder, artifact.digest),
     )
 
 

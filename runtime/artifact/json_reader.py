@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +16,7 @@ T = TypeVar("T")
 
 REBUILD = "rebuild the artifact with `furiosa-llm build`"
 MAX_INTEGER = 2**62
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,12 @@ class Field:
                 self.fail(f"only the keys {', '.join(keys)}", f"the unknown key {key!r:.80}")
         return {key: self.child(key) for key in keys}
 
-    def items(self, read: Callable[[Field], T]) -> tuple[T, ...]:
-        """The items of a list, each taken by `read`."""
+    def items(self, read: Callable[[Field], T], *, most: int | None = None) -> tuple[T, ...]:
+        """The items of a list, each taken by `read`; at most `most` of them."""
         if not isinstance(self.value, list):
             self.fail("a list")
+        if most is not None and len(self.value) > most:
+            self.fail(f"a list of at most {most} items", f"{len(self.value)} of them")
         return tuple(read(self.child(index)) for index in range(len(self.value)))
 
     def optional(self, read: Callable[[Field], T]) -> T | None:
@@ -95,6 +100,9 @@ def parse_json(data: bytes, document: str) -> Field:
     try:
         text = data.decode("utf-8")
         root = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        if _SURROGATE.search(data):
+            # An escaped half of a pair is no character, and no name with one can be shown or opened.
+            json.dumps(root, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ArtifactError(f"{document} is nested too deeply; {REBUILD}") from error
     except ValueError as error:
@@ -115,8 +123,7 @@ def check_unique(fields: Field, names: Sequence[str], what: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"an object has the key {repeated!r:.80} more than once")
     return members
 

@@ -13,6 +13,7 @@ the indices beyond a prefix, where it is split; where it is whole, there are non
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from furiosa_llm.runtime.artifact.errors import LayoutError
 IndexMap = npt.NDArray[np.int64]
 
 _MAX_DEPTH = 64
+_MAX_PARTS = 1024
+MAX_SIZE = 2**48
+"""A dimension has fewer indices; the largest tables have some 2**32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,28 +202,54 @@ def to_json(dim: Dim) -> Any:
     return {"prod" if isinstance(dim, Prod) else "cat": [to_json(part) for part in dim.parts]}
 
 
-def from_json(value: Any, mesh: Mesh, *, depth: int = 0) -> Dim:
+def from_json(value: Any, mesh: Mesh) -> Dim:
     """The layout that `to_json` wrote; raises LayoutError for anything else or for axes that `mesh` has not."""
-    if depth > _MAX_DEPTH:
-        raise LayoutError(f"a layout is nested deeper than {_MAX_DEPTH} levels")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return Leaf(_checked_size(value))
-    if isinstance(value, Mapping) and value.keys() == {"size", "axes"}:
-        return Leaf(_checked_size(value["size"]), _checked_axes(value["axes"], mesh))
-    if isinstance(value, Mapping) and value.keys() == {"prefix", "of"}:
-        return _checked_prefix(_checked_size(value["prefix"]), from_json(value["of"], mesh, depth=depth + 1))
-    if isinstance(value, Mapping) and len(value) == 1:
-        kind, parts = next(iter(value.items()))
-        if kind in ("prod", "cat") and isinstance(parts, list) and parts:
-            built = tuple(from_json(part, mesh, depth=depth + 1) for part in parts)
-            return Prod(built) if kind == "prod" else Cat(built)
-    expected = "an integer, {size, axes}, {prod: [...]}, {cat: [...]} or {prefix, of}"
-    raise LayoutError(f"a layout is {expected}; found {value!r:.120}")
+    return _FromJson(mesh).read(value, 0)[0]
+
+
+_Read = tuple[Dim, int, bool]
+
+
+class _FromJson:
+    """Reads one layout, whatever it is made of, looking at each part once and letting no size grow beyond MAX_SIZE."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._parts = 0
+
+    def read(self, value: Any, depth: int) -> _Read:
+        """The layout, how many indices it has, and whether it is split."""
+        self._parts += 1
+        if depth > _MAX_DEPTH:
+            raise LayoutError(f"a layout is nested deeper than {_MAX_DEPTH} levels")
+        if self._parts > _MAX_PARTS:
+            raise LayoutError(f"a layout has at most {_MAX_PARTS} parts; found one with more")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return Leaf(_checked_size(value)), value, False
+        if isinstance(value, Mapping) and value.keys() == {"size", "axes"}:
+            size = _checked_size(value["size"])
+            return Leaf(size, _checked_axes(value["axes"], self._mesh)), size, True
+        if isinstance(value, Mapping) and value.keys() == {"prefix", "of"}:
+            size = _checked_size(value["prefix"])
+            return _checked_prefix(size, *self.read(value["of"], depth + 1)), size, True
+        if isinstance(value, Mapping) and len(value) == 1:
+            kind, parts = next(iter(value.items()))
+            if kind in ("prod", "cat") and isinstance(parts, list) and parts:
+                return self._of_parts(kind, [self.read(part, depth + 1) for part in parts[: _MAX_PARTS + 1]])
+        expected = "an integer, {size, axes}, {prod: [...]}, {cat: [...]} or {prefix, of}"
+        raise LayoutError(f"a layout is {expected}; found {reprlib.repr(value)}")
+
+    def _of_parts(self, kind: str, parts: list[_Read]) -> _Read:
+        dims, sizes = tuple(part[0] for part in parts), [part[1] for part in parts]
+        size = math.prod(sizes) if kind == "prod" else sum(sizes)
+        if size >= MAX_SIZE:
+            raise LayoutError(f"a layout has fewer than 2**48 indices; found one of {size}")
+        return Prod(dims) if kind == "prod" else Cat(dims), size, any(part[2] for part in parts)
 
 
 def _checked_size(size: Any) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**48:
-        raise LayoutError(f"a layout's size is an integer from 0 to 2**48; found {size!r:.60}")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < MAX_SIZE:
+        raise LayoutError(f"a layout's size is an integer from 0 to 2**48; found {reprlib.repr(size)}")
     return size
 
 
@@ -227,14 +257,15 @@ def _checked_axes(axes: Any, mesh: Mesh) -> tuple[int, ...]:
     known = range(len(mesh.shape))
     valid = isinstance(axes, list) and all(isinstance(a, int) and not isinstance(a, bool) and a in known for a in axes)
     if not valid or len(set(axes)) != len(axes) or not axes:
-        raise LayoutError(f"a layout's axes are distinct mesh axes below {len(mesh.shape)}; found {axes!r:.60}")
+        raise LayoutError(f"a layout's axes are distinct mesh axes below {len(mesh.shape)}; found {reprlib.repr(axes)}")
     return tuple(axes)
 
 
-def _checked_prefix(size: int, part: Dim) -> Prefix:
-    if not axes_of(part):
-        raise LayoutError(f"a layout's prefix is of a dimension that is split; found one of {to_json(part)!r:.120}")
-    whole = global_size(part)
+def _checked_prefix(size: int, part: Dim, whole: int, is_split: bool) -> Prefix:
+    if not is_split:
+        raise LayoutError(
+            f"a layout's prefix is of a dimension that is split; found one of {reprlib.repr(to_json(part))}"
+        )
     if not size < whole < 2 * size:
         raise LayoutError(f"a layout's prefix is more than half of its dimension, but not all; found {size} of {whole}")
     return Prefix(size, part)

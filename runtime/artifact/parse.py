@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+from furiosa_llm.runtime.artifact.coverage import check_coverage, fault_of
 from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError, LayoutError
@@ -42,6 +43,10 @@ _SECTIONS = (
     *("inputs", "outputs", "states", "collectives", "blocks", "plan"),
 )
 _MAX_RANKS = 4096
+_MAX_MESH_AXES = 12
+_MAX_DIMS = 64
+"""numpy's limit."""
+_MAX_NBYTES = 2**62
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
@@ -77,6 +82,7 @@ def parse_manifest(data: bytes) -> Manifest:
     )
     _check_names(section, manifest)
     check_references(section, manifest)
+    check_coverage(section, manifest)
     return manifest
 
 
@@ -128,7 +134,7 @@ def _model(field: Field) -> ModelInfo:
 
 def _mesh(field: Field) -> Mesh:
     shape = field.members(("shape",))["shape"]
-    mesh = Mesh(shape.items(_positive))
+    mesh = Mesh(shape.items(_positive, most=_MAX_MESH_AXES))
     if not mesh.shape or mesh.size > _MAX_RANKS:
         shape.fail(f"a list of at least one length whose product is at most {_MAX_RANKS}", f"{list(mesh.shape)}")
     return mesh
@@ -148,13 +154,15 @@ def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
         name=member["name"].name(),
         file=member["file"].text(),
         dtype=member["dtype"].choice(tuple(DTYPES)),
-        local_shape=member["local_shape"].items(Field.integer),
+        local_shape=member["local_shape"].items(Field.integer, most=_MAX_DIMS),
         shard_axes=_axes(member["shard_axes"], mesh),
-        layout=member["layout"].optional(lambda layout: layout.items(lambda dim: _dim(dim, mesh))),
+        layout=member["layout"].optional(lambda dims: dims.items(lambda dim: _dim(dim, mesh), most=_MAX_DIMS)),
         part=member["part"].optional(_part),
         origin=member["origin"].optional(Field.name),
         sha256=_digest(member["sha256"]),
     )
+    if DTYPES[tensor.dtype].nbytes(tensor.local_shape) * mesh.parts(tensor.shard_axes) >= _MAX_NBYTES:
+        member["local_shape"].fail("a shape of fewer than 2**62 bytes", f"{list(tensor.local_shape)}")
     if tensor.part is not None and tensor.origin is None:
         member["part"].fail("null, because the tensor has no origin")
     if tensor.layout is None:
@@ -164,9 +172,6 @@ def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
     local_shape = tuple(local_size(dim, mesh) for dim in tensor.layout)
     if local_shape != tensor.local_shape:
         member["local_shape"].fail(f"{list(local_shape)}, the local shape of its layout", f"{list(tensor.local_shape)}")
-    split = {axis for dim in tensor.layout for axis in axes_of(dim)}
-    if not split <= set(tensor.shard_axes):
-        member["shard_axes"].fail(f"all of the axes {sorted(split)} of its layout", f"{list(tensor.shard_axes)}")
     return tensor
 
 
@@ -183,7 +188,7 @@ def _initializer(field: Field) -> OriginalInitializer:
     original = OriginalInitializer(
         name=member["name"].name(),
         dtype=member["dtype"].choice((*DTYPES, "STRING", "COMPLEX64", "COMPLEX128")),
-        shape=member["shape"].items(Field.integer),
+        shape=member["shape"].items(Field.integer, most=_MAX_DIMS),
         stored=member["stored"].items(Field.name),
         sha256=member["sha256"].optional(_digest),
     )
@@ -194,8 +199,8 @@ def _initializer(field: Field) -> OriginalInitializer:
 
 def _value(field: Field, mesh: Mesh, roles: Sequence[str]) -> dict[str, Any]:
     member = field.members(("name", "dtype", "shape", "layout", "role"))
-    shape = member["shape"].items(_shape_dim)
-    layout = member["layout"].items(lambda dim: dim.optional(lambda known: _dim(known, mesh)))
+    shape = member["shape"].items(_shape_dim, most=_MAX_DIMS)
+    layout = member["layout"].items(lambda dim: dim.optional(lambda known: _dim(known, mesh)), most=_MAX_DIMS)
     if len(shape) != len(layout):
         member["layout"].fail(f"{len(shape)} layouts, one for each dimension", f"{len(layout)} of them")
     role = member["role"].choice(roles)
@@ -205,6 +210,9 @@ def _value(field: Field, mesh: Mesh, roles: Sequence[str]) -> dict[str, Any]:
             where.fail("null for a dynamic dimension and a layout for every other")
         if dim is not None and global_size(dim) != size:
             where.fail(f"a layout of {size} indices", f"one of {global_size(dim)}")
+        fault = None if dim is None else fault_of(dim)
+        if fault is not None:
+            where.fail("a layout with each index on one rank", f"one in which {fault}")
         if dim is not None and axes_of(dim) and role != "state":
             where.fail("a layout that is not split, because only states may be split")
     dtype = member["dtype"].choice(tuple(DTYPES))
@@ -225,7 +233,7 @@ def _state(field: Field) -> State:
 def _collective(field: Field, mesh: Mesh) -> Collective:
     member = field.members(("id", "kind", "axes", "dim", "dtype", "shape"))
     kind: CollectiveKind = member["kind"].choice(get_args(CollectiveKind))  # type: ignore[assignment]
-    shape: Shape = member["shape"].items(_shape_dim)
+    shape: Shape = member["shape"].items(_shape_dim, most=_MAX_DIMS)
     axes = _axes(member["axes"], mesh)
     if not axes:
         member["axes"].fail("at least one mesh axis")

@@ -6,16 +6,13 @@ import itertools
 from collections.abc import Mapping
 
 from furiosa_llm.runtime.artifact.json_reader import Field
-from furiosa_llm.runtime.artifact.layout import Dim, global_size
 from furiosa_llm.runtime.artifact.manifest import (
     PROGRAM_NAME,
     SOURCE_NAME,
     InputInfo,
     Manifest,
-    OriginalInitializer,
     OutputInfo,
     State,
-    StoredTensor,
 )
 
 _ONCE = ("token_ids", "attention_mask", "position_ids", "token_type_ids", "logits")
@@ -24,7 +21,6 @@ _ONCE = ("token_ids", "attention_mask", "position_ids", "token_type_ids", "logit
 def check_references(section: Mapping[str, Field], manifest: Manifest) -> None:
     """Raises ArtifactError for the first name that refers to nothing and the first role or state that cannot be."""
     _check_files(section, manifest)
-    _check_tensors(section, manifest)
     _check_roles(section, manifest)
     _check_states(section, manifest)
     _check_blocks(section, manifest)
@@ -38,37 +34,6 @@ def _check_files(section: Mapping[str, Field], manifest: Manifest) -> None:
     for index, tensor in enumerate(manifest.tensors):
         if tensor.file not in paths or not tensor.file.endswith(".safetensors"):
             section["tensors"].child(index, "file").fail("a .safetensors file of $.files")
-
-
-def _check_tensors(section: Mapping[str, Field], manifest: Manifest) -> None:
-    names = {tensor.name for tensor in manifest.tensors}
-    originals = {entry.name: entry for entry in manifest.initializers}
-    complete = {name for entry in manifest.initializers for name in entry.stored}
-    for index, entry in enumerate(manifest.initializers):
-        if not names.issuperset(entry.stored):
-            section["initializers"].child(index, "stored").fail("names of entries of $.tensors")
-    for index, tensor in enumerate(manifest.tensors):
-        if tensor.origin is None or tensor.layout is None:
-            continue
-        field = section["tensors"].child(index)
-        origin = originals.get(tensor.origin)
-        if origin is None:
-            field.child("origin").fail("null or the name of an entry of $.initializers")
-        if tensor.name in complete and tensor.name not in origin.stored:
-            field.child("name").fail(f"one of the stored tensors of {origin.name!r:.80}, {list(origin.stored)!r:.200}")
-        _check_origin(field, tensor, tensor.layout, origin)
-
-
-def _check_origin(field: Field, tensor: StoredTensor, layout: tuple[Dim, ...], origin: OriginalInitializer) -> None:
-    expected = list(origin.shape)
-    part = tensor.part
-    if part is not None:
-        if part.dim >= len(expected) or part.stop > expected[part.dim]:
-            field.child("part").fail(f"a part of the original's shape {expected}", f"{part}")
-        expected[part.dim] = part.stop - part.start
-    found = [global_size(dim) for dim in layout]
-    if (found, tensor.dtype) != (expected, origin.dtype):
-        field.child("layout").fail(f"one of {origin.dtype} {expected}, as its origin is", f"{tensor.dtype} {found}")
 
 
 def _check_roles(section: Mapping[str, Field], manifest: Manifest) -> None:

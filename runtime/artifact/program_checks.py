@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
-from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.layout import Mesh, local_size
 from furiosa_llm.runtime.artifact.manifest import (
     PROGRAM_NAME,
@@ -19,6 +18,7 @@ from furiosa_llm.runtime.artifact.manifest import (
     OutputInfo,
     StoredTensor,
 )
+from furiosa_llm.runtime.artifact.model_checks import check_inline, check_model, dtype_name, refuse
 
 COLLECTIVE_DOMAIN = "furiosa_llm"
 
@@ -33,6 +33,8 @@ def check_program(program: ModelProto, manifest: Manifest, offsets: Mapping[str,
     graph = program.graph
     if not graph.output:
         _fail("found no graph", "a graph with outputs")
+    check_model(program, PROGRAM_NAME)
+    _check_opsets(program)
     _check_interface("input", graph.input, manifest.inputs, manifest.mesh)
     _check_interface("output", graph.output, manifest.outputs, manifest.mesh)
     _check_initializers(graph, {tensor.name: tensor for tensor in manifest.tensors}, offsets)
@@ -60,6 +62,29 @@ def used_names(node: NodeProto) -> Iterator[str]:
         yield from (value.name for value in graph.output if value.name not in own)
 
 
+def _check_opsets(program: ModelProto) -> None:
+    versions: dict[str, int] = {}
+    for entry in program.opset_import:
+        domain = _domain(entry.domain)
+        if domain in versions:
+            _fail(f"found two opsets for the domain {entry.domain!r:.80}", "one")
+        versions[domain] = entry.version
+    if versions.get(COLLECTIVE_DOMAIN, 1) != 1:
+        _fail(f"found version {versions[COLLECTIVE_DOMAIN]} of the opset {COLLECTIVE_DOMAIN!r}", "version 1")
+    for function in program.functions:
+        if function.domain == COLLECTIVE_DOMAIN or any(node.domain == COLLECTIVE_DOMAIN for node in function.node):
+            _fail(f"function {function.name!r:.80} has a collective", "collectives at the top level only")
+    for node in program.graph.node:
+        for used in (node, *_inner_nodes(node)):
+            if _domain(used.domain) not in versions:
+                _fail(f"node {used.name!r:.80} is of the domain {used.domain!r:.80}", "one that opset_import has")
+
+
+def _domain(domain: str) -> str:
+    """A domain under one name: the standard operators' has two."""
+    return "" if domain == "ai.onnx" else domain
+
+
 def _check_interface(
     what: str, values: Sequence[ValueInfoProto], expected: Sequence[InputInfo | OutputInfo], mesh: Mesh
 ) -> None:
@@ -68,7 +93,7 @@ def _check_interface(
         _fail(f"found the {what}s {found_names!r:.200}", f"{names!r:.200}, as manifest.json says")
     for value, info in zip(values, expected, strict=True):
         tensor = value.type.tensor_type
-        dtype = _dtype_name(tensor.elem_type)
+        dtype = dtype_name(tensor.elem_type)
         if dtype != info.dtype:
             _fail(f"{what} {info.name!r:.80} is {dtype}", info.dtype)
         if not tensor.HasField("shape"):
@@ -89,8 +114,13 @@ def _check_initializers(graph: GraphProto, tensors: Mapping[str, StoredTensor], 
     if graph.sparse_initializer:
         _fail("found sparse initializers", "dense ones only")
     external: set[str] = set()
+    names: set[str] = set()
     for initializer in graph.initializer:
+        if initializer.name in names:
+            _fail(f"found the initializer {initializer.name!r:.80} twice", "it once")
+        names.add(initializer.name)
         if initializer.data_location != TensorProto.EXTERNAL:
+            check_inline(PROGRAM_NAME, f"initializer {initializer.name!r:.80}", initializer)
             continue
         tensor = tensors.get(initializer.name)
         if tensor is None:
@@ -100,15 +130,11 @@ def _check_initializers(graph: GraphProto, tensors: Mapping[str, StoredTensor], 
     for name in tensors:
         if name not in external:
             _fail(f"found no external initializer {name!r:.80}", "one, because $.tensors has an entry for it")
-    for node in graph.node:
-        owned = (tensor for inner in (node, *_inner_nodes(node)) for tensor in _attribute_tensors(inner))
-        if any(tensor.data_location == TensorProto.EXTERNAL for tensor in owned):
-            _fail(f"node {node.name!r:.80} has an attribute with external data", "inline data")
 
 
 def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int) -> None:
     dtype = DTYPES[tensor.dtype]
-    found_type = _dtype_name(initializer.data_type)
+    found_type = dtype_name(initializer.data_type)
     if (found_type, tuple(initializer.dims)) != (tensor.dtype, tensor.local_shape):
         _fail(
             f"initializer {tensor.name!r:.80} is {found_type} {list(initializer.dims)}",
@@ -117,16 +143,9 @@ def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int)
     found = {entry.key: entry.value for entry in initializer.external_data}
     expected = {"location": tensor.file, "offset": str(offset), "length": str(dtype.nbytes(tensor.local_shape))}
     if found != expected or len(initializer.external_data) != len(_EXTERNAL_KEYS):
-        _fail(f"initializer {tensor.name!r:.80} lies at {found}", f"{expected}")
-
-
-def _attribute_tensors(node: NodeProto) -> Iterator[TensorProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.TENSOR:
-            yield attribute.t
-        yield from attribute.tensors
-    for graph in attribute_graphs(node):
-        yield from graph.initializer
+        _fail(f"initializer {tensor.name!r:.80} lies at {found!r:.400}", f"{expected}")
+    if initializer.HasField("raw_data"):
+        _fail(f"initializer {tensor.name!r:.80} has data of its own", "none, because it is external")
 
 
 def _check_order(graph: GraphProto) -> None:
@@ -152,7 +171,7 @@ def _check_collectives(graph: GraphProto, expected: Sequence[Collective]) -> Non
         difference = next((pair for pair in zip(found_names, names, strict=False) if pair[0] != pair[1]), None)
         shown = f", first {difference[0]!r:.80} for {difference[1]!r:.80}" if difference else ""
         _fail(f"found {len(nodes)} collective nodes{shown}", f"the {len(names)} of $.collectives in their order")
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    types = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
     for node, collective in zip(nodes, expected, strict=True):
         attributes = {attribute.name: _integers(attribute) for attribute in node.attribute}
         wanted: dict[str, list[int] | int | None] = {"axes": list(collective.axes)}
@@ -162,21 +181,40 @@ def _check_collectives(graph: GraphProto, expected: Sequence[Collective]) -> Non
             _fail(f"collective {node.name!r:.80} is {node.op_type} {attributes}", f"{collective.kind} {wanted}")
         if len(node.input) != 1 or len(node.output) != 1:
             _fail(f"collective {node.name!r:.80} has {len(node.input)} inputs, {len(node.output)} outputs", "one each")
-        dtype = _dtype_name(types.get(node.input[0], TensorProto.UNDEFINED))
+        declared = types.get(node.input[0], TypeProto.Tensor())
+        dtype = dtype_name(declared.elem_type)
         if dtype != collective.dtype:
             _fail(f"the input {node.input[0]!r:.80} of collective {node.name!r:.80} is {dtype}", collective.dtype)
         if collective.kind == "AllReduce" and collective.dtype == "BOOL":
             _fail(f"AllReduce {node.name!r:.80} is of BOOL", "a type that can be summed")
+        _check_collective_shape(node, collective, declared)
     for node in graph.node:
         if any(inner.domain == COLLECTIVE_DOMAIN for inner in _inner_nodes(node)):
             _fail(f"a graph inside node {node.name!r:.80} has a collective", "collectives at the top level only")
 
 
+def _check_collective_shape(node: NodeProto, collective: Collective, declared: TypeProto.Tensor) -> None:
+    """A dimension without an expression may have any name in the manifest."""
+    if not declared.HasField("shape"):
+        return
+    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in declared.shape.dim]
+    agree = len(dims) == len(collective.shape) and all(
+        dim == size or (dim == "" and isinstance(size, str)) for dim, size in zip(dims, collective.shape, strict=True)
+    )
+    if not agree:
+        _fail(f"the input {node.input[0]!r:.80} of collective {node.name!r:.80} is {dims}", f"{list(collective.shape)}")
+
+
 def _check_blocks(graph: GraphProto, manifest: Manifest) -> None:
     known = {name for node in graph.node for name in node.output}
-    for block in manifest.blocks:
+    collectives = [position for position, node in enumerate(graph.node) if node.domain == COLLECTIVE_DOMAIN]
+    stops = [*(block.first_node for block in manifest.blocks[1:]), len(graph.node)]
+    for block, stop in zip(manifest.blocks, stops, strict=True) if manifest.blocks else ():
         if block.first_node >= len(graph.node):
             _fail(f"{len(graph.node)} nodes", f"more than {block.first_node}, where block {block.name!r:.80} starts")
+        count = bisect_left(collectives, stop) - bisect_left(collectives, block.first_node)
+        if count != block.collectives:
+            _fail(f"block {block.name!r:.80} has {count} collectives", f"{block.collectives}")
         for name in block.crossing:
             if name not in known:
                 _fail(f"no node writes {name!r:.80}", f"one, because it crosses into block {block.name!r:.80}")
@@ -186,11 +224,6 @@ def _integers(attribute: AttributeProto) -> list[int] | int | None:
     if attribute.type == AttributeProto.INTS:
         return list(attribute.ints)
     return attribute.i if attribute.type == AttributeProto.INT else None
-
-
-def _dtype_name(code: int) -> str:
-    known = code in TensorProto.DataType.values()
-    return TensorProto.DataType.Name(code) if known else f"of the unknown type {code}"
 
 
 def _inner_nodes(node: NodeProto) -> Iterator[NodeProto]:
@@ -205,4 +238,4 @@ def _shown(position: int, node: NodeProto) -> str:
 
 
 def _fail(found: str, expected: str) -> NoReturn:
-    raise ArtifactError(f"{PROGRAM_NAME}: {found}, expected {expected}; {REBUILD}")
+    refuse(PROGRAM_NAME, found, expected)

@@ -1,31 +1,52 @@
-"""Opens an artifact: the manifest, then every other file compared with it, then the program.
+"""Opens an artifact: the manifest, then every other file compared with it, then the program and the source.
 
-Weights are never read here (unless `full` asks for their digests): only their headers are.
+Each file is opened once, and what is compared, hashed and parsed is what was opened. Weights are read only for their
+digests; otherwise their headers are all that is looked at.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.files import open_regular, size_of
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
-from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, PROGRAM_NAME, FileEntry, Manifest, StoredTensor
+from furiosa_llm.runtime.artifact.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_NBYTES,
+    PROGRAM_NAME,
+    SOURCE_NAME,
+    FileEntry,
+    Manifest,
+    StoredTensor,
+    manifest_digest,
+)
+from furiosa_llm.runtime.artifact.model_checks import parse_model
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.program_checks import check_program
-from furiosa_llm.runtime.artifact.safetensors_header import StoredArray, read_header
+from furiosa_llm.runtime.artifact.safetensors_header import StoredArray, parse_header
+from furiosa_llm.runtime.artifact.source_checks import check_source
+
+FULL_BELOW_NBYTES = 10**9
+"""Weights that are fewer bytes altogether are compared with their digests unless it is asked not to."""
+MAX_MODEL_NBYTES = 2**31 - 1
+"""The longest message that protobuf can hold."""
 
 _WEIGHTS_SUFFIX = ".safetensors"
+_HEADER_SLACK_NBYTES = 2**16
+_MAX_HASHING_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +62,12 @@ class Window:
 class Artifact:
     """An open artifact: `folder`, its `manifest`, its `program` (rank 0's as stored), and the stored tensors' places.
 
-    `tensors` are the manifest's by name, and `offsets` the byte of the file where shard 0 of each begins.
+    `tensors` are the manifest's by name, and `offsets` the byte of the file where shard 0 of each begins. `digest` is
+    the manifest's, which names the artifact.
     """
 
     folder: Path
+    digest: str
     manifest: Manifest
     program: onnx.ModelProto
     tensors: Mapping[str, StoredTensor]
@@ -59,27 +82,47 @@ class Artifact:
 
     def read_window(self, window: Window) -> npt.NDArray[np.uint8]:
         """The bytes of `window`, uint8 `[window.nbytes]`."""
-        data = np.fromfile(self.folder / window.file, dtype=np.uint8, count=window.nbytes, offset=window.offset)
+        with open_regular(self.folder / window.file) as stream:
+            data = np.fromfile(stream, dtype=np.uint8, count=window.nbytes, offset=window.offset)
         if data.size != window.nbytes:
             raise ArtifactError(f"{window.file} was cut short while the artifact was open; {REBUILD}")
         return data
 
+    def companion(self, name: str) -> Path | None:
+        """The path of the file `name` that came with the model; None if the manifest does not list one.
 
-def open_artifact(path: str | os.PathLike[str], *, full: bool = False) -> Artifact:
+        What lies in the folder without being listed is no part of the artifact.
+        """
+        return self.folder / name if any(entry.path == name for entry in self.manifest.files) else None
+
+
+def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> Artifact:
     """The artifact in the folder `path`, with every field of every file checked.
 
     The digests of all files but the weights are compared with the manifest; `full` compares those of the weights too
-    (about a second per gigabyte). Raises ArtifactError that says what was found, what was expected and what to do.
+    (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. Raises ArtifactError
+    that says what was found, what was expected and what to do.
     """
     folder = Path(path)
-    manifest = parse_manifest(_manifest_bytes(folder))
-    for entry in manifest.files:
-        _check_file(folder, entry, digest=full or not entry.path.endswith(_WEIGHTS_SUFFIX))
-    tensors = {tensor.name: tensor for tensor in manifest.tensors}
-    offsets = _weight_offsets(folder, manifest)
-    program = _parse_program(folder / PROGRAM_NAME)
+    data = _manifest_bytes(folder)
+    manifest = parse_manifest(data)
+    if full is None:
+        full = sum(entry.nbytes for entry in manifest.files if _is_weights(entry)) < FULL_BELOW_NBYTES
+    try:
+        models, offsets = _checked_files(folder, manifest, full=full)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be read: {error.strerror}; check the disk and copy it again") from error
+    program = parse_model(models[PROGRAM_NAME], str(folder / PROGRAM_NAME))
     check_program(program, manifest, offsets)
-    return Artifact(folder=folder, manifest=manifest, program=program, tensors=tensors, offsets=offsets)
+    check_source(parse_model(models[SOURCE_NAME], str(folder / SOURCE_NAME)), manifest)
+    return Artifact(
+        folder=folder,
+        digest=manifest_digest(data),
+        manifest=manifest,
+        program=program,
+        tensors={tensor.name: tensor for tensor in manifest.tensors},
+        offsets=offsets,
+    )
 
 
 def _manifest_bytes(folder: Path) -> bytes:
@@ -88,49 +131,124 @@ def _manifest_bytes(folder: Path) -> bytes:
         raise ArtifactError(
             f"no artifact at {folder}: found {found}, expected the folder that `furiosa-llm build` wrote"
         )
-    try:
-        return (folder / MANIFEST_NAME).read_bytes()
-    except FileNotFoundError as error:
+    path = folder / MANIFEST_NAME
+    if not os.path.lexists(path):
         raise ArtifactError(
             f"{folder} is not an artifact: it has no {MANIFEST_NAME}; give the folder that `furiosa-llm build` wrote, "
             f"or {REBUILD}"
-        ) from error
-    except OSError as error:
-        raise ArtifactError(f"{folder / MANIFEST_NAME} cannot be read: {error.strerror}") from error
+        )
+    with open_regular(path) as stream:
+        nbytes = size_of(stream)
+        if nbytes > MAX_MANIFEST_NBYTES:
+            raise ArtifactError(f"{path} is {nbytes} bytes long, expected at most {MAX_MANIFEST_NBYTES}; {REBUILD}")
+        return _read(path, stream, nbytes)
 
 
-def _check_file(folder: Path, entry: FileEntry, *, digest: bool) -> None:
+def _is_weights(entry: FileEntry) -> bool:
+    return entry.path.endswith(_WEIGHTS_SUFFIX)
+
+
+def _checked_files(folder: Path, manifest: Manifest, *, full: bool) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The bytes of program.onnx and source.onnx, and where stored tensors begin; every listed file is as it should."""
+    models: dict[str, bytes] = {}
+    weights = [entry for entry in manifest.files if _is_weights(entry)]
+    with ExitStack() as stack:
+        streams = {entry.path: stack.enter_context(_open_listed(folder, entry)) for entry in manifest.files}
+        for entry in manifest.files:
+            if entry.path in (PROGRAM_NAME, SOURCE_NAME):
+                models[entry.path] = _model_bytes(folder, entry, streams[entry.path])
+            elif not _is_weights(entry):
+                _check_digest(folder, entry, hashlib.file_digest(streams[entry.path], "sha256").hexdigest())
+        offsets = _weight_offsets({entry.path: streams[entry.path] for entry in weights}, manifest)
+        if full:
+            _check_weights(folder, weights, streams, manifest.tensors, offsets)
+    return models, offsets
+
+
+def _open_listed(folder: Path, entry: FileEntry) -> BufferedReader:
     path = folder / entry.path
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError(f"{path} is not a regular file; copy the artifact with its links followed (`cp -rL`)")
-        if status.st_size != entry.nbytes:
-            raise ArtifactError(
-                f"{path}: found {status.st_size} bytes, expected {entry.nbytes}; copy the artifact again or {REBUILD}"
-            )
-        if digest:
-            _check_digest(path, entry.sha256)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing; copy the artifact again or {REBUILD}") from error
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _check_digest(path: Path, expected: str) -> None:
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    stream = open_regular(path)
+    found = size_of(stream)
+    if found != entry.nbytes:
+        stream.close()
         raise ArtifactError(
-            f"{path} was altered: found sha256 {found[:16]}..., expected {expected[:16]}...; copy the artifact again "
-            f"or {REBUILD}"
+            f"{path}: found {found} bytes, expected {entry.nbytes}; copy the artifact again or {REBUILD}"
+        )
+    return stream
+
+
+def _model_bytes(folder: Path, entry: FileEntry, stream: BufferedReader) -> bytes:
+    path = folder / entry.path
+    if entry.nbytes > MAX_MODEL_NBYTES:
+        raise ArtifactError(f"{path} is {entry.nbytes} bytes long, expected at most {MAX_MODEL_NBYTES}; {REBUILD}")
+    data = _read(path, stream, entry.nbytes)
+    _check_digest(folder, entry, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _read(path: Path, stream: BufferedReader, nbytes: int) -> bytes:
+    data = stream.read(nbytes)
+    if len(data) != nbytes:
+        raise ArtifactError(
+            f"{path}: found {len(data)} bytes, expected {nbytes}; it is being written to, wait for that"
+        )
+    return data
+
+
+def _check_digest(folder: Path, entry: FileEntry, found: str, what: str = "") -> None:
+    if found != entry.sha256:
+        raise ArtifactError(
+            f"{folder / entry.path} was altered{what}: found sha256 {found[:16]}..., expected {entry.sha256[:16]}...; "
+            f"copy the artifact again or {REBUILD}"
         )
 
 
-def _weight_offsets(folder: Path, manifest: Manifest) -> dict[str, int]:
-    headers = {
-        entry.path: read_header(folder / entry.path) for entry in manifest.files if entry.path.endswith(_WEIGHTS_SUFFIX)
-    }
+def _check_weights(
+    folder: Path,
+    weights: Sequence[FileEntry],
+    streams: Mapping[str, BufferedReader],
+    tensors: Sequence[StoredTensor],
+    offsets: Mapping[str, int],
+) -> None:
+    """Compares the digests of the weights files, several at a time: hashing lets other threads run."""
+
+    def digest(entry: FileEntry) -> str:
+        streams[entry.path].seek(0)
+        return hashlib.file_digest(streams[entry.path], "sha256").hexdigest()
+
+    if not weights:
+        return
+    threads = min(len(weights), len(os.sched_getaffinity(0)), _MAX_HASHING_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        for entry, found in zip(weights, pool.map(digest, weights), strict=True):
+            if found != entry.sha256:
+                inside = sorted(
+                    (tensor for tensor in tensors if tensor.file == entry.path), key=lambda t: offsets[t.name]
+                )
+                _check_digest(folder, entry, found, _altered(streams[entry.path], inside, offsets))
+
+
+def _altered(stream: BufferedReader, tensors: Sequence[StoredTensor], offsets: Mapping[str, int]) -> str:
+    """Where an altered weights file was altered; `tensors` are those in it as they lie."""
+    ends = [*(offsets[tensor.name] for tensor in tensors[1:]), size_of(stream)]
+    for tensor, end in zip(tensors, ends, strict=True):
+        stream.seek(offsets[tensor.name])
+        digest, left = hashlib.sha256(), end - offsets[tensor.name]
+        while left and (chunk := stream.read(min(left, 2**20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        if digest.hexdigest() != tensor.sha256:
+            return f" in the tensor {tensor.name!r:.80}"
+    return " in its header"
+
+
+def _weight_offsets(streams: Mapping[str, BufferedReader], manifest: Manifest) -> dict[str, int]:
+    """The byte of its file where shard 0 of each stored tensor begins."""
+    most = dict.fromkeys(streams, _HEADER_SLACK_NBYTES)
+    for tensor in manifest.tensors:
+        # JSON takes up to twelve bytes for a character, and some twenty for a number.
+        most[tensor.file] += 12 * len(tensor.name) + 24 * len(tensor.local_shape) + 300
+    headers = {file: parse_header(stream, file, max_nbytes=most[file]) for file, stream in streams.items()}
     for tensor in manifest.tensors:
         stored = headers[tensor.file].get(tensor.name)
         if stored is None:
@@ -157,12 +275,3 @@ def _check_stored(tensor: StoredTensor, stored: StoredArray, shards: int) -> Non
             f"{tensor.file}: tensor {tensor.name!r:.80} is {found[0]} {list(found[1])} of {found[2]} bytes, expected "
             f"{expected[0]} {list(expected[1])} of {expected[2]} bytes; {REBUILD}"
         )
-
-
-def _parse_program(path: Path) -> onnx.ModelProto:
-    program = onnx.ModelProto()
-    try:
-        program.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise ArtifactError(f"{path} is not an ONNX model: {error}; {REBUILD}") from error
-    return program

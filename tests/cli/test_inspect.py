@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from furiosa_llm import ArtifactBuilder
+from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.inspection import inspect_artifact
+from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.verification import RECORD_NAME
 from tests.cli.conftest import Cli
 from tests.tampering import edit_manifest
@@ -77,16 +79,25 @@ def test_all_of_it_as_json(artifact: Path, cli: Cli) -> None:
 
 
 def test_alike_blocks_are_one_line(artifact: Path, cli: Cli) -> None:
-    def thirty(manifest: dict[str, Any]) -> None:
-        block = {"collectives": 2, "weight_nbytes": 5000, "crossing": []}
-        manifest["blocks"] = [{"name": f"block.{i}", "first_node": 7 * i, **block} for i in range(30)]
+    """Every node before the first collective is a block of its own."""
+    nodes = open_artifact(artifact).program.graph.node
+    count = next(position for position, node in enumerate(nodes) if node.domain == COLLECTIVE_DOMAIN)
+    assert count > 3
+
+    def many(manifest: dict[str, Any]) -> None:
+        block = {"weight_nbytes": 5000, "crossing": []}
+        manifest["blocks"] = [
+            {"name": f"block.{i}", "first_node": i, "collectives": 0 if i < count else 6, **block}
+            for i in range(count + 1)
+        ]
         manifest["plan"]["choices"] *= 4
 
-    edit_manifest(artifact, thirty)
-    result = cli("inspect", artifact)
-    rows = lines(result.out)
-    assert rows["blocks"] == "block.0 .. block.28, 29 alike: 7 nodes, 2 collectives, 5.0 kB of weights per PE"
-    assert rows["block"].startswith("block.29: 10 nodes")
+    edit_manifest(artifact, many)
+    rows = lines(cli("inspect", artifact).out)
+    assert rows["blocks"] == (
+        f"block.0 .. block.{count - 1}, {count} alike: 1 node, 0 collectives, 5.0 kB of weights per PE"
+    )
+    assert rows["block"].startswith(f"block.{count}: {len(nodes) - count} nodes, 6 collectives")
     assert "12 more; --json has all" in rows["split"]
 
 

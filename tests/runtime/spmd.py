@@ -131,7 +131,11 @@ class Spmd:
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(folder)
         program = self._external(self.model(), folder)
-        files = {PROGRAM_NAME: program.SerializeToString(), SOURCE_NAME: b"", **self.files}
+        files = {
+            PROGRAM_NAME: program.SerializeToString(),
+            SOURCE_NAME: self._source().SerializeToString(),
+            **self.files,
+        }
         for name, content in files.items():
             (folder / name).write_bytes(content)
         (folder / MANIFEST_NAME).write_bytes(self.manifest(folder).to_bytes())
@@ -170,6 +174,20 @@ class Spmd:
             blocks=(),
             plan={},
         )
+
+    def _source(self) -> ModelProto:
+        """Only the initializers of the unsplit model, those that are stored without their data."""
+        graph = helper.make_graph([], "source", [], [])
+        for name, weight in self.weights.items():
+            tensor = TensorProto(
+                name=name, dims=weight.array.shape, data_type=helper.np_dtype_to_tensor_dtype(weight.array.dtype)
+            )
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="artifact")
+            tensor.external_data.add(key="tensor", value=name)
+            graph.initializer.append(tensor)
+        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in self.constants.items())
+        return helper.make_model(graph, opset_imports=OPSETS, ir_version=10)
 
     def _interface(self, name: str, shape: Sequence[Dim | str | int], dtype: str) -> dict[str, Any]:
         layout = [None if isinstance(d, str) else Leaf(d) if isinstance(d, int) else d for d in shape]

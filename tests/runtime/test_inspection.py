@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -23,7 +24,7 @@ from furiosa_llm.runtime.artifact.inspection import (
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.verification import RECORD_NAME, Check, Verification, write_verification
 from tests.runtime.models import LlamaSize, llama, mlp
-from tests.runtime.spmd import WEIGHTS
+from tests.runtime.spmd import WEIGHTS, file_entry
 from tests.tampering import edit_manifest
 
 MESH = Mesh((2, 2))
@@ -75,12 +76,18 @@ def test_no_limit_is_known(tmp_path: Path) -> None:
     assert found.state.nbytes_at_limit is None
 
 
-def test_aliases_count_once(tmp_path: Path) -> None:
-    folder = mlp(MESH).write(tmp_path / "artifact")
+def test_aliases_count_once(folder: Path) -> None:
     before = inspect_artifact(folder).weights.original_nbytes
+    source = onnx.load_model(folder / "source.onnx", load_external_data=False)
+    source.graph.initializer.append(source.graph.initializer[0])
+    source.graph.initializer[-1].name = "alias"
+    (folder / "source.onnx").write_bytes(source.SerializeToString())
 
     def alias(manifest: dict[str, Any]) -> None:
         manifest["initializers"].append(manifest["initializers"][0] | {"name": "alias"})
+        entry = next(entry for entry in manifest["files"] if entry["path"] == "source.onnx")
+        found = file_entry(folder / "source.onnx")
+        entry |= {"nbytes": found.nbytes, "sha256": found.sha256}
 
     edit_manifest(folder, alias)
     assert inspect_artifact(folder).weights.original_nbytes == before
@@ -88,8 +95,8 @@ def test_aliases_count_once(tmp_path: Path) -> None:
 
 def test_blocks(folder: Path) -> None:
     blocks = [
-        {"name": f"block.{i}", "first_node": node, "collectives": 0, "weight_nbytes": nbytes, "crossing": []}
-        for i, (node, nbytes) in enumerate([(0, 7), (1, 9), (2, 9), (3, 9)])
+        {"name": f"block.{i}", "first_node": i, "collectives": count, "weight_nbytes": nbytes, "crossing": []}
+        for i, (count, nbytes) in enumerate([(0, 7), (0, 9), (0, 9), (1, 9)])
     ]
     edit_manifest(folder, lambda manifest: manifest.update(blocks=blocks))
     found = inspect_artifact(folder).blocks

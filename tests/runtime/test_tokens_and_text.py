@@ -132,3 +132,9 @@ def test_a_malformed_configuration(folder: Path, content: str, message: str) -> 
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_folder(folder)
+
+
+def test_a_template_that_is_no_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read"):
+        Tokenizer.from_folder(folder)

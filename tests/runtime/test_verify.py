@@ -84,11 +84,19 @@ def test_dimensions_without_a_size_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"input 'pixels' has the dynamic dimensions \['height'\]"):
         verify_against(artifact, model)
     assert verify_against(artifact, model, sizes={"height": 3}).outputs[0].absolute == 0
-    (artifact / "config.json").write_text('{"image_size": 5}')
-    assert verify_against(artifact, model).outputs[0].absolute == 0
-    (artifact / "config.json").write_text('{"image_size"')
+
+
+def test_sizes_of_the_configuration_that_came_with_the_model(tmp_path: Path) -> None:
+    program, model = image(Mesh((2,))), save(image(ONE), tmp_path)
+    bare = program.write(tmp_path / "bare")
+    (bare / "config.json").write_text('{"image_size": 5}')
+    with pytest.raises(UnsupportedError, match="has the dynamic dimensions"):
+        verify_against(bare, model)  # which lies there, but is not listed
+    program.files = {"config.json": b'{"image_size": 5}'}
+    assert verify_against(program.write(tmp_path / "listed"), model).outputs[0].absolute == 0
+    program.files = {"config.json": b'{"image_size"'}
     with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
-        verify_against(artifact, model)
+        verify_against(program.write(tmp_path / "malformed"), model)
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

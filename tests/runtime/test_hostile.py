@@ -1,0 +1,82 @@
+"""Every kind of hostile artifact is refused, and says why: the field, what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.runtime import hostile_files, hostile_layouts, hostile_manifest, hostile_models, hostile_sources
+from tests.runtime.hostile import Copy, Hostile
+from tests.runtime.models import LlamaSize, llama, mlp
+
+KINDS = tuple(
+    kind
+    for module in (hostile_files, hostile_manifest, hostile_layouts, hostile_models, hostile_sources)
+    for kind in module.KINDS
+)
+MESH = Mesh((2, 2))
+BASES: dict[str, Callable[[Path, Path], object]] = {
+    "mlp": lambda folder, _: mlp(MESH).write(folder),
+    "llama": lambda folder, _: llama(MESH, LlamaSize(layers=1)).write(folder),
+    "parts": lambda folder, zoo: _build(zoo / "tiny-llama-genai-fp16-cuda", folder, 8),
+    "padded": lambda folder, zoo: _build(zoo / "tiny-llama-9-3-optimum", folder, 4),
+    "int4": lambda folder, zoo: _build(zoo / "tiny-llama-genai-int4-qdq", folder, 4),
+}
+"""What is damaged: small programs written by hand; built ones with weights in parts, padded heads, and packed INT4."""
+
+
+def _build(model: Path, folder: Path, tensor_parallel_size: int) -> None:
+    ArtifactBuilder(model / "model.onnx", tensor_parallel_size=tensor_parallel_size).build(folder)
+
+
+@pytest.fixture(scope="session")
+def bases(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def base(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("hostile") / name
+            BASES[name](made[name], zoo)
+        return made[name]
+
+    return base
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_it_is_refused(kind: Hostile, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = Copy(tmp_path / "artifact")
+    shutil.copytree(bases(kind.base), copy.folder)
+    kind.apply(copy)
+    if kind.full:
+        open_artifact(copy.folder, full=False)
+    with pytest.raises(ArtifactError) as caught:
+        open_artifact(copy.folder, full=kind.full)
+    text = str(caught.value)
+    assert re.search(kind.message, text), text
+    assert re.search("rebuild|copy the artifact", text), text
+    assert len(text) < 1500
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_it_is_refused_for_the_damage_alone(base: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Writing manifest, models and header again without a change is no reason."""
+    copy = Copy(tmp_path / "artifact")
+    shutil.copytree(bases(base), copy.folder)
+    copy.model("program.onnx", lambda model: None)
+    copy.model("source.onnx", lambda model: None)
+    copy.refresh()
+    assert open_artifact(copy.folder, full=True).manifest.tensors == open_artifact(bases(base)).manifest.tensors
+
+
+def test_there_are_many_kinds_each_with_a_name_of_its_own() -> None:
+    assert len(KINDS) >= 90
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
