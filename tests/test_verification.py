@@ -172,6 +172,10 @@ def test_changed_weights_and_originals_are_not_the_models(build: Build, zoo: Pat
     assert failed(record)[:3] == ["identity", "stitched", "executor"]
     (fault,) = faults(record, "identity")
     assert f"initializer {name!r} of the model is of sha256" in fault
+    longer = ParityOptions(max_tokens=12, prompts=("hello", "one two three"))
+    tokens = verify_artifact(folder, against=zoo / LLAMA / "model.onnx", options=longer).record.checks[-1]
+    assert (tokens.name, tokens.checked, tokens.passed) == ("tokens", 2, False)
+    assert all("differs, where the best two logits are" in fault for fault in tokens.faults)
 
 
 def test_padding_is_zero(build: Build) -> None:

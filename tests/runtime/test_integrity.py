@@ -42,7 +42,7 @@ def source_of(*originals: Original) -> bytes:
         tensor.data_location = onnx.TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="artifact")
         tensor.external_data.add(key="tensor", value=original.stored[0])
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def test_a_sound_one_passes(artifact: Artifact) -> None:
