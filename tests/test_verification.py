@@ -22,6 +22,7 @@ from furiosa_llm.runtime.artifact.manifest import StoredTensor
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.verification import CHECKS, Verification, parse_verification
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
+from furiosa_llm.runtime.verify import OutputError, Subject, TokenComparison
 from furiosa_llm.verification import ParityOptions, verify_artifact
 from tests.runtime.test_verify import image, save
 from tests.tampering import alter_tensor, flip_bit, reseal
@@ -172,10 +173,24 @@ def test_changed_weights_and_originals_are_not_the_models(build: Build, zoo: Pat
     assert failed(record)[:3] == ["identity", "stitched", "executor"]
     (fault,) = faults(record, "identity")
     assert f"initializer {name!r} of the model is of sha256" in fault
-    longer = ParityOptions(max_tokens=12, prompts=("hello", "one two three"))
-    tokens = verify_artifact(folder, against=zoo / LLAMA / "model.onnx", options=longer).record.checks[-1]
-    assert (tokens.name, tokens.checked, tokens.passed) == ("tokens", 2, False)
-    assert all("differs, where the best two logits are" in fault for fault in tokens.faults)
+
+
+def test_tokens_that_differ_by_more_than_the_error_are_faults(
+    build: Build, zoo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compared(gap: float) -> TokenComparison:
+        return TokenComparison(prompt="p", tokens=3, first_difference=3, gap=gap, logit_error=1e-5)
+
+    def executed(*_: object) -> tuple[tuple[OutputError, ...], tuple[TokenComparison, ...]]:
+        fine = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=True)
+        return (fine,), (compared(1e-6), compared(0.5))
+
+    monkeypatch.setattr(Subject, "executed", executed)
+    record = verify(build(), against=zoo / LLAMA / "model.onnx")
+    assert failed(record) == ["tokens"]
+    assert faults(record, "tokens") == (
+        "prompt 1: token 3 differs, where the best two logits are 5.0e-01 apart and those of the artifact 1.0e-05 off",
+    )
 
 
 def test_padding_is_zero(build: Build) -> None:
