@@ -75,7 +75,7 @@ def verify_artifact(
     Raises ArtifactError if there is no manifest to report on, and InputError, ModelLoadError, ExecutionError and
     UnsupportedError for a model or options that cannot be compared with.
     """
-    folder = Path(path)
+    folder = Path(path).absolute()  # which no word of a message is
     try:
         artifact = open_artifact(folder, full=False)
     except ArtifactError as error:

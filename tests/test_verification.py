@@ -252,6 +252,18 @@ def test_a_source_that_is_another_model(build: Build) -> None:
     assert faults(record, "stitched")[0].startswith("the model put back together from the artifact: onnxruntime cannot")
 
 
+@pytest.mark.parametrize("path", ["a", "."])
+def test_faults_name_no_folder_and_are_otherwise_whole(
+    path: str, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build().rename(tmp_path / "a")
+    monkeypatch.chdir(tmp_path if path == "a" else tmp_path / "a")
+    Path(path, "tokenizer.json").unlink()
+    record = verify_artifact(path).record
+    assert faults(record, "structure")[0].startswith("tokenizer.json is missing; copy the artifact again or rebuild")
+    assert str(tmp_path).encode() not in record.to_bytes()
+
+
 @pytest.mark.parametrize("name", ["program.onnx", "tokenizer.json", "weights-00001.safetensors"])
 def test_a_damaged_folder_is_recorded_as_one(name: str, build: Build) -> None:
     folder = build()
