@@ -78,12 +78,14 @@ class SessionSettings:
 
     `prepack` copies each MatMul weight into the kernel's own order when the session is made; without it weights stay
     mapped from their file, shared between sessions and processes, and decoding is slower. `exact` keeps onnxruntime
-    from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul.
+    from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul. Without `optimize` every node is run
+    as it is written.
     """
 
     intra_op_threads: int = 1
     prepack: bool = True
     exact: bool = False
+    optimize: bool = True
 
 
 class Session:
@@ -98,6 +100,8 @@ class Session:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = _SILENT
+        if not settings.optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # One pattern is kept for each input shape ever seen, and a growing context gives a new shape every step.
         options.enable_mem_pattern = False
         entries = {

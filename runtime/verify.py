@@ -1,32 +1,28 @@
 """Compares an artifact with the unsplit model: outputs on random inputs, and greedy tokens on prompts.
 
-Both sides compute MatMulNBits at accuracy level 0, because level 4 rounds activations to 8 bits, and a rounding that
-falls the other way is no error of the split.
+The program is run twice: all ranks stitched into one onnxruntime graph, and by the executor, whose mistakes the first
+cannot share. All sides compute MatMulNBits at accuracy level 0, because level 4 rounds activations to 8 bits, and a
+rounding that falls the other way is no error of the split.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from onnx import ModelProto
 
-from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
-from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.json_reader import REBUILD
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.cases import Step, configured_sizes, steps_of
 from furiosa_llm.runtime.decoder import DecoderModel, DecoderSession
-from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
+from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.ort import ORT_ERRORS, Array
 from furiosa_llm.runtime.reference import ReferenceModel, set_accuracy_level
+from furiosa_llm.runtime.rows import is_chunk_of_many, takes_chunks_singly
+from furiosa_llm.runtime.stitching import SplitModel
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 DEFAULT_PROMPTS = (
@@ -36,22 +32,13 @@ DEFAULT_PROMPTS = (
     "The three laws of motion are",
 )
 
-_CASES = (("prefill", 2, 9, 0), ("decode", 2, 1, 9), ("chunk", 3, 5, 7))
-"""Name, batch, sequence and past of the steps that a decoder is compared on."""
-
-_CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
-
-_OTHER_SIZES = {"encoder": 7}
-
-_OTHER_CASE = ("forward", 2, 9, 0)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputError:
     """The greatest difference between artifact and model in one output of one case.
 
     `absolute` is in the output's own units; `relative` is `absolute` over the greatest magnitude of the model's output.
-    `finite` says that both sides have no NaN or infinity that the other has not.
+    Both are of the elements that are finite on both sides; `finite` says that the others are equal, NaN to NaN.
     """
 
     case: str
@@ -59,6 +46,10 @@ class OutputError:
     absolute: float
     relative: float
     finite: bool
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative error is at most `tolerance`."""
+        return self.finite and self.relative <= tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,22 +73,23 @@ class TokenComparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What `verify_against` found. `accuracy_level_replaced`: MatMulNBits ran at level 0 instead of its own."""
+class Parity:
+    """How far artifact and unsplit model are apart.
 
+    `stitched` are the errors of all ranks in one graph, each the greatest of any rank's part; `outputs` those of the
+    executor. `accuracy_level_replaced`: MatMulNBits ran at level 0 instead of its own.
+    """
+
+    stitched: tuple[OutputError, ...]
     outputs: tuple[OutputError, ...]
     tokens: tuple[TokenComparison, ...]
     accuracy_level_replaced: bool
 
     def within(self, tolerance: float) -> bool:
         """Whether every relative error is at most `tolerance` and all tokens are identical."""
-        return all(error.finite and error.relative <= tolerance for error in self.outputs) and all(
+        return all(error.within(tolerance) for error in (*self.stitched, *self.outputs)) and all(
             comparison.identical for comparison in self.tokens
         )
-
-
-class _Runner(Protocol):
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
 
 
 def verify_against(
@@ -109,7 +101,7 @@ def verify_against(
     sizes: Mapping[str, int] | None = None,
     threads: int | None = None,
     seed: int = 0,
-) -> Report:
+) -> Parity:
     """Runs the artifact in the folder `path` and the model it was built from on the same inputs.
 
     A decoder is compared in prefill, in decode and in a chunk behind a past, every state among the outputs; then
@@ -118,37 +110,86 @@ def verify_against(
     taken from the model's config.json if it lies in the artifact. Raises ArtifactError, InputError and ExecutionError
     as loading and running do, and UnsupportedError if a dimension has no size.
     """
-    artifact, replaced = _at_level_0(open_artifact(path))
-    manifest = artifact.manifest
-    reference = ReferenceModel(
-        model_path,
-        inputs=manifest.inputs,
-        outputs=manifest.outputs,
-        states=manifest.states,
-        threads=threads or len(os.sched_getaffinity(0)),
-        accuracy_level=0,
+    subject = Subject(open_artifact(path), model_path, sizes=sizes, threads=threads, seed=seed)
+    outputs, tokens = subject.executed(prompts, max_tokens)
+    return Parity(
+        stitched=subject.stitched(),
+        outputs=outputs,
+        tokens=tokens,
+        accuracy_level_replaced=subject.accuracy_level_replaced,
     )
-    random = np.random.default_rng(seed)
-    with Executor(artifact, threads=threads, exact=True) as executor:
-        known = _configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
-        outputs = tuple(_compare_outputs(executor, reference, manifest, known, random))
-        tokens: tuple[TokenComparison, ...] = ()
-        if manifest.model.task == "decoder" and artifact.companion("tokenizer.json") is not None:
-            tokenizer = Tokenizer.from_artifact(artifact)
-            tokens = tuple(_compare_tokens(executor, reference, tokenizer, prompts, max_tokens))
-    return Report(outputs=outputs, tokens=tokens, accuracy_level_replaced=replaced)
 
 
-def _configured_sizes(path: Path | None) -> dict[str, int]:
-    """Sizes of dimensions besides batch and sequence: those of an image are in the model's configuration."""
-    if path is None:
-        return dict(_OTHER_SIZES)
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}; {REBUILD}") from error
-    found = {dim: config.get(key) for dim, key in _CONFIGURED_SIZES.items()} if isinstance(config, dict) else {}
-    return _OTHER_SIZES | {dim: size for dim, size in found.items() if isinstance(size, int)}
+class Subject:
+    """An artifact beside its unsplit model, with the steps that they are compared on; see `verify_against`.
+
+    The unsplit model is loaded and run here. Raises InputError if it has other inputs or outputs than the artifact,
+    ExecutionError if onnxruntime refuses it, and UnsupportedError if a dimension has no size.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        model_path: str | os.PathLike[str],
+        *,
+        sizes: Mapping[str, int] | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._artifact, self.accuracy_level_replaced = _at_level_0(artifact)
+        self._threads = threads
+        manifest = artifact.manifest
+        self._reference = ReferenceModel(
+            model_path,
+            inputs=manifest.inputs,
+            outputs=manifest.outputs,
+            states=manifest.states,
+            threads=threads or len(os.sched_getaffinity(0)),
+            accuracy_level=0,
+        )
+        known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
+        self._steps = list(steps_of(self._reference, manifest, known, np.random.default_rng(seed)))
+
+    def stitched(self) -> tuple[OutputError, ...]:
+        """The errors of all ranks in one onnxruntime graph; raises ExecutionError if it does not run."""
+        split = SplitModel.of_artifact(self._artifact)
+        singly = takes_chunks_singly(self._artifact.program)
+        try:
+            session = split.session(self._threads or len(os.sched_getaffinity(0)))
+            steps = [self._first_row(step) if singly and is_chunk_of_many(step.sizes) else step for step in self._steps]
+            runs = ((step, split.run(session, step.inputs)) for step in steps)
+            return tuple(error for step, found in runs for error in _stitched_errors(split, step, found))
+        except ORT_ERRORS as error:
+            raise ExecutionError(f"onnxruntime cannot run the ranks of the program in one graph: {error}") from error
+
+    def executed(
+        self, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 32
+    ) -> tuple[tuple[OutputError, ...], tuple[TokenComparison, ...]]:
+        """The errors of the executor, and its greedy tokens if the artifact is a decoder with a tokenizer."""
+        manifest = self._artifact.manifest
+        with Executor(self._artifact, threads=self._threads, exact=True) as executor:
+            outputs = tuple(_executor_errors(executor, self._steps))
+            if manifest.model.task != "decoder" or self._artifact.companion("tokenizer.json") is None:
+                return outputs, ()
+            tokenizer = Tokenizer.from_artifact(self._artifact)
+            return outputs, tuple(_compare_tokens(executor, self._reference, tokenizer, prompts, max_tokens))
+
+    def _first_row(self, step: Step) -> Step:
+        """A step's first sequence: GroupQueryAttention takes several tokens behind a past in a batch of one only."""
+        manifest = self._artifact.manifest
+        shapes = {info.name: info.shape for info in manifest.inputs}
+        shapes |= {info.name: info.shape for info in manifest.outputs}
+        first = {
+            name: array[(slice(None),) * shapes[name].index("batch") + (slice(0, 1),)]
+            for name, array in (*step.inputs.items(), *step.expected.items())
+            if "batch" in shapes[name]
+        }
+        return replace(
+            step,
+            sizes={**step.sizes, "batch": 1},
+            inputs={name: first.get(name, array) for name, array in step.inputs.items()},
+            expected={name: first.get(name, array) for name, array in step.expected.items()},
+        )
 
 
 def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:
@@ -160,81 +201,43 @@ def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:
     return replace(artifact, program=program), True
 
 
-def _compare_outputs(
-    executor: Executor,
-    reference: ReferenceModel,
-    manifest: Manifest,
-    sizes: Mapping[str, int],
-    random: np.random.Generator,
-) -> Iterator[OutputError]:
-    for case, batch, sequence, past in _CASES if manifest.states else (_OTHER_CASE,):
-        inputs = _case_inputs(reference, manifest, {**sizes, "batch": batch, "sequence": sequence}, past, random)
-        try:
-            expected = reference.run(inputs)
-        except ExecutionError:
-            # GroupQueryAttention takes several tokens behind a past in a batch of one only.
-            inputs = _case_inputs(reference, manifest, {**sizes, "batch": 1, "sequence": sequence}, past, random)
-            expected = reference.run(inputs)
-        found = executor.run(inputs)
-        for info in manifest.outputs:
-            yield _output_error(case, info.name, found[info.name], expected[info.name])
+def _stitched_errors(split: SplitModel, step: Step, found: Mapping[str, Sequence[Array]]) -> Iterator[OutputError]:
+    for name, parts in found.items():
+        whole = step.expected[name]
+        pairs = split.parts(name, parts, whole)
+        if pairs is None:
+            shapes = [list(part.shape) for part in parts]
+            raise ExecutionError(
+                f"{step.name}: output {name!r:.80} of the ranks is {shapes!s:.200}, which do not make up {whole.dtype} "
+                f"{list(whole.shape)}, the model's"
+            )
+        yield _output_error(step.name, name, pairs, whole)
 
 
-def _case_inputs(
-    reference: _Runner, manifest: Manifest, sizes: Mapping[str, int], past: int, random: np.random.Generator
-) -> dict[str, Array]:
-    """The inputs of a step behind `past` tokens; the states are those the reference has after a prefill of them."""
-    inputs = _random_inputs(manifest, {**sizes, "past": 0, "sequence": past or sizes["sequence"]}, random)
-    if not past:
-        return inputs
-    presents = reference.run(inputs)
-    step = _random_inputs(manifest, {**sizes, "past": past}, random)
-    return step | {state.input: presents[state.output] for state in manifest.states}
+def _executor_errors(executor: Executor, steps: Iterable[Step]) -> Iterator[OutputError]:
+    for step in steps:
+        for name, found in executor.run(step.inputs).items():
+            whole = step.expected[name]
+            if found.shape != whole.shape:
+                raise ExecutionError(
+                    f"{step.name}: output {name!r:.80} of the artifact is {list(found.shape)}, of the model "
+                    f"{list(whole.shape)}"
+                )
+            yield _output_error(step.name, name, [(found, whole)], whole)
 
 
-def _random_inputs(manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
-    complete = known_sizes(sizes)
-    return {info.name: _random_input(info, manifest, complete, random) for info in manifest.inputs}
-
-
-def _random_input(info: InputInfo, manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator) -> Array:
-    names = {name for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
-    missing = sorted(names - sizes.keys())
-    if missing:
-        raise UnsupportedError(f"input {info.name!r:.80} has the dynamic dimensions {missing}; give their sizes")
-    shape = shape_of(info.shape, sizes)
-    dtype = np.dtype(DTYPES[info.dtype].numpy)
-    if info.role == "state":
-        return np.zeros(shape, dtype=dtype)
-    if info.role == "token_ids":
-        return random.integers(0, manifest.model.vocab_size or 2, shape).astype(dtype)
-    if info.role == "attention_mask":
-        return np.ones(shape, dtype=dtype)
-    if info.role == "position_ids":
-        positions = np.arange(sizes["past"], sizes["past"] + sizes["sequence"])
-        return np.broadcast_to(positions, shape).astype(dtype)
-    if dtype.kind in "iub":
-        return random.integers(0, 2, shape).astype(dtype)
-    return random.standard_normal(shape).astype(dtype)
-
-
-def _output_error(case: str, name: str, found: Array, expected: Array) -> OutputError:
-    if found.shape != expected.shape:
-        raise ExecutionError(
-            f"{case}: output {name!r:.80} of the artifact is {list(found.shape)}, of the model {list(expected.shape)}"
-        )
-    ours, theirs = found.astype(np.float64), expected.astype(np.float64)
-    finite = np.isfinite(theirs)
-    differences = np.abs(ours - theirs)[finite]
-    magnitude = float(np.abs(theirs[finite]).max(initial=0.0))
-    absolute = float(differences.max(initial=0.0))
-    return OutputError(
-        case=case,
-        output=name,
-        absolute=absolute,
-        relative=absolute / magnitude if magnitude else absolute,
-        finite=bool(np.array_equal(finite, np.isfinite(ours))),
-    )
+def _output_error(case: str, name: str, pairs: Iterable[tuple[Array, Array]], whole: Array) -> OutputError:
+    """The greatest error of pairs of what was found and what was expected, which is a part of `whole`."""
+    absolute, same = 0.0, True
+    for found, expected in pairs:
+        ours, theirs = found.astype(np.float64), expected.astype(np.float64)
+        finite = np.isfinite(theirs) & np.isfinite(ours)
+        same &= bool(np.array_equal(ours[~finite], theirs[~finite], equal_nan=True))
+        absolute = max(absolute, float(np.abs(ours[finite] - theirs[finite]).max(initial=0.0)))
+    values = whole.astype(np.float64)
+    magnitude = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+    relative = absolute / magnitude if magnitude else absolute
+    return OutputError(case=case, output=name, absolute=absolute, relative=relative, finite=same)
 
 
 def _compare_tokens(

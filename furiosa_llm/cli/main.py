@@ -12,6 +12,7 @@ from furiosa_llm.cli.build import build
 from furiosa_llm.cli.check_sharding import check_sharding_command
 from furiosa_llm.cli.diff import diff
 from furiosa_llm.cli.generate import generate
+from furiosa_llm.cli.inspect import inspect
 from furiosa_llm.cli.plan import plan
 from furiosa_llm.cli.reshard import reshard
 from furiosa_llm.cli.run import run
@@ -30,7 +31,7 @@ def cli() -> None:
     """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
 
 
-for command in (build, check_sharding_command, diff, generate, plan, reshard, run, unbuild, verify):
+for command in (build, check_sharding_command, diff, generate, inspect, plan, reshard, run, unbuild, verify):
     cli.add_command(command)
 
 

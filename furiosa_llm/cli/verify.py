@@ -1,4 +1,4 @@
-"""`furiosa-llm verify`: an artifact against the model it was built from."""
+"""`furiosa-llm verify`: an artifact against itself and against the model it was built from, with a record of it."""
 
 from __future__ import annotations
 
@@ -9,67 +9,117 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.builder.proof import prove
-from furiosa_llm.runtime import verify_against
-from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Report, TokenComparison
+from furiosa_llm.builder.units import counted
+from furiosa_llm.cli.options import Sizes
+from furiosa_llm.runtime.artifact.verification import CHECKS, RECORD_NAME, Check, write_verification
+from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Parity, TokenComparison
+from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, verify_artifact
 
-_DEFAULT_TOLERANCE = 1e-4
+_COUNTED = {
+    "structure": "file",
+    "proof": "node",
+    "weights": "file or tensor",
+    "originals": "original",
+    "padding": "tensor",
+    "identity": "weight",
+    "stitched": "output",
+    "executor": "output",
+    "tokens": "prompt",
+}
 
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--against", required=True, type=click.Path(path_type=Path), help="The .onnx file it was built from.")
+@click.option("--full", is_flag=True, help="Read all weights: digests, originals, padding; and run the artifact.")
+@click.option("--against", type=click.Path(path_type=Path), help="The .onnx file it was built from, to run beside it.")
+@click.option("--no-record", is_flag=True, help=f"Write no {RECORD_NAME} into ARTIFACT.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare greedy tokens on; may be repeated.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens per prompt.")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0.0),
-    default=_DEFAULT_TOLERANCE,
-    show_default=True,
-    help="Greatest relative error to accept in an output; 16-bit models need about 5e-3.",
+    help=f"Greatest relative error to accept in an output.  [default: {TOLERANCE:g}, float16 {HALF_TOLERANCE:g}]",
 )
+@click.option("--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension to run with.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
-@click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that run the models.  [default: the cores]")
 def verify(
     artifact: Path,
-    against: Path,
+    full: bool,
+    against: Path | None,
+    no_record: bool,
     prompts: tuple[str, ...],
     max_tokens: int,
-    tolerance: float,
+    tolerance: float | None,
+    dims: tuple[tuple[str, int], ...],
     seed: int,
     threads: int | None,
 ) -> None:
-    """Prove ARTIFACT, run it and the unsplit model on the same inputs, and compare outputs and greedy tokens.
+    """Check ARTIFACT: its structure, and that program and manifest alone prove it to be one unsplit model.
 
-    The static proof derives from program and manifest alone how every value lies over the PEs. Exit code 0 if it is
-    complete, every output is within the tolerance and all tokens are identical, 1 otherwise.
+    --full also checks that all weights are the original's, and runs the artifact beside the model that it is put back
+    together to. --against runs it beside the model it was built from. What was found is written into ARTIFACT, as
+    verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
     """
-    proof = prove(artifact)
-    report = verify_against(
-        artifact, against, prompts=prompts or DEFAULT_PROMPTS, max_tokens=max_tokens, seed=seed, threads=threads
+    options = ParityOptions(
+        tolerance=tolerance,
+        prompts=prompts or DEFAULT_PROMPTS,
+        max_tokens=max_tokens,
+        sizes=dict(dims),
+        threads=threads,
+        seed=seed,
     )
+    report = verify_artifact(artifact, against=against, full=full, options=options)
     console = Console()
-    console.print(_outputs_table(report), crop=False)
-    for comparison in report.tokens:
-        console.print(_tokens_line(comparison), highlight=False, soft_wrap=True)
-    if report.accuracy_level_replaced:
+    if report.parity is not None:
+        _show_parity(console, report.parity)
+    for check in report.record.checks:
+        _show_check(console, check)
+    passed = report.record.passed
+    within = next((f" within {check.tolerance:g}" for check in report.record.checks if check.tolerance is not None), "")
+    console.print(f"verified{within}" if passed else f"NOT verified{within}", highlight=False)
+    if not no_record:
+        path = write_verification(artifact, report.record)
+        console.print(f"recorded in {path}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(0 if passed else 1)
+
+
+def _show_check(console: Console, check: Check) -> None:
+    noun = _COUNTED[check.name]
+    count = counted(check.checked, noun) if check.name != "weights" else f"{check.checked} files and tensors"
+    error = "" if check.greatest_error is None else f", greatest error {check.greatest_error:.1e}"
+    within = "" if check.tolerance is None else f", tolerance {check.tolerance:g}"
+    verdict = CHECKS[check.name] if check.passed else "FAILED"
+    line = f"{check.name}: {verdict} ({count}{error}{within})"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for fault in check.faults:
+        console.print(f"  {fault}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_parity(console: Console, parity: Parity) -> None:
+    if parity.stitched or parity.outputs:
+        console.print(_outputs_table(parity), crop=False)
+    for comparison in parity.tokens:
+        console.print(_tokens_line(comparison), highlight=False, markup=False, soft_wrap=True)
+    if parity.accuracy_level_replaced:
         console.print("MatMulNBits was compared at accuracy level 0, without rounding activations to 8 bits.")
-    for fault in proof.faults:
-        console.print(f"not proved: {fault}", highlight=False, soft_wrap=True)
-    if proof.is_proved:
-        console.print(f"static proof: complete, {proof.num_nodes} nodes", highlight=False)
-    verified = report.within(tolerance)
-    console.print(f"verified within {tolerance:g}" if verified else f"NOT within {tolerance:g}", highlight=False)
-    sys.exit(0 if verified and proof.is_proved else 1)
 
 
-def _outputs_table(report: Report) -> Table:
-    table = Table(title="greatest error per output", title_justify="left")
-    for column in ("output", "case", "absolute", "relative to the largest"):
+def _outputs_table(parity: Parity) -> Table:
+    table = Table(title="greatest error per output, relative to its largest", title_justify="left")
+    for column in ("output", "case", "all ranks in one graph", "executor"):
         table.add_column(column)
-    for error in report.outputs:
-        note = "" if error.finite else "  NaN or infinity on one side"
-        table.add_row(error.output, error.case, f"{error.absolute:.1e}", f"{error.relative:.1e}{note}")
+    errors = {
+        name: {(error.output, error.case): error for error in found}
+        for name, found in (("stitched", parity.stitched), ("executor", parity.outputs))
+    }
+    for output, case in dict.fromkeys((*errors["stitched"], *errors["executor"])):
+        cells = []
+        for found in errors.values():
+            error = found.get((output, case))
+            note = "" if error is None or error.finite else "  NaN or infinity on one side"
+            cells.append("" if error is None else f"{error.relative:.1e}{note}")
+        table.add_row(output, case, *cells)
     return table
 
 

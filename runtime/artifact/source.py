@@ -9,10 +9,11 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.source_checks import check_source
 
 
 def read_source(artifact: Artifact) -> ModelProto:
-    """source.onnx of `artifact`; raises ArtifactError if it is no model."""
+    """source.onnx of `artifact`; raises ArtifactError if it is not, or not any more, what the manifest says."""
     path = artifact.folder / SOURCE_NAME
     model = ModelProto()
     try:
@@ -21,8 +22,7 @@ def read_source(artifact: Artifact) -> ModelProto:
         raise ArtifactError(f"{path} is not an ONNX model: {error}; {REBUILD}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    if not model.graph.output:
-        raise ArtifactError(f"{path}: found no graph, expected the one that the artifact was built from; {REBUILD}")
+    check_source(model, artifact.manifest)
     return model
 
 

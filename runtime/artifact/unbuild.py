@@ -25,7 +25,6 @@ from furiosa_llm.runtime.artifact.source import read_source
 DATA_SUFFIX = ".data"
 _ALIGNMENT = 4096
 """Of tensors in the data file: pages, so that it can be mapped into memory."""
-_ARTIFACT_LOCATION = "artifact"
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written so far, and all there are."""
@@ -68,7 +67,7 @@ def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: Pro
     """
     _check_output(artifact, out, force=force)
     data = _data_of(out)
-    model = _source(artifact)
+    model = read_source(artifact)
     stored = [entry for entry in artifact.manifest.initializers if entry.stored]
     with _temporary_folder(out) as folder:
         regions = _write_data(artifact, stored, folder / data.name, progress or (lambda _done, _total: None))
@@ -100,35 +99,6 @@ def _check_output(artifact: Artifact, out: Path, *, force: bool) -> None:
             raise OutputFileError(f"{file} is a folder, where the weights go; give another output.")
         if file.exists() and not force:
             raise OutputFileError(f"{file} exists already; give another output, or --force to replace it.")
-
-
-def _source(artifact: Artifact) -> onnx.ModelProto:
-    """source.onnx, whose initializers without data are exactly those that the artifact stores."""
-    model = read_source(artifact)
-    entries = {entry.name: entry for entry in artifact.manifest.initializers}
-    found = {initializer.name: initializer for initializer in model.graph.initializer}
-    for name, entry in entries.items():
-        if name not in found:
-            _fail(f"found no initializer {name!r:.80}", "one, because manifest.json has an entry for it")
-        _check_initializer(found[name], entry)
-    for name in found:
-        if name not in entries:
-            _fail(f"found an initializer {name!r:.80}", "only those that manifest.json has entries for")
-    return model
-
-
-def _check_initializer(initializer: onnx.TensorProto, entry: OriginalInitializer) -> None:
-    dtype = onnx.TensorProto.DataType.Name(initializer.data_type)
-    if (dtype, tuple(initializer.dims)) != (entry.dtype, entry.shape):
-        _fail(
-            f"initializer {entry.name!r:.80} is {dtype} {list(initializer.dims)}", f"{entry.dtype} {list(entry.shape)}"
-        )
-    place = {item.key: item.value for item in initializer.external_data}
-    is_external = initializer.data_location == onnx.TensorProto.EXTERNAL
-    expected = {"location": _ARTIFACT_LOCATION, "tensor": entry.stored[0]} if entry.stored else {}
-    if is_external != bool(entry.stored) or place != expected:
-        found = f"{place or 'no other place'}{'' if is_external else ', not marked as external'}"
-        _fail(f"initializer {entry.name!r:.80} has its data at {found}", f"{expected or 'its data in it'}")
 
 
 def _write_data(

@@ -31,7 +31,7 @@ from furiosa_llm.builder.simplify import simplify
 from furiosa_llm.builder.states import States, find_states
 from furiosa_llm.builder.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh
-from tests.builder.stitching import SplitModel, session
+from tests.builder.stitching import SplitModel, of_lowered, session
 
 GARBAGE = 3.0
 """What the padding of split inputs is filled with: whatever it is, it must do no harm."""
@@ -91,7 +91,7 @@ class Prepared:
             facts = run({n: local_shape(lowered.input_layouts[n], s, mesh) for n, s in shapes.items()})
             if sizes is PROBE:
                 check_shapes(lowered, facts)
-        return SplitModel.of_lowered(lowered, mesh, self.proto.ir_version)
+        return of_lowered(lowered, mesh, self.proto.ir_version)
 
     def greatest_error(self, split: SplitModel, sizes: SizeSet, seed: int = 0) -> float:
         """The greatest relative error of any output on any rank."""

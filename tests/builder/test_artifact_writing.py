@@ -221,7 +221,7 @@ def test_declared_shapes_are_those_of_onnxruntime(name: str, built: Built) -> No
     declared = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.output)}
     stitched = stitch(split)
     stitched.graph.output.extend(onnx.ValueInfoProto(name=f"r1/{value.name}") for value in graph.value_info)
-    running = session(stitched)
+    running = session(stitched, artifact.folder)
     names = [value.name for value in running.get_outputs() if value.name.startswith("r1/")]
     for case in (PREFILL, DECODE):
         feeds = feeds_of(manifest.inputs, case, manifest.model.vocab_size)

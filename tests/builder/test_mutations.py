@@ -229,7 +229,7 @@ def test_wrong_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(RULES, (domain, op_type), lambda view: mutation.apply(right(view)))
     try:
         wrong = bool(prove(mutation.model(), until_wrong=True).wrong)
-    except (AssertionError, ShapeError, Fail, InvalidArgument, RuntimeException):
+    except (AssertionError, ShapeError, Fail, InvalidArgument, RuntimeError, RuntimeException):
         wrong = True
     assert wrong, "every plan gave the right result"
 

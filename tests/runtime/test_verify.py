@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.verify import OutputError, Report, TokenComparison
+from furiosa_llm.runtime.verify import OutputError, Parity, TokenComparison
 from tests.runtime.models import LlamaSize, llama, mlp
 from tests.runtime.spmd import Spmd
 from tests.runtime.test_llm import ZOO
@@ -62,6 +63,29 @@ def test_a_model_without_states_is_compared_once(tmp_path: Path) -> None:
     assert [(error.case, error.output) for error in report.outputs] == [("forward", "y")]
     assert report.tokens == ()
     assert report.within(1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_must_be_the_same(value: float, tmp_path: Path) -> None:
+    broken = mlp(Mesh((2,)))
+    broken.weights["B"].array[:, 3] = value
+    artifact = broken.write(tmp_path / "a")
+    report = verify_against(artifact, save(mlp(ONE), tmp_path))
+    assert [error.finite for error in (*report.stitched, *report.outputs)] == [False, False]
+    assert not report.within(1e9)
+    assert max(error.relative for error in (*report.stitched, *report.outputs)) < 1e-5  # of the rest
+    same = mlp(ONE)
+    same.weights["B"].array[:, 3] = value
+    assert verify_against(artifact, save(same, tmp_path)).within(1e-5)
+
+
+def test_both_ways_of_running_are_compared(tmp_path: Path) -> None:
+    report = verify_against(mlp(Mesh((2,))).write(tmp_path / "a"), save(mlp(ONE), tmp_path))
+    assert [(error.case, error.output) for error in report.stitched] == [("forward", "y")]
+    far = OutputError(case="c", output="o", absolute=1.0, relative=1.0, finite=True)
+    assert report.within(1e-5)
+    assert not dataclasses.replace(report, stitched=(far,)).within(1e-5)
+    assert not dataclasses.replace(report, outputs=(far,)).within(1e-5)
 
 
 def image(mesh: Mesh, dimension: str = "height") -> Spmd:
@@ -141,7 +165,7 @@ def test_a_tie_within_the_error_counts_as_identical() -> None:
     assert compared(1e-6).identical
     assert not compared(1e-3).identical
     fine = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=True)
-    assert Report(outputs=(fine,), tokens=(compared(1e-6),), accuracy_level_replaced=False).within(0.1)
-    assert not Report(outputs=(fine,), tokens=(compared(1e-3),), accuracy_level_replaced=False).within(0.1)
+    assert Parity(stitched=(), outputs=(fine,), tokens=(compared(1e-6),), accuracy_level_replaced=False).within(0.1)
+    assert not Parity(stitched=(), outputs=(fine,), tokens=(compared(1e-3),), accuracy_level_replaced=False).within(0.1)
     broken = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=False)
-    assert not Report(outputs=(broken,), tokens=(), accuracy_level_replaced=False).within(0.1)
+    assert not Parity(stitched=(), outputs=(broken,), tokens=(), accuracy_level_replaced=False).within(0.1)

@@ -1,0 +1,202 @@
+"""`furiosa-llm inspect`: what an artifact holds, on one screen or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from furiosa_llm.builder.units import counted, nbytes
+from furiosa_llm.runtime.artifact.inspection import BlockSummary, Inspection, ReplicatedTensor, alike, inspect_artifact
+from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
+from furiosa_llm.runtime.artifact.verification import RECORD_NAME
+
+T = TypeVar("T")
+
+_SHOWN_SPLITS = 8
+_SHOWN_BLOCKS = 5
+_SHOWN_REPLICATED = 3
+_SHOWN_FILES = 4
+_SHOWN_FAULTS = 3
+_SHOWN_DIGITS = 16
+_SHOWN_LENGTH = 60
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Show what ARTIFACT holds: the model, the split, memory, collectives, files, origin, and whether it is verified.
+
+    Its structure is checked, its weights are not read.
+    """
+    found = inspect_artifact(artifact)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        return
+    title = f"{found.model.name}: {found.model.task}, over {math.prod(found.mesh)} PEs {list(found.mesh)}"
+    table = Table(title=_text(title), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in _rows(found):
+        table.add_row(_text(key), _text(value))
+    Console().print(table, crop=False)
+
+
+def _text(value: str) -> Text:
+    """Text of an artifact, whose names may hold anything: what would steer the terminal is written out."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in value))
+
+
+def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    """The lines of the table: what each is about, and what is to be said."""
+    yield "limits", _limits(found)
+    yield "inputs", _values(found.inputs)
+    yield "outputs", _values(found.outputs)
+    if found.states:
+        yield "states", _states(found)
+    yield from _memory(found)
+    yield "collectives", _collectives(found)
+    for split in found.splits[:_SHOWN_SPLITS]:
+        padded = f", padded to {split.padded_size}" if split.padded_size != split.size else ""
+        what = f"{split.role}, {split.size} over {split.parts} PEs{padded} ({split.count}x)"
+        yield "split", f"{what}: {_shortened(split.where)}"
+    yield from _more(found.splits, _SHOWN_SPLITS, "split")
+    yield "replicated", _replicated(found.replicated)
+    if found.attention is not None and (found.attention.fused or found.attention.left):
+        yield "attention", f"{found.attention.fused} fused, {len(found.attention.left)} left as they are"
+    for note in found.notes[:1]:
+        yield "note", note
+    yield from _more(found.notes, 1, "note")
+    yield from _blocks(found)
+    for file in sorted(found.files, key=lambda file: -file.nbytes)[:_SHOWN_FILES]:
+        yield "file", f"{file.path}, {nbytes(file.nbytes)}"
+    yield from _more(found.files, _SHOWN_FILES, "file", lambda file: file.nbytes)
+    yield from _origin(found)
+    yield "verification", _verification(found)
+
+
+def _more(
+    items: Sequence[T], shown: int, noun: str, size: Callable[[T], int] | None = None
+) -> Iterator[tuple[str, str]]:
+    """A line for those that are not shown."""
+    left = len(items) - shown
+    if left > 0:
+        total = "" if size is None else f", {nbytes(sum(sorted(map(size, items))[:left]))}"
+        yield noun, f"{left} more{total}; --json has all"
+
+
+def _limits(found: Inspection) -> str:
+    model = found.model
+    length = "unknown length" if model.max_sequence_length is None else f"{model.max_sequence_length} tokens"
+    vocabulary = "" if model.vocab_size is None else f", vocabulary of {model.vocab_size}"
+    ends = f", ends at {', '.join(map(str, model.eos_token_ids))}" if model.eos_token_ids else ""
+    return f"{length}{vocabulary}{ends}"
+
+
+def _values(infos: Sequence[InputInfo | OutputInfo]) -> str:
+    shown = [f"{info.name} {info.dtype} [{', '.join(map(str, info.shape))}]" for info in infos if info.role != "state"]
+    return "; ".join(shown) or "states only"
+
+
+def _states(found: Inspection) -> str:
+    shapes = {info.name: f"{info.dtype} [{', '.join(map(str, info.shape))}]" for info in found.inputs}
+    kinds = Counter((shapes[state.input], state.mode) for state in found.states)
+    return "; ".join(f"{count} of {shape}, {mode.replace('_', ' ')}" for (shape, mode), count in kinds.items())
+
+
+def _memory(found: Inspection) -> Iterator[tuple[str, str]]:
+    weights, state = found.weights, found.state
+    share = f" ({weights.pe_nbytes / weights.original_nbytes:.1%})" if weights.original_nbytes else ""
+    whole = "nothing" if not weights.replicated_nbytes else nbytes(weights.replicated_nbytes)
+    yield (
+        "weights per PE",
+        f"{nbytes(weights.pe_nbytes)} of {nbytes(weights.original_nbytes)}{share}, {whole} replicated",
+    )
+    padding = f", {nbytes(weights.padding_nbytes)} of them padding" if weights.padding_nbytes else ""
+    yield "stored, all PEs", f"{nbytes(weights.stored_nbytes)}{padding}"
+    if found.states:
+        limit = "no limit known" if state.nbytes_at_limit is None else f"{nbytes(state.nbytes_at_limit)} at the limit"
+        yield "state per PE", f"{nbytes(state.nbytes_per_token)} per token, {limit}"
+
+
+def _collectives(found: Inspection) -> str:
+    lines = [
+        f"{group.count} {group.kind} over {_over(found, group.axes)} PEs, {nbytes(group.nbytes_per_token)} a token"
+        for group in found.collectives
+    ]
+    return "; ".join(lines) or "none"
+
+
+def _over(found: Inspection, axes: Sequence[int]) -> int:
+    return math.prod(found.mesh[axis] for axis in axes)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."
+
+
+def _replicated(tensors: Sequence[ReplicatedTensor]) -> str:
+    if not tensors:
+        return "nothing"
+    shown = [
+        f"{_shortened(tensor.name)} {list(tensor.shape)} (read by {', '.join(tensor.readers) or 'nothing'})"
+        for tensor in tensors[:_SHOWN_REPLICATED]
+    ]
+    left = len(tensors) - _SHOWN_REPLICATED
+    return "; ".join(shown) + (f"; {left} smaller" if left > 0 else "")
+
+
+def _blocks(found: Inspection) -> Iterator[tuple[str, str]]:
+    runs = alike(found.blocks)
+    for run in runs[:_SHOWN_BLOCKS]:
+        yield "block" if len(run) == 1 else "blocks", f"{_block_names(run)}: {_block(run[0])}"
+    left = sum(map(len, runs[_SHOWN_BLOCKS:]))
+    if left:
+        yield "blocks", f"{left} more; --json has all"
+
+
+def _block_names(run: Sequence[BlockSummary]) -> str:
+    return run[0].name if len(run) == 1 else f"{run[0].name} .. {run[-1].name}, {len(run)} alike"
+
+
+def _block(block: BlockSummary) -> str:
+    counts = f"{counted(block.nodes, 'node')}, {counted(block.collectives, 'collective')}"
+    return f"{counts}, {nbytes(block.weight_nbytes)} of weights per PE"
+
+
+def _origin(found: Inspection) -> Iterator[tuple[str, str]]:
+    made = found.provenance
+    libraries = ", ".join(f"{name} {version}" for name, version in made.libraries.items())
+    yield "made by", f"{made.tool}" + (f" with {libraries}" if libraries else "")
+    options = ", ".join(
+        f"{name}={json.dumps(value)}" for name, value in made.options.items() if value not in (None, {}, [])
+    )
+    yield "options", options or "none"
+    yield "source", f"sha256 {made.source_sha256[:_SHOWN_DIGITS]}..."
+    yield "manifest", f"digest {found.digest[:_SHOWN_DIGITS]}..., {counted(found.num_nodes, 'node')}"
+
+
+def _verification(found: Inspection) -> str:
+    record = found.verification
+    match record.status:
+        case "none":
+            return "none; run `furiosa-llm verify`"
+        case "unreadable":
+            return f"unreadable: {record.detail}"
+        case "another manifest":
+            return f"{RECORD_NAME} vouches for another manifest, {record.detail[:_SHOWN_DIGITS]}..., not for this one"
+        case "passed":
+            unread = "" if "weights" in record.checks else "; weights were not read"
+            return f"passed: {', '.join(record.checks)}{unread}"
+        case "failed":
+            failed = ", ".join(name for name, passed in record.checks.items() if not passed)
+            return "; ".join([f"FAILED: {failed}", *record.faults[:_SHOWN_FAULTS]])

@@ -1,0 +1,233 @@
+"""verification.json: what `furiosa-llm verify` found of the artifact that it lies in, written and strictly read.
+
+The record names the manifest that it vouches for by its digest, so that it says nothing of any other. It is for people
+and for `inspect`: no loader asks it. It holds no time, host or path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
+from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
+
+RECORD_NAME = "verification.json"
+RECORD_FORMAT = "furiosa-llm-onnx-verification"
+RECORD_VERSION = 1
+MAX_RECORD_NBYTES = 2**20
+"""A longer record is refused unread, and the writer stays far below it."""
+
+CHECKS: Mapping[str, str] = {
+    "structure": "the folder is an artifact: every field, and the digests of all files but the weights",
+    "proof": "program and manifest alone show that the ranks compute one unsplit model",
+    "weights": "the digests of the weights files and of every stored tensor",
+    "originals": "every original, put together from its shards, has the original's digest",
+    "padding": "padding is zero",
+    "identity": "the model given has the inputs, outputs and weights of the one that was built",
+    "stitched": "all ranks in one onnxruntime graph give the unsplit model's outputs",
+    "executor": "the executor gives the unsplit model's outputs",
+    "tokens": "greedy decoding gives the unsplit model's tokens",
+}
+"""What may be checked, in order, and what a check without faults says."""
+
+_MAX_FAULTS = 20
+_MAX_FAULT_LENGTH = 500
+_DIGEST = re.compile("[0-9a-f]{64}")
+_VERIFY_AGAIN = "verify the artifact again with `furiosa-llm verify`, which writes it anew"
+
+
+class RecordError(FuriosaLLMError):
+    """verification.json cannot be written, or is not what the format says; the artifact may still be sound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One check that ran: `name` is a key of CHECKS, `checked` how many things it looked at (files, nodes, outputs).
+
+    `faults` says what is wrong, a line each; none: the check passed. `greatest_error` and `tolerance` are relative to
+    the greatest magnitude of an output; None where nothing is measured, or where the error is not finite.
+    """
+
+    name: str
+    checked: int
+    faults: tuple[str, ...] = ()
+    greatest_error: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What one verification found of the artifact whose manifest has the digest `manifest_digest`.
+
+    `tool` is `name version`, `libraries` maps a library that computed to its version; `checks` are those that ran, at
+    least one, in the order of CHECKS.
+    """
+
+    manifest_digest: str
+    tool: str
+    libraries: Mapping[str, str]
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that ran passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values, keys in the order of the specification."""
+        return {
+            "format": {"name": RECORD_FORMAT, "version": RECORD_VERSION},
+            "manifest_digest": self.manifest_digest,
+            "tool": self.tool,
+            "libraries": dict(self.libraries),
+            "passed": self.passed,
+            "checks": {
+                check.name: {
+                    "passed": check.passed,
+                    "checked": check.checked,
+                    "faults": _listed(check.faults),
+                    "greatest_error": check.greatest_error,
+                    "tolerance": check.tolerance,
+                }
+                for check in self.checks
+            },
+        }
+
+    def to_bytes(self) -> bytes:
+        """The bytes of verification.json: equal findings give equal bytes."""
+        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _listed(faults: tuple[str, ...]) -> list[str]:
+    shown = [fault[:_MAX_FAULT_LENGTH] for fault in faults[:_MAX_FAULTS]]
+    return shown if len(faults) <= _MAX_FAULTS else [*shown, f"and {len(faults) - _MAX_FAULTS} more"]
+
+
+def write_verification(folder: Path, record: Verification) -> Path:
+    """Writes the record into the artifact's folder, whole or not at all, and returns its path; raises RecordError."""
+    path = folder / RECORD_NAME
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{RECORD_NAME}-", dir=folder)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(record.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        _sync(folder)
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written: {error.strerror}; make the folder writable, or give --no-record to verify "
+            "without leaving a record"
+        ) from error
+    return path
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_verification(folder: Path) -> Verification | None:
+    """The record in the artifact's folder, None if there is none; raises RecordError for anything but a record."""
+    path = folder / RECORD_NAME
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise RecordError(f"{path} is not a regular file; remove it, or {_VERIFY_AGAIN}")
+        if status.st_size > MAX_RECORD_NBYTES:
+            raise RecordError(
+                f"{path}: found {status.st_size} bytes, expected at most {MAX_RECORD_NBYTES}; {_VERIFY_AGAIN}"
+            )
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}; {_VERIFY_AGAIN}") from error
+    return parse_verification(data)
+
+
+def parse_verification(data: bytes) -> Verification:
+    """The record in `data`, the bytes of verification.json.
+
+    Raises RecordError, naming the JSON path, what was found and what was expected, for another format or version,
+    unknown or missing keys, wrong types, unknown checks, and a verdict that its own faults contradict.
+    """
+    try:
+        return _record(parse_json(data, RECORD_NAME))
+    except ArtifactError as error:
+        found = str(error).rpartition("; ")[0] or str(error)
+        raise RecordError(f"{found}; {_VERIFY_AGAIN}") from error
+
+
+def _record(root: Field) -> Verification:
+    if isinstance(root.value, dict) and "format" in root.value:
+        version = root.child("format").members(("name", "version"))
+        version["name"].choice((RECORD_FORMAT,))
+        if version["version"].integer() != RECORD_VERSION:
+            version["version"].fail(f"version {RECORD_VERSION}")
+    section = root.members(("format", "manifest_digest", "tool", "libraries", "passed", "checks"))
+    if not _DIGEST.fullmatch(section["manifest_digest"].text()):
+        section["manifest_digest"].fail("64 lower-case hexadecimal digits")
+    libraries = section["libraries"]
+    checks = section["checks"]
+    unknown = [name for name in checks.mapping() if name not in CHECKS]
+    if unknown or not checks.value:
+        checks.fail(f"some of the checks {', '.join(CHECKS)}", f"{unknown[0]!r:.80}" if unknown else "none")
+    record = Verification(
+        manifest_digest=section["manifest_digest"].value,
+        tool=section["tool"].name(),
+        libraries={name: libraries.child(name).name() for name in libraries.mapping()},
+        checks=tuple(_check(name, checks.child(name)) for name in CHECKS if name in checks.value),
+    )
+    _same_verdict(section["passed"], passed=record.passed)
+    return record
+
+
+def _check(name: str, field: Field) -> Check:
+    member = field.members(("passed", "checked", "faults", "greatest_error", "tolerance"))
+    check = Check(
+        name=name,
+        checked=member["checked"].integer(),
+        faults=member["faults"].items(Field.name),
+        greatest_error=member["greatest_error"].optional(_number),
+        tolerance=member["tolerance"].optional(_number),
+    )
+    _same_verdict(member["passed"], passed=check.passed)
+    tolerance = check.tolerance
+    measured = check.greatest_error is not None and tolerance is not None and check.greatest_error <= tolerance
+    if check.passed and tolerance is not None and not measured:
+        member["greatest_error"].fail(f"at most {tolerance:g}, the tolerance, because there are no faults")
+    return check
+
+
+def _same_verdict(field: Field, *, passed: bool) -> None:
+    if field.value is not passed:
+        field.fail(f"{str(passed).lower()}, because there are {'no ' if passed else ''}faults")
+
+
+def _number(field: Field) -> float:
+    value = field.value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        field.fail("a number of at least 0")
+    return float(value)

@@ -1,0 +1,136 @@
+"""`furiosa-llm inspect`: one screen for people, one object for programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from furiosa_llm import ArtifactBuilder
+from furiosa_llm.runtime import open_artifact
+from furiosa_llm.runtime.artifact.inspection import inspect_artifact
+from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
+from furiosa_llm.runtime.artifact.verification import RECORD_NAME
+from tests.cli.conftest import Cli
+from tests.tampering import edit_manifest
+
+
+@pytest.fixture
+def artifact(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def lines(text: str) -> dict[str, str]:
+    """The table's rows, put together again."""
+    rows: dict[str, str] = {}
+    key = ""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("│")]
+        if len(cells) == 4:
+            key = cells[1] or key
+            rows[key] = f"{rows.get(key, '')} {cells[2]}".strip()
+    return rows
+
+
+def test_one_screen(artifact: Path, cli: Cli) -> None:
+    result = cli("inspect", artifact)
+    assert result.code == 0
+    assert len(result.out.splitlines()) <= 45
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert result.out.startswith("tiny-llama-optimum: decoder, over 4 PEs [2, 2]")
+    rows = lines(result.out)
+    assert rows["limits"] == "512 tokens, vocabulary of 1024, ends at 2"
+    assert rows["weights per PE"] == "231 kB of 894 kB (25.9%), nothing replicated"
+    assert rows["state per PE"] == "256 B per token, 131 kB at the limit"
+    assert rows["collectives"] == ("5 AllReduce over 4 PEs, 1.3 kB a token; 1 AllGather over 4 PEs, 4.1 kB a token")
+    assert "feed-forward, 176 over 4 PEs (2x)" in rows["split"]
+    assert rows["attention"] == "2 fused, 0 left as they are"
+    assert rows["block"].startswith("block.0: 142 nodes, 3 collectives, 116 kB of weights per PE")
+    assert rows["manifest"].startswith(f"digest {inspect_artifact(artifact).digest[:16]}...")
+    assert rows["verification"] == "none; run `furiosa-llm verify`"
+
+
+def test_padding_and_what_is_replicated(zoo: Path, tmp_path: Path, cli: Cli) -> None:
+    ArtifactBuilder(zoo / "tiny-llama-9-3-optimum" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
+    rows = lines(cli("inspect", tmp_path / "artifact").out)
+    assert "of them padding" in rows["stored, all PEs"]
+    assert "padded to 4" in rows["split"]
+
+
+def test_all_of_it_as_json(artifact: Path, cli: Cli) -> None:
+    assert cli("verify", artifact).code == 0
+    result = cli("inspect", artifact, "--json")
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert found == json.loads(json.dumps(inspect_artifact(artifact).to_json()))
+    assert list(found) == [
+        *("digest", "model", "mesh", "num_nodes", "weights", "state", "collectives", "splits", "replicated"),
+        *("refused", "notes", "attention", "blocks", "inputs", "outputs", "states", "files", "provenance"),
+        "verification",
+    ]
+    assert found["provenance"]["options"]["tensor_parallel_size"] == 4
+    assert found["verification"]["status"] == "passed"
+    assert [split["role"] for split in found["splits"]][:2] == ["vocabulary", "output"]
+
+
+def test_alike_blocks_are_one_line(artifact: Path, cli: Cli) -> None:
+    """Every node before the first collective is a block of its own."""
+    nodes = open_artifact(artifact).program.graph.node
+    count = next(position for position, node in enumerate(nodes) if node.domain == COLLECTIVE_DOMAIN)
+    assert count > 3
+
+    def many(manifest: dict[str, Any]) -> None:
+        block = {"weight_nbytes": 5000, "crossing": []}
+        manifest["blocks"] = [
+            {"name": f"block.{i}", "first_node": i, "collectives": 0 if i < count else 6, **block}
+            for i in range(count + 1)
+        ]
+        manifest["plan"]["choices"] *= 4
+
+    edit_manifest(artifact, many)
+    rows = lines(cli("inspect", artifact).out)
+    assert rows["blocks"] == (
+        f"block.0 .. block.{count - 1}, {count} alike: 1 node, 0 collectives, 5.0 kB of weights per PE"
+    )
+    assert rows["block"].startswith(f"block.{count}: {len(nodes) - count} nodes, 6 collectives")
+    assert "12 more; --json has all" in rows["split"]
+
+
+def test_verification(artifact: Path, cli: Cli) -> None:
+    assert cli("verify", artifact).code == 0
+    assert lines(cli("inspect", artifact).out)["verification"] == "passed: structure, proof, weights"
+    record = json.loads((artifact / RECORD_NAME).read_bytes())
+    del record["checks"]["weights"]
+    (artifact / RECORD_NAME).write_text(json.dumps(record))
+    assert lines(cli("inspect", artifact).out)["verification"] == "passed: structure, proof; weights were not read"
+    record["checks"]["proof"] |= {"passed": False, "faults": ["a collective is missing"]}
+    record["passed"] = False
+    (artifact / RECORD_NAME).write_text(json.dumps(record))
+    assert lines(cli("inspect", artifact).out)["verification"] == "FAILED: proof; a collective is missing"
+    record["manifest_digest"] = "ab" * 32
+    (artifact / RECORD_NAME).write_text(json.dumps(record))
+    assert (
+        "vouches for another manifest, abababababababab..., not for"
+        in lines(cli("inspect", artifact).out)["verification"]
+    )
+    (artifact / RECORD_NAME).write_text("{}")
+    result = cli("inspect", artifact)
+    assert result.code == 0
+    assert lines(result.out)["verification"].startswith("unreadable: verification.json $: found an object without it")
+
+
+def test_names_cannot_steer_the_terminal(artifact: Path, cli: Cli) -> None:
+    edit_manifest(artifact, lambda manifest: manifest["model"].update(name="\x1b[2J[bold]x\n"))
+    result = cli("inspect", artifact)
+    assert "\x1b" not in result.out
+    assert result.out.startswith("\\x1b[2J[bold]x\\n: decoder")
+
+
+def test_what_is_no_artifact(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "it has no manifest.json" in refused("inspect", tmp_path)
+    assert "no artifact at" in refused("inspect", tmp_path / "none", "--json")
