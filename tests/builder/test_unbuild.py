@@ -185,31 +185,15 @@ def with_data(proto: onnx.TensorProto) -> onnx.TensorProto:
     return proto
 
 
-INLINE = onnx.numpy_helper.from_array(np.ones((6, 4), dtype=np.float32), "w")
-
-
-@pytest.mark.parametrize(
-    ("initializers", "message"),
-    [
-        ([], "found no initializer 'w', expected one"),
-        (
-            [INLINE],
-            "'w' has its data at no other place, not marked as external, expected {'location': 'artifact'",
-        ),
-        (
-            [with_data(external())],
-            "'w' has its data at {'location': 'artifact', 'tensor': 'w'}, not marked as external",
-        ),
-        ([external(shape=(4, 6))], r"'w' is FLOAT \[4, 6\], expected FLOAT \[6, 4\]"),
-        ([external(tensor="v")], "'w' has its data at {'location': 'artifact', 'tensor': 'v'}, expected"),
-        ([external(), external("v")], "found an initializer 'v', expected only those"),
-    ],
-)
-def test_source_must_fit_the_manifest(initializers: list[onnx.TensorProto], message: str, tmp_path: Path) -> None:
-    artifact = artifact_of(tmp_path / "a", *initializers)
-    with pytest.raises(ArtifactError, match=f"source.onnx: .*{message}"):
-        unbuild(artifact, tmp_path / "m.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+def test_a_source_that_was_exchanged_since(small: Artifact, tmp_path: Path) -> None:
+    """What is unbuilt is what was opened."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(small.folder, folder)
+    opened = open_artifact(folder)
+    (folder / "source.onnx").write_bytes(source_of([Original.random("w", "FLOAT", (3, 3))]))
+    with pytest.raises(ArtifactError, match=r"source\.onnx: found .*"):
+        unbuild(opened, tmp_path / "m.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 def test_aliases_share_one_region(tmp_path: Path) -> None:
@@ -235,12 +219,6 @@ def test_aliases_with_different_digests(tmp_path: Path) -> None:
         unbuild(artifact, tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"\xff", "is not an ONNX model"), (b"", "found no graph")])
-def test_source_must_be_a_model(data: bytes, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=rf"source\.onnx:? {message}"):
-        unbuild(artifact_of(tmp_path / "a", data=data), tmp_path / "m.onnx")
-
-
 def test_one_wrong_bit_is_named(small: Artifact, tmp_path: Path) -> None:
     """The files' sizes are right, and an artifact that is not opened in full is opened."""
     folder = tmp_path / "artifact"
@@ -261,7 +239,7 @@ def test_empty_initializers_are_inline(tmp_path: Path) -> None:
     """To some readers a length of 0 in external data is the rest of the file."""
     originals = [Original.random("w", "FLOAT", (6, 4)), Original.random("none", "FLOAT", (0, 4))]
     shards = {"w": Shards("w", (Leaf(6, (0,)), Leaf(4))), "none": Shards("none", (Leaf(0), Leaf(4)))}
-    proto = source(external("none", (0, 4), "none"), external())
+    proto = source(external("none", (0, 4)), external())
     artifact = write(tmp_path / "a", Mesh((2,)), originals, shards, proto)
     written = unbuild(artifact, tmp_path / "m.onnx")
     none, w = onnx.load(written.model).graph.initializer

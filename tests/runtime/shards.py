@@ -84,9 +84,13 @@ def cut(original: Original, stored: Shards, mesh: Mesh, rank: int) -> bytes:
 
 
 def write(
-    folder: Path, mesh: Mesh, originals: Sequence[Original], shards: Mapping[str, Shards], source: bytes = b""
+    folder: Path,
+    mesh: Mesh,
+    originals: Sequence[Original],
+    shards: Mapping[str, Shards],
+    source: bytes | None = None,
 ) -> Artifact:
-    """An artifact with these stored tensors, opened with every digest compared."""
+    """An artifact with these stored tensors, opened with every digest compared; source.onnx has nothing but these."""
     folder.mkdir()
     by_name = {original.name: original for original in originals}
     header: dict[str, Any] = {}
@@ -106,7 +110,7 @@ def write(
     start = 8 + len(text)
     (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + body)
     (folder / "program.onnx").write_bytes(_program(tensors, header, start))
-    (folder / "source.onnx").write_bytes(source)
+    (folder / "source.onnx").write_bytes(source_of(originals) if source is None else source)
     (folder / "manifest.json").write_bytes(_manifest(folder, mesh, originals, tensors).to_bytes())
     return open_artifact(folder, full=True)
 
@@ -127,6 +131,19 @@ def _stored(name: str, stored: Shards, original: Original, mesh: Mesh) -> tuple[
         sha256=hashlib.sha256(data).hexdigest(),
     )
     return tensor, data
+
+
+def source_of(originals: Sequence[Original]) -> bytes:
+    """The source.onnx of a model of one Identity, all of whose initializers are stored."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", values[:1], values[1:])
+    for original in originals:
+        proto = graph.initializer.add(name=original.name, dims=original.codes.shape[:-1])
+        proto.data_type = TensorProto.DataType.Value(original.dtype)
+        proto.data_location = TensorProto.EXTERNAL
+        proto.external_data.add(key="location", value="artifact")
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    return bytes(model.SerializeToString())
 
 
 def _program(tensors: Sequence[StoredTensor], header: Mapping[str, Any], start: int) -> bytes:
