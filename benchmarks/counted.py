@@ -12,10 +12,9 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from furiosa_llm.cli.main import main as furiosa_llm
 
 _INTERVAL = 0.01
 _PATH_FIELD = 5
@@ -62,21 +61,28 @@ def bytes_read() -> int:
     return int(fields["rchar"])
 
 
-def main() -> None:
-    """Run the command, and write what it read to RESULT: `{"nbytes_read": bytes, "mapped": [files]}`."""
-    source, result, *arguments = sys.argv[1:]
-    maps = Maps(Path(source))
+def count(command: Callable[[], None], source: Path, result: Path) -> None:
+    """Run `command`, and write what it read to `result`: `{"nbytes_read": bytes, "mapped": [files below source]}`."""
+    maps = Maps(source)
     sys.addaudithook(maps.audit)
     watcher = threading.Thread(target=maps.watch)
     watcher.start()
-    sys.argv = ["furiosa-llm", *arguments]
     try:
-        furiosa_llm()
+        command()
     finally:
         maps.end()
         watcher.join()
         counted = {"nbytes_read": bytes_read() - maps.nbytes_read, "mapped": sorted(maps.found)}
-        Path(result).write_text(json.dumps(counted))
+        result.write_text(json.dumps(counted))
+
+
+def main() -> None:
+    """Count what furiosa-llm reads."""
+    from furiosa_llm.cli.main import main as furiosa_llm  # slow to import, and wanted here alone
+
+    source, result, *arguments = sys.argv[1:]
+    sys.argv = ["furiosa-llm", *arguments]
+    count(furiosa_llm, Path(source), Path(result))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 _PROGRAM = """
 import mmap, os, sys
-from benchmarks import counted
+from pathlib import Path
+from benchmarks.counted import count
+source, result, how, times = sys.argv[1:]
 def command():
-    with open(sys.argv[1], "rb", buffering=0) as file:
-        if sys.argv[2] == "mapped":
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            data.close()
-        for _ in range(int(sys.argv[3])):
+    with (Path(source) / "weights").open("rb", buffering=0) as file:
+        if how == "mapped":
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).close()
+        for _ in range(int(times)):
             os.pread(file.fileno(), 10**7, 0)
-counted.furiosa_llm = command
-counted.main()
+count(command, Path(source), Path(result))
 """
 
 
@@ -28,7 +28,7 @@ def _counted(tmp_path: Path, how: str, times: int) -> tuple[int, list[str]]:
     source.mkdir(exist_ok=True)
     (source / "weights").write_bytes(bytes(10**7))
     result = tmp_path / "result"
-    arguments = [str(source), str(result), str(source / "weights"), how, str(times)]
+    arguments = [str(source), str(result), how, str(times)]
     subprocess.run([sys.executable, "-c", _PROGRAM, *arguments], check=True, cwd=ROOT)
     found = json.loads(result.read_text())
     return found["nbytes_read"], found["mapped"]

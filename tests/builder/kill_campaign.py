@@ -100,12 +100,17 @@ class Campaign:
         self._timing = self._measure()
         self._new_tree = tree(self._destination)
 
-    def run(self, kills: int) -> Tally:
-        """Kill so many runs, of each moment and over both states of the destination as many, and check what is left."""
+    def run(self, kills: int, told: Callable[[str], None] = lambda _: None) -> Tally:
+        """Kill so many runs, of each moment and over both states of the destination as many, and check what is left.
+
+        `told` hears of each violation as it is found.
+        """
         for number in range(kills):
             moment = MOMENTS[number % len(MOMENTS)]
             replacing = number // len(MOMENTS) % 2 == 1
-            self._one(moment, replacing=replacing)
+            for violation in self._one(moment, replacing=replacing):
+                told(violation)
+                self.tally.violations.append(violation)
         return self.tally
 
     def _measure(self) -> Timing:
@@ -152,7 +157,8 @@ class Campaign:
                 found.add((path, path.stat().st_mtime_ns))
         return found
 
-    def _one(self, moment: str, *, replacing: bool) -> None:
+    def _one(self, moment: str, *, replacing: bool) -> list[str]:
+        """Kill one run; says what was wrong afterwards."""
         for _ in range(_ATTEMPTS):
             self._prepare(replacing=replacing)
             when = self._kill(moment, replacing=replacing)
@@ -162,7 +168,7 @@ class Campaign:
             raise TimeoutError(f"{_ATTEMPTS} runs ended before they were killed ({moment})")
         self.tally.kills[moment] += 1
         case = f"{moment}, {when}, {'over an artifact' if replacing else 'to a new folder'}"
-        self.tally.violations += [f"{case}: {fault}" for fault in (*self._left(replacing), *self._next(replacing))]
+        return [f"{case}: {fault}" for fault in (*self._left(replacing), *self._next(replacing))]
 
     def _kill(self, moment: str, *, replacing: bool) -> str | None:
         """Kill a run at a random moment of a kind; says when, or None if it ended before."""
@@ -253,6 +259,11 @@ def _furiosa_llm(arguments: Sequence[str]) -> None:
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
+def _tell(violation: str) -> None:
+    sys.stdout.write(f"{violation}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     """Run the campaign; the last line has the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -262,9 +273,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tally = campaign(Path(folder), options.command, seed=options.seed).run(options.kills)
-    for violation in tally.violations:
-        sys.stdout.write(f"{violation}\n")
+        tally = campaign(Path(folder), options.command, seed=options.seed).run(options.kills, _tell)
     kills = ", ".join(f"{count} {moment}" for moment, count in tally.kills.items())
     left = ", ".join(f"{count} {what}" for what, count in sorted(tally.left.items()))
     sys.stdout.write(
