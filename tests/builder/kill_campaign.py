@@ -92,13 +92,13 @@ class Campaign:
     ) -> None:
         self._command, self._old, self._program = command, old, program
         self._place = folder / "place"
-        self._destination = self._place / "artifact"
+        self.destination = self._place / "artifact"
         self._random = random.Random(seed)
         self._pending: dict[bool, list[int]] = {True: [], False: []}
         self.tally = Tally()
         self._old_tree = tree(old)
         self._timing = self._measure()
-        self._new_tree = tree(self._destination)
+        self._new_tree = tree(self.destination)
 
     def run(self, kills: int, told: Callable[[str], None] = lambda _: None) -> Tally:
         """Kill so many runs, of each moment and over both states of the destination as many, and check what is left.
@@ -131,10 +131,10 @@ class Campaign:
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir(parents=True)
         if replacing:
-            shutil.copytree(self._old, self._destination)
+            shutil.copytree(self._old, self.destination)
 
     def _start(self, operation: int, *, replacing: bool) -> subprocess.Popen[str]:
-        arguments = [str(operation), str(self._place), *self._command(self._destination, replacing)]
+        arguments = [str(operation), str(self._place), *self._command(self.destination, replacing)]
         return subprocess.Popen(
             [sys.executable, "-m", self._program, *arguments],
             stdout=subprocess.DEVNULL,
@@ -168,7 +168,7 @@ class Campaign:
             raise TimeoutError(f"{_ATTEMPTS} runs ended before they were killed ({moment})")
         self.tally.kills[moment] += 1
         case = f"{moment}, {when}, {'over an artifact' if replacing else 'to a new folder'}"
-        return [f"{case}: {fault}" for fault in (*self._left(replacing), *self._next(replacing))]
+        return [f"{case}: {fault}" for fault in (*self.left(replacing=replacing), *self._next(replacing))]
 
     def _kill(self, moment: str, *, replacing: bool) -> str | None:
         """Kill a run at a random moment of a kind; says when, or None if it ended before."""
@@ -196,16 +196,16 @@ class Campaign:
             self._random.shuffle(pending)
         return pending.pop()
 
-    def _left(self, replacing: bool) -> list[str]:
-        """What is wrong with what a killed run left."""
-        if not self._destination.exists():
+    def left(self, *, replacing: bool) -> list[str]:
+        """What is wrong with what a killed run, which was to replace an artifact or not, left."""
+        if not self.destination.exists():
             self.tally.left["old gone" if replacing else "absent"] += 1
             return []
         try:
-            open_artifact(self._destination, full=True)
+            open_artifact(self.destination, full=True)
         except ArtifactError as error:
             return [f"left what does not open: {error}"]
-        found = tree(self._destination)
+        found = tree(self.destination)
         if found == self._new_tree:
             self.tally.left["new"] += 1
             return []
@@ -216,14 +216,14 @@ class Campaign:
 
     def _next(self, replacing: bool) -> list[str]:
         """What is wrong with the next run, and what is beside its artifact."""
-        with self._start(0, replacing=replacing or self._destination.exists()) as process:
+        with self._start(0, replacing=replacing or self.destination.exists()) as process:
             _, errors = process.communicate(timeout=_LIMIT)
         if process.returncode:
             return [f"the next run failed: {errors.strip()}"]
         faults = []
-        if tree(self._destination) != self._new_tree:
+        if tree(self.destination) != self._new_tree:
             faults.append("the next run gave other bytes than one that nobody interrupted")
-        beside = sorted(path.name for path in self._place.iterdir() if path != self._destination)
+        beside = sorted(path.name for path in self._place.iterdir() if path != self.destination)
         if beside:
             faults.append(f"the next run left {', '.join(beside)} beside the artifact")
         return faults

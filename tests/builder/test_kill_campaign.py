@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,30 @@ def test_killed_builds_leave_nothing_wrong(tmp_path: Path) -> None:
     assert tally.left.total() == 3
 
 
-def test_the_campaign_finds_what_is_written_in_place(tmp_path: Path, zoo: Path) -> None:
-    """A command that copies files one by one to where they are to be, and leaves a file beside them."""
-    ArtifactBuilder(zoo / "tiny-llama-genai-fp32" / "model.onnx").build(tmp_path / "old")
-    ArtifactBuilder(zoo / "tiny-llama-genai-fp32" / "model.onnx", "new").build(tmp_path / "new")
+@pytest.fixture(scope="module")
+def careless(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    """Against a command that copies `new` file by file to where it is to be, and leaves a file beside it."""
+    folder = tmp_path_factory.mktemp("careless")
+    for name in ("old", "new", "other"):
+        ArtifactBuilder(zoo / "tiny-llama-genai-fp32" / "model.onnx", name).build(folder / name)
 
     def command(destination: Path, replacing: bool) -> list[str]:
-        return [str(tmp_path / "new"), str(destination), str(replacing)]
+        return [str(folder / "new"), str(destination), str(replacing)]
 
-    killed = Campaign(tmp_path, command, tmp_path / "old", seed=0, program="tests.builder.careless")
-    tally = killed.run(6)
+    return Campaign(folder, command, folder / "old", seed=0, program="tests.builder.careless")
+
+
+def test_the_campaign_finds_what_is_written_in_place(careless: Campaign) -> None:
+    tally = careless.run(6)
     assert any("does not open" in violation for violation in tally.violations)
     assert any(".started beside the artifact" in violation for violation in tally.violations)
+
+
+def test_the_campaign_finds_artifacts_that_should_not_be_there(careless: Campaign) -> None:
+    artifacts = careless.destination.parent.parent
+    found = {}
+    for name in ("old", "new", "other"):
+        shutil.rmtree(careless.destination)
+        shutil.copytree(artifacts / name, careless.destination)
+        found[name] = [len(careless.left(replacing=replacing)) for replacing in (False, True)]
+    assert found == {"old": [1, 0], "new": [0, 0], "other": [1, 1]}
