@@ -1,6 +1,6 @@
 """Kill builds with SIGKILL at random moments: nothing may be left that loads and is wrong, and the next build is right.
 
-    python -m tests.builder.kill_campaign --kills 50 --seed 1 [--command build|reshard]
+    python -m tests.builder.kill_campaign --kills 50 --seed 1 [--command build|reshard] [--moment ...]
 
 Every other build replaces an artifact. A third of them are killed at any time of their run, a third while they write
 weights or later, a third before one of their operations on files (renames and removals among them, which take too
@@ -100,14 +100,14 @@ class Campaign:
         self._timing = self._measure()
         self._new_tree = tree(self.destination)
 
-    def run(self, kills: int, told: Callable[[str], None] = lambda _: None) -> Tally:
+    def run(self, kills: int, moments: Sequence[str] = MOMENTS, told: Callable[[str], None] = lambda _: None) -> Tally:
         """Kill so many runs, of each moment and over both states of the destination as many, and check what is left.
 
         `told` hears of each violation as it is found.
         """
         for number in range(kills):
-            moment = MOMENTS[number % len(MOMENTS)]
-            replacing = number // len(MOMENTS) % 2 == 1
+            moment = moments[number % len(moments)]
+            replacing = number // len(moments) % 2 == 1
             for violation in self._one(moment, replacing=replacing):
                 told(violation)
                 self.tally.violations.append(violation)
@@ -270,10 +270,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--command", choices=("build", "reshard"), default="build")
+    parser.add_argument("--moment", choices=MOMENTS, help="all three in turn, if not given")
     options = parser.parse_args()
+    moments = MOMENTS if options.moment is None else (options.moment,)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        tally = campaign(Path(folder), options.command, seed=options.seed).run(options.kills, _tell)
+        tally = campaign(Path(folder), options.command, seed=options.seed).run(options.kills, moments, _tell)
     kills = ", ".join(f"{count} {moment}" for moment, count in tally.kills.items())
     left = ", ".join(f"{count} {what}" for what, count in sorted(tally.left.items()))
     sys.stdout.write(
