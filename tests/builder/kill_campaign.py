@@ -48,8 +48,8 @@ CONFIG = LlamaConfig(
 )
 """134 MB in float32."""
 MOMENTS = ("any", "writing", "operation")
-_ATTEMPTS = 4
-"""To hit a run before its end."""
+_ATTEMPTS = 8
+"""To hit a run before its end; each takes half the time of the one before for the longest that a run may take."""
 _LIMIT = 120
 """Seconds that a command may take."""
 _POLL = 0.001
@@ -159,9 +159,9 @@ class Campaign:
 
     def _one(self, moment: str, *, replacing: bool) -> list[str]:
         """Kill one run; says what was wrong afterwards."""
-        for _ in range(_ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             self._prepare(replacing=replacing)
-            when = self._kill(moment, replacing=replacing)
+            when = self._kill(moment, 0.5**attempt, replacing=replacing)
             if when is not None:
                 break
         else:
@@ -170,10 +170,10 @@ class Campaign:
         case = f"{moment}, {when}, {'over an artifact' if replacing else 'to a new folder'}"
         return [f"{case}: {fault}" for fault in (*self.left(replacing=replacing), *self._next(replacing))]
 
-    def _kill(self, moment: str, *, replacing: bool) -> str | None:
-        """Kill a run at a random moment of a kind; says when, or None if it ended before."""
+    def _kill(self, moment: str, share: float, *, replacing: bool) -> str | None:
+        """Kill a run at a random moment of a kind, in that share of its time; says when, or None if it ended before."""
         operation = self._operation(replacing) if moment == "operation" else 0
-        delay = self._random.uniform(0, self._timing.writing if moment == "writing" else self._timing.total)
+        delay = self._random.uniform(0, share * (self._timing.writing if moment == "writing" else self._timing.total))
         with self._start(operation, replacing=replacing) as process:
             if moment == "writing":
                 self._await_weights(process)
