@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import building, fusion, parity, planning, speed
+from benchmarks import artifact, building, fusion, parity, planning, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
+    "artifact": artifact.bars,
     "building": building.bars,
     "fusion": fusion.bars,
     "parity": parity.bars,

@@ -35,9 +35,10 @@ _SYNTHETIC_CONFIG = LlamaConfig(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """A process that ended well: wall seconds and its peak resident memory in bytes."""
+    """A process that ended well: wall seconds, seconds of its threads on cores, and its peak resident memory."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss_nbytes: int
     output: str
 
@@ -79,4 +80,9 @@ def run_measured(command: Sequence[str]) -> Finished:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, output, errors)
-    return Finished(seconds=time.monotonic() - started, peak_rss_nbytes=usage.ru_maxrss * 1024, output=output)
+    return Finished(
+        seconds=time.monotonic() - started,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_rss_nbytes=usage.ru_maxrss * 1024,
+        output=output,
+    )
