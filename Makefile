@@ -69,8 +69,23 @@ SECONDS ?= 600
 fuzz-loader: $(INSTALLED) ## damaged models: refused by name, or built and compared with the unsplit ones (SECONDS=600)
 	$(BIN)/python -m tests.builder.fuzz_loader --seconds $(SECONDS)
 
+.PHONY: fuzz-artifact
+fuzz-artifact: $(INSTALLED) ## damaged artifacts: refused by name, or the same as before (SECONDS=600)
+	$(BIN)/python -m tests.runtime.fuzz_artifact --seconds $(SECONDS)
+
+KILLS ?= 50
+
+.PHONY: kill-campaign
+kill-campaign: $(INSTALLED) ## builds and reshards killed at random moments: whole or not there (KILLS=50)
+	$(BIN)/python -m tests.builder.kill_campaign --kills $(KILLS)
+	$(BIN)/python -m tests.builder.kill_campaign --kills $(KILLS) --command reshard
+
+.PHONY: bench-artifact
+bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write and to check; takes 40 GB of disk
+	$(BIN)/python -m benchmarks.artifact
+
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader bench ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact kill-campaign bench bench-artifact ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -118,7 +118,7 @@ class Assembly:
 
 def default_name(model: Path) -> str:
     """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`."""
-    return model.stem if model.stem != "model" else model.resolve().parent.name
+    return model.stem if model.stem != "model" else model.parent.resolve().name
 
 
 def _checked_workers(workers: int | None) -> int:

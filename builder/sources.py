@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from furiosa_llm.builder.configuration import COMPANIONS
+from furiosa_llm.builder.configuration import COMPANIONS, companions
 from furiosa_llm.builder.load import Source, check_external_data, load
 from furiosa_llm.builder.tensor_reading import DeferredTensor, read_packed, tensor_of
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -24,6 +24,7 @@ def load_with_weights(path: Path) -> Source:
     """The model at `path`, every file of its weights checked; raises ModelLoadError for what cannot be built."""
     source = load(path)
     check_external_data(source)
+    source.guard.remember(companions(path))
     for value in source.model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SMALL_NBYTES:

@@ -169,6 +169,8 @@ def _check_same_bytes(field: Field, original: OriginalInitializer, parts: Sequen
 
 
 def _stored_as_it_was(tensor: StoredTensor, mesh: Mesh) -> bool:
+    if tensor.part is not None:
+        return False
     if not tensor.shard_axes:
         return True
     split = [d for d, dim in enumerate(tensor.layout or ()) if axes_of(dim)]

@@ -231,7 +231,7 @@ def test_files_and_model(zoo: Path, tmp_path: Path) -> None:
 def test_a_tensor_of_the_builder_s_own(tmp_path: Path) -> None:
     """One that is of no original, with other bytes in both artifacts."""
     original = Original.random("w", "FLOAT", (6, 4))
-    artifact = write(tmp_path / "a", Mesh((2,)), [original], {"w": Shards("w", (Leaf(6, (0,)), Leaf(4)))}, source())
+    artifact = write(tmp_path / "a", Mesh((2,)), [original], {"w": Shards("w", (Leaf(6, (0,)), Leaf(4)))})
     own = dataclasses.replace(artifact.tensors["w"], name="own", origin=None, layout=None)
     sides = []
     for digest, axes in (("0" * 64, (0,)), ("1" * 64, (0,)), ("2" * 64, ())):
@@ -244,11 +244,6 @@ def test_a_tensor_of_the_builder_s_own(tmp_path: Path) -> None:
         sides.append(dataclasses.replace(artifact, folder=folder, manifest=manifest, tensors=by_name))
     assert diff(sides[0], sides[1]).weights == WeightsDiff(made=("own",))
     assert diff(sides[0], sides[2]).weights == WeightsDiff(), "cut otherwise"
-
-
-def source() -> bytes:
-    proto = model("float[1] x", "float[1] y", "y = Identity(x)", {})
-    return bytes(proto.SerializeToString())
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

@@ -68,11 +68,6 @@ _SOURCE: list[tuple[str, Change, str]] = [
         "lies at .*/etc/passwd.*, expected .*artifact",
     ),
     (
-        "a stored one of another tensor",
-        _source_place("tensor", "cos_cache"),
-        "lies at .*, expected .*'tensor': 'model.embed_tokens.weight'",
-    ),
-    (
         "a stored one with data beside",
         lambda m: setattr(_original(m, stored=True), "raw_data", b"x"),
         "has data of its own, expected none",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import pytest
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -30,19 +29,7 @@ def artifact(tmp_path: Path) -> Artifact:
         "w/1": Shards("w", (Leaf(6), Leaf(2)), Part(dim=1, start=6, stop=8)),
         "s": Shards("s", (Leaf(5, (0, 1)), Leaf(4))),
     }
-    return write(tmp_path / "artifact", MESH, [packed, small], stored, source_of(packed, small))
-
-
-def source_of(*originals: Original) -> bytes:
-    """A source.onnx of these initializers, all of them stored."""
-    model = onnx.ModelProto(ir_version=10)
-    for original in originals:
-        kind = onnx.TensorProto.DataType.Value(original.dtype)
-        tensor = model.graph.initializer.add(name=original.name, data_type=kind, dims=original.codes.shape[:-1])
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="artifact")
-        tensor.external_data.add(key="tensor", value=original.stored[0])
-    return bytes(model.SerializeToString())
+    return write(tmp_path / "artifact", MESH, [packed, small], stored)
 
 
 def test_a_sound_one_passes(artifact: Artifact) -> None:
