@@ -14,16 +14,17 @@ import json
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from furiosa_llm.builder.program import ShardedTensor
-from furiosa_llm.builder.tensor_reading import read_packed
+from furiosa_llm.builder.read_ahead import SourceReader
+from furiosa_llm.builder.tensor_reading import SourceTensor
 from furiosa_llm.builder.weights import cut_shard, is_in_order, num_shards
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -33,11 +34,11 @@ MAX_WEIGHTS_FILE_NBYTES = 4 * 2**30
 """A weights file is closed before it grows beyond this; a single larger tensor has a file of its own."""
 
 MAX_WORKERS = 4
-"""One thread each for what is written, its digest, the tensors' digests, and reading ahead."""
+"""One thread each for what is written, its digest, the tensors' digests, and reading; one more waits for the disk."""
 
 _ALIGNMENT = 64
-_READ_AHEAD_NBYTES = 64 * 2**20
-"""Two tensors are in memory at once if they are no larger than this together, or than the largest alone."""
+_SYNCED_NBYTES = 128 * 2**20
+"""After so many bytes the disk is told to begin, so that it does not stand idle until the end."""
 _QUEUE_LENGTH = 16
 """Pieces that may wait for a thread that hashes."""
 
@@ -85,17 +86,19 @@ def write_weights(
     """
     parts = enumerate(_files(tensors, mesh), start=1)
     files = [_File(folder / f"weights-{number:05d}.safetensors", part, mesh) for number, part in parts]
+    sources = _Sources(tensors, mesh)
     with contextlib.ExitStack() as stack:
         files_hasher = stack.enter_context(_Hasher(threaded=workers > 1))
         tensors_hasher = stack.enter_context(_Hasher(threaded=workers > 2))
-        sources = _Sources(tensors, stack.enter_context(_reader(ahead=workers > 3)))
+        syncing = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "sync")) if workers > 1 else None
+        reader = stack.enter_context(SourceReader(sources.order, sources.streamed, ahead=workers > 3))
         digests: dict[str, str] = {}
         for file in files:
             with file.path.open("wb") as stream:
-                output = _Stream(stream, files_hasher)
-                output.write(np.frombuffer(file.header, dtype=np.uint8))
+                output = _Output(stream, files_hasher, syncing, progress)
+                output.write_header(file.header)
                 for tensor in file.tensors:
-                    digests[tensor.name] = _write_tensor(output, tensor, sources, mesh, tensors_hasher, progress)
+                    digests[tensor.name] = _write_tensor(output, tensor, sources, reader, tensors_hasher)
                 file.sha256 = output.finish()
     placements = {t.name: file.placement(t, digests[t.name]) for file in files for t in file.tensors}
     entries = [FileEntry(path=file.path.name, nbytes=file.nbytes, sha256=file.sha256) for file in files]
@@ -103,18 +106,56 @@ def write_weights(
 
 
 def _write_tensor(
-    output: _Stream, tensor: ShardedTensor, sources: _Sources, mesh: Mesh, hasher: _Hasher, progress: Progress
+    output: _Output, tensor: ShardedTensor, sources: _Sources, reader: SourceReader, hasher: _Hasher
 ) -> str:
     """Write all shards of a tensor and give their digest."""
-    data = sources.data(tensor)
-    own = None if is_in_order(tensor, mesh) else hasher.digest()
-    for position in range(num_shards(tensor, mesh)):
-        for piece in cut_shard(tensor, data, mesh, position):
-            if own is not None:
+    own = hasher.digest()
+    if sources.is_streamed(tensor):
+        for piece in reader.pieces(tensor.source.nbytes if tensor.source is not None else 0):
+            own.update(piece)
+            output.write(piece)
+        sources.digests[id(tensor.source)] = own.hexdigest()
+        return sources.digests[id(tensor.source)]
+    data = sources.whole(tensor, reader)
+    in_order = is_in_order(tensor, sources.mesh)
+    for position in range(num_shards(tensor, sources.mesh)):
+        for piece in cut_shard(tensor, data, sources.mesh, position):
+            if not in_order:
                 own.update(piece)
             output.write(piece)
-            progress(len(piece))
-    return sources.digest(tensor) if own is None else own.hexdigest()
+    return sources.digests[id(tensor.source)] if in_order else own.hexdigest()
+
+
+class _Sources:
+    """What the tensors are cut from, in the order in which it is read."""
+
+    def __init__(self, tensors: Sequence[ShardedTensor], mesh: Mesh) -> None:
+        self.mesh = mesh
+        readers = Counter(id(tensor.source) for tensor in tensors)
+        found = {id(tensor.source): tensor for tensor in tensors if tensor.source is not None}
+        self._streamed = {
+            key: isinstance(tensor.source, SourceTensor) and readers[key] == 1 and is_in_order(tensor, mesh)
+            for key, tensor in found.items()
+        }
+        self.order = [tensor.source for tensor in found.values() if tensor.source is not None]
+        self.streamed = list(self._streamed.values())
+        self.digests: dict[int, str] = {}
+        self._current: tuple[int, Bytes] | None = None
+
+    def is_streamed(self, tensor: ShardedTensor) -> bool:
+        """Whether the tensor is its source's bytes in their order, for which there is no need to have them all."""
+        return self._streamed.get(id(tensor.source), False)
+
+    def whole(self, tensor: ShardedTensor, reader: SourceReader) -> Bytes | None:
+        """All bytes of the tensor's source; None if the builder made it."""
+        if tensor.source is None:
+            return None
+        key = id(tensor.source)
+        if self._current is None or self._current[0] != key:
+            self._current = None
+            read = reader.whole()
+            self._current, self.digests[key] = (key, read.data), read.sha256
+        return self._current[1]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -163,85 +204,50 @@ def _files(tensors: Sequence[ShardedTensor], mesh: Mesh) -> Iterator[list[Sharde
         yield part
 
 
-class _Stream:
-    """A file that is hashed as it is written."""
+class _Output:
+    """A file that is hashed as it is written, and brought to disk while more is."""
 
-    def __init__(self, stream: BinaryIO, hasher: _Hasher) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        hasher: _Hasher,
+        syncing: concurrent.futures.ThreadPoolExecutor | None,
+        progress: Progress,
+    ) -> None:
         self._stream = stream
         self._digest = hasher.digest()
+        self._syncing = syncing
+        self._progress = progress
+        self._unsynced = 0
+        self._sync: concurrent.futures.Future[None] | None = None
+
+    def write_header(self, header: bytes) -> None:
+        """Write what does not count as progress."""
+        self._write(np.frombuffer(header, dtype=np.uint8))
 
     def write(self, piece: Bytes) -> None:
-        self._digest.update(piece)
-        self._stream.write(piece.data)
+        """Write a piece of the weights."""
+        self._write(piece)
+        self._progress(len(piece))
 
     def finish(self) -> str:
         """The digest, once everything is on disk."""
         self._stream.flush()
+        if self._sync is not None:
+            self._sync.result()
         os.fsync(self._stream.fileno())
         return self._digest.hexdigest()
 
-
-# -- sources ---------------------------------------------------------------------------------------------------------
-
-
-class _Sources:
-    """The sources of the tensors, each read when its first tensor is written, or one ahead of that."""
-
-    def __init__(self, tensors: Sequence[ShardedTensor], read: _Read) -> None:
-        self._read = read
-        self._order = list({id(t.source): t.source for t in tensors if t.source is not None}.values())
-        self._budget = max([_READ_AHEAD_NBYTES, *(source.nbytes for source in self._order)])
-        self._next = 0
-        self._current: ir.TensorProtocol | None = None
-        self._data: Bytes | None = None
-        self._ahead: concurrent.futures.Future[tuple[Bytes, str]] | None = None
-        self.digests: dict[int, str] = {}
-
-    def data(self, tensor: ShardedTensor) -> Bytes | None:
-        """All bytes of the tensor's source, packed; None if the builder made it."""
-        source = tensor.source
-        if source is None or source is self._current:
-            return self._data if source is not None else None
-        assert source is self._order[self._next], "tensors of one source follow each other"
-        self._data = None
-        pending = self._ahead or self._read(source)
-        self._data, self.digests[id(source)] = pending.result()
-        self._current, self._ahead = source, None
-        self._next += 1
-        if self._next < len(self._order):
-            following = self._order[self._next]
-            if following.nbytes + source.nbytes <= self._budget:
-                self._ahead = self._read(following)
-        return self._data
-
-    def digest(self, tensor: ShardedTensor) -> str:
-        """The digest of the tensor's source, which has been read."""
-        return self.digests[id(tensor.source)]
-
-
-class _Read(Protocol):
-    def __call__(self, source: ir.TensorProtocol) -> concurrent.futures.Future[tuple[Bytes, str]]: ...
-
-
-@contextlib.contextmanager
-def _reader(*, ahead: bool) -> Iterator[_Read]:
-    """Reads a tensor and takes its digest, in a thread of its own or when it is asked to."""
-    if not ahead:
-        yield _read_now
-        return
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="read-weights") as pool:
-        yield lambda source: pool.submit(_read_hashed, source)
-
-
-def _read_now(source: ir.TensorProtocol) -> concurrent.futures.Future[tuple[Bytes, str]]:
-    found: concurrent.futures.Future[tuple[Bytes, str]] = concurrent.futures.Future()
-    found.set_result(_read_hashed(source))
-    return found
-
-
-def _read_hashed(source: ir.TensorProtocol) -> tuple[Bytes, str]:
-    data = read_packed(source)
-    return data, hashlib.sha256(data.data).hexdigest()
+    def _write(self, piece: Bytes) -> None:
+        self._digest.update(piece)
+        self._stream.write(piece.data)
+        self._unsynced += len(piece)
+        idle = self._sync is None or self._sync.done()
+        if self._syncing is not None and self._unsynced >= _SYNCED_NBYTES and idle:
+            if self._sync is not None:
+                self._sync.result()
+            self._sync = self._syncing.submit(os.fdatasync, self._stream.fileno())
+            self._unsynced = 0
 
 
 # -- digests ---------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
-_PIECE_NBYTES = 16 * 2**20
+_PIECE_NBYTES = 4 * 2**20
+STREAMED_NBYTES = 2**20
+"""Of a piece that is passed on at once."""
 
 
 class SourceTensor(ir.ExternalTensor):
@@ -59,21 +62,42 @@ def tensor_of(like: ir.TensorProtocol, data: bytes) -> ir.TensorProtocol:
     )
 
 
-def read_packed(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+def read_packed(
+    tensor: ir.TensorProtocol, seen: Callable[[npt.NDArray[np.uint8]], None] = lambda _: None
+) -> npt.NDArray[np.uint8]:
     """The bytes of a tensor as ONNX packs them, little-endian: one dimension, at most this one copy in memory.
 
-    Raises ModelLoadError if the file that they lie in is gone, too short or cannot be read.
+    `seen` is given the bytes piece by piece, in order, while they are still in the cache. Raises ModelLoadError if the
+    file that they lie in is gone, too short or cannot be read.
     """
-    if isinstance(tensor, DeferredTensor):
-        return tensor.packed()
-    if not isinstance(tensor, ir.ExternalTensor):
-        return np.frombuffer(tensor.tobytes(), dtype=np.uint8)
+    if isinstance(tensor, ir.ExternalTensor):
+        try:
+            return _read(tensor, seen)
+        except FileNotFoundError as error:
+            raise _missing(tensor) from error
+    content = tensor.packed() if isinstance(tensor, DeferredTensor) else np.frombuffer(tensor.tobytes(), dtype=np.uint8)
+    for start in range(0, len(content), _PIECE_NBYTES):
+        seen(content[start : start + _PIECE_NBYTES])
+    return content
+
+
+def read_pieces(tensor: ir.ExternalTensor) -> Iterator[npt.NDArray[np.uint8]]:
+    """The same bytes in pieces of at most `STREAMED_NBYTES`, of which none is kept; raises as `read_packed` does."""
+    total = DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy())
     try:
-        return _read(tensor)
+        with _opened(tensor) as fill:
+            for start in range(0, total, STREAMED_NBYTES):
+                piece = np.empty(min(STREAMED_NBYTES, total - start), dtype=np.uint8)
+                fill(piece, start)
+                yield piece
     except FileNotFoundError as error:
-        raise ModelLoadError(
-            f'{tensor.path}, which holds the data of "{tensor.name}", is missing; put the file there and try again.'
-        ) from error
+        raise _missing(tensor) from error
+
+
+def _missing(tensor: ir.ExternalTensor) -> ModelLoadError:
+    return ModelLoadError(
+        f'{tensor.path}, which holds the data of "{tensor.name}", is missing; put the file there and try again.'
+    )
 
 
 def load_in_place(tensor: onnx.TensorProto, folder: Path) -> None:
@@ -89,30 +113,46 @@ def load_in_place(tensor: onnx.TensorProto, folder: Path) -> None:
     tensor.raw_data = read_packed(external).tobytes()
 
 
-def _read(tensor: ir.ExternalTensor) -> npt.NDArray[np.uint8]:
-    path, offset = Path(tensor.path), tensor.offset or 0
+def _read(
+    tensor: ir.ExternalTensor, seen: Callable[[npt.NDArray[np.uint8]], None] = lambda _: None
+) -> npt.NDArray[np.uint8]:
     content = np.empty(DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy()), dtype=np.uint8)
+    with _opened(tensor) as fill:
+        for start in range(0, len(content), _PIECE_NBYTES):
+            piece = content[start : start + _PIECE_NBYTES]
+            fill(piece, start)
+            seen(piece)
+    return content
+
+
+@contextlib.contextmanager
+def _opened(tensor: ir.ExternalTensor) -> Iterator[Callable[[npt.NDArray[np.uint8], int], None]]:
+    """Gives a function that fills a buffer with the tensor's bytes from one of them on."""
+    path, offset = Path(tensor.path), tensor.offset or 0
+
+    def fill(buffer: npt.NDArray[np.uint8], start: int) -> None:
+        done = 0
+        while done < len(buffer):
+            read = os.preadv(descriptor, [buffer[done:].data], offset + start + done)
+            if not read:
+                end = offset + DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy())
+                raise ModelLoadError(
+                    f'{path} ends at byte {os.fstat(descriptor).st_size}, but the data of "{tensor.name}" at byte '
+                    f"{end}: it is incomplete, or was changed while it was read; "
+                    "copy it again, and leave it alone during the build."
+                )
+            done += read
+
     try:
         # A pipe that has taken the file's place must not make the build wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ModelLoadError(f"{path} is no regular file, expected the data of a model; put the file there.")
-            done = 0
-            while done < len(content):
-                piece = content[done : done + _PIECE_NBYTES].data
-                read = os.preadv(descriptor, [piece], offset + done)
-                if not read:
-                    raise ModelLoadError(
-                        f'{path} ends at byte {os.fstat(descriptor).st_size}, but the data of "{tensor.name}" at byte '
-                        f"{offset + len(content)}: it is incomplete, or was changed while it was read; "
-                        "copy it again, and leave it alone during the build."
-                    )
-                done += read
+            yield fill
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error.strerror}; check the file and its rights.") from error
-    return content

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
 import json
+import math
+import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +21,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder, OptionError, OutputError, streaming
+from furiosa_llm.builder import ArtifactBuilder, OptionError, OutputError, read_ahead, tensor_reading
+from furiosa_llm.builder.lean import LEFT_OUT_NBYTES
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.streaming import write_weights
 from furiosa_llm.builder.tactics import read_tactics
-from furiosa_llm.builder.tensor_reading import read_packed
+from furiosa_llm.builder.tensor_reading import SourceTensor, read_packed
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.graphs import model
 
 MESH = Mesh((2, 2))
+Seen = Callable[[npt.NDArray[np.uint8]], None]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -85,6 +93,29 @@ def test_digests_are_those_of_the_bytes(zoo: Path, tmp_path: Path) -> None:
             assert original.sha256 == hashlib.sha256(originals[original.name]).hexdigest()
 
 
+def test_every_source_is_read_once(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are read of the model's file after the plan is made: those of the stored originals, each once."""
+    read: list[tuple[int, int]] = []
+    real = os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        found = real(descriptor, buffers, offset)
+        read.append((offset, found))
+        return found
+
+    def told(stage: str, done: int, _: int) -> None:
+        if (stage, done) == ("lower", 0):
+            monkeypatch.setattr(os, "preadv", counted)
+
+    path = zoo / "tiny-llama-optimum" / "model.onnx"
+    ArtifactBuilder(path).build(tmp_path / "a", progress=told)
+    stored = [entry for entry in open_artifact(tmp_path / "a").manifest.initializers if entry.stored]
+    large = sum(n for n in (4 * math.prod(entry.shape) for entry in stored) if n > LEFT_OUT_NBYTES)
+    assert sum(nbytes for _, nbytes in read) == large > 0.9 * path.stat().st_size - 100_000
+    ends = sorted((offset, offset + nbytes) for offset, nbytes in read)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(ends)), "a byte twice"
+
+
 def test_a_source_in_two_layouts_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One product takes the weight's columns in parts, a softmax of it needs them whole."""
     nodes = "h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) s = Softmax<axis = 1>(w) t = MatMul(x, s) z = ReduceMax(t)"
@@ -93,11 +124,11 @@ def test_a_source_in_two_layouts_is_read_once(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "tactics.toml").write_text('[[tactic]]\nweight = "w"\ndim = 1\nplace = 4')
     reads: Counter[str] = Counter()
 
-    def counted(tensor: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+    def counted(tensor: ir.TensorProtocol, seen: Seen) -> npt.NDArray[np.uint8]:
         reads[str(tensor.name)] += 1
-        return read_packed(tensor)
+        return read_packed(tensor, seen)
 
-    monkeypatch.setattr(streaming, "read_packed", counted)
+    monkeypatch.setattr(read_ahead, "read_packed", counted)
     ArtifactBuilder(tmp_path / "model.onnx", tactics=read_tactics(tmp_path / "tactics.toml")).build(tmp_path / "a")
     assert [t.origin for t in open_artifact(tmp_path / "a").manifest.tensors].count("w") == 2
     assert reads == {"w": 1, "v": 1}
@@ -107,49 +138,93 @@ def test_a_source_in_two_layouts_is_read_once(tmp_path: Path, monkeypatch: pytes
 def test_no_more_is_in_memory_than_the_largest_tensor(
     sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading ahead stops where two tensors together would take more than the largest takes alone."""
-    monkeypatch.setattr(streaming, "_READ_AHEAD_NBYTES", 8 * 1024)
-    alive: dict[str, int] = {}
+    """Reading ahead stops where it would take more than the largest takes alone."""
+    monkeypatch.setattr(read_ahead, "LEAST_ROOM_NBYTES", 8 * 1024)
+    alive: dict[int, int] = {}
     most: list[int] = []
-    stored = tensors(*sizes)
-    numbers = {id(tensor.source): tensor for tensor in stored}
 
-    class Buffer(np.ndarray):
-        """Told of its end by its `base`."""
+    class Token:
+        """Goes with the buffer that it is an attribute of."""
 
-    class Base:
-        def __init__(self, name: str, nbytes: int) -> None:
-            self.name = name
-            alive[name] = nbytes
+        def __init__(self, nbytes: int) -> None:
+            alive[id(self)] = nbytes
             most.append(sum(alive.values()))
 
         def __del__(self) -> None:
-            alive.pop(self.name, None)
+            del alive[id(self)]
 
-    def read(source: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
-        tensor = numbers[id(source)]
+    class Buffer(np.ndarray):
+        """An array that can have attributes."""
+
+        token: Token
+
+    def read(source: ir.TensorProtocol, seen: Seen) -> npt.NDArray[np.uint8]:
         found = np.frombuffer(source.tobytes(), dtype=np.uint8).copy().view(Buffer)
-        found.token = Base(tensor.name, len(found))  # type: ignore[attr-defined]
+        found.token = Token(len(found))
         return found
 
-    monkeypatch.setattr(streaming, "read_packed", read)
-    write_weights(tmp_path, stored, MESH, lambda _: None, workers=4)
+    monkeypatch.setattr(read_ahead, "read_packed", read)
+    write_weights(tmp_path, tensors(*sizes), MESH, lambda _: None, workers=4)
     assert len(most) == len(sizes)
     assert max(most) <= max(8 * 1024, 1024 * max(sizes))
 
 
-def test_an_error_while_reading_ahead_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_tensors_are_never_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows over the ranks are the source's bytes in their order: they pass by in pieces."""
+    monkeypatch.setattr(tensor_reading, "STREAMED_NBYTES", 1000)
+    monkeypatch.setattr(read_ahead, "STREAMED_NBYTES", 1000)
+    array = np.random.default_rng(0).standard_normal((64, 300)).astype(np.float32)
+    array.tofile(tmp_path / "data")
+    shape = ir.Shape(array.shape)
+    source = SourceTensor("data", 0, array.nbytes, ir.DataType.FLOAT, shape=shape, name="w", base_dir=tmp_path)
+    tensor = ShardedTensor(
+        name="w",
+        dtype=ir.DataType.FLOAT,
+        local_shape=(16, 300),
+        shard_axes=(0, 1),
+        layout=(Leaf(64, (0, 1)), Leaf(300)),
+        source=source,
+    )
+
+    def refuse(*_: object) -> npt.NDArray[np.uint8]:
+        raise AssertionError("read whole")
+
+    monkeypatch.setattr(read_ahead, "read_packed", refuse)
+    for workers in (1, 4):
+        written = write_weights(tmp_path, [tensor], MESH, lambda _: None, workers=workers)
+        place, digest = written.placements["w"], hashlib.sha256(array.tobytes()).hexdigest()
+        content = (tmp_path / place.file).read_bytes()
+        assert content[place.offset :] == array.tobytes()
+        assert (place.sha256, written.source_digests[id(source)]) == (digest, digest)
+        assert written.files[0].sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_error_while_reading_ahead_is_told(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = tensors(4, 4, 4)
 
-    def read(source: ir.TensorProtocol) -> npt.NDArray[np.uint8]:
+    def read(source: ir.TensorProtocol, seen: Seen) -> npt.NDArray[np.uint8]:
         if source is stored[1].source:
             raise ValueError("unreadable")
-        return np.frombuffer(source.tobytes(), dtype=np.uint8)
+        return read_packed(source, seen)
 
-    monkeypatch.setattr(streaming, "read_packed", read)
-    for workers in (1, 4):
-        with pytest.raises(ValueError, match="unreadable"):
-            write_weights(tmp_path, stored, MESH, lambda _: None, workers=workers)
+    monkeypatch.setattr(read_ahead, "read_packed", read)
+    with pytest.raises(ValueError, match="unreadable"):
+        write_weights(tmp_path, stored, MESH, lambda _: None, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_disk_that_fails_ends_the_reading(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread is left waiting for room."""
+    monkeypatch.setattr(read_ahead, "LEAST_ROOM_NBYTES", 0)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.active_count()
+    with pytest.raises(OSError, match="No space left"):
+        write_weights(tmp_path, tensors(64, 64, 64, 64), MESH, full, workers=workers)
+    assert threading.active_count() == before
 
 
 LIMITED = """
