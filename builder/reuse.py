@@ -20,9 +20,10 @@ from furiosa_llm.builder.report import BuildReport
 from furiosa_llm.builder.sources import load_with_weights
 from furiosa_llm.builder.writer import source_proto
 from furiosa_llm.runtime.artifact.json_reader import Field
-from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, Manifest
+from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.program_checks import attribute_graphs
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.artifact.source import read_source
 
 _WEIGHT_TYPES = frozenset(
     (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
@@ -93,7 +94,7 @@ def build_by_plan_of(
 def _check_same_graph(source: Source, artifact: Artifact) -> None:
     """Raise PlanError unless the model is the artifact's but for its weights' elements, and notes for people."""
     stored = {entry.name for entry in artifact.manifest.initializers if entry.stored}
-    expected = onnx.load(artifact.folder / SOURCE_NAME, load_external_data=False)
+    expected = read_source(artifact)
     _check_initializers(source.proto, expected)
     found = source_proto(source, stored)
     originals = {tensor.name: tensor for tensor in expected.graph.initializer}

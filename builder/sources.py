@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 
 from furiosa_llm.builder.configuration import COMPANIONS, companions
@@ -15,6 +14,7 @@ from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME
 from furiosa_llm.runtime.artifact.originals import read_original
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.source import read_source
 
 SMALL_NBYTES = 4096
 """Tensors up to this size are in memory, wherever the source has them: so a build sees the same in either case."""
@@ -42,15 +42,14 @@ def source_of(artifact: Artifact) -> Source:
     strange = sorted(name for name in COMPANIONS if (folder / name).exists() and name not in listed)
     if strange:
         raise ArtifactError(f"{folder} has {strange[0]}, which its manifest does not list; remove it, or {REBUILD}.")
-    path = folder / SOURCE_NAME
-    proto = onnx.load(path, load_external_data=False)
+    proto = read_source(artifact)
     model = ir.serde.deserialize_model(proto)
     stored = {entry.name for entry in manifest.initializers if entry.stored}
     for name, value in model.graph.initializers.items():
         if name in stored:
             assert value.const_value is not None
             value.const_value = _stored(artifact, name, value.const_value)
-    return Source(path=path, model=model, proto=proto, sha256=manifest.provenance.source_sha256)
+    return Source(path=folder / SOURCE_NAME, model=model, proto=proto, sha256=manifest.provenance.source_sha256)
 
 
 def _stored(artifact: Artifact, name: str, tensor: ir.TensorProtocol) -> ir.TensorProtocol:

@@ -14,6 +14,7 @@ from onnx.defs import OpSchema
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.program import COLLECTIVE_DOMAIN
 from furiosa_llm.builder.validate_tensors import check_text
+from furiosa_llm.runtime.artifact.model_checks import VALUE_FIELDS
 
 _FLAGS = frozenset(
     ("allowzero", "ceil_mode", "exclusive", "fmod", "is_causal", "keepdims", "largest", "noop_with_empty_axes",
@@ -137,6 +138,9 @@ def _check_value(attribute: AttributeProto, where: str) -> None:
     name, payload = attribute.name, _PAYLOADS.get(attribute.type)
     if payload is not None and not attribute.HasField(payload):
         _fail(where, f"has the attribute {name} without its value", f"a {_type_name(attribute.type)}")
+    filled = {field.name for field, _ in attribute.ListFields()} & set(VALUE_FIELDS.values())
+    if not filled <= {VALUE_FIELDS[attribute.type]}:
+        _fail(where, f"has the attribute {name} with {sorted(filled)}", f"a {_type_name(attribute.type)} only")
     if name in _FLAGS and attribute.type == AttributeProto.INT and attribute.i not in (0, 1):
         _fail(where, f"has {name}={attribute.i}", "0 or 1")
     if name in _ELEMENT_TYPES and attribute.type == AttributeProto.INT and not _is_type(attribute):

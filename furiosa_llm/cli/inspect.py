@@ -16,8 +16,7 @@ from rich.text import Text
 
 from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.runtime.artifact.inspection import BlockSummary, Inspection, ReplicatedTensor, alike, inspect_artifact
-from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
-from furiosa_llm.runtime.artifact.verification import RECORD_NAME
+from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
 
 T = TypeVar("T")
 

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from furiosa_llm.builder.units import counted
 from furiosa_llm.cli.options import Sizes
-from furiosa_llm.runtime.artifact.verification import CHECKS, RECORD_NAME, Check, write_verification
+from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
+from furiosa_llm.runtime.artifact.verification import CHECKS, Check, write_verification
 from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Parity, TokenComparison
 from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, verify_artifact
 

@@ -28,7 +28,7 @@ _FIELDS: Mapping[str, tuple[str, int]] = {
 _DTYPE_NAMES: Mapping[int, str] = {code: name for name, code in TensorProto.DataType.items()}
 _WIDE_BITS = {"COMPLEX64": 64, "COMPLEX128": 128}
 
-_VALUE_OF = {
+VALUE_FIELDS = {
     AttributeProto.FLOAT: "f",
     AttributeProto.INT: "i",
     AttributeProto.STRING: "s",
@@ -44,7 +44,8 @@ _VALUE_OF = {
     AttributeProto.SPARSE_TENSORS: "sparse_tensors",
     AttributeProto.TYPE_PROTOS: "type_protos",
 }
-_VALUES = frozenset(_VALUE_OF.values())
+"""An attribute's type -> the field that has its value."""
+_ALL_VALUE_FIELDS = frozenset(VALUE_FIELDS.values())
 
 
 def parse_model(data: bytes, document: str) -> ModelProto:
@@ -126,8 +127,8 @@ def _check_node(document: str, node: NodeProto, bodies: list[GraphProto]) -> Non
         if attribute.name in names:
             refuse(document, f"{what} {attribute.name!r:.80} twice", "it once")
         names.add(attribute.name)
-        filled = {field.name for field, _ in attribute.ListFields()} & _VALUES
-        if not filled <= {_VALUE_OF.get(attribute.type)}:
+        filled = {field.name for field, _ in attribute.ListFields()} & _ALL_VALUE_FIELDS
+        if not filled <= {VALUE_FIELDS.get(attribute.type)}:
             refuse(document, f"{what} {attribute.name!r:.80} with {sorted(filled)}", "only what its type says")
         for tensor in _tensors(attribute):
             if tensor.data_location == TensorProto.EXTERNAL:

@@ -17,6 +17,7 @@ from furiosa_llm.runtime.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     MAX_MANIFEST_NBYTES,
+    RECORD_NAME,
     Block,
     Collective,
     CollectiveKind,
@@ -143,8 +144,8 @@ def _mesh(field: Field) -> Mesh:
 def _file(field: Field) -> FileEntry:
     member = field.members(("path", "nbytes", "sha256"))
     path = member["path"].text()
-    if path in ("", ".", "..", MANIFEST_NAME) or any(separator in path for separator in "/\\\0:"):
-        member["path"].fail(f"a plain file name other than {MANIFEST_NAME}, without separators")
+    if path in ("", ".", "..", MANIFEST_NAME, RECORD_NAME) or any(separator in path for separator in "/\\\0:"):
+        member["path"].fail(f"a plain file name other than {MANIFEST_NAME} and {RECORD_NAME}, without separators")
     return FileEntry(path=path, nbytes=member["nbytes"].integer(), sha256=_digest(member["sha256"]))
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
+from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 
-RECORD_NAME = "verification.json"
 RECORD_FORMAT = "furiosa-llm-onnx-verification"
 RECORD_VERSION = 1
 MAX_RECORD_NBYTES = 2**20

@@ -14,6 +14,7 @@ from furiosa_llm.builder.load import load
 from furiosa_llm.builder.normalize import normalize
 from furiosa_llm.builder.probe import Probes, probe
 from furiosa_llm.builder.simplify import simplify
+from furiosa_llm.builder.tensor_reading import read_packed, tensor_of
 from tests.builder.graphs import model
 
 HEADS, KV, SIZE = 4, 2, 8
@@ -133,4 +134,8 @@ def prepared(path: Path) -> tuple[ir.Model, Probes]:
 def fused(path: Path) -> tuple[ir.Model, Fusion]:
     """The model at `path` after the pass, and what the pass says of it."""
     found, probes = prepared(path)
-    return found, fuse_attention(found, probes)
+    fusion = fuse_attention(found, probes)
+    for value in found.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):  # so that a session can be made of the model alone
+            value.const_value = tensor_of(value.const_value, read_packed(value.const_value).tobytes())
+    return found, fusion

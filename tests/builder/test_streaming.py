@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder, OptionError, OutputError, read_ahead, tensor_reading
+from furiosa_llm.builder import ArtifactBuilder, ModelLoadError, OptionError, OutputError, read_ahead, tensor_reading
 from furiosa_llm.builder.lean import LEFT_OUT_NBYTES
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.streaming import write_weights
@@ -225,6 +226,27 @@ def test_a_disk_that_fails_ends_the_reading(workers: int, tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         write_weights(tmp_path, tensors(64, 64, 64, 64), MESH, full, workers=workers)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("change", ["appended", "rewritten", "removed", "cut short"])
+def test_a_source_that_changes_while_it_is_read(change: str, zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "tiny-llama-optimum", tmp_path / "m")
+    path = tmp_path / "m" / "model.onnx"
+    content = path.read_bytes()
+
+    def told(stage: str, done: int, total: int) -> None:
+        if stage != "write" or done < total / 2 or (tmp_path / "changed").exists():
+            return
+        (tmp_path / "changed").touch()
+        if change == "removed":
+            path.unlink()
+        else:
+            ends = {"appended": content + b"x", "rewritten": content, "cut short": content[: len(content) // 2]}
+            path.write_bytes(ends[change])
+
+    with pytest.raises(ModelLoadError, match=r"model\.onnx.*(changed while|is missing)"):
+        ArtifactBuilder(path).build(tmp_path / "a", progress=told, workers=1)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["changed", "m"]
 
 
 LIMITED = """

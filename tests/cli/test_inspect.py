@@ -13,8 +13,8 @@ import pytest
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.inspection import inspect_artifact
+from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
-from furiosa_llm.runtime.artifact.verification import RECORD_NAME
 from tests.cli.conftest import Cli
 from tests.tampering import edit_manifest
 

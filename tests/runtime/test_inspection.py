@@ -22,7 +22,8 @@ from furiosa_llm.runtime.artifact.inspection import (
     inspect_artifact,
 )
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.artifact.verification import RECORD_NAME, Check, Verification, write_verification
+from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
+from furiosa_llm.runtime.artifact.verification import Check, Verification, write_verification
 from tests.runtime.models import LlamaSize, llama, mlp
 from tests.runtime.spmd import WEIGHTS, file_entry
 from tests.tampering import edit_manifest
