@@ -71,7 +71,7 @@ class ArtifactBuilder:
             save_dir: The folder to write.
             force: Replace it if it is an artifact already.
             progress: Told the stages, and the bytes as they are written.
-            workers: Threads that read, cut, hash and write weights, 1 to 4; by default 4. The artifact's bytes do not
+            workers: Threads that read, cut, hash and write weights, 1 to 5; by default 5. The artifact's bytes do not
                 depend on it.
         """
         assembly = Assembly(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,36 +12,44 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from furiosa_llm.builder.hashing import Digest, Hasher
 from furiosa_llm.builder.tensor_reading import STREAMED_NBYTES, SourceTensor, read_packed, read_pieces
 
 LEAST_ROOM_NBYTES = 64 * 2**20
 """What may be in memory though the largest tensor is smaller."""
+
+PIECES_NBYTES = 16 * 2**20
+"""What may wait of a tensor that passes by in pieces."""
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReadTensor:
-    """All bytes of a source as ONNX packs them, and their digest."""
+    """All bytes of a source as ONNX packs them, and their digest, which may be taken yet."""
 
     data: Bytes
-    sha256: str
+    digest: Digest
 
 
 class SourceReader:
     """Gives sources one after the other, in the order in which they were announced.
 
     At any time the bytes read but not yet taken over, and those of the tensor that was given last, are at most those of
-    the largest tensor that is read whole, or `LEAST_ROOM_NBYTES`.
+    the largest tensor that is read whole, or `LEAST_ROOM_NBYTES`, and `PIECES_NBYTES` of those in pieces.
     """
 
-    def __init__(self, sources: Sequence[ir.TensorProtocol], streamed: Sequence[bool], *, ahead: bool) -> None:
+    def __init__(
+        self, sources: Sequence[ir.TensorProtocol], streamed: Sequence[bool], hasher: Hasher, *, ahead: bool
+    ) -> None:
         """`streamed` says which sources are wanted in pieces; `ahead` reads them in a thread of its own."""
+        self._hasher = hasher
         self._plan = list(zip(sources, streamed, strict=True))
         whole = [source.nbytes for source, pieces in self._plan if not pieces]
         self._room = _Room(max([LEAST_ROOM_NBYTES, *whole]))
+        self._piece_room = _Room(PIECES_NBYTES)
         self._items: Iterator[Bytes | ReadTensor] = self._read()
-        self._taken = 0
+        self._taken: tuple[_Room, int] | None = None
         self._queue: queue.SimpleQueue[Bytes | ReadTensor | None] = queue.SimpleQueue()
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "read-weights") if ahead else None
         self._work: concurrent.futures.Future[None] | None = None
@@ -54,6 +61,7 @@ class SourceReader:
 
     def __exit__(self, *_: object) -> None:
         self._room.close()
+        self._piece_room.close()
         if self._pool is not None:
             self._pool.shutdown()
 
@@ -72,8 +80,10 @@ class SourceReader:
             yield found
 
     def _next(self) -> Bytes | ReadTensor:
-        self._room.release(self._taken)
-        self._taken = 0
+        if self._taken is not None:
+            room, nbytes = self._taken
+            room.release(nbytes)
+            self._taken = None
         if self._work is None:
             found = next(self._items)
         elif (queued := self._queue.get()) is not None:
@@ -81,7 +91,9 @@ class SourceReader:
         else:
             self._work.result()
             raise AssertionError("more was asked for than was announced")
-        self._taken = found.data.nbytes if isinstance(found, ReadTensor) else len(found)
+        self._taken = (
+            (self._room, found.data.nbytes) if isinstance(found, ReadTensor) else (self._piece_room, len(found))
+        )
         return found
 
     def _read_ahead(self) -> None:
@@ -98,21 +110,19 @@ class SourceReader:
                 assert isinstance(source, SourceTensor)
                 rest = source.nbytes
                 pieces = read_pieces(source)
-                while rest and self._room.take(min(rest, STREAMED_NBYTES)):
+                while rest and self._piece_room.take(min(rest, STREAMED_NBYTES)):
                     piece = next(pieces)
                     rest -= len(piece)
                     yield piece
                     del piece
             elif self._room.take(source.nbytes):
-                yield _read_whole(source)
+                yield self._read_whole(source)
             if self._room.closed:
                 return
 
-
-def _read_whole(source: ir.TensorProtocol) -> ReadTensor:
-    digest = hashlib.sha256()
-    data = read_packed(source, lambda piece: digest.update(piece.data))
-    return ReadTensor(data, digest.hexdigest())
+    def _read_whole(self, source: ir.TensorProtocol) -> ReadTensor:
+        digest = self._hasher.digest()
+        return ReadTensor(read_packed(source, digest.update), digest)
 
 
 class _Room:

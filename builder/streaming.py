@@ -9,11 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
-import queue
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from furiosa_llm.builder.hashing import Digest, Hasher
 from furiosa_llm.builder.program import ShardedTensor
 from furiosa_llm.builder.read_ahead import SourceReader
 from furiosa_llm.builder.tensor_reading import SourceTensor
@@ -33,15 +31,13 @@ from furiosa_llm.runtime.artifact.manifest import FileEntry
 MAX_WEIGHTS_FILE_NBYTES = 4 * 2**30
 """A weights file is closed before it grows beyond this; a single larger tensor has a file of its own."""
 
-MAX_WORKERS = 4
-"""One thread each for what is written, its digest, the tensors' digests, and reading; one more waits for the disk."""
+MAX_WORKERS = 5
+"""One thread each for writing, for the digests of files, stored tensors and originals, and for reading; one more waits
+for the disk."""
 
 _ALIGNMENT = 64
 _SYNCED_NBYTES = 128 * 2**20
 """After so many bytes the disk is told to begin, so that it does not stand idle until the end."""
-_QUEUE_LENGTH = 16
-"""Pieces that may wait for a thread that hashes."""
-
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
@@ -88,10 +84,12 @@ def write_weights(
     files = [_File(folder / f"weights-{number:05d}.safetensors", part, mesh) for number, part in parts]
     sources = _Sources(tensors, mesh)
     with contextlib.ExitStack() as stack:
-        files_hasher = stack.enter_context(_Hasher(threaded=workers > 1))
-        tensors_hasher = stack.enter_context(_Hasher(threaded=workers > 2))
+        files_hasher = stack.enter_context(Hasher(threaded=workers > 1))
+        tensors_hasher = stack.enter_context(Hasher(threaded=workers > 2))
         syncing = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "sync")) if workers > 1 else None
-        reader = stack.enter_context(SourceReader(sources.order, sources.streamed, ahead=workers > 3))
+        sources_hasher = stack.enter_context(Hasher(threaded=workers > 4))
+        reader = SourceReader(sources.order, sources.streamed, sources_hasher, ahead=workers > 3)
+        stack.enter_context(reader)
         digests: dict[str, str] = {}
         for file in files:
             with file.path.open("wb") as stream:
@@ -106,7 +104,7 @@ def write_weights(
 
 
 def _write_tensor(
-    output: _Output, tensor: ShardedTensor, sources: _Sources, reader: SourceReader, hasher: _Hasher
+    output: _Output, tensor: ShardedTensor, sources: _Sources, reader: SourceReader, hasher: Hasher
 ) -> str:
     """Write all shards of a tensor and give their digest."""
     own = hasher.digest()
@@ -123,7 +121,8 @@ def _write_tensor(
             if not in_order:
                 own.update(piece)
             output.write(piece)
-    return sources.digests[id(tensor.source)] if in_order else own.hexdigest()
+    whole_digest = sources.digest(tensor) if tensor.source is not None else None
+    return whole_digest if in_order and whole_digest is not None else own.hexdigest()
 
 
 class _Sources:
@@ -141,6 +140,7 @@ class _Sources:
         self.streamed = list(self._streamed.values())
         self.digests: dict[int, str] = {}
         self._current: tuple[int, Bytes] | None = None
+        self._digest: Digest
 
     def is_streamed(self, tensor: ShardedTensor) -> bool:
         """Whether the tensor is its source's bytes in their order, for which there is no need to have them all."""
@@ -154,8 +154,15 @@ class _Sources:
         if self._current is None or self._current[0] != key:
             self._current = None
             read = reader.whole()
-            self._current, self.digests[key] = (key, read.data), read.sha256
+            self._current, self._digest = (key, read.data), read.digest
         return self._current[1]
+
+    def digest(self, tensor: ShardedTensor) -> str:
+        """The digest of the tensor's source, which has been read whole."""
+        key = id(tensor.source)
+        if key not in self.digests:
+            self.digests[key] = self._digest.hexdigest()
+        return self.digests[key]
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -210,7 +217,7 @@ class _Output:
     def __init__(
         self,
         stream: BinaryIO,
-        hasher: _Hasher,
+        hasher: Hasher,
         syncing: concurrent.futures.ThreadPoolExecutor | None,
         progress: Progress,
     ) -> None:
@@ -248,60 +255,3 @@ class _Output:
                 self._sync.result()
             self._sync = self._syncing.submit(os.fdatasync, self._stream.fileno())
             self._unsynced = 0
-
-
-# -- digests ---------------------------------------------------------------------------------------------------------
-
-
-class _Hasher:
-    """Takes digests, in a thread of its own if `threaded`."""
-
-    def __init__(self, *, threaded: bool) -> None:
-        self._queue: queue.Queue[Callable[[], None] | None] | None = None
-        if threaded:
-            self._queue = queue.Queue(_QUEUE_LENGTH)
-            self._thread = threading.Thread(target=self._work, name="hash-weights", daemon=True)
-            self._thread.start()
-
-    def __enter__(self) -> _Hasher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._queue is not None:
-            self._queue.put(None)
-            self._thread.join()
-
-    def digest(self) -> _Digest:
-        """A digest of bytes to come."""
-        return _Digest(self)
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Do `work` now, or after all that was given before."""
-        if self._queue is None:
-            work()
-        else:
-            self._queue.put(work)
-
-    def _work(self) -> None:
-        assert self._queue is not None
-        while (work := self._queue.get()) is not None:
-            work()
-            del work
-
-
-class _Digest:
-    """One SHA-256, taken by a hasher."""
-
-    def __init__(self, hasher: _Hasher) -> None:
-        self._hasher = hasher
-        self._sha256 = hashlib.sha256()
-
-    def update(self, piece: Bytes) -> None:
-        self._hasher.run(lambda: self._sha256.update(piece.data))
-
-    def hexdigest(self) -> str:
-        """The digest of everything so far, once it is taken."""
-        done = threading.Event()
-        self._hasher.run(done.set)
-        done.wait()
-        return self._sha256.hexdigest()

@@ -42,7 +42,7 @@ _PLANNED = (
 WORKERS = click.option(
     "--workers",
     type=int,
-    help="Threads that read, cut, hash and write weights, 1 to 4; the bytes do not depend on it.  [default: 4]",
+    help="Threads that read, cut, hash and write weights, 1 to 5; the bytes do not depend on it.  [default: 5]",
 )
 _SHOWN_REPLICATED = 3
 _SHOWN_LEFT = 6

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.verification import (
     MAX_RECORD_NBYTES,
-    RECORD_NAME,
     Check,
     RecordError,
     Verification,
