@@ -134,3 +134,11 @@ def test_names_cannot_steer_the_terminal(artifact: Path, cli: Cli) -> None:
 def test_what_is_no_artifact(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "it has no manifest.json" in refused("inspect", tmp_path)
     assert "no artifact at" in refused("inspect", tmp_path / "none", "--json")
+
+
+def test_every_key_is_documented(artifact: Path, cli: Cli) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "artifact-tools.md").read_text()
+    section = text[text.index("## inspect") : text.index("## unbuild")]
+    found = json.loads(cli("inspect", artifact, "--json").out)
+    named = {*found, *found["weights"], *found["state"], *found["collectives"][0], *found["blocks"][0]}
+    assert {key for key in named | {"status", "detail", "checks", "faults"} if f"`{key}`" not in section} == set()
