@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -19,12 +18,26 @@ MAX_INTEGER = 2**62
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-@dataclass(frozen=True, slots=True)
 class Field:
     """One value of a document and where it is: the document's name and a JSON path (`manifest.json $.tensors[3]`)."""
 
-    value: Any
-    path: str
+    __slots__ = ("_key", "_parent", "value")
+
+    def __init__(self, value: Any, parent: Field | str, key: str | int = "") -> None:
+        """The value at `key` of `parent`, or that of a whole document with the name `parent`.
+
+        A manifest has tens of thousands of values, and the path of one is asked for if it is wrong.
+        """
+        self.value = value
+        self._parent = parent
+        self._key = key
+
+    @property
+    def path(self) -> str:
+        """Where the value is."""
+        if isinstance(self._parent, str):
+            return self._parent
+        return self._parent.path + (f"[{self._key}]" if isinstance(self._key, int) else f".{self._key}")
 
     def fail(self, expected: str, found: str | None = None) -> NoReturn:
         """Raises ArtifactError that names the path, what was found and what was expected."""
@@ -33,11 +46,10 @@ class Field:
 
     def child(self, *keys: str | int) -> Field:
         """The value below this one at `keys`, which must be there."""
-        value, path = self.value, self.path
+        field = self
         for key in keys:
-            value = value[key]
-            path += f"[{key}]" if isinstance(key, int) else f".{key}"
-        return Field(value, path)
+            field = Field(field.value[key], field, key)
+        return field
 
     def members(self, keys: Collection[str]) -> dict[str, Field]:
         """The members of an object that must have exactly `keys`."""
@@ -49,7 +61,7 @@ class Field:
         for key in self.value:
             if key not in keys:
                 self.fail(f"only the keys {', '.join(keys)}", f"the unknown key {key!r:.80}")
-        return {key: Field(self.value[key], f"{self.path}.{key}") for key in keys}
+        return {key: Field(self.value[key], self, key) for key in keys}
 
     def items(self, read: Callable[[Field], T], *, most: int | None = None) -> tuple[T, ...]:
         """The items of a list, each taken by `read`; at most `most` of them."""
@@ -57,7 +69,7 @@ class Field:
             self.fail("a list")
         if most is not None and len(self.value) > most:
             self.fail(f"a list of at most {most} items", f"{len(self.value)} of them")
-        return tuple([read(Field(item, f"{self.path}[{index}]")) for index, item in enumerate(self.value)])
+        return tuple([read(Field(item, self, index)) for index, item in enumerate(self.value)])
 
     def optional(self, read: Callable[[Field], T]) -> T | None:
         """None for `null`, else what `read` takes."""

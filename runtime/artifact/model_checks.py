@@ -45,6 +45,13 @@ VALUE_FIELDS = {
     AttributeProto.TYPE_PROTOS: "type_protos",
 }
 """An attribute's type -> the field that has its value."""
+_PLAIN_TYPES = frozenset(
+    (
+        *(AttributeProto.FLOAT, AttributeProto.INT, AttributeProto.STRING),
+        *(AttributeProto.FLOATS, AttributeProto.INTS, AttributeProto.STRINGS),
+    )
+)
+"""Attributes that have no tensors or graphs."""
 _ALL_VALUE_FIELDS = frozenset(VALUE_FIELDS.values())
 
 
@@ -130,6 +137,8 @@ def _check_node(document: str, node: NodeProto, bodies: list[GraphProto]) -> Non
         filled = {field.name for field, _ in attribute.ListFields()} & _ALL_VALUE_FIELDS
         if not filled <= {VALUE_FIELDS.get(attribute.type)}:
             refuse(document, f"{what} {attribute.name!r:.80} with {sorted(filled)}", "only what its type says")
+        if attribute.type in _PLAIN_TYPES:
+            continue
         for tensor in _tensors(attribute):
             if tensor.data_location == TensorProto.EXTERNAL:
                 refuse(document, f"{what} with external data", "inline data")
