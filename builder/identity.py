@@ -10,8 +10,10 @@ import onnx
 import onnx_ir as ir
 
 from furiosa_llm.builder.load import check_external_data, load
-from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, OriginalInitializer
+from furiosa_llm.builder.tensor_reading import read_packed
+from furiosa_llm.runtime.artifact.manifest import OriginalInitializer
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.artifact.verification import Check
 
 
@@ -47,8 +49,11 @@ def _interface_faults(what: str, values: Sequence[ir.Value], expected: Sequence[
 
 def _kept_in_source(artifact: Artifact) -> dict[str, str]:
     """The digests of the initializers whose data is in source.onnx."""
-    model = onnx.load_model_from_string((artifact.folder / SOURCE_NAME).read_bytes())
-    kept = (tensor for tensor in model.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL)
+    kept = (
+        tensor
+        for tensor in read_source(artifact).graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL
+    )
     return {tensor.name: hashlib.sha256(ir.from_proto(tensor).tobytes()).hexdigest() for tensor in kept}
 
 
@@ -57,7 +62,7 @@ def _difference(tensor: ir.TensorProtocol, entry: OriginalInitializer, kept: str
     found = (tensor.dtype.name, tuple(tensor.shape.numpy()))
     if found != (entry.dtype, entry.shape):
         return f"{found[0]} {list(found[1])}, of the artifact {entry.dtype} {list(entry.shape)}"
-    digest = hashlib.sha256(tensor.tobytes()).hexdigest()
+    digest = hashlib.sha256(read_packed(tensor).data).hexdigest()
     expected = entry.sha256 if entry.stored else kept
     if digest != expected:
         return f"of sha256 {digest[:16]}..., of the artifact {(expected or 'none')[:16]}..."

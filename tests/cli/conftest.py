@@ -27,6 +27,8 @@ Cli = Callable[..., Result]
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    monkeypatch.setenv("COLUMNS", "200")  # so that no line is broken
+
     def run(*arguments: object) -> Result:
         monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

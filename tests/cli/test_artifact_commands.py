@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +12,7 @@ import pytest
 
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.cli.diff import _dim, _layouts
-from furiosa_llm.cli.main import main
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, captured.out, captured.err)
-
-    return run
+from tests.cli.conftest import Cli
 
 
 @pytest.fixture(scope="module")
@@ -52,39 +24,40 @@ def artifacts(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
     return {size: folder / str(size) for size in (4, 8)}
 
 
-def test_unbuild(artifacts: dict[int, Path], tmp_path: Path, command: Command, zoo: Path) -> None:
+def test_unbuild(artifacts: dict[int, Path], tmp_path: Path, cli: Cli, zoo: Path) -> None:
     out = tmp_path / "new" / "m.onnx"
-    result = command("unbuild", artifacts[8], out)
+    result = cli("unbuild", artifacts[8], out)
     assert result.code == 0, result.err
     assert result.out.startswith(f"{out} and {out}.data: ")
     assert result.out.endswith("all as they were\n")
     expected, found = (onnx.load(path) for path in (zoo / "tiny-phi3-optimum" / "model.onnx", out))
     assert [i.raw_data for i in expected.graph.initializer] == [i.raw_data for i in found.graph.initializer]
-    refused = command("unbuild", artifacts[4], out)
+    refused = cli("unbuild", artifacts[4], out)
     assert refused.code == 1
     assert refused.err.startswith(f"error: {out} exists already; give another output, or --force")
-    assert command("unbuild", artifacts[4], out, "--force").code == 0
+    assert cli("unbuild", artifacts[4], out, "--force").code == 0
 
 
-def test_diff_of_the_same(artifacts: dict[int, Path], command: Command) -> None:
-    result = command("diff", artifacts[4], artifacts[4])
+def test_diff_of_the_same(artifacts: dict[int, Path], cli: Cli) -> None:
+    result = cli("diff", artifacts[4], artifacts[4])
     assert result.code == 0
     assert result.out.startswith("the same artifact: ")
-    document = json.loads(command("diff", artifacts[4], artifacts[4], "--json").out)
+    document = json.loads(cli("diff", artifacts[4], artifacts[4], "--json").out)
     assert document["same"] is True
 
 
-def test_diff_of_two_sizes(artifacts: dict[int, Path], command: Command, zoo: Path) -> None:
-    result = command("diff", artifacts[4], artifacts[8])
+def test_diff_of_two_sizes(artifacts: dict[int, Path], cli: Cli, zoo: Path) -> None:
+    result = cli("diff", artifacts[4], artifacts[8])
     assert result.code == 1
     assert "plan: mesh" in result.out
     assert "[2, 2, 2]" in result.out
     assert "1024/(0,1,2)" in result.out
     assert "weight:" not in result.out
-    document = command("diff", artifacts[4], artifacts[8], "--json")
+    document = cli("diff", artifacts[4], artifacts[8], "--json")
     assert document.code == 1
     found = json.loads(document.out)
-    documented = (zoo.parents[1] / "docs" / "artifact-tools.md").read_text()
+    text = (zoo.parents[1] / "docs" / "artifact-tools.md").read_text()
+    documented = text[text.index("## diff") :]
     assert list(found) == re.findall(r"^\| `(\w+)` \|", documented, flags=re.MULTILINE)
     for section in ("graph", "plan", "weights", "files"):
         [row] = re.findall(rf"^\| `{section}` \|.*$", documented, flags=re.MULTILINE)
@@ -105,20 +78,20 @@ def test_layouts_for_people() -> None:
     assert _dim({"prod": [{"cat": [heads, heads]}, 3]}) == "(2/(0)*16 + 2/(0)*16)*3"
 
 
-def test_diff_of_other_weights(artifacts: dict[int, Path], tmp_path: Path, command: Command, zoo: Path) -> None:
+def test_diff_of_other_weights(artifacts: dict[int, Path], tmp_path: Path, cli: Cli, zoo: Path) -> None:
     proto = onnx.load(zoo / "tiny-phi3-optimum" / "model.onnx")
     array = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
     array.flat[0] += 1
     proto.graph.initializer[0].raw_data = array.tobytes()
     onnx.save(proto, tmp_path / "model.onnx")
     ArtifactBuilder(tmp_path / "model.onnx").build(tmp_path / "artifact")
-    result = command("diff", artifacts[4], tmp_path / "artifact")
+    result = cli("diff", artifacts[4], tmp_path / "artifact")
     assert result.code == 1
     assert f"weight: {proto.graph.initializer[0].name}" in result.out
     assert "1 element differ" in result.out
 
 
-def test_diff_of_what_is_no_artifact(artifacts: dict[int, Path], tmp_path: Path, command: Command) -> None:
-    result = command("diff", artifacts[4], tmp_path)
+def test_diff_of_what_is_no_artifact(artifacts: dict[int, Path], tmp_path: Path, cli: Cli) -> None:
+    result = cli("diff", artifacts[4], tmp_path)
     assert result.code == 2
     assert result.err.startswith(f"error: {tmp_path} is not an artifact")

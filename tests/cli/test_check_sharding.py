@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,33 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from furiosa_llm.cli.main import main
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What the command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Check = Callable[..., Result]
-
-
-@pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
-    def run(*arguments: object) -> Result:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr("sys.argv", ["furiosa-llm", "check-sharding", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, captured.out, captured.err)
-
-    return run
+from tests.cli.conftest import Cli
 
 
 @pytest.fixture
@@ -58,14 +31,14 @@ def file(tmp_path: Path) -> Callable[[int, int], Path]:
     return write
 
 
-def test_a_sound_model(check: Check, file: Callable[[int, int], Path]) -> None:
-    result = check(file(4, 4))
+def test_a_sound_model(cli: Cli, file: Callable[[int, int], Path]) -> None:
+    result = cli("check-sharding", file(4, 4))
     assert result.code == 0
     assert result.out == 'configurations: "mine" (4 devices); 1 of 1 nodes annotated\nerrors: 0, warnings: 0\n'
 
 
-def test_errors_are_shown_with_node_tensor_and_remedy(check: Check, file: Callable[[int, int], Path]) -> None:
-    result = check(file(5, 5))
+def test_errors_are_shown_with_node_tensor_and_remedy(cli: Cli, file: Callable[[int, int], Path]) -> None:
+    result = cli("check-sharding", file(5, 5))
     assert result.code == 1
     row = next(line for line in result.out.splitlines() if "error" in line)
     assert 'MatMul "product"' in row
@@ -74,8 +47,8 @@ def test_errors_are_shown_with_node_tensor_and_remedy(check: Check, file: Callab
     assert result.out.endswith("errors: 1, warnings: 0\n")
 
 
-def test_json_lists_every_finding(check: Check, file: Callable[[int, int], Path]) -> None:
-    result = check("--json", file(4, 2))
+def test_json_lists_every_finding(cli: Cli, file: Callable[[int, int], Path]) -> None:
+    result = cli("check-sharding", "--json", file(4, 2))
     assert result.code == 1
     found = json.loads(result.out)
     assert found["annotated"] is True
@@ -88,27 +61,27 @@ def test_json_lists_every_finding(check: Check, file: Callable[[int, int], Path]
     assert all(finding["remedy"] == "use device numbers from 0 to 1" for finding in found["findings"])
 
 
-def test_long_tables_are_cut(check: Check, file: Callable[[int, int], Path]) -> None:
+def test_long_tables_are_cut(cli: Cli, file: Callable[[int, int], Path]) -> None:
     path = file(4, 4)
     proto = onnx.load(path)
     proto.graph.node[0].device_configurations[0].sharding_spec[0].device[:] = range(100, 160)
     onnx.save(proto, path)
-    assert "... and 11 more; --json lists them all." in check(path).out
+    assert "... and 11 more; --json lists them all." in cli("check-sharding", path).out
 
 
-def test_a_model_without_annotations_is_told_what_to_do(check: Check, zoo: Path) -> None:
-    result = check(zoo / "tiny-bert-optimum" / "model.onnx")
+def test_a_model_without_annotations_is_told_what_to_do(cli: Cli, zoo: Path) -> None:
+    result = cli("check-sharding", zoo / "tiny-bert-optimum" / "model.onnx")
     assert result.code == 0
     assert "no multi-device annotations" in result.out
     assert "--emit-onnx" in result.out
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"not a model", "is not an ONNX model"), (None, "does not exist")])
-def test_what_is_no_model_is_refused(check: Check, tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_what_is_no_model_is_refused(cli: Cli, tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "model.onnx"
     if content is not None:
         path.write_bytes(content)
-    result = check(path)
+    result = cli("check-sharding", path)
     assert result.code == 1
     assert result.err.startswith("error: ")
     assert message in " ".join(result.err.split())

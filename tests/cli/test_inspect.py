@@ -37,7 +37,8 @@ def lines(text: str) -> dict[str, str]:
     return rows
 
 
-def test_one_screen(artifact: Path, cli: Cli) -> None:
+def test_one_screen(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     result = cli("inspect", artifact)
     assert result.code == 0
     assert len(result.out.splitlines()) <= 45

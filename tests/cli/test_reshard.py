@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm.builder import ArtifactBuilder
-from furiosa_llm.cli.main import main
 from tests.builder.test_streaming import digests
-
-
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """The exit code of the command line, and all that it says."""
-    monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    said = capsys.readouterr()
-    return int(str(caught.value.code)), said.out + said.err
+from tests.cli.conftest import Cli
 
 
 @pytest.fixture(scope="module")
@@ -28,37 +19,31 @@ def folder(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_reshard(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, said = command(monkeypatch, capsys, "reshard", folder / "4", tmp_path / "out", "-tp", 8, "--workers", 1)
-    assert code == 0
-    assert "tensor parallel over 8 PEs" in " ".join(said.split())
-    assert "Artifact Build Completed" in said
+def test_reshard(folder: Path, tmp_path: Path, cli: Cli) -> None:
+    result = cli("reshard", folder / "4", tmp_path / "out", "-tp", 8, "--workers", 1)
+    assert result.code == 0
+    assert "tensor parallel over 8 PEs" in " ".join(result.out.split())
+    assert "Artifact Build Completed" in result.out + result.err
     assert digests(tmp_path / "out") == digests(folder / "8")
-    code, said = command(monkeypatch, capsys, "reshard", folder / "4", tmp_path / "out", "-tp", 8)
-    assert code == 1
-    assert "exists already; give another output, or --force to replace it" in said
-    code, said = command(monkeypatch, capsys, "reshard", folder / "8", tmp_path / "out", "-tp", 4, "--force")
-    assert code == 0
+    result = cli("reshard", folder / "4", tmp_path / "out", "-tp", 8)
+    assert result.code == 1
+    assert "exists already; give another output, or --force to replace it" in result.out + result.err
+    result = cli("reshard", folder / "8", tmp_path / "out", "-tp", 4, "--force")
+    assert result.code == 0
     assert digests(tmp_path / "out") == digests(folder / "4")
 
 
-def test_reshard_of_what_is_no_artifact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, said = command(monkeypatch, capsys, "reshard", tmp_path, tmp_path / "out", "-tp", 8)
-    assert code == 1
-    assert "is not an artifact: it has no manifest.json" in said
+def test_reshard_of_what_is_no_artifact(tmp_path: Path, cli: Cli) -> None:
+    result = cli("reshard", tmp_path, tmp_path / "out", "-tp", 8)
+    assert result.code == 1
+    assert "is not an artifact: it has no manifest.json" in result.out + result.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_build_by_a_plan(
-    folder: Path, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_build_by_a_plan(folder: Path, zoo: Path, tmp_path: Path, cli: Cli) -> None:
     model = zoo / "tiny-llama-optimum" / "model.onnx"
-    code, said = command(monkeypatch, capsys, "build", model, tmp_path / "out", "--reuse-plan", folder / "8")
-    assert code == 0, said
+    result = cli("build", model, tmp_path / "out", "--reuse-plan", folder / "8")
+    assert result.code == 0, result.err
     assert digests(tmp_path / "out") == digests(folder / "8")
 
 
@@ -68,12 +53,13 @@ def test_options_that_do_not_go_with_a_plan(
     folder: Path,
     zoo: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cli: Cli,
 ) -> None:
     model = zoo / "tiny-llama-optimum" / "model.onnx"
     arguments = ("build", model, tmp_path / "out", "--reuse-plan", folder / "8", *option)
-    code, said = command(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert "does not go with --reuse-plan, which takes the artifact's own options; leave it out" in said
+    result = cli(*arguments)
+    assert result.code == 2
+    assert (
+        "does not go with --reuse-plan, which takes the artifact's own options; leave it out" in result.out + result.err
+    )
     assert list(tmp_path.iterdir()) == []
