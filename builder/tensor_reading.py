@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -18,6 +20,8 @@ from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 _PIECE_NBYTES = 4 * 2**20
+_BLOCK_NBYTES = 4096
+"""What direct reads are aligned to: a multiple of any disk's block."""
 STREAMED_NBYTES = 2**20
 """Of a piece that is passed on at once."""
 
@@ -133,7 +137,7 @@ def _opened(tensor: ir.ExternalTensor) -> Iterator[Callable[[npt.NDArray[np.uint
     def fill(buffer: npt.NDArray[np.uint8], start: int) -> None:
         done = 0
         while done < len(buffer):
-            read = os.preadv(descriptor, [buffer[done:].data], offset + start + done)
+            read = _read_some(descriptor, direct, buffer[done:], offset + start + done)
             if not read:
                 end = offset + DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy())
                 raise ModelLoadError(
@@ -149,10 +153,67 @@ def _opened(tensor: ir.ExternalTensor) -> Iterator[Callable[[npt.NDArray[np.uint
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ModelLoadError(f"{path} is no regular file, expected the data of a model; put the file there.")
-            yield fill
+            with _DirectFile(path) as direct:
+                yield fill
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ModelLoadError(f"{path} cannot be read: {error.strerror}; check the file and its rights.") from error
+
+
+def _read_some(descriptor: int, direct: _DirectFile, buffer: npt.NDArray[np.uint8], offset: int) -> int:
+    """Fill the beginning of a buffer with what a file has at `offset`; how many bytes it was, 0 at the end.
+
+    What is in the page cache is copied from there. All else goes past it where the file system lets it: a copy less,
+    and the page cache is left to the artifact that is being written.
+    """
+    if not direct.is_open:
+        return os.preadv(descriptor, [buffer.data], offset)
+    try:
+        return os.preadv(descriptor, [buffer.data], offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return direct.read(buffer, offset)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return os.preadv(descriptor, [buffer.data], offset)
+
+
+class _DirectFile:
+    """A file read past the page cache, if its file system can do that; whole blocks are read and cut to measure."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> _DirectFile:
+        try:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
+        except OSError:  # a file system without it; the file itself is open already
+            return self
+        self._blocks = mmap.mmap(-1, _PIECE_NBYTES + 2 * _BLOCK_NBYTES)  # at the beginning of a page
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._blocks.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the file system can do it."""
+        return self._descriptor is not None
+
+    def read(self, buffer: npt.NDArray[np.uint8], offset: int) -> int:
+        """As `os.preadv` of one buffer."""
+        assert self._descriptor is not None
+        first = offset // _BLOCK_NBYTES * _BLOCK_NBYTES
+        wanted = min(len(buffer), _PIECE_NBYTES)
+        nbytes = -(-(offset + wanted - first) // _BLOCK_NBYTES) * _BLOCK_NBYTES
+        with memoryview(self._blocks) as blocks, blocks[:nbytes] as target:
+            found = os.preadv(self._descriptor, [target], first) - (offset - first)
+            found = max(0, min(found, wanted))
+            buffer[:found] = np.frombuffer(target, dtype=np.uint8, count=found, offset=offset - first) if found else 0
+        return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from furiosa_llm.cli.options import FULL_VERIFICATION
 from furiosa_llm.runtime import LLM, SamplingParams
 
 
@@ -25,6 +26,7 @@ from furiosa_llm.runtime import LLM, SamplingParams
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
+@FULL_VERIFICATION
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 def generate(
     artifact: Path,
@@ -36,6 +38,7 @@ def generate(
     top_k: int,
     seed: int | None,
     threads: int | None,
+    full_verification: bool | None,
     mapped: bool,
 ) -> None:
     """Complete a prompt with the decoder in ARTIFACT.
@@ -44,7 +47,7 @@ def generate(
     """
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     started = time.monotonic()
-    with LLM.load_artifact(artifact, threads=threads, mapped=mapped) as llm:
+    with LLM.load_artifact(artifact, threads=threads, mapped=mapped, full_verification=full_verification) as llm:
         loaded = time.monotonic()
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         first, count, shown = 0.0, 0, 0

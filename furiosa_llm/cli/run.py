@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from furiosa_llm.cli.options import FULL_VERIFICATION
 from furiosa_llm.runtime import Executor, InputError, open_artifact
 
 
@@ -18,13 +19,14 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
 @click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
-def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None) -> None:
+@FULL_VERIFICATION
+def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_verification: bool | None) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.
 
     Inputs and outputs are those of the unsplit model.
     """
     arrays = _read(inputs)
-    with Executor(open_artifact(artifact), threads=threads) as executor:
+    with Executor(open_artifact(artifact, full=full_verification), threads=threads) as executor:
         results = executor.run(arrays)
     try:
         with outputs.open("wb") as file:

@@ -119,6 +119,10 @@ def untyped_attribute(proto: onnx.ModelProto) -> None:
     node(proto, "Cast").attribute[0].type = AttributeProto.UNDEFINED
 
 
+def attribute_with_two_values(proto: onnx.ModelProto) -> None:
+    node(proto, "Cast").attribute[0].f = 1.0
+
+
 def graph_attribute_without_a_graph(proto: onnx.ModelProto) -> None:
     extra("If", ["w"], ["i"])(proto)
     proto.graph.node[-1].attribute.add(name="then_branch", type=AttributeProto.GRAPH)
@@ -287,6 +291,7 @@ ATTRIBUTES: dict[str, Row] = {
     "twice": (ModelLoadError, lambda p: node(p, "Cast").attribute.append(node(p, "Cast").attribute[0]), ("to twice",)),
     "no element type": (ModelLoadError, attribute("Cast", "to", 88), ("has to=88", "number of an element type")),
     "neither yes nor no": (ModelLoadError, attribute("Reshape", "allowzero", 7), ("allowzero=7, expected 0 or 1",)),
+    "attribute with two values": (ModelLoadError, attribute_with_two_values, ("to with ['f', 'i']", "a INT only")),
     "graph without a graph": (ModelLoadError, graph_attribute_without_a_graph, ("then_branch without its value",)),
     "of another type in onnxruntime's op": (
         ModelLoadError, extra("MatMulNBits", ["m", "w", "w"], ["s"], "com.microsoft", K=1, N=1, block_size=1, bits="x"),

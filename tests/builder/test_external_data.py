@@ -343,7 +343,7 @@ def test_data_is_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     sizes: list[int] = []
     preadv = os.preadv
 
-    def some(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    def some(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
         sizes.append(len(buffers[0]))
         return preadv(descriptor, [buffers[0][:700]], offset)  # the system may give less than it was asked for
 

@@ -198,3 +198,16 @@ def test_waiting_does_not_block(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not a folder"):
         write(tmp_path / "artifact", "x")
     assert time.monotonic() - started < 5
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a read-only folder says to anybody but root."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        if path.name.startswith("."):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match=r"cannot write to .*: Permission denied; give an output folder that can be"):
+        write(tmp_path / "artifact", "x")
+    assert listed(tmp_path) == []

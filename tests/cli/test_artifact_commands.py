@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -95,3 +97,20 @@ def test_diff_of_what_is_no_artifact(artifacts: dict[int, Path], tmp_path: Path,
     result = cli("diff", artifacts[4], tmp_path)
     assert result.code == 2
     assert result.err.startswith(f"error: {tmp_path} is not an artifact")
+
+
+@pytest.mark.parametrize("command", ["generate", "run"])
+def test_altered_weights_are_refused_unless_told_otherwise(
+    command: str, artifacts: dict[int, Path], tmp_path: Path, cli: Cli
+) -> None:
+    """Below 1 GB every byte is compared with its digest; both fail for want of something else after that."""
+    shutil.copytree(artifacts[4], tmp_path / "a")
+    weights = tmp_path / "a" / "weights-00001.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    np.savez(tmp_path / "in.npz")
+    files = ("--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "o")
+    rest = ("--prompt", "x") if command == "generate" else files
+    assert "weights-00001.safetensors was altered" in cli(command, tmp_path / "a", *rest).err
+    assert "was altered" not in cli(command, tmp_path / "a", *rest, "--no-full-verification").err

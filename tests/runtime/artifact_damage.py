@@ -29,10 +29,16 @@ VALUES: tuple[Json, ...] = (
 DEEP = 300
 
 
-def _places(value: Json, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """The path of every value in a document."""
-    keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-    return [path, *(place for key in keys for place in _places(value[key], (*path, key)))]
+def _places(root: Json) -> list[tuple[str | int, ...]]:
+    """The path of every value in a document, which an earlier damage may have nested deeply."""
+    found: list[tuple[str | int, ...]] = []
+    rest: list[tuple[tuple[str | int, ...], Json]] = [((), root)]
+    while rest:
+        path, value = rest.pop()
+        found.append(path)
+        keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        rest += [((*path, key), value[key]) for key in keys]
+    return found
 
 
 def _get(root: Json, path: tuple[str | int, ...]) -> Json:
