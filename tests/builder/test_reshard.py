@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from fixtures.smollm2 import SHAPES, ensure
 from furiosa_llm.builder import ArtifactBuilder, OptionError, read_tactics, reshard
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
@@ -140,3 +141,14 @@ def test_options_that_no_build_recorded(
     (tmp_path / "a" / "manifest.json").write_bytes(seal(document))
     with pytest.raises(ArtifactError, match=message):
         reshard(tmp_path / "a", tmp_path / "b", tensor_parallel_size=8)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_real_model(shape: str, before: int, after: int, tmp_path: Path) -> None:
+    model = ensure(shape) / "model.onnx"
+    for size in (before, after):
+        ArtifactBuilder(model, tensor_parallel_size=size).build(tmp_path / str(size))
+    reshard(tmp_path / str(before), tmp_path / "resharded", tensor_parallel_size=after)
+    assert digests(tmp_path / "resharded") == digests(tmp_path / str(after))
