@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -59,7 +60,7 @@ def _damage_json(root: Json, rng: random.Random) -> str:
         if way == "drop":
             del holder[key]
         elif way == "twice" and isinstance(holder, list):
-            holder.insert(rng.randrange(len(holder) + 1), holder[key])
+            holder.insert(rng.randrange(len(holder) + 1), copy.deepcopy(holder[key]))
         elif way == "nudge" and isinstance(holder[key], int):
             holder[key] += rng.choice([-1, 1, 8, -(2**40)])
         elif way == "deep":
@@ -70,11 +71,11 @@ def _damage_json(root: Json, rng: random.Random) -> str:
             near = [place for place in _places(root) if len(place) == len(path) and place[-1] == key] or [path]
             other = rng.choice(near)
             mine, its = holder[key], _get(root, other)
-            holder[key] = json.loads(json.dumps(its))
+            holder[key] = copy.deepcopy(its)
             if way == "swap":
-                _get(root, other[:-1])[other[-1]] = mine
+                _get(root, other[:-1])[other[-1]] = copy.deepcopy(mine)
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     return ", ".join(done)
 
 
@@ -128,8 +129,8 @@ def _refreshed(folder: Path, rng: random.Random) -> str:
 
 def damage_header(folder: Path, rng: random.Random) -> str:
     """Values of the weights' header."""
-    copy = Copy(folder)
-    header, data = copy.weights()
+    weights = Copy(folder)
+    header, data = weights.weights()
     shown = _damage_json(header, rng)
     size = rng.choice([None, None, None, None, 0, 7, 2**20, 2**63])
     (folder / WEIGHTS).write_bytes(with_header(json.dumps(header).encode(), data, size))
