@@ -81,7 +81,7 @@ kill-campaign: $(INSTALLED) ## builds and reshards killed at random moments: who
 	$(BIN)/python -m tests.builder.kill_campaign --kills $(KILLS) --command reshard
 
 .PHONY: bench-artifact
-bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write and to check; takes 40 GB of disk
+bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write and to check; takes 50 GB of disk
 	$(BIN)/python -m benchmarks.artifact
 
 .PHONY: release
