@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.external_data import bind_external_data, check_regions

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.units import nbytes as shown
+from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME
 
 _SPARE_NBYTES = 64 * 2**20
@@ -155,12 +156,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def sync(path: Path) -> None:
-    """Have everything of a file or folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from furiosa_llm.builder.control_flow import open_closures, tensors_in_nodes
 from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.load import Source
-from furiosa_llm.builder.output import sync
 from furiosa_llm.builder.streaming import Placement
 from furiosa_llm.builder.tensor_reading import load_in_place, read_packed
 from furiosa_llm.builder.units import nbytes as shown
+from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, FileEntry, Manifest
 
 _DATA_FIELDS = (

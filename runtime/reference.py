@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State

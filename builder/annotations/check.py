@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from furiosa_llm.builder import configuration
 from furiosa_llm.builder.analysis import Analysis, analyse

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text

@@ -22,7 +22,7 @@ def open_regular(path: Path) -> BufferedReader:
         # have put something else there in between, for which O_NONBLOCK keeps this one from waiting.
         if not stat.S_ISREG(path.lstat().st_mode):
             raise not_regular(path)
-        stream = open(path, "rb", opener=_opener)  # noqa: SIM115
+        stream = open(path, "rb", opener=_opener)  # noqa: SIM115 - it is the caller's to close
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing; copy the artifact again or {REBUILD}") from error
     except OSError as error:
@@ -41,6 +41,15 @@ def not_regular(path: Path) -> ArtifactError:
 def size_of(stream: BufferedReader) -> int:
     """The bytes of an open file."""
     return os.fstat(stream.fileno()).st_size
+
+
+def sync(path: Path) -> None:
+    """Have everything of a file or folder on disk; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _opener(path: str, flags: int) -> int:

@@ -335,7 +335,7 @@ def _blocks(manifest: Manifest, program: ModelProto) -> tuple[BlockSummary, ...]
 def _records(values: object, kind: type[T]) -> Iterable[T]:
     """The objects of a list that have the fields of `kind`, each of its type; those of another form are left out."""
     for value in values if isinstance(values, list) else []:
-        fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+        fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # T is a dataclass, which no bound says
         if isinstance(value, dict) and all(_fits(value.get(field.name), str(field.type)) for field in fields):
             yield kind(**{field.name: _frozen(value[field.name]) for field in fields})
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
@@ -159,7 +159,7 @@ def _tensors(attribute: AttributeProto) -> Iterator[TensorProto]:
 def _check_text(document: str, what: str, texts: Sequence[object]) -> None:
     # protobuf gives bytes for what is not UTF-8, which do not join.
     try:
-        "".join(texts)  # type: ignore[arg-type]
+        "".join(texts)  # type: ignore[arg-type]  # bytes among them are what is looked for
     except TypeError:
         odd = next(text for text in texts if not isinstance(text, str))
         refuse(document, f"{what} with the name {odd!r:.80}", "names in UTF-8")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.files import open_regular
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME
+from furiosa_llm.runtime.artifact.model_checks import parse_model
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.source_checks import check_source
 
@@ -15,13 +16,8 @@ from furiosa_llm.runtime.artifact.source_checks import check_source
 def read_source(artifact: Artifact) -> ModelProto:
     """source.onnx of `artifact`; raises ArtifactError if it is not, or not any more, what the manifest says."""
     path = artifact.folder / SOURCE_NAME
-    model = ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
-        raise ArtifactError(f"{path} is not an ONNX model: {error}; {REBUILD}") from error
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    with open_regular(path) as stream:
+        model = parse_model(stream.read(), str(path))
     check_source(model, artifact.manifest)
     return model
 

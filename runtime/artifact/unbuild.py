@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,9 @@ import onnx
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError, OutputFileError
+from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
-from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, OriginalInitializer
+from furiosa_llm.runtime.artifact.manifest import OriginalInitializer
 from furiosa_llm.runtime.artifact.originals import Bytes, read_original
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.source import read_source
@@ -166,18 +166,10 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 def _move(folder: Path, out: Path, data: Path, *, has_data: bool) -> None:
     """Put both files in their places: there is never a model with another's weights beside it."""
     for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(file)
     out.unlink(missing_ok=True)
     if has_data:
         (folder / data.name).replace(data)
     else:
         data.unlink(missing_ok=True)
     (folder / out.name).replace(out)
-
-
-def _fail(found: str, expected: str) -> None:
-    raise ArtifactError(f"{SOURCE_NAME}: {found}, expected {expected}; {REBUILD}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
+from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 
@@ -131,21 +132,13 @@ def write_verification(folder: Path, record: Verification) -> Path:
             Path(temporary).replace(path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise RecordError(
             f"{path} cannot be written: {error.strerror}; make the folder writable, or give --no-record to verify "
             "without leaving a record"
         ) from error
     return path
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_verification(folder: Path) -> Verification | None:
