@@ -97,8 +97,9 @@ class BoundProgram:
     def bind_shared(self, name: str, array: Array) -> None:
         """Binds the graph input `name` to `array` on every rank; the array may be written between runs."""
         tensor = wrap(array, self._program.types[name].dtype)
-        for rank in range(self._lanes.mesh.size):
-            self.bind_input(rank, name, tensor)
+        lanes = self._lanes
+        for lane, named in {(lanes.lane_of(rank), lanes.name(rank, name)) for rank in range(lanes.mesh.size)}:
+            self._bind_input(lane, named, tensor)
 
     def bind_input(self, rank: int, name: str, tensor: Tensor) -> None:
         """Binds the graph input `name` of `rank` to `tensor`, which has the rank's local shape."""
@@ -110,7 +111,21 @@ class BoundProgram:
 
     def array(self, rank: int, name: str) -> Array:
         """The output `name` of `rank`: memory that the next run may overwrite."""
-        return self._tensors[self._lanes.lane_of(rank)][self._lanes.name(rank, name)].array
+        return self.tensor(rank, name).array
+
+    def tensor(self, rank: int, name: str) -> Tensor:
+        """What is bound to `name` of `rank`."""
+        return self._tensors[self._lanes.lane_of(rank)][self._lanes.name(rank, name)]
+
+    def progress(self) -> str:
+        """Which segment the lanes are in, and the last collective that all of them have done."""
+        steps = self._lanes.steps
+        done = [e.call.collective.id for step in steps[: min(self.step_of_lane)] for e in step.exchanges]
+        lanes = ", ".join(
+            f"{ranks_text(self._lanes.ranks[lane])} in segment {self.step_of_lane[lane]} of {len(steps)}"
+            for lane in self._own
+        )
+        return f"{lanes}; last collective done: {done[-1] if done else 'none'}"
 
     def resize(self, sizes: Mapping[str, int]) -> None:
         """Gives every value its place for the dynamic `sizes`."""

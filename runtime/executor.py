@@ -17,7 +17,7 @@ from furiosa_llm.runtime.artifact.layout import axes_of, index_map, local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.binding import BoundProgram
-from furiosa_llm.runtime.decoder import Bound, DecoderInterface
+from furiosa_llm.runtime.decoder import Bound, DecoderInterface, interface_of
 from furiosa_llm.runtime.driver import Crew
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.lanes import alike_inputs, lanes_of, shard_axes
@@ -61,22 +61,7 @@ class Executor:
     @property
     def decoder_interface(self) -> DecoderInterface:
         """What `DecoderSession` needs to know of the program."""
-        manifest = self.artifact.manifest
-        local = {
-            info.name: tuple(
-                size if layout is None else local_size(layout, self.mesh)
-                for size, layout in zip(info.shape, info.layout, strict=True)
-            )
-            for info in manifest.inputs
-            if info.role == "state"
-        }
-        return DecoderInterface(
-            inputs=manifest.inputs,
-            outputs=manifest.outputs,
-            states=manifest.states,
-            state_shapes=local,
-            ranks=self.mesh.size,
-        )
+        return interface_of(self.artifact.manifest)
 
     def bind(
         self,
