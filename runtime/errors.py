@@ -27,3 +27,15 @@ class TokenizerError(FuriosaLLMError, ValueError):
 
 class UnsupportedError(FuriosaLLMError, ValueError):
     """A model or an option is outside of what this release can do."""
+
+
+class DeviceError(FuriosaLLMError, ValueError):
+    """A device string is malformed, or names a PE twice."""
+
+
+class TopologyError(FuriosaLLMError, ValueError):
+    """Sizes of parallelism do not fit the devices, or stages not the artifact's blocks."""
+
+
+class CapacityError(FuriosaLLMError, ValueError):
+    """What is to be kept in memory does not fit the PEs, or is no amount at all."""
