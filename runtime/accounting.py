@@ -18,7 +18,7 @@ from furiosa_llm.runtime.artifact.program_checks import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.devices import PE_NBYTES
 from furiosa_llm.runtime.errors import CapacityError
-from furiosa_llm.runtime.memory import Lifetime, array_nbytes, lifetimes, place
+from furiosa_llm.runtime.memory import Lifetime, array_nbytes, place
 from furiosa_llm.runtime.program import Program, ValueType, cut_program
 from furiosa_llm.runtime.stages import Stage, choose_stages
 from furiosa_llm.runtime.topology import Topology
@@ -79,9 +79,9 @@ class CardMemory:
 
 def stage_memory(artifact: Artifact, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
     """What each of `stages`, which are all of `artifact`, keeps on each PE."""
-    program = cut_program(artifact.program, artifact.manifest)
+    program = cut_program(artifact.program, artifact.manifest.collectives, size_names(artifact.manifest))
     made_at = {name: at for at, node in enumerate(artifact.program.graph.node) for name in node.output}
-    life = lifetimes(program)
+    life = _lifetimes(program)
     kv = {state.output: _position_nbytes(artifact, state) for state in artifact.manifest.states}
     return tuple(
         StageMemory(
@@ -94,6 +94,22 @@ def stage_memory(artifact: Artifact, stages: Sequence[Stage], workload: Workload
         )
         for stage in stages
     )
+
+
+def _lifetimes(program: Program) -> dict[str, Lifetime]:
+    """The lifetime of every value that a segment or a collective makes, as one rank has it; outputs live to the end."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, step in enumerate(program.steps):
+        made = [call.output for call in step.collectives]
+        read = [call.input for call in step.collectives]
+        if step.segment is not None:
+            made.extend(step.segment.outputs)
+            read.extend(step.segment.inputs)
+        first.update(dict.fromkeys(made, index))
+        last.update({name: index for name in (*made, *read) if name in first})
+    last.update(dict.fromkeys(program.outputs, len(program.steps)))
+    return {name: Lifetime(first=first[name], last=last[name]) for name in first}
 
 
 def card_memory(

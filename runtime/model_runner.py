@@ -81,7 +81,7 @@ class Host:
         self.threads = threads or len(os.sched_getaffinity(0))
         serving = serving_graph(artifact.program, manifest)
         ragged = serving.ragged and rows_are_alone(
-            serving, manifest, longest=min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
+            serving, artifact, longest=min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
         )
         if serving.ragged and not ragged:
             serving = serving_graph(artifact.program, manifest, ragged=False)
@@ -139,7 +139,7 @@ def _start(artifact: Artifact, stage: Stage) -> str | None:
     """The output of the collective behind which a stage begins."""
     if stage.first_node == 0:
         return None
-    return artifact.program.graph.node[stage.first_node - 1].output[0]
+    return str(artifact.program.graph.node[stage.first_node - 1].output[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,8 +204,7 @@ class _StageMemory:
         ranks = range(manifest.mesh.size)
         dtypes = {info.name: info.dtype for info in manifest.inputs}
         shapes = host.interface.state_shapes
-        self._in_place = all(state.mode == "in_place" for state in program.graph.states)
-        kind = SlotStates if self._in_place else AppendedStates
+        kind = SlotStates if all(state.mode == "in_place" for state in program.graph.states) else AppendedStates
         self._states: SlotStates | AppendedStates = kind(program.graph.states, dtypes, shapes, ranks=ranks, slots=slots)
         self._uses: dict[tuple[int, bool], _Use] = {}
 
@@ -292,8 +291,8 @@ class LocalRunner:
 
     def _run(self, batch: Batch) -> Array:
         memory = self._memory[batch.group]
-        for stage in memory:
-            stage.copy(batch)
+        for one in memory:
+            one.copy(batch)
         found: list[Array] = []
         steps = steps_of(batch, self._host.traits)
         for step in steps:

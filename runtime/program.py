@@ -227,13 +227,8 @@ def _types(graph: GraphProto, crossing: set[str]) -> dict[str, ValueType]:
             raise ArtifactError(
                 f"{PROGRAM_NAME}: value_info has no type for {name!r:.80}, which crosses a collective; {REBUILD}"
             )
-        types[name] = value_type(value)
+        types[name] = ValueType(dtype=TensorProto.DataType.Name(value.type.tensor_type.elem_type), shape=_shape(value))
     return types
-
-
-def value_type(value: ValueInfoProto) -> ValueType:
-    """The type that `value` declares."""
-    return ValueType(dtype=TensorProto.DataType.Name(value.type.tensor_type.elem_type), shape=_shape(value))
 
 
 def size_names(manifest: Manifest) -> frozenset[str]:

@@ -22,6 +22,7 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.ort import Array
 
 WANTED = "furiosa_llm.wanted"
@@ -188,15 +189,15 @@ def _grows(value: ValueInfoProto, start: int, end: int | None) -> bool:
 # -- the bias of each row ------------------------------------------------------------------------------------------
 
 
-def rows_are_alone(serving: ServingGraph, manifest: Manifest, *, longest: int) -> bool:
+def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -> bool:
     """Whether what rows of unequal lengths add to their scores is, for each row, what it would be for the row alone.
 
-    The part of the graph that makes it is run, for rows of up to `longest` positions: a window that is counted from
-    the end of the longest row is found out if it is shorter than that.
+    The part of the graph that makes it is run as rank 0 has it, for rows of up to `longest` positions: a window that is
+    counted from the end of the longest row is found out if it is shorter than that.
     """
     if not serving.biases:
         return True
-    model, inputs = _bias_model(serving, manifest)
+    model, inputs = _bias_model(serving, artifact)
     session = onnxruntime.InferenceSession(model.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
 
     def biases(lengths: list[int]) -> list[Array]:
@@ -214,7 +215,7 @@ def rows_are_alone(serving: ServingGraph, manifest: Manifest, *, longest: int) -
     return True
 
 
-def _bias_model(serving: ServingGraph, manifest: Manifest) -> tuple[ModelProto, list[InputInfo]]:
+def _bias_model(serving: ServingGraph, artifact: Artifact) -> tuple[ModelProto, list[InputInfo]]:
     """The part of the graph that makes the biases, and those of the manifest's inputs that it reads."""
     source = serving.model
     live = set(serving.biases)
@@ -224,12 +225,20 @@ def _bias_model(serving: ServingGraph, manifest: Manifest) -> tuple[ModelProto, 
             nodes.append(node)
             live.update(used_names(node))
     graph = GraphProto(name="biases", node=reversed(nodes))
-    graph.initializer.extend(tensor for tensor in source.graph.initializer if tensor.name in live)
+    graph.initializer.extend(_inline(tensor, artifact) for tensor in source.graph.initializer if tensor.name in live)
     graph.input.extend(value for value in source.graph.input if value.name in live)
     graph.output.extend(ValueInfoProto(name=name) for name in serving.biases)
     model = ModelProto(ir_version=source.ir_version, graph=graph, functions=source.functions)
     model.opset_import.extend(source.opset_import)
-    return model, [info for info in manifest.inputs if info.name in live]
+    return model, [info for info in artifact.manifest.inputs if info.name in live]
+
+
+def _inline(tensor: TensorProto, artifact: Artifact) -> TensorProto:
+    """`tensor` with the data of rank 0 in it."""
+    if tensor.name not in artifact.tensors:
+        return tensor
+    data = artifact.read_window(artifact.window(tensor.name, 0)).tobytes()
+    return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
 
 
 def _feed(info: InputInfo, lengths: list[int]) -> Array:

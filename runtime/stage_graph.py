@@ -1,7 +1,7 @@
 """Cuts a program into pipeline stages: the nodes of each, what crosses between them, and what each computes anew.
 
 A value that follows from the step's inputs alone (a mask, a rotary table) is computed anew in each stage that reads
-it, unless that would read more stored bytes than the value has: then it is sent.
+it, unless that takes a stored tensor of some size, or a state that another stage keeps: then it is sent.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ from dataclasses import dataclass
 
 from onnx import GraphProto, ModelProto, ValueInfoProto
 
-from furiosa_llm.runtime.artifact.dimensions import GROWING, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.block_reads import RECOMPUTED_NBYTES, shard_nbytes
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.program import value_type
-
-_CONTEXT = 1024
-"""Positions for which the bytes of a value that grows are counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +66,9 @@ class _Cutting:
         self._tensors = tensors
         self._nodes = list(graph.node)
         self._producer = {name: at for at, node in enumerate(self._nodes) for name in node.output if name}
-        self._declared = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+        self._declared: dict[str, ValueInfoProto] = {
+            value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
+        }
         self._collectives = dict(
             zip((n.output[0] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN), collectives, strict=True)
         )
@@ -141,15 +138,8 @@ class _Cutting:
                 pending.extend(used_names(self._nodes[self._producer[value]]))
         if read & ({state.input for state in self._states} - states):
             return None
-        stored = sum(_local_nbytes(self._tensors[value]) for value in read if value in self._tensors)
-        return positions if name not in self._declared or stored <= self._sent_nbytes(name) else None
-
-    def _sent_nbytes(self, name: str) -> int:
-        kind = value_type(self._declared[name])
-        shape = kind.shape or ()
-        names = {part for dim in shape if isinstance(dim, str) for part in parse_dimension(dim).names}
-        sizes = {name: _CONTEXT if name in GROWING else 1 for name in names}
-        return DTYPES[kind.dtype].nbytes(shape_of(shape, sizes))
+        largest = max((shard_nbytes(self._tensors[value]) for value in read & self._tensors.keys()), default=0)
+        return positions if largest <= RECOMPUTED_NBYTES else None
 
     def _stage(
         self, index: int, positions: Sequence[int], received: Mapping[str, int], sent: tuple[str, ...]
@@ -189,7 +179,3 @@ class _Cutting:
                 f"{PROGRAM_NAME}: value_info has no type for {name!r:.80}, which crosses between stages; {REBUILD}"
             )
         return self._declared[name]
-
-
-def _local_nbytes(tensor: StoredTensor) -> int:
-    return DTYPES[tensor.dtype].nbytes(tensor.local_shape)
