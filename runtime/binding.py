@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension, shape_of
 from furiosa_llm.runtime.collectives import ArraySum, gather_operations, reduce_operations, run_operations
-from furiosa_llm.runtime.driver import Barrier, Crew
+from furiosa_llm.runtime.driver import Barrier, Body
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.exchange import Exchanger, LaneExchange
 from furiosa_llm.runtime.lanes import Exchange, Lanes, Sum, parts_of
@@ -28,7 +29,16 @@ Allocate = Callable[[int, int], Block]
 """Memory for the values of a lane: `allocate(lane, nbytes)`."""
 
 
-def _private(_: int, nbytes: int) -> Block:
+class RunsLanes(Protocol):
+    """What steps lanes: the threads of a `Crew`, or one of several processes."""
+
+    def run(self, body: Body, lanes: int) -> None:
+        """Calls `body` on as many threads as there are for it; see `Crew.run`."""
+        ...
+
+
+def private_block(_: int, nbytes: int) -> Block:
+    """Memory that no other process sees."""
     return Block(nbytes)
 
 
@@ -61,13 +71,13 @@ class BoundProgram:
         self,
         lanes: Lanes,
         sessions: Sequence[StepSessions],
-        crew: Crew,
+        crew: RunsLanes,
         *,
         external: frozenset[str] = frozenset(),
         unbound: frozenset[str] = frozenset(),
         growing: frozenset[str] = frozenset(),
         own: Collection[int] | None = None,
-        allocate: Allocate = _private,
+        allocate: Allocate = private_block,
     ) -> None:
         self._lanes = lanes
         self._program = lanes.program
