@@ -47,9 +47,7 @@ WIDTH = 6
 def laid(artifact: Artifact, count: int) -> Lanes:
     manifest = artifact.manifest
     program = cut_program(artifact.program, manifest.collectives, size_names(manifest))
-    return lanes_of(
-        program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike_inputs(manifest)
-    )
+    return lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike_inputs(manifest))
 
 
 def run(artifact: Artifact, count: int, inputs: dict[str, Array], names: Sequence[str] = ("y",)) -> list[list[Array]]:
@@ -245,7 +243,13 @@ def test_what_is_alike_is_computed_once_per_lane(count: int, tmp_path: Path) -> 
     own = 4 // count
     for lane in range(count):
         found = operators(lanes, lane)
-        for alike in ("SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization", "Gather", "ReduceSum", "Cast"):
+        for alike in (
+            "SkipSimplifiedLayerNormalization",
+            "SimplifiedLayerNormalization",
+            "Gather",
+            "ReduceSum",
+            "Cast",
+        ):
             assert found[alike] == whole[alike] > 0, alike
         for ranked in ("GroupQueryAttention", "MatMul", "Sigmoid", "Mul"):
             assert found[ranked] == whole[ranked] * own > 0, ranked
@@ -274,5 +278,3 @@ def test_what_some_ranks_share_is_computed_once_for_them(tmp_path: Path) -> None
     assert [lanes.name(rank, "by_row") for rank in range(4)] == ["0/by_row", "0/by_row", "2/by_row", "2/by_row"]
     assert [lanes.name(rank, "by_column") for rank in range(4)] == ["0/by_column", "1/by_column"] * 2
     assert [lanes.lane_of(rank) for rank in range(4)] == [0, 0, 1, 1]
-
-
