@@ -273,7 +273,7 @@ class _Laying:
     def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
         own = NodeProto()
         own.CopyFrom(node)
-        own.name = f"{rank}/{node.name}"
+        own.name = f"{rank}/{node.name}" if node.name else ""
         _rename(own, {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name})
         return own
 
