@@ -17,60 +17,11 @@ from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.loading import load_model
 from furiosa_llm.runtime.serving_graph import LAST_POSITIONS, WANTED, ServingGraph, rows_are_alone, serving_graph
 from furiosa_llm.runtime.stages import choose_stages
-from tests.runtime.conftest import ZooArtifact
 from tests.runtime.models import LlamaSize, llama
 from tests.runtime.spmd import Spmd
 
 MESH = Mesh((2,))
 SIZE = LlamaSize(layers=1, max_length=64)
-
-ROWS = {
-    "tiny-bloom-optimum": "ragged",
-    "tiny-gemma-optimum": "equal",
-    "tiny-gemma2-genai-fp32-fullkv": "ragged",
-    "tiny-gpt2-dynamo-tf5": "ragged",
-    "tiny-gpt2-optimum": "ragged",
-    "tiny-gptoss-genai-fp32-fullkv": "ragged",
-    "tiny-llama-9-3-optimum": "ragged",
-    "tiny-llama-dynamo-op23-tf5": "ragged",
-    "tiny-llama-dynamo-tf5": "ragged",
-    "tiny-llama-genai-fp16-cuda": "ragged",
-    "tiny-llama-genai-fp32": "ragged",
-    "tiny-llama-genai-int4": "ragged",
-    "tiny-llama-genai-int4-qdq": "ragged",
-    "tiny-llama-genai-int8": "ragged",
-    "tiny-llama-mha-tied-optimum": "ragged",
-    "tiny-llama-optimum": "ragged",
-    "tiny-llama-tied-genai-int4-shared": "ragged",
-    "tiny-mistral-dynamo-tf5": "single",
-    "tiny-mixtral-dynamo-tf5": "ragged",
-    "tiny-neox-optimum": "ragged",
-    "tiny-phi3-optimum": "ragged",
-    "tiny-qwen2-14-2-optimum": "ragged",
-    "tiny-qwen2-genai-int4": "ragged",
-    "tiny-qwen2-optimum": "ragged",
-    "tiny-qwen3-optimum": "ragged",
-    "tiny-qwen3moe-optimum": "ragged",
-}
-"""Decoder of the zoo -> how rows of unequal lengths are decoded.
-
-The exporter of Gemma counts positions from the cache's size, that of Mistral cuts the cache to its window.
-"""
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_how_the_zoo_decodes_rows_of_unequal_lengths(name: str, zoo_artifact: ZooArtifact) -> None:
-    artifact = zoo_artifact(name)
-    before = artifact.program.SerializeToString()
-    traits = load_model(artifact, choose_stages(artifact), lanes=1, threads=1).traits
-    assert (traits.rows, traits.selects) == (ROWS[name], True)
-    assert artifact.program.SerializeToString() == before
-
-
-def test_every_decoder_of_the_zoo_is_in_the_table(zoo: Path) -> None:
-    others = {"tiny-bert-optimum", "tiny-t5-optimum", "tiny-vit-optimum"}
-    assert {folder.name for folder in zoo.iterdir() if folder.is_dir()} - others == set(ROWS)
-
 
 # -- logits of wanted positions ------------------------------------------------------------------------------------
 
@@ -179,10 +130,13 @@ def test_attention_is_told_each_rows_last_position(tmp_path: Path) -> None:
 
 
 def test_ragged_rows_can_be_declined(tmp_path: Path) -> None:
-    artifact, _ = served(llama(MESH, SIZE), tmp_path)
+    artifact = open_artifact(llama(MESH, SIZE).write(tmp_path))
+    before = artifact.program.SerializeToString()
     serving = serving_graph(artifact.program, artifact.manifest, ragged=False)
     assert not serving.ragged
     assert attention_of(serving.model).input[5] == "seqlens"
+    assert serving_graph(artifact.program, artifact.manifest).ragged
+    assert artifact.program.SerializeToString() == before
 
 
 def appended(program: Spmd) -> None:
