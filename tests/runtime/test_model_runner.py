@@ -23,6 +23,7 @@ from furiosa_llm.runtime.decoder import DecoderSession
 from furiosa_llm.runtime.driver import Body
 from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.loading import Traits
+from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.model_runner import Host, LocalRunner
 from furiosa_llm.runtime.stages import choose_stages
 from furiosa_llm.runtime.states import CAPACITY_STEP
@@ -337,7 +338,7 @@ def test_old_buffers_are_let_go_of_when_slots_grow(tmp_path: Path, monkeypatch: 
     artifact = open_artifact(llama(MESH, LlamaSize(layers=1, max_length=600)).write(tmp_path))
     made: list[weakref.ref[Array]] = []
 
-    class Watched(states.Block):
+    class Watched(Block):
         def __init__(self, nbytes: int) -> None:
             super().__init__(nbytes)
             made.append(weakref.ref(self._bytes.base))
