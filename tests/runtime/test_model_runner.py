@@ -341,7 +341,9 @@ def test_old_buffers_are_let_go_of_when_slots_grow(tmp_path: Path, monkeypatch: 
     class Watched(Block):
         def __init__(self, nbytes: int) -> None:
             super().__init__(nbytes)
-            made.append(weakref.ref(self._bytes.base))
+            memory = self._bytes.base
+            assert memory is not None
+            made.append(weakref.ref(memory))
 
     monkeypatch.setattr(states, "Block", Watched)
     with runner_of(artifact) as (_, runner):

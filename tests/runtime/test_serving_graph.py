@@ -57,6 +57,12 @@ def read_twice(program: Spmd) -> None:
     program.node("Sub", ["product", "minus"], "logits_part")
 
 
+def read_elsewhere(program: Spmd) -> None:
+    untouched(program)
+    program.node("ReduceMean", ["product"], "mean", keepdims=0)
+    program.output("mean", [])
+
+
 def scaled_by_another_value(program: Spmd) -> None:
     program.node("Cast", ["total32"], "total.float", to=1)
     program.node("Mul", ["product", "total.float"], "logits_part")
@@ -68,7 +74,14 @@ def untouched(program: Spmd) -> None:
 
 @pytest.mark.parametrize(
     ("change", "selects"),
-    [(untouched, True), (softcap, True), (normalized, False), (read_twice, False), (scaled_by_another_value, False)],
+    [
+        (untouched, True),
+        (softcap, True),
+        (normalized, False),
+        (read_twice, False),
+        (read_elsewhere, False),
+        (scaled_by_another_value, False),
+    ],
 )
 def test_positions_are_chosen_in_front_of_the_last_product(
     change: Callable[[Spmd], None], selects: bool, tmp_path: Path
@@ -147,6 +160,13 @@ def length_in_the_logits(program: Spmd) -> None:
     end_with(program, scaled_by_another_value)
 
 
+def length_behind_the_last_collective(program: Spmd) -> None:
+    program.nodes[-1].output[0] = "gathered"
+    program.declare("gathered", ["batch", "sequence", SIZE.vocab])
+    program.node("Cast", ["total32"], "total.float", to=1)
+    program.node("Mul", ["gathered", "total.float"], "logits")
+
+
 def length_in_the_query(program: Spmd) -> None:
     node = attention_of(program)
     program_nodes = [
@@ -181,6 +201,7 @@ def heads_of_the_cache_in_the_query(program: Spmd) -> None:
     [
         (appended, False),
         (length_in_the_logits, False),
+        (length_behind_the_last_collective, False),
         (length_in_the_query, False),
         (size_of_the_cache_in_the_query, False),
         (heads_of_the_cache_in_the_query, True),
@@ -275,6 +296,15 @@ def distance_to_the_end() -> list[NodeProto]:
     ]
 
 
+def mark_on_the_last() -> list[NodeProto]:
+    return [
+        helper.make_node("Sub", ["total64", "step"], ["end"]),
+        helper.make_node("Equal", ["places", "end"], ["seen"]),
+        helper.make_node("Where", ["seen", "slope", "nothing"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "dims"], ["bias"]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("nodes", "alone"),
     [
@@ -283,6 +313,7 @@ def distance_to_the_end() -> list[NodeProto]:
         (window_of_each_row, True),
         (window_from_the_end, False),
         (distance_to_the_end, False),
+        (mark_on_the_last, False),
     ],
 )
 def test_what_is_added_to_scores_is_each_rows_own(
