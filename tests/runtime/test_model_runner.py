@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from onnx import helper
 
 from furiosa_llm.runtime import Executor, states
-from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.batch import Copy, Decode, Prefill, Row, Runner, WantedLogits
@@ -28,7 +29,7 @@ from furiosa_llm.runtime.model_runner import Host, LocalRunner
 from furiosa_llm.runtime.stages import choose_stages
 from furiosa_llm.runtime.states import CAPACITY_STEP
 from furiosa_llm.runtime.steps import steps_of
-from tests.runtime.blocks import llama_blocks
+from tests.runtime.blocks import llama_blocks, with_blocks
 from tests.runtime.conftest import ZooArtifact
 from tests.runtime.models import LlamaSize, llama
 from tests.runtime.test_serving_graph import end_with, normalized
@@ -252,6 +253,24 @@ def test_rows_outgrow_their_buffers_together(mode: StateMode, tmp_path: Path) ->
     with runner_of(artifact) as (host, runner):
         assert host.model.traits.rows == ("ragged" if mode == "in_place" else "single")
         assert same_bits(serve(runner, prompts, 12), alone(artifact, prompts, 12))
+
+
+def test_what_each_rank_has_of_its_own_is_sent_by_rank(tmp_path: Path) -> None:
+    """The first layer makes a value that every rank has another of, and the second one, in another stage, adds it."""
+    program = llama(MESH, LlamaSize(layers=2))
+    program.weight("mine", np.linspace(-1, 1, 64 * 4, dtype=np.float32), Leaf(64 * 4, (0, 1)))
+    at = {node.output[0]: position for position, node in enumerate(program.nodes)}
+    program.nodes[at["layer1.attention.partial"]].output[0] = "without"
+    program.nodes.insert(
+        at["layer1.attention.partial"] + 1, helper.make_node("Add", ["without", "own"], ["layer1.attention.partial"])
+    )
+    program.nodes.insert(at["layer0.mlp.sum"], helper.make_node("Mul", ["a0.sum", "mine"], ["own"]))
+    program.declare("own", ["batch", "sequence", 64])
+    artifact = with_blocks(program, tmp_path, [0, at["layer0.mlp.sum"] + 2])
+    for threads in (1, 2):
+        with runner_of(artifact, stages=2, threads=threads) as (host, runner):
+            assert "own" in host.model.programs[1].graph.received
+            assert same_bits(serve(runner, PROMPTS, 2), alone(artifact, PROMPTS, 2))
 
 
 def test_logits_of_no_the_last_and_all_tokens(artifact: Artifact) -> None:
