@@ -39,3 +39,7 @@ class TopologyError(FuriosaLLMError, ValueError):
 
 class CapacityError(FuriosaLLMError, ValueError):
     """What is to be kept in memory does not fit the PEs, or is no amount at all."""
+
+
+class WorkerError(FuriosaLLMError):
+    """A worker process has ended, or failed with an error that is none of ours."""
