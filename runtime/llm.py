@@ -177,8 +177,6 @@ class LLM:
         self, prompt: str, params: SamplingParams, prompt_token_ids: Sequence[int] | None
     ) -> Iterator[RequestOutput]:
         """The request after each token, one completion behind another."""
-        if params.prompt_logprobs is not None:
-            raise UnsupportedError("prompt_logprobs are not supported by this release; leave them out")
         token_ids = self.tokenizer.encode(prompt) if prompt_token_ids is None else list(prompt_token_ids)
         request = Request(
             request_id=str(next(self._request_ids)),
@@ -212,8 +210,12 @@ class LLM:
         prompt = request.prompt_token_ids
         session.reset()
         session.reserve(len(prompt) + request.max_tokens)
-        for start in range(0, len(prompt), _PREFILL_TOKENS):
-            logits = session.step(np.array([prompt[start : start + _PREFILL_TOKENS]], dtype=np.int64))
+        # A step gives the logits behind its last token only.
+        chunk = 1 if sequence.wants_prompt_logits else _PREFILL_TOKENS
+        for start in range(0, len(prompt), chunk):
+            logits = session.step(np.array([prompt[start : start + chunk]], dtype=np.int64))
+            if chunk == 1:
+                sequence.accept_prompt_logits(start, logits)
         while True:
             token = sequence.sampler.sample(logits[0])
             sequence.accept(token, logits[0])

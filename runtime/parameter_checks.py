@@ -24,20 +24,17 @@ def require(condition: bool, message: str) -> None:
 
 def integer(name: str, value: Any) -> int:
     """`value` as an int of at most 64 bits; True, 1.0 and "1" are none."""
-    require(
-        isinstance(value, numbers.Integral) and not isinstance(value, bool),
-        f"{name} must be an integer, got {_show(value)}.",
-    )
-    require(abs(int(value)) < 2**64, f"{name} must be less than 2**64, got {_show(value)}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise _refusal(name, "an integer", value)
+    if abs(int(value)) >= 2**64:
+        raise _refusal(name, "less than 2**64", value)
     return int(value)
 
 
 def number(name: str, value: Any) -> float:
     """`value` as a float, which may be infinite or no number."""
-    require(
-        isinstance(value, numbers.Real) and not isinstance(value, bool),
-        f"{name} must be a number, got {_show(value)}.",
-    )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _refusal(name, "a number", value)
     try:
         return float(value)
     except OverflowError:
@@ -47,21 +44,25 @@ def number(name: str, value: Any) -> float:
 def number_in(name: str, value: Any, allowed: Callable[[float], bool], words: str) -> float:
     """`value` as a finite float that is `allowed`; `words` say what is."""
     found = number(name, value)
-    require(allowed(found), f"{name} must be {words}, got {_show(value)}.")
-    require(math.isfinite(found), f"{name} must be finite, got {_show(value)}.")
+    if not allowed(found):
+        raise _refusal(name, words, value)
+    if not math.isfinite(found):
+        raise _refusal(name, "finite", value)
     return found
 
 
 def flag(name: str, value: Any) -> None:
     """Raises SamplingParamsError unless `value` is True or False."""
-    require(isinstance(value, bool), f"{name} must be True or False, got {_show(value)}.")
+    if not isinstance(value, bool):
+        raise _refusal(name, "True or False", value)
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """`value`, a list or tuple of strings that are neither empty nor without measure."""
     found = _entries(name, value, "strings")
     for entry in found:
-        require(isinstance(entry, str), f"{name} must hold strings only, got {_show(entry)}.")
+        if not isinstance(entry, str):
+            raise _refusal(name, "a list of strings", value)
         require(entry != "", f"{name} must not hold an empty string.")
         require(
             len(entry) <= _MAX_CHARACTERS,
@@ -77,7 +78,8 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 
 def biases(name: str, value: Any) -> dict[int, float]:
     """`value`, a mapping of token ids to numbers in [-100, 100], as a dict."""
-    require(isinstance(value, Mapping), f"{name} must map token ids to numbers, got {_show(value)}.")
+    if not isinstance(value, Mapping):
+        raise _refusal(name, "a mapping of token ids to numbers", value)
     require(len(value) <= _MAX_ENTRIES, f"{name} must hold at most {_MAX_ENTRIES} entries, got {len(value)}.")
     return {
         _token_id(name, token): number_in(
@@ -94,13 +96,15 @@ def _token_id(name: str, value: Any) -> int:
 
 
 def _entries(name: str, value: Any, what: str) -> tuple[Any, ...]:
-    require(isinstance(value, list | tuple), f"{name} must be a list of {what}, got {_show(value)}.")
+    if not isinstance(value, list | tuple):
+        raise _refusal(name, f"a list of {what}", value)
     require(len(value) <= _MAX_ENTRIES, f"{name} must hold at most {_MAX_ENTRIES} {what}, got {len(value)}.")
     return tuple(value)
 
 
-def _show(value: Any) -> str:
+def _refusal(name: str, words: str, value: Any) -> SamplingParamsError:
     try:
-        return f"{value!r:.80}"
+        found = f"{value!r:.80}"
     except ValueError:  # Python does not write out integers of thousands of digits.
-        return f"an integer of {value.bit_length()} bits"
+        found = f"a value of type {type(value).__name__} that is too long to write out"
+    return SamplingParamsError(f"{name} must be {words}, got {found}.")

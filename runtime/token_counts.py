@@ -34,7 +34,8 @@ class TokenCounts:
         tokens, counts = tokens[known], self._counts[: self._size][known]
         found = scores[tokens]
         repetition = np.float32(params.repetition_penalty)
-        found = np.where(found > 0, found / repetition, found * repetition)
+        with np.errstate(over="ignore"):  # Masks may be as low as the type goes.
+            found = np.where(found > 0, found / repetition, found * repetition)
         found -= np.float32(params.frequency_penalty) * counts
         found -= np.float32(params.presence_penalty) * (counts > 0)
         scores[tokens] = found

@@ -90,7 +90,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """The tokens of `text`, if wished with the special tokens that the tokenizer puts around a sequence.
 
-        Raises TokenizerError if `text` is not a string of Unicode characters.
+        Raises TokenizerError if `text` is not a string of Unicode characters, or has some that are no tokens.
         """
         if not isinstance(text, str):
             raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
@@ -98,6 +98,8 @@ class Tokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # Half of a surrogate pair is no character.
             raise TokenizerError(f"found {text!r:.80}, expected text of Unicode characters only") from error
+        except Exception as error:  # tokenizers has no class of its own for what it refuses.
+            raise TokenizerError(f"the tokenizer refuses {text!r:.80}: {error}") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with or without special tokens; unknown ones have none."""

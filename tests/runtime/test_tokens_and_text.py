@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from furiosa_llm.runtime.errors import TokenizerError
 from furiosa_llm.runtime.text_stream import Detokenizer, TextStream
 from furiosa_llm.runtime.tokenizer import Tokenizer
-from tests.runtime.tokenizer_kinds import KINDS, spelled
+from tests.runtime.tokenizer_kinds import KINDS, make, spelled
 
 ZOO = Path(__file__).parents[2] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
 TOKENIZER = Tokenizer.from_folder(ZOO)
@@ -186,6 +186,13 @@ def test_what_is_not_text(text: Any) -> None:
 def test_half_a_surrogate_pair_is_not_text() -> None:
     with pytest.raises(TokenizerError, match=r"found 'a\\ud800', expected text of Unicode characters only"):
         TOKENIZER.encode("a\ud800")
+
+
+def test_text_that_the_tokenizer_has_no_tokens_for() -> None:
+    tokenizer = make(["a"], None, words=True)
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(TokenizerError, match=r"the tokenizer refuses 'b': .*Missing \[UNK\] token"):
+        tokenizer.encode("b")
 
 
 def test_special_tokens_are_added_or_shown_if_wished(folder: Path) -> None:

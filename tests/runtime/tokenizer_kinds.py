@@ -79,8 +79,8 @@ def plain() -> Tokenizer:
 
 
 def spelled(*tokens: str) -> Tokenizer:
-    """Each of `tokens` is one token, which is its own text."""
-    return make(list(tokens), decoders.Fuse(), words=True)
+    """Each of `tokens` is one token, which is its own text; all other text is the one behind them, "[UNK]"."""
+    return make([*tokens, "[UNK]"], decoders.Fuse(), words=True)
 
 
 def _byte_letters() -> dict[int, str]:
