@@ -11,7 +11,7 @@ Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
 _GROUPS_PER_TOKEN = 8
-_MIN_GROUPS = 256
+_MIN_GROUPS = 512
 _MIN_GROUP_SIZE = 4
 _BLOCK = 256
 _NARROW_ENOUGH = 64
@@ -80,6 +80,9 @@ def _may_be_in_nucleus(weights: Floats, total: float, share: float) -> Floats:
 
 def choose(weights: Floats, fraction: float) -> int:
     """The position at which the sum of the `weights` so far passes `fraction`, in [0, 1), of the whole."""
+    if weights.size <= _BLOCK:
+        bounds = np.cumsum(weights, dtype=np.float64)
+        return _passed(bounds, fraction * bounds[-1])
     whole = weights.size // _BLOCK * _BLOCK
     sums = weights[:whole].reshape(-1, _BLOCK).sum(axis=1)
     bounds = np.cumsum([0.0, *sums.tolist(), float(weights[whole:].sum())])
