@@ -24,7 +24,7 @@ def logprobs(logits: Array, token: int, count: int, tokenizer: Tokenizer | None)
     """Those of `token` and of the `count` likeliest tokens under `logits` [vocabulary]; of equal ones the first."""
     row = _float32(logits)
     normaliser = _normaliser(row)
-    tokens = [token, *(other for other in _top(row, count) if other != token)]
+    tokens = list(dict.fromkeys([token, *_top(row, count)]))
     texts: Sequence[str | None] = [None] * len(tokens) if tokenizer is None else tokenizer.decode_each(tokens)
     return {
         token: Logprob(

@@ -31,14 +31,13 @@ def likeliest(scores: Floats, count: int) -> Indices:
 def _lower_bound(scores: Floats, count: int) -> np.float32:
     """A value that at least `count` of the `scores` reach, and not many more.
 
-    The greatest of each of many groups are `count` scores at least; the one that comes last is the bound.
+    The greatest ones of many groups are scores, too: the bound is the `count`-th greatest of them. What is left over
+    behind whole groups may be left out, which lowers the bound at most.
     """
     groups = max(_MIN_GROUPS, _GROUPS_PER_TOKEN * count)
     whole = scores.size // groups * groups
-    if whole < _MIN_GROUP_SIZE * groups:
-        greatest = scores
-    else:
-        greatest = np.concatenate([scores[:whole].reshape(-1, groups).max(axis=0), scores[whole:]])
+    large = whole >= _MIN_GROUP_SIZE * groups
+    greatest = scores[:whole].reshape(-1, groups).max(axis=0) if large else scores
     bound: np.float32 = np.partition(greatest, -count)[-count]
     return bound
 

@@ -58,6 +58,7 @@ class SequenceRequest:
         self._text = text
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        self._stop_token_ids = frozenset(params.stop_token_ids)
         self._max_tokens = max_tokens
         self._prompt_logprobs = prompt_logprobs
         self._logprobs: list[TokenLogprobs] = []
@@ -128,7 +129,7 @@ class SequenceRequest:
         )
 
     def _is_stop(self, token: int) -> bool:
-        return token in self._eos_token_ids or token in self._params.stop_token_ids
+        return token in self._eos_token_ids or token in self._stop_token_ids
 
     def _record_logprobs(self, token: int, logits: Array) -> None:
         count = self._params.logprobs
