@@ -201,7 +201,7 @@ class Request:
         if self._ended or (only_end and not finished) or not any(sequence.has_news for sequence in self.sequences):
             return None
         self._ended = finished
-        prompt_logprobs = None if self._prompt_logprobs is None else list(self._prompt_logprobs.entries)
+        prompt_logprobs = None if self._prompt_logprobs is None else self._prompt_logprobs.entries
         delta = kind is RequestOutputKind.DELTA
         if delta:
             self._prompt_logprobs = None

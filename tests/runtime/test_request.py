@@ -214,6 +214,7 @@ def test_the_likeliest_of_several_completions(kind: RequestOutputKind, with_logp
     expected = [sum(logprob(LOGITS, token) for token in tokens) for tokens in ([A, A, EOS], [A, B, EOS])]
     assert [completion.cumulative_logprob for completion in output.outputs] == pytest.approx(expected)
     assert [completion.logprobs is not None for completion in output.outputs] == [with_logprobs] * 2
+    assert found.output() is None
 
 
 def test_log_probabilities_of_a_completion() -> None:
