@@ -18,10 +18,9 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.decoder import DecoderSession
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
-from furiosa_llm.runtime.sampler import Sampler
+from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.request import Request, SequenceRequest
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
-from furiosa_llm.runtime.text_stream import TextStream
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 _DEFAULT_PARAMS = SamplingParams()
@@ -132,12 +131,11 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
         """The completion of `prompt` in pieces of text, as they come."""
-        length = 0
-        for output in self._outputs(prompt, sampling_params, prompt_token_ids):
-            text = output.outputs[0].text
-            if len(text) > length:
-                yield text[length:]
-                length = len(text)
+        params = replace(sampling_params, output_kind=RequestOutputKind.DELTA)
+        for output in self._outputs(prompt, params, prompt_token_ids):
+            for completion in output.outputs:
+                if completion.index == 0 and completion.text:
+                    yield completion.text
 
     async def stream_generate(
         self,
@@ -157,16 +155,7 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
-        kind = sampling_params.output_kind
-        shown = CompletionOutput(index=0, text="", token_ids=[])
-        for output in self._outputs(prompt, sampling_params, prompt_token_ids):
-            if kind is RequestOutputKind.DELTA:
-                now = output.outputs[0]
-                fresh = replace(now, text=now.text[len(shown.text) :], token_ids=now.token_ids[len(shown.token_ids) :])
-                shown = now
-                yield replace(output, outputs=[fresh])
-            elif kind is RequestOutputKind.CUMULATIVE or output.finished:
-                yield output
+        return self._outputs(prompt, sampling_params, prompt_token_ids)
 
     def close(self) -> None:
         """Ends the driver threads; the model cannot generate any more."""
@@ -181,26 +170,31 @@ class LLM:
         self.close()
 
     def _complete(self, prompt: str, params: SamplingParams, token_ids: Sequence[int] | None) -> RequestOutput:
-        *_, output = self._outputs(prompt, params, token_ids)
+        *_, output = self._outputs(prompt, replace(params, output_kind=RequestOutputKind.FINAL), token_ids)
         return output
 
     def _outputs(
-        self, prompt: str, sampling_params: SamplingParams, prompt_token_ids: Sequence[int] | None
+        self, prompt: str, params: SamplingParams, prompt_token_ids: Sequence[int] | None
     ) -> Iterator[RequestOutput]:
-        """The whole request after each token."""
-        token_ids = self.tokenizer.encode(prompt) if prompt_token_ids is None else [int(i) for i in prompt_token_ids]
-        max_tokens = self._max_tokens(len(token_ids), sampling_params.max_tokens)
-        request_id = str(next(self._request_ids))
+        """The request after each token, one completion behind another."""
+        token_ids = self.tokenizer.encode(prompt) if prompt_token_ids is None else list(prompt_token_ids)
+        request = Request(
+            request_id=str(next(self._request_ids)),
+            prompt=prompt,
+            prompt_token_ids=token_ids,
+            params=params,
+            tokenizer=self.tokenizer,
+            eos_token_ids=self._eos_token_ids,
+            max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
+            sequence_ids=range(params.num_sequences),
+            seed=self._seed,
+        )
         session = self._take_session()
         try:
-            for completion in self._decode(session, token_ids, sampling_params, max_tokens):
-                yield RequestOutput(
-                    request_id=request_id,
-                    prompt=prompt,
-                    prompt_token_ids=token_ids,
-                    outputs=[completion],
-                    finished=completion.finish_reason is not None,
-                )
+            for sequence in request.sequences:
+                for _ in self._decode(session, request, sequence):
+                    if output := request.output():
+                        yield output
         finally:
             self._idle_sessions.put(session)
 
@@ -211,41 +205,24 @@ class LLM:
         except Empty:
             return DecoderSession(self._executor, max_length=self._max_length)
 
-    def _decode(
-        self, session: DecoderSession, prompt: list[int], params: SamplingParams, max_tokens: int
-    ) -> Iterator[CompletionOutput]:
-        """The completion after each token: the prefill, then one step for each token but the last."""
-        stops = self._stop_token_ids(params)
-        sampler = Sampler(params, prompt, seed=self._seed)
-        text = TextStream(self.tokenizer, params.stop_strings, min_tokens=params.min_tokens)
+    def _decode(self, session: DecoderSession, request: Request, sequence: SequenceRequest) -> Iterator[None]:
+        """Stops after each token: the prefill, then one step for each token but the last."""
+        prompt = request.prompt_token_ids
         session.reset()
-        session.reserve(len(prompt) + max_tokens)
-        token_ids: list[int] = []
-        for start in range(0, len(prompt), _PREFILL_TOKENS):
-            logits = session.step(np.array([prompt[start : start + _PREFILL_TOKENS]], dtype=np.int64))
+        session.reserve(len(prompt) + request.max_tokens)
+        # A step gives the logits behind its last token only.
+        chunk = 1 if sequence.wants_prompt_logits else _PREFILL_TOKENS
+        for start in range(0, len(prompt), chunk):
+            logits = session.step(np.array([prompt[start : start + chunk]], dtype=np.int64))
+            if chunk == 1:
+                sequence.accept_prompt_logits(start, logits)
         while True:
-            forbidden = sorted(stops) if len(token_ids) < params.min_tokens else ()
-            token = sampler.sample(logits[0], forbidden=forbidden)
-            token_ids.append(token)
-            reason: FinishReason | None = None
-            if token in stops:
-                reason = "stop"
-            else:
-                text.push(token)
-                if text.stopped:
-                    reason = "stop"
-                elif len(token_ids) == max_tokens:
-                    reason = "length"
-            if reason is not None:
-                text.flush()
-            yield CompletionOutput(index=0, text=text.text, token_ids=list(token_ids), finish_reason=reason)
-            if reason is not None:
+            token = sequence.sampler.sample(logits[0])
+            sequence.accept(token, logits[0])
+            yield
+            if sequence.finished:
                 return
             logits = session.step(np.array([[token]], dtype=np.int64))
-
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        own = frozenset() if params.ignore_eos else self._eos_token_ids
-        return own | frozenset(params.stop_token_ids)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
         limit = self._max_length

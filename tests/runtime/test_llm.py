@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,36 @@ def test_stop_strings_are_left_out(llm: LLM, greedy: list[int]) -> None:
     assert completion.text == text[: text.index(stop)]
     assert completion.finish_reason == "stop"
     assert "".join(llm.stream("hello", params)) == completion.text
+
+
+def test_several_completions(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, max_tokens=6, n=3, seed=5)
+    output = llm.generate("hello", params)
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
+    assert output.outputs[0] == llm.generate("hello", replace(params, n=1)).outputs[0]
+    best = llm.generate("hello", replace(params, n=1, best_of=3, logprobs=0)).outputs
+    ranked = llm.generate("hello", replace(params, logprobs=0)).outputs
+    assert best[0].token_ids == max(ranked, key=lambda completion: completion.cumulative_logprob or 0.0).token_ids
+
+
+def test_log_probabilities_of_prompt_and_completion(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=2, prompt_logprobs=1)
+    output = llm.generate("hello", params)
+    (completion,) = output.outputs
+    assert completion.logprobs is not None
+    assert [entry[token].rank for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)] == [
+        1
+    ] * 5
+    # The same tokens as a prompt have the same log probabilities.
+    whole = [*output.prompt_token_ids, *completion.token_ids]
+    again = llm.generate("", replace(params, max_tokens=1), prompt_token_ids=whole).prompt_logprobs
+    assert output.prompt_logprobs is not None
+    assert again is not None
+    assert again[: len(output.prompt_logprobs)] == output.prompt_logprobs
+    for token, entry, found in zip(completion.token_ids, completion.logprobs, again[-5:], strict=True):
+        assert found is not None
+        assert found[token].logprob == pytest.approx(entry[token].logprob, abs=1e-4)
 
 
 def test_a_seed_repeats_a_random_completion(llm: LLM) -> None:
