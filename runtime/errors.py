@@ -27,3 +27,11 @@ class TokenizerError(FuriosaLLMError, ValueError):
 
 class UnsupportedError(FuriosaLLMError, ValueError):
     """A model or an option is outside of what this release can do."""
+
+
+class CapacityError(FuriosaLLMError, ValueError):
+    """A sequence is longer than the KV cache or the limits allow, or the limits are none."""
+
+
+class SchedulingError(FuriosaLLMError, ValueError):
+    """The scheduler was told of a sequence or a batch that it does not know, knows already, or does not wait for."""
