@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from furiosa_llm.runtime.batch import Batch, Decode, Prefill, Row
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
-from furiosa_llm.runtime.slots import WORTH_A_COPY, Group, Pages, SequenceState, Slot
+from furiosa_llm.runtime.slots import WORTH_A_COPY, Group, Pages, SequenceState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +180,11 @@ class Scheduler:
         """The sequences whose next token `complete` expects: those of a decode, or the one whose prefill ends.
 
         Sequences that were aborted meanwhile are left out.
+
+        Raises:
+            SchedulingError: The batch is not under way.
         """
+        self._group_of(batch)
         members = (self._sequences[sequence_id] for sequence_id in _members(batch))
         if isinstance(batch, Prefill):
             end = batch.start + len(batch.tokens)
@@ -199,11 +203,7 @@ class Scheduler:
             SchedulingError: The batch is not under way, a token is missing, or something is not of this batch.
             CapacityError: A sequence has as many tokens as it may have, and is not finished.
         """
-        group = self._groups[batch.group] if batch.group < len(self._groups) else None
-        if group is None or group.under_way is not batch:
-            raise SchedulingError(
-                f"the batch of group {batch.group} is not under way: expected what schedule() gave, once"
-            )
+        group = self._group_of(batch)
         self._check_result(batch, tokens, finished)
         to_sample = self.sequences_to_sample(batch)
         group.under_way = None
@@ -215,6 +215,14 @@ class Scheduler:
             sequence = self._sequences[sequence_id]
             if sequence.aborted or sequence_id in finished:
                 self._leave(sequence)
+
+    def _group_of(self, batch: Batch) -> Group:
+        group = self._groups[batch.group] if batch.group < len(self._groups) else None
+        if group is None or group.under_way is not batch:
+            raise SchedulingError(
+                f"the batch of group {batch.group} is not under way: expected what schedule() gave, once"
+            )
+        return group
 
     def _check_result(self, batch: Batch, tokens: Mapping[int, int], finished: Collection[int]) -> None:
         members = _members(batch)
@@ -274,7 +282,6 @@ class Scheduler:
             del self._waiting[0]
             group = self._choose_group(sequence, idle)
             group.admit(sequence, self.limits.prefill_chunk_size, next(self._uses))
-            self._evict(0)
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.slot.length
 
@@ -337,7 +344,7 @@ class Scheduler:
         """
         in_need = [sequence for sequence in group.decoding if len(sequence.tokens) > sequence.pages * self._pages.size]
         for sequence in sorted(in_need, key=_arrival):
-            while sequence.group is group and not self._evict(1):
+            while sequence.group is group and not self._pages.evict(1):
                 running = list(self._running_in_idle_groups())
                 if running == [sequence]:
                     assert any(other.under_way for other in self._groups), "a sequence by itself always fits"
@@ -361,25 +368,6 @@ class Scheduler:
         sequence.group.leave(sequence, next(self._uses))
         insort(self._waiting, sequence, key=_arrival)
         self.num_preemptions += 1
-
-    def _evict(self, wanted: int) -> bool:
-        """Gives up pages of free slots, the least recently used first, until `wanted` are free; or False."""
-        while self._pages.free < wanted:
-            kept = ((slot.last_used, group.index, slot) for group in self._groups for slot in _caching(group))
-            _, index, slot = min(kept, key=_age_and_group, default=(0, 0, None))
-            if slot is None:
-                return False
-            pages = self._pages.needed(slot.length) - (wanted - self._pages.free)
-            self._groups[index].keep_only(slot, max(0, pages) * self._pages.size)
-        return True
-
-
-def _caching(group: Group) -> Iterator[Slot]:
-    return (slot for slot in group.slots if slot.owner is None and slot.length > 0)
-
-
-def _age_and_group(kept: tuple[int, int, Slot | None]) -> tuple[int, int]:
-    return kept[:2]
 
 
 def _members(batch: Batch | None) -> Collection[int]:

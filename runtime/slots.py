@@ -67,7 +67,7 @@ class SequenceState:
 
 
 class Pages:
-    """The accounts of a replica's KV memory, in pages of `size` tokens."""
+    """The accounts of a replica's KV memory, in pages of `size` tokens, over the slots of all groups."""
 
     def __init__(self, total: int, size: int) -> None:
         self.total = total
@@ -76,6 +76,7 @@ class Pages:
         """By sequences that run."""
         self.cached = 0
         """By tokens that free slots keep."""
+        self.slots: list[Slot] = []
 
     @property
     def free(self) -> int:
@@ -85,6 +86,24 @@ class Pages:
     def needed(self, length: int) -> int:
         """Pages that `length` tokens take."""
         return -(-length // self.size)
+
+    def evict(self, wanted: int, but_not: Slot | None = None) -> bool:
+        """Frees pages of free slots, the least recently used first, until `wanted` are free; False if it cannot."""
+        while self.free < wanted:
+            keeping = [slot for slot in self.slots if slot.owner is None and slot.length > 0 and slot is not but_not]
+            if not keeping:
+                return False
+            oldest = min(keeping, key=_age)
+            left = self.needed(oldest.length) - (wanted - self.free)
+            self.keep_only(oldest, max(0, left) * self.size)
+        return True
+
+    def keep_only(self, slot: Slot, length: int) -> None:
+        """Forgets what a free slot keeps behind its first `length` tokens, and frees the pages of it."""
+        self.cached -= self.needed(slot.length) - self.needed(length)
+        slot.length = length
+        if length == 0:
+            slot.tokens, slot.last_used = [], 0
 
 
 class Group:
@@ -104,6 +123,7 @@ class Group:
         self.last_was_prefill = False
         self._copies: list[Copy] = []
         self._pages = pages
+        pages.slots += self.slots
         self._prefix_caching = prefix_caching
 
     @property
@@ -134,8 +154,9 @@ class Group:
     def admit(self, sequence: SequenceState, chunk_size: int, now: int) -> None:
         """Gives a sequence a slot, the KV that is found for it, and the pages of its tokens and the next one.
 
-        A sequence that is whole after its first batch may sit anywhere among the decoding ones. Another one sits behind
-        them, where it is in nobody's way while some of them leave.
+        Either a batch of this group is under way, or it is a prefill's turn. A sequence that is whole after the group's
+        next batch may sit anywhere among the decoding ones. Another one sits behind them, where it is in nobody's way
+        while some of them leave.
         """
         num_decoding = len(self.decoding)
         if self._is_prefilled_next(sequence, chunk_size):
@@ -153,31 +174,44 @@ class Group:
         """Whether this group's next batch prefills a sequence from what is found for it to its end."""
         match = self.match(sequence.tokens, sequence.reusable)
         end, _ = sequence.chunk(match if match >= WORTH_A_COPY else 0, chunk_size)
-        return self.under_way is None and self.prefill_is_next and end == len(sequence.tokens)
+        return self.under_way is None and end == len(sequence.tokens)
 
     def _seat(self, sequence: SequenceState, places: list[Slot], now: int) -> None:
-        """Takes the place that has the longest match itself, or else copies the longest match into the oldest place."""
+        """Takes the place that has the longest match itself, or else copies the longest match into the oldest place.
+
+        Pages are freed before anything is saved, so that nothing is copied that would be given up next.
+        """
         tokens, limit = sequence.tokens, sequence.reusable if self._prefix_caching else 0
         source, match = self._longest_match(tokens, limit, self.slots)
-        target, kept = self._longest_match(tokens, limit, places)
-        is_copied = source is not None and match > kept and match >= WORTH_A_COPY
-        if target is None or is_copied or kept < WORTH_A_COPY:
+        target, match_in_place = self._longest_match(tokens, limit, places)
+        if source is None or match < WORTH_A_COPY:
+            self._pages.evict(sequence.pages)
             target = min(places, key=_age)
-            kept = common_prefix(target.tokens, tokens, min(target.length, limit))
-        if self._pages.free >= sequence.pages:
-            self._save(target, 0 if is_copied else kept, behind=len(self.decoding) + 1, but_not=source)
-        self.keep_only(target, 0)
-        if source is not None and is_copied:
+            match = common_prefix(target.tokens, tokens, min(target.length, limit))
+            self._overwrite(target, match, sequence.pages)
+        elif target is not None and match_in_place == match:
+            self._pages.evict(sequence.pages - self._pages.needed(target.length), but_not=target)
+            self._overwrite(target, match, sequence.pages)
+        else:
+            self._pages.evict(sequence.pages, but_not=source)
+            target = min(places, key=_age)
+            self._overwrite(target, 0, sequence.pages, but_not=source)
             self._copies.append(Copy(source=source.index, target=target.index, length=match))
-            kept = match
             self._note_use(source, match, now)
-        target.tokens, target.length, target.owner = tokens, kept, sequence
+            self._pages.evict(sequence.pages)
+        target.tokens, target.length, target.owner = tokens, match, sequence
         sequence.seat = target
+
+    def _overwrite(self, target: Slot, kept: int, pages: int, but_not: Slot | None = None) -> None:
+        """Gives up a free slot from its first `kept` tokens on; the rest goes elsewhere if `pages` are free."""
+        if self._pages.free >= pages:
+            self._save(target, kept, behind=len(self.decoding) + 1, but_not=but_not)
+        self._pages.keep_only(target, 0)
 
     def _note_use(self, source: Slot, length: int, now: int) -> None:
         """A free slot of which little but the copied tokens would be left is of no more use than the copy."""
         if source.owner is None and source.length - length < WORTH_A_COPY:
-            self.keep_only(source, 0)
+            self._pages.keep_only(source, 0)
         else:
             source.last_used = now
 
@@ -191,7 +225,7 @@ class Group:
         movers = [sequence for sequence in self.decoding if sequence.slot.index >= count]
         for hole, sequence in zip(holes, movers, strict=True):
             self._save(hole, 0, behind=count)
-            self.keep_only(hole, 0)
+            self._pages.keep_only(hole, 0)
             left = sequence.slot
             self._copies.append(Copy(source=left.index, target=hole.index, length=left.length))
             hole.tokens, hole.length, hole.owner = left.tokens, left.length, sequence
@@ -210,7 +244,7 @@ class Group:
         spare = min(reversed(spares), key=_age, default=slot)
         if spare.last_used >= slot.last_used:
             return
-        self.keep_only(spare, 0)
+        self._pages.keep_only(spare, 0)
         self._copies.append(Copy(source=slot.index, target=spare.index, length=slot.length))
         spare.tokens, spare.length, spare.last_used = slot.tokens, slot.length, slot.last_used
         self._pages.cached += self._pages.needed(spare.length)
@@ -226,15 +260,8 @@ class Group:
         self._pages.cached += self._pages.needed(slot.length)
         slot.owner, slot.last_used = None, now
         if not self._prefix_caching:
-            self.keep_only(slot, 0)
+            self._pages.keep_only(slot, 0)
         sequence.seat, sequence.group, sequence.pages = None, None, 0
-
-    def keep_only(self, slot: Slot, length: int) -> None:
-        """Forgets what a free slot keeps behind its first `length` tokens, and frees the pages of it."""
-        self._pages.cached -= self._pages.needed(slot.length) - self._pages.needed(length)
-        slot.length = length
-        if length == 0:
-            slot.tokens, slot.last_used = [], 0
 
     @staticmethod
     def _longest_match(tokens: list[int], limit: int, slots: list[Slot]) -> tuple[Slot | None, int]:

@@ -12,13 +12,13 @@ from furiosa_llm.runtime.scheduler import Scheduler, SchedulerLimits
 MakeScheduler = Callable[[SchedulerLimits], Scheduler]
 
 
-class WrongSchedule(AssertionError):
+class WrongScheduleError(AssertionError):
     """The scheduler did what it must not do."""
 
 
 def expect(condition: bool, complaint: str) -> None:
     if not condition:
-        raise WrongSchedule(complaint)
+        raise WrongScheduleError(complaint)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -77,8 +77,8 @@ class SlotStore:
 class Machine:
     """A scheduler, its clients and the store, and what may happen next. Every check is made on the way."""
 
-    def __init__(self, make: MakeScheduler, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, make: MakeScheduler, rng: random.Random) -> None:
+        self.random = rng
         self.limits = random_limits(self.random)
         self.scheduler = make(self.limits)
         self.store = SlotStore(self.limits)
@@ -96,7 +96,7 @@ class Machine:
 
     def run(self, num_events: int) -> None:
         """Random events, and then whatever is left to its end."""
-        events = [self.add] * 4 + [self.schedule] * 8 + [self.complete] * 7 + [self.abort]
+        events = [self.add] * 6 + [self.schedule] * 8 + [self.complete] * 7 + [self.abort]
         for _ in range(num_events):
             self.random.choice(events)()
             self.check_accounts()
@@ -138,7 +138,7 @@ class Machine:
             sequence_id=self.next_id,
             prompt=prompt,
             budget=self.random.choice([1, 2, 5, 12, 30]),
-            prompt_logits=self.random.random() < 0.15,
+            prompt_logits=self.random.random() < 0.2,
             tokens=list(prompt),
         )
         self.next_id += 1
@@ -261,6 +261,15 @@ class Machine:
             expect(not before.decoding[batch.group], "a second prefill while others want to decode")
         if isinstance(last, Decode) and isinstance(batch, Decode):
             expect(before.prefilling[batch.group] is None, "a second decode while a prompt is half prefilled")
+            expect(not self._head_fits(len(batch.rows)), "a second decode while there is room for a prompt")
+
+    def _head_fits(self, num_decoding: int) -> bool:
+        """Whether the first of those that wait would have a slot beside so many others, and pages."""
+        waiting = self.scheduler._waiting
+        if not waiting or num_decoding == self.limits.slots_per_group:
+            return False
+        free = self.limits.num_pages - self.scheduler.used_pages + self.scheduler.cached_pages
+        return -(-(len(waiting[0].tokens) + 1) // self.limits.page_size) <= free
 
     def _count_passed_over(self, batch: Batch) -> None:
         members = {batch.sequence_id} if isinstance(batch, Prefill) else {row.sequence_id for row in batch.rows}
@@ -354,21 +363,21 @@ def _size(batch: Batch) -> int:
 def random_limits(rng: random.Random) -> SchedulerLimits:
     """Limits under which slots, pages and lengths all run out now and then."""
     page_size = rng.choice([1, 2, 3, 4, 8, 16])
-    max_length = rng.choice([3, 12, 40, 64])
+    max_length = rng.choice([3, 12, 40, 64, 64])
     least = -(-max_length // page_size)
     return SchedulerLimits(
         num_groups=rng.choice([1, 1, 2, 3]),
-        slots_per_group=rng.choice([1, 2, 3, 5, 8]),
-        num_pages=rng.choice([max(1, least - 1), least, least + 1, 3 * least // 2, 2 * least, 20 * least]),
+        slots_per_group=rng.choice([1, 2, 3, 4, 6]),
+        num_pages=rng.choice([max(1, least - 1), least, least + 1, 3 * least // 2, 2 * least, 3 * least, 20 * least]),
         page_size=page_size,
         max_length=max_length,
-        prefill_chunk_size=rng.choice([1, 4, 16, 64]),
+        prefill_chunk_size=rng.choice([1, 3, 7, 16, 64]),
         prefix_caching=rng.random() < 0.8,
     )
 
 
 def run_trace(seed: int, make: MakeScheduler = Scheduler) -> Machine:
     """One random trace, checked all the way."""
-    machine = Machine(make, seed)
+    machine = Machine(make, random.Random(seed))
     machine.run(num_events=machine.random.choice([20, 60, 200]))
     return machine
