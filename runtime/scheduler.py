@@ -166,7 +166,7 @@ class Scheduler:
         """The next batch, of a group that has none under way; None if nothing can run before a batch returns."""
         order = self._groups[self._next_group :] + self._groups[: self._next_group]
         idle = [group for group in order if group.under_way is None]
-        self._admit(idle)
+        self._admit()
         for group in idle:
             batch = self._next_batch(group)
             if batch is not None:
@@ -268,39 +268,35 @@ class Scheduler:
             sequence.group.leave(sequence, next(self._uses))
         del self._sequences[sequence.sequence_id]
 
-    def _admit(self, idle: list[Group]) -> None:
-        """Admits sequences in order while a group waits for a prompt that could be prefilled at once.
+    def _admit(self) -> None:
+        """Admits sequences in order while there is a group that could prefill one at once.
 
-        A sequence may go to a group with a batch under way, if that one suits it better.
+        A sequence may still go to another group that suits it better, and wait there for its turn.
         """
         while self._waiting:
             sequence = self._waiting[0]
             needed = self._pages.needed(len(sequence.tokens) + 1)
-            ready = any(group.takes_a_prompt and group.prefill_is_next for group in idle)
+            ready = any(group.is_ready_for_a_prompt for group in self._groups)
             if not ready or self._pages.held + needed > self._pages.total:
                 return
             del self._waiting[0]
-            group = self._choose_group(sequence, idle)
+            group = self._choose_group(sequence)
             group.admit(sequence, self.limits.prefill_chunk_size, next(self._uses))
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.slot.length
 
-    def _choose_group(self, sequence: SequenceState, idle: list[Group]) -> Group:
+    def _choose_group(self, sequence: SequenceState) -> Group:
         """The group with the longest match, of those that are as little loaded as any or have one sequence more.
 
         No match is worth leaving a group empty beside one that is not: a stage would have nothing to do.
         """
-        open_groups = [
-            group
-            for group in self._groups
-            if group.takes_a_prompt and (group.under_way is not None or group.prefill_is_next)
-        ]
+        open_groups = [group for group in self._groups if group.takes_a_prompt]
         least = min(group.load for group in open_groups)
         suitable = [group for group in open_groups if group.load <= least + min(least, 1)]
 
         def rank(group: Group) -> tuple[int, int, bool]:
             match = group.match(sequence.tokens, sequence.reusable)
-            return (-match if match >= WORTH_A_COPY else 0, group.load, group not in idle)
+            return (-match if match >= WORTH_A_COPY else 0, group.load, not group.is_ready_for_a_prompt)
 
         return min(suitable, key=rank)
 

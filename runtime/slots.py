@@ -141,6 +141,11 @@ class Group:
         """Whether a sequence may be admitted: one is prefilled at a time, and there is a free slot."""
         return self.prefilling is None and len(self.decoding) < len(self.slots)
 
+    @property
+    def is_ready_for_a_prompt(self) -> bool:
+        """Whether a sequence that is admitted now can be in the next batch."""
+        return self.takes_a_prompt and self.under_way is None and self.prefill_is_next
+
     def take_copies(self) -> tuple[Copy, ...]:
         """The copies that were decided since the last batch, in order; the batch that is about to start has them."""
         copies = tuple(self._copies)
@@ -154,9 +159,8 @@ class Group:
     def admit(self, sequence: SequenceState, chunk_size: int, now: int) -> None:
         """Gives a sequence a slot, the KV that is found for it, and the pages of its tokens and the next one.
 
-        Either a batch of this group is under way, or it is a prefill's turn. A sequence that is whole after the group's
-        next batch may sit anywhere among the decoding ones. Another one sits behind them, where it is in nobody's way
-        while some of them leave.
+        A sequence that is whole after the group's next batch may sit anywhere among the decoding ones. Another one sits
+        behind them, where it is in nobody's way while some of them leave.
         """
         num_decoding = len(self.decoding)
         if self._is_prefilled_next(sequence, chunk_size):
@@ -174,7 +178,7 @@ class Group:
         """Whether this group's next batch prefills a sequence from what is found for it to its end."""
         match = self.match(sequence.tokens, sequence.reusable)
         end, _ = sequence.chunk(match if match >= WORTH_A_COPY else 0, chunk_size)
-        return self.under_way is None and end == len(sequence.tokens)
+        return self.is_ready_for_a_prompt and end == len(sequence.tokens)
 
     def _seat(self, sequence: SequenceState, places: list[Slot], now: int) -> None:
         """Takes the place that has the longest match itself, or else copies the longest match into the oldest place.

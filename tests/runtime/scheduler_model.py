@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from furiosa_llm.runtime.batch import Batch, Copy, Decode, Prefill
 from furiosa_llm.runtime.scheduler import Scheduler, SchedulerLimits
+from furiosa_llm.runtime.slots import SequenceState
 
 MakeScheduler = Callable[[SchedulerLimits], Scheduler]
 
@@ -274,8 +275,8 @@ class Machine:
     def _count_passed_over(self, batch: Batch) -> None:
         members = {batch.sequence_id} if isinstance(batch, Prefill) else {row.sequence_id for row in batch.rows}
         after = Snapshot(self.scheduler)
-        for sequence_id in after.decoding[batch.group] | ({after.prefilling[batch.group]} - {None}):
-            client = self.clients.get(sequence_id) if sequence_id is not None else None
+        for sequence_id in after.running_in(batch.group):
+            client = self.clients.get(sequence_id)
             if client is not None:
                 client.passed_over = 0 if sequence_id in members else client.passed_over + 1
                 expect(client.passed_over <= 1, f"sequence {sequence_id} starves in group {batch.group}")
@@ -286,12 +287,7 @@ class Machine:
         busy = {batch.group for batch in self.under_way}
         idle = [group for group in range(self.limits.num_groups) if group not in busy]
         victims = after.waiting - before.waiting
-        staying = {
-            sequence_id
-            for group in idle
-            for sequence_id in after.decoding[group] | ({after.prefilling[group]} - {None})
-            if sequence_id is not None
-        }
+        staying = {sequence_id for group in idle for sequence_id in after.running_in(group)}
         if victims and staying:
             expect(min(victims) > max(staying), f"{victims} are preempted, and {staying} stay")
 
@@ -333,7 +329,15 @@ class Snapshot:
         self.num_preemptions = scheduler.num_preemptions
         self.waiting = {sequence.sequence_id for sequence in scheduler._waiting}
         self.decoding = [{sequence.sequence_id for sequence in group.decoding} for group in scheduler._groups]
-        self.prefilling = [group.prefilling and group.prefilling.sequence_id for group in scheduler._groups]
+        self.prefilling = [_id_of(group.prefilling) for group in scheduler._groups]
+
+    def running_in(self, group: int) -> set[int]:
+        prefilling = self.prefilling[group]
+        return self.decoding[group] | (set() if prefilling is None else {prefilling})
+
+
+def _id_of(sequence: SequenceState | None) -> int | None:
+    return None if sequence is None else sequence.sequence_id
 
 
 def recount(scheduler: Scheduler) -> tuple[int, int]:

@@ -232,6 +232,27 @@ def test_another_prompt_does_not_overwrite_what_may_be_asked_for_again() -> None
     decode(scheduler)
     again = prefill(scheduler)
     assert (again.slot, again.copies, again.start) == (1, (Copy(source=3, target=1, length=30),), 30)
+    assert scheduler.cached_pages == 0, "the copy is kept, what was copied is not"
+
+
+def test_nothing_is_saved_over_what_was_used_since() -> None:
+    scheduler = Scheduler(limits(slots_per_group=3))
+    start(scheduler, [prompt(30), prompt(30, first=1)])
+    decode(scheduler, finished=[1])
+    decode(scheduler, finished=[0])
+    start(scheduler, [prompt(20, first=2), prompt(20, first=3)])
+    assert [scheduler.cached_prefix(prompt(31, first=number)) for number in range(2)] == [30, 0]
+
+
+def test_what_a_prompt_was_copied_from_is_kept_longer() -> None:
+    scheduler = Scheduler(limits(slots_per_group=6, num_pages=28, max_length=100, prefill_chunk_size=64))
+    for number, length in ((0, 40), (1, 20)):
+        scheduler.add(number, prompt(length, first=number))
+        prefill(scheduler, finished=[number])
+    start(scheduler, [prompt(8, first=2), [*prompt(20), -1, -2, -3], prompt(19, first=3)])
+    assert scheduler.used_pages == 28
+    assert scheduler.cached_prefix(prompt(41)) == 40
+    assert 0 < scheduler.cached_prefix(prompt(21, first=1)) < 20
 
 
 def test_nothing_is_saved_that_would_have_to_be_given_up_at_once() -> None:
@@ -395,6 +416,29 @@ def test_a_prompt_goes_where_it_is_found() -> None:
     found = {batch.sequence_id: batch for batch in (run(scheduler) for _ in range(6)) if isinstance(batch, Prefill)}
     assert {number: found[number].group for number in (2, 3)} == {2: groups[0], 3: groups[1]}
     assert {found[number].start for number in (2, 3)} == {30}
+
+
+def test_a_group_may_have_one_sequence_more_if_a_prompt_is_found_there() -> None:
+    scheduler = Scheduler(limits(num_groups=2))
+    start(scheduler, [prompt(30), prompt(30, first=1), [*prompt(30), -1]])
+    scheduler.add(3, [*prompt(30), -2])
+    scheduler.add(4, [*prompt(30), -3])
+    found = {batch.sequence_id: batch for batch in (run(scheduler) for _ in range(8)) if isinstance(batch, Prefill)}
+    assert (found[3].start, found[4].start) == (30, 0)
+    assert found[3].group != found[4].group
+
+
+def test_a_prompt_that_is_found_nowhere_goes_to_an_idle_group() -> None:
+    scheduler = Scheduler(limits(num_groups=2))
+    start(scheduler, [prompt(30), prompt(30, first=1)])
+    assert {decode(scheduler).group, decode(scheduler).group} == {0, 1}
+    while scheduler._next_group != 0:
+        decode(scheduler)
+    under_way = scheduler.schedule()
+    assert under_way is not None
+    assert under_way.group == 0
+    scheduler.add(2, prompt(30, first=2))
+    assert prefill(scheduler).group == 1
 
 
 def test_a_prompt_waits_for_the_group_under_way_in_which_it_is_found() -> None:
