@@ -40,7 +40,7 @@ class Client:
     group: int | None = None
     starts: int = 0
     passed_over: int = 0
-    """Batches of its group since the last one that it was in."""
+    """Batches of its group since the last one that it was in, or since it was admitted again."""
     ends: int = 0
     """How often it was answered or aborted; once, in the end."""
 
@@ -287,6 +287,8 @@ class Machine:
         busy = {batch.group for batch in self.under_way}
         idle = [group for group in range(self.limits.num_groups) if group not in busy]
         victims = after.waiting - before.waiting
+        for sequence_id in victims & set(self.clients):
+            self.clients[sequence_id].passed_over = 0
         staying = {sequence_id for group in idle for sequence_id in after.running_in(group)}
         if victims and staying:
             expect(min(victims) > max(staying), f"{victims} are preempted, and {staying} stay")
