@@ -27,7 +27,7 @@ Message = Mapping[str, Any]
 class Tokenizer:
     """A tokenizer.json with what tokenizer_config.json and chat_template.jinja say beside it.
 
-    Text is encoded without special tokens: chat templates write those that a model wants.
+    Text is encoded without special tokens unless they are asked for: chat templates write those that a model wants.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
@@ -62,6 +62,9 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
+        # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         config = _read_config(find(_CONFIG))
         return cls(tokenizer, config, _read_template(find(_TEMPLATE), config))
 
@@ -70,9 +73,18 @@ class Tokenizer:
         """The number of tokens, added ones among them."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, without special tokens around it."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
+        """The tokens of `text`: the first `max_length`, special tokens among them.
+
+        Special tokens are put around the text only if it is asked for.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if max_length is not None:
+            added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+            encoding.truncate(max(0, max_length - added))
+        if add_special_tokens:
+            encoding = self._tokenizer.post_process(encoding)
+        return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens left out."""
