@@ -1,4 +1,4 @@
-"""What lies beside a sentence encoder in sentence-transformers' form, as the one file that an artifact carries of it."""
+"""What sentence-transformers puts beside an encoder, as the one file that an artifact carries of it: pooling.json."""
 
 from __future__ import annotations
 

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInfo
+from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
+from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.prompts import Prompt, check_tokens, listed, unwrapped
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 Vector = npt.NDArray[np.float32]
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, its token ids, or one of both under the key `prompt` or `prompt_token_ids`."""
 
 T = TypeVar("T")
 
 MAX_BATCH_SIZE = 32
-
-_FED = {
-    "token_ids": (("batch", "sequence"),),
-    "attention_mask": (("batch", "sequence"),),
-    "position_ids": (("batch", "sequence"), (1, "sequence")),
-    "token_type_ids": (("batch", "sequence"),),
-}
-"""The inputs that tokens alone tell, by role, and the shapes they may have."""
 
 _MIXES_ROWS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
 """Ops that take one scale over all texts of a batch, so that what stands beside a text alters its result."""
@@ -182,7 +174,7 @@ class Encoder:
                 how, pooling=pooling or how.pooling, normalize=how.normalize if normalize is None else normalize
             )
         limit = self._truncation(truncate_prompt_tokens)
-        rows = [self._token_ids(prompt, limit) for prompt in _listed(prompts)]
+        rows = [self._token_ids(prompt, limit) for prompt in listed(prompts)]
         vectors: dict[int, Vector] = {}
         for batch in self._batches(rows):
             vectors.update(zip(batch, self._vectors([rows[index] for index in batch], how), strict=True))
@@ -216,24 +208,19 @@ class Encoder:
         return wanted
 
     def _token_ids(self, prompt: Prompt, limit: int | None) -> list[int]:
-        given = _unwrapped(prompt)
-        if isinstance(given, str):
-            if self.tokenizer is None:
-                raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
-            row = self.tokenizer.encode(given, add_special_tokens=True, max_length=limit)
+        text, given = unwrapped(prompt)
+        if given is not None:
+            row = given[:limit]
+        elif self.tokenizer is None or text is None:
+            raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
         else:
-            row = [int(token) for token in given][:limit]
-        if not row:
-            raise InputError("the prompt has no tokens; give a prompt that is not empty")
+            row = self.tokenizer.encode(text, add_special_tokens=True, max_length=limit)
+        check_tokens(row, self._vocab_size)
         if self.max_length is not None and len(row) > self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(row)} tokens, the model takes at most {self.max_length}; give a shorter one, or "
                 f"truncate_prompt_tokens=-1 to cut it"
             )
-        beyond = [token for token in row if token < 0 or (self._vocab_size is not None and token >= self._vocab_size)]
-        if beyond:
-            known = "" if self._vocab_size is None else f" and below {self._vocab_size}"
-            raise InputError(f"token {beyond[0]} is unknown to the model; tokens are at least 0{known}")
         return row
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -244,27 +231,10 @@ class Encoder:
             yield from (group[start : start + self._batch_size] for start in range(0, len(group), self._batch_size))
 
     def _vectors(self, rows: Sequence[Sequence[int]], how: Pooling) -> list[Vector]:
-        states = self._executor.run(_feeds(self._inputs, rows))[self._output.name]
+        states = self._executor.run(prompt_feeds(self._inputs, rows))[self._output.name]
         if states.ndim == 2:
             return [_finished(row, how) for row in states]
         return [_pooled(row[: len(tokens)], how) for row, tokens in zip(states, rows, strict=True)]
-
-
-def _feeds(infos: Sequence[InputInfo], rows: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """The model's inputs for `rows`, filled up with zeros that the mask hides."""
-    longest = max(map(len, rows))
-    tokens = np.zeros((len(rows), longest), dtype=np.int64)
-    mask = np.zeros_like(tokens)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    positions = np.broadcast_to(np.arange(longest), tokens.shape)
-    arrays = {"token_ids": tokens, "attention_mask": mask, "position_ids": positions}
-    feeds = {}
-    for info in infos:
-        array = arrays.get(info.role, np.zeros_like(tokens))
-        feeds[info.name] = (array[:1] if info.shape[0] == 1 else array).astype(DTYPES[info.dtype].numpy)
-    return feeds
 
 
 def _pooled(states: Array, how: Pooling) -> Vector:
@@ -280,29 +250,6 @@ def _finished(vector: Array, how: Pooling) -> Vector:
     return result / norm if how.normalize and norm > 0 else result
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt as a list of it; a list of integers is one prompt."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]
-    if prompts and all(isinstance(item, int | np.integer) for item in prompts):
-        return [prompts]  # type: ignore[list-item] # a sequence of integers, as was just found
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _unwrapped(prompt: Prompt) -> str | Sequence[int]:
-    given: Any = prompt
-    if isinstance(prompt, Mapping):
-        keys = [key for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None]
-        given = prompt[keys[0]] if keys else None
-    is_ids = isinstance(given, Sequence) and all(isinstance(item, int | np.integer) for item in given)
-    if isinstance(given, str) or is_ids:
-        return given  # type: ignore[no-any-return] # checked above
-    raise InputError(
-        f"Unsupported prompt type: {type(prompt).__name__} {prompt!r:.80}; give a text, a list of token ids, or a "
-        f"mapping with `prompt` or `prompt_token_ids`"
-    )
-
-
 def _check_inputs(manifest: Manifest) -> None:
     if manifest.model.task != "encoder":
         raise UnsupportedError(
@@ -310,7 +257,7 @@ def _check_inputs(manifest: Manifest) -> None:
             f"use `furiosa-llm {'generate' if manifest.model.task == 'decoder' else 'run'}`"
         )
     for info in manifest.inputs:
-        if info.shape not in _FED.get(info.role, ()):
+        if info.shape not in PROMPT_SHAPES.get(info.role, ()):
             raise UnsupportedError(
                 f"input {info.name!r:.80} of role {info.role!r} and shape {list(info.shape)} cannot be made from token "
                 f"ids; use `furiosa-llm run` and give it as a tensor"

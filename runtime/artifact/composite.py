@@ -139,12 +139,15 @@ def open_composite(path: str | os.PathLike[str], *, full: bool | None = None) ->
     parts: dict[PartName, Artifact] = {}
     for entry in manifest.parts:
         if (folder / entry.name).is_symlink():
-            raise ArtifactError(f"{folder / entry.name} is a link; copy the artifact with its links followed (`cp -rL`)")
+            raise ArtifactError(
+                f"{folder / entry.name} is a link; copy the artifact with its links followed (`cp -rL`)"
+            )
         artifact = open_artifact(folder / entry.name, full=full)
         if artifact.digest != entry.digest:
             raise ArtifactError(
                 f"{folder / entry.name} is not the part that was built with the others: its manifest has the digest "
-                f"{artifact.digest[:16]}..., expected {entry.digest[:16]}...; copy the whole artifact again or {REBUILD}"
+                f"{artifact.digest[:16]}..., expected {entry.digest[:16]}...; copy the whole artifact again or "
+                f"{REBUILD}"
             )
         parts[entry.name] = artifact
     check_fit(manifest, {name: part.manifest for name, part in parts.items()})

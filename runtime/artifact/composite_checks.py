@@ -1,4 +1,4 @@
-"""Whether the parts of a composite artifact fit: the same split, and every input fed by an output of its type and shape."""
+"""Whether the parts of a composite artifact fit: split alike, and every input fed by an output of its kind."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def _first_name(parts: Mapping[PartName, Manifest]) -> str:
     return "decoder_first" if "decoder_first" in parts else "decoder"
 
 
-def _check_decoder(
-    name: str, part: Manifest, hidden: str, given: OutputInfo, composite: CompositeManifest
-) -> None:
+def _check_decoder(name: str, part: Manifest, hidden: str, given: OutputInfo, composite: CompositeManifest) -> None:
     logits = [info for info in part.outputs if info.role == "logits"]
     if not logits:
         _fail(name, "has no output for logits")

@@ -126,6 +126,7 @@ def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> 
 
 
 def manifest_bytes(folder: Path) -> bytes:
+    """The bytes of manifest.json in `folder`; raises ArtifactError if there is none, or none of a fitting size."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise ArtifactError(
