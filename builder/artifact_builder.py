@@ -87,7 +87,6 @@ class ArtifactBuilder:
             name=self._name,
             build_part=lambda model, folder, name: self._build(model, folder, name, False, progress, workers),
             force=force,
-            progress=progress,
         )
 
     def _build(

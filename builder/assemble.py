@@ -121,7 +121,12 @@ class Assembly:
 
 
 def default_name(model: Path) -> str:
-    """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`."""
+    """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`.
+
+    A folder with a model of several files has its own name.
+    """
+    if model.is_dir():
+        return model.resolve().name
     return model.stem if model.stem != "model" else model.parent.resolve().name
 
 

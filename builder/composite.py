@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from furiosa_llm.builder.assemble import Progress
 from furiosa_llm.builder.errors import ModelLoadError, OptionError, UnsupportedModelError
 from furiosa_llm.builder.generation_tokens import end_tokens, start_token
 from furiosa_llm.builder.options import BuildOptions
@@ -79,31 +78,40 @@ def check_options(options: BuildOptions) -> None:
 
 
 def build_composite(
-    model: EncoderDecoder,
-    destination: Path,
-    *,
-    name: str,
-    build_part: PartBuild,
-    force: bool,
-    progress: Progress | None,
+    model: EncoderDecoder, destination: Path, *, name: str, build_part: PartBuild, force: bool
 ) -> BuildReport:
     """Write the composite artifact of `model` to `destination`, or nothing; the report has those of the parts."""
-    started = time.monotonic()
-    told = progress or (lambda *_: None)
-    reports: dict[PartName, BuildReport] = {}
-    with output_folder(destination, force=force) as folder:
-        told("load", 0, 1)
-        decoder = model.sources["decoder"]
-        start, ends = start_token(decoder), end_tokens(decoder)
-        for part, source in model.sources.items():
-            reports[part] = build_part(source, folder / part, f"{name} {part}")
-        write_composite(folder, name=name, start=start[0], ends=ends[0])
-    notes = tuple(
+    decoder = model.sources["decoder"]
+    start, ends = start_token(decoder), end_tokens(decoder)
+    report = build_parts(
+        model.sources, destination, name=name, start=start[0], ends=ends[0], build_part=build_part, force=force
+    )
+    guessed = tuple(
         f"no configuration beside the model: {what} {tokens} was taken from tokenizer.json"
         for what, (tokens, file) in (("the first token", start), ("the end of a completion", ends))
         if file == "tokenizer.json"
     )
-    return summary(reports, artifact=str(destination), notes=notes, seconds=time.monotonic() - started)
+    return dataclasses.replace(report, notes=(*guessed, *report.notes))
+
+
+def build_parts(
+    sources: Mapping[PartName, Path],
+    destination: Path,
+    *,
+    name: str,
+    start: int,
+    ends: tuple[int, ...],
+    build_part: PartBuild,
+    force: bool,
+) -> BuildReport:
+    """Build each of `sources` into a part of one composite artifact at `destination`, or write nothing."""
+    started = time.monotonic()
+    reports: dict[PartName, BuildReport] = {}
+    with output_folder(destination, force=force) as folder:
+        for part, source in sources.items():
+            reports[part] = build_part(source, folder / part, f"{name} {part}")
+        write_composite(folder, name=name, start=start, ends=ends)
+    return summary(reports, artifact=str(destination), seconds=time.monotonic() - started)
 
 
 def write_composite(folder: Path, *, name: str, start: int, ends: tuple[int, ...]) -> None:
@@ -127,9 +135,7 @@ def write_composite(folder: Path, *, name: str, start: int, ends: tuple[int, ...
     open_composite(folder, full=False)
 
 
-def summary(
-    reports: Mapping[PartName, BuildReport], *, artifact: str, notes: tuple[str, ...], seconds: float
-) -> BuildReport:
+def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: float) -> BuildReport:
     """One report of all parts: memory is that of all together, a token's costs are those of the decoder's step."""
     parts = tuple(reports.values())
     return dataclasses.replace(
@@ -142,7 +148,7 @@ def summary(
         stored_nbytes=sum(part.stored_nbytes for part in parts),
         decisions=tuple(decision for part in parts for decision in part.decisions),
         replicated=tuple(line for part in parts for line in part.replicated),
-        notes=(*notes, *(note for part in parts for note in part.notes)),
+        notes=tuple(note for part in parts for note in part.notes),
         fused_attentions=sum(part.fused_attentions for part in parts),
         attentions_left=tuple(line for part in parts for line in part.attentions_left),
         faults=tuple(fault for part in parts for fault in part.faults),

@@ -77,10 +77,14 @@ class CompositeManifest:
     hidden: HiddenLink
     states: tuple[StateLink, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, without its digest, keys in the order of the specification."""
+        head = {"format": {"name": COMPOSITE_FORMAT_NAME, "version": COMPOSITE_VERSION}, "kind": KIND}
+        return head | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json: equal manifests give equal bytes."""
-        head = {"format": {"name": COMPOSITE_FORMAT_NAME, "version": COMPOSITE_VERSION}, "kind": KIND}
-        return seal(head | {field.name: _plain(getattr(self, field.name)) for field in fields(self)})
+        return seal(self.to_json())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
