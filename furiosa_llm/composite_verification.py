@@ -1,4 +1,4 @@
-"""`verify_composite`: the checks of `verify_artifact` for each part of a composite artifact, and whether the parts fit."""
+"""`verify_composite`: the checks of `verify_artifact` for each part of a composite artifact, and whether they fit."""
 
 from __future__ import annotations
 
