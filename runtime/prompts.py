@@ -14,10 +14,11 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """`prompts` as a list; a sequence of integers is one prompt."""
-    if isinstance(prompts, str | Mapping) or (prompts and _is_ids(prompts)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+    """`prompts` as a list; a sequence of integers is one prompt, and so is what is no sequence."""
+    several = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    if several and not (prompts and _is_ids(prompts)):
+        return list(cast(Sequence[Prompt], prompts))
+    return [cast(Prompt, prompts)]
 
 
 def unwrapped(prompt: Prompt) -> tuple[str | None, list[int] | None]:
