@@ -17,6 +17,7 @@ from furiosa_llm.builder.errors import ModelLoadError, OptionError, OutputError,
 from furiosa_llm.builder.generation_tokens import end_tokens, start_token
 from furiosa_llm.builder.tactics import Tactics
 from furiosa_llm.runtime.artifact.composite import open_composite
+from furiosa_llm.runtime.artifact.errors import ArtifactError
 
 TOKENIZER = {
     "padding": {"pad_id": 7},
@@ -108,6 +109,14 @@ def test_a_state_that_nothing_gives(copy: Path, tmp_path: Path) -> None:
     model.graph.output.extend(kept)
     onnx.save(model, copy / "decoder_model.onnx")
     with pytest.raises(UnsupportedModelError, match=r"takes the state 'past_key_values\.1\.encoder\.key', which"):
+        ArtifactBuilder(copy).build(tmp_path / "artifact")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_parts_that_do_not_fit_are_not_published(copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_text()) | {"decoder_start_token_id": 5000}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="has 1024 tokens, but generation begins with 5000"):
         ArtifactBuilder(copy).build(tmp_path / "artifact")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tokenizers
 from onnx import TensorProto, helper, numpy_helper
-from tokenizers.processors import TemplateProcessing
 
 from fixtures.packaged import sentence_encoder
 from furiosa_llm.builder import ArtifactBuilder
-from furiosa_llm.runtime.artifact.pooling import Pooling
+from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.tokenizer import Tokenizer
+from tests.runtime.bracketed import bracketed_tokenizer
 
 LENGTHS = (7, 3, 7, 12, 3, 1, 7)
 
@@ -64,26 +64,23 @@ def states(bert: Path) -> Callable[[list[int]], Any]:
 
 
 @pytest.mark.parametrize("size", [4, 8])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_vectors_are_those_of_the_unsplit_model(
-    pooling: Any,
-    normalize: bool,
-    size: int,
-    built: dict[int, Path],
-    prompts: list[list[int]],
-    states: Callable[[list[int]], Any],
+    size: int, built: dict[int, Path], prompts: list[list[int]], states: Callable[[list[int]], Any]
 ) -> None:
+    wholes = [states(prompt).astype(np.float64) for prompt in prompts]
+    expected = {
+        "mean": [whole.mean(axis=0) for whole in wholes],
+        "cls": [whole[0] for whole in wholes],
+        "last": [whole[-1] for whole in wholes],
+    }
     with Encoder.load_artifact(built[size]) as encoder:
-        found = encoder.encode(prompts, pooling=pooling, normalize=normalize)
-    assert [one.prompt_token_ids for one in found] == prompts
-    for one, prompt in zip(found, prompts, strict=True):
-        whole = states(prompt).astype(np.float64)
-        expected = {"mean": whole.mean(axis=0), "cls": whole[0], "last": whole[-1]}[pooling]
-        if normalize:
-            expected /= np.linalg.norm(expected)
-        assert one.outputs.data.dtype == np.float32
-        np.testing.assert_allclose(one.outputs.data, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        for pooling, normalize in itertools.product(get_args(PoolingType), (False, True)):
+            found = encoder.encode(prompts, pooling=pooling, normalize=normalize)
+            assert [one.prompt_token_ids for one in found] == prompts
+            for one, vector in zip(found, expected[pooling], strict=True):
+                wanted = vector / np.linalg.norm(vector) if normalize else vector
+                assert one.outputs.data.dtype == np.float32
+                np.testing.assert_allclose(one.outputs.data, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_what_stands_beside_a_text_alters_nothing(encoder: Encoder, prompts: list[list[int]]) -> None:
@@ -197,11 +194,8 @@ def write_model(path: Path, *, outputs: tuple[str, ...], quantised: bool = False
         helper.make_node("Add", ["states", "states"], ["twice"]),
         helper.make_node("ReduceMean", ["states", "axes"], ["vector"], keepdims=0),
     ]
-    shapes: dict[str, list[str | int | None]] = {
-        "states": ["batch", "sequence", 16],
-        "twice": ["batch", "sequence", 16],
-        "vector": ["batch", 16],
-    }
+    by_token: list[str | int | None] = ["batch", "sequence", 16]
+    shapes = {"states": by_token, "twice": by_token, "vector": ["batch", 16]}
     graph = helper.make_graph(
         nodes,
         "hand-made",
@@ -255,15 +249,7 @@ def test_padding_needs_a_mask(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bracketed(tmp_path: Path) -> Tokenizer:
-    """Words as tokens, [CLS] and [SEP] around a text; the file asks for padding to 6 and for cutting at 2."""
-    words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "b": 4, "c": 5}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    made.enable_padding(length=6)
-    made.enable_truncation(2)
-    made.save(str(tmp_path / "tokenizer.json"))
-    return Tokenizer.from_folder(tmp_path)
+    return bracketed_tokenizer(tmp_path)
 
 
 def test_special_tokens_stay_around_a_text_that_is_cut(bracketed: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from furiosa_llm.runtime.artifact.composite import open_composite
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.seq2seq import Seq2Seq
+from tests.runtime.bracketed import bracketed_tokenizer
 from tests.runtime.seq2seq_reference import CachedReference, WholeReference, generate
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -149,13 +150,15 @@ def test_streams(model: Seq2Seq, prompts: list[list[int]]) -> None:
     assert streamed(RequestOutputKind.FINAL) == [tokens]
 
 
-def test_texts_have_their_special_tokens(built: dict[int, Path], zoo: Path) -> None:
-    with Seq2Seq.load_artifact(built[4], tokenizer=zoo / "tiny-llama-optimum") as model:
-        (found,) = model.generate("hello", GREEDY)
-        assert model.tokenizer is not None
-        assert found.prompt_token_ids == model.tokenizer.encode("hello", add_special_tokens=True)
-        assert found.prompt == "hello"
-        assert found.outputs[0].text == model.tokenizer.decode(found.outputs[0].token_ids)
+def test_texts_have_their_special_tokens(built: dict[int, Path], tmp_path: Path, model: Seq2Seq) -> None:
+    tokenizer = bracketed_tokenizer(tmp_path)
+    with Seq2Seq.load_artifact(built[4], tokenizer=tmp_path) as reading:
+        (found,) = reading.generate("a b c", GREEDY)
+    assert found.prompt_token_ids == [1, 3, 4, 5, 2]
+    assert found.prompt == "a b c"
+    assert found.outputs[0].text == tokenizer.decode(found.outputs[0].token_ids)
+    (expected,) = model.generate([1, 3, 4, 5, 2], GREEDY)
+    assert found.outputs[0].token_ids == expected.outputs[0].token_ids
 
 
 def test_what_cannot_be_generated(model: Seq2Seq, built: dict[int, Path]) -> None:
