@@ -195,7 +195,8 @@ def write_model(path: Path, *, outputs: tuple[str, ...], quantised: bool = False
         helper.make_node("ReduceMean", ["states", "axes"], ["vector"], keepdims=0),
     ]
     by_token: list[str | int | None] = ["batch", "sequence", 16]
-    shapes = {"states": by_token, "twice": by_token, "vector": ["batch", 16]}
+    by_text: list[str | int | None] = ["batch", 16]
+    shapes = {"states": by_token, "twice": by_token, "vector": by_text}
     graph = helper.make_graph(
         nodes,
         "hand-made",
