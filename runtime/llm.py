@@ -13,6 +13,7 @@ from typing import Any, Self, overload
 
 import numpy as np
 
+from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.decoder import DecoderSession
@@ -79,6 +80,9 @@ class LLM:
                 raise UnsupportedError(f"{name}={value} is not supported by this release; leave it out, or give 1")
         if devices is not None:
             raise UnsupportedError(f"devices={devices!r:.80} is not supported by this release; leave it out")
+        whole = whole_of_part(path)
+        if whole is not None:
+            raise UnsupportedError(f"{path} is a part of the encoder-decoder in {whole}; load that one")
         artifact = open_artifact(path, full=full_verification)
         _check_generative(artifact.manifest)
         if not isinstance(tokenizer, Tokenizer):

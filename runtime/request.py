@@ -145,7 +145,8 @@ class Request:
     """A prompt and the completions that are generated for it, one for each of `sequence_ids`.
 
     `max_tokens` is the limit of each completion, `seed` is used if the parameters have none, and `num_cached_tokens` is
-    set by who runs it. Raises SamplingParamsError if the parameters need a tokenizer and there is none.
+    set by who runs it. Penalties count the tokens of `penalised`, the prompt if it is None. Raises SamplingParamsError
+    if the parameters need a tokenizer and there is none.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Request:
         max_tokens: int,
         sequence_ids: Sequence[int],
         seed: int | None = None,
+        penalised: Sequence[int] | None = None,
     ) -> None:
         if tokenizer is None and (params.stop_strings or params.bad_words):
             raise SamplingParamsError("stop and bad_words need a tokenizer; leave them out, or load one")
@@ -172,6 +174,7 @@ class Request:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = max_tokens
+        self._penalised = self.prompt_token_ids if penalised is None else penalised
         self._prompt_logprobs = self._make_prompt_logprobs()
         self._bad_words = _word_tokens(params.bad_words, tokenizer)
         self._ended = False
@@ -237,7 +240,7 @@ class Request:
         stops = self._eos_token_ids | frozenset(params.stop_token_ids)
         sampler = Sampler(
             params,
-            self.prompt_token_ids,
+            self._penalised,
             stop_token_ids=stops,
             bad_words=self._bad_words,
             seed=seed,

@@ -63,6 +63,9 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
+        # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         config = _read_config(find(_CONFIG))
         return cls(tokenizer, config, _read_template(find(_TEMPLATE), config))
 
@@ -87,19 +90,26 @@ class Tokenizer:
         found = map(self._tokenizer.token_to_id, names)
         return frozenset(token for token in found if token is not None)
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """The tokens of `text`, if wished with the special tokens that the tokenizer puts around a sequence.
+    def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
+        """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.
 
-        Raises TokenizerError if `text` is not a string of Unicode characters, or has some that are no tokens.
+        Special tokens count, and are there however much of the text is not. Raises TokenizerError if `text` is not a
+        string of Unicode characters, or has some that are no tokens.
         """
         if not isinstance(text, str):
             raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if max_length is not None:
+                added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+                encoding.truncate(max(0, max_length - added))
+            if add_special_tokens:
+                encoding = self._tokenizer.post_process(encoding)
         except TypeError as error:  # Half of a surrogate pair is no character.
             raise TokenizerError(f"found {text!r:.80}, expected text of Unicode characters only") from error
         except Exception as error:  # tokenizers has no class of its own for what it refuses.
             raise TokenizerError(f"the tokenizer refuses {text!r:.80}: {error}") from error
+        return list(encoding.ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with or without special tokens; unknown ones have none."""

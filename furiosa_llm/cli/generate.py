@@ -10,6 +10,9 @@ import click
 
 from furiosa_llm.cli.options import FULL_VERIFICATION
 from furiosa_llm.runtime import LLM, SamplingParams
+from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.errors import TokenizerError
+from furiosa_llm.runtime.seq2seq import Seq2Seq
 
 
 @click.command()
@@ -41,14 +44,17 @@ def generate(
     full_verification: bool | None,
     mapped: bool,
 ) -> None:
-    """Complete a prompt with the decoder in ARTIFACT.
+    """Complete a prompt with the decoder, or the encoder-decoder, in ARTIFACT.
 
     The text goes to standard output as it is generated, the figures to standard error.
     """
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     started = time.monotonic()
-    with LLM.load_artifact(artifact, threads=threads, mapped=mapped, full_verification=full_verification) as llm:
+    kind: type[LLM] | type[Seq2Seq] = Seq2Seq if is_composite(artifact) else LLM
+    with kind.load_artifact(artifact, threads=threads, mapped=mapped, full_verification=full_verification) as llm:
         loaded = time.monotonic()
+        if llm.tokenizer is None:
+            raise TokenizerError(f"{artifact} has no tokenizer.json; put it beside the model and build again")
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         first, count, shown = 0.0, 0, 0
         for output in llm.stream_outputs(text, params):

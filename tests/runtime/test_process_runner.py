@@ -111,7 +111,7 @@ def test_what_is_under_way_fails_when_a_process_is_killed(runner: ProcessRunner)
     assert "ranks 2 to 3 in segment" in runner.progress()
     assert "last collective done: none" in runner.progress()
     os.kill(runner.process_ids[0], signal.SIGKILL)
-    with pytest.raises(WorkerError, match="worker 0, .* has ended by SIGKILL"):
+    with pytest.raises(WorkerError, match=r"worker 0, .* has ended by SIGKILL"):
         future.result(5)
 
 
