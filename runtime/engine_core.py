@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError
@@ -13,11 +12,16 @@ from furiosa_llm.runtime.replica import Replica
 from furiosa_llm.runtime.request import Request, check_token_ids
 from furiosa_llm.runtime.request_table import Sink, Submission
 from furiosa_llm.runtime.router import choose_replica
-from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.sampler import derived_seed
+from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Mapping[str, Any]
 """Text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`, or both of these, the token ids being what is run."""
+
+
+_MAX_TOKENS = 2**31
+"""What token ids are below if the model does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +91,7 @@ class EngineCore:
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
-        if not isinstance(params, SamplingParams):
-            raise InputError(f"sampling_params: found a {type(params).__name__}, expected SamplingParams")
+        _check_params(params)
         text, token_ids = self._read(prompt)
         key = next(self._keys)
         request = Request(
@@ -99,8 +102,8 @@ class EngineCore:
             tokenizer=self.tokenizer,
             eos_token_ids=self.limits.eos_token_ids,
             max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
-            sequence_ids=[next(self._sequence_ids) for _ in range(params.best_of or params.n)],
-            seed=None if self._seed is None else random.Random(f"{self._seed} {key}").getrandbits(63),
+            sequence_ids=[next(self._sequence_ids) for _ in range(params.num_sequences)],
+            seed=None if self._seed is None else derived_seed(self._seed, key),
         )
         replica = self.replicas[choose_replica(self.replicas, token_ids)]
         handle = Handle(key=key, replica=replica)
@@ -124,10 +127,10 @@ class EngineCore:
             if self.tokenizer is None:
                 raise InputError("the artifact has no tokenizer; give prompt_token_ids, or load it with a tokenizer")
             token_ids = self.tokenizer.encode(text)
-        check_token_ids(token_ids, self.limits.vocab_size)
-        if not token_ids:
+        checked = check_token_ids(token_ids, self.limits.vocab_size or _MAX_TOKENS)
+        if not checked:
             raise InputError("the prompt has no tokens; give a prompt that is not empty")
-        return text, [int(token) for token in token_ids]
+        return text, checked
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
         """How many tokens a completion may have; the messages are worded as the vendor's, which programs look for."""
@@ -155,6 +158,17 @@ class EngineCore:
                 f"paged_attention_num_blocks"
             )
         return wanted
+
+
+def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
+    """`params` with another kind of outputs; raises InputError if they are none."""
+    _check_params(params)
+    return replace(params, output_kind=kind)
+
+
+def _check_params(params: object) -> None:
+    if not isinstance(params, SamplingParams):
+        raise InputError(f"sampling_params: found a {type(params).__name__}, expected SamplingParams")
 
 
 def _parts(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:

@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, overload
@@ -15,7 +14,7 @@ from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.chat import Conversation, conversations_of, render
 from furiosa_llm.runtime.engine import LLMEngine, raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt, with_kind
 from furiosa_llm.runtime.errors import EngineDeadError, InputError, UnsupportedError
 from furiosa_llm.runtime.loading import make_plan, start
 from furiosa_llm.runtime.outputs import RequestOutput
@@ -245,7 +244,7 @@ class LLM:
         finished: dict[str, RequestOutput] = {}
         try:
             for prompt, one in zip(prompts, params, strict=True):
-                handles.append(self._submit(prompt, replace(one, output_kind=RequestOutputKind.FINAL), ready))
+                handles.append(self._submit(prompt, with_kind(one, RequestOutputKind.FINAL), ready))
             while len(finished) < len(prompts):
                 output = ready.get()
                 raise_error(output)
@@ -272,9 +271,10 @@ def _one_prompt(prompt: str, token_ids: Sequence[int] | None) -> Prompt:
 
 
 def _delta(params: SamplingParams) -> SamplingParams:
-    if params.n > 1:
-        raise InputError(f"a stream of text is of one completion, found n={params.n}; give n=1, or use stream_outputs")
-    return replace(params, output_kind=RequestOutputKind.DELTA)
+    delta = with_kind(params, RequestOutputKind.DELTA)
+    if delta.n > 1:
+        raise InputError(f"a stream of text is of one completion, found n={delta.n}; give n=1, or use stream_outputs")
+    return delta
 
 
 def _checked_list(prompts: Any) -> list[str]:

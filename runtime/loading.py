@@ -82,8 +82,6 @@ def make_plan(args: EngineArgs) -> Plan:
 
 def start(plan: Plan, args: EngineArgs) -> EngineCore:
     """Loads the weights, once for all replicas, and starts the replicas."""
-    if args.workers is not None:
-        raise UnsupportedError(f"workers={args.workers} is not supported by this release; leave it out")
     policy = FaultPolicy(step_timeout=args.step_timeout)
     with ExitStack() as opened:
         host = Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped)
@@ -106,6 +104,8 @@ def load_engine(args: EngineArgs) -> EngineCore:
 
 def _check_artifact(artifact: Artifact, args: EngineArgs) -> None:
     manifest = artifact.manifest
+    if args.workers is not None:
+        raise UnsupportedError(f"workers={args.workers} is not supported by this release; leave it out")
     if manifest.model.task != "decoder":
         raise UnsupportedError(
             f"generate API can only be used for generative models; {manifest.model.name!r:.80} is of the task "
@@ -148,7 +148,7 @@ def _limits(
         max_length=max_length,
         max_prompt_length=max_prompt,
         capacity=capacity,
-        vocab_size=model.vocab_size,
+        vocab_size=model.vocab_size or _num_logits(artifact),
         eos_token_ids=frozenset(model.eos_token_ids),
     )
     scheduling = SchedulerLimits(
@@ -161,6 +161,12 @@ def _limits(
         prefix_caching=scheduler.enable_prefix_caching,
     )
     return limits, scheduling
+
+
+def _num_logits(artifact: Artifact) -> int | None:
+    """How many tokens the model chooses between, by the shape of its logits."""
+    size = next(info.shape[-1] for info in artifact.manifest.outputs if info.role == "logits")
+    return size if isinstance(size, int) else None
 
 
 def _max_length(of_model: int | None, args: EngineArgs) -> int | None:

@@ -151,7 +151,7 @@ class RequestTable:
             if output is not None:
                 shown = output if error is None else replace(output, error=error)
                 outputs.setdefault(submission.sink, []).append((key, shown))
-            if all(sequence.finished for sequence in submission.request.sequences):
+            if submission.request.finished:
                 del self._submissions[key]
                 with self._lock:
                     self._load -= self._loads.pop(key)

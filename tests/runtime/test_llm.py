@@ -12,8 +12,21 @@ import pytest
 
 from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.buckets import Bucket, BucketConfig
 from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.errors import (
+    CapacityError,
+    ContextLengthError,
+    DeviceError,
+    EngineDeadError,
+    InputError,
+    TokenizerError,
+    TopologyError,
+    UnsupportedError,
+)
+from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.loading import make_plan
 from tests.runtime.models import LlamaSize, llama, mlp
 
 ZOO = Path(__file__).parents[2] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
@@ -41,14 +54,23 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def greedy(llm: LLM) -> list[int]:
+def greedy(llm: LLM, folder: Path) -> list[int]:
     """The greedy completion of the prompt "hello", stepped by hand."""
-    session = DecoderSession(llm._executor)
-    logits = session.step(np.array([llm.tokenizer.encode("hello")]))
-    token_ids = [int(logits[0].argmax())]
-    while len(token_ids) < 12:
-        token_ids.append(int(session.step(np.array([[token_ids[-1]]]))[0].argmax()))
-    return token_ids
+    return stepped(folder, [llm.tokenizer.encode("hello")])[0]
+
+
+def stepped(folder: Path, prompts: list[list[int]], count: int = 12) -> list[list[int]]:
+    """The greedy completions of `prompts`, each stepped by hand in a session of its own."""
+    completions: list[list[int]] = []
+    with Executor(open_artifact(folder), threads=2) as executor:
+        for prompt in prompts:
+            session = DecoderSession(executor)
+            logits = session.step(np.array([prompt]))
+            token_ids = [int(logits[0].argmax())]
+            while len(token_ids) < count:
+                token_ids.append(int(session.step(np.array([[token_ids[-1]]]))[0].argmax()))
+            completions.append(token_ids)
+    return completions
 
 
 def test_a_string_gives_one_output_and_a_list_a_list(llm: LLM, greedy: list[int]) -> None:
@@ -182,16 +204,37 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size=2 is not supported by this release; leave it out, or give 1"),
-        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size=4 is not supported by this release"),
-        ({"devices": "npu:0"}, "devices='npu:0' is not supported by this release"),
+        ({"devices": "gpu:0"}, DeviceError, "Invalid device string"),
+        ({"data_parallel_size": 2, "devices": "npu:0:0-3,npu:1:0-3"}, TopologyError, "2 \\* 1 \\* 2|2 x 1 x 2 = 4"),
+        ({"pipeline_parallel_size": 4}, TopologyError, "pp=4, but the artifact"),
+        ({"pipeline_parallel_size": 1, "num_blocks_per_pp_stage": [1]}, InputError, "Only one of `pipeline_parallel"),
+        ({"tensor_parallel_size": 4}, InputError, r"tensor_parallel_size=4, but .* is split for tp=2; leave it out"),
+        ({"max_model_len": 65}, ContextLengthError, "larger than the model's max number of positions: 65 > 64"),
+        ({"max_batch_size": 0}, InputError, "max_batch_size must be an integer of at least 1, got 0"),
+        ({"max_batch_size": True}, InputError, "max_batch_size must be an integer of at least 1, got True"),
+        ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),
+        ({"step_timeout": 0}, InputError, "step_timeout must be positive, got 0"),
+        ({"tokenizer_mode": "slow"}, UnsupportedError, "tokenizer_mode='slow' is not supported: there is only"),
+        ({"paged_attention_num_blocks": 10**12}, CapacityError, "blocks=1000000000000, but the PEs have room for"),
+        ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True is not supported: an artifact is data"),
+        ({"num_speculative_tokens": 3}, UnsupportedError, "num_speculative_tokens=3 is not supported: speculative"),
+        ({"workers": 2}, UnsupportedError, "workers=2 is not supported by this release"),
     ],
 )
-def test_parallelism_beyond_the_artifacts_is_refused(folder: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        LLM.load_artifact(folder, **options)
+def test_options_that_cannot_be_met_are_refused(
+    folder: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LLM.load_artifact(folder, skip_engine=True, **options)
+
+
+def test_unknown_options_are_type_errors(folder: Path) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_batchsize'"):
+        LLM.load_artifact(folder, max_batchsize=3)
+    with LLM(folder, trust_remote_code=False, num_speculative_tokens=None, threads=1) as plain:
+        assert plain.generate("hello", GREEDY).finished
 
 
 def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
@@ -207,7 +250,160 @@ def test_long_prompts_are_prefilled_in_chunks(tmp_path: Path) -> None:
     program = llama(Mesh((2,)), LlamaSize(layers=1, vocab=1024, max_length=1300))
     program.max_sequence_length = 1300
     token_ids = np.random.default_rng(0).integers(3, 1024, 1200).tolist()
-    with LLM.load_artifact(program.write(tmp_path / "a"), tokenizer=ZOO, threads=2) as loaded:
+    path = program.write(tmp_path / "a")
+    with LLM.load_artifact(path, tokenizer=ZOO, threads=2) as loaded:
         found = loaded.generate("", GREEDY, prompt_token_ids=token_ids).outputs[0].token_ids
-        session = DecoderSession(loaded._executor)
-        assert found[0] == int(session.step(np.array([token_ids]))[0].argmax())
+    assert found[:1] == stepped(path, [token_ids], count=1)[0]
+
+
+def test_many_prompts_run_together_and_answer_in_order(llm: LLM, folder: Path) -> None:
+    prompts = [llm.tokenizer.encode(f"{word} {count}") for word in ("hello", "to", "you") for count in range(6)]
+    outputs = llm.generate([""] * len(prompts), GREEDY, prompt_token_ids=prompts)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert [output.outputs[0].token_ids for output in outputs] == stepped(folder, prompts)
+
+
+def test_each_prompt_may_have_params_of_its_own(llm: LLM, greedy: list[int]) -> None:
+    params = [SamplingParams(temperature=0.0, max_tokens=count) for count in (2, 5)]
+    outputs = llm.generate(["hello", "hello"], params)
+    assert [output.outputs[0].token_ids for output in outputs] == [greedy[:2], greedy[:5]]
+    with pytest.raises(InputError, match="sampling_params has 2 entries for 1 prompts"):
+        llm.generate(["hello"], params)
+
+
+def test_replicas_and_batches_of_any_size_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
+    with LLM(folder, data_parallel_size=2, max_batch_size=2, max_model_len=32, prefill_chunk_size=2, threads=1) as many:
+        assert [len(replica) for replica in many.topology.replicas] == [1, 1]
+        assert [output.outputs[0].token_ids for output in many.generate(["hello"] * 7, GREEDY)] == [greedy] * 7
+        assert many.model_max_seq_len == many.max_seq_len_to_capture == 32
+        assert many.prompt_max_seq_len == 31
+
+
+def test_buckets_are_limits(folder: Path) -> None:
+    buckets = BucketConfig(prefill_buckets=(Bucket(1, 16),), decode_buckets=(Bucket(4, 24, 23), Bucket(2, 32)))
+    with LLM(folder, bucket_config=buckets, skip_engine=True) as loaded:
+        assert (loaded.model_max_seq_len, loaded.prompt_max_seq_len) == (32, 16)
+    assert make_plan(EngineArgs(folder, bucket_config=buckets)).scheduling.slots_per_group == 4
+    assert make_plan(EngineArgs(folder, bucket_config=buckets, max_batch_size=3)).scheduling.slots_per_group == 3
+    with pytest.raises(InputError, match="decode_buckets must be given for generative models"):
+        BucketConfig(prefill_buckets=(Bucket(1, 16),))
+    with pytest.raises(InputError, match=r"Bucket\(batch_size=0"):
+        Bucket(0, 16)
+
+
+def test_a_cache_that_is_too_small_refuses_what_will_not_fit(folder: Path) -> None:
+    with LLM(folder, paged_attention_num_blocks=2, threads=1) as small:
+        assert len(small.generate("", GREEDY, prompt_token_ids=[5] * 20).outputs[0].token_ids) == 12
+        with pytest.raises(ContextLengthError, match="33 tokens .* do not fit the KV cache, which has room for 32"):
+            small.generate("", GREEDY, prompt_token_ids=[5] * 21)
+        whole = SamplingParams(temperature=0.0, max_tokens=None)
+        assert len(small.generate("", whole, prompt_token_ids=[5] * 20).outputs[0].token_ids) == 12
+    spare = EngineArgs(folder, paged_attention_num_blocks=10, spare_blocks_ratio=0.25)
+    assert make_plan(spare).scheduling.num_pages == 7
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"prompt_token_ids": [5, 1024]}, "1024"),
+        ({"prompt_token_ids": [5, -1]}, "-1"),
+        ({"prompt_token_ids": [5, "a"]}, "'a'"),
+        ({"prompt_token_ids": []}, "the prompt has no tokens"),
+        ({"prompt_ids": [5]}, "Unsupported prompt type: found 'prompt_ids', expected 'prompt' or 'prompt_token_ids'"),
+        ({}, "Unsupported prompt type: found neither"),
+        ({"prompt": 3}, "Unsupported prompt type: 'prompt' is a int"),
+        (3, "Unsupported prompt type: int"),
+        (None, "Unsupported prompt type: NoneType"),
+    ],
+)
+def test_prompts_that_are_none(llm: LLM, prompt: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.generate(["hello", prompt], GREEDY)
+    with pytest.raises(InputError, match="prompts: found a dict, expected a str or a list"):
+        llm.generate({"prompt": "hello"}, GREEDY)  # type: ignore[call-overload]
+
+
+def test_params_that_are_none(llm: LLM) -> None:
+    with pytest.raises(InputError, match="sampling_params: found a dict, expected SamplingParams"):
+        llm.generate(["hello"], [{"max_tokens": 3}])  # type: ignore[list-item]
+    with pytest.raises(UnsupportedError, match="tokenizer_kwargs"):
+        llm.generate("hello", GREEDY, tokenizer_kwargs={"add_special_tokens": True})
+
+
+def test_a_refused_prompt_gives_the_others_up(llm: LLM, greedy: list[int]) -> None:
+    with pytest.raises(ContextLengthError):
+        llm.generate(["", ""], GREEDY, prompt_token_ids=[[5], [5] * 64])
+    assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+    assert [replica.num_requests for replica in llm.core.replicas] == [0]
+
+
+def test_a_loaded_but_not_started_model(folder: Path) -> None:
+    with LLM(folder, skip_engine=True) as idle:
+        assert idle.tokenizer.encode("hello")
+        with pytest.raises(EngineDeadError, match="loaded with skip_engine=True"):
+            idle.generate("hello", GREEDY)
+
+
+def test_a_closed_model(folder: Path) -> None:
+    closed = LLM(folder, threads=1)
+    closed.close()
+    closed.shutdown()
+    with pytest.raises(EngineDeadError, match="the engine is closed"):
+        closed.generate("hello", GREEDY)
+
+
+def test_embeddings_are_for_encoders(llm: LLM) -> None:
+    for ask in (llm.encode, llm.embed):
+        with pytest.raises(UnsupportedError, match="can only be used for encoders; this model generates"):
+            ask(["hello"])
+    assert llm.is_generative_model
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+def test_chat(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hello"}]
+    [one] = llm.chat(talk, GREEDY, chat_template=TEMPLATE)
+    assert one.prompt == "<user>hello<a>"
+    assert one.outputs == llm.generate("<user>hello<a>", GREEDY).outputs
+    parts = [{"role": "user", "content": [{"type": "text", "text": "good"}, {"type": "text", "text": "bye"}]}]
+    several = llm.chat([talk, parts], GREEDY, chat_template=TEMPLATE)
+    assert [output.prompt for output in several] == ["<user>hello<a>", "<user>good\nbye<a>"]
+    begun = [*talk, {"role": "assistant", "content": " well "}]
+    options = {"chat_template": TEMPLATE + "<end>", "add_generation_prompt": False}
+    assert llm.chat(begun, GREEDY, **options)[0].prompt == "<user>hello<assistant> well <end>"
+    assert llm.chat(begun, GREEDY, continue_final_message=True, **options)[0].prompt == "<user>hello<assistant> well"
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "error", "message"),
+    [
+        ("hello", {}, InputError, "expected a list of messages"),
+        ([], {}, InputError, "expected a list of messages"),
+        ([[]], {}, InputError, "expected a list of messages"),
+        ([{"role": "user"}], {}, InputError, "expected an object with 'role' and 'content'"),
+        ([["hello"]], {}, InputError, "found 'hello', expected an object"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, InputError, "nothing else is understood here"),
+        ([{"role": "user", "content": "a"}], {"tools": [{}]}, UnsupportedError, "tools are not supported by chat"),
+        ([{"role": "user", "content": "a"}], {"chat_template": None}, TokenizerError, "has no chat template"),
+        ([{"role": "user", "content": "a"}], {"continue_final_message": True}, InputError, "exclude each other"),
+        (
+            [{"role": "user", "content": "a"}],
+            {"chat_template": "<>", "continue_final_message": True, "add_generation_prompt": False},
+            InputError,
+            "does not repeat the final message",
+        ),
+        (
+            [{"role": "user", "content": "a"}],
+            {"chat_template_content_format": "openai"},
+            UnsupportedError,
+            "chat_template_content_format='openai' is not supported",
+        ),
+    ],
+)
+def test_conversations_that_are_none(
+    llm: LLM, messages: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.chat(messages, GREEDY, **{"chat_template": TEMPLATE, **options})
