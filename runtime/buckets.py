@@ -38,7 +38,9 @@ class BucketConfig:
 
     def __post_init__(self) -> None:
         if not self.decode_buckets:
-            raise InputError("decode_buckets must be given for generative models; give at least one, or no bucket_config")
+            raise InputError(
+                "decode_buckets must be given for generative models; give at least one, or no bucket_config"
+            )
 
     @property
     def max_batch_size(self) -> int:

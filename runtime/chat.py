@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.tokenizer import Message, Tokenizer
@@ -11,20 +11,22 @@ from furiosa_llm.runtime.tokenizer import Message, Tokenizer
 Conversation = Sequence[Message]
 
 
-def conversations_of(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
+def conversations_of(messages: object) -> list[Conversation]:
     """`messages` as a list of conversations: it is one, or several; raises InputError for anything else."""
-    several = list(messages) if isinstance(messages, Sequence) and not isinstance(messages, str) else []
-    if several and all(isinstance(one, Mapping) for one in several):
-        several = [several]
-    for one in several:
-        if not isinstance(one, Sequence) or isinstance(one, str) or not one:
-            several = []
-            break
-        for message in one:
+    single = _is_list(messages) and all(isinstance(one, Mapping) for one in messages)
+    several: Any = [messages] if single else messages
+    if not _is_list(several) or not all(_is_list(one) for one in several):
+        raise InputError(
+            "messages: expected a list of messages such as {'role': 'user', 'content': ...}, or a list of such lists"
+        )
+    for conversation in several:
+        for message in conversation:
             _check_message(message)
-    if not several:
-        raise InputError("messages: expected a list of messages such as {'role': 'user', 'content': ...}, or such lists")
-    return several
+    return list(several)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple) and bool(value)
 
 
 def render(

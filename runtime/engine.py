@@ -39,9 +39,7 @@ class LLMEngine:
         """Loads the model that `args` name; see `load_engine` for the errors."""
         return cls(load_engine(args))
 
-    def add_request(
-        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> None:
+    def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Starts a request: text, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
 
         Raises InputError if a request of that id has not ended, or if the prompt is none; ContextLengthError if prompt

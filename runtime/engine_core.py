@@ -63,7 +63,8 @@ class Handle:
 class EngineCore:
     """Replicas of one model, and what a request needs before it goes to one of them.
 
-    `seed` gives each request that has none of its own another one: the same for its place in order. `close_model` is called once, behind the replicas' end.
+    From `seed` follow those of requests that have none of their own, by their place in order. `close_model` is called
+    once, behind the replicas' end.
     """
 
     def __init__(

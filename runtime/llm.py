@@ -108,14 +108,16 @@ class LLM:
         """Completes `prompts`, as many at once as fit: a string gives one output, a list gives a list in its order.
 
         `prompt_token_ids`, one sequence for each prompt, are used instead of the prompts' own tokens; a list of
-        `sampling_params` has those of each prompt. If one prompt is refused, or an exception or Ctrl-C comes in between,
+        `sampling_params` has those of each prompt. If one prompt is refused, or Ctrl-C or a failure comes in between,
         all are given up. Raises ContextLengthError, a ValueError, if a prompt and its completion do not fit the limit,
         and ReplicaError if a replica fails while it has one of them.
         """
         _refuse_tokenizer_kwargs(tokenizer_kwargs)
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else _checked_list(prompts)
-        token_ids: Sequence[Any] | None = [prompt_token_ids] if single and prompt_token_ids is not None else prompt_token_ids
+        token_ids: Sequence[Any] | None = (
+            [prompt_token_ids] if single and prompt_token_ids is not None else prompt_token_ids
+        )
         if token_ids is not None and len(token_ids) != len(texts):
             raise InputError(f"prompt_token_ids has {len(token_ids)} sequences for {len(texts)} prompts")
         asked: list[Prompt] = [
@@ -177,9 +179,9 @@ class LLM:
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
         tokenizer_kwargs: dict[str, Any] | None = None,
-        is_demo: bool = False,
+        is_demo: bool = False,  # noqa: ARG002 - the vendor's, without effect
     ) -> AsyncIterator[str]:
-        """`stream` for asyncio. `is_demo` is the vendor's, and has no effect here either."""
+        """`stream` for asyncio."""
         _refuse_tokenizer_kwargs(tokenizer_kwargs)
         asked = _one_prompt(prompt, prompt_token_ids)
         engine = AsyncLLMEngine.from_llm(self)

@@ -22,7 +22,7 @@ from furiosa_llm.runtime.topology import Topology, make_topology
 logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 16
-"""Tokens of one page of KV. Pages are only counted, so that a small one costs nothing, and wastes 8 tokens a sequence."""
+"""Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
 
 _UNLIMITED_LENGTH = 2048
 """What the KV cache has room for in each slot if neither the model nor the caller limits a sequence's length."""
@@ -65,9 +65,7 @@ def make_plan(args: EngineArgs) -> Plan:
         devices=args.devices,
         allow_subset=args.allow_subset,
     )
-    stages = choose_stages(
-        artifact, pipeline_parallel_size=args.pipeline_parallel_size, num_blocks_per_pp_stage=counts
-    )
+    stages = choose_stages(artifact, pipeline_parallel_size=args.pipeline_parallel_size, num_blocks_per_pp_stage=counts)
     check_weights(artifact, topology, stages)
     limits, scheduling = _limits(artifact, topology, stages, args)
     return Plan(

@@ -134,7 +134,7 @@ class Replica:
             return self._scheduler.cached_prefix(tokens)
 
     def submit(self, submission: Submission) -> None:
-        """Takes a request. Whatever becomes of it, its sink gets a finished output; raises EngineDeadError if closed."""
+        """Takes a request; whatever becomes of it, its sink gets a finished output. Raises EngineDeadError if closed."""
         with self._gate:
             if self._closing.is_set():
                 raise EngineDeadError("the engine is closed")
@@ -174,9 +174,13 @@ class Replica:
             self._fill()
             self._table.deliver()
             self._handle(self._next())
-            while not self._stopped and not self._inbox.empty():
-                self._handle(self._inbox.get())
+            self._handle_waiting()
         self._table.deliver()
+
+    def _handle_waiting(self) -> None:
+        """Handles what is there already; the _Stop is the last of it."""
+        while not self._inbox.empty():
+            self._handle(self._inbox.get())
 
     def _next(self) -> Submission | _Abort | _Done | _Stop:
         """What arrives next; raises StepTimeoutError if nothing does while a batch is overdue."""
@@ -220,9 +224,7 @@ class Replica:
         while (batch := self._schedule()) is not None:
             assert self._runner is not None
             number = next(self._numbers)
-            self._under_way[number] = _UnderWay(
-                batch=batch, deadline=time.monotonic() + self._policy.step_timeout
-            )
+            self._under_way[number] = _UnderWay(batch=batch, deadline=time.monotonic() + self._policy.step_timeout)
             self._runner.submit(batch).add_done_callback(partial(self._report, number))
 
     def _schedule(self) -> Batch | None:
@@ -253,7 +255,7 @@ class Replica:
 
     def _end_all(self, make_error: Callable[[], FuriosaLLMError]) -> None:
         """Ends all requests that were taken up, each with an error of its own."""
-        for key in self._table.keys():
+        for key in self._table.unfinished():
             self._table.end(key, "error", make_error())
         self._under_way.clear()
         with self._scheduler_lock:
@@ -274,9 +276,9 @@ class Replica:
 
     def _close_runner(self) -> None:
         """Closes the runner, if there is one, in a thread of its own: one that hangs is left behind."""
-        runner, self._runner = self._runner, None
-        if runner is None:
+        if self._runner is None:
             return
+        runner, self._runner = self._runner, None
         closing = threading.Thread(target=_close, args=(runner,), name=f"furiosa-close-{self.index}", daemon=True)
         closing.start()
         closing.join(self._policy.close_timeout)
@@ -284,15 +286,14 @@ class Replica:
             logger.warning("replica %d: its runner does not close; it is left behind", self.index)
 
     def _failed_with(self, cause: BaseException) -> ReplicaError:
-        error = ReplicaError(
-            f"replica {self.index} failed while it had the request: {type(cause).__name__}: {cause}"
-        )
+        error = ReplicaError(f"replica {self.index} failed while it had the request: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         return error
 
     def _overdue(self) -> str:
         batches = ", ".join(_describe(one.batch) for one in self._under_way.values())
-        doing = f"; {self._runner.progress()}" if isinstance(self._runner, ReportsProgress) else ""
+        runner: object = self._runner
+        doing = f"; {runner.progress()}" if isinstance(runner, ReportsProgress) else ""
         return (
             f"{batches}: not back within {self._policy.step_timeout:g} s{doing}; give a greater step_timeout if the "
             f"model is that slow"

@@ -90,8 +90,8 @@ class RequestTable:
         for sequence in submission.request.sequences:
             self._running[sequence.sequence_id] = _Running(submission, sequence, length)
 
-    def keys(self) -> list[int]:
-        """The requests that were admitted and have not ended."""
+    def unfinished(self) -> list[int]:
+        """The keys of the requests that were admitted and have not ended."""
         return list(self._submissions)
 
     def found_cached(self, sequence_id: int, tokens: int) -> None:
@@ -173,9 +173,7 @@ class RequestTable:
         known = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
         return [(index, one) for index, one in known if one is not None]
 
-    def _sample(
-        self, rows: Sequence[tuple[int, _Running]], logits: Array
-    ) -> tuple[Sequence[int | None], list[int]]:
+    def _sample(self, rows: Sequence[tuple[int, _Running]], logits: Array) -> tuple[Sequence[int | None], list[int]]:
         """A token for each row, None for those that have none, and the sequences that have failed over it."""
         if not rows:
             return (), []

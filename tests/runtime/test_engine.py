@@ -147,7 +147,7 @@ def test_an_engine_without_replicas_is_dead() -> None:
         while engine.core.replicas[0].death is None:
             engine.add_request("b", {"prompt_token_ids": [1]}, GREEDY)
             assert isinstance(run(engine)["b"][-1].error, ReplicaError)
-        with pytest.raises(EngineDeadError, match="all 1 replicas failed and could not be rebuilt, .*: broke"):
+        with pytest.raises(EngineDeadError, match=r"all 1 replicas failed and could not be rebuilt, .*: broke"):
             engine.add_request("c", {"prompt_token_ids": [1]}, GREEDY)
         assert not engine.has_unfinished_requests()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 
 from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
+from furiosa_llm.runtime import llm as llm_module
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.buckets import Bucket, BucketConfig
 from furiosa_llm.runtime.decoder import DecoderSession
@@ -294,7 +296,7 @@ def test_buckets_are_limits(folder: Path) -> None:
 def test_a_cache_that_is_too_small_refuses_what_will_not_fit(folder: Path) -> None:
     with LLM(folder, paged_attention_num_blocks=2, threads=1) as small:
         assert len(small.generate("", GREEDY, prompt_token_ids=[5] * 20).outputs[0].token_ids) == 12
-        with pytest.raises(ContextLengthError, match="33 tokens .* do not fit the KV cache, which has room for 32"):
+        with pytest.raises(ContextLengthError, match=r"33 tokens .* do not fit the KV cache, which has room for 32"):
             small.generate("", GREEDY, prompt_token_ids=[5] * 21)
         whole = SamplingParams(temperature=0.0, max_tokens=None)
         assert len(small.generate("", whole, prompt_token_ids=[5] * 20).outputs[0].token_ids) == 12
@@ -359,7 +361,9 @@ def test_embeddings_are_for_encoders(llm: LLM) -> None:
     assert llm.is_generative_model
 
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
 
 
 def test_chat(llm: LLM) -> None:
@@ -367,11 +371,13 @@ def test_chat(llm: LLM) -> None:
     [one] = llm.chat(talk, GREEDY, chat_template=TEMPLATE)
     assert one.prompt == "<user>hello<a>"
     assert one.outputs == llm.generate("<user>hello<a>", GREEDY).outputs
-    parts = [{"role": "user", "content": [{"type": "text", "text": "good"}, {"type": "text", "text": "bye"}]}]
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "good"}, {"type": "text", "text": "bye"}]}
+    ]
     several = llm.chat([talk, parts], GREEDY, chat_template=TEMPLATE)
     assert [output.prompt for output in several] == ["<user>hello<a>", "<user>good\nbye<a>"]
     begun = [*talk, {"role": "assistant", "content": " well "}]
-    options = {"chat_template": TEMPLATE + "<end>", "add_generation_prompt": False}
+    options: dict[str, Any] = {"chat_template": TEMPLATE + "<end>", "add_generation_prompt": False}
     assert llm.chat(begun, GREEDY, **options)[0].prompt == "<user>hello<assistant> well <end>"
     assert llm.chat(begun, GREEDY, continue_final_message=True, **options)[0].prompt == "<user>hello<assistant> well"
 
@@ -407,3 +413,34 @@ def test_conversations_that_are_none(
 ) -> None:
     with pytest.raises(error, match=message):
         llm.chat(messages, GREEDY, **{"chat_template": TEMPLATE, **options})
+
+
+def test_ctrl_c_gives_all_requests_up(llm: LLM, greedy: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(SimpleQueue[Any]):
+        def get(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(llm_module, "SimpleQueue", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["hello"] * 20, SamplingParams(temperature=0.0, max_tokens=50))
+    assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+    assert [replica.num_requests for replica in llm.core.replicas] == [0]
+
+
+def test_several_completions(llm: LLM) -> None:
+    params = SamplingParams(temperature=2.0, max_tokens=12, seed=5, n=3)
+    several = llm.generate("hello", params).outputs
+    assert [completion.index for completion in several] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in several}) == 3
+    assert llm.generate(["hello", "good bye"], params)[0].outputs == several
+    with pytest.raises(InputError, match="a stream of text is of one completion, found n=3"):
+        next(llm.stream("hello", params))
+
+
+def test_a_stream_that_is_closed_aborts_its_request(llm: LLM) -> None:
+    stream = llm.stream_outputs("hello", SamplingParams(temperature=0.0, max_tokens=None))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.generate("hello", GREEDY).finished
+    assert [replica.num_requests for replica in llm.core.replicas] == [0]

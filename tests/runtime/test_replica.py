@@ -241,7 +241,9 @@ def test_the_logits_behind_a_prompt(desk: Desk, start: Start, length: int) -> No
     [output] = desk.finished().values()
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
-    assert [max(entry, key=lambda token: entry[token].logprob) for entry in output.prompt_logprobs[1:] if entry] == prompt[1:]
+    assert [
+        max(entry, key=lambda token: entry[token].logprob) for entry in output.prompt_logprobs[1:] if entry
+    ] == prompt[1:]
     assert [len(one.token_ids) for one in output.outputs] == [4, 4]
 
 

@@ -47,6 +47,8 @@ def test_the_choice(replicas: list[Stub], chosen: int) -> None:
 
 
 def test_none_is_left() -> None:
-    with pytest.raises(EngineDeadError, match="all 2 replicas failed .*, the last one over: gone; load the model again") as caught:
+    with pytest.raises(
+        EngineDeadError, match=r"all 2 replicas failed .*, the last one over: gone; load the model again"
+    ) as caught:
         choose_replica([Stub(death=DEAD), Stub(death=DEAD)], PROMPT)
     assert caught.value.__cause__ is DEAD
