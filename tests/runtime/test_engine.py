@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from furiosa_llm.runtime.batch import Batch
 from furiosa_llm.runtime.engine import LLMEngine
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, ExecutionError, InputError, ReplicaError
 from furiosa_llm.runtime.outputs import RequestOutput
@@ -178,3 +181,43 @@ def test_a_closed_engine_takes_nothing() -> None:
     assert closed == ["model"]
     with pytest.raises(EngineDeadError, match="the engine is closed"):
         engine.add_request("a", {"prompt_token_ids": [1]}, GREEDY)
+
+
+def test_a_storm_of_requests_aborts_and_failures() -> None:
+    """Each request ends exactly once, and those that nothing hit have the tokens they would have alone."""
+    rng = random.Random(0)
+    numbers = itertools.count()
+
+    def fault(batch: Batch, runner: CountingRunner) -> None:
+        if next(numbers) % 97 == 96:
+            raise ExecutionError("broke")
+
+    with LLMEngine(make_core(*[lambda: CountingRunner(fault=fault)] * 3)) as engine:
+        wanted: dict[str, list[int]] = {}
+        ended: dict[str, RequestOutput] = {}
+        while len(wanted) < 300 or engine.has_unfinished_requests():
+            for _ in range(rng.randrange(8) if len(wanted) < 300 else 0):
+                name, length, prompt = (
+                    str(len(wanted)),
+                    rng.randrange(1, 30),
+                    [rng.randrange(VOCAB)] * rng.randrange(1, 30),
+                )
+                engine.add_request(
+                    name, {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=length)
+                )
+                wanted[name] = [(prompt[-1] + 1 + step) % VOCAB for step in range(length)]
+            engine.abort_request(str(rng.randrange(len(wanted) + 1)))
+            for output in engine.step():
+                assert output.request_id not in ended
+                if output.finished:
+                    ended[output.request_id] = output
+        reasons: dict[str | None, int] = {}
+        for name, tokens in wanted.items():
+            [completion] = ended[name].outputs
+            reasons[completion.finish_reason] = reasons.get(completion.finish_reason, 0) + 1
+            if completion.finish_reason == "length":
+                assert completion.token_ids == tokens
+            else:
+                assert completion.token_ids == tokens[: len(completion.token_ids)]
+        assert all(reasons[reason] > 5 for reason in ("length", "abort", "error"))
+        assert [(replica.load, replica.num_requests) for replica in engine.core.replicas] == [(0, 0)] * 3
