@@ -1,4 +1,4 @@
-"""What a replica runs at once: a piece of one prompt, or the next token of several sequences, with the slots of their KV.
+"""What a replica runs at once: a piece of a prompt, or the next token of several sequences, and the slots of their KV.
 
 The KV cache of a replica lies in slots. Slots belong to a group, and one batch of a group is under way at a time; a
 pipeline of several stages has as many groups, so that every stage has something to do.

@@ -1,51 +1,50 @@
-"""A program bound to memory: every input and output of every segment on every rank has its place before a run starts.
+"""A program bound to memory: every input and output of every segment on every lane has its place before a run starts.
 
-A run then is a fixed list of `run_with_iobinding` calls, numpy operations and barriers for each driver thread. Changing
-a dynamic size rebinds what depends on it and nothing else. A value whose shape the program does not tell is allocated
-by onnxruntime in each run and passed on.
+A run then is a fixed list of `run_with_iobinding` calls, numpy operations and barriers for each lane. Changing a
+dynamic size rebinds what depends on it and nothing else. A value whose shape the program does not tell is allocated by
+onnxruntime in each run and passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.collectives import gather_operations, reduce_operations, run_operations
-from furiosa_llm.runtime.driver import Barrier, Drivers, ranks_of
+from furiosa_llm.runtime.collectives import ArraySum, gather_operations, reduce_operations, run_operations
+from furiosa_llm.runtime.driver import Barrier, Crew
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.exchange import Exchanger, ThreadExchange
+from furiosa_llm.runtime.exchange import Exchanger, LaneExchange
+from furiosa_llm.runtime.lanes import Exchange, Lanes, Sum, parts_of
 from furiosa_llm.runtime.memory import Block, array_nbytes, lifetimes, place
 from furiosa_llm.runtime.ort import ORT_ERRORS, Array, RawBinding, RawTensor, Tensor, let_allocate, unwrap, wrap
-from furiosa_llm.runtime.program import CollectiveCall, Program, growing_values
-from furiosa_llm.runtime.sessions import RankSessions
+from furiosa_llm.runtime.program import growing_values
+from furiosa_llm.runtime.sessions import StepSessions, ranks_text
 
 Bind = Callable[[str, RawTensor], None]
+Allocate = Callable[[int, int], Block]
+"""Memory for the values of a lane: `allocate(lane, nbytes)`."""
+
+
+def _private(_: int, nbytes: int) -> Block:
+    return Block(nbytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """One segment on one rank. `collect` are the outputs, by position, that onnxruntime allocates in each run."""
+class _LaneStep:
+    """What one lane does in one step. `run` is None if there is nothing to compute, `exchange` if nothing to exchange.
 
-    rank: int
-    run: Callable[[RawBinding, None], None]
-    binding: RawBinding
-    collect: tuple[tuple[int, str], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ThreadStep:
-    """What one thread does in one step. `exchange` is None if nothing is exchanged behind the segment.
-
-    `allocated` are collectives whose shapes are known only when the segments have run.
+    `collect` are the outputs, by position, that onnxruntime allocates in each run; `allocated` are exchanges whose
+    shapes are known only when the segments have run.
     """
 
-    runs: tuple[_Run, ...]
-    exchange: ThreadExchange | None
-    allocated: tuple[CollectiveCall, ...]
+    run: Callable[[RawBinding, None], None] | None
+    binding: RawBinding | None
+    collect: tuple[tuple[int, str], ...]
+    exchange: LaneExchange | None
+    allocated: tuple[Exchange, ...]
 
 
 class BoundProgram:
@@ -54,61 +53,79 @@ class BoundProgram:
     The caller binds the graph inputs and the outputs named `external`, calls `resize` with the dynamic sizes and then
     `run`; `array` gives any other output. Outputs named `unbound` are allocated by onnxruntime whatever their shape.
     Values whose shape depends on the dimensions `growing` have memory of their own, so that these may change in each
-    run at little cost.
+    run at little cost. `own` are the lanes that this process steps, None for all; what they exchange with others lies
+    in the memory that `allocate` gives.
     """
 
     def __init__(
         self,
-        program: Program,
-        mesh: Mesh,
-        sessions: Sequence[RankSessions | None],
-        drivers: Drivers,
+        lanes: Lanes,
+        sessions: Sequence[StepSessions],
+        crew: Crew,
         *,
         external: frozenset[str] = frozenset(),
         unbound: frozenset[str] = frozenset(),
         growing: frozenset[str] = frozenset(),
+        own: Collection[int] | None = None,
+        allocate: Allocate = _private,
     ) -> None:
-        self._program = program
-        self._mesh = mesh
-        self._drivers = drivers
-        self._external = external
+        self._lanes = lanes
+        self._program = lanes.program
+        self._crew = crew
         self._sessions = sessions
+        self._allocate = allocate
+        self._own = tuple(range(len(lanes.ranks)) if own is None else own)
         self._growing_names = growing
-        self._lifetimes = lifetimes(program)
-        self._growing = growing_values(program, growing).intersection(self._lifetimes) - external - unbound
-        self._unbound = self._shapeless(unbound)
-        self._exchanger = Exchanger(mesh=mesh, threads=drivers.count)
+        self._lifetimes = lifetimes(lanes)
+        made = self._lifetimes.keys()
+        external_values = self._on_ranks(external)
+        self._growing = (self._on_ranks(growing_values(self._program, growing)) & made) - external_values
+        self._unbound = self._shapeless(self._on_ranks(unbound), external_values)
+        self._growing -= self._unbound
+        self._placed = made - external_values - self._growing - self._unbound
         self._sizes: dict[str, int] = {}
-        self._tensors: list[dict[str, Tensor]] = [{} for _ in range(mesh.size)]
-        self._inputs_of: list[dict[str, list[Bind]]] = [{} for _ in range(mesh.size)]
-        self._outputs_of: list[dict[str, RawBinding]] = [{} for _ in range(mesh.size)]
-        self._bindings = [self._bind_step(index) for index in range(len(program.steps))]
-        self._blocks: list[Block] = []
+        self._tensors: list[dict[str, Tensor]] = [{} for _ in lanes.ranks]
+        self._inputs_of: list[dict[str, list[Bind]]] = [{} for _ in lanes.ranks]
+        self._outputs_of: list[dict[str, RawBinding]] = [{} for _ in lanes.ranks]
+        self._bindings = [self._bind_step(index) for index in range(len(lanes.steps))]
+        self._blocks: dict[int, Block] = {}
         self._growing_blocks: dict[tuple[int, str], Block] = {}
-        self._steps: list[list[_ThreadStep]] = []
+        self._steps: list[list[_LaneStep]] = []
+        self.step_of_lane = [0] * len(lanes.ranks)
+        """The step that each lane is in, or was in last."""
 
     def bind_shared(self, name: str, array: Array) -> None:
         """Binds the graph input `name` to `array` on every rank; the array may be written between runs."""
         tensor = wrap(array, self._program.types[name].dtype)
-        for rank in range(self._mesh.size):
-            self.bind_input(rank, name, tensor)
+        lanes = self._lanes
+        for lane, named in {(lanes.lane_of(rank), lanes.name(rank, name)) for rank in range(lanes.mesh.size)}:
+            self._bind_input(lane, named, tensor)
 
     def bind_input(self, rank: int, name: str, tensor: Tensor) -> None:
         """Binds the graph input `name` of `rank` to `tensor`, which has the rank's local shape."""
-        self._tensors[rank][name] = tensor
-        for bind in self._inputs_of[rank].get(name, ()):
-            bind(name, tensor.raw)
+        self._bind_input(self._lanes.lane_of(rank), self._lanes.name(rank, name), tensor)
 
     def bind_output(self, rank: int, name: str, tensor: Tensor) -> None:
         """Binds the output `name` of `rank`, and whatever reads it, to `tensor`, which has the rank's local shape."""
-        self.bind_input(rank, name, tensor)
-        binding = self._outputs_of[rank].get(name)
-        if binding is not None:
-            binding.bind_ortvalue_output(name, tensor.raw)
+        self._bind_output(self._lanes.lane_of(rank), self._lanes.name(rank, name), tensor)
 
     def array(self, rank: int, name: str) -> Array:
         """The output `name` of `rank`: memory that the next run may overwrite."""
-        return self._tensors[rank][name].array
+        return self.tensor(rank, name).array
+
+    def tensor(self, rank: int, name: str) -> Tensor:
+        """What is bound to `name` of `rank`."""
+        return self._tensors[self._lanes.lane_of(rank)][self._lanes.name(rank, name)]
+
+    def progress(self) -> str:
+        """Which segment the lanes are in, and the last collective that all of them have done."""
+        steps = self._lanes.steps
+        done = [e.call.collective.id for step in steps[: min(self.step_of_lane)] for e in step.exchanges]
+        lanes = ", ".join(
+            f"{ranks_text(self._lanes.ranks[lane])} in segment {self.step_of_lane[lane]} of {len(steps)}"
+            for lane in self._own
+        )
+        return f"{lanes}; last collective done: {done[-1] if done else 'none'}"
 
     def resize(self, sizes: Mapping[str, int]) -> None:
         """Gives every value its place for the dynamic `sizes`."""
@@ -116,172 +133,200 @@ class BoundProgram:
         self._sizes = dict(sizes)
         if not self._steps or not changed <= self._growing_names:
             self._place_all()
-            self._steps = self._compile()
             changed = set(sizes)
         for name in self._growing:
-            shape = self._program.types[name].shape or ()
+            shape = self._lanes.types[name].shape or ()
             if any(changed.intersection(parse_dimension(dim).names) for dim in shape if isinstance(dim, str)):
                 self._grow(name)
 
     def run(self) -> None:
-        """Runs the program once; raises ExecutionError, naming segment and rank, if onnxruntime fails."""
-        self._drivers.run(self._drive)
+        """Runs the program once; raises ExecutionError, naming segment and ranks, if onnxruntime fails."""
+        self._crew.run(self._drive, len(self._own))
 
-    def _drive(self, thread: int, barrier: Barrier) -> None:
-        for index, step in enumerate(self._steps[thread]):
-            self._run_segment(index, step)
-            exchange = step.exchange
-            if exchange is None:
+    def _drive(self, shares: Sequence[int], member: int, barrier: Barrier) -> None:
+        """Steps the lanes `shares` (positions in those of this process) through the whole program."""
+        mine = [(self._own[share], self._steps[share]) for share in shares]
+        for index in range(len(self._lanes.steps)):
+            exchanges = False
+            for lane, steps in mine:
+                self.step_of_lane[lane] = index
+                step = steps[index]
+                self._run_segment(index, lane, step)
+                if step.exchange is not None:
+                    exchanges = True
+                    run_operations(step.exchange.before)
+            if not exchanges:
                 continue
-            run_operations(exchange.before)
-            barrier.wait(thread)
-            run_operations(exchange.after)
-            if step.allocated:
-                self._exchange_allocated(thread, step.allocated)
-            if exchange.late_barrier:
-                barrier.wait(thread)
+            barrier.wait(member)
+            late = False
+            for lane, steps in mine:
+                step = steps[index]
+                if step.exchange is not None:
+                    run_operations(step.exchange.after)
+                    late |= step.exchange.late_barrier
+                if step.allocated:
+                    self._exchange_allocated(lane, step.allocated)
+            if late:
+                barrier.wait(member)
 
-    def _run_segment(self, index: int, step: _ThreadStep) -> None:
-        for item in step.runs:
-            try:
-                item.run(item.binding, None)
-            except ORT_ERRORS as error:
-                raise ExecutionError(f"segment {index} failed on rank {item.rank}: {error}") from error
-            if item.collect:
-                self._collect(item)
+    def _run_segment(self, index: int, lane: int, step: _LaneStep) -> None:
+        if step.run is None or step.binding is None:
+            return
+        try:
+            step.run(step.binding, None)
+        except ORT_ERRORS as error:
+            where = ranks_text(self._lanes.ranks[lane])
+            raise ExecutionError(f"segment {index} failed on {where}: {error}") from error
+        if step.collect:
+            self._collect(lane, step.binding, step.collect)
 
-    def _collect(self, item: _Run) -> None:
+    def _collect(self, lane: int, binding: RawBinding, collect: Sequence[tuple[int, str]]) -> None:
         """Passes on the outputs that onnxruntime has allocated, and has it allocate new ones in the next run."""
-        outputs = item.binding.get_outputs()
-        for position, name in item.collect:
-            self.bind_input(item.rank, name, unwrap(outputs[position], self._program.types[name].dtype))
-            let_allocate(item.binding, name)
+        outputs = binding.get_outputs()
+        for position, name in collect:
+            self._bind_input(lane, name, unwrap(outputs[position], self._lanes.types[name].dtype))
+            let_allocate(binding, name)
 
-    def _exchange_allocated(self, thread: int, calls: Sequence[CollectiveCall]) -> None:
-        own = ranks_of(thread, self._mesh.size, self._drivers.count)
-        for call in calls:
-            for group in self._mesh.groups(call.collective.axes):
-                ranks = [rank for rank in group if rank in own]
-                if not ranks:
-                    continue
-                out = _exchanged(call, [self.array(rank, call.input) for rank in group])
-                tensor = wrap(out, self._program.types[call.output].dtype)
-                for rank in ranks:
-                    self.bind_input(rank, call.output, tensor)
+    def _exchange_allocated(self, lane: int, exchanges: Sequence[Exchange]) -> None:
+        for exchange in exchanges:
+            if lane not in exchange.lanes:
+                continue
+            dtype = self._lanes.types[exchange.out].dtype
+            parts = [self._tensors[part.lane][part.name].array for part in parts_of(exchange)]
+            shape = list(parts[0].shape)
+            if exchange.total is not None:
+                out = Block(array_nbytes(dtype, tuple(shape))).array(dtype, tuple(shape))
+                run_operations(reduce_operations(self._arrays_of(exchange.total), out))
+            else:
+                dim = exchange.call.collective.dim or 0
+                shape[dim] *= len(parts)
+                out = np.empty(shape, dtype=parts[0].dtype)
+                for position, part in enumerate(parts):
+                    run_operations(gather_operations(part, position, out, dim))
+            self._bind_input(lane, exchange.out, wrap(out, dtype))
 
-    def _bind_step(self, index: int) -> list[RawBinding]:
-        """The bindings of a step's segment by rank, with outputs in the order of the segment."""
-        row, segment = self._sessions[index], self._program.steps[index].segment
-        if row is None or segment is None:
-            return []
-        bindings = [session.binding() for session in row]
-        for rank, binding in enumerate(bindings):
+    def _arrays_of(self, total: Sum) -> ArraySum:
+        if isinstance(total, tuple):
+            return (self._arrays_of(total[0]), self._arrays_of(total[1]))
+        return self._tensors[total.lane][total.name].array
+
+    # -- binding -----------------------------------------------------------------------------------------------
+
+    def _bind_input(self, lane: int, name: str, tensor: Tensor) -> None:
+        self._tensors[lane][name] = tensor
+        for bind in self._inputs_of[lane].get(name, ()):
+            bind(name, tensor.raw)
+
+    def _bind_output(self, lane: int, name: str, tensor: Tensor) -> None:
+        self._bind_input(lane, name, tensor)
+        binding = self._outputs_of[lane].get(name)
+        if binding is not None:
+            binding.bind_ortvalue_output(name, tensor.raw)
+
+    def _bind_step(self, index: int) -> list[RawBinding | None]:
+        """The bindings of a step's segments by lane, with outputs in the order of the segment."""
+        bindings: list[RawBinding | None] = []
+        for lane, (session, segment) in enumerate(
+            zip(self._sessions[index], self._lanes.steps[index].segments, strict=True)
+        ):
+            if session is None or segment is None:
+                bindings.append(None)
+                continue
+            binding = session.binding()
             for name in segment.outputs:
                 let_allocate(binding, name)
-                self._outputs_of[rank][name] = binding
+                self._outputs_of[lane][name] = binding
             for name in segment.inputs:
-                self._inputs_of[rank].setdefault(name, []).append(binding.bind_ortvalue_input)
+                self._inputs_of[lane].setdefault(name, []).append(binding.bind_ortvalue_input)
+            bindings.append(binding)
         return bindings
 
-    def _shapeless(self, unbound: frozenset[str]) -> frozenset[str]:
-        """The values that a run must allocate: `unbound`, those of unknown shape, and collectives that read such."""
+    def _on_ranks(self, names: Collection[str]) -> frozenset[str]:
+        """The lanes' names of the program's values `names`, on all ranks."""
+        return frozenset(self._lanes.name(rank, name) for name in names for rank in range(self._lanes.mesh.size))
+
+    def _shapeless(self, unbound: frozenset[str], external: frozenset[str]) -> frozenset[str]:
+        """The values that a run must allocate: `unbound`, those of unknown shape, and exchanges that read such."""
         shapeless = {name for name in self._lifetimes if name in unbound or not self._has_known_shape(name)}
-        for step in self._program.steps:
-            for call in step.collectives:
-                inputs = {*shapeless, *self._program.inputs, *self._growing, *self._external}
-                if call.input in inputs or call.output in self._growing:
-                    shapeless.add(call.output)
+        for step in self._lanes.steps:
+            for exchange in step.exchanges:
+                parts = {part.name for part in parts_of(exchange)}
+                odd = {*shapeless, *external, *self._growing} | (parts - self._lifetimes.keys())
+                if parts & odd or exchange.out in self._growing:
+                    shapeless.add(exchange.out)
         return frozenset(shapeless)
 
     def _has_known_shape(self, name: str) -> bool:
-        shape = self._program.types[name].shape
+        shape = self._lanes.types[name].shape
         dims = [dim for dim in shape or () if isinstance(dim, str)]
         return shape is not None and all(self._program.sizes.issuperset(parse_dimension(dim).names) for dim in dims)
 
+    # -- placing -----------------------------------------------------------------------------------------------
+
     def _place_all(self) -> None:
         """Places all values but the growing ones, and binds them."""
-        placed: list[tuple[str, int]] = []
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in self._lifetimes:
-            if name in self._external or name in self._growing or name in self._unbound:
-                continue
-            kind = self._program.types[name]
-            shapes[name] = shape_of(kind.shape or (), self._sizes)
-            placed.append((name, array_nbytes(kind.dtype, shapes[name])))
-        offsets, nbytes = place((name, size, self._lifetimes[name]) for name, size in placed)
-        if not self._blocks or nbytes > self._blocks[0].nbytes:
-            self._blocks = [Block(nbytes) for _ in range(self._mesh.size)]
+        shapes = {name: shape_of(self._lanes.types[name].shape or (), self._sizes) for name in self._placed}
+        offsets = [self._offsets(lane, shapes) for lane in range(len(self._lanes.ranks))]
 
-        def allocate(rank: int, name: str) -> Array:
-            return self._blocks[rank].array(self._program.types[name].dtype, shapes[name], offsets[name])
+        def allocate(lane: int, name: str) -> Array:
+            return self._blocks[lane].array(self._lanes.types[name].dtype, shapes[name], offsets[lane][name])
 
-        arrays: list[dict[str, Array]] = [{} for _ in range(self._mesh.size)]
-        self._exchanges = self._exchange_all(arrays, frozenset(shapes), allocate)
-        for rank, named in enumerate(arrays):
+        arrays: list[dict[str, Array]] = [{} for _ in self._lanes.ranks]
+        exchanges = list(self._exchange_all(arrays, allocate))
+        for lane, named in enumerate(arrays):
             for name, array in named.items():
-                self.bind_output(rank, name, wrap(array, self._program.types[name].dtype))
-
-    def _exchange_all(
-        self, arrays: list[dict[str, Array]], names: frozenset[str], allocate: Callable[[int, str], Array]
-    ) -> list[list[ThreadExchange] | None]:
-        """Gives the values `names` their `arrays` by rank, and returns each step's exchange by thread."""
-        exchanges: list[list[ThreadExchange] | None] = []
-        outputs = set(self._program.outputs)
-        for step in self._program.steps:
-            made = step.segment.outputs if step.segment is not None else ()
-            for name in made:
-                if name in names:
-                    for rank, named in enumerate(arrays):
-                        named[name] = allocate(rank, name)
-            known = [call for call in step.collectives if call.output in names]
-            movable = frozenset(name for name in made if name not in outputs)
-            exchange = self._exchanger.make(known, arrays, allocate, movable)
-            exchanges.append(exchange if step.collectives else None)
-        return exchanges
-
-    def _compile(self) -> list[list[_ThreadStep]]:
-        """Every thread's steps."""
-        return [
-            [self._thread_step(thread, index) for index in range(len(self._program.steps))]
-            for thread in range(self._drivers.count)
+                self._bind_output(lane, name, wrap(array, self._lanes.types[name].dtype))
+        self._steps = [
+            [self._lane_step(lane, index, exchange) for index, exchange in enumerate(exchanges)] for lane in self._own
         ]
 
-    def _thread_step(self, thread: int, index: int) -> _ThreadStep:
-        step, row, exchange = self._program.steps[index], self._sessions[index], self._exchanges[index]
-        runs: list[_Run] = []
-        if row is not None and step.segment is not None:
-            collect = tuple((i, name) for i, name in enumerate(step.segment.outputs) if name in self._unbound)
-            for rank in ranks_of(thread, self._mesh.size, self._drivers.count):
-                binding = self._bindings[index][rank]
-                runs.append(_Run(rank=rank, run=row[rank].run_binding, binding=binding, collect=collect))
-        return _ThreadStep(
-            runs=tuple(runs),
-            exchange=exchange[thread] if exchange is not None else None,
-            allocated=tuple(call for call in step.collectives if call.output in self._unbound),
+    def _offsets(self, lane: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Where the values of a lane lie in its block, which is made anew if it is too small."""
+        mine = [
+            (name, array_nbytes(self._lanes.types[name].dtype, shapes[name]), lifetime)
+            for name, lifetime in self._lifetimes.items()
+            if lane in lifetime.lanes and name in shapes
+        ]
+        offsets, nbytes = place(mine)
+        known = self._blocks.get(lane)
+        if known is None or nbytes > known.nbytes:
+            self._blocks[lane] = self._allocate(lane, nbytes)
+        return offsets
+
+    def _exchange_all(
+        self, arrays: list[dict[str, Array]], allocate: Callable[[int, str], Array]
+    ) -> Iterator[list[LaneExchange] | None]:
+        """Gives placed values their `arrays` by lane, and yields each step's exchange by lane."""
+        kept = self._on_ranks(self._program.outputs)
+        for step in self._lanes.steps:
+            movable: list[set[str]] = []
+            for lane, segment in enumerate(step.segments):
+                made = [name for name in (segment.outputs if segment is not None else ()) if name in self._placed]
+                arrays[lane].update({name: allocate(lane, name) for name in made})
+                movable.append({n for n in made if n not in kept and self._lifetimes[n].readers == 0})
+            known = [exchange for exchange in step.exchanges if exchange.out in self._placed]
+            exchanger = Exchanger(arrays=arrays, allocate=allocate, movable=movable)
+            yield exchanger.make(known) if step.exchanges else None
+
+    def _lane_step(self, lane: int, index: int, exchanges: list[LaneExchange] | None) -> _LaneStep:
+        step, session, binding = self._lanes.steps[index], self._sessions[index][lane], self._bindings[index][lane]
+        segment = step.segments[lane]
+        outputs = segment.outputs if segment is not None else ()
+        return _LaneStep(
+            run=session.run_binding if session is not None else None,
+            binding=binding,
+            collect=tuple((i, name) for i, name in enumerate(outputs) if name in self._unbound),
+            exchange=exchanges[lane] if exchanges is not None else None,
+            allocated=tuple(exchange for exchange in step.exchanges if exchange.out in self._unbound),
         )
 
     def _grow(self, name: str) -> None:
         """Gives a growing value an array of its present shape, in memory that is replaced only if it is too small."""
-        kind = self._program.types[name]
+        kind = self._lanes.types[name]
         shape = shape_of(kind.shape or (), self._sizes)
         nbytes = array_nbytes(kind.dtype, shape)
-        for rank in range(self._mesh.size):
-            block = self._growing_blocks.get((rank, name))
+        for lane in self._lifetimes[name].lanes:
+            block = self._growing_blocks.get((lane, name))
             if block is None or block.nbytes < nbytes:
-                block = self._growing_blocks[rank, name] = Block(nbytes + nbytes // 2)
-            self.bind_output(rank, name, wrap(block.array(kind.dtype, shape), kind.dtype))
-
-
-def _exchanged(call: CollectiveCall, parts: Sequence[Array]) -> Array:
-    """The result of a collective on arrays that onnxruntime has allocated."""
-    if call.collective.kind == "AllReduce":
-        out = np.empty_like(parts[0])
-        run_operations(reduce_operations(parts, out))
-        return out
-    dim = call.collective.dim or 0
-    shape = list(parts[0].shape)
-    shape[dim] *= len(parts)
-    out = np.empty(shape, dtype=parts[0].dtype)
-    for position, part in enumerate(parts):
-        run_operations(gather_operations(part, position, out, dim))
-    return out
+                block = self._growing_blocks[lane, name] = Block(nbytes + nbytes // 2)
+            self._bind_output(lane, name, wrap(block.array(kind.dtype, shape), kind.dtype))

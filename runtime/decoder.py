@@ -6,20 +6,17 @@ It runs on anything that can be bound to memory: an artifact's executor, or the 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from furiosa_llm.runtime.artifact.dimensions import GROWING, Shape, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State, StateMode
+from furiosa_llm.runtime.artifact.layout import local_size
+from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInfo, State, StateMode
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
-from furiosa_llm.runtime.memory import Block, array_nbytes
-from furiosa_llm.runtime.ort import Array, Tensor, wrap
-
-_CAPACITY_STEP = 256
-"""States grow by at least this many positions at a time, and by at least half."""
+from furiosa_llm.runtime.ort import Array, Tensor
+from furiosa_llm.runtime.states import StateBuffers, grown_capacity
 
 
 class Bound(Protocol):
@@ -49,6 +46,24 @@ class DecoderInterface:
     ranks: int
 
 
+def interface_of(manifest: Manifest) -> DecoderInterface:
+    """What a decoder on the artifact's program takes and gives."""
+    return DecoderInterface(
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        states=manifest.states,
+        state_shapes={
+            info.name: tuple(
+                size if layout is None else local_size(layout, manifest.mesh)
+                for size, layout in zip(info.shape, info.layout, strict=True)
+            )
+            for info in manifest.inputs
+            if info.role == "state"
+        },
+        ranks=manifest.mesh.size,
+    )
+
+
 class DecoderModel(Protocol):
     """A decoder that sessions can be made on."""
 
@@ -64,59 +79,6 @@ class DecoderModel(Protocol):
     def step(self, bound: Bound) -> None:
         """Runs `bound` once."""
         ...
-
-
-class _StateBuffers:
-    """The memory of one state on one rank; `past` is what the next step reads, `present` what it writes.
-
-    In place: one buffer of `capacity` positions, past and present at once; what lies beyond the valid ones is finite,
-    because kernels may read it before they mask it. Append: two, between which past and present alternate, because the
-    present has the past copied into it.
-    """
-
-    __slots__ = ("_dtype", "_flat", "_in_place", "_inner", "_outer", "past", "present", "state")
-
-    def __init__(self, state: State, dtype: str, shape: tuple[int, ...]) -> None:
-        self.state = state
-        self._dtype = dtype
-        self._in_place = state.mode == "in_place"
-        self._outer, self._inner = shape[: state.sequence_dim], shape[state.sequence_dim + 1 :]
-        self._flat = self._allocate(0)
-        self.past = self.present = self._tensor(self._flat[0], 0)
-
-    def reserve(self, capacity: int, length: int) -> None:
-        """Makes room for `capacity` positions and keeps the first `length`."""
-        self._catch_up(length)
-        kept = self.past.array
-        self._flat = self._allocate(capacity)
-        self.past = self.present = self._tensor(self._flat[0], capacity if self._in_place else length)
-        valid = (slice(None),) * len(self._outer) + (slice(0, length),)
-        self.past.array[valid] = kept[valid]
-
-    def rewind(self) -> None:
-        """Forgets all positions and keeps the memory."""
-        if not self._in_place:
-            self.past = self.present = self._tensor(self._flat[0], 0)
-
-    def extend(self, past: int, total: int) -> None:
-        """Makes `past` the state of that many positions and `present` the place for `total`; for append states."""
-        self._catch_up(past)
-        self.present = self._tensor(self._flat[1], total)
-
-    def _catch_up(self, length: int) -> None:
-        """Makes the present of the last step, if it succeeded and so has `length` positions, the past of the next."""
-        if not self._in_place and self.past.array.shape[self.state.sequence_dim] != length:
-            self._flat.reverse()
-            self.past = self.present
-
-    def _allocate(self, capacity: int) -> list[Array]:
-        shape = (math.prod(self._outer) * capacity * math.prod(self._inner),)
-        nbytes = array_nbytes(self._dtype, shape)
-        return [Block(nbytes).array(self._dtype, shape) for _ in range(1 if self._in_place else 2)]
-
-    def _tensor(self, flat: Array, length: int) -> Tensor:
-        shape = (*self._outer, length, *self._inner)
-        return wrap(flat[: math.prod(shape)].reshape(shape), self._dtype)
 
 
 @dataclass(slots=True)
@@ -137,7 +99,7 @@ class DecoderSession:
 
     def __init__(self, model: DecoderModel, *, max_length: int | None = None) -> None:
         interface = model.decoder_interface
-        _check_interface(interface)
+        check_interface(interface)
         self.length = 0
         self.max_length = max_length
         self._model = model
@@ -147,7 +109,7 @@ class DecoderSession:
         self._capacity = 0
         self._wanted_capacity = 0
         self._generation = 0
-        self._buffers: list[list[_StateBuffers]] = []
+        self._buffers: list[list[StateBuffers]] = []
         self._lanes: dict[bool, _Lane] = {}
 
     def reset(self) -> None:
@@ -212,7 +174,7 @@ class DecoderSession:
                 lane.bound.bind_input(rank, buffers.state.input, buffers.past)
                 lane.bound.bind_output(rank, buffers.state.output, buffers.present)
 
-    def _each(self, mode: StateMode) -> Iterator[tuple[int, _StateBuffers]]:
+    def _each(self, mode: StateMode) -> Iterator[tuple[int, StateBuffers]]:
         for rank, row in enumerate(self._buffers):
             yield from ((rank, buffers) for buffers in row if buffers.state.mode == mode)
 
@@ -222,20 +184,20 @@ class DecoderSession:
         sizes = {"batch": batch, "past": 0, "total": 0}
         shapes = {name: shape_of(shape, sizes) for name, shape in self._interface.state_shapes.items()}
         self._buffers = [
-            [_StateBuffers(state, dtypes[state.input], shapes[state.input]) for state in self._interface.states]
+            [StateBuffers(state, dtypes[state.input], shapes[state.input]) for state in self._interface.states]
             for _ in range(self._interface.ranks)
         ]
         self._batch, self._capacity = batch, 0
 
     def _grow(self, length: int) -> None:
-        grown = max(length, self._capacity + self._capacity // 2)
-        self._capacity = -(-grown // _CAPACITY_STEP) * _CAPACITY_STEP
+        self._capacity = grown_capacity(length, self._capacity)
         self._generation += 1
         for buffers in itertools.chain.from_iterable(self._buffers):
             buffers.reserve(self._capacity, self.length)
 
 
-def _check_interface(interface: DecoderInterface) -> None:
+def check_interface(interface: DecoderInterface) -> None:
+    """Raises UnsupportedError if the model is no decoder, or has states that cannot be stepped."""
     has_ids = any(info.role == "token_ids" for info in interface.inputs)
     if not has_ids or not any(info.role == "logits" for info in interface.outputs):
         raise UnsupportedError(

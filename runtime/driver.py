@@ -1,20 +1,24 @@
-"""The driver threads: each steps a fixed run of ranks, and they meet at barriers.
+"""The cores of a host as threads: each run takes some of them, which step its lanes and meet at barriers.
 
-The calling thread is driver 0, so that one thread needs no hand-over at all. A thread that fails lets its peers out of
-every barrier they wait at, so a failure ends the run on all of them and none hangs.
+The thread that asks for a run takes part in it, so that one core needs no hand-over at all. A thread that fails lets
+its peers out of every barrier they wait at, so a failure ends the run on all of them and none hangs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from queue import SimpleQueue
 
 from furiosa_llm.runtime.errors import ExecutionError
 
+Body = Callable[[Sequence[int], int, "Barrier"], None]
+"""What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are those that it steps, in order."""
+
 
 class PeerFailedError(Exception):
-    """Another driver thread has failed; its error is the one to show."""
+    """Another thread of the run has failed; its error is the one to show."""
 
 
 class Barrier:
@@ -36,81 +40,121 @@ class Barrier:
         self._inbox = [[queues[s, r] for s in range(count) if s != r] for r in range(count)]
         self._outbox = [[queues[s, r] for r in range(count) if r != s] for s in range(count)]
 
-    def wait(self, thread: int) -> None:
-        """Returns when every thread has called this as often as `thread` has; raises PeerFailedError if one failed."""
-        for queue in self._outbox[thread]:
+    def wait(self, member: int) -> None:
+        """Returns when every thread has called this as often as `member` has; raises PeerFailedError if one failed."""
+        for queue in self._outbox[member]:
             queue.put(True)
-        for queue in self._inbox[thread]:
+        for queue in self._inbox[member]:
             if not queue.get():
                 raise PeerFailedError
 
-    def leave(self, thread: int) -> None:
-        """Says that `thread` will not come to any further barrier: whoever waits for it fails."""
-        for queue in self._outbox[thread]:
+    def leave(self, member: int) -> None:
+        """Says that `member` will not come to any further barrier: whoever waits for it fails."""
+        for queue in self._outbox[member]:
             queue.put(False)
 
 
-class Drivers:
-    """`count` threads that run one function together; thread 0 is whichever thread calls `run`."""
+class _Run:
+    """One run: its barrier, and the errors of its threads as they end."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._barrier = Barrier(count)
-        self._closed = False
-        self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="furiosa-driver") if count > 1 else None
+    __slots__ = ("_body", "_ended", "barrier")
 
-    def run(self, body: Callable[[int, Barrier], None]) -> None:
-        """Calls `body(thread, barrier)` on every thread and returns when all have.
+    def __init__(self, body: Body, count: int) -> None:
+        self._body = body
+        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        self.barrier = Barrier(count)
 
-        An exception on any thread ends the others at their next barrier and is raised here.
-        """
-        if self._closed:
-            raise ExecutionError("the executor is closed; load the artifact again")
-        if self._pool is None:
-            body(0, self._barrier)
-            return
-        barrier = self._barrier
-        futures = [self._pool.submit(self._guarded, body, thread, barrier) for thread in range(1, self.count)]
+    def take_part(self, lanes: Sequence[int], member: int) -> None:
+        """Runs the body as `member`; whatever it raises is kept for `raise_first`."""
+        error: BaseException | None = None
         try:
-            self._guarded(body, 0, barrier)
-        except PeerFailedError:
-            self._raise_first(futures)
-            raise
-        finally:
-            wait(futures)
-        self._raise_first(futures)
+            self._body(lanes, member, self.barrier)
+        except BaseException as raised:  # noqa: BLE001 - whatever it is, `raise_first` raises it
+            error = raised
+            self.barrier.leave(member)
+        self._ended.put(error)
 
-    def close(self) -> None:
-        """Ends the threads; further runs raise ExecutionError."""
-        self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def _guarded(self, body: Callable[[int, Barrier], None], thread: int, barrier: Barrier) -> None:
-        completed = False
-        try:
-            body(thread, barrier)
-            completed = True
-        finally:
-            if not completed:
-                # A new barrier for the next run: this one's queues keep tokens that nobody will take.
-                self._barrier = Barrier(self.count)
-                barrier.leave(thread)
-
-    @staticmethod
-    def _raise_first(futures: list[Future[None]]) -> None:
-        wait(futures)
-        errors = [error for error in (future.exception() for future in futures) if error is not None]
+    def raise_first(self, count: int) -> None:
+        """Waits for all `count` threads and raises the error of one that failed by itself."""
+        errors = [error for error in (self._ended.get() for _ in range(count)) if error is not None]
         for error in errors:
             if not isinstance(error, PeerFailedError):
                 raise error
 
 
-def thread_of(rank: int, ranks: int, threads: int) -> int:
-    """The driver thread that steps `rank`: contiguous runs of ranks, as equal as can be."""
-    return rank * threads // ranks
+class Crew:
+    """`count` cores, shared by all runs of a host.
+
+    A run gets as many as its share of those who `expect` to run now; it waits if all are busy.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = threading.Condition()
+        self._idle = count
+        self._expected = 0
+        self._closed = False
+        self._inboxes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"furiosa-core-{index}", daemon=True) for index in range(1, count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @contextmanager
+    def expect(self) -> Iterator[None]:
+        """Says that the caller will run something now and again until the block ends: others leave it cores."""
+        with self._free:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._expected -= 1
+
+    def run(self, body: Body, lanes: int) -> None:
+        """Calls `body` on some threads, which share the `lanes` between them in contiguous runs, until all return.
+
+        An exception on any thread ends the others at their next barrier and is raised here.
+        """
+        count = self._take(lanes)
+        try:
+            shares = [range(lanes * m // count, lanes * (m + 1) // count) for m in range(count)]
+            if count == 1:
+                body(shares[0], 0, _ALONE)
+                return
+            run = _Run(body, count)
+            for member in range(1, count):
+                self._inboxes.put(lambda member=member: run.take_part(shares[member], member))  # type: ignore[misc]
+            run.take_part(shares[0], 0)
+            run.raise_first(count)
+        finally:
+            with self._free:
+                self._idle += count
+                self._free.notify_all()
+
+    def close(self) -> None:
+        """Ends the threads; further runs raise ExecutionError."""
+        with self._free:
+            self._closed = True
+            self._free.notify_all()
+        for _ in self._threads:
+            self._inboxes.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _take(self, lanes: int) -> int:
+        with self._free:
+            self._free.wait_for(lambda: self._idle > 0 or self._closed)
+            if self._closed:
+                raise ExecutionError("the executor is closed; load the artifact again")
+            count = max(1, min(self._idle, lanes, self.count // max(1, self._expected)))
+            self._idle -= count
+            return count
+
+    def _serve(self) -> None:
+        while (task := self._inboxes.get()) is not None:
+            task()
 
 
-def ranks_of(thread: int, ranks: int, threads: int) -> tuple[int, ...]:
-    """The ranks that driver `thread` steps, ascending."""
-    return tuple(rank for rank in range(ranks) if thread_of(rank, ranks, threads) == thread)
+_ALONE = Barrier(1)

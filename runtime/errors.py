@@ -39,3 +39,15 @@ class ReplicaError(FuriosaLLMError):
 
 class EngineDeadError(FuriosaLLMError):
     """The engine takes no requests any more: it was closed, or every replica failed and could not be rebuilt."""
+
+
+class DeviceError(FuriosaLLMError, ValueError):
+    """A device string is malformed, or names a PE twice."""
+
+
+class TopologyError(FuriosaLLMError, ValueError):
+    """Sizes of parallelism do not fit the devices, or stages not the artifact's blocks."""
+
+
+class CapacityError(FuriosaLLMError, ValueError):
+    """What is to be kept in memory does not fit the PEs, or is no amount at all."""

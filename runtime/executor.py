@@ -17,11 +17,12 @@ from furiosa_llm.runtime.artifact.layout import axes_of, index_map, local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.binding import BoundProgram
-from furiosa_llm.runtime.decoder import Bound, DecoderInterface
-from furiosa_llm.runtime.driver import Drivers
+from furiosa_llm.runtime.decoder import Bound, DecoderInterface, interface_of
+from furiosa_llm.runtime.driver import Crew
 from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.lanes import alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.ort import Array, SessionSettings, wrap
-from furiosa_llm.runtime.program import cut_program
+from furiosa_llm.runtime.program import cut_program, size_names
 from furiosa_llm.runtime.rows import is_chunk_of_many, run_singly, takes_chunks_singly
 from furiosa_llm.runtime.sessions import create_sessions
 
@@ -44,11 +45,15 @@ class Executor:
         self.artifact = artifact
         self.mesh = artifact.manifest.mesh
         self.threads = min(threads or cores, self.mesh.size)
-        self.program = cut_program(artifact.program, artifact.manifest)
+        manifest = artifact.manifest
+        program = cut_program(artifact.program, manifest.collectives, size_names(manifest))
+        self.lanes = lanes_of(
+            program, self.mesh, self.threads, shard_axes=shard_axes(manifest), inputs=alike_inputs(manifest)
+        )
         self._chunks_singly = takes_chunks_singly(artifact.program)
         settings = SessionSettings(prepack=not mapped, exact=exact)
-        self._sessions = create_sessions(artifact, self.program, settings, threads=threads or cores)
-        self._drivers = Drivers(self.threads)
+        self._sessions = create_sessions(artifact, self.lanes, settings, threads=threads or cores)
+        self._crew = Crew(self.threads)
         self._lock = threading.Lock()
         in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
         self._bound = self.bind(unbound=frozenset(in_place))
@@ -56,22 +61,7 @@ class Executor:
     @property
     def decoder_interface(self) -> DecoderInterface:
         """What `DecoderSession` needs to know of the program."""
-        manifest = self.artifact.manifest
-        local = {
-            info.name: tuple(
-                size if layout is None else local_size(layout, self.mesh)
-                for size, layout in zip(info.shape, info.layout, strict=True)
-            )
-            for info in manifest.inputs
-            if info.role == "state"
-        }
-        return DecoderInterface(
-            inputs=manifest.inputs,
-            outputs=manifest.outputs,
-            states=manifest.states,
-            state_shapes=local,
-            ranks=self.mesh.size,
-        )
+        return interface_of(self.artifact.manifest)
 
     def bind(
         self,
@@ -82,10 +72,9 @@ class Executor:
     ) -> BoundProgram:
         """Bindings and memory of their own on this executor's sessions; `BoundProgram` documents the arguments."""
         return BoundProgram(
-            self.program,
-            self.mesh,
+            self.lanes,
             self._sessions,
-            self._drivers,
+            self._crew,
             external=external,
             unbound=unbound,
             growing=growing,
@@ -123,7 +112,7 @@ class Executor:
 
     def close(self) -> None:
         """Ends the driver threads; the executor cannot run any more."""
-        self._drivers.close()
+        self._crew.close()
 
     def __enter__(self) -> Self:
         return self

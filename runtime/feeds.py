@@ -25,8 +25,7 @@ _SHAPES: dict[str, tuple[str, str]] = {
 class StepFeeds:
     """The arrays of a decoder's inputs other than states, kept between steps so that equal shapes reuse memory.
 
-    Sequences of a batch have equal lengths, so the attention mask is all ones. Raises UnsupportedError for an input
-    that a decoder cannot be fed from tokens alone.
+    Raises UnsupportedError for an input that a decoder cannot be fed from tokens alone.
     """
 
     def __init__(self, inputs: Sequence[InputInfo]) -> None:
@@ -40,15 +39,17 @@ class StepFeeds:
         self._kept: dict[str, Array] = {}
         self._ones: dict[str, Array] = {}
 
-    def update(self, token_ids: TokenIds, past: int) -> Iterator[tuple[str, Array]]:
-        """Writes the inputs of the step that adds `token_ids` [batch, sequence] to `past` tokens.
+    def update(self, token_ids: TokenIds, past: int | Sequence[int]) -> Iterator[tuple[str, Array]]:
+        """Writes the inputs of the step that adds `token_ids` [batch, sequence] to `past` tokens, one number or by row.
 
-        Yields name and array of those whose array is another than in the last step.
+        Yields name and array of those whose array is another than in the last step. Where rows have unequal lengths
+        the mask of a shorter one ends in zeros.
         """
         batch, sequence = token_ids.shape
+        starts = np.broadcast_to(np.asarray(past, dtype=np.int64), (batch,))
         for info in self._infos:
             if info.role == "attention_mask":
-                yield info.name, self._mask(info, batch, past + sequence)
+                yield info.name, self._mask(info, starts + sequence)
                 continue
             array = self._kept.get(info.name)
             if array is None or array.shape != token_ids.shape:
@@ -57,10 +58,13 @@ class StepFeeds:
             if info.role == "token_ids":
                 array[...] = token_ids
             elif info.role == "position_ids":
-                array[...] = np.arange(past, past + sequence)
+                array[...] = starts[:, None] + np.arange(sequence)
 
-    def _mask(self, info: InputInfo, batch: int, total: int) -> Array:
-        ones = self._ones.get(info.name)
-        if ones is None or ones.size < batch * total:
-            ones = self._ones[info.name] = np.ones(2 * batch * total, dtype=DTYPES[info.dtype].numpy)
-        return ones[: batch * total].reshape(batch, total)
+    def _mask(self, info: InputInfo, totals: TokenIds) -> Array:
+        batch, total = totals.size, int(totals.max())
+        if (totals == total).all():
+            ones = self._ones.get(info.name)
+            if ones is None or ones.size < batch * total:
+                ones = self._ones[info.name] = np.ones(2 * batch * total, dtype=DTYPES[info.dtype].numpy)
+            return ones[: batch * total].reshape(batch, total)
+        return (np.arange(total) < totals[:, None]).astype(DTYPES[info.dtype].numpy)

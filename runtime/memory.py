@@ -1,43 +1,56 @@
-"""Where the values that cross steps lie in a rank's memory: one block per rank, reused as values die."""
+"""Where the values that cross steps lie in a lane's memory: one block per lane, reused as values die."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.lanes import Lanes, parts_of
 from furiosa_llm.runtime.ort import Array
-from furiosa_llm.runtime.program import Program
 
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetime:
-    """The steps in which a value is touched: written first in step `first`, read last in step `last`."""
+    """The steps in which a value is touched: written first in step `first`, read last in step `last`.
+
+    `lanes` have memory for it, and `readers` is how many segments read it.
+    """
 
     first: int
     last: int
+    lanes: frozenset[int] = frozenset()
+    readers: int = 0
 
 
-def lifetimes(program: Program) -> dict[str, Lifetime]:
-    """The lifetime of every value that a segment or a collective of `program` makes; outputs live to the end."""
+def lifetimes(lanes: Lanes) -> dict[str, Lifetime]:
+    """The lifetime of every value that a segment or an exchange makes; what the caller reads lives to the end."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for index, step in enumerate(program.steps):
-        made = [call.output for call in step.collectives]
-        read = [call.input for call in step.collectives]
-        if step.segment is not None:
-            made.extend(step.segment.outputs)
-            read.extend(step.segment.inputs)
-        for name in made:
-            first[name] = index
+    owners: dict[str, set[int]] = {}
+    readers: Counter[str] = Counter()
+    for index, step in enumerate(lanes.steps):
+        made = [(name, lane) for lane, s in enumerate(step.segments) if s is not None for name in s.outputs]
+        made += [(exchange.out, lane) for exchange in step.exchanges for lane in exchange.lanes]
+        for name, lane in made:
+            first.setdefault(name, index)
             last[name] = index
+            owners.setdefault(name, set()).add(lane)
+        readers.update(name for s in step.segments if s is not None for name in s.inputs)
+        read = {name for s in step.segments if s is not None for name in s.inputs}
+        read |= {part.name for exchange in step.exchanges for part in parts_of(exchange)}
         last.update({name: index for name in read if name in first})
-    last.update(dict.fromkeys(program.outputs, len(program.steps)))
-    return {name: Lifetime(first=first[name], last=last[name]) for name in first}
+    for name in lanes.program.outputs:
+        last.update({lanes.name(rank, name): len(lanes.steps) for rank in range(lanes.mesh.size)})
+    return {
+        name: Lifetime(first=first[name], last=last[name], lanes=frozenset(owners[name]), readers=readers[name])
+        for name in first
+    }
 
 
 def place(values: Iterable[tuple[str, int, Lifetime]]) -> tuple[dict[str, int], int]:

@@ -18,6 +18,9 @@ from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, Manifest
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN, attribute_graphs, used_names
 
+_OPSET = 21
+"""Of the standard operators, for a part whose own nodes are all of other domains: sums are added by them."""
+
 _FOLDED = -1
 """The step of values that depend on initializers only: they belong to whichever segments read them."""
 
@@ -76,16 +79,17 @@ class Program:
     sizes: frozenset[str]
 
 
-def cut_program(model: ModelProto, manifest: Manifest) -> Program:
-    """The steps of `model`, a program that `open_artifact` has checked against `manifest`.
+def cut_program(model: ModelProto, collectives: Sequence[Collective], sizes: frozenset[str]) -> Program:
+    """The steps of `model`, all or a part of a program that `open_artifact` has checked.
 
-    Raises ArtifactError if `value_info` lacks the type of a value that crosses from step to step.
+    `collectives` are those of its collective nodes, in their order, and `sizes` the dynamic dimensions that its inputs
+    give. Raises ArtifactError if `value_info` lacks the type of a value that crosses from step to step.
     """
     graph = model.graph
     calls = {
         node.output[0]: CollectiveCall(collective=collective, input=node.input[0], output=node.output[0])
         for node, collective in zip(
-            (node for node in graph.node if node.domain == COLLECTIVE_DOMAIN), manifest.collectives, strict=True
+            (node for node in graph.node if node.domain == COLLECTIVE_DOMAIN), collectives, strict=True
         )
     }
     produced_at = _levels(graph)
@@ -103,27 +107,18 @@ def cut_program(model: ModelProto, manifest: Manifest) -> Program:
         inputs=tuple(value.name for value in graph.input),
         outputs=tuple(value.name for value in graph.output),
         types=_types(graph, crossing),
-        sizes=_size_names(manifest),
+        sizes=sizes,
     )
 
 
-def segment_model(program: Program, segment: Segment, flexible: Mapping[str, int]) -> ModelProto:
-    """`segment` as a model of its own, its initializers as in the program: rank 0's windows.
-
-    `flexible` names values whose given dimension is left open, because a buffer longer than the program says may be
-    bound to them.
-    """
+def program_part(program: Program, nodes: Sequence[NodeProto]) -> ModelProto:
+    """A model of `nodes` with the program's opsets and the functions they use, without inputs and outputs."""
     source = program.model
-    graph = GraphProto(name="segment")
-    graph.node.extend(source.graph.node[position] for position in segment.nodes)
-    used = set(segment.initializers)
-    graph.initializer.extend(tensor for tensor in source.graph.initializer if tensor.name in used)
-    declared = {v.name: v for v in (*source.graph.value_info, *source.graph.input, *source.graph.output)}
-    graph.input.extend(_open_value(declared[name], flexible.get(name)) for name in segment.inputs)
-    graph.output.extend(_open_value(declared[name], flexible.get(name)) for name in segment.outputs)
-    model = ModelProto(ir_version=source.ir_version, graph=graph)
+    model = ModelProto(ir_version=source.ir_version, graph=GraphProto(name="segment", node=nodes))
     model.opset_import.extend(entry for entry in source.opset_import if entry.domain != COLLECTIVE_DOMAIN)
-    model.functions.extend(_used_functions(source, graph.node))
+    if not any(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
+        model.opset_import.add(domain="", version=_OPSET)
+    model.functions.extend(_used_functions(source, nodes))
     return model
 
 
@@ -236,7 +231,8 @@ def _types(graph: GraphProto, crossing: set[str]) -> dict[str, ValueType]:
     return types
 
 
-def _size_names(manifest: Manifest) -> frozenset[str]:
+def size_names(manifest: Manifest) -> frozenset[str]:
+    """The names of the dynamic dimensions that the shapes of an artifact's inputs give."""
     dims = {dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str)}
     names = {name for dim in dims for name in parse_dimension(dim).names}
     return frozenset(known_sizes(dict.fromkeys(names, 0)))
@@ -257,11 +253,3 @@ def _shape(value: ValueInfoProto) -> tuple[int | str, ...] | None:
             return None
         shape.append(dim.dim_param)
     return tuple(shape)
-
-
-def _open_value(value: ValueInfoProto, dim: int | None) -> ValueInfoProto:
-    opened = ValueInfoProto()
-    opened.CopyFrom(value)
-    if dim is not None and dim < len(opened.type.tensor_type.shape.dim):
-        opened.type.tensor_type.shape.dim[dim].Clear()
-    return opened

@@ -1,29 +1,36 @@
-"""Makes the sessions of a program, one for each (rank, segment), in several threads."""
+"""Makes the sessions of a program, one for each (segment, lane), in several threads."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from onnx import ModelProto, TensorProto
 
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.lanes import Lanes, LaneSegment
 from furiosa_llm.runtime.ort import ORT_ERRORS, Session, SessionSettings
-from furiosa_llm.runtime.program import Program, segment_model
+from furiosa_llm.runtime.program import program_part
 
 _INLINE_NBYTES = 1024
 """Tensors up to this size go into the model itself: onnxruntime can then fold them."""
 
-RankSessions = tuple[Session, ...]
-"""The sessions of one segment, by rank. Ranks whose windows are the same share one."""
+StepSessions = tuple[Session | None, ...]
+"""The sessions of one step, by lane; None where a lane has nothing to compute, or is not this process's."""
 
 
 def create_sessions(
-    artifact: Artifact, program: Program, settings: SessionSettings, *, threads: int
-) -> tuple[RankSessions | None, ...]:
-    """For each step of `program` the sessions of its segment, None if it has none.
+    artifact: Artifact,
+    lanes: Lanes,
+    settings: SessionSettings,
+    *,
+    threads: int,
+    own: Collection[int] | None = None,
+) -> tuple[StepSessions, ...]:
+    """For each step of the lanes' program the sessions of the lanes `own` (None: all).
 
-    `threads` sessions are made at a time. Raises ExecutionError, naming segment and rank, if onnxruntime refuses one.
+    `threads` sessions are made at a time. Raises ExecutionError, naming segment and ranks, if onnxruntime refuses one.
     """
     flexible = {
         name: state.sequence_dim
@@ -31,54 +38,88 @@ def create_sessions(
         if state.mode == "in_place"
         for name in (state.input, state.output)
     }
-    ranks = range(artifact.manifest.mesh.size)
     with ThreadPoolExecutor(threads, thread_name_prefix="furiosa-load") as pool:
-        rows: list[list[Future[Session]] | None] = []
-        for index, step in enumerate(program.steps):
-            if step.segment is None:
-                rows.append(None)
-                continue
-            model = segment_model(program, step.segment, flexible)
-            made: dict[tuple[int, ...], Future[Session]] = {}
-            row: list[Future[Session]] = []
-            for rank in ranks:
-                key = _patch(model, artifact, rank)
-                if key not in made:
-                    made[key] = pool.submit(_load, model.SerializeToString(), artifact, settings, index, rank)
-                row.append(made[key])
-            rows.append(row)
+        rows: list[list[Future[Session] | None]] = [
+            [
+                pool.submit(_load, artifact, lanes, segment, settings, (index, lane), flexible)
+                if segment is not None and (own is None or lane in own)
+                else None
+                for lane, segment in enumerate(step.segments)
+            ]
+            for index, step in enumerate(lanes.steps)
+        ]
         try:
-            return tuple(row if row is None else tuple(future.result() for future in row) for row in rows)
+            return tuple(tuple(made if made is None else made.result() for made in row) for row in rows)
         except ExecutionError:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _load(model: bytes, artifact: Artifact, settings: SessionSettings, segment: int, rank: int) -> Session:
+def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) -> ModelProto:
+    """`segment` as a model of its own, whose initializers are still the program's.
+
+    `flexible` names values of the program whose given dimension is left open, because a buffer longer than the program
+    says may be bound to them.
+    """
+    model = program_part(lanes.program, segment.nodes)
+    for names, values in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
+        for name in names:
+            value = values.add(name=name)
+            kind, open_dim = lanes.types[name], flexible.get(name.partition("/")[2])
+            value.type.tensor_type.elem_type = TensorProto.DataType.Value(kind.dtype)
+            if kind.shape is None:
+                continue
+            shape = value.type.tensor_type.shape
+            for position, size in enumerate(kind.shape):
+                dim = shape.dim.add()
+                if position == open_dim:
+                    continue
+                if isinstance(size, int):
+                    dim.dim_value = size
+                else:
+                    dim.dim_param = size
+    return model
+
+
+def _load(
+    artifact: Artifact,
+    lanes: Lanes,
+    segment: LaneSegment,
+    settings: SessionSettings,
+    place: tuple[int, int],
+    flexible: Mapping[str, int],
+) -> Session:
+    model = lane_model(lanes, segment, flexible)
+    programs = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
+    for name, (original, rank) in segment.initializers.items():
+        own = model.graph.initializer.add()
+        own.CopyFrom(programs[original])
+        own.name = name
+        _point_at_window(own, artifact, original, rank)
     try:
-        return Session(model, artifact.folder, settings)
+        return Session(model.SerializeToString(), artifact.folder, settings)
     except ORT_ERRORS as error:
+        index, lane = place
         raise ExecutionError(
-            f"onnxruntime cannot load segment {segment} of rank {rank} of {artifact.folder}: {error}"
+            f"onnxruntime cannot load segment {index} of {ranks_text(lanes.ranks[lane])} of {artifact.folder}: {error}"
         ) from error
 
 
-def _patch(model: ModelProto, artifact: Artifact, rank: int) -> tuple[int, ...]:
-    """Points the stored tensors of `model` at the windows of `rank`; returns the shard of each."""
-    mesh = artifact.manifest.mesh
-    key: list[int] = []
-    for initializer in model.graph.initializer:
-        tensor = artifact.tensors.get(initializer.name)
-        if tensor is None:
-            continue
-        key.append(mesh.position(rank, tensor.shard_axes))
-        window = artifact.window(tensor.name, rank)
-        if window.nbytes <= _INLINE_NBYTES:
-            initializer.ClearField("external_data")
-            initializer.data_location = TensorProto.DEFAULT
-            initializer.raw_data = artifact.read_window(window).tobytes()
-            continue
-        for entry in initializer.external_data:
-            if entry.key == "offset":
-                entry.value = str(window.offset)
-    return tuple(key)
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 3` or `ranks 0 to 3`, for messages."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+
+def _point_at_window(initializer: TensorProto, artifact: Artifact, name: str, rank: int) -> None:
+    """Gives a stored tensor the data of `rank`: inline if it is small, else the place of its window."""
+    if name not in artifact.tensors:
+        return
+    window = artifact.window(name, rank)
+    if window.nbytes <= _INLINE_NBYTES:
+        initializer.ClearField("external_data")
+        initializer.data_location = TensorProto.DEFAULT
+        initializer.raw_data = artifact.read_window(window).tobytes()
+        return
+    for entry in initializer.external_data:
+        if entry.key == "offset":
+            entry.value = str(window.offset)

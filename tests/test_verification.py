@@ -15,7 +15,7 @@ import pytest
 from furiosa_llm import ArtifactBuilder, verification
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.identity import check_identity
-from furiosa_llm.runtime import collectives
+from furiosa_llm.runtime import lanes
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.manifest import StoredTensor
@@ -228,12 +228,12 @@ def test_a_program_that_computes_something_else(build: Build) -> None:
 
 
 def test_a_wrong_executor_is_told_from_a_wrong_program(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree = collectives._tree
+    summed = lanes._Laying._sum
 
-    def forgetful(parts: Any, *arguments: Any) -> Any:
-        return tree(parts[:3] if len(parts) == 4 else parts, *arguments)
+    def forgetful(self: Any, call: Any, group: Any, sums: Any) -> Any:
+        return summed(self, call, group[:3] if len(group) == 4 else group, sums)
 
-    monkeypatch.setattr(collectives, "_tree", forgetful)
+    monkeypatch.setattr(lanes._Laying, "_sum", forgetful)
     record = verify(build(), full=True)
     assert failed(record)[0] == "executor"
     assert "stitched" not in failed(record)

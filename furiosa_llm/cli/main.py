@@ -16,6 +16,7 @@ from furiosa_llm.cli.inspect import inspect
 from furiosa_llm.cli.plan import plan
 from furiosa_llm.cli.reshard import reshard
 from furiosa_llm.cli.run import run
+from furiosa_llm.cli.topology import topology
 from furiosa_llm.cli.unbuild import unbuild
 from furiosa_llm.cli.verify import verify
 
@@ -31,7 +32,7 @@ def cli() -> None:
     """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
 
 
-for command in (build, check_sharding_command, diff, generate, inspect, plan, reshard, run, unbuild, verify):
+for command in (build, check_sharding_command, diff, generate, inspect, plan, reshard, run, topology, unbuild, verify):
     cli.add_command(command)
 
 

@@ -18,8 +18,54 @@ class Sizes(click.ParamType[tuple[str, int]]):
         return key, int(size)
 
 
+class BlockCounts(click.ParamType[tuple[int, ...]]):
+    """`10,20`: positive integers."""
+
+    name = "N,N,..."
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers."""
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is not a list of block counts, for instance 10,20", param, ctx)
+        return tuple(map(int, parts))
+
+
 FULL_VERIFICATION = click.option(
     "--full-verification/--no-full-verification",
     default=None,
     help="Compare the weights with their digests as they are loaded.  [default: below 1 GB]",
+)
+
+DEVICES = click.option(
+    "--devices",
+    help='PEs to simulate: "npu:0,npu:1", "npu:0:*", "npu:0:0-3".  [default: as many as the sizes need]',
+)
+
+PIPELINE_PARALLEL_SIZE = click.option(
+    "-pp",
+    "--pipeline-parallel-size",
+    "--pipeline_parallel_size",
+    "pipeline_parallel_size",
+    type=click.IntRange(min=1),
+    help="Pipeline stages, each on a later card than the one before.  [default: 1]",
+)
+
+DATA_PARALLEL_SIZE = click.option(
+    "-dp",
+    "--data-parallel-size",
+    "--data_parallel_size",
+    "data_parallel_size",
+    type=click.IntRange(min=1),
+    help="Replicas of the model.  [default: as many as the devices have PEs for]",
+)
+
+NUM_BLOCKS_PER_PP_STAGE = click.option(
+    "--num-blocks-per-pp-stage",
+    type=BlockCounts(),
+    help="Blocks of each pipeline stage, instead of -pp, which balances them.",
+)
+
+ALLOW_SUBSET = click.option(
+    "--allow-subset", is_flag=True, help="Use the first PEs of the devices if the sizes need fewer."
 )

@@ -15,8 +15,10 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime import Executor, open_artifact
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
+from furiosa_llm.runtime.collectives import run_operations
 from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.exchange import Exchanger
+from furiosa_llm.runtime.lanes import Exchange, Part
 from furiosa_llm.runtime.program import CollectiveCall
 from tests.runtime.models import LlamaSize, llama, mlp
 from tests.runtime.spmd import Spmd
@@ -264,7 +266,7 @@ def test_a_failing_segment_is_named_and_the_executor_goes_on(threads: int, tmp_p
     x = random(3, 8)
     with Executor(open_artifact(program.write(tmp_path)), threads=threads) as executor:
         for _ in range(5):
-            with pytest.raises(ExecutionError, match=r"segment 1 failed on rank \d: .*out of data bounds"):
+            with pytest.raises(ExecutionError, match=r"segment 1 failed on ranks? \d[ to\d]*: .*out of data bounds"):
                 executor.run({"x": x, "index": np.array([7])})
         found = executor.run({"x": x, "index": np.array([2])})
         assert np.array_equal(found["row"][0], found["y"][2])
@@ -275,7 +277,7 @@ def test_a_segment_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     program = ModelProto()
     program.CopyFrom(artifact.program)
     program.graph.node[1].op_type = "NoSuchOp"
-    with pytest.raises(ExecutionError, match=r"cannot load segment 0 of rank 0 of .*NoSuchOp"):
+    with pytest.raises(ExecutionError, match=r"cannot load segment 0 of ranks? 0[ to\d]* of .*NoSuchOp"):
         Executor(replace(artifact, program=program))
 
 
@@ -309,15 +311,22 @@ def test_runs_from_several_threads_take_turns(tmp_path: Path) -> None:
     assert max(errors) < 1e-5
 
 
-def test_a_large_sum_is_split_between_the_threads() -> None:
-    collective = mlp(Mesh((2,))).collectives[0]
-    call = CollectiveCall(collective=collective, input="partial", output="sum")
-    exchanger = Exchanger(mesh=Mesh((2,)), threads=2)
+def test_a_large_sum_is_split_between_the_lanes() -> None:
+    call = CollectiveCall(collective=mlp(Mesh((2,))).collectives[0], input="partial", output="sum")
+    parts = Part(lane=0, name="0/partial"), Part(lane=1, name="1/partial")
+    exchange = Exchange(call=call, total=parts, parts=(), out="0/sum", lanes=(0, 1))
 
     def late_barriers(rows: int) -> list[bool]:
-        parts = [{"partial": random(rows, 512)} for _ in range(2)]
-        exchanges = exchanger.make([call], parts, lambda rank, name: np.empty_like(parts[0]["partial"]), frozenset())
-        return [exchange.late_barrier for exchange in exchanges]
+        arrays = [{f"{lane}/partial": random(rows, 512, seed=lane)} for lane in range(2)]
+        expected = arrays[0]["0/partial"] + arrays[1]["1/partial"]
+        exchanger = Exchanger(
+            arrays=arrays, allocate=lambda lane, name: np.empty_like(expected), movable=[frozenset(), frozenset()]
+        )
+        made = exchanger.make([exchange])
+        for one in made:
+            run_operations(one.after)
+        assert all(np.array_equal(named["0/sum"], expected) for named in arrays)
+        return [one.late_barrier for one in made]
 
     assert late_barriers(1) == [False, False]
     assert late_barriers(1000) == [True, True]

@@ -11,7 +11,7 @@ from onnx import helper
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.program import Program, cut_program, segment_model
+from furiosa_llm.runtime.program import Program, cut_program, program_part, size_names
 from tests.runtime.models import mlp
 from tests.runtime.spmd import Spmd
 
@@ -20,7 +20,8 @@ MESH = Mesh((2,))
 
 def cut(program: Spmd, folder: Path) -> Program:
     artifact = open_artifact(program.write(folder))
-    return cut_program(artifact.program, artifact.manifest)
+    manifest = artifact.manifest
+    return cut_program(artifact.program, manifest.collectives, size_names(manifest))
 
 
 def ops(program: Program, index: int) -> list[str]:
@@ -107,7 +108,7 @@ def test_what_a_branch_captures_crosses(tmp_path: Path) -> None:
     second = cut_up.steps[1].segment
     assert second is not None
     assert set(second.inputs) == {"sum", "r_sum"}
-    assert segment_model(cut_up, second, {}).graph.node[-1].op_type == "If"
+    assert ops(cut_up, 1)[-1] == "If"
 
 
 def test_a_crossing_value_without_a_type_is_refused(tmp_path: Path) -> None:
@@ -129,6 +130,11 @@ def test_only_functions_in_use_are_kept(tmp_path: Path) -> None:
     unused = helper.make_function("local", "Unused", ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])], opsets)
     artifact.program.functions.extend([inner, outer, unused])
     artifact.program.graph.node[1].CopyFrom(helper.make_node("Outer", ["h"], ["r"], domain="local"))
-    program = cut_program(artifact.program, artifact.manifest)
-    kept = [segment_model(program, step.segment, {}).functions for step in program.steps if step.segment]
+    program = cut_program(artifact.program, artifact.manifest.collectives, frozenset())
+    nodes = artifact.program.graph.node
+    kept = [
+        program_part(program, [nodes[position] for position in step.segment.nodes]).functions
+        for step in program.steps
+        if step.segment
+    ]
     assert [[function.name for function in functions] for functions in kept] == [["Outer", "Inner"], []]

@@ -1,0 +1,262 @@
+"""`furiosa-llm topology`: which stage and rank of which replica is on which PE, and what lies in its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from furiosa_llm.builder.units import counted, nbytes
+from furiosa_llm.cli.options import (
+    ALLOW_SUBSET,
+    DATA_PARALLEL_SIZE,
+    DEVICES,
+    NUM_BLOCKS_PER_PP_STAGE,
+    PIPELINE_PARALLEL_SIZE,
+)
+from furiosa_llm.runtime import Artifact, open_artifact
+from furiosa_llm.runtime.accounting import (
+    CardMemory,
+    StageMemory,
+    Workload,
+    card_memory,
+    check_weights,
+    kv_pages,
+    stage_memory,
+)
+from furiosa_llm.runtime.block_reads import block_starts
+from furiosa_llm.runtime.devices import PE_NBYTES, PES_PER_CARD, format_pes
+from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
+from furiosa_llm.runtime.stages import Stage, choose_stages
+from furiosa_llm.runtime.topology import Topology, make_topology
+
+_DEFAULT_LENGTH = 2048
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Report:
+    """Everything that is shown. `kv_tokens` is each replica's room, None without a cache; `fault` why none fits."""
+
+    name: str
+    topology: Topology
+    workload: Workload
+    stages: tuple[Stage, ...]
+    memory: tuple[StageMemory, ...]
+    crossing: tuple[tuple[str, ...], ...]
+    cards: tuple[CardMemory, ...]
+    kv_tokens: int | None
+    fault: str | None
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@DEVICES
+@PIPELINE_PARALLEL_SIZE
+@DATA_PARALLEL_SIZE
+@NUM_BLOCKS_PER_PP_STAGE
+@ALLOW_SUBSET
+@click.option(
+    "--max-batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences decoded together."
+)
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(min=1),
+    help=f"Tokens that each sequence may reach.  [default: {_DEFAULT_LENGTH} or the model's limit]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+def topology(
+    artifact: Path,
+    devices: str | None,
+    pipeline_parallel_size: int | None,
+    data_parallel_size: int | None,
+    num_blocks_per_pp_stage: tuple[int, ...] | None,
+    allow_subset: bool,
+    max_batch_size: int,
+    max_model_len: int | None,
+    as_json: bool,
+) -> None:
+    """Show what lies on which PE when ARTIFACT is loaded on these devices: stages, ranks, replicas, memory.
+
+    Nothing is loaded, and the weights are not read.
+    """
+    opened = open_artifact(artifact, full=False)
+    workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
+    stages = choose_stages(
+        opened, pipeline_parallel_size=pipeline_parallel_size, num_blocks_per_pp_stage=num_blocks_per_pp_stage
+    )
+    placed = make_topology(
+        opened.manifest.mesh.size,
+        pipeline_parallel_size=len(stages),
+        data_parallel_size=data_parallel_size,
+        devices=devices,
+        allow_subset=allow_subset,
+        max_pipeline_parallel_size=len(block_starts(opened)),
+    )
+    report = _report(opened, placed, stages, workload)
+    if as_json:
+        click.echo(json.dumps(_to_json(report), indent=1))
+        return
+    console = Console()
+    console.print(_text(_title(report)))
+    for table in (_drawing(report), _stages(report), _cards(report)):
+        console.print(table, crop=False)
+        console.print()
+    console.print(_text(_summary(report)))
+
+
+def _length(artifact: Artifact, asked: int | None) -> int:
+    limit = artifact.manifest.model.max_sequence_length
+    if asked is not None and limit is not None and asked > limit:
+        raise ContextLengthError(f"--max-model-len {asked} is more than the model's limit of {limit} tokens; use less")
+    return asked or min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
+
+
+def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> _Report:
+    memory = stage_memory(artifact, stages, workload)
+    blocks = artifact.manifest.blocks
+    cards = card_memory(placed, memory, workload)
+    tokens, fault = None, None
+    try:
+        check_weights(artifact, placed, stages)
+        tokens = kv_pages(placed, memory, page_size=1)
+    except CapacityError as error:
+        fault = str(error)
+    return _Report(
+        name=artifact.manifest.model.name,
+        topology=placed,
+        workload=workload,
+        stages=stages,
+        memory=memory,
+        crossing=tuple(blocks[stage.first_block].crossing if stage.first_block else () for stage in stages),
+        cards=cards,
+        kv_tokens=tokens,
+        fault=fault,
+    )
+
+
+# -- for people ----------------------------------------------------------------------------------------------------
+
+
+def _title(report: _Report) -> str:
+    placed = report.topology
+    sizes = f"tp {placed.tensor_parallel_size} x pp {placed.pipeline_parallel_size} x dp {placed.data_parallel_size}"
+    return f"{report.name}: {sizes} = {counted(len(placed.pes), 'PE')} on {format_pes(placed.pes)}"
+
+
+def _drawing(report: _Report) -> Table:
+    """A row for each card, a column for each run of PEs that work as one."""
+    size = report.topology.tensor_parallel_size
+    table = Table(show_lines=True)
+    table.add_column("card")
+    for first in range(0, PES_PER_CARD, size):
+        table.add_column(f"PE {first}" if size == 1 else f"PEs {first}-{first + size - 1}")
+    ranks = "rank 0" if size == 1 else f"ranks 0-{size - 1}"
+    cells = {
+        group[0]: f"replica {replica}, stage {stage}\n{ranks}"
+        for replica, groups in enumerate(report.topology.replicas)
+        for stage, group in enumerate(groups)
+    }
+    for npu in sorted({pe.npu for pe in cells}):
+        at = {pe.index: cell for pe, cell in cells.items() if pe.npu == npu}
+        table.add_row(f"npu:{npu}", *(at.get(first, "-") for first in range(0, PES_PER_CARD, size)))
+    return table
+
+
+def _stages(report: _Report) -> Table:
+    work = report.workload
+    table = Table(
+        title=f"one PE of each stage, for {counted(work.max_batch_size, 'sequence')} of {work.max_model_len} tokens; "
+        f"reads and receives are those of a token",
+        title_justify="left",
+    )
+    table.add_column("stage")
+    for name in ("blocks", "reads", "receives", "weights", "KV cache", "activations"):
+        table.add_column(name, justify="right")
+    whole = sum(stage.cost_nbytes for stage in report.stages)
+    for stage, memory in zip(report.stages, report.memory, strict=True):
+        last = stage.first_block + stage.num_blocks - 1
+        share = f" ({stage.cost_nbytes / whole:.0%})" if whole else ""
+        table.add_row(
+            str(stage.index),
+            f"{stage.first_block}" if stage.num_blocks == 1 else f"{stage.first_block}-{last}",
+            f"{nbytes(stage.cost_nbytes)}{share}",
+            _received(memory) if stage.index else "-",
+            nbytes(memory.weight_nbytes),
+            nbytes(memory.kv_nbytes_per_token * work.max_batch_size * work.max_model_len),
+            "unknown" if memory.activation_nbytes is None else nbytes(memory.activation_nbytes),
+        )
+    return table
+
+
+def _received(memory: StageMemory) -> str:
+    return "unknown" if memory.received_nbytes_per_token is None else nbytes(memory.received_nbytes_per_token)
+
+
+def _cards(report: _Report) -> Table:
+    table = Table(title="memory of the cards, shared by their PEs", title_justify="left")
+    table.add_column("card")
+    for name in ("PEs", "weights", "KV cache", "activations", "free", "of", "per PE"):
+        table.add_column(name, justify="right")
+    for card in report.cards:
+        table.add_row(
+            f"npu:{card.npu}",
+            str(card.num_pes),
+            nbytes(card.weight_nbytes),
+            nbytes(card.kv_nbytes),
+            nbytes(card.activation_nbytes),
+            nbytes(card.free_nbytes),
+            nbytes(card.capacity_nbytes),
+            nbytes(card.free_nbytes / card.num_pes),
+        )
+    return table
+
+
+def _summary(report: _Report) -> str:
+    if report.fault is not None:
+        return f"It does not fit: {report.fault}."
+    if report.kv_tokens is None:
+        return "The model keeps no KV cache."
+    work = report.workload
+    wanted = work.max_batch_size * work.max_model_len
+    verdict = "It fits" if wanted <= report.kv_tokens else "It does not fit"
+    return f"{verdict}: each replica has room for {report.kv_tokens:,} tokens of KV cache, and {wanted:,} are wanted."
+
+
+def _text(value: str) -> Text:
+    """Text of an artifact, whose names may hold anything: what would steer the terminal is written out."""
+    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in value))
+
+
+# -- for programs --------------------------------------------------------------------------------------------------
+
+
+def _to_json(report: _Report) -> dict[str, Any]:
+    placed = report.topology
+    return {
+        "tensor_parallel_size": placed.tensor_parallel_size,
+        "pipeline_parallel_size": placed.pipeline_parallel_size,
+        "data_parallel_size": placed.data_parallel_size,
+        "devices": format_pes(placed.pes),
+        "pes": [
+            {"pe": str(pe), "replica": replica, "stage": stage, "rank": rank}
+            for replica, groups in enumerate(placed.replicas)
+            for stage, group in enumerate(groups)
+            for rank, pe in enumerate(group)
+        ],
+        "workload": dataclasses.asdict(report.workload),
+        "stages": [
+            {**dataclasses.asdict(stage), **dataclasses.asdict(memory), "crossing": list(crossing)}
+            for stage, memory, crossing in zip(report.stages, report.memory, report.crossing, strict=True)
+        ],
+        "pe_nbytes": PE_NBYTES,
+        "cards": [{**dataclasses.asdict(card), "free_nbytes": card.free_nbytes} for card in report.cards],
+        "kv_tokens": report.kv_tokens,
+        "fault": report.fault,
+        "fits": report.fault is None and all(card.free_nbytes >= 0 for card in report.cards),
+    }

@@ -1,0 +1,239 @@
+"""The memory of a decoder's states: of one batch of sequences, or of the slots that an engine keeps sequences in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from furiosa_llm.runtime.artifact.dimensions import Shape, shape_of
+from furiosa_llm.runtime.artifact.manifest import State
+from furiosa_llm.runtime.memory import Block, array_nbytes
+from furiosa_llm.runtime.ort import Array, Tensor, wrap
+
+CAPACITY_STEP = 256
+"""States grow by at least this many positions at a time, and by at least half."""
+
+
+def grown_capacity(length: int, capacity: int) -> int:
+    """The next capacity of states that have `capacity` positions and need `length`."""
+    return -(-max(length, capacity + capacity // 2) // CAPACITY_STEP) * CAPACITY_STEP
+
+
+class StateBuffers:
+    """The memory of one state on one rank; `past` is what the next step reads, `present` what it writes.
+
+    In place: one buffer of `capacity` positions, past and present at once; what lies beyond the valid ones is finite,
+    because kernels may read it before they mask it. Append: two, between which past and present alternate, because the
+    present has the past copied into it.
+    """
+
+    __slots__ = ("_dtype", "_flat", "_in_place", "_inner", "_outer", "past", "present", "state")
+
+    def __init__(self, state: State, dtype: str, shape: tuple[int, ...]) -> None:
+        self.state = state
+        self._dtype = dtype
+        self._in_place = state.mode == "in_place"
+        self._outer, self._inner = shape[: state.sequence_dim], shape[state.sequence_dim + 1 :]
+        self._flat = self._allocate(0)
+        self.past = self.present = self._tensor(self._flat[0], 0)
+
+    def reserve(self, capacity: int, length: int) -> None:
+        """Makes room for `capacity` positions and keeps the first `length`."""
+        self._catch_up(length)
+        kept = self.past.array
+        self._flat = self._allocate(capacity)
+        self.past = self.present = self._tensor(self._flat[0], capacity if self._in_place else length)
+        valid = (slice(None),) * len(self._outer) + (slice(0, length),)
+        self.past.array[valid] = kept[valid]
+
+    def rewind(self) -> None:
+        """Forgets all positions and keeps the memory."""
+        if not self._in_place:
+            self.past = self.present = self._tensor(self._flat[0], 0)
+
+    def extend(self, past: int, total: int) -> None:
+        """Makes `past` the state of that many positions and `present` the place for `total`; for append states."""
+        self._catch_up(past)
+        self.present = self._tensor(self._flat[1], total)
+
+    def _catch_up(self, length: int) -> None:
+        """Makes the present of the last step, if it succeeded and so has `length` positions, the past of the next."""
+        if not self._in_place and self.past.array.shape[self.state.sequence_dim] != length:
+            self._flat.reverse()
+            self.past = self.present
+
+    def _allocate(self, capacity: int) -> list[Array]:
+        shape = (math.prod(self._outer) * capacity * math.prod(self._inner),)
+        nbytes = array_nbytes(self._dtype, shape)
+        return [Block(nbytes).array(self._dtype, shape) for _ in range(1 if self._in_place else 2)]
+
+    def _tensor(self, flat: Array, length: int) -> Tensor:
+        shape = (*self._outer, length, *self._inner)
+        return wrap(flat[: math.prod(shape)].reshape(shape), self._dtype)
+
+
+class BindsStates(Protocol):
+    """What states are bound to; see `BoundProgram`."""
+
+    def bind_input(self, rank: int, name: str, tensor: Tensor) -> None: ...  # noqa: D102
+
+    def bind_output(self, rank: int, name: str, tensor: Tensor) -> None: ...  # noqa: D102
+
+
+class SlotStates:
+    """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
+
+    A step binds consecutive rows of it, as past and present at once. `generation` changes with the buffers. Rows that
+    no sequence has touched take no memory.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        dtypes: Mapping[str, str],
+        shapes: Mapping[str, Shape],
+        *,
+        ranks: Sequence[int],
+        slots: int,
+    ) -> None:
+        empty = {"batch": slots, "past": 0, "total": 0}
+        self.generation = 0
+        self._states = tuple(states)
+        self._dtypes = dtypes
+        self._shapes = {state.input: shape_of(shapes[state.input], empty) for state in states}
+        self._ranks = tuple(ranks)
+        self._capacity = 0
+        self._buffers: dict[tuple[int, str], Array] = {}
+        self._views: dict[tuple[int, int], list[tuple[int, State, Tensor]]] = {}
+
+    @property
+    def capacity(self) -> int:
+        """The positions of each row."""
+        return self._capacity
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` positions in every row, and keeps what there is."""
+        if length <= self._capacity:
+            return
+        old, self._capacity = self._capacity, grown_capacity(length, self._capacity)
+        self.generation += 1
+        self._views.clear()
+        for state in self._states:
+            dim = state.sequence_dim
+            shape = self._shapes[state.input]
+            shape = (*shape[:dim], self._capacity, *shape[dim + 1 :])
+            dtype = self._dtypes[state.input]
+            for rank in self._ranks:
+                buffer = Block(array_nbytes(dtype, shape)).array(dtype, shape)
+                if old:
+                    kept = self._buffers[rank, state.input]
+                    buffer[(slice(None),) * dim + (slice(0, old),)] = kept
+                self._buffers[rank, state.input] = buffer
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of slot `source` to slot `target`."""
+        for state in self._states:
+            where = (slice(None),) * (state.sequence_dim - 1) + (slice(0, length),)
+            for rank in self._ranks:
+                buffer = self._buffers[rank, state.input]
+                buffer[target][where] = buffer[source][where]
+
+    def bind(self, bound: BindsStates, first: int, count: int) -> None:
+        """Binds the rows of slots [first, first + count) as past and present."""
+        for rank, state, tensor in self._rows(first, count):
+            bound.bind_input(rank, state.input, tensor)
+            bound.bind_output(rank, state.output, tensor)
+
+    def _rows(self, first: int, count: int) -> list[tuple[int, State, Tensor]]:
+        key = (first, count)
+        if key not in self._views:
+            self._views[key] = [
+                (rank, state, wrap(self._buffers[rank, state.input][first : first + count], self._dtypes[state.input]))
+                for rank in self._ranks
+                for state in self._states
+            ]
+        return self._views[key]
+
+
+class AppendedStates:
+    """States that a step appends to, for the sequences of a group, of which one is stepped at a time."""
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        dtypes: Mapping[str, str],
+        shapes: Mapping[str, Shape],
+        *,
+        ranks: Sequence[int],
+        slots: int,
+    ) -> None:
+        empty = {"batch": 1, "past": 0, "total": 0}
+        self._slots = [
+            [
+                _Appended(state, dtypes[state.input], shape_of(shapes[state.input], empty), rank)
+                for rank in ranks
+                for state in states
+            ]
+            for _ in range(slots)
+        ]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` positions of slot `source` to slot `target`."""
+        for taken, given in zip(self._slots[source], self._slots[target], strict=True):
+            given.take(taken.past, length)
+
+    def bind(self, bound: BindsStates, slot: int, past: int, total: int) -> None:
+        """Binds slot `slot`, cut to `past` positions, for a step that ends at `total`."""
+        for one in self._slots[slot]:
+            if one.past.shape[one.state.sequence_dim] != past:
+                one.take(one.past, past)
+            one.reserve(total)
+            bound.bind_input(one.rank, one.state.input, wrap(one.past, one.dtype))
+            bound.bind_output(one.rank, one.state.output, wrap(one.advance(total), one.dtype))
+
+
+class _Appended:
+    """One state of one slot on one rank: two buffers, between which past and present alternate."""
+
+    __slots__ = ("_capacity", "_flat", "_shape", "dtype", "past", "rank", "state")
+
+    def __init__(self, state: State, dtype: str, shape: tuple[int, ...], rank: int) -> None:
+        self.state, self.dtype, self.rank = state, dtype, rank
+        self._shape = shape
+        self._capacity = 0
+        self._flat = self._allocate()
+        self.past = self._view(0)
+
+    def take(self, source: Array, length: int) -> None:
+        """Makes the first `length` positions of `source` the past."""
+        self.reserve(length)
+        valid = source[(slice(None),) * self.state.sequence_dim + (slice(0, length),)]
+        self.advance(length)[...] = valid
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` positions and keeps the past."""
+        if length > self._capacity:
+            kept = self.past
+            self._capacity = grown_capacity(length, self._capacity)
+            self._flat = self._allocate()
+            self.past = self._view(kept.shape[self.state.sequence_dim])
+            self.past[...] = kept
+
+    def advance(self, total: int) -> Array:
+        """The place for a present of `total` positions, which is the past of the next step."""
+        self._flat.reverse()
+        self.past = self._view(total)
+        return self.past
+
+    def _allocate(self) -> list[Array]:
+        shape = (math.prod(self._at(self._capacity)),)
+        return [Block(array_nbytes(self.dtype, shape)).array(self.dtype, shape) for _ in range(2)]
+
+    def _view(self, length: int) -> Array:
+        shape = self._at(length)
+        return self._flat[0][: math.prod(shape)].reshape(shape)
+
+    def _at(self, length: int) -> tuple[int, ...]:
+        dim = self.state.sequence_dim
+        return (*self._shape[:dim], length, *self._shape[dim + 1 :])
