@@ -84,7 +84,7 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
     with ExitStack() as opened:
         host = Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped)
         opened.callback(host.close)
-        make_runner = partial(host.runner, max_batch_size=plan.scheduling.slots_per_group)
+        make_runner = partial(host.runner, slots_per_group=plan.scheduling.slots_per_group)
         replicas: list[Replica] = []
         for index in range(plan.topology.data_parallel_size):
             replicas.append(Replica(index, make_runner, plan.scheduling, policy))
