@@ -19,7 +19,7 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.devices import PE_NBYTES
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.memory import Lifetime, array_nbytes, place
-from furiosa_llm.runtime.program import Program, ValueType, cut_program
+from furiosa_llm.runtime.program import Program, ValueType, cut_program, size_names
 from furiosa_llm.runtime.stages import Stage, choose_stages
 from furiosa_llm.runtime.topology import Topology
 
