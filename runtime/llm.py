@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from functools import cached_property
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, overload
@@ -55,9 +56,9 @@ class LLM:
             raise EngineDeadError("the model was loaded with skip_engine=True; load it without, to run it")
         return self._core
 
-    @property
+    @cached_property
     def engine(self) -> LLMEngine:
-        """A new `LLMEngine` on this model, with requests of its own."""
+        """An `LLMEngine` on this model, the same each time; `LLMEngine.from_llm` makes others."""
         return LLMEngine.from_llm(self)
 
     @property

@@ -134,7 +134,7 @@ class Replica:
             return self._scheduler.cached_prefix(tokens)
 
     def submit(self, submission: Submission) -> None:
-        """Takes a request; whatever becomes of it, its sink gets a finished output. Raises EngineDeadError if closed."""
+        """Takes a request; its sink gets a finished output, whatever happens. Raises EngineDeadError if closed."""
         with self._gate:
             if self._closing.is_set():
                 raise EngineDeadError("the engine is closed")

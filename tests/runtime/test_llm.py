@@ -23,12 +23,14 @@ from furiosa_llm.runtime.errors import (
     DeviceError,
     EngineDeadError,
     InputError,
+    ReplicaError,
     TokenizerError,
     TopologyError,
     UnsupportedError,
 )
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.loading import make_plan
+from furiosa_llm.runtime.outputs import RequestOutput
 from tests.runtime.models import LlamaSize, llama, mlp
 
 ZOO = Path(__file__).parents[2] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
@@ -444,3 +446,25 @@ def test_a_stream_that_is_closed_aborts_its_request(llm: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     assert llm.generate("hello", GREEDY).finished
     assert [replica.num_requests for replica in llm.core.replicas] == [0]
+
+
+def test_the_engine_of_a_model(llm: LLM, greedy: list[int]) -> None:
+    llm.engine.add_request("0", "hello", GREEDY)
+    assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+    outputs: list[RequestOutput] = []
+    while llm.engine.has_unfinished_requests():
+        outputs += llm.engine.step()
+    assert outputs[-1].outputs[0].token_ids == greedy
+
+
+@pytest.mark.parametrize("options", [{}, {"data_parallel_size": 2}])
+def test_a_failure_is_raised_and_the_model_goes_on(
+    folder: Path, greedy: list[int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(folder, threads=1, **options) as mended:
+        broken = mended.core.replicas[0]._runner
+        monkeypatch.setattr(broken, "submit", lambda batch: 1 / 0)
+        with pytest.raises(ReplicaError, match="replica 0 failed while it had the request: ZeroDivisionError"):
+            mended.generate(["hello"] * 5, GREEDY)
+        assert [output.outputs[0].token_ids for output in mended.generate(["hello"] * 5, GREEDY)] == [greedy] * 5
+        assert [replica.num_requests for replica in mended.core.replicas] == [0] * len(mended.core.replicas)
