@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -22,6 +23,7 @@ from furiosa_llm.runtime.errors import (
     ContextLengthError,
     DeviceError,
     EngineDeadError,
+    ExecutionError,
     InputError,
     ReplicaError,
     TokenizerError,
@@ -468,3 +470,19 @@ def test_a_failure_is_raised_and_the_model_goes_on(
             mended.generate(["hello"] * 5, GREEDY)
         assert [output.outputs[0].token_ids for output in mended.generate(["hello"] * 5, GREEDY)] == [greedy] * 5
         assert [replica.num_requests for replica in mended.core.replicas] == [0] * len(mended.core.replicas)
+
+
+def test_a_segment_that_fails_is_raised_and_the_model_goes_on(folder: Path, greedy: list[int]) -> None:
+    with LLM(folder, threads=2, data_parallel_size=2) as mended:
+        mended.core.limits = replace(mended.core.limits, vocab_size=10**6)
+        elsewhere = mended.stream_outputs("", SamplingParams(temperature=0.0, max_tokens=60), [5])
+        next(elsewhere)
+        with pytest.raises(ReplicaError, match=r"replica 1 failed .* ExecutionError") as caught:
+            mended.generate("", GREEDY, prompt_token_ids=[5000])
+        assert isinstance(caught.value.__cause__, ExecutionError)
+        *_, output = elsewhere
+        assert output.outputs[0].finish_reason == "length"
+        for _ in range(2):
+            with pytest.raises(ReplicaError):
+                mended.generate("", GREEDY, prompt_token_ids=[5000])
+            assert [one.outputs[0].token_ids for one in mended.generate(["hello"] * 5, GREEDY)] == [greedy] * 5
