@@ -477,7 +477,7 @@ def test_a_segment_that_fails_is_raised_and_the_model_goes_on(folder: Path, gree
         mended.core.limits = replace(mended.core.limits, vocab_size=10**6)
         elsewhere = mended.stream_outputs("", SamplingParams(temperature=0.0, max_tokens=60), [5])
         next(elsewhere)
-        with pytest.raises(ReplicaError, match=r"replica 1 failed .* ExecutionError") as caught:
+        with pytest.raises(ReplicaError, match=r"replica \d failed .* ExecutionError") as caught:
             mended.generate("", GREEDY, prompt_token_ids=[5000])
         assert isinstance(caught.value.__cause__, ExecutionError)
         *_, output = elsewhere

@@ -237,14 +237,14 @@ def test_a_completion_that_ends_early_leaves_the_others(desk: Desk, start: Start
 def test_the_logits_behind_a_prompt(desk: Desk, start: Start, length: int) -> None:
     replica = start(CountingRunner())
     prompt = list(range(length))
-    desk.submit(replica, prompt, prompt_logprobs=1, n=2, temperature=1.0, seed=3)
+    desk.submit(replica, prompt, prompt_logprobs=1)
     [output] = desk.finished().values()
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
     assert [
         max(entry, key=lambda token: entry[token].logprob) for entry in output.prompt_logprobs[1:] if entry
     ] == prompt[1:]
-    assert [len(one.token_ids) for one in output.outputs] == [4, 4]
+    assert output.outputs[0].token_ids == counted(prompt)
 
 
 @pytest.mark.parametrize("error", [ExecutionError("segment 3 broke"), MemoryError("no more")])
@@ -395,6 +395,28 @@ def test_logits_that_are_no_numbers_end_their_own_request(desk: Desk, start: Sta
     assert isinstance(outputs[bad].error, ExecutionError)
     assert outputs[bad].outputs[0].token_ids == [6, 7]
     assert replica.num_requests == 0
+
+
+class _FirstOfTwoSpoiled(CountingRunner):
+    """Gives no numbers for the first of two rows."""
+
+    def submit(self, batch: Batch) -> Future[Array]:
+        logits = super().submit(batch).result()
+        if isinstance(batch, Decode) and len(batch.rows) == 2:
+            logits[0] = np.nan
+        spoiled: Future[Array] = Future()
+        spoiled.set_result(logits)
+        return spoiled
+
+
+def test_completions_end_together_when_one_cannot_be_sampled(desk: Desk, start: Start) -> None:
+    replica = start(_FirstOfTwoSpoiled())
+    desk.submit(replica, [1], n=2, temperature=1.0, seed=0, max_tokens=30)
+    [output] = desk.finished().values()
+    assert isinstance(output.error, ExecutionError)
+    assert [one.finish_reason for one in output.outputs] == ["error", "error"]
+    again = desk.submit(replica, [5])
+    assert desk.finished()[again].outputs[0].token_ids == counted([5])
 
 
 def test_a_request_that_the_scheduler_refuses_ends_alone(desk: Desk, start: Start) -> None:
