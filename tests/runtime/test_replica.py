@@ -233,6 +233,18 @@ def test_a_completion_that_ends_early_leaves_the_others(desk: Desk, start: Start
     assert replica.num_requests == 0
 
 
+def test_log_probabilities_are_of_the_requests_own_row(desk: Desk, start: Start) -> None:
+    gate = Gate()
+    replica = start(CountingRunner(fault=gate))
+    for token in (1, 9, 17):
+        desk.submit(replica, [token], logprobs=0)
+    gate.opened.set()
+    for output in desk.finished(3).values():
+        [one] = output.outputs
+        assert one.logprobs is not None
+        assert [entry[token].rank for entry, token in zip(one.logprobs, one.token_ids, strict=True)] == [1] * 4
+
+
 @pytest.mark.parametrize("length", [3, 20])
 def test_the_logits_behind_a_prompt(desk: Desk, start: Start, length: int) -> None:
     replica = start(CountingRunner())
