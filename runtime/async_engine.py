@@ -10,7 +10,7 @@ from furiosa_llm.runtime.engine import raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs
 from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
 from furiosa_llm.runtime.errors import InputError
-from furiosa_llm.runtime.loading import load_engine
+from furiosa_llm.runtime.launch import load_engine
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.sampling_params import SamplingParams
 

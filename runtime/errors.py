@@ -50,4 +50,12 @@ class TopologyError(FuriosaLLMError, ValueError):
 
 
 class CapacityError(FuriosaLLMError, ValueError):
-    """What is to be kept in memory does not fit the PEs, or is no amount at all."""
+    """What is to be kept in memory, or a sequence, is greater than there is room for, or a limit is none."""
+
+
+class SchedulingError(FuriosaLLMError, ValueError):
+    """The scheduler was told of a sequence or a batch that it does not know, knows already, or does not wait for."""
+
+
+class WorkerError(FuriosaLLMError):
+    """A worker process has ended, or failed with an error that is none of ours."""

@@ -17,7 +17,7 @@ from furiosa_llm.runtime.engine import LLMEngine, raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
 from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt, with_kind
 from furiosa_llm.runtime.errors import EngineDeadError, InputError, UnsupportedError
-from furiosa_llm.runtime.loading import make_plan, start
+from furiosa_llm.runtime.launch import make_plan, start
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 

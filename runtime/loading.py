@@ -1,196 +1,136 @@
-"""From an artifact's folder to an engine that runs it: topology, stages, limits, then a runner for every replica."""
+"""Loads an artifact's stages as an engine runs them: graphs, lanes and sessions, for as many replicas as wanted."""
 
 from __future__ import annotations
 
-import logging
-from contextlib import ExitStack
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Literal
 
-from furiosa_llm.runtime.accounting import Workload, check_weights, kv_pages, stage_memory
-from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.engine_args import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE, EngineArgs
-from furiosa_llm.runtime.engine_core import EngineCore, ModelLimits
-from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
-from furiosa_llm.runtime.model_runner import Host
-from furiosa_llm.runtime.replica import FaultPolicy, Replica
-from furiosa_llm.runtime.scheduler import SchedulerLimits
-from furiosa_llm.runtime.stages import Stage, choose_stages
-from furiosa_llm.runtime.tokenizer import Tokenizer
-from furiosa_llm.runtime.topology import Topology, make_topology
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.decoder import DecoderInterface, check_interface, interface_of
+from furiosa_llm.runtime.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
+from furiosa_llm.runtime.ort import SessionSettings
+from furiosa_llm.runtime.program import cut_program, size_names
+from furiosa_llm.runtime.serving_graph import (
+    LAST_POSITIONS,
+    WANTED,
+    ServingGraph,
+    rows_are_alone,
+    serving_graph,
+)
+from furiosa_llm.runtime.sessions import StepSessions, create_sessions
+from furiosa_llm.runtime.stage_graph import StageGraph, cut_stages
+from furiosa_llm.runtime.stages import Stage
 
-logger = logging.getLogger(__name__)
-
-PAGE_SIZE = 16
-"""Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
-
-_UNLIMITED_LENGTH = 2048
-"""What the KV cache has room for in each slot if neither the model nor the caller limits a sequence's length."""
+_LONGEST_CHECKED = 16384
+"""Rows of at most this many positions are compared when the masks of rows of unequal lengths are checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is going to run, before anything is loaded to run it.
+class StageProgram:
+    """One stage, loaded: its graph, and its sessions on every lane."""
 
-    artifact: whose manifest and program are checked.
-    tokenizer: the artifact's, or the one that was given.
-    topology: which PEs the ranks of each replica's stages are.
-    stages: of a replica.
-    limits: what requests have to keep to.
-    scheduling: the same limits as a replica's scheduler sees them.
+    graph: StageGraph
+    lanes: Lanes
+    sessions: tuple[StepSessions, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a model's steps may be. `rows`: how rows of unequal lengths are decoded together.
+
+    "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal; of "single" ones each
+    is a step. `selects`: logits are computed of wanted positions only.
     """
+
+    rows: Literal["ragged", "equal", "single"]
+    selects: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A decoder's stages, loaded; `own` are the lanes whose sessions there are."""
 
     artifact: Artifact
-    tokenizer: Tokenizer
-    topology: Topology
-    stages: tuple[Stage, ...]
-    limits: ModelLimits
-    scheduling: SchedulerLimits
+    interface: DecoderInterface
+    programs: tuple[StageProgram, ...]
+    traits: Traits
+    own: tuple[int, ...]
+
+    @property
+    def logits(self) -> str:
+        """The name of the output that has the logits."""
+        return next(info.name for info in self.interface.outputs if info.role == "logits")
 
 
-def make_plan(args: EngineArgs) -> Plan:
-    """Reads the artifact and decides how it will run.
+def load_model(
+    artifact: Artifact,
+    stages: Sequence[Stage],
+    *,
+    lanes: int,
+    threads: int,
+    mapped: bool = False,
+    own: Collection[int] | None = None,
+) -> LoadedModel:
+    """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
 
-    Raises ArtifactError for a damaged artifact, UnsupportedError for one that does not generate, TokenizerError,
-    TopologyError if sizes and devices do not go together, CapacityError if the weights do not fit the PEs, and
-    InputError for an artifact of another tensor parallel size than asked for.
+    `threads` sessions are made at a time; `mapped` leaves the weights in their files. Raises UnsupportedError for a
+    model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
     """
-    artifact = open_artifact(args.model, full=args.full_verification)
-    _check_artifact(artifact, args)
-    counts = args.num_blocks_per_pp_stage
-    topology = make_topology(
-        artifact.manifest.mesh.size,
-        pipeline_parallel_size=args.pipeline_parallel_size if counts is None else len(counts),
-        data_parallel_size=args.data_parallel_size,
-        devices=args.devices,
-        allow_subset=args.allow_subset,
-    )
-    stages = choose_stages(artifact, pipeline_parallel_size=args.pipeline_parallel_size, num_blocks_per_pp_stage=counts)
-    check_weights(artifact, topology, stages)
-    limits, scheduling = _limits(artifact, topology, stages, args)
-    return Plan(
-        artifact=artifact,
-        tokenizer=_tokenizer(artifact, args),
-        topology=topology,
-        stages=stages,
-        limits=limits,
-        scheduling=scheduling,
-    )
-
-
-def start(plan: Plan, args: EngineArgs) -> EngineCore:
-    """Loads the weights, once for all replicas, and starts the replicas."""
-    policy = FaultPolicy(step_timeout=args.step_timeout)
-    with ExitStack() as opened:
-        host = Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped)
-        opened.callback(host.close)
-        make_runner = partial(host.runner, slots_per_group=plan.scheduling.slots_per_group)
-        replicas: list[Replica] = []
-        for index in range(plan.topology.data_parallel_size):
-            replicas.append(Replica(index, make_runner, plan.scheduling, policy))
-            opened.callback(replicas[-1].close)
-        opened.pop_all()
-    return EngineCore(
-        replicas=replicas, tokenizer=plan.tokenizer, limits=plan.limits, seed=args.seed, close_model=host.close
-    )
-
-
-def load_engine(args: EngineArgs) -> EngineCore:
-    """`make_plan`, then `start`."""
-    return start(make_plan(args), args)
-
-
-def _check_artifact(artifact: Artifact, args: EngineArgs) -> None:
     manifest = artifact.manifest
-    if args.workers is not None:
-        raise UnsupportedError(f"workers={args.workers} is not supported by this release; leave it out")
-    if manifest.model.task != "decoder":
-        raise UnsupportedError(
-            f"generate API can only be used for generative models; {manifest.model.name!r:.80} is of the task "
-            f"{manifest.model.task!r}: use `furiosa-llm run`"
-        )
-    found, wanted = manifest.mesh.size, args.tensor_parallel_size
-    if wanted not in (None, found):
-        raise InputError(
-            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={found}; leave it out, or make the "
-            f"other artifact: furiosa-llm reshard -tp {wanted}"
-        )
-
-
-def _tokenizer(artifact: Artifact, args: EngineArgs) -> Tokenizer:
-    if isinstance(args.tokenizer, Tokenizer):
-        return args.tokenizer
-    return Tokenizer.from_artifact(artifact) if args.tokenizer is None else Tokenizer.from_folder(args.tokenizer)
-
-
-def _limits(
-    artifact: Artifact, topology: Topology, stages: tuple[Stage, ...], args: EngineArgs
-) -> tuple[ModelLimits, SchedulerLimits]:
-    model, scheduler, buckets = artifact.manifest.model, args.scheduler(), args.bucket_config
-    max_length = _max_length(model.max_sequence_length, args)
-    max_prompt = args.max_prompt_len or (buckets.max_prompt_len if buckets else None)
-    batch = args.max_batch_size or (buckets.max_batch_size if buckets else DEFAULT_BATCH_SIZE)
-    batch = min(batch, scheduler.max_processing_samples)
-    workload = Workload(
-        max_batch_size=batch,
-        max_model_len=max_length or _UNLIMITED_LENGTH,
-        prefill_chunk_size=scheduler.prefill_chunk_size or DEFAULT_CHUNK_SIZE,
+    interface = interface_of(manifest)
+    check_interface(interface)
+    serving, traits = _serving(artifact)
+    graphs = cut_stages(
+        serving.model,
+        [_start(artifact, stage) for stage in stages],
+        collectives=manifest.collectives,
+        states=manifest.states,
+        tensors=artifact.tensors,
     )
-    num_pages = _num_pages(artifact, topology, stages, workload, args)
-    capacity = num_pages * PAGE_SIZE
-    if max_length is not None and capacity < max_length:
-        logger.warning(
-            "the KV cache has room for %d tokens: no sequence can be as long as the limit of %d", capacity, max_length
-        )
-    limits = ModelLimits(
-        max_length=max_length,
-        max_prompt_length=max_prompt,
-        capacity=capacity,
-        vocab_size=model.vocab_size or _num_logits(artifact),
-        eos_token_ids=frozenset(model.eos_token_ids),
+    settings = SessionSettings(prepack=not mapped)
+    count = min(lanes, manifest.mesh.size)
+    programs: list[StageProgram] = []
+    for graph in graphs:
+        laid = _lanes(artifact, graph, programs, count)
+        sessions = create_sessions(artifact, laid, settings, threads=threads, own=own)
+        programs.append(StageProgram(graph=graph, lanes=laid, sessions=sessions))
+    return LoadedModel(
+        artifact=artifact,
+        interface=interface,
+        programs=tuple(programs),
+        traits=traits,
+        own=tuple(range(count)) if own is None else tuple(own),
     )
-    scheduling = SchedulerLimits(
-        num_groups=len(stages),
-        slots_per_group=-(-batch // len(stages)),
-        num_pages=num_pages,
-        page_size=PAGE_SIZE,
-        max_length=min(max_length or capacity, capacity),
-        prefill_chunk_size=workload.prefill_chunk_size,
-        prefix_caching=scheduler.enable_prefix_caching,
-    )
-    return limits, scheduling
 
 
-def _num_logits(artifact: Artifact) -> int | None:
-    """How many tokens the model chooses between, by the shape of its logits."""
-    size = next(info.shape[-1] for info in artifact.manifest.outputs if info.role == "logits")
-    return size if isinstance(size, int) else None
+def _serving(artifact: Artifact) -> tuple[ServingGraph, Traits]:
+    manifest = artifact.manifest
+    serving = serving_graph(artifact.program, manifest)
+    longest = min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
+    if serving.ragged and not rows_are_alone(serving, artifact, longest=longest):
+        serving = serving_graph(artifact.program, manifest, ragged=False)
+    if serving.ragged:
+        return serving, Traits(rows="ragged", selects=serving.selects)
+    in_place = manifest.states and all(state.mode == "in_place" for state in manifest.states)
+    return serving, Traits(rows="equal" if in_place else "single", selects=serving.selects)
 
 
-def _max_length(of_model: int | None, args: EngineArgs) -> int | None:
-    """The limit of prompt and completion together: the model's, or a lower one that was asked for."""
-    wanted = args.max_model_len or (args.bucket_config.max_model_len if args.bucket_config else None)
-    if wanted is None or of_model is None:
-        return wanted or of_model
-    if wanted > of_model:
-        raise ContextLengthError(
-            f"`max_model_len` is larger than the model's max number of positions: {wanted} > {of_model}; "
-            f"give at most {of_model}"
-        )
-    return wanted
+def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram], count: int) -> Lanes:
+    """The lanes of a stage; what it receives is alike on the ranks on which its stage had it alike."""
+    manifest = artifact.manifest
+    alike: dict[tuple[int, str], int] = dict(alike_inputs(manifest))
+    for rank in range(manifest.mesh.size):
+        alike.update({(rank, name): 0 for name in (WANTED, LAST_POSITIONS)})
+        for name, stage in graph.received.items():
+            known: Alike = earlier[stage].lanes.alike
+            alike[rank, name] = known.get((rank, name), rank)
+    program = cut_program(graph.model, graph.collectives, size_names(manifest) | {"wanted"})
+    return lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike)
 
 
-def _num_pages(
-    artifact: Artifact, topology: Topology, stages: tuple[Stage, ...], workload: Workload, args: EngineArgs
-) -> int:
-    """The pages asked for, or those that a full batch of the longest sequences takes, if they fit the PEs."""
-    fitting = kv_pages(topology, stage_memory(artifact, stages, workload), page_size=PAGE_SIZE)
-    wanted = args.paged_attention_num_blocks
-    if wanted is not None and fitting is not None and wanted > fitting:
-        raise CapacityError(
-            f"paged_attention_num_blocks={wanted}, but the PEs have room for {fitting} pages of {PAGE_SIZE} tokens "
-            f"beside the weights; give at most that, or use more stages"
-        )
-    full = workload.max_batch_size * -(-workload.max_model_len // PAGE_SIZE)
-    pages = wanted or (full if fitting is None else min(full, fitting))
-    return max(1, int(pages * (1.0 - args.scheduler().spare_blocks_ratio)))
+def _start(artifact: Artifact, stage: Stage) -> str | None:
+    """The output of the collective behind which a stage begins."""
+    if stage.first_node == 0:
+        return None
+    return str(artifact.program.graph.node[stage.first_node - 1].output[0])

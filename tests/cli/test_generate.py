@@ -18,6 +18,7 @@ def test_the_same_text_for_every_parallelism(built: Path, cli: Cli) -> None:
         ("-pp", 2),
         ("-pp", 2, "-dp", 2, "--devices", "npu:0,npu:1"),
         ("--num-blocks-per-pp-stage", "1,1", "--threads", 1, "--mapped"),
+        ("--workers", 2),
         ("--devices", "npu:0,npu:1,npu:2", "-pp", 2, "-dp", 2, "--allow-subset"),
     ):
         result = cli("generate", built, "--prompt", "hello", "--max-tokens", 8, *options)
@@ -34,7 +35,7 @@ def test_the_same_text_for_every_parallelism(built: Path, cli: Cli) -> None:
         (("--devices", "npu1"), "Invalid device string"),
         (("-pp", 40), "pp=40, but the artifact has"),
         (("-pp", 2, "--num-blocks-per-pp-stage", "1,1"), "Only one of `pipeline_parallel_size` or"),
-        (("--workers", 2), "workers=2 is not supported"),
+        (("--workers", 2, "--threads", 1), "workers=2 and threads=1 exclude each other"),
     ],
 )
 def test_what_does_not_go_together(

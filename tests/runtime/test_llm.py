@@ -31,7 +31,7 @@ from furiosa_llm.runtime.errors import (
     UnsupportedError,
 )
 from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.loading import make_plan
+from furiosa_llm.runtime.launch import make_plan
 from furiosa_llm.runtime.outputs import RequestOutput
 from tests.runtime.models import LlamaSize, llama, mlp
 
@@ -163,6 +163,36 @@ def test_stop_strings_are_left_out(llm: LLM, greedy: list[int]) -> None:
     assert "".join(llm.stream("hello", params)) == completion.text
 
 
+def test_several_completions(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, max_tokens=6, n=3, seed=5)
+    output = llm.generate("hello", params)
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
+    assert output.outputs[0] == llm.generate("hello", replace(params, n=1)).outputs[0]
+    best = llm.generate("hello", replace(params, n=1, best_of=3, logprobs=0)).outputs
+    ranked = llm.generate("hello", replace(params, logprobs=0)).outputs
+    assert best[0].token_ids == max(ranked, key=lambda completion: completion.cumulative_logprob or 0.0).token_ids
+
+
+def test_log_probabilities_of_prompt_and_completion(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=2, prompt_logprobs=1)
+    output = llm.generate("hello", params)
+    (completion,) = output.outputs
+    assert completion.logprobs is not None
+    assert [entry[token].rank for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)] == [
+        1
+    ] * 5
+    # The same tokens as a prompt have the same log probabilities.
+    whole = [*output.prompt_token_ids, *completion.token_ids]
+    again = llm.generate("", replace(params, max_tokens=1), prompt_token_ids=whole).prompt_logprobs
+    assert output.prompt_logprobs is not None
+    assert again is not None
+    assert again[: len(output.prompt_logprobs)] == output.prompt_logprobs
+    for token, entry, found in zip(completion.token_ids, completion.logprobs, again[-5:], strict=True):
+        assert found is not None
+        assert found[token].logprob == pytest.approx(entry[token].logprob, abs=1e-4)
+
+
 def test_a_seed_repeats_a_random_completion(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=12, seed=5)
     assert llm.generate("hello", params).outputs == llm.generate("hello", params).outputs
@@ -226,7 +256,7 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
         ({"paged_attention_num_blocks": 10**12}, CapacityError, "blocks=1000000000000, but the PEs have room for"),
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True is not supported: an artifact is data"),
         ({"num_speculative_tokens": 3}, UnsupportedError, "num_speculative_tokens=3 is not supported: speculative"),
-        ({"workers": 2}, UnsupportedError, "workers=2 is not supported by this release"),
+        ({"workers": 0}, InputError, "workers must be an integer of at least 1, got 0"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(
@@ -432,7 +462,7 @@ def test_ctrl_c_gives_all_requests_up(llm: LLM, greedy: list[int], monkeypatch: 
     assert [replica.num_requests for replica in llm.core.replicas] == [0]
 
 
-def test_several_completions(llm: LLM) -> None:
+def test_several_completions_whatever_else_runs(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=12, seed=5, n=3)
     several = llm.generate("hello", params).outputs
     assert [completion.index for completion in several] == [0, 1, 2]
@@ -486,3 +516,12 @@ def test_a_segment_that_fails_is_raised_and_the_model_goes_on(folder: Path, gree
             with pytest.raises(ReplicaError):
                 mended.generate("", GREEDY, prompt_token_ids=[5000])
             assert [one.outputs[0].token_ids for one in mended.generate(["hello"] * 5, GREEDY)] == [greedy] * 5
+
+
+def test_workers_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
+    with LLM(folder, workers=2) as spread:
+        assert [output.outputs[0].token_ids for output in spread.generate(["hello"] * 3, GREEDY)] == [greedy] * 3
+    with pytest.raises(InputError, match="workers must be between 1 and the 2 PEs of a stage, got 3"):
+        LLM(folder, workers=3)
+    with pytest.raises(InputError, match="workers=2 and threads=1 exclude each other: leave one out"):
+        LLM(folder, workers=2, threads=1)

@@ -150,6 +150,7 @@ def test_requests_are_completed(desk: Desk, start: Start) -> None:
     }
     assert {output.outputs[0].finish_reason for output in outputs.values()} == {"length"}
     assert (replica.load, replica.num_requests) == (0, 0)
+    assert not replica._table._running  # nothing is kept of what has ended
     assert replica.ready
     assert replica.death is None
 

@@ -1,0 +1,191 @@
+"""One group's batches as runs of the stages: what is fed, which slots are bound, and where the logits are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from furiosa_llm.runtime.artifact.dimensions import GROWING
+from furiosa_llm.runtime.batch import Batch, Prefill
+from furiosa_llm.runtime.binding import Allocate, BoundProgram, RunsLanes, private_block
+from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
+from furiosa_llm.runtime.loading import LoadedModel, StageProgram, Traits
+from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.serving_graph import LAST_POSITIONS, WANTED
+from furiosa_llm.runtime.states import AppendedStates, SlotStates
+
+Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
+"""`occupy(stage, bound)` is entered while a batch runs on a stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One run of the model: `token_ids` [rows, sequence] behind `starts`, in `rows` slots from `slot` on."""
+
+    slot: int
+    token_ids: TokenIds
+    starts: tuple[int, ...]
+    wanted: tuple[int, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the step's dynamic dimensions."""
+        batch, sequence = self.token_ids.shape
+        past = max(self.starts)
+        return {
+            "batch": batch,
+            "sequence": sequence,
+            "past": past,
+            "total": past + sequence,
+            "wanted": len(self.wanted),
+        }
+
+
+def steps_of(batch: Batch, traits: Traits) -> list[Step]:
+    """The runs of the model that make up `batch`, in the order of its rows."""
+    if isinstance(batch, Prefill):
+        count = len(batch.tokens)
+        wanted = tuple(range(count)) if batch.logits == "all" else (count - 1,)
+        return [_step(batch.slot, [batch.tokens], (batch.start,), wanted)]
+    starts = [row.start for row in batch.rows]
+    if traits.rows == "ragged":
+        ends = [len(starts)]
+    elif traits.rows == "equal":
+        ends = [i for i in range(1, len(starts)) if starts[i] != starts[i - 1]] + [len(starts)]
+    else:
+        ends = list(range(1, len(starts) + 1))
+    return [
+        _step(first, [(row.token,) for row in batch.rows[first:end]], tuple(starts[first:end]), (0,))
+        for first, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _step(slot: int, tokens: Sequence[Sequence[int]], starts: tuple[int, ...], wanted: tuple[int, ...]) -> Step:
+    return Step(slot=slot, token_ids=np.array(tokens, dtype=np.int64), starts=starts, wanted=wanted)
+
+
+def own_ranks(model: LoadedModel, program: StageProgram) -> tuple[int, ...]:
+    """The ranks whose lanes are in this process."""
+    return tuple(rank for lane in model.own for rank in program.lanes.ranks[lane])
+
+
+class _Use:
+    """One form of step (its number of rows, one token or several) on one stage: bindings and the memory of values."""
+
+    def __init__(self, model: LoadedModel, program: StageProgram, crew: RunsLanes, allocate: Allocate) -> None:
+        graph = program.graph
+        self.states_bound: tuple[int, int, int] | None = None
+        self.bound = BoundProgram(
+            program.lanes,
+            program.sessions,
+            crew,
+            external=frozenset(state.output for state in graph.states),
+            growing=GROWING,
+            own=model.own,
+            allocate=allocate,
+        )
+        self._read = {value.name for value in graph.model.graph.input}
+        self._feeds = StepFeeds([info for info in model.interface.inputs if info.name in self._read])
+        self._received = graph.received
+        self._ranks = own_ranks(model, program)
+
+    def prepare(self, step: Step, earlier: Sequence[_Use]) -> None:
+        """Gives everything but the states its place for `step`."""
+        self.bound.resize(step.sizes)
+        for name, array in self._feeds.update(step.token_ids, step.starts):
+            self.bound.bind_shared(name, array)
+        if WANTED in self._read:
+            self.bound.bind_shared(WANTED, np.array(step.wanted, dtype=np.int64))
+        if LAST_POSITIONS in self._read:
+            last = np.array(step.starts, dtype=np.int32) + np.int32(step.token_ids.shape[1] - 1)
+            self.bound.bind_shared(LAST_POSITIONS, last)
+        for name, stage in self._received.items():
+            for rank in self._ranks:
+                self.bound.bind_input(rank, name, earlier[stage].bound.tensor(rank, name))
+
+
+class StageMemory:
+    """What one group has on one stage: its states, and its uses of the stage by the form of the step."""
+
+    def __init__(
+        self, model: LoadedModel, program: StageProgram, *, slots: int, crew: RunsLanes, allocate: Allocate
+    ) -> None:
+        self._model = model
+        self._program = program
+        self._crew = crew
+        self._allocate = allocate
+        states = program.graph.states
+        kind = SlotStates if all(state.mode == "in_place" for state in states) else AppendedStates
+        self._states: SlotStates | AppendedStates = kind(
+            states,
+            {info.name: info.dtype for info in model.interface.inputs},
+            model.interface.state_shapes,
+            ranks=own_ranks(model, program),
+            slots=slots,
+        )
+        self._uses: dict[tuple[int, bool], _Use] = {}
+
+    def copy(self, batch: Batch) -> None:
+        """Makes the copies between slots that come before `batch`."""
+        for one in batch.copies:
+            self._states.copy(one.source, one.target, one.length)
+
+    def use(self, step: Step, earlier: Sequence[_Use]) -> _Use:
+        """What `step` runs on, all bound; `earlier` are what the stages before it ran on."""
+        rows, sequence = step.token_ids.shape
+        key = (rows, sequence == 1)
+        if key not in self._uses:
+            self._uses[key] = _Use(self._model, self._program, self._crew, self._allocate)
+        use = self._uses[key]
+        use.prepare(step, earlier)
+        total = max(step.starts) + sequence
+        if isinstance(self._states, SlotStates):
+            self._states.reserve(total)
+            place = (step.slot, rows, self._states.generation)
+            if use.states_bound != place:
+                self._states.bind(use.bound, step.slot, rows)
+                use.states_bound = place
+        else:
+            self._states.bind(use.bound, step.slot, step.starts[0], total)
+        return use
+
+
+class Group:
+    """The batches of one group, one after another, through all stages."""
+
+    def __init__(self, model: LoadedModel, *, slots: int, crew: RunsLanes, allocate: Allocate = private_block) -> None:
+        self._model = model
+        self._memory = [
+            StageMemory(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
+        ]
+
+    def run(self, batch: Batch, occupy: Occupy) -> Array:
+        """The logits of `batch`, `[rows, vocabulary]`, in memory that the next one overwrites; see `Runner`.
+
+        A process that has not the first lane gives no rows.
+        """
+        for memory in self._memory:
+            memory.copy(batch)
+        steps = steps_of(batch, self._model.traits)
+        if len(steps) == 1:
+            whole = self._step(steps[0], occupy)
+        else:
+            whole = np.concatenate([self._step(step, occupy).copy() for step in steps])
+        return whole[:0] if isinstance(batch, Prefill) and batch.logits == "none" else whole
+
+    def _step(self, step: Step, occupy: Occupy) -> Array:
+        uses: list[_Use] = []
+        for stage, memory in enumerate(self._memory):
+            use = memory.use(step, uses)
+            with occupy(stage, use.bound):
+                use.bound.run()
+            uses.append(use)
+        if 0 not in self._model.own:
+            return np.empty((0, 0), dtype=np.float32)
+        logits = uses[-1].bound.array(0, self._model.logits)
+        if not self._model.traits.selects:
+            logits = logits[:, list(step.wanted)]
+        return logits.reshape(-1, logits.shape[-1])
