@@ -29,6 +29,18 @@ class UnsupportedError(FuriosaLLMError, ValueError):
     """A model or an option is outside of what this release can do."""
 
 
+class StepTimeoutError(ExecutionError):
+    """A batch did not return within the time that one may take."""
+
+
+class ReplicaError(FuriosaLLMError):
+    """A replica failed while it had the request; `__cause__` is what happened there. Other replicas run on."""
+
+
+class EngineDeadError(FuriosaLLMError):
+    """The engine takes no requests any more: it was closed, or every replica failed and could not be rebuilt."""
+
+
 class DeviceError(FuriosaLLMError, ValueError):
     """A device string is malformed, or names a PE twice."""
 

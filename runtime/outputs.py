@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +33,10 @@ class CompletionOutput:
 
     `text` is without special tokens and stop strings, unless the parameters ask for them; `token_ids` are all that were
     generated, a final stop token among them. `finish_reason` is "stop" for a stop token or string, "length" for a
-    limit, "abort" for a request that was aborted, None while it runs. `stop_reason` is the stop string or the one of
-    `stop_token_ids` that ended it, None otherwise. `logprobs` are given for each token if the parameters ask for them,
-    and `cumulative_logprob`, their sum, then or if the best of several completions were chosen by it.
+    limit, "abort" for a request that was aborted, "error" for one that failed, None while it runs. `stop_reason` is the
+    stop string or the one of `stop_token_ids` that ended it, None otherwise. `logprobs` are given for each token if the
+    parameters ask for them, and `cumulative_logprob`, their sum, then or if the best of several completions were chosen
+    by it.
     """
 
     index: int
@@ -54,6 +57,7 @@ class RequestOutput:
 
     `prompt_logprobs` has an entry for each token of the prompt if the parameters ask for them, None for the first one.
     `num_cached_tokens` says how many tokens of the prompt were in the prefix cache, None if nothing has run yet.
+    `error` is why the request failed, None if it did not.
     """
 
     request_id: str
@@ -63,6 +67,7 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int | None = None
+    error: FuriosaLLMError | None = None
 
     def __repr__(self) -> str:
         return _repr(self, always=("request_id", "prompt", "prompt_token_ids", "outputs", "finished"))

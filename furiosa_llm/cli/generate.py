@@ -5,14 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from furiosa_llm.cli.options import FULL_VERIFICATION
+from furiosa_llm.cli.options import (
+    ALLOW_SUBSET,
+    DATA_PARALLEL_SIZE,
+    DEVICES,
+    FULL_VERIFICATION,
+    NUM_BLOCKS_PER_PP_STAGE,
+    PIPELINE_PARALLEL_SIZE,
+)
 from furiosa_llm.runtime import LLM, SamplingParams
-from furiosa_llm.runtime.artifact.composite import is_composite
-from furiosa_llm.runtime.errors import TokenizerError
-from furiosa_llm.runtime.seq2seq import Seq2Seq
 
 
 @click.command()
@@ -28,6 +33,12 @@ from furiosa_llm.runtime.seq2seq import Seq2Seq
 )
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
+@DEVICES
+@PIPELINE_PARALLEL_SIZE
+@DATA_PARALLEL_SIZE
+@NUM_BLOCKS_PER_PP_STAGE
+@ALLOW_SUBSET
+@click.option("--workers", type=int, help="Processes that the PEs are spread over.  [default: this one alone]")
 @click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
@@ -40,21 +51,16 @@ def generate(
     top_p: float,
     top_k: int,
     seed: int | None,
-    threads: int | None,
-    full_verification: bool | None,
-    mapped: bool,
+    **loading: Any,
 ) -> None:
-    """Complete a prompt with the decoder, or the encoder-decoder, in ARTIFACT.
+    """Complete a prompt with the decoder in ARTIFACT.
 
     The text goes to standard output as it is generated, the figures to standard error.
     """
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     started = time.monotonic()
-    kind: type[LLM] | type[Seq2Seq] = Seq2Seq if is_composite(artifact) else LLM
-    with kind.load_artifact(artifact, threads=threads, mapped=mapped, full_verification=full_verification) as llm:
+    with LLM.load_artifact(artifact, **loading) as llm:
         loaded = time.monotonic()
-        if llm.tokenizer is None:
-            raise TokenizerError(f"{artifact} has no tokenizer.json; put it beside the model and build again")
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         first, count, shown = 0.0, 0, 0
         for output in llm.stream_outputs(text, params):
