@@ -84,8 +84,7 @@ class BindsStates(Protocol):
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
-    A step binds consecutive rows of it, as past and present at once. `generation` changes with the buffers. Rows that
-    no sequence has touched take no memory.
+    A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
     """
 
     def __init__(
@@ -98,12 +97,12 @@ class SlotStates:
         slots: int,
     ) -> None:
         empty = {"batch": slots, "past": 0, "total": 0}
-        self.generation = 0
         self._states = tuple(states)
         self._dtypes = dtypes
         self._shapes = {state.input: shape_of(shapes[state.input], empty) for state in states}
         self._ranks = tuple(ranks)
         self._capacity = 0
+        self._used = 0
         self._buffers: dict[tuple[int, str], Array] = {}
         self._views: dict[tuple[int, int], list[tuple[int, State, Tensor]]] = {}
 
@@ -112,12 +111,11 @@ class SlotStates:
         """The positions of each row."""
         return self._capacity
 
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` positions in every row, and keeps what there is."""
+    def reserve(self, length: int) -> bool:
+        """Makes room for `length` positions in every row, and keeps what there is; whether the buffers are new."""
         if length <= self._capacity:
-            return
+            return False
         old, self._capacity = self._capacity, grown_capacity(length, self._capacity)
-        self.generation += 1
         self._views.clear()
         for state in self._states:
             dim = state.sequence_dim
@@ -127,12 +125,14 @@ class SlotStates:
             for rank in self._ranks:
                 buffer = Block(array_nbytes(dtype, shape)).array(dtype, shape)
                 if old:
-                    kept = self._buffers[rank, state.input]
-                    buffer[(slice(None),) * dim + (slice(0, old),)] = kept
+                    kept = self._buffers[rank, state.input][: self._used]
+                    buffer[: self._used][(slice(None),) * dim + (slice(0, old),)] = kept
                 self._buffers[rank, state.input] = buffer
+        return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of slot `source` to slot `target`."""
+        self._used = max(self._used, target + 1)
         for state in self._states:
             where = (slice(None),) * (state.sequence_dim - 1) + (slice(0, length),)
             for rank in self._ranks:
@@ -141,6 +141,7 @@ class SlotStates:
 
     def bind(self, bound: BindsStates, first: int, count: int) -> None:
         """Binds the rows of slots [first, first + count) as past and present."""
+        self._used = max(self._used, first + count)
         for rank, state, tensor in self._rows(first, count):
             bound.bind_input(rank, state.input, tensor)
             bound.bind_output(rank, state.output, tensor)

@@ -77,7 +77,7 @@ class _Use:
 
     def __init__(self, model: LoadedModel, program: StageProgram, crew: RunsLanes, allocate: Allocate) -> None:
         graph = program.graph
-        self.states_bound: tuple[int, int, int] | None = None
+        self.states_bound: tuple[int, int] | None = None
         self.bound = BoundProgram(
             program.lanes,
             program.sessions,
@@ -143,10 +143,14 @@ class StageMemory:
         use.prepare(step, earlier)
         total = max(step.starts) + sequence
         if isinstance(self._states, SlotStates):
-            self._states.reserve(total)
-            place = (step.slot, rows, self._states.generation)
+            if self._states.reserve(total):
+                # Uses keep what is bound to them, and would keep the buffers that there were before.
+                for other in self._uses.values():
+                    if other.states_bound is not None:
+                        self._states.bind(other.bound, *other.states_bound)
+            place = (step.slot, rows)
             if use.states_bound != place:
-                self._states.bind(use.bound, step.slot, rows)
+                self._states.bind(use.bound, *place)
                 use.states_bound = place
         else:
             self._states.bind(use.bound, step.slot, step.starts[0], total)
