@@ -9,6 +9,7 @@ from pathlib import Path
 from furiosa_llm.builder.assemble import Assembly, Progress, default_name
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.compile import Analysed, Stage
+from furiosa_llm.builder.composite import build_composite, check_options, find_encoder_decoder
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.planner import MAX_PADDING
 from furiosa_llm.builder.report import BuildReport
@@ -20,7 +21,8 @@ class ArtifactBuilder:
     """Builds an artifact from an ONNX model.
 
     Args:
-        model: Path of the .onnx file. What lies beside it (tokenizer, configuration) goes into the artifact.
+        model: Path of the .onnx file. What lies beside it (tokenizer, configuration) goes into the artifact. Or of a
+            folder with an encoder's and its decoder's files, which become one artifact (see docs/encoders.md).
         name: The artifact's name; the model's folder or file name if empty.
         tensor_parallel_size: How many PEs share each matrix: 4 or 8.
         max_seq_len_to_capture: The longest sequence to serve, in tokens; at most, and if None, the model's own limit.
@@ -56,6 +58,9 @@ class ArtifactBuilder:
         self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)
         self._name = name or default_name(self._model)
+        self._composite = find_encoder_decoder(self._model)
+        if self._composite is not None:
+            check_options(self._options)
 
     def build(
         self,
@@ -74,14 +79,27 @@ class ArtifactBuilder:
             workers: Threads that read, cut, hash and write weights, 1 to 5; by default 5. The artifact's bytes do not
                 depend on it.
         """
+        if self._composite is None:
+            return self._build(self._model, Path(save_dir), self._name, force, progress, workers)
+        return build_composite(
+            self._composite,
+            Path(save_dir),
+            name=self._name,
+            build_part=lambda model, folder, name: self._build(model, folder, name, False, progress, workers),
+            force=force,
+        )
+
+    def _build(
+        self, model: Path, folder: Path, name: str, force: bool, progress: Progress | None, workers: int | None
+    ) -> BuildReport:
         assembly = Assembly(
             options=self._options,
-            name=self._name,
-            load=lambda: load_with_weights(self._model),
+            name=name,
+            load=lambda: load_with_weights(model),
             lower=self._lower,
             check=lambda source, _: source.guard.check_unchanged(),
         )
-        return assembly.build(Path(save_dir), force=force, progress=progress, workers=workers)
+        return assembly.build(folder, force=force, progress=progress, workers=workers)
 
     def _lower(self, analysed: Analysed, told: Stage) -> Build:
         options = self._options

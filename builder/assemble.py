@@ -17,12 +17,14 @@ from furiosa_llm.builder.load import Source
 from furiosa_llm.builder.manifest_of import manifest_of
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.output import check_free_space, output_folder
+from furiosa_llm.builder.pooling import pooling_json
 from furiosa_llm.builder.program_shapes import program_shapes
 from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.report import BuildReport, plan_json, report_of
 from furiosa_llm.builder.streaming import MAX_WORKERS, write_weights
 from furiosa_llm.builder.weights import num_shards
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
+from furiosa_llm.runtime.artifact.pooling import POOLING_NAME
 
 _LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir")
 
@@ -77,11 +79,13 @@ class Assembly:
         program = writer.program_proto(build.lowered.graph, weights.placements, shapes, build.ir_version)
         original = writer.source_proto(build.source, build.stored_initializers())
         companions = configuration.companions(build.source.path)
+        pooling = pooling_json(build.source.path)
         files = [
             *weights.files,
             writer.write_bytes(folder, PROGRAM_NAME, program.SerializeToString(deterministic=True)),
             writer.write_bytes(folder, SOURCE_NAME, original.SerializeToString(deterministic=True)),
             *(writer.write_bytes(folder, path.name, path.read_bytes()) for path in companions),
+            *([] if pooling is None else [writer.write_bytes(folder, POOLING_NAME, pooling)]),
         ]
         manifest = manifest_of(
             build,
@@ -117,7 +121,12 @@ class Assembly:
 
 
 def default_name(model: Path) -> str:
-    """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`."""
+    """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`.
+
+    A folder with a model of several files has its own name.
+    """
+    if model.is_dir():
+        return model.resolve().name
     return model.stem if model.stem != "model" else model.parent.resolve().name
 
 

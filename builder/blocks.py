@@ -85,8 +85,9 @@ def _states_used(nodes: Sequence[ir.Node], states: Sequence[str], level: Mapping
     seen, counts = set[str](), [0]
     for node in nodes:
         if node.op_type != "Shape":
-            read = [str(value.name) for value in node.inputs if value is not None]
-            found = frozenset[str]().union(*(behind.get(name, frozenset()) for name in read))
+            found = frozenset[str]().union(
+                *(behind.get(str(v.name), frozenset()) for v in node.inputs if v is not None)
+            )
             if any(level[value] > 0 for value in node.outputs):
                 seen |= found
             else:

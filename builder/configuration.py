@@ -17,6 +17,7 @@ COMPANIONS = (
     "genai_config.json",
     "generation_config.json",
     "merges.txt",
+    "pooling.json",
     "preprocessor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",

@@ -75,6 +75,8 @@ class BuildReport:
     num_nodes: int
     seconds: float
     peak_rss_nbytes: int
+    parts: tuple[BuildReport, ...] = ()
+    """Of a composite artifact: the reports of its parts, which this one sums up."""
 
 
 def report_of(

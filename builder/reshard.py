@@ -9,9 +9,11 @@ from pathlib import Path
 from furiosa_llm.builder.assemble import Assembly, Progress
 from furiosa_llm.builder.build import Build
 from furiosa_llm.builder.compile import Analysed, Stage
+from furiosa_llm.builder.composite import build_parts
 from furiosa_llm.builder.options import recorded_options
 from furiosa_llm.builder.report import BuildReport
 from furiosa_llm.builder.sources import source_of
+from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
@@ -30,7 +32,7 @@ def reshard(
     """Write the artifact that a build of the same model with the same options, but this size, gives: byte for byte.
 
     The model itself is not needed. Every original is put together from its shards and compared with the digest that
-    the first build recorded, so that no damage is carried on.
+    the first build recorded, so that no damage is carried on. Of a composite artifact every part is made so.
 
     Args:
         artifact: Folder of the artifact to start from.
@@ -45,6 +47,33 @@ def reshard(
         ArtifactError: `artifact` is not one, or is damaged.
         BuildError: As a build of the model would, and OutputError if `save_dir` cannot be written.
     """
+
+    def one(part: Path, folder: Path, *, replace: bool) -> BuildReport:
+        return _reshard(part, folder, tensor_parallel_size, experimental_tp, replace, progress, workers)
+
+    if not is_composite(artifact):
+        return one(Path(artifact), Path(save_dir), replace=force)
+    composite = open_composite(artifact, full=False)
+    return build_parts(
+        {name: part.folder for name, part in composite.parts.items()},
+        Path(save_dir),
+        name=composite.manifest.name,
+        start=composite.manifest.decoder_start_token_id,
+        ends=composite.manifest.eos_token_ids,
+        build_part=lambda part, folder, _: one(part, folder, replace=False),
+        force=force,
+    )
+
+
+def _reshard(
+    artifact: Path,
+    save_dir: Path,
+    tensor_parallel_size: int,
+    experimental_tp: bool,
+    force: bool,
+    progress: Progress | None,
+    workers: int | None,
+) -> BuildReport:
     opened = open_artifact(artifact, full=False)
     recorded = recorded_options(opened.manifest.provenance.options)
     options = dataclasses.replace(recorded, tensor_parallel_size=tensor_parallel_size)
@@ -60,7 +89,7 @@ def reshard(
         lower=lower,
         check=lambda _, manifest: _check_originals(opened, manifest),
     )
-    return assembly.build(Path(save_dir), force=force, progress=progress, workers=workers)
+    return assembly.build(save_dir, force=force, progress=progress, workers=workers)
 
 
 def _check_originals(before: Artifact, after: Manifest) -> None:

@@ -3,7 +3,22 @@
 from importlib.metadata import version
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
-from furiosa_llm.runtime import LLM, CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
+from furiosa_llm.runtime import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLMEngine,
+    Bucket,
+    BucketConfig,
+    CompletionOutput,
+    EngineArgs,
+    EngineDeadError,
+    LLMEngine,
+    ReplicaError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    SchedulerConfig,
+)
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 
 __version__ = version("furiosa-llm-onnx")
@@ -12,11 +27,20 @@ __all__ = [
     "LLM",
     "ArtifactBuilder",
     "ArtifactError",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
+    "Bucket",
+    "BucketConfig",
     "BuildReport",
     "CompletionOutput",
+    "EngineArgs",
+    "EngineDeadError",
     "FuriosaLLMError",
+    "LLMEngine",
+    "ReplicaError",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "SchedulerConfig",
     "__version__",
 ]

@@ -1,25 +1,40 @@
 """Run time: an artifact in, tensors or tokens out. Owns the artifact format.
 
-`LLM` generates, `Executor` runs any artifact on tensors, `verify_against` compares one with the model it came from.
+`LLM`, `LLMEngine` and `AsyncLLMEngine` generate, `Executor` runs any artifact on tensors, `verify_against` compares one
+with the model it came from.
 """
 
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.async_engine import AsyncLLMEngine
+from furiosa_llm.runtime.buckets import Bucket, BucketConfig
+from furiosa_llm.runtime.engine import LLMEngine
+from furiosa_llm.runtime.engine_args import AsyncEngineArgs, EngineArgs, SchedulerConfig
+from furiosa_llm.runtime.errors import EngineDeadError, InputError, ReplicaError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.llm import LLM
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingType
 from furiosa_llm.runtime.verify import verify_against
 
 __all__ = [
     "LLM",
     "Artifact",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
+    "Bucket",
+    "BucketConfig",
     "CompletionOutput",
+    "EngineArgs",
+    "EngineDeadError",
     "Executor",
     "InputError",
+    "LLMEngine",
+    "ReplicaError",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "SamplingType",
+    "SchedulerConfig",
     "open_artifact",
     "verify_against",
 ]

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension, shape_of
 from furiosa_llm.runtime.collectives import ArraySum, gather_operations, reduce_operations, run_operations
-from furiosa_llm.runtime.driver import Barrier, Body
-from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.driver import Body, Waits
+from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
 from furiosa_llm.runtime.exchange import Exchanger, LaneExchange
 from furiosa_llm.runtime.lanes import Exchange, Lanes, Sum, parts_of
 from furiosa_llm.runtime.memory import Block, array_nbytes, lifetimes, place
@@ -91,6 +92,12 @@ class BoundProgram:
         external_values = self._on_ranks(external)
         self._growing = (self._on_ranks(growing_values(self._program, growing)) & made) - external_values
         self._unbound = self._shapeless(self._on_ranks(unbound), external_values)
+        unknown = {e.out for step in lanes.steps for e in step.exchanges} & self._unbound
+        if len(self._own) < len(lanes.ranks) and unknown:
+            raise UnsupportedError(
+                f"the shape of {min(unknown)!r:.80} is known only as the program runs: its PEs cannot be spread over "
+                f"several processes; use threads"
+            )
         self._growing -= self._unbound
         self._placed = made - external_values - self._growing - self._unbound
         self._sizes: dict[str, int] = {}
@@ -101,7 +108,7 @@ class BoundProgram:
         self._blocks: dict[int, Block] = {}
         self._growing_blocks: dict[tuple[int, str], Block] = {}
         self._steps: list[list[_LaneStep]] = []
-        self.step_of_lane = [0] * len(lanes.ranks)
+        self.step_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
         """The step that each lane is in, or was in last."""
 
     def bind_shared(self, name: str, array: Array) -> None:
@@ -130,7 +137,7 @@ class BoundProgram:
     def progress(self) -> str:
         """Which segment the lanes are in, and the last collective that all of them have done."""
         steps = self._lanes.steps
-        done = [e.call.collective.id for step in steps[: min(self.step_of_lane)] for e in step.exchanges]
+        done = [e.call.collective.id for step in steps[: int(min(self.step_of_lane))] for e in step.exchanges]
         lanes = ", ".join(
             f"{ranks_text(self._lanes.ranks[lane])} in segment {self.step_of_lane[lane]} of {len(steps)}"
             for lane in self._own
@@ -153,7 +160,7 @@ class BoundProgram:
         """Runs the program once; raises ExecutionError, naming segment and ranks, if onnxruntime fails."""
         self._crew.run(self._drive, len(self._own))
 
-    def _drive(self, shares: Sequence[int], member: int, barrier: Barrier) -> None:
+    def _drive(self, shares: Sequence[int], member: int, barrier: Waits) -> None:
         """Steps the lanes `shares` (positions in those of this process) through the whole program."""
         mine = [(self._own[share], self._steps[share]) for share in shares]
         for index in range(len(self._lanes.steps)):
@@ -335,7 +342,7 @@ class BoundProgram:
         kind = self._lanes.types[name]
         shape = shape_of(kind.shape or (), self._sizes)
         nbytes = array_nbytes(kind.dtype, shape)
-        for lane in self._lifetimes[name].lanes:
+        for lane in self._lifetimes[name].lanes.intersection(self._own):
             block = self._growing_blocks.get((lane, name))
             if block is None or block.nbytes < nbytes:
                 block = self._growing_blocks[lane, name] = Block(nbytes + nbytes // 2)

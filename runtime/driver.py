@@ -10,10 +10,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
+from typing import Protocol
 
 from furiosa_llm.runtime.errors import ExecutionError
 
-Body = Callable[[Sequence[int], int, "Barrier"], None]
+
+class Waits(Protocol):
+    """Where the members of a run meet."""
+
+    def wait(self, member: int) -> None:
+        """Returns when every member has called this as often as `member` has."""
+        ...
+
+
+Body = Callable[[Sequence[int], int, Waits], None]
 """What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are those that it steps, in order."""
 
 

@@ -29,6 +29,18 @@ class UnsupportedError(FuriosaLLMError, ValueError):
     """A model or an option is outside of what this release can do."""
 
 
+class StepTimeoutError(ExecutionError):
+    """A batch did not return within the time that one may take."""
+
+
+class ReplicaError(FuriosaLLMError):
+    """A replica failed while it had the request; `__cause__` is what happened there. Other replicas run on."""
+
+
+class EngineDeadError(FuriosaLLMError):
+    """The engine takes no requests any more: it was closed, or every replica failed and could not be rebuilt."""
+
+
 class DeviceError(FuriosaLLMError, ValueError):
     """A device string is malformed, or names a PE twice."""
 
@@ -38,4 +50,12 @@ class TopologyError(FuriosaLLMError, ValueError):
 
 
 class CapacityError(FuriosaLLMError, ValueError):
-    """What is to be kept in memory does not fit the PEs, or is no amount at all."""
+    """What is to be kept in memory, or a sequence, is greater than there is room for, or a limit is none."""
+
+
+class SchedulingError(FuriosaLLMError, ValueError):
+    """The scheduler was told of a sequence or a batch that it does not know, knows already, or does not wait for."""
+
+
+class WorkerError(FuriosaLLMError):
+    """A worker process has ended, or failed with an error that is none of ours."""

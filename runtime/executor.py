@@ -13,7 +13,7 @@ import numpy as np
 from furiosa_llm.runtime.artifact.dimensions import GROWING, bind_sizes, known_sizes
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.layout import axes_of, index_map, local_size
+from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map, local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.binding import BoundProgram
@@ -146,17 +146,11 @@ class Executor:
             raise InputError(str(error)) from error
 
     def _bind(self, info: InputInfo, array: Array) -> None:
-        split = [(dim, layout) for dim, layout in enumerate(info.layout) if layout is not None and axes_of(layout)]
-        if not split:
+        if is_split(info):
+            for rank in range(self.mesh.size):
+                self._bound.bind_input(rank, info.name, wrap(local_part(array, info, self.mesh, rank), info.dtype))
+        else:
             self._bound.bind_shared(info.name, array)
-            return
-        for rank in range(self.mesh.size):
-            local = array
-            for dim, layout in split:
-                indices = index_map(layout, self.mesh, rank)
-                local = np.take(local, np.maximum(indices, 0), axis=dim)
-                local[(slice(None),) * dim + (indices < 0,)] = 0
-            self._bound.bind_input(rank, info.name, wrap(np.asarray(local, order="C"), info.dtype))
 
     def _assemble(self, info: OutputInfo) -> Array:
         split = [(dim, layout) for dim, layout in enumerate(info.layout) if layout is not None and axes_of(layout)]
@@ -180,3 +174,20 @@ class Executor:
                     raise ArtifactError(f"output {info.name!r:.80} has the local shape {list(local.shape)}")
             whole[np.ix_(*target)] = local[np.ix_(*source)]
         return whole
+
+
+def is_split(info: InputInfo) -> bool:
+    """Whether ranks see different parts of an input."""
+    return any(layout is not None and axes_of(layout) for layout in info.layout)
+
+
+def local_part(array: Array, info: InputInfo, mesh: Mesh, rank: int) -> Array:
+    """What `rank` sees of the input `info` whose global value is `array`: padding is zero, memory is contiguous."""
+    local = array
+    for dim, layout in enumerate(info.layout):
+        if layout is None or not axes_of(layout):
+            continue
+        indices = index_map(layout, mesh, rank)
+        local = np.take(local, np.maximum(indices, 0), axis=dim)
+        local[(slice(None),) * dim + (indices < 0,)] = 0
+    return np.asarray(local, order="C")

@@ -91,7 +91,7 @@ class Lanes:
 
     def lane_of(self, rank: int) -> int:
         """The lane of `rank`."""
-        return next(lane for lane, ranks in enumerate(self.ranks) if rank in ranks)
+        return rank * len(self.ranks) // self.mesh.size
 
 
 def lanes_of(

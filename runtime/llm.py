@@ -6,90 +6,131 @@ import asyncio
 import itertools
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
-from queue import Empty, SimpleQueue
+from contextlib import aclosing
+from functools import cached_property
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
-import numpy as np
-
-from furiosa_llm.runtime.artifact.manifest import Manifest
-from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.outputs import CompletionOutput, FinishReason, RequestOutput
-from furiosa_llm.runtime.sampler import Sampler
+from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.artifact.pooling import PoolingType
+from furiosa_llm.runtime.async_engine import AsyncLLMEngine
+from furiosa_llm.runtime.chat import Conversation, conversations_of, render
+from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
+from furiosa_llm.runtime.engine import LLMEngine, raise_error
+from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, ModelLimits, Prompt, with_kind
+from furiosa_llm.runtime.errors import EngineDeadError, InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.launch import make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.prompts import Prompt as TextOrTokens
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
-from furiosa_llm.runtime.text_stream import TextStream
+from furiosa_llm.runtime.seq2seq import Seq2Seq
 from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.topology import Topology
 
 _DEFAULT_PARAMS = SamplingParams()
 
-_PREFILL_TOKENS = 512
-"""Longer prompts are prefilled in chunks, because models give logits for all tokens, and those take memory."""
-
 
 class LLM:
-    """A decoder loaded from an artifact.
+    """A model loaded from the artifact in the folder `model`: a decoder, an encoder, or an encoder with its decoder.
 
-    Make one with `load_artifact`. Several threads may generate at once; their steps take turns. Close it, or use it as
-    a context manager, to end its threads.
+    Decoders `generate`, and run on an engine; encoders `encode` and `embed`; an encoder-decoder generates, one request
+    after another. The options are the fields of `EngineArgs`, which says what they mean, and `skip_engine`, which loads
+    nothing to run the model with: what is wrong with the artifact or the options comes out all the same. Raises
+    TypeError for unknown options, UnsupportedError for options of the vendor's that mean nothing here, or that only
+    decoders have, and what `make_plan` does.
+
+    Several threads may generate at once; their requests run together. Close it, or use it as a context manager, to end
+    its threads.
     """
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, *, seed: int | None = None) -> None:
-        model = executor.artifact.manifest.model
-        self.tokenizer = tokenizer
-        self.is_generative_model = model.task == "decoder"
-        self._executor = executor
-        self._eos_token_ids = frozenset(model.eos_token_ids)
-        self._max_length = model.max_sequence_length
-        self._seed = seed
-        self._idle_sessions: SimpleQueue[DecoderSession] = SimpleQueue()
-        self._idle_sessions.put(DecoderSession(executor, max_length=model.max_sequence_length))
+    def __init__(self, model: str | os.PathLike[str], *, skip_engine: bool = False, **options: Any) -> None:
+        args = EngineArgs(model, **refuse_foreign_options(options))
+        self.topology: Topology | None = None
+        self._limits: ModelLimits | None = None
+        self._core: EngineCore | None = None
+        self._encoder: Encoder | None = None
+        self._seq2seq: Seq2Seq | None = None
         self._request_ids = itertools.count()
+        if is_composite(model):
+            only_of_one_replica(args, "an encoder-decoder")
+            self._seq2seq = Seq2Seq.load_artifact(model, seed=args.seed, **_loading(args))
+            self._tokenizer = self._seq2seq.tokenizer
+            return
+        artifact = open_model(args)
+        if artifact.manifest.model.task == "encoder":
+            only_of_one_replica(args, "an encoder")
+            self._encoder = Encoder.load_artifact(model, **_loading(args))
+            self._tokenizer = self._encoder.tokenizer
+            return
+        plan = make_plan(args, artifact)
+        self._tokenizer = plan.tokenizer
+        self.topology = plan.topology
+        self._limits = plan.limits
+        self._core = None if skip_engine else start(plan, args)
 
     @classmethod
-    def load_artifact(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        devices: str | None = None,
-        data_parallel_size: int | None = None,
-        pipeline_parallel_size: int | None = None,
-        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
-        seed: int | None = None,
-        threads: int | None = None,
-        mapped: bool = False,
-        full_verification: bool | None = None,
-    ) -> Self:
-        """Loads the artifact in the folder `path`.
+    def load_artifact(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """Loads the artifact in the folder `path`; takes the options of the class."""
+        return cls(path, **options)
 
-        `threads` step the PEs (None: one for each core this process may use). `mapped` leaves the weights in their file
-        instead of packing them for speed: it loads faster and shares memory with other processes. `tokenizer` is the
-        folder of another tokenizer than the artifact's. `seed` is for requests that have none. `full_verification`
-        compares the digests of the weights too; None does if they are below a gigabyte. Raises ArtifactError for a
-        damaged artifact, UnsupportedError for one that does not generate, and for parallelism beyond tensor
-        parallelism, which the artifact has built in.
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The artifact's tokenizer, or the one that was given; raises TokenizerError if there is none."""
+        if self._tokenizer is None:
+            raise TokenizerError("the artifact has no tokenizer.json; load it with the folder of a tokenizer")
+        return self._tokenizer
+
+    @property
+    def core(self) -> EngineCore:
+        """What runs a decoder's requests; raises EngineDeadError if it was loaded with `skip_engine`.
+
+        Raises UnsupportedError for other models.
         """
-        for name, value in (
-            ("data_parallel_size", data_parallel_size),
-            ("pipeline_parallel_size", pipeline_parallel_size),
-        ):
-            if value not in (None, 1):
-                raise UnsupportedError(f"{name}={value} is not supported by this release; leave it out, or give 1")
-        if devices is not None:
-            raise UnsupportedError(f"devices={devices!r:.80} is not supported by this release; leave it out")
-        artifact = open_artifact(path, full=full_verification)
-        _check_generative(artifact.manifest)
-        if not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_artifact(artifact) if tokenizer is None else Tokenizer.from_folder(tokenizer)
-        return cls(Executor(artifact, threads=threads, mapped=mapped), tokenizer, seed=seed)
+        if self._encoder is not None:
+            raise UnsupportedError("generate API can only be used for generative models; this is an encoder: use embed")
+        if self._seq2seq is not None:
+            raise UnsupportedError("an encoder-decoder runs without an engine; use generate or stream_outputs")
+        if self._core is None:
+            raise EngineDeadError("the model was loaded with skip_engine=True; load it without, to run it")
+        return self._core
+
+    @cached_property
+    def engine(self) -> LLMEngine:
+        """An `LLMEngine` on this model, the same each time; `LLMEngine.from_llm` makes others."""
+        return LLMEngine.from_llm(self)
+
+    @property
+    def is_generative_model(self) -> bool:
+        """Whether `generate` works; if not, `encode` and `embed` do."""
+        return self._encoder is None
 
     @property
     def model_max_seq_len(self) -> int | None:
-        """The model's limit in tokens, prompt and completion together; None if the model does not say."""
-        return self._max_length
+        """The limit in tokens, of a decoder's prompt and completion together; None if there is none.
+
+        Of an encoder it is that of a text, of an encoder-decoder that of a completion.
+        """
+        if self._encoder is not None:
+            return self._encoder.max_length
+        if self._seq2seq is not None:
+            return self._seq2seq.max_completion_length
+        return self._limits.max_length if self._limits is not None else None
+
+    @property
+    def max_seq_len_to_capture(self) -> int | None:
+        """The same under the vendor's other name."""
+        return self.model_max_seq_len
+
+    @property
+    def prompt_max_seq_len(self) -> int | None:
+        """The limit of a prompt in tokens; None if there is none."""
+        if self._encoder is not None:
+            return self._encoder.max_length
+        if self._seq2seq is not None:
+            return self._seq2seq.max_prompt_length
+        return self._limits.prompt_limit if self._limits is not None else None
 
     @overload
     def generate(
@@ -97,33 +138,80 @@ class LLM:
         prompts: str,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput: ...
 
     @overload
     def generate(
         self,
         prompts: list[str],
-        sampling_params: SamplingParams = _DEFAULT_PARAMS,
+        sampling_params: SamplingParams | Sequence[SamplingParams] = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]: ...
 
     def generate(
         self,
         prompts: str | list[str],
-        sampling_params: SamplingParams = _DEFAULT_PARAMS,
+        sampling_params: SamplingParams | Sequence[SamplingParams] = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[Any] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
-        """Completes `prompts`: a string gives one output, a list gives a list.
+        """Completes `prompts`, as many at once as fit: a string gives one output, a list gives a list in its order.
 
-        `prompt_token_ids`, one sequence for each prompt, are used instead of the prompts' own tokens. Raises
-        ContextLengthError, a ValueError, if a prompt and its completion do not fit the model's limit.
+        `prompt_token_ids`, one sequence for each prompt, are used instead of the prompts' own tokens; a list of
+        `sampling_params` has those of each prompt. If one prompt is refused, or Ctrl-C or a failure comes in between,
+        all are given up. Raises ContextLengthError, a ValueError, if a prompt and its completion do not fit the limit,
+        and ReplicaError if a replica fails while it has one of them.
         """
-        if isinstance(prompts, str):
-            return self._complete(prompts, sampling_params, prompt_token_ids)
-        token_ids = [None] * len(prompts) if prompt_token_ids is None else list(prompt_token_ids)
-        if len(token_ids) != len(prompts):
-            raise InputError(f"prompt_token_ids has {len(token_ids)} sequences for {len(prompts)} prompts")
-        return [self._complete(prompt, sampling_params, ids) for prompt, ids in zip(prompts, token_ids, strict=True)]
+        _refuse_tokenizer_kwargs(tokenizer_kwargs)
+        single = isinstance(prompts, str)
+        texts = [prompts] if isinstance(prompts, str) else _checked_list(prompts)
+        token_ids: Sequence[Any] | None = (
+            [prompt_token_ids] if single and prompt_token_ids is not None else prompt_token_ids
+        )
+        if token_ids is not None and len(token_ids) != len(texts):
+            raise InputError(f"prompt_token_ids has {len(token_ids)} sequences for {len(texts)} prompts")
+        asked: list[Prompt] = [
+            text if token_ids is None else {"prompt": text, "prompt_token_ids": token_ids[index]}
+            for index, text in enumerate(texts)
+        ]
+        outputs = self._complete(asked, sampling_params)
+        return outputs[0] if single else outputs
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] = _DEFAULT_PARAMS,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["string"] = "string",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of several; always a list.
+
+        `chat_template` replaces the model's own. With `continue_final_message` the answer goes on from the last
+        message; `add_generation_prompt` must be False then. Raises TokenizerError if there is no template or it refuses
+        the messages, InputError if they are none, UnsupportedError for tools, else what `generate` does.
+        """
+        if chat_template_content_format != "string":
+            raise UnsupportedError(
+                f"chat_template_content_format={chat_template_content_format!r:.80} is not supported; give 'string'"
+            )
+        if tools:
+            raise UnsupportedError("tools are not supported by chat; write them into the system message")
+        prompts: list[Prompt] = [
+            render(
+                self.tokenizer,
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for conversation in conversations_of(messages)
+        ]
+        return self._complete(prompts, sampling_params)
 
     def stream(
         self,
@@ -132,23 +220,32 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
         """The completion of `prompt` in pieces of text, as they come."""
-        length = 0
-        for output in self._outputs(prompt, sampling_params, prompt_token_ids):
-            text = output.outputs[0].text
-            if len(text) > length:
-                yield text[length:]
-                length = len(text)
+        params = _delta(sampling_params)
+        for output in self.stream_outputs(prompt, params, prompt_token_ids):
+            if output.outputs[0].text:
+                yield output.outputs[0].text
 
     async def stream_generate(
         self,
         prompt: str,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        is_demo: bool = False,  # noqa: ARG002 - the vendor's, without effect
     ) -> AsyncIterator[str]:
-        """`stream` for asyncio: steps run in a thread, so that the event loop goes on."""
-        pieces = self.stream(prompt, sampling_params, prompt_token_ids)
-        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
-            yield piece
+        """`stream` for asyncio."""
+        _refuse_tokenizer_kwargs(tokenizer_kwargs)
+        asked = _one_prompt(prompt, prompt_token_ids)
+        if self._seq2seq is not None:
+            pieces = self.stream(prompt, sampling_params, prompt_token_ids)
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+            return
+        engine = AsyncLLMEngine.from_llm(self)
+        async with aclosing(engine.generate(asked, _delta(sampling_params), self._next_id())) as outputs:
+            async for output in outputs:
+                if output.outputs[0].text:
+                    yield output.outputs[0].text
 
     def stream_outputs(
         self,
@@ -157,20 +254,57 @@ class LLM:
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
-        kind = sampling_params.output_kind
-        shown = CompletionOutput(index=0, text="", token_ids=[])
-        for output in self._outputs(prompt, sampling_params, prompt_token_ids):
-            if kind is RequestOutputKind.DELTA:
-                now = output.outputs[0]
-                fresh = replace(now, text=now.text[len(shown.text) :], token_ids=now.token_ids[len(shown.token_ids) :])
-                shown = now
-                yield replace(output, outputs=[fresh])
-            elif kind is RequestOutputKind.CUMULATIVE or output.finished:
+        asked = _one_prompt(prompt, prompt_token_ids)
+        if self._seq2seq is not None:
+            yield from self._seq2seq.stream_outputs(asked, sampling_params)
+            return
+        ready: SimpleQueue[RequestOutput] = SimpleQueue()
+        handle = self._submit(asked, sampling_params, ready)
+        try:
+            finished = False
+            while not finished:
+                output = ready.get()
+                finished = output.finished
+                raise_error(output)
                 yield output
+        finally:
+            handle.abort()
+
+    def encode(
+        self,
+        prompts: TextOrTokens | Sequence[TextOrTokens],
+        *,
+        pooling: PoolingType | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """An encoder's vectors of `prompts`; see `Encoder.encode`. Raises UnsupportedError for other models."""
+        return self._encoding("encode").encode(
+            prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+
+    def embed(
+        self,
+        prompts: TextOrTokens | Sequence[TextOrTokens],
+        *,
+        pooling: PoolingType | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
+        """`encode`, with each vector as a list of numbers."""
+        return self._encoding("embed").embed(
+            prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+
+    def shutdown(self) -> None:
+        """Ends the engine and its threads; the model cannot run any more."""
+        for one in (self._core, self._encoder, self._seq2seq):
+            if one is not None:
+                one.close()
 
     def close(self) -> None:
-        """Ends the driver threads; the model cannot generate any more."""
-        self._executor.close()
+        """`shutdown`, as files and locks call it."""
+        self.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -178,102 +312,76 @@ class LLM:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        self.shutdown()
 
-    def _complete(self, prompt: str, params: SamplingParams, token_ids: Sequence[int] | None) -> RequestOutput:
-        *_, output = self._outputs(prompt, params, token_ids)
-        return output
-
-    def _outputs(
-        self, prompt: str, sampling_params: SamplingParams, prompt_token_ids: Sequence[int] | None
-    ) -> Iterator[RequestOutput]:
-        """The whole request after each token."""
-        token_ids = self.tokenizer.encode(prompt) if prompt_token_ids is None else [int(i) for i in prompt_token_ids]
-        max_tokens = self._max_tokens(len(token_ids), sampling_params.max_tokens)
-        request_id = str(next(self._request_ids))
-        session = self._take_session()
+    def _complete(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """The finished outputs of `prompts`, in their order."""
+        params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
+        if len(params) != len(prompts):
+            raise InputError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
+        if self._seq2seq is not None:
+            return [self._seq2seq.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
+        ready: SimpleQueue[RequestOutput] = SimpleQueue()
+        handles: list[Handle] = []
+        finished: dict[str, RequestOutput] = {}
         try:
-            for completion in self._decode(session, token_ids, sampling_params, max_tokens):
-                yield RequestOutput(
-                    request_id=request_id,
-                    prompt=prompt,
-                    prompt_token_ids=token_ids,
-                    outputs=[completion],
-                    finished=completion.finish_reason is not None,
-                )
-        finally:
-            self._idle_sessions.put(session)
+            for prompt, one in zip(prompts, params, strict=True):
+                handles.append(self._submit(prompt, with_kind(one, RequestOutputKind.FINAL), ready))
+            while len(finished) < len(prompts):
+                output = ready.get()
+                raise_error(output)
+                finished[output.request_id] = output
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
+        return [finished[request_id] for request_id in sorted(finished, key=int)]
 
-    def _take_session(self) -> DecoderSession:
-        """An idle session, or a new one if every one is in the middle of a request."""
-        try:
-            return self._idle_sessions.get_nowait()
-        except Empty:
-            return DecoderSession(self._executor, max_length=self._max_length)
+    def _encoding(self, name: str) -> Encoder:
+        if self._encoder is None:
+            raise UnsupportedError(f"{name} API can only be used for encoders; this model generates: use generate")
+        return self._encoder
 
-    def _decode(
-        self, session: DecoderSession, prompt: list[int], params: SamplingParams, max_tokens: int
-    ) -> Iterator[CompletionOutput]:
-        """The completion after each token: the prefill, then one step for each token but the last."""
-        stops = self._stop_token_ids(params)
-        sampler = Sampler(params, prompt, seed=self._seed)
-        text = TextStream(self.tokenizer, params.stop_strings, min_tokens=params.min_tokens)
-        session.reset()
-        session.reserve(len(prompt) + max_tokens)
-        token_ids: list[int] = []
-        for start in range(0, len(prompt), _PREFILL_TOKENS):
-            logits = session.step(np.array([prompt[start : start + _PREFILL_TOKENS]], dtype=np.int64))
-        while True:
-            forbidden = sorted(stops) if len(token_ids) < params.min_tokens else ()
-            token = sampler.sample(logits[0], forbidden=forbidden)
-            token_ids.append(token)
-            reason: FinishReason | None = None
-            if token in stops:
-                reason = "stop"
-            else:
-                text.push(token)
-                if text.stopped:
-                    reason = "stop"
-                elif len(token_ids) == max_tokens:
-                    reason = "length"
-            if reason is not None:
-                text.flush()
-            yield CompletionOutput(index=0, text=text.text, token_ids=list(token_ids), finish_reason=reason)
-            if reason is not None:
-                return
-            logits = session.step(np.array([[token]], dtype=np.int64))
+    def _submit(self, prompt: Prompt, params: SamplingParams, ready: SimpleQueue[RequestOutput]) -> Handle:
+        def take(outputs: Sequence[tuple[int, RequestOutput]]) -> None:
+            for _, output in outputs:
+                ready.put(output)
 
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        own = frozenset() if params.ignore_eos else self._eos_token_ids
-        return own | frozenset(params.stop_token_ids)
+        return self.core.submit(self._next_id(), prompt, params, take)
 
-    def _max_tokens(self, prompt: int, wanted: int | None) -> int:
-        limit = self._max_length
-        if prompt == 0:
-            raise InputError("the prompt has no tokens; give a prompt that is not empty")
-        if limit is None:
-            if wanted is None:
-                raise InputError("the model does not say how long a sequence may be; give max_tokens")
-            return wanted
-        if prompt >= limit:
-            raise ContextLengthError(
-                f"This model's maximum input context length is {limit - 1} tokens, however you requested {prompt} "
-                f"tokens. Please reduce your prompt."
-            )
-        if wanted is None:
-            return limit - prompt
-        if prompt + wanted > limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens, however you requested {prompt + wanted} "
-                f"tokens ({prompt} in your prompt; {wanted} for the completion). Please reduce your prompt; or "
-                f"completion length."
-            )
-        return wanted
+    def _next_id(self) -> str:
+        return str(next(self._request_ids))
 
 
-def _check_generative(manifest: Manifest) -> None:
-    if manifest.model.task != "decoder":
-        raise UnsupportedError(
-            f"generate API can only be used for generative models; {manifest.model.name!r:.80} is of the task "
-            f"{manifest.model.task!r}: use `furiosa-llm run`"
-        )
+def _loading(args: EngineArgs) -> dict[str, Any]:
+    """The options that every kind of model has."""
+    return {
+        "tokenizer": args.tokenizer,
+        "threads": args.threads,
+        "mapped": args.mapped,
+        "full_verification": args.full_verification,
+    }
+
+
+def _one_prompt(prompt: str, token_ids: Sequence[int] | None) -> Prompt:
+    return prompt if token_ids is None else {"prompt": prompt, "prompt_token_ids": token_ids}
+
+
+def _delta(params: SamplingParams) -> SamplingParams:
+    delta = with_kind(params, RequestOutputKind.DELTA)
+    if delta.n > 1:
+        raise InputError(f"a stream of text is of one completion, found n={delta.n}; give n=1, or use stream_outputs")
+    return delta
+
+
+def _checked_list(prompts: Any) -> list[str]:
+    if not isinstance(prompts, list):
+        raise InputError(f"prompts: found a {type(prompts).__name__}, expected a str or a list of them")
+    return prompts
+
+
+def _refuse_tokenizer_kwargs(options: dict[str, Any] | None) -> None:
+    if options:
+        raise UnsupportedError(f"tokenizer_kwargs={options!r:.80} are not supported; give prompt_token_ids instead")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.lanes import Lanes, parts_of
@@ -84,6 +85,13 @@ class Block:
         raw = np.zeros(nbytes + _ALIGNMENT, dtype=np.uint8)
         start = -raw.ctypes.data % _ALIGNMENT
         self._bytes = raw[start : start + nbytes]
+
+    @classmethod
+    def over(cls, memory: npt.NDArray[np.uint8]) -> Block:
+        """A block over `memory` of somebody else's, which begins at a multiple of 64 bytes."""
+        block = cls.__new__(cls)
+        block._bytes = memory
+        return block
 
     @property
     def nbytes(self) -> int:

@@ -1,64 +1,179 @@
-"""Chooses the next token from logits: greedily, or at random from what the sampling parameters leave."""
+"""Chooses the next token from logits: greedily, or at random from what the sampling parameters leave.
+
+The order of the steps is in `docs/sampling.md`. A row's token depends on its own logits, parameters, tokens and seed
+alone: rows that share a batch share no arithmetic, and no random numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from furiosa_llm.runtime.errors import ExecutionError, SamplingParamsError
+from furiosa_llm.runtime.narrowing import choose, likeliest, likely, nucleus
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.sampling_params import SamplingParams, SamplingType
+from furiosa_llm.runtime.token_counts import TokenCounts
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """A seed for the request of that `number`, of an engine that has `seed`."""
+    return int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
+
+
+def sample_rows(samplers: Sequence[Sampler], logits: Array) -> list[int]:
+    """The next token of each sampler for its row of `logits` [rows, vocabulary]; it counts as output from now on.
+
+    Raises ExecutionError, which names the request, for logits that hold no finite greatest value.
+    """
+    if logits.dtype != np.float32:
+        logits = logits.astype(np.float32)
+    if all(sampler.takes_likeliest for sampler in samplers):
+        tokens: list[int] = logits.argmax(axis=1).tolist()
+        for sampler, row, token in zip(samplers, logits, tokens, strict=True):
+            sampler.check_finite(row[token])
+    else:
+        tokens = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.record(token)
+    return tokens
 
 
 class Sampler:
-    """One request's sampling. `seed` is used where the parameters have none; None draws from the system."""
+    """The sampling of one completion, the `index`-th of its request.
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int], *, seed: int | None = None) -> None:
+    Random numbers come from `SeedSequence(seed, spawn_key=(index,))`, one for each token that is drawn; `seed` is used
+    where the parameters have none, and the system's entropy where neither has. `stop_token_ids` are not chosen before
+    `min_tokens`, `bad_words` are sequences of tokens that are not completed. `name` is for errors.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        *,
+        stop_token_ids: Iterable[int] = (),
+        bad_words: Iterable[Sequence[int]] = (),
+        seed: int | None = None,
+        index: int = 0,
+        name: str = "",
+    ) -> None:
         self._params = params
-        self._random = np.random.default_rng(params.seed if params.seed is not None else seed)
-        self._seen = set(prompt)
+        self._name = name
+        self._stops = _indices(sorted(stop_token_ids))
+        self._bad_words = tuple(tuple(word) for word in bad_words)
+        self._output: list[int] = []
+        self._counts = TokenCounts(prompt) if _penalises(params) else None
+        self._biased = _indices(params.logit_bias)
+        self._biases = np.fromiter(params.logit_bias.values(), dtype=np.float32)
+        self._allowed = None if params.allowed_token_ids is None else _indices(params.allowed_token_ids)
+        self._greedy = params.sampling_type is SamplingType.GREEDY
+        self._plain = not (self._counts or self._bad_words or params.logit_bias or params.allowed_token_ids is not None)
+        if not self._greedy:
+            chosen = params.seed if params.seed is not None else seed
+            self._random = np.random.default_rng(np.random.SeedSequence(chosen, spawn_key=(index,)))
 
-    def sample(self, logits: Array, *, forbidden: Sequence[int] = ()) -> int:
-        """The next token for `logits` [vocabulary], none of `forbidden`; it counts as seen from now on."""
-        params = self._params
-        plain = params.repetition_penalty == 1.0 and not forbidden
-        if plain and params.sampling_type is SamplingType.GREEDY:
-            token = int(logits.argmax())
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the likeliest one, with nothing in the logits changed."""
+        return self._greedy and self._plain and not self._forbids_stops
+
+    def sample(self, logits: Array) -> int:
+        """The next token for `logits` [vocabulary]; it counts as output from now on."""
+        return sample_rows([self], logits[None])[0]
+
+    def record(self, token: int) -> None:
+        """Counts `token` as output."""
+        self._output.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
+
+    def choose(self, logits: Floats) -> int:
+        """The next token for `logits` [vocabulary], which are left as they are."""
+        plain = self._plain and not self._forbids_stops
+        scores = logits if plain else self._processed(logits)
+        if self._greedy:
+            token = int(scores.argmax())
+            self.check_finite(scores[token])
+            return token
+        top = scores.max()
+        self.check_finite(top)
+        return self._draw(scores, top)
+
+    def check_finite(self, greatest: np.float32) -> None:
+        """Raises ExecutionError unless the `greatest` of the logits, which is NaN if one is, is a finite number."""
+        if not math.isfinite(greatest):
+            raise ExecutionError(
+                f"request {self._name!r}: the logits are not finite: the greatest is {greatest}; the model overflows, "
+                f"or its weights are damaged"
+            )
+
+    @property
+    def _forbids_stops(self) -> bool:
+        return len(self._output) < self._params.min_tokens and self._stops.size > 0
+
+    def _processed(self, logits: Floats) -> Floats:
+        """What changes which token is the likeliest."""
+        if self._allowed is None:
+            scores = logits.copy()
         else:
-            token = self._choose(self._adjusted(logits, forbidden))
-        self._seen.add(token)
-        return token
-
-    def _adjusted(self, logits: Array, forbidden: Sequence[int]) -> Floats:
-        scores = logits.astype(np.float64)
-        if self._params.repetition_penalty != 1.0:
-            seen = np.fromiter(self._seen, dtype=np.int64)
-            seen = seen[seen < scores.size]
-            penalty = self._params.repetition_penalty
-            scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
-        scores[list(forbidden)] = -np.inf
+            scores = np.full_like(logits, -np.inf)
+            allowed = _within(self._allowed, logits)
+            scores[allowed] = logits[allowed]
+        self._forbid(scores)
+        biased = self._biased < scores.size
+        scores[self._biased[biased]] += self._biases[biased]
+        if self._counts is not None:
+            self._counts.penalise(scores, self._params)
         return scores
 
-    def _choose(self, scores: Floats) -> int:
+    def _forbid(self, scores: Floats) -> None:
+        before = scores.max()
+        for *start, last in self._bad_words:
+            if last < scores.size and (not start or self._output[-len(start) :] == start):
+                scores[last] = -np.inf
+        if self._forbids_stops:
+            scores[_within(self._stops, scores)] = -np.inf
+        if scores.max() == -np.inf and np.isfinite(before):
+            raise SamplingParamsError(
+                f"request {self._name!r}: allowed_token_ids, bad_words and min_tokens leave no token to choose; allow "
+                f"more tokens"
+            )
+
+    def _draw(self, scores: Floats, top: np.float32) -> int:
         params = self._params
-        if params.sampling_type is SamplingType.GREEDY:
-            return int(scores.argmax())
+        tokens: Indices | None = None
         if 0 < params.top_k < scores.size:
-            scores[scores < np.partition(scores, -params.top_k)[-params.top_k]] = -np.inf
-        weights = np.exp((scores - scores.max()) / params.temperature)
-        weights[weights < params.min_p] = 0.0
+            tokens = likeliest(scores, params.top_k)
+            scores = scores[tokens]
+        if params.min_p > 0.0:
+            kept = likely(scores, top, params.min_p, params.temperature)
+            tokens = kept if tokens is None else tokens[kept]
+            scores = scores[kept]
+        # Masks may be as low as a type goes: what overflows is as unlikely as can be.
+        with np.errstate(over="ignore"):
+            weights = np.exp((scores - top) / np.float32(params.temperature))
         if params.top_p < 1.0:
-            _keep_top_p(weights, params.top_p)
-        bounds = np.cumsum(weights)
-        return int(np.searchsorted(bounds, self._random.random() * bounds[-1], side="right"))
+            kept = nucleus(weights, params.top_p)
+            tokens = kept if tokens is None else tokens[kept]
+            weights = weights[kept]
+        position = choose(weights, self._random.random())
+        return position if tokens is None else int(tokens[position])
 
 
-def _keep_top_p(weights: Floats, top_p: float) -> None:
-    """Zeroes all but the fewest greatest `weights` whose share of the sum reaches `top_p`."""
-    order = np.argsort(-weights, kind="stable")
-    shares = np.cumsum(weights[order])
-    kept = int(np.searchsorted(shares, top_p * shares[-1])) + 1
-    weights[order[kept:]] = 0.0
+def _penalises(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+def _indices(tokens: Iterable[int]) -> Indices:
+    return np.fromiter(tokens, dtype=np.int64)
+
+
+def _within(tokens: Indices, scores: Floats) -> Indices:
+    return tokens[tokens < scores.size]

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +28,7 @@ Message = Mapping[str, Any]
 class Tokenizer:
     """A tokenizer.json with what tokenizer_config.json and chat_template.jinja say beside it.
 
-    Text is encoded without special tokens: chat templates write those that a model wants.
+    Text is encoded without special tokens if not told otherwise: chat templates write those that a model wants.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
@@ -62,6 +63,9 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
+        # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         config = _read_config(find(_CONFIG))
         return cls(tokenizer, config, _read_template(find(_TEMPLATE), config))
 
@@ -70,13 +74,59 @@ class Tokenizer:
         """The number of tokens, added ones among them."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text`, without special tokens around it."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that are no text, such as the one that ends a sequence."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, content in added.items() if content.special)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, special tokens left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    @cached_property
+    def byte_ids(self) -> frozenset[int]:
+        """The tokens of one byte each, of which a run is decoded as a whole; none for most kinds of tokenizers."""
+        decoder = self._tokenizer.decoder
+        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
+            return frozenset()
+        names = (f"<0x{byte:{form}}>" for byte in range(256) for form in ("02X", "02x"))
+        found = map(self._tokenizer.token_to_id, names)
+        return frozenset(token for token in found if token is not None)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
+        """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.
+
+        Special tokens count, and are there however much of the text is not. Raises TokenizerError if `text` is not a
+        string of Unicode characters, or has some that are no tokens.
+        """
+        if not isinstance(text, str):
+            raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if max_length is not None:
+                added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+                encoding.truncate(max(0, max_length - added))
+            if add_special_tokens:
+                encoding = self._tokenizer.post_process(encoding)
+        except TypeError as error:  # Half of a surrogate pair is no character.
+            raise TokenizerError(f"found {text!r:.80}, expected text of Unicode characters only") from error
+        except Exception as error:  # tokenizers has no class of its own for what it refuses.
+            raise TokenizerError(f"the tokenizer refuses {text!r:.80}: {error}") from error
+        return list(encoding.ids)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`, with or without special tokens; unknown ones have none."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each of `token_ids` by itself, that of special tokens too."""
+        return list(self._tokenizer.decode_batch([[token] for token in token_ids], skip_special_tokens=False))
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it, None for an unknown one."""
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return token
+
+    def has_text(self, token_id: int, *, skip_special_tokens: bool) -> bool:
+        """Whether a token is part of what is decoded: known, and not special if those are left out."""
+        return not (skip_special_tokens and token_id in self.special_ids) and self.id_to_token(token_id) is not None
 
     def apply_chat_template(
         self, messages: Sequence[Message], *, chat_template: str | None = None, add_generation_prompt: bool = True

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import ModelProto
 
+from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.cases import Step, configured_sizes, steps_of
 from furiosa_llm.runtime.decoder import DecoderModel, DecoderSession
@@ -169,7 +170,7 @@ class Subject:
         manifest = self._artifact.manifest
         with Executor(self._artifact, threads=self._threads, exact=True) as executor:
             outputs = tuple(_executor_errors(executor, self._steps))
-            if manifest.model.task != "decoder" or self._artifact.companion("tokenizer.json") is None:
+            if not _completes(manifest) or self._artifact.companion("tokenizer.json") is None:
                 return outputs, ()
             tokenizer = Tokenizer.from_artifact(self._artifact)
             return outputs, tuple(_compare_tokens(executor, self._reference, tokenizer, prompts, max_tokens))
@@ -190,6 +191,12 @@ class Subject:
             inputs={name: first.get(name, array) for name, array in step.inputs.items()},
             expected={name: first.get(name, array) for name, array in step.expected.items()},
         )
+
+
+def _completes(manifest: Manifest) -> bool:
+    """Whether the model goes on from tokens alone: a decoder whose states are all of its own making."""
+    made = {state.input for state in manifest.states}
+    return manifest.model.task == "decoder" and all(i.name in made for i in manifest.inputs if i.role == "state")
 
 
 def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:

@@ -105,6 +105,9 @@ def build(
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
 
+    A folder with an encoder's file and its decoder's (as encoder_model.onnx, decoder_model.onnx,
+    decoder_with_past_model.onnx) becomes one artifact of both.
+
     OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
     """
     if reuse_plan is not None:
@@ -149,8 +152,18 @@ def default_output(model: Path, tensor_parallel_size: int) -> Path:
 
 
 def print_report(report: BuildReport) -> None:
-    """The closing table and line."""
-    Console().print(closing_table(report), crop=False)
+    """The closing table, one for each part of a composite artifact, and the closing line."""
+    for part in report.parts or (report,):
+        Console().print(closing_table(part), crop=False)
+    if report.parts:
+        own = len(report.notes) - sum(len(part.notes) for part in report.parts)
+        for note in report.notes[:own]:
+            click.echo(f"note: {note}")
+        shown = ", ".join(Path(part.artifact).name for part in report.parts)
+        click.echo(
+            f"{report.artifact}: {shown} in one artifact, {nbytes(report.stored_nbytes)} of weights, "
+            f"{report.seconds:.1f} s"
+        )
     click.echo("Artifact Build Completed")
 
 

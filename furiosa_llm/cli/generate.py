@@ -5,10 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from furiosa_llm.cli.options import FULL_VERIFICATION
+from furiosa_llm.cli.options import (
+    ALLOW_SUBSET,
+    DATA_PARALLEL_SIZE,
+    DEVICES,
+    FULL_VERIFICATION,
+    NUM_BLOCKS_PER_PP_STAGE,
+    PIPELINE_PARALLEL_SIZE,
+)
 from furiosa_llm.runtime import LLM, SamplingParams
 
 
@@ -25,6 +33,12 @@ from furiosa_llm.runtime import LLM, SamplingParams
 )
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
+@DEVICES
+@PIPELINE_PARALLEL_SIZE
+@DATA_PARALLEL_SIZE
+@NUM_BLOCKS_PER_PP_STAGE
+@ALLOW_SUBSET
+@click.option("--workers", type=int, help="Processes that the PEs are spread over.  [default: this one alone]")
 @click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
@@ -37,9 +51,7 @@ def generate(
     top_p: float,
     top_k: int,
     seed: int | None,
-    threads: int | None,
-    full_verification: bool | None,
-    mapped: bool,
+    **loading: Any,
 ) -> None:
     """Complete a prompt with the decoder in ARTIFACT.
 
@@ -47,7 +59,7 @@ def generate(
     """
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     started = time.monotonic()
-    with LLM.load_artifact(artifact, threads=threads, mapped=mapped, full_verification=full_verification) as llm:
+    with LLM.load_artifact(artifact, **loading) as llm:
         loaded = time.monotonic()
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         first, count, shown = 0.0, 0, 0

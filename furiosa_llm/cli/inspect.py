@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from furiosa_llm.builder.units import counted, nbytes
+from furiosa_llm.runtime.artifact.composite import KIND, is_composite, open_composite
 from furiosa_llm.runtime.artifact.inspection import BlockSummary, Inspection, ReplicatedTensor, alike, inspect_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
 
@@ -37,10 +38,39 @@ def inspect(artifact: Path, as_json: bool) -> None:
 
     Its structure is checked, its weights are not read.
     """
+    if is_composite(artifact):
+        _inspect_composite(artifact, as_json=as_json)
+        return
     found = inspect_artifact(artifact)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+    else:
+        _print(found)
+
+
+def _inspect_composite(folder: Path, *, as_json: bool) -> None:
+    composite = open_composite(folder, full=False)
+    parts = {name: inspect_artifact(folder / name) for name in composite.parts}
+    manifest = composite.manifest
+    if as_json:
+        shown = {"composite": manifest.to_json(), "digest": composite.digest}
+        shown["parts"] = {name: found.to_json() for name, found in parts.items()}
+        click.echo(json.dumps(shown, indent=1, ensure_ascii=False))
         return
+    click.echo(
+        str(
+            _text(
+                f"{manifest.name}: {KIND}, begins with token {manifest.decoder_start_token_id}, ends at "
+                f"{', '.join(map(str, manifest.eos_token_ids))}; {manifest.hidden.output} of the encoder is "
+                f"{manifest.hidden.input}; {counted(len(manifest.states), 'state')}; digest {composite.digest[:16]}..."
+            )
+        )
+    )
+    for found in parts.values():
+        _print(found)
+
+
+def _print(found: Inspection) -> None:
     title = f"{found.model.name}: {found.model.task}, over {math.prod(found.mesh)} PEs {list(found.mesh)}"
     table = Table(title=_text(title), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)

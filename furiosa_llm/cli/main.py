@@ -11,6 +11,7 @@ from furiosa_llm import FuriosaLLMError, __version__
 from furiosa_llm.cli.build import build
 from furiosa_llm.cli.check_sharding import check_sharding_command
 from furiosa_llm.cli.diff import diff
+from furiosa_llm.cli.embed import embed
 from furiosa_llm.cli.generate import generate
 from furiosa_llm.cli.inspect import inspect
 from furiosa_llm.cli.plan import plan
@@ -32,7 +33,21 @@ def cli() -> None:
     """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
 
 
-for command in (build, check_sharding_command, diff, generate, inspect, plan, reshard, run, topology, unbuild, verify):
+_COMMANDS = (
+    build,
+    check_sharding_command,
+    diff,
+    embed,
+    generate,
+    inspect,
+    plan,
+    reshard,
+    run,
+    topology,
+    unbuild,
+    verify,
+)
+for command in _COMMANDS:
     cli.add_command(command)
 
 

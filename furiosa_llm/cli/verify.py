@@ -11,10 +11,12 @@ from rich.table import Table
 
 from furiosa_llm.builder.units import counted
 from furiosa_llm.cli.options import Sizes
+from furiosa_llm.composite_verification import verify_composite
+from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.verification import CHECKS, Check, write_verification
 from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Parity, TokenComparison
-from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, verify_artifact
+from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, Report, verify_artifact
 
 _COUNTED = {
     "structure": "file",
@@ -32,7 +34,9 @@ _COUNTED = {
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Read all weights: digests, originals, padding; and run the artifact.")
-@click.option("--against", type=click.Path(path_type=Path), help="The .onnx file it was built from, to run beside it.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="The .onnx file (or folder) it was built from, to run beside it."
+)
 @click.option("--no-record", is_flag=True, help=f"Write no {RECORD_NAME} into ARTIFACT.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare greedy tokens on; may be repeated.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens per prompt.")
@@ -70,8 +74,31 @@ def verify(
         threads=threads,
         seed=seed,
     )
-    report = verify_artifact(artifact, against=against, full=full, options=options)
     console = Console()
+    if is_composite(artifact):
+        sys.exit(_verify_parts(console, artifact, against, full=full, record=not no_record, options=options))
+    report = verify_artifact(artifact, against=against, full=full, options=options)
+    _show(console, artifact, report, record=not no_record)
+    sys.exit(0 if report.record.passed else 1)
+
+
+def _verify_parts(
+    console: Console, artifact: Path, against: Path | None, *, full: bool, record: bool, options: ParityOptions
+) -> int:
+    """Verifies a composite artifact; the exit code."""
+    found = verify_composite(artifact, against=against, full=full, options=options)
+    for name, report in found.parts.items():
+        console.print(f"{name}:", highlight=False)
+        _show(console, artifact / name, report, record=record)
+    if found.fault is not None:
+        console.print(f"the parts do not make one whole: {found.fault}", highlight=False, markup=False, soft_wrap=True)
+    whole = "verified" if found.passed else "NOT verified"
+    console.print(f"{whole}: {', '.join(found.parts)}, and how they fit", highlight=False)
+    return 0 if found.passed else 1
+
+
+def _show(console: Console, artifact: Path, report: Report, *, record: bool) -> None:
+    """Prints what was found of one artifact, and records it there."""
     if report.parity is not None:
         _show_parity(console, report.parity)
     for check in report.record.checks:
@@ -79,10 +106,9 @@ def verify(
     passed = report.record.passed
     within = next((f" within {check.tolerance:g}" for check in report.record.checks if check.tolerance is not None), "")
     console.print(f"verified{within}" if passed else f"NOT verified{within}", highlight=False)
-    if not no_record:
+    if record:
         path = write_verification(artifact, report.record)
         console.print(f"recorded in {path}", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(0 if passed else 1)
 
 
 def _show_check(console: Console, check: Check) -> None:

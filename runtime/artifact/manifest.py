@@ -17,6 +17,8 @@ from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prefix, Pr
 
 FORMAT_NAME = "furiosa-llm-onnx"
 FORMAT_VERSION = 2
+COMPOSITE_FORMAT_NAME = "furiosa-llm-onnx-composite"
+"""Of a folder whose parts are artifacts; see `composite.py`."""
 MANIFEST_NAME = "manifest.json"
 PROGRAM_NAME = "program.onnx"
 SOURCE_NAME = "source.onnx"

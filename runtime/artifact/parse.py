@@ -12,6 +12,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError, LayoutError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, check_unique, parse_json
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, from_json, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import (
+    COMPOSITE_FORMAT_NAME,
     DIGEST_PREFIX,
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -65,7 +66,7 @@ def parse_manifest(data: bytes) -> Manifest:
     root = parse_json(data, MANIFEST_NAME)
     _check_format(root)
     section = root.members(_SECTIONS)
-    _check_digest(section["digest"], data)
+    check_digest(section["digest"], data)
     mesh = _mesh(section["mesh"])
     manifest = Manifest(
         provenance=_provenance(section["provenance"]),
@@ -92,6 +93,11 @@ def _check_format(root: Field) -> None:
         root.fail(f"an object with the key 'format' (this is how a {FORMAT_NAME} artifact says what it is)")
     members = root.child("format").members(("name", "version"))
     name, version = members["name"].text(), members["version"].integer()
+    if name == COMPOSITE_FORMAT_NAME:
+        raise ArtifactError(
+            "this is a composite artifact, an encoder with its decoder, where one of a single model is expected; give "
+            "the folder of one of its parts, `encoder` or `decoder`: each is an artifact of its own"
+        )
     if name != FORMAT_NAME or version != FORMAT_VERSION:
         raise ArtifactError(
             f"manifest.json is of format {name!r:.80} version {version}; this release reads {FORMAT_NAME!r} version "
@@ -99,8 +105,9 @@ def _check_format(root: Field) -> None:
         )
 
 
-def _check_digest(field: Field, data: bytes) -> None:
-    declared, expected = _digest(field), manifest_digest(data)
+def check_digest(field: Field, data: bytes) -> None:
+    """Raises ArtifactError unless `field`, a manifest's first member, is the digest of its bytes `data`."""
+    declared, expected = digest_of(field), manifest_digest(data)
     if not data.startswith(DIGEST_PREFIX + declared.encode()):
         field.fail("the digest as the first member, as docs/artifact-format.md spells it", "it elsewhere")
     if declared != expected:
@@ -117,7 +124,7 @@ def _provenance(field: Field) -> Provenance:
         tool=member["tool"].text(),
         libraries={name: member["libraries"].child(name).text() for name in libraries},
         options=member["options"].mapping(),
-        source_sha256=_digest(member["source_sha256"]),
+        source_sha256=digest_of(member["source_sha256"]),
     )
 
 
@@ -146,7 +153,7 @@ def _file(field: Field) -> FileEntry:
     path = member["path"].text()
     if path in ("", ".", "..", MANIFEST_NAME, RECORD_NAME) or any(separator in path for separator in "/\\\0:"):
         member["path"].fail(f"a plain file name other than {MANIFEST_NAME} and {RECORD_NAME}, without separators")
-    return FileEntry(path=path, nbytes=member["nbytes"].integer(), sha256=_digest(member["sha256"]))
+    return FileEntry(path=path, nbytes=member["nbytes"].integer(), sha256=digest_of(member["sha256"]))
 
 
 def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
@@ -160,7 +167,7 @@ def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
         layout=member["layout"].optional(lambda dims: dims.items(lambda dim: _dim(dim, mesh), most=_MAX_DIMS)),
         part=member["part"].optional(_part),
         origin=member["origin"].optional(Field.name),
-        sha256=_digest(member["sha256"]),
+        sha256=digest_of(member["sha256"]),
     )
     if DTYPES[tensor.dtype].nbytes(tensor.local_shape) * mesh.parts(tensor.shard_axes) >= _MAX_NBYTES:
         member["local_shape"].fail("a shape of fewer than 2**62 bytes", f"{list(tensor.local_shape)}")
@@ -191,7 +198,7 @@ def _initializer(field: Field) -> OriginalInitializer:
         dtype=member["dtype"].choice((*DTYPES, "STRING", "COMPLEX64", "COMPLEX128")),
         shape=member["shape"].items(Field.integer, most=_MAX_DIMS),
         stored=member["stored"].items(Field.name),
-        sha256=member["sha256"].optional(_digest),
+        sha256=member["sha256"].optional(digest_of),
     )
     if (original.sha256 is None) != (not original.stored):
         member["sha256"].fail("a digest if $.stored names tensors, null if it names none")
@@ -286,7 +293,8 @@ def _positive(field: Field) -> int:
     return field.integer(minimum=1)
 
 
-def _digest(field: Field) -> str:
+def digest_of(field: Field) -> str:
+    """The 64 lower-case hexadecimal digits of a digest."""
     digest = field.text()
     if len(digest) != 64 or not _HEX_DIGITS.issuperset(digest):
         field.fail("64 lower-case hexadecimal digits")

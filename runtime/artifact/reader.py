@@ -104,7 +104,7 @@ def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> 
     that says what was found, what was expected and what to do.
     """
     folder = Path(path)
-    data = _manifest_bytes(folder)
+    data = manifest_bytes(folder)
     manifest = parse_manifest(data)
     if full is None:
         full = sum(entry.nbytes for entry in manifest.files if _is_weights(entry)) < FULL_BELOW_NBYTES
@@ -125,7 +125,8 @@ def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> 
     )
 
 
-def _manifest_bytes(folder: Path) -> bytes:
+def manifest_bytes(folder: Path) -> bytes:
+    """The bytes of manifest.json in `folder`; raises ArtifactError if there is none, or none of a fitting size."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise ArtifactError(

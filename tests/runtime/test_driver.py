@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from furiosa_llm.runtime.driver import Barrier, Crew
+from furiosa_llm.runtime.driver import Crew, Waits
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.lanes import ranks_of
 
@@ -28,7 +28,7 @@ def test_nobody_passes_a_barrier_before_all_have_come(count: int) -> None:
     arrived = [0] * count
     early: list[int] = []
 
-    def body(lanes: Sequence[int], member: int, barrier: Barrier) -> None:
+    def body(lanes: Sequence[int], member: int, barrier: Waits) -> None:
         assert list(lanes) == [member]
         for number in range(1, rounds + 1):
             arrived[member] = number
@@ -44,7 +44,7 @@ def test_nobody_passes_a_barrier_before_all_have_come(count: int) -> None:
 @pytest.mark.parametrize("failing", [0, 1, 3])
 @pytest.mark.parametrize("before", [0, 1, 5])
 def test_a_failure_ends_all_threads_and_is_raised(failing: int, before: int) -> None:
-    def body(lanes: Sequence[int], member: int, barrier: Barrier) -> None:
+    def body(lanes: Sequence[int], member: int, barrier: Waits) -> None:
         for number in range(10):
             if member == failing and number == before:
                 raise KeyError(member)
@@ -52,7 +52,7 @@ def test_a_failure_ends_all_threads_and_is_raised(failing: int, before: int) -> 
 
     passed: list[int] = []
 
-    def fine(lanes: Sequence[int], member: int, barrier: Barrier) -> None:
+    def fine(lanes: Sequence[int], member: int, barrier: Waits) -> None:
         barrier.wait(member)
         passed.append(member)
 
@@ -65,7 +65,7 @@ def test_a_failure_ends_all_threads_and_is_raised(failing: int, before: int) -> 
 
 
 def test_two_failures_raise_one() -> None:
-    def body(lanes: Sequence[int], member: int, barrier: Barrier) -> None:
+    def body(lanes: Sequence[int], member: int, barrier: Waits) -> None:
         raise KeyError(member)
 
     with crew_of(3) as crew, pytest.raises(KeyError):
@@ -87,7 +87,7 @@ def test_closing_ends_the_threads() -> None:
 def test_lanes_are_shared_between_the_cores(lanes: int, cores: int) -> None:
     shares: dict[int, list[int]] = {}
 
-    def body(own: Sequence[int], member: int, barrier: Barrier) -> None:
+    def body(own: Sequence[int], member: int, barrier: Waits) -> None:
         shares[member] = list(own)
 
     with crew_of(cores) as crew:
@@ -101,7 +101,7 @@ def test_two_who_expect_to_run_get_half_the_cores_each() -> None:
     members: list[int] = []
     together = threading.Barrier(2)
 
-    def body(lanes: Sequence[int], member: int, barrier: Barrier) -> None:
+    def body(lanes: Sequence[int], member: int, barrier: Waits) -> None:
         if member == 0:
             together.wait(10)
         members.append(len(lanes))

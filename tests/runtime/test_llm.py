@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 
 from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
+from furiosa_llm.runtime import llm as llm_module
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.buckets import Bucket, BucketConfig
 from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.errors import (
+    CapacityError,
+    ContextLengthError,
+    DeviceError,
+    EngineDeadError,
+    ExecutionError,
+    InputError,
+    ReplicaError,
+    TokenizerError,
+    TopologyError,
+    UnsupportedError,
+)
+from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.launch import make_plan
+from furiosa_llm.runtime.outputs import RequestOutput
 from tests.runtime.models import LlamaSize, llama, mlp
 
 ZOO = Path(__file__).parents[2] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
@@ -41,14 +60,23 @@ def llm(folder: Path) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def greedy(llm: LLM) -> list[int]:
+def greedy(llm: LLM, folder: Path) -> list[int]:
     """The greedy completion of the prompt "hello", stepped by hand."""
-    session = DecoderSession(llm._executor)
-    logits = session.step(np.array([llm.tokenizer.encode("hello")]))
-    token_ids = [int(logits[0].argmax())]
-    while len(token_ids) < 12:
-        token_ids.append(int(session.step(np.array([[token_ids[-1]]]))[0].argmax()))
-    return token_ids
+    return stepped(folder, [llm.tokenizer.encode("hello")])[0]
+
+
+def stepped(folder: Path, prompts: list[list[int]], count: int = 12) -> list[list[int]]:
+    """The greedy completions of `prompts`, each stepped by hand in a session of its own."""
+    completions: list[list[int]] = []
+    with Executor(open_artifact(folder), threads=2) as executor:
+        for prompt in prompts:
+            session = DecoderSession(executor)
+            logits = session.step(np.array([prompt]))
+            token_ids = [int(logits[0].argmax())]
+            while len(token_ids) < count:
+                token_ids.append(int(session.step(np.array([[token_ids[-1]]]))[0].argmax()))
+            completions.append(token_ids)
+    return completions
 
 
 def test_a_string_gives_one_output_and_a_list_a_list(llm: LLM, greedy: list[int]) -> None:
@@ -135,6 +163,36 @@ def test_stop_strings_are_left_out(llm: LLM, greedy: list[int]) -> None:
     assert "".join(llm.stream("hello", params)) == completion.text
 
 
+def test_several_completions(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.5, max_tokens=6, n=3, seed=5)
+    output = llm.generate("hello", params)
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 3
+    assert output.outputs[0] == llm.generate("hello", replace(params, n=1)).outputs[0]
+    best = llm.generate("hello", replace(params, n=1, best_of=3, logprobs=0)).outputs
+    ranked = llm.generate("hello", replace(params, logprobs=0)).outputs
+    assert best[0].token_ids == max(ranked, key=lambda completion: completion.cumulative_logprob or 0.0).token_ids
+
+
+def test_log_probabilities_of_prompt_and_completion(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logprobs=2, prompt_logprobs=1)
+    output = llm.generate("hello", params)
+    (completion,) = output.outputs
+    assert completion.logprobs is not None
+    assert [entry[token].rank for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)] == [
+        1
+    ] * 5
+    # The same tokens as a prompt have the same log probabilities.
+    whole = [*output.prompt_token_ids, *completion.token_ids]
+    again = llm.generate("", replace(params, max_tokens=1), prompt_token_ids=whole).prompt_logprobs
+    assert output.prompt_logprobs is not None
+    assert again is not None
+    assert again[: len(output.prompt_logprobs)] == output.prompt_logprobs
+    for token, entry, found in zip(completion.token_ids, completion.logprobs, again[-5:], strict=True):
+        assert found is not None
+        assert found[token].logprob == pytest.approx(entry[token].logprob, abs=1e-4)
+
+
 def test_a_seed_repeats_a_random_completion(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=12, seed=5)
     assert llm.generate("hello", params).outputs == llm.generate("hello", params).outputs
@@ -182,16 +240,37 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size=2 is not supported by this release; leave it out, or give 1"),
-        ({"pipeline_parallel_size": 4}, "pipeline_parallel_size=4 is not supported by this release"),
-        ({"devices": "npu:0"}, "devices='npu:0' is not supported by this release"),
+        ({"devices": "gpu:0"}, DeviceError, "Invalid device string"),
+        ({"data_parallel_size": 2, "devices": "npu:0:0-3,npu:1:0-3"}, TopologyError, "2 \\* 1 \\* 2|2 x 1 x 2 = 4"),
+        ({"pipeline_parallel_size": 4}, TopologyError, "pp=4, but the artifact"),
+        ({"pipeline_parallel_size": 1, "num_blocks_per_pp_stage": [1]}, InputError, "Only one of `pipeline_parallel"),
+        ({"tensor_parallel_size": 4}, InputError, r"tensor_parallel_size=4, but .* is split for tp=2; leave it out"),
+        ({"max_model_len": 65}, ContextLengthError, "larger than the model's max number of positions: 65 > 64"),
+        ({"max_batch_size": 0}, InputError, "max_batch_size must be an integer of at least 1, got 0"),
+        ({"max_batch_size": True}, InputError, "max_batch_size must be an integer of at least 1, got True"),
+        ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),
+        ({"step_timeout": 0}, InputError, "step_timeout must be positive, got 0"),
+        ({"tokenizer_mode": "slow"}, UnsupportedError, "tokenizer_mode='slow' is not supported: there is only"),
+        ({"paged_attention_num_blocks": 10**12}, CapacityError, "blocks=1000000000000, but the PEs have room for"),
+        ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True is not supported: an artifact is data"),
+        ({"num_speculative_tokens": 3}, UnsupportedError, "num_speculative_tokens=3 is not supported: speculative"),
+        ({"workers": 0}, InputError, "workers must be an integer of at least 1, got 0"),
     ],
 )
-def test_parallelism_beyond_the_artifacts_is_refused(folder: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedError, match=message):
-        LLM.load_artifact(folder, **options)
+def test_options_that_cannot_be_met_are_refused(
+    folder: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        LLM.load_artifact(folder, skip_engine=True, **options)
+
+
+def test_unknown_options_are_type_errors(folder: Path) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_batchsize'"):
+        LLM.load_artifact(folder, max_batchsize=3)
+    with LLM(folder, trust_remote_code=False, num_speculative_tokens=None, threads=1) as plain:
+        assert plain.generate("hello", GREEDY).finished
 
 
 def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
@@ -207,7 +286,243 @@ def test_long_prompts_are_prefilled_in_chunks(tmp_path: Path) -> None:
     program = llama(Mesh((2,)), LlamaSize(layers=1, vocab=1024, max_length=1300))
     program.max_sequence_length = 1300
     token_ids = np.random.default_rng(0).integers(3, 1024, 1200).tolist()
-    with LLM.load_artifact(program.write(tmp_path / "a"), tokenizer=ZOO, threads=2) as loaded:
+    path = program.write(tmp_path / "a")
+    with LLM.load_artifact(path, tokenizer=ZOO, threads=2) as loaded:
         found = loaded.generate("", GREEDY, prompt_token_ids=token_ids).outputs[0].token_ids
-        session = DecoderSession(loaded._executor)
-        assert found[0] == int(session.step(np.array([token_ids]))[0].argmax())
+    assert found[:1] == stepped(path, [token_ids], count=1)[0]
+
+
+def test_many_prompts_run_together_and_answer_in_order(llm: LLM, folder: Path) -> None:
+    prompts = [llm.tokenizer.encode(f"{word} {count}") for word in ("hello", "to", "you") for count in range(6)]
+    outputs = llm.generate([""] * len(prompts), GREEDY, prompt_token_ids=prompts)
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert [output.outputs[0].token_ids for output in outputs] == stepped(folder, prompts)
+
+
+def test_each_prompt_may_have_params_of_its_own(llm: LLM, greedy: list[int]) -> None:
+    params = [SamplingParams(temperature=0.0, max_tokens=count) for count in (9, 2)]
+    outputs = llm.generate(["hello", "hello"], params)
+    assert [output.outputs[0].token_ids for output in outputs] == [greedy[:9], greedy[:2]]
+    with pytest.raises(InputError, match="sampling_params has 2 entries for 1 prompts"):
+        llm.generate(["hello"], params)
+
+
+def test_replicas_and_batches_of_any_size_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
+    with LLM(folder, data_parallel_size=2, max_batch_size=2, max_model_len=32, prefill_chunk_size=2, threads=1) as many:
+        assert many.topology is not None
+        assert [len(replica) for replica in many.topology.replicas] == [1, 1]
+        assert [output.outputs[0].token_ids for output in many.generate(["hello"] * 7, GREEDY)] == [greedy] * 7
+        assert many.model_max_seq_len == many.max_seq_len_to_capture == 32
+        assert many.prompt_max_seq_len == 31
+
+
+def test_buckets_are_limits(folder: Path) -> None:
+    buckets = BucketConfig(prefill_buckets=(Bucket(1, 16),), decode_buckets=(Bucket(4, 24, 23), Bucket(2, 32)))
+    with LLM(folder, bucket_config=buckets, skip_engine=True) as loaded:
+        assert (loaded.model_max_seq_len, loaded.prompt_max_seq_len) == (32, 16)
+    assert make_plan(EngineArgs(folder, bucket_config=buckets)).scheduling.slots_per_group == 4
+    assert make_plan(EngineArgs(folder, bucket_config=buckets, max_batch_size=3)).scheduling.slots_per_group == 3
+    with pytest.raises(InputError, match="decode_buckets must be given for generative models"):
+        BucketConfig(prefill_buckets=(Bucket(1, 16),))
+    with pytest.raises(InputError, match=r"Bucket\(batch_size=0"):
+        Bucket(0, 16)
+
+
+def test_a_cache_that_is_too_small_refuses_what_will_not_fit(folder: Path) -> None:
+    with LLM(folder, paged_attention_num_blocks=2, threads=1) as small:
+        assert len(small.generate("", GREEDY, prompt_token_ids=[5] * 20).outputs[0].token_ids) == 12
+        with pytest.raises(ContextLengthError, match=r"33 tokens .* do not fit the KV cache, which has room for 32"):
+            small.generate("", GREEDY, prompt_token_ids=[5] * 21)
+        whole = SamplingParams(temperature=0.0, max_tokens=None)
+        assert len(small.generate("", whole, prompt_token_ids=[5] * 20).outputs[0].token_ids) == 12
+    spare = EngineArgs(folder, paged_attention_num_blocks=10, spare_blocks_ratio=0.25)
+    assert make_plan(spare).scheduling.num_pages == 7
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"prompt_token_ids": [5, 1024]}, "1024"),
+        ({"prompt_token_ids": [5, -1]}, "-1"),
+        ({"prompt_token_ids": [5, "a"]}, "'a'"),
+        ({"prompt_token_ids": []}, "the prompt has no tokens"),
+        ({"prompt_ids": [5]}, "Unsupported prompt type: found 'prompt_ids', expected 'prompt' or 'prompt_token_ids'"),
+        ({}, "Unsupported prompt type: found neither"),
+        ({"prompt": 3}, "Unsupported prompt type: 'prompt' is a int"),
+        (3, "Unsupported prompt type: int"),
+        (None, "Unsupported prompt type: NoneType"),
+    ],
+)
+def test_prompts_that_are_none(llm: LLM, prompt: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        llm.generate(["hello", prompt], GREEDY)
+    with pytest.raises(InputError, match="prompts: found a dict, expected a str or a list"):
+        llm.generate({"prompt": "hello"}, GREEDY)  # type: ignore[call-overload]
+
+
+def test_params_that_are_none(llm: LLM) -> None:
+    with pytest.raises(InputError, match="sampling_params: found a dict, expected SamplingParams"):
+        llm.generate(["hello"], [{"max_tokens": 3}])  # type: ignore[list-item]
+    with pytest.raises(UnsupportedError, match="tokenizer_kwargs"):
+        llm.generate("hello", GREEDY, tokenizer_kwargs={"add_special_tokens": True})
+
+
+def test_a_refused_prompt_gives_the_others_up(llm: LLM, greedy: list[int]) -> None:
+    with pytest.raises(ContextLengthError):
+        llm.generate(["", ""], GREEDY, prompt_token_ids=[[5], [5] * 64])
+    assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+    assert [replica.num_requests for replica in llm.core.replicas] == [0]
+
+
+def test_a_loaded_but_not_started_model(folder: Path) -> None:
+    with LLM(folder, skip_engine=True) as idle:
+        assert idle.tokenizer.encode("hello")
+        with pytest.raises(EngineDeadError, match="loaded with skip_engine=True"):
+            idle.generate("hello", GREEDY)
+
+
+def test_a_closed_model(folder: Path) -> None:
+    closed = LLM(folder, threads=1)
+    closed.close()
+    closed.shutdown()
+    with pytest.raises(EngineDeadError, match="the engine is closed"):
+        closed.generate("hello", GREEDY)
+
+
+def test_embeddings_are_for_encoders(llm: LLM) -> None:
+    for ask in (llm.encode, llm.embed):
+        with pytest.raises(UnsupportedError, match="can only be used for encoders; this model generates"):
+            ask(["hello"])
+    assert llm.is_generative_model
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def test_chat(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hello"}]
+    [one] = llm.chat(talk, GREEDY, chat_template=TEMPLATE)
+    assert one.prompt == "<user>hello<a>"
+    assert one.outputs == llm.generate("<user>hello<a>", GREEDY).outputs
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "good"}, {"type": "text", "text": "bye"}]}
+    ]
+    several = llm.chat([talk, parts], GREEDY, chat_template=TEMPLATE)
+    assert [output.prompt for output in several] == ["<user>hello<a>", "<user>good\nbye<a>"]
+    begun = [*talk, {"role": "assistant", "content": " well "}]
+    options: dict[str, Any] = {"chat_template": TEMPLATE + "<end>", "add_generation_prompt": False}
+    assert llm.chat(begun, GREEDY, **options)[0].prompt == "<user>hello<assistant> well <end>"
+    assert llm.chat(begun, GREEDY, continue_final_message=True, **options)[0].prompt == "<user>hello<assistant> well"
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "error", "message"),
+    [
+        ("hello", {}, InputError, "expected a list of messages"),
+        ([], {}, InputError, "expected a list of messages"),
+        ([[]], {}, InputError, "expected a list of messages"),
+        ([{"role": "user"}], {}, InputError, "expected an object with 'role' and 'content'"),
+        ([["hello"]], {}, InputError, "found 'hello', expected an object"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, InputError, "nothing else is understood here"),
+        ([{"role": "user", "content": "a"}], {"tools": [{}]}, UnsupportedError, "tools are not supported by chat"),
+        ([{"role": "user", "content": "a"}], {"chat_template": None}, TokenizerError, "has no chat template"),
+        ([{"role": "user", "content": "a"}], {"continue_final_message": True}, InputError, "exclude each other"),
+        (
+            [{"role": "user", "content": "a"}],
+            {"chat_template": "<>", "continue_final_message": True, "add_generation_prompt": False},
+            InputError,
+            "does not repeat the final message",
+        ),
+        (
+            [{"role": "user", "content": "a"}],
+            {"chat_template_content_format": "openai"},
+            UnsupportedError,
+            "chat_template_content_format='openai' is not supported",
+        ),
+    ],
+)
+def test_conversations_that_are_none(
+    llm: LLM, messages: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.chat(messages, GREEDY, **{"chat_template": TEMPLATE, **options})
+
+
+def test_ctrl_c_gives_all_requests_up(llm: LLM, greedy: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(SimpleQueue[Any]):
+        def get(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(llm_module, "SimpleQueue", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["hello"] * 20, SamplingParams(temperature=0.0, max_tokens=50))
+    assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+    assert [replica.num_requests for replica in llm.core.replicas] == [0]
+
+
+def test_several_completions_whatever_else_runs(llm: LLM) -> None:
+    params = SamplingParams(temperature=2.0, max_tokens=12, seed=5, n=3)
+    several = llm.generate("hello", params).outputs
+    assert [completion.index for completion in several] == [0, 1, 2]
+    assert len({tuple(completion.token_ids) for completion in several}) == 3
+    assert llm.generate(["hello", "good bye"], params)[0].outputs == several
+    with pytest.raises(InputError, match="a stream of text is of one completion, found n=3"):
+        next(llm.stream("hello", params))
+
+
+def test_a_stream_that_is_closed_aborts_its_request(llm: LLM) -> None:
+    stream = llm.stream_outputs("hello", SamplingParams(temperature=0.0, max_tokens=None))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.generate("hello", GREEDY).finished
+    assert [replica.num_requests for replica in llm.core.replicas] == [0]
+
+
+def test_the_engine_of_a_model(llm: LLM, greedy: list[int]) -> None:
+    llm.engine.add_request("0", "hello", GREEDY)
+    assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+    outputs: list[RequestOutput] = []
+    while llm.engine.has_unfinished_requests():
+        outputs += llm.engine.step()
+    assert outputs[-1].outputs[0].token_ids == greedy
+
+
+@pytest.mark.parametrize("options", [{}, {"data_parallel_size": 2}])
+def test_a_failure_is_raised_and_the_model_goes_on(
+    folder: Path, greedy: list[int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(folder, threads=1, **options) as mended:
+        broken = mended.core.replicas[0]._runner
+        monkeypatch.setattr(broken, "submit", lambda batch: 1 / 0)
+        with pytest.raises(ReplicaError, match="replica 0 failed while it had the request: ZeroDivisionError"):
+            mended.generate(["hello"] * 5, GREEDY)
+        assert [output.outputs[0].token_ids for output in mended.generate(["hello"] * 5, GREEDY)] == [greedy] * 5
+        assert [replica.num_requests for replica in mended.core.replicas] == [0] * len(mended.core.replicas)
+
+
+def test_a_segment_that_fails_is_raised_and_the_model_goes_on(folder: Path, greedy: list[int]) -> None:
+    with LLM(folder, threads=2, data_parallel_size=2) as mended:
+        mended.core.limits = replace(mended.core.limits, vocab_size=10**6)
+        elsewhere = mended.stream_outputs("", SamplingParams(temperature=0.0, max_tokens=60), [5])
+        next(elsewhere)
+        with pytest.raises(ReplicaError, match=r"replica \d failed .* ExecutionError") as caught:
+            mended.generate("", GREEDY, prompt_token_ids=[5000])
+        assert isinstance(caught.value.__cause__, ExecutionError)
+        *_, output = elsewhere
+        assert output.outputs[0].finish_reason == "length"
+        for _ in range(2):
+            with pytest.raises(ReplicaError):
+                mended.generate("", GREEDY, prompt_token_ids=[5000])
+            assert [one.outputs[0].token_ids for one in mended.generate(["hello"] * 5, GREEDY)] == [greedy] * 5
+
+
+def test_workers_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
+    with LLM(folder, workers=2) as spread:
+        assert [output.outputs[0].token_ids for output in spread.generate(["hello"] * 3, GREEDY)] == [greedy] * 3
+    with pytest.raises(InputError, match="workers must be between 1 and the 2 PEs of a stage, got 3"):
+        LLM(folder, workers=3)
+    with pytest.raises(InputError, match="workers=2 and threads=1 exclude each other: leave one out"):
+        LLM(folder, workers=2, threads=1)

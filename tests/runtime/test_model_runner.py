@@ -57,7 +57,7 @@ ROWS = {
     "tiny-llama-mha-tied-optimum": "ragged",
     "tiny-llama-optimum": "ragged",
     "tiny-llama-tied-genai-int4-shared": "ragged",
-    "tiny-mistral-dynamo-tf5": "single",
+    "tiny-mistral-dynamo-tf5": "equal",
     "tiny-mixtral-dynamo-tf5": "ragged",
     "tiny-neox-optimum": "ragged",
     "tiny-phi3-optimum": "ragged",
@@ -251,7 +251,7 @@ def test_rows_outgrow_their_buffers_together(mode: StateMode, tmp_path: Path) ->
     artifact = open_artifact(llama(MESH, size, mode).write(tmp_path))
     prompts = random_prompts([CAPACITY_STEP - 3, 4, CAPACITY_STEP - 9])
     with runner_of(artifact) as (host, runner):
-        assert host.model.traits.rows == ("ragged" if mode == "in_place" else "single")
+        assert host.model.traits.rows == ("ragged" if mode == "in_place" else "equal")
         assert same_bits(serve(runner, prompts, 12), alone(artifact, prompts, 12))
 
 
@@ -510,27 +510,21 @@ def test_a_host_has_at_least_one_thread(artifact: Artifact) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("traits", "expected"),
     [
-        ("ragged", [(0, (5, 5, 2, 5, 5))]),
-        ("equal", [(0, (5, 5)), (2, (2,)), (3, (5, 5))]),
-        ("single", [(0, (5,)), (1, (5,)), (2, (2,)), (3, (5,)), (4, (5,))]),
+        (Traits(rows="ragged", in_place=True, selects=True), [(0, 1, 2, 3, 4)]),
+        (Traits(rows="equal", in_place=True, selects=True), [(0, 1), (3, 4), (2,)]),
+        (Traits(rows="equal", in_place=False, selects=True), [(0, 1, 3, 4), (2,)]),
     ],
 )
-def test_which_rows_are_stepped_together(rows: Any, expected: list[tuple[int, tuple[int, ...]]]) -> None:
-    batch = Decode(
-        group=0,
-        copies=(),
-        rows=tuple(Row(sequence_id=i, start=start, token=10 + i) for i, start in enumerate((5, 5, 2, 5, 5))),
-    )
-    steps = steps_of(batch, Traits(rows=rows, selects=True))
-    assert [(step.slot, step.starts) for step in steps] == expected
-    assert np.concatenate([step.token_ids for step in steps]).tolist() == [[10], [11], [12], [13], [14]]
-    assert all(step.wanted == (0,) for step in steps)
-    assert steps[0].sizes == {
-        "batch": len(expected[0][1]),
-        "sequence": 1,
-        "past": 5,
-        "total": 6,
-        "wanted": 1,
-    }
+def test_which_rows_are_stepped_together(traits: Traits, expected: list[tuple[int, ...]]) -> None:
+    """In place they must also be side by side in memory."""
+    starts = (5, 5, 2, 5, 5)
+    rows = tuple(Row(sequence_id=i, start=start, token=10 + i) for i, start in enumerate(starts))
+    steps = steps_of(Decode(group=0, copies=(), rows=rows), traits)
+    assert [step.rows for step in steps] == [step.slots for step in steps] == expected
+    for step in steps:
+        assert step.starts == tuple(starts[row] for row in step.rows)
+        assert step.token_ids.tolist() == [[10 + row] for row in step.rows]
+        assert step.wanted == (0,)
+    assert steps[0].sizes == {"batch": len(expected[0]), "sequence": 1, "past": 5, "total": 6, "wanted": 1}

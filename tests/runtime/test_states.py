@@ -12,7 +12,7 @@ import pytest
 from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.manifest import State
 from furiosa_llm.runtime.ort import Array, Tensor
-from furiosa_llm.runtime.states import CAPACITY_STEP, AppendedStates, SlotStates, grown_capacity
+from furiosa_llm.runtime.states import CAPACITY_STEP, SlotStates, StagedStates, grown_capacity
 
 IN_PLACE = (
     State(input="past.key", output="present.key", sequence_dim=2, mode="in_place"),
@@ -141,52 +141,65 @@ def test_slots_that_nobody_uses_take_no_memory() -> None:
     assert resident_nbytes() - before < 8 * row_nbytes
 
 
-def appended(count: int) -> AppendedStates:
-    return AppendedStates(APPEND, DTYPES, SHAPES, ranks=(0,), slots=count)
+def staged(count: int) -> StagedStates:
+    return StagedStates(APPEND, DTYPES, SHAPES, ranks=(0,), slots=count)
 
 
-def step(states: AppendedStates, slot: int, past: int, total: int) -> tuple[Array, Array]:
-    """The past that a step reads; it writes a present whose new positions hold their numbers."""
+def step(states: StagedStates, slots: Sequence[int], past: int, total: int) -> Array:
+    """The past that a step reads; it writes a present whose new positions hold their slots' numbers."""
     bound = Bound()
-    states.bind(bound, slot, past, total)
+    states.reserve(total)
+    states.stage(bound, slots, past, total)
     given, made = bound.inputs[0, "past.key"].array, bound.outputs[0, "present.key"].array
-    assert given.shape == (1, 2, past, 3)
-    assert made.shape == (1, 2, total, 3)
+    assert given.shape == (len(slots), 2, past, 3)
+    assert made.shape == (len(slots), 2, total, 3)
     assert not np.shares_memory(given, made)
     made[:, :, :past] = given
-    made[:, :, past:] = (100 * slot + np.arange(past, total))[:, None]
-    return given.copy(), made
+    for row, slot in enumerate(slots):
+        made[row, :, past:] = (1000 * slot + np.arange(past, total))[:, None]
+    states.finish(slots, past, total)
+    return given.copy()
 
 
 def numbered(slot: int, length: int) -> Array:
-    return np.broadcast_to((100 * slot + np.arange(length, dtype=np.float32))[:, None], (1, 2, length, 3))
+    return np.broadcast_to((1000 * slot + np.arange(length, dtype=np.float32))[:, None], (2, length, 3))
 
 
 def test_what_is_appended_is_the_next_past() -> None:
-    states = appended(2)
+    states = staged(2)
     for past, total in ((0, 3), (3, 4), (4, 300), (300, 301)):
         for slot in range(2):
-            given, _ = step(states, slot, past, total)
+            (given,) = step(states, [slot], past, total)
             assert np.array_equal(given, numbered(slot, past))
 
 
+def test_slots_of_equal_length_are_stepped_together() -> None:
+    states = staged(4)
+    for slot in range(4):
+        step(states, [slot], 0, 5 + slot % 2)
+    first = step(states, [2, 0], 5, 6)
+    assert np.array_equal(first, [numbered(2, 5), numbered(0, 5)])
+    together = step(states, [0, 1, 2, 3], 6, 7)
+    assert np.array_equal(together, [numbered(slot, 6) for slot in range(4)])
+
+
 def test_an_appended_state_is_cut_and_begun_anew() -> None:
-    states = appended(1)
-    step(states, 0, 0, 9)
-    given, _ = step(states, 0, 4, 5)
+    states = staged(1)
+    step(states, [0], 0, 9)
+    (given,) = step(states, [0], 4, 5)
     assert np.array_equal(given, numbered(0, 4))
-    given, _ = step(states, 0, 0, 2)
+    (given,) = step(states, [0], 0, 2)
     assert given.size == 0
-    given, _ = step(states, 0, 2, 3)
+    (given,) = step(states, [0], 2, 3)
     assert np.array_equal(given, numbered(0, 2))
 
 
 def test_an_appended_state_is_copied() -> None:
-    states = appended(3)
-    step(states, 0, 0, 6)
-    step(states, 2, 0, 8)
+    states = staged(3)
+    step(states, [0], 0, 6)
+    step(states, [2], 0, 8)
     states.copy(2, 1, 5)
     states.copy(2, 0, 7)
-    assert np.array_equal(step(states, 1, 5, 6)[0], numbered(2, 5))
-    assert np.array_equal(step(states, 0, 7, 8)[0], numbered(2, 7))
-    assert np.array_equal(step(states, 2, 8, 9)[0], numbered(2, 8))
+    assert np.array_equal(step(states, [1], 5, 6)[0], numbered(2, 5))
+    assert np.array_equal(step(states, [0], 7, 8)[0], numbered(2, 7))
+    assert np.array_equal(step(states, [2], 8, 9)[0], numbered(2, 8))

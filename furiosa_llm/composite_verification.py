@@ -1,0 +1,65 @@
+"""`verify_composite`: the checks of `verify_artifact` for each part of a composite artifact, and whether they fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from furiosa_llm.builder.composite import find_encoder_decoder
+from furiosa_llm.runtime.artifact.composite import PartName, open_composite, parse_composite
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.reader import manifest_bytes
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.verification import ParityOptions, Report, verify_artifact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompositeReport:
+    """What a verification found: of each part, and in `fault` why the parts do not make one whole; None: they do."""
+
+    parts: Mapping[PartName, Report]
+    fault: str | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check of every part passed, and the parts fit."""
+        return self.fault is None and all(report.record.passed for report in self.parts.values())
+
+
+def verify_composite(
+    path: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    full: bool = False,
+    options: ParityOptions | None = None,
+) -> CompositeReport:
+    """Checks the composite artifact in the folder `path`, part by part; `against` is the folder that it was built from.
+
+    What is wrong is reported, not raised, but for a manifest that does not even say what the parts are (ArtifactError),
+    a part without a manifest, and an `against` that is no such folder (InputError).
+    """
+    folder = Path(path)
+    names = [part.name for part in parse_composite(manifest_bytes(folder)).parts]
+    sources = _sources(Path(against), names) if against is not None else {}
+    parts = {
+        name: verify_artifact(folder / name, against=sources.get(name), full=full, options=options) for name in names
+    }
+    fault = None
+    try:
+        open_composite(folder, full=False)
+    except ArtifactError as error:
+        fault = str(error)
+    return CompositeReport(parts=parts, fault=fault)
+
+
+def _sources(folder: Path, names: list[PartName]) -> Mapping[PartName, Path]:
+    found = find_encoder_decoder(folder)
+    if found is None or list(found.sources) != names:
+        shown = "nothing of the kind" if found is None else ", ".join(path.name for path in found.sources.values())
+        raise InputError(
+            f"{folder} has {shown}, expected the files of {', '.join(names)}; give the folder that the artifact was "
+            f"built from"
+        )
+    return found.sources

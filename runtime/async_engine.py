@@ -1,0 +1,99 @@
+"""`AsyncLLMEngine`: requests as asynchronous generators of outputs, with the vendor's names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Self
+
+from furiosa_llm.runtime.engine import raise_error
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.launch import load_engine
+from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.llm import LLM
+
+
+class _Mailbox:
+    """What replicas' threads have for the requests of one event loop, which is woken once for all outputs of a step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.queues: dict[int, asyncio.Queue[RequestOutput]] = {}
+
+    def __call__(self, outputs: Sequence[tuple[int, RequestOutput]]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._sort, outputs)
+        except RuntimeError:
+            # A loop that is closed has nobody left to wait; asking beforehand would leave a gap.
+            if not self._loop.is_closed():
+                raise
+
+    def _sort(self, outputs: Sequence[tuple[int, RequestOutput]]) -> None:
+        for key, output in outputs:
+            queue = self.queues.get(key)
+            if queue is not None:
+                queue.put_nowait(output)
+
+
+class AsyncLLMEngine:
+    """Runs requests of any number of tasks at once, from any event loop."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
+        self._handles: dict[str, Handle] = {}
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> Self:
+        """An engine on a model that is loaded already."""
+        return cls(llm.core)
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> Self:
+        """Loads the model that `args` name; see `load_engine` for the errors."""
+        return cls(load_engine(args))
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of a request as they come, the last one finished.
+
+        A generator that is closed, or whose task is cancelled, aborts its request. Raises what `LLMEngine.add_request`
+        does, when it is first asked for an output, and ReplicaError if the request's replica fails.
+        """
+        if request_id in self._handles:
+            raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+        loop = asyncio.get_running_loop()
+        mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
+        params = SamplingParams() if sampling_params is None else sampling_params
+        handle = self.core.submit(request_id, prompt, params, mailbox)
+        # The mailbox sorts in this very loop, hence not before this coroutine waits for the first time.
+        queue = mailbox.queues[handle.key] = asyncio.Queue()
+        self._handles[request_id] = handle
+        try:
+            finished = False
+            while not finished:
+                output = await queue.get()
+                finished = output.finished
+                raise_error(output)
+                yield output
+        finally:
+            handle.abort()
+            del self._handles[request_id], mailbox.queues[handle.key]
+            if not mailbox.queues:
+                self._mailboxes.pop(loop, None)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its generator gives a last output, with the finish reason "abort". Others are ignored."""
+        handle = self._handles.get(request_id)
+        if handle is not None:
+            handle.abort()
+
+    def shutdown(self) -> None:
+        """Closes the engine and its model, for all who use it; requests that have not ended fail."""
+        self.core.close()

@@ -1,0 +1,294 @@
+"""`Encoder`: texts in, vectors out, from an artifact that reads tokens and keeps no state."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
+from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
+from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.prompts import Prompt, check_tokens, listed, unwrapped
+from furiosa_llm.runtime.tokenizer import Tokenizer
+
+Vector = npt.NDArray[np.float32]
+
+T = TypeVar("T")
+
+MAX_BATCH_SIZE = 32
+
+_MIXES_ROWS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
+"""Ops that take one scale over all texts of a batch, so that what stands beside a text alters its result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingOutput:
+    """What `encode` gives of a prompt: its vector `data`, float32 `[hidden]`."""
+
+    data: Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingOutput:
+    """What `embed` gives of a prompt: the numbers of its vector."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingRequestOutput(Generic[T]):
+    """A prompt and its result. `prompt_token_ids` are those that were run, special tokens among them."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: T
+    finished: bool
+
+
+class Encoder:
+    """An encoder loaded from an artifact.
+
+    Make one with `load_artifact`. Close it, or use it as a context manager, to end its threads. `output` names the
+    output of the model to take where it has several; `tokenizer` may be None if prompts are token ids.
+
+    Prompts of equal length are run together, at most `max_batch_size` of them; with `padded`, prompts of any lengths
+    are, filled up under the attention mask, which alters results by rounding. Where an op of the model takes one scale
+    over a whole batch, every prompt is run by itself.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer | None,
+        pooling: Pooling,
+        *,
+        output: str | None = None,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        padded: bool = False,
+    ) -> None:
+        manifest = executor.artifact.manifest
+        if max_batch_size < 1:
+            raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        _check_inputs(manifest)
+        self._inputs = manifest.inputs
+        self._output = _output_of(manifest, output)
+        if padded and not any(info.role == "attention_mask" for info in self._inputs):
+            raise InputError("padded=True needs a model with an attention mask; leave it out: lengths run separately")
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        limits = (manifest.model.max_sequence_length, pooling.max_sequence_length)
+        self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        self._vocab_size = manifest.model.vocab_size
+        self._executor = executor
+        self._padded = padded
+        mixed = any(node.op_type in _MIXES_ROWS for node in executor.artifact.program.graph.node)
+        self._batch_size = 1 if mixed else max_batch_size
+        self._request_ids = itertools.count()
+
+    @classmethod
+    def load_artifact(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        pooling: Pooling | None = None,
+        output: str | None = None,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        padded: bool = False,
+        threads: int | None = None,
+        mapped: bool = False,
+        full_verification: bool | None = None,
+    ) -> Self:
+        """Loads the artifact in the folder `path`; `pooling` stands for what the artifact says of it.
+
+        `tokenizer` is the folder of another tokenizer than the artifact's. Raises ArtifactError for a damaged artifact,
+        and UnsupportedError for one that makes no vectors from tokens.
+        """
+        artifact = open_artifact(path, full=full_verification)
+        _check_inputs(artifact.manifest)
+        executor = Executor(artifact, threads=threads, mapped=mapped)
+        try:
+            return cls(
+                executor,
+                _tokenizer_of(artifact, tokenizer),
+                pooling or pooling_of(artifact),
+                output=output,
+                max_batch_size=max_batch_size,
+                padded=padded,
+            )
+        except BaseException:
+            executor.close()
+            raise
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: PoolingType | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
+        """`encode`, with each vector as a list of numbers."""
+        found = self.encode(
+            prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+        return [
+            PoolingRequestOutput(
+                request_id=one.request_id,
+                prompt_token_ids=one.prompt_token_ids,
+                outputs=EmbeddingOutput(embedding=one.outputs.data.tolist()),
+                finished=True,
+            )
+            for one in found
+        ]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: PoolingType | None = None,
+        normalize: bool | None = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The vectors of `prompts` (one, or a list of them), in their order.
+
+        `pooling` and `normalize` stand for the model's own. `truncate_prompt_tokens` cuts prompts to that many tokens,
+        special ones among them; -1: to the model's limit. Raises ContextLengthError for a prompt beyond the limit,
+        InputError for what is no prompt or has no tokens, TokenizerError for text without a tokenizer.
+        """
+        how = self.pooling
+        if pooling is not None or normalize is not None:
+            how = replace(
+                how, pooling=pooling or how.pooling, normalize=how.normalize if normalize is None else normalize
+            )
+        limit = self._truncation(truncate_prompt_tokens)
+        rows = [self._token_ids(prompt, limit) for prompt in listed(prompts)]
+        vectors: dict[int, Vector] = {}
+        for batch in self._batches(rows):
+            vectors.update(zip(batch, self._vectors([rows[index] for index in batch], how), strict=True))
+        return [
+            PoolingRequestOutput(
+                request_id=str(next(self._request_ids)),
+                prompt_token_ids=row,
+                outputs=PoolingOutput(data=vectors[index]),
+                finished=True,
+            )
+            for index, row in enumerate(rows)
+        ]
+
+    def close(self) -> None:
+        """Ends the driver threads; the model cannot run any more."""
+        self._executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _truncation(self, wanted: int | None) -> int | None:
+        if wanted is None or wanted == -1:
+            return None if wanted is None else self.max_length
+        if wanted < 1:
+            raise InputError(f"truncate_prompt_tokens must be at least 1, or -1 for the model's limit, got {wanted}")
+        return wanted
+
+    def _token_ids(self, prompt: Prompt, limit: int | None) -> list[int]:
+        text, given = unwrapped(prompt)
+        if given is not None:
+            row = given[:limit]
+        elif self.tokenizer is None or text is None:
+            raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
+        else:
+            row = self.tokenizer.encode(text, add_special_tokens=True, max_length=limit)
+        check_tokens(row, self._vocab_size)
+        if self.max_length is not None and len(row) > self.max_length:
+            raise ContextLengthError(
+                f"the prompt has {len(row)} tokens, the model takes at most {self.max_length}; give a shorter one, or "
+                f"truncate_prompt_tokens=-1 to cut it"
+            )
+        return row
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """The positions in `rows` of those that are run together."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        groups = [order] if self._padded else [list(g) for _, g in itertools.groupby(order, lambda i: len(rows[i]))]
+        for group in groups:
+            yield from (group[start : start + self._batch_size] for start in range(0, len(group), self._batch_size))
+
+    def _vectors(self, rows: Sequence[Sequence[int]], how: Pooling) -> list[Vector]:
+        states = self._executor.run(prompt_feeds(self._inputs, rows))[self._output.name]
+        if states.ndim == 2:
+            return [_finished(row, how) for row in states]
+        return [_pooled(row[: len(tokens)], how) for row, tokens in zip(states, rows, strict=True)]
+
+
+def _pooled(states: Array, how: Pooling) -> Vector:
+    """The vector of one text, for the states `[sequence, hidden]` of its tokens."""
+    if how.pooling == "mean":
+        return _finished(states.astype(np.float32).mean(axis=0), how)
+    return _finished(states[0 if how.pooling == "cls" else -1], how)
+
+
+def _finished(vector: Array, how: Pooling) -> Vector:
+    result: Vector = vector.astype(np.float32)
+    norm = np.linalg.norm(result)
+    return result / norm if how.normalize and norm > 0 else result
+
+
+def _check_inputs(manifest: Manifest) -> None:
+    if manifest.model.task != "encoder":
+        raise UnsupportedError(
+            f"encode and embed are for encoders; {manifest.model.name!r:.80} is of the task {manifest.model.task!r}: "
+            f"use `furiosa-llm {'generate' if manifest.model.task == 'decoder' else 'run'}`"
+        )
+    for info in manifest.inputs:
+        if info.shape not in PROMPT_SHAPES.get(info.role, ()):
+            raise UnsupportedError(
+                f"input {info.name!r:.80} of role {info.role!r} and shape {list(info.shape)} cannot be made from token "
+                f"ids; use `furiosa-llm run` and give it as a tensor"
+            )
+
+
+def _output_of(manifest: Manifest, name: str | None) -> OutputInfo:
+    """The output that vectors are made of: a state for every token, or else a vector for every text."""
+    floats = [info for info in manifest.outputs if info.dtype in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")]
+    by_token = [i for i in floats if len(i.shape) == 3 and i.shape[:2] == ("batch", "sequence")]
+    by_text = [i for i in floats if len(i.shape) == 2 and i.shape[0] == "batch"]
+    fit = [*by_token, *by_text]
+    shown = ", ".join(f"{info.name} {list(info.shape)}" for info in (fit or manifest.outputs))
+    if name is not None:
+        found = next((info for info in fit if info.name == name), None)
+        if found is None:
+            raise InputError(f"output={name!r:.80} is none that vectors can be made of; the model has {shown:.400}")
+        return found
+    choice = by_token or by_text
+    if not choice:
+        raise UnsupportedError(
+            f"none of the outputs is a vector for each token or text: {shown:.400}; use `furiosa-llm run`"
+        )
+    if len(choice) > 1:
+        raise InputError(f"the model has several outputs that vectors can be made of: {shown:.400}; give output=NAME")
+    return choice[0]
+
+
+def _tokenizer_of(artifact: Artifact, given: str | os.PathLike[str] | Tokenizer | None) -> Tokenizer | None:
+    if isinstance(given, Tokenizer):
+        return given
+    if given is not None:
+        return Tokenizer.from_folder(given)
+    return None if artifact.companion("tokenizer.json") is None else Tokenizer.from_artifact(artifact)

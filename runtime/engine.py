@@ -1,0 +1,103 @@
+"""`LLMEngine`: requests in, outputs out as they come, with the vendor's names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.launch import load_engine
+from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.llm import LLM
+
+
+class LLMEngine:
+    """Runs requests in the background, as many at once as fit, from `add_request` on; `step` waits for an output.
+
+    It is for one thread. Several engines may be made of one LLM, each with requests of its own.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        self.core = core
+        self._ready: SimpleQueue[RequestOutput] = SimpleQueue()
+        self._handles: dict[str, Handle] = {}
+
+    @classmethod
+    def from_llm(cls, llm: LLM) -> Self:
+        """An engine on a model that is loaded already."""
+        return cls(llm.core)
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> Self:
+        """Loads the model that `args` name; see `load_engine` for the errors."""
+        return cls(load_engine(args))
+
+    def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
+        """Starts a request: text, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
+
+        Raises InputError if a request of that id has not ended, or if the prompt is none; ContextLengthError if prompt
+        and completion do not fit; EngineDeadError if there is no replica left.
+        """
+        if not isinstance(request_id, str):
+            raise InputError(f"request_id: found a {type(request_id).__name__}, expected a str")
+        if request_id in self._handles:
+            raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+        params = SamplingParams() if sampling_params is None else sampling_params
+        self._handles[request_id] = self.core.submit(request_id, prompt, params, self._take)
+
+    def abort_request(self, request_id: str | Sequence[str]) -> None:
+        """Ends one request or several; each has a last output, with the finish reason "abort". Others are ignored."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            if one in self._handles:
+                self._handles[one].abort()
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has another output to give."""
+        return bool(self._handles)
+
+    def step(self) -> list[RequestOutput]:
+        """Waits for an output, and returns it with all others that are there; nothing if no request is under way.
+
+        A request that its replica failed ends with the finish reason "error", and its output has the `error`.
+        """
+        if not self._handles:
+            return []
+        outputs = [self._ready.get()]
+        while True:
+            try:
+                outputs.append(self._ready.get_nowait())
+            except Empty:
+                break
+        for output in outputs:
+            if output.finished:
+                del self._handles[output.request_id]
+        return outputs
+
+    def shutdown(self) -> None:
+        """Closes the engine and its model, for all who use it; requests that have not ended fail."""
+        self.core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _take(self, outputs: Sequence[tuple[int, RequestOutput]]) -> None:
+        for _, output in outputs:
+            self._ready.put(output)
+
+
+def raise_error(output: RequestOutput) -> None:
+    """Raises the error that ended a request, if one did."""
+    if output.error is not None:
+        raise output.error

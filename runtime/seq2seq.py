@@ -1,0 +1,199 @@
+"""`Seq2Seq`: texts in, texts out, from the composite artifact of an encoder and its decoder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from furiosa_llm.runtime.artifact.composite import Composite, PartName, open_composite
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError, TokenizerError
+from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.prompts import Prompt, check_tokens, listed, unwrapped
+from furiosa_llm.runtime.request import Request
+from furiosa_llm.runtime.sampler import derived_seed, sample_rows
+from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.seq2seq_decoder import CachedSteps, Steps, WholeSteps
+from furiosa_llm.runtime.tokenizer import Tokenizer
+
+_DEFAULT_PARAMS = SamplingParams()
+
+
+class Seq2Seq:
+    """An encoder-decoder loaded from a composite artifact.
+
+    Make one with `load_artifact`. Several threads may generate at once; their steps take turns. Close it, or use it as
+    a context manager, to end its threads. A text is encoded with the tokenizer's special tokens around it, as these
+    models are trained.
+    """
+
+    def __init__(
+        self,
+        composite: Composite,
+        executors: Mapping[PartName, Executor],
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.composite = composite
+        self.tokenizer = tokenizer
+        self._executors = executors
+        self._seed = seed
+        self._idle: SimpleQueue[Steps] = SimpleQueue()
+        self._request_ids = itertools.count()
+
+    @classmethod
+    def load_artifact(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        seed: int | None = None,
+        threads: int | None = None,
+        mapped: bool = False,
+        full_verification: bool | None = None,
+    ) -> Self:
+        """Loads the composite artifact in the folder `path`; the arguments are those of `LLM.load_artifact`.
+
+        Raises ArtifactError for a damaged artifact, or one whose parts do not fit.
+        """
+        composite = open_composite(path, full=full_verification)
+        if tokenizer is None and composite.encoder.companion("tokenizer.json") is not None:
+            tokenizer = Tokenizer.from_artifact(composite.encoder)
+        elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            tokenizer = Tokenizer.from_folder(tokenizer)
+        with ExitStack() as stack:
+            executors = {
+                name: stack.enter_context(Executor(part, threads=threads, mapped=mapped))
+                for name, part in composite.parts.items()
+            }
+            loaded = cls(composite, executors, tokenizer, seed=seed)
+            stack.pop_all()
+        return loaded
+
+    @property
+    def max_prompt_length(self) -> int | None:
+        """The most tokens of a prompt, special ones among them; None if the model does not say."""
+        return self.composite.encoder.manifest.model.max_sequence_length
+
+    @property
+    def max_completion_length(self) -> int | None:
+        """The most tokens of a completion; None if the model does not say."""
+        limit = self.composite.decoder.manifest.model.max_sequence_length
+        return None if limit is None else limit - 1  # the token that it begins with takes a place
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams = _DEFAULT_PARAMS
+    ) -> list[RequestOutput]:
+        """The completions of `prompts` (one, or a list of them), in their order.
+
+        Raises ContextLengthError for a prompt or `max_tokens` beyond the model's limit, InputError for what is no
+        prompt, TokenizerError for text without a tokenizer.
+        """
+        return [self._complete(prompt, sampling_params) for prompt in listed(prompts)]
+
+    def stream_outputs(
+        self, prompt: Prompt, sampling_params: SamplingParams = _DEFAULT_PARAMS
+    ) -> Iterator[RequestOutput]:
+        """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
+        text, token_ids = self._tokens(prompt)
+        request = self._request(text, token_ids, sampling_params)
+        hidden = self._encoded(token_ids)
+        steps = self._take_steps()
+        try:
+            for sequence in request.sequences:
+                steps.start(hidden)
+                token = self.composite.manifest.decoder_start_token_id
+                while not sequence.finished:
+                    logits = steps.step(token)
+                    (token,) = sample_rows([sequence.sampler], logits[None])
+                    sequence.accept(token, logits)
+                    output = request.output()
+                    if output is not None:
+                        yield output
+        finally:
+            self._idle.put(steps)
+
+    def close(self) -> None:
+        """Ends the driver threads; the model cannot generate any more."""
+        for executor in self._executors.values():
+            executor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _complete(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        *_, output = self.stream_outputs(prompt, replace(params, output_kind=RequestOutputKind.FINAL))
+        return output
+
+    def _request(self, text: str | None, token_ids: Sequence[int], params: SamplingParams) -> Request:
+        if params.prompt_logprobs is not None:
+            raise SamplingParamsError("prompt_logprobs: an encoder gives no logits of its prompt; leave it out")
+        number = next(self._request_ids)
+        return Request(
+            request_id=str(number),
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            tokenizer=self.tokenizer,
+            eos_token_ids=frozenset(self.composite.manifest.eos_token_ids),
+            max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
+            sequence_ids=range(params.num_sequences),
+            seed=None if self._seed is None else derived_seed(self._seed, number),
+            penalised=(self.composite.manifest.decoder_start_token_id,),
+        )
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        text, token_ids = unwrapped(prompt)
+        if token_ids is not None:
+            check_tokens(token_ids, self.composite.decoder.manifest.model.vocab_size)
+            return text, token_ids
+        if self.tokenizer is None:
+            raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
+        assert text is not None
+        return text, self.tokenizer.encode(text, add_special_tokens=True)
+
+    def _encoded(self, prompt: Sequence[int]) -> Array:
+        encoder = self._executors["encoder"]
+        feeds = prompt_feeds(encoder.artifact.manifest.inputs, [prompt])
+        return encoder.run(feeds)[self.composite.manifest.hidden.output]
+
+    def _take_steps(self) -> Steps:
+        """Idle steps, or new ones if all are in the middle of a request."""
+        try:
+            return self._idle.get_nowait()
+        except Empty:
+            decoder, first = self._executors["decoder"], self._executors.get("decoder_first")
+            manifest = self.composite.manifest
+            return WholeSteps(decoder, manifest) if first is None else CachedSteps(first, decoder, manifest)
+
+    def _max_tokens(self, prompt: int, wanted: int | None) -> int:
+        if prompt == 0:
+            raise InputError("the prompt has no tokens; give a prompt that is not empty")
+        longest, limit = self.max_prompt_length, self.max_completion_length
+        if longest is not None and prompt > longest:
+            raise ContextLengthError(
+                f"This model's maximum input context length is {longest} tokens, however you requested {prompt} "
+                f"tokens. Please reduce your prompt."
+            )
+        if wanted is None and limit is None:
+            raise InputError("the model does not say how long a completion may be; give max_tokens")
+        if limit is not None and (wanted or 0) > limit:
+            raise ContextLengthError(
+                f"This model's maximum completion length is {limit} tokens, however you requested {wanted} tokens. "
+                f"Please reduce the completion length."
+            )
+        return wanted or limit or 0
