@@ -108,7 +108,7 @@ class LocalRunner:
             try:
                 with self._crew.expect():
                     logits = self._groups[group].run(batch, self._occupy)
-            except Exception as error:  # noqa: BLE001 - whoever waits for the batch gets it
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the batch gets it, and the thread goes on
                 future.set_exception(error)
             else:
                 future.set_result(logits)
