@@ -152,7 +152,7 @@ class ProcessRunner:
             here = self._positions[group, stage]
             done = [name for step in self._ready[0].collectives[stage][: max(0, int(here.min()))] for name in step]
             where = ", ".join(
-                f"{ranks_text(ready.ranks)} in segment {step}" if step >= 0 else f"{ranks_text(ready.ranks)} done"
+                f"{ranks_text(ready.ranks)} in segment {step}" if step >= 0 else f"{ranks_text(ready.ranks)} in none"
                 for ready, step in zip(self._ready, here.tolist(), strict=True)
             )
             lines.append(f"stage {stage}: {where}; last collective done: {done[-1] if done else 'none'}")
