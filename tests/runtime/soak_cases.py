@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from furiosa_llm.runtime.llm import LLM
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingType
+from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 
 TIE = 1e-3
-"""Two tokens whose log probabilities are closer may change places: kernels sum differently for other numbers of rows."""
+"""Tokens whose log probabilities are closer may change places: kernels may sum differently for other numbers of rows."""
 _KINDS = tuple(RequestOutputKind)
 
 
@@ -44,9 +44,7 @@ class Cases:
         self._vocab_size = vocab_size
         self._longest = longest
         beginnings = [self._tokens(rng.randint(1, longest // 2)) for _ in range(6)]
-        self._prompts = [
-            tuple(rng.choice(beginnings) + self._tokens(rng.randint(1, longest // 4))) for _ in range(24)
-        ]
+        self._prompts = [tuple(rng.choice(beginnings) + self._tokens(rng.randint(1, longest // 4))) for _ in range(24)]
         self._greedy = [self._answered(alone, prompt) for prompt in self._prompts for _ in range(6)]
 
     def draw(self) -> Case:
@@ -199,8 +197,3 @@ class Answer:
         pairs = zip(self._prompt_logprobs or [], expected.prompt_logprobs or [], strict=True)
         worst = max((abs(ours - theirs) for ours, theirs in pairs), default=0.0)
         return f"a log probability of the prompt is {worst} off" if worst > TIE else None
-
-
-def is_greedy(params: SamplingParams) -> bool:
-    """Whether no random numbers are drawn for it."""
-    return params.sampling_type is SamplingType.GREEDY
