@@ -11,7 +11,7 @@ from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 
 TIE = 1e-3
-"""Tokens whose log probabilities are closer may change places: kernels may sum differently for other numbers of rows."""
+"""Tokens whose log probabilities are closer may change places: kernels may sum in another order for other batches."""
 _KINDS = tuple(RequestOutputKind)
 
 
