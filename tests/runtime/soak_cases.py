@@ -144,7 +144,7 @@ class Answer:
 
     def add(self, output: RequestOutput) -> None:
         """Takes the next output."""
-        delta = self.case.params.output_kind is RequestOutputKind.DELTA and self.case.params.best_of is None
+        delta = self.case.params.output_kind is RequestOutputKind.DELTA and not self.case.params.ranks_sequences
         self._prompt_logprobs = prompt_logprobs_of(output) or self._prompt_logprobs
         for one in output.outputs:
             before, text = (self._tokens[one.index], self._texts[one.index]) if delta else ([], "")
