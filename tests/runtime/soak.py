@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -256,15 +256,21 @@ def left_in(replica: Replica) -> list[str]:
     deadline = time.monotonic() + _SETTLING
     while (scheduler.has_unfinished or replica._under_way) and time.monotonic() < deadline:
         time.sleep(0.01)
+    kept: tuple[Sized, ...] = (
+        table._submissions,
+        table._running,
+        table._begun,
+        table._touched,
+        table._errors,
+        table._loads,
+    )
     found = {
         "sequences": scheduler.num_running + scheduler.num_waiting,
         "batches under way": len(replica._under_way),
         "pages held": scheduler.used_pages - scheduler.cached_pages,
         "requests": replica.num_requests,
         "tokens of load": replica.load,
-        "entries in its table": sum(
-            map(len, (table._submissions, table._running, table._begun, table._touched, table._errors, table._loads))
-        ),
+        "entries in its table": sum(len(one) for one in kept),
     }
     problems = [f"{count} {what} left" for what, count in found.items() if count]
     if not 0 <= scheduler.cached_pages <= scheduler.limits.num_pages:

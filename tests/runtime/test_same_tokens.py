@@ -45,7 +45,7 @@ def model(
     ArtifactBuilder(source, tensor_parallel_size=4).build(folder)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (3, 22, 8, 17, 5, 20)]
-    return folder, unsplit_answers(folder, source, prompts, 40)  # one of the models has a window of 64 tokens
+    return folder, unsplit_answers(folder, source, prompts, 34)  # one of the models has a window of 64 tokens
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
