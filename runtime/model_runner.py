@@ -26,6 +26,8 @@ from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.stages import Stage
 from furiosa_llm.runtime.steps import Group
 
+_CLOSE_TIMEOUT = 5.0
+
 
 class Host:
     """An artifact's stages loaded into this process, for any number of replicas.
@@ -96,11 +98,14 @@ class LocalRunner:
         return "; ".join(doing) or "nothing is under way"
 
     def close(self) -> None:
-        """Ends the threads; a batch that is under way is finished first."""
+        """Ends the threads; a batch that is under way is finished first. One that hangs is left behind."""
         for queue in self._queues:
             queue.put(None)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self._crew.give_up(thread)
 
     def _serve(self, group: int) -> None:
         while (entry := self._queues[group].get()) is not None:

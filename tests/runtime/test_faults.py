@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.driver import Waits
+from furiosa_llm.runtime.driver import Body, Crew, Waits
 from furiosa_llm.runtime.engine import LLMEngine
 from furiosa_llm.runtime.engine_args import EngineArgs
 from furiosa_llm.runtime.errors import ExecutionError, ReplicaError, StepTimeoutError, WorkerError
@@ -84,6 +84,10 @@ def ended(engine: LLMEngine) -> dict[int, RequestOutput]:
 def workers_of(replica: Replica) -> tuple[int, ...]:
     assert isinstance(replica._runner, ProcessRunner)
     return replica._runner.process_ids
+
+
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(DEADLINE)
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -166,6 +170,44 @@ def test_a_segment_that_fails(load: Load, tokens: list[list[int]]) -> None:
     assert answers(engine, 2) == tokens[:2]
 
 
+def on_the_second_core(crew: Crew, fault: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `fault` called on the second core of the first run that has two."""
+    run = crew.run
+    faults = [fault]
+
+    def with_fault(body: Body, lanes: int) -> None:
+        def faulty(shares: Sequence[int], member: int, barrier: Waits) -> None:
+            if member == 1 and faults:
+                faults.pop()()
+            body(shares, member, barrier)
+
+        run(faulty, lanes)
+
+    monkeypatch.setattr(crew, "run", with_fault)
+
+
+def test_a_thread_that_hangs(load: Load, tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its core is replaced: the new runner has as many, and so has the other replica."""
+    monkeypatch.setattr("furiosa_llm.runtime.model_runner._CLOSE_TIMEOUT", 0.1)
+    engine = load(data_parallel_size=2, threads=2, step_timeout=2.0)
+    released = threading.Event()
+    hung = engine.core.replicas[0]._runner
+    assert isinstance(hung, LocalRunner)
+    on_the_second_core(hung._crew, lambda: wait_for(released), monkeypatch)
+    engine.add_request("0", {"prompt_token_ids": PROMPTS[0]}, LONG)
+    error = ended(engine)[0].error
+    assert isinstance(error, ReplicaError)
+    assert isinstance(error.__cause__, StepTimeoutError)
+    assert "stage 0: ranks 0 to 1 in segment" in str(error)
+    assert "last collective done: none" in str(error)
+    until(lambda: engine.core.replicas[0].ready and hung._crew._idle == 2)
+    assert answers(engine, 2) == tokens[:2]
+    released.set()
+    until(lambda: not any(thread.is_alive() for thread in hung._threads))
+    assert (hung._crew._idle, hung._crew._leases, hung._crew._expecting) == (2, {}, set())
+    assert answers(engine, 2) == tokens[:2]
+
+
 @pytest.mark.parametrize("error", [SystemExit("out"), MemoryError("no more"), ZeroDivisionError("ours")], ids=repr)
 @pytest.mark.parametrize("where", ["runner", "core"])
 def test_a_thread_that_is_ended(
@@ -181,19 +223,11 @@ def test_a_thread_that_is_ended(
 
         monkeypatch.setattr(runner._groups[0], "run", broken)
     else:
-        use = runner._crew.run
 
-        def with_a_core_that_breaks(body: Callable[[Sequence[int], int, Waits], None], lanes: int) -> None:
-            def breaking(shares: Sequence[int], member: int, barrier: Waits) -> None:
-                if member == 1 and not broken_on:
-                    broken_on.append(threading.current_thread().name)
-                    raise error
-                body(shares, member, barrier)
+        def fail() -> None:
+            raise error
 
-            use(breaking, lanes)
-
-        broken_on: list[str] = []
-        monkeypatch.setattr(runner._crew, "run", with_a_core_that_breaks)
+        on_the_second_core(runner._crew, fail, monkeypatch)
     for number in (0, 1):
         engine.add_request(str(number), {"prompt_token_ids": PROMPTS[number]}, LONG)
     outputs = ended(engine)
