@@ -92,16 +92,6 @@ class _Run:
                 raise error
 
 
-class _Lease:
-    """The cores that a run has; `lost` if it was given up, and others are there in their place."""
-
-    __slots__ = ("count", "lost")
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.lost = False
-
-
 class Crew:
     """`count` cores, shared by all runs of a host.
 
@@ -113,7 +103,7 @@ class Crew:
         self._free = threading.Condition()
         self._idle = count
         self._expecting: set[int] = set()
-        self._leases: dict[int, _Lease] = {}
+        self._taken: dict[int, int] = {}  # by the thread that asked for the run; not those that were given up
         self._closed = False
         self._inboxes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -136,8 +126,7 @@ class Crew:
 
         An exception on any thread ends the others at their next barrier and is raised here.
         """
-        lease = self._take(lanes)
-        count = lease.count
+        count = self._take(lanes)
         try:
             shares = [range(lanes * m // count, lanes * (m + 1) // count) for m in range(count)]
             if count == 1:
@@ -150,19 +139,15 @@ class Crew:
             run.raise_first(count)
         finally:
             with self._free:
-                if not lease.lost:
-                    self._return(threading.get_ident())
+                self._return(threading.get_ident())
 
     def give_up(self, thread: threading.Thread) -> None:
         """Puts other cores in place of those that a run has which `thread` has asked for, and which does not return."""
         assert thread.ident is not None
         with self._free:
             self._expecting.discard(thread.ident)
-            lease = self._leases.get(thread.ident)
-            if lease is None:
-                return
-            lease.lost = True
-            self._start_threads(lease.count - 1)
+            if not self._closed:
+                self._start_threads(self._taken.get(thread.ident, 1) - 1)
             self._return(thread.ident)
 
     def close(self) -> None:
@@ -182,18 +167,18 @@ class Crew:
             self._threads[-1].start()
 
     def _return(self, caller: int) -> None:
-        self._idle += self._leases.pop(caller).count
+        self._idle += self._taken.pop(caller, 0)
         self._free.notify_all()
 
-    def _take(self, lanes: int) -> _Lease:
+    def _take(self, lanes: int) -> int:
         with self._free:
             self._free.wait_for(lambda: self._idle > 0 or self._closed)
             if self._closed:
                 raise ExecutionError("the executor is closed; load the artifact again")
             count = max(1, min(self._idle, lanes, self.count // max(1, len(self._expecting))))
             self._idle -= count
-            lease = self._leases[threading.get_ident()] = _Lease(count)
-            return lease
+            self._taken[threading.get_ident()] = count
+            return count
 
     def _serve(self) -> None:
         while (task := self._inboxes.get()) is not None:
