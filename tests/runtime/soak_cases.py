@@ -45,7 +45,7 @@ class Cases:
         self._longest = longest
         beginnings = [self._tokens(rng.randint(1, longest // 2)) for _ in range(6)]
         self._prompts = [tuple(rng.choice(beginnings) + self._tokens(rng.randint(1, longest // 4))) for _ in range(24)]
-        self._greedy = [self._answered(alone, prompt) for prompt in self._prompts for _ in range(6)]
+        self._greedy = [self._answered(alone, prompt) for prompt in self._prompts for _ in range(3)]
 
     def draw(self) -> Case:
         """The next request; every other one is greedy."""
