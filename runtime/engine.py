@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class LLMEngine:
     """Runs requests in the background, as many at once as fit, from `add_request` on; `step` waits for an output.
 
-    It is for one thread. Several engines may be made of one LLM, each with requests of its own.
+    It is for one thread, but for `abort_request`, which any may call. Several engines may be made of one LLM, each with
+    requests of its own.
     """
 
     def __init__(self, core: EngineCore) -> None:
@@ -55,8 +56,9 @@ class LLMEngine:
     def abort_request(self, request_id: str | Sequence[str]) -> None:
         """Ends one request or several; each has a last output, with the finish reason "abort". Others are ignored."""
         for one in [request_id] if isinstance(request_id, str) else request_id:
-            if one in self._handles:
-                self._handles[one].abort()
+            handle = self._handles.get(one)
+            if handle is not None:
+                handle.abort()
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has another output to give."""
