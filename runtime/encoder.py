@@ -16,11 +16,11 @@ from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.prompt_feeds import prompt_feeds
-from furiosa_llm.runtime.prompts import Prompt, check_tokens, listed, unwrapped
+from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 Vector = npt.NDArray[np.float32]
@@ -189,7 +189,7 @@ class Encoder:
         ]
 
     def close(self) -> None:
-        """Ends the driver threads; the model cannot run any more."""
+        """Ends the threads; the model cannot run any more."""
         self._executor.close()
 
     def __enter__(self) -> Self:
@@ -208,14 +208,7 @@ class Encoder:
         return wanted
 
     def _token_ids(self, prompt: Prompt, limit: int | None) -> list[int]:
-        text, given = unwrapped(prompt)
-        if given is not None:
-            row = given[:limit]
-        elif self.tokenizer is None or text is None:
-            raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
-        else:
-            row = self.tokenizer.encode(text, add_special_tokens=True, max_length=limit)
-        check_tokens(row, self._vocab_size)
+        _, row = read_prompt(prompt, self.tokenizer, self._vocab_size, add_special_tokens=True, max_length=limit)
         if self.max_length is not None and len(row) > self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(row)} tokens, the model takes at most {self.max_length}; give a shorter one, or "

@@ -67,13 +67,18 @@ def open_model(args: EngineArgs) -> Artifact:
     if whole is not None:
         raise UnsupportedError(f"{args.model} is a part of the encoder-decoder in {whole}; load that one")
     artifact = open_artifact(args.model, full=args.full_verification)
-    found, wanted = artifact.manifest.mesh.size, args.tensor_parallel_size
+    check_tensor_parallel_size(artifact, args.tensor_parallel_size)
+    return artifact
+
+
+def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
+    """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
+    found = artifact.manifest.mesh.size
     if wanted not in (None, found):
         raise InputError(
             f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={found}; leave it out, or make the "
             f"other artifact: furiosa-llm reshard -tp {wanted}"
         )
-    return artifact
 
 
 def only_of_one_replica(args: EngineArgs, what: str) -> None:
