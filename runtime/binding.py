@@ -115,16 +115,16 @@ class BoundProgram:
         """Binds the graph input `name` to `array` on every rank; the array may be written between runs."""
         tensor = wrap(array, self._program.types[name].dtype)
         lanes = self._lanes
-        for lane, named in {(lanes.lane_of[rank], lanes.name(rank, name)) for rank in range(lanes.mesh.size)}:
+        for lane, named in {(lanes.lane_of(rank), lanes.name(rank, name)) for rank in range(lanes.mesh.size)}:
             self._bind_input(lane, named, tensor)
 
     def bind_input(self, rank: int, name: str, tensor: Tensor) -> None:
         """Binds the graph input `name` of `rank` to `tensor`, which has the rank's local shape."""
-        self._bind_input(self._lanes.lane_of[rank], self._lanes.name(rank, name), tensor)
+        self._bind_input(self._lanes.lane_of(rank), self._lanes.name(rank, name), tensor)
 
     def bind_output(self, rank: int, name: str, tensor: Tensor) -> None:
         """Binds the output `name` of `rank`, and whatever reads it, to `tensor`, which has the rank's local shape."""
-        self._bind_output(self._lanes.lane_of[rank], self._lanes.name(rank, name), tensor)
+        self._bind_output(self._lanes.lane_of(rank), self._lanes.name(rank, name), tensor)
 
     def array(self, rank: int, name: str) -> Array:
         """The output `name` of `rank`: memory that the next run may overwrite."""
@@ -132,7 +132,7 @@ class BoundProgram:
 
     def tensor(self, rank: int, name: str) -> Tensor:
         """What is bound to `name` of `rank`."""
-        return self._tensors[self._lanes.lane_of[rank]][self._lanes.name(rank, name)]
+        return self._tensors[self._lanes.lane_of(rank)][self._lanes.name(rank, name)]
 
     def progress(self) -> str:
         """Which segment the lanes are in, and the last collective that all of them have done."""

@@ -76,15 +76,11 @@ class LaneStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """A program on all lanes of a mesh.
-
-    `ranks` are by lane, `lane_of` is by rank. `types` has the values that cross steps, by the lanes' names.
-    """
+    """A program on all lanes of a mesh. `types` has the values that cross steps, by the lanes' names."""
 
     program: Program
     mesh: Mesh
     ranks: tuple[tuple[int, ...], ...]
-    lane_of: Mapping[int, int]
     steps: tuple[LaneStep, ...]
     types: Mapping[str, ValueType]
     alike: Alike
@@ -92,6 +88,10 @@ class Lanes:
     def name(self, rank: int, value: str) -> str:
         """The name of the program's `value` of `rank` in the rank's lane."""
         return _named(self.alike, rank, value)
+
+    def lane_of(self, rank: int) -> int:
+        """The lane of `rank`."""
+        return next(lane for lane, ranks in enumerate(self.ranks) if rank in ranks)
 
 
 def lanes_of(
@@ -176,7 +176,6 @@ class _Laying:
             program=self._program,
             mesh=self._mesh,
             ranks=self._ranks,
-            lane_of=self._lane_of,
             steps=steps,
             types=self._types,
             alike=self._alike,
