@@ -91,7 +91,7 @@ class Lanes:
 
     def lane_of(self, rank: int) -> int:
         """The lane of `rank`."""
-        return next(lane for lane, ranks in enumerate(self.ranks) if rank in ranks)
+        return rank * len(self.ranks) // self.mesh.size
 
 
 def lanes_of(
@@ -307,7 +307,10 @@ def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
         del values[:]
         values.extend(renamed)
     for graph in attribute_graphs(node):
+        own = {given.name for given in (*graph.input, *graph.initializer)}
+        own.update(name for inner in graph.node for name in inner.output)
+        outside = {name: new for name, new in names.items() if name not in own}
         for inner in graph.node:
-            _rename(inner, names)
+            _rename(inner, outside)
         for value in graph.output:
-            value.name = names.get(value.name, value.name)
+            value.name = outside.get(value.name, value.name)

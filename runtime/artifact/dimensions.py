@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ class Expression:
         return math.prod(known) if self.product else sum(known) * self.factor
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_dimension(text: str) -> Expression:
     """The expression that `text` writes; raises ArtifactError for any other form."""
     match = _EXPRESSION.fullmatch(text)
