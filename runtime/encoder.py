@@ -15,9 +15,10 @@ import numpy.typing as npt
 from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
-from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.launch import tokenizer_of
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
@@ -122,7 +123,7 @@ class Encoder:
         try:
             return cls(
                 executor,
-                _tokenizer_of(artifact, tokenizer),
+                tokenizer_of(artifact, tokenizer),
                 pooling or pooling_of(artifact),
                 output=output,
                 max_batch_size=max_batch_size,
@@ -277,11 +278,3 @@ def _output_of(manifest: Manifest, name: str | None) -> OutputInfo:
     if len(choice) > 1:
         raise InputError(f"the model has several outputs that vectors can be made of: {shown:.400}; give output=NAME")
     return choice[0]
-
-
-def _tokenizer_of(artifact: Artifact, given: str | os.PathLike[str] | Tokenizer | None) -> Tokenizer | None:
-    if isinstance(given, Tokenizer):
-        return given
-    if given is not None:
-        return Tokenizer.from_folder(given)
-    return None if artifact.companion("tokenizer.json") is None else Tokenizer.from_artifact(artifact)

@@ -160,6 +160,8 @@ def params_for_each(params: object, count: int) -> list[SamplingParams]:
     if not isinstance(params, list | tuple):
         _check_params(params)
     several: list[SamplingParams] = list(cast(Sequence[SamplingParams], params))
+    for one in several:
+        _check_params(one)
     if len(several) != count:
         raise InputError(f"sampling_params has {len(several)} entries for {count} prompts")
     return several

@@ -14,7 +14,7 @@ from typing import Self
 from furiosa_llm.runtime.artifact.composite import Composite, PartName, open_composite
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
 from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.launch import check_tensor_parallel_size
+from furiosa_llm.runtime.launch import check_tensor_parallel_size, tokenizer_of
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.prompt_feeds import prompt_feeds
@@ -71,16 +71,13 @@ class Seq2Seq:
         """
         composite = open_composite(path, full=full_verification)
         check_tensor_parallel_size(composite.encoder, tensor_parallel_size)
-        if tokenizer is None and composite.encoder.companion("tokenizer.json") is not None:
-            tokenizer = Tokenizer.from_artifact(composite.encoder)
-        elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_folder(tokenizer)
+        found = tokenizer_of(composite.encoder, tokenizer)
         with ExitStack() as stack:
             executors = {
                 name: stack.enter_context(Executor(part, threads=threads, mapped=mapped))
                 for name, part in composite.parts.items()
             }
-            loaded = cls(composite, executors, tokenizer, seed=seed)
+            loaded = cls(composite, executors, found, seed=seed)
             stack.pop_all()
         return loaded
 

@@ -236,6 +236,13 @@ def test_a_model_without_a_limit_needs_max_tokens(tmp_path: Path) -> None:
 
 def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
     bare = write(tmp_path / "a", files={})
+    with LLM(bare, threads=1) as silent:
+        completion = silent.generate(prompt_token_ids=[[5]], sampling_params=GREEDY)[0].outputs[0]
+        assert (len(completion.token_ids), completion.text) == (12, "")
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.json; give token ids, or the folder of a tokenizer"):
+            silent.generate("hello", GREEDY)
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.json; load it with the folder of a tokenizer"):
+            silent.chat(TALK, GREEDY)
     with LLM.load_artifact(bare, tokenizer=ZOO, mapped=True, full_verification=True) as loaded:
         assert loaded.generate("hello", GREEDY).outputs[0].text
     with LLM.load_artifact(bare, tokenizer=loaded.tokenizer, data_parallel_size=1, pipeline_parallel_size=1) as again:

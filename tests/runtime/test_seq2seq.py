@@ -195,6 +195,8 @@ def test_what_cannot_be_generated(model: Seq2Seq, built: dict[int, Path]) -> Non
         model.generate([3.5], GREEDY)  # type: ignore[arg-type]
     with pytest.raises(SamplingParamsError, match=r"stop_token_ids holds \[1024\]"):
         model.generate([[5]], SamplingParams(temperature=0.0, stop_token_ids=[1024]))
+    with LLM(built[4]) as llm, pytest.raises(InputError, match="sampling_params: found a int, expected SamplingParams"):
+        llm.generate([[5]], [3])  # type: ignore[list-item]
     with pytest.raises(InputError, match=r"tensor_parallel_size=8, but .* is split for tp=4"):
         LLM(built[4], tensor_parallel_size=8)
     with pytest.raises(InputError, match="does not say how long a completion may be; give max_tokens"):
