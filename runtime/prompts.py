@@ -79,10 +79,7 @@ def with_tokenizer_kwargs(prompt: Prompt, options: Mapping[str, Any] | None, tok
             f"tokenizer_kwargs={dict(options)!r:.80} are not supported, only add_special_tokens=True or False is; "
             f"give prompt_token_ids instead"
         )
-    text, given = _parts(prompt)
-    if given is not None:
-        return prompt
-    _, token_ids = read_prompt(prompt, tokenizer, None, add_special_tokens=options["add_special_tokens"])
+    text, token_ids = read_prompt(prompt, tokenizer, None, add_special_tokens=options["add_special_tokens"])
     return {"prompt": text, "prompt_token_ids": token_ids}
 
 

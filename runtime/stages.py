@@ -129,10 +129,8 @@ def _check_stages(stages: int, blocks: int) -> None:
 
 
 def _block_counts(given: object) -> tuple[int, ...]:
-    if (
-        not isinstance(given, Sequence)
-        or isinstance(given, str | bytes)
-        or not all(isinstance(count, int) and not isinstance(count, bool) for count in given)
+    if not isinstance(given, Sequence) or not all(
+        isinstance(count, int) and not isinstance(count, bool) for count in given
     ):
         raise TopologyError(f"num_blocks_per_pp_stage is a list of integers such as [10, 20], got {given!r:.80}")
     return tuple(given)

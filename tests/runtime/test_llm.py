@@ -333,6 +333,7 @@ def test_replicas_and_batches_of_any_size_give_the_same_tokens(folder: Path, gre
 
 
 def test_buckets_are_limits(folder: Path) -> None:
+    assert [Bucket(1, 8).input_ids_size, Bucket(4, 32, 31).input_ids_size] == [8, 1]
     buckets = BucketConfig(prefill_buckets=(Bucket(1, 16),), decode_buckets=(Bucket(4, 24, 23), Bucket(2, 32)))
     with LLM(folder, bucket_config=buckets, skip_engine=True) as loaded:
         assert (loaded.model_max_seq_len, loaded.prompt_max_seq_len) == (32, 16)
