@@ -105,7 +105,10 @@ class LLM:
         Raises UnsupportedError for other models.
         """
         if self._encoder is not None:
-            raise UnsupportedError("generate API can only be used for generative models; this is an encoder: use embed")
+            raise UnsupportedError(
+                "generate API can only be used for generative models; this is an encoder: use embed, or `furiosa-llm "
+                "embed`; `furiosa-llm run` gives its outputs as they are"
+            )
         if self._seq2seq is not None:
             raise UnsupportedError("an encoder-decoder runs without an engine; use generate or stream_outputs")
         if self._core is None:
