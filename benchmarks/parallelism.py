@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from benchmarks import many_pes, second_replica
 from benchmarks.artifacts import artifact
@@ -22,7 +23,6 @@ from benchmarks.stepping import (
 )
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.batch import Decode, Prefill, Row, Runner
-from furiosa_llm.runtime.model_runner import LocalRunner
 from furiosa_llm.runtime.process_runner import ProcessHost
 from furiosa_llm.runtime.stages import choose_stages
 from furiosa_llm.runtime.tokenizer import Tokenizer
@@ -46,6 +46,12 @@ def bars() -> Iterator[Bar]:
 
 
 # -- pipeline ------------------------------------------------------------------------------------------------------
+
+
+class StagedRunner(Runner, Protocol):
+    """A runner that says how long each of its stages has been running."""
+
+    busy_seconds: list[float]
 
 
 @dataclass(slots=True)
@@ -93,7 +99,7 @@ def turns_milliseconds(micro_batches: Sequence[Served]) -> float:
     return (time.perf_counter() - started) / _STEPS * 1e3
 
 
-def pipelined_milliseconds(runner: LocalRunner, bubbles: Bubbles) -> float:
+def pipelined_milliseconds(runner: StagedRunner, bubbles: Bubbles) -> float:
     """Of one step of each micro-batch, one under way in every group all the time: a full pipeline, not its ends."""
     micro_batches = [Served(runner, rows=_ROWS, group=group) for group in range(runner.num_groups)]
     for one in micro_batches:

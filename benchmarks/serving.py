@@ -15,7 +15,7 @@ from benchmarks.bars import Bar
 from benchmarks.parity import PROMPTS
 from benchmarks.stepping import THREADS, alternate
 from furiosa_llm import LLM, SamplingParams
-from furiosa_llm.runtime.batch import Batch, Decode, Prefill
+from furiosa_llm.runtime.batch import Batch, Decode
 from furiosa_llm.runtime.engine_core import EngineCore, ModelLimits
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import RequestOutput
@@ -33,6 +33,7 @@ _MAX_LENGTH = 2048
 _PAGE_SIZE = 16
 _CANNED = 4
 """Different logits that an instant runner takes turns with, so that texts are no endless repetition of a token."""
+_PREFILL_ROWS = {"none": 0, "last": 1}
 
 
 def bars() -> Iterator[Bar]:
@@ -90,7 +91,10 @@ def _at_once(name: str, size: int) -> Bar:
 
 
 class InstantRunner:
-    """Takes no time for a batch: its logits were drawn before. `between` are the seconds between full decodes."""
+    """Takes no time for a batch: its logits were drawn before; it has none for every token of a prompt.
+
+    `between` are the seconds from the end of each full decode to the next one, if no other batch comes between them.
+    """
 
     num_groups = 1
 
@@ -108,7 +112,7 @@ class InstantRunner:
         full = isinstance(batch, Decode) and len(batch.rows) == self._rows
         if full and self._ended is not None:
             self.between.append(started - self._ended)
-        rows = len(batch.rows) if isinstance(batch, Decode) else _rows_of(batch)
+        rows = len(batch.rows) if isinstance(batch, Decode) else _PREFILL_ROWS[batch.logits]
         future: Future[Array] = Future()
         future.set_result(self._canned[self._count % _CANNED][:rows])
         self._count += 1
@@ -117,10 +121,6 @@ class InstantRunner:
 
     def close(self) -> None:
         """There is nothing to end."""
-
-
-def _rows_of(batch: Prefill) -> int:
-    return {"none": 0, "last": 1, "all": len(batch.tokens)}[batch.logits]
 
 
 def _overhead(how: str, tokenizer: Tokenizer, params: SamplingParams, *, limit: float | None) -> Bar:
