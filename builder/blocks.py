@@ -38,8 +38,9 @@ def levels(nodes: Sequence[ir.Node]) -> dict[ir.Value, int]:
 def find_blocks(graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, ShardedTensor]) -> list[BlockSpan]:
     """Cut the program behind collectives, at most once between two uses of different layers' states."""
     nodes = list(graph)
-    crossing = _crossings(nodes)
-    used = _states_used(nodes, states)
+    level = levels(nodes)
+    crossing = _crossings(nodes, level)
+    used = _states_used(nodes, states, level)
     last: dict[int, int] = {}
     for cut, values in crossing.items():
         if len(values) <= MAX_CROSSING and (not states or 0 < used[cut] < len(states)):
@@ -62,9 +63,8 @@ def find_blocks(graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, Sh
     return spans
 
 
-def _crossings(nodes: Sequence[ir.Node]) -> dict[int, list[str]]:
+def _crossings(nodes: Sequence[ir.Node], level: Mapping[ir.Value, int]) -> dict[int, list[str]]:
     """For every place behind a collective the values that cross it, but for those that follow from inputs alone."""
-    level = levels(nodes)
     last_use = {v: i for i, node in enumerate(nodes) for v in node.inputs if v is not None}
     alive: dict[ir.Value, int] = {}
     found: dict[int, list[str]] = {}
@@ -76,11 +76,21 @@ def _crossings(nodes: Sequence[ir.Node]) -> dict[int, list[str]]:
     return found
 
 
-def _states_used(nodes: Sequence[ir.Node], states: Sequence[str]) -> list[int]:
-    """For every place the number of states whose elements nodes before it have read."""
-    wanted, seen, counts = set(states), set[str](), [0]
+def _states_used(nodes: Sequence[ir.Node], states: Sequence[str], level: Mapping[ir.Value, int]) -> list[int]:
+    """For every place the number of states whose elements have met what collectives before it gave, or gone into one.
+
+    What is made of states and other inputs alone (a window of the past) can be made again where it is read.
+    """
+    behind = {state: frozenset((state,)) for state in states}
+    seen, counts = set[str](), [0]
     for node in nodes:
         if node.op_type != "Shape":
-            seen |= {str(v.name) for v in node.inputs if v is not None} & wanted
+            found = frozenset[str]().union(
+                *(behind.get(str(v.name), frozenset()) for v in node.inputs if v is not None)
+            )
+            if any(level[value] > 0 for value in node.outputs):
+                seen |= found
+            else:
+                behind.update({str(value.name): found for value in node.outputs})
         counts.append(len(seen))
     return counts

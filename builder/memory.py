@@ -36,7 +36,7 @@ class BlockMemory:
     weights: frozenset[str]
     """The stored tensors that it reads."""
     states: frozenset[str]
-    """The state inputs that it reads."""
+    """The state inputs whose next values it makes, and those that it reads and nothing makes."""
 
 
 class Memory:
@@ -110,14 +110,14 @@ class Memory:
     @functools.cached_property
     def blocks(self) -> list[BlockMemory]:
         """What each block keeps; stages are runs of blocks."""
+        next_of = {str(pair.output.name): str(pair.input.name) for pair in self._build.states.pairs}
+        kept_as_they_are = self.states_nbytes.keys() - next_of.values()
         found = []
         for nodes in self._block_nodes:
             read = {str(v.name) for node in nodes for v in node.inputs if v is not None}
-            found.append(
-                BlockMemory(
-                    weights=frozenset(read & self._tensors.keys()), states=frozenset(read & self.states_nbytes.keys())
-                )
-            )
+            made = {str(v.name) for node in nodes for v in node.outputs}
+            states = {next_of[name] for name in made & next_of.keys()} | (read & kept_as_they_are)
+            found.append(BlockMemory(weights=frozenset(read & self._tensors.keys()), states=frozenset(states)))
         return found
 
     def stages_nbytes(self, count: int) -> list[int] | None:

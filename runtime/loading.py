@@ -39,11 +39,12 @@ class StageProgram:
 class Traits:
     """What a model's steps may be. `rows`: how rows of unequal lengths are decoded together.
 
-    "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal; of "single" ones each
-    is a step. `selects`: logits are computed of wanted positions only.
+    "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal. `in_place`: states are
+    written where they are read. `selects`: logits are computed of wanted positions only.
     """
 
-    rows: Literal["ragged", "equal", "single"]
+    rows: Literal["ragged", "equal"]
+    in_place: bool
     selects: bool
 
 
@@ -110,10 +111,12 @@ def _serving(artifact: Artifact) -> tuple[ServingGraph, Traits]:
     longest = min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
     if serving.ragged and not rows_are_alone(serving, artifact, longest=longest):
         serving = serving_graph(artifact.program, manifest, ragged=False)
-    if serving.ragged:
-        return serving, Traits(rows="ragged", selects=serving.selects)
-    in_place = manifest.states and all(state.mode == "in_place" for state in manifest.states)
-    return serving, Traits(rows="equal" if in_place else "single", selects=serving.selects)
+    traits = Traits(
+        rows="ragged" if serving.ragged else "equal",
+        in_place=all(state.mode == "in_place" for state in manifest.states),
+        selects=serving.selects,
+    )
+    return serving, traits
 
 
 def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram], count: int) -> Lanes:

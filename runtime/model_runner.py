@@ -16,11 +16,12 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.batch import Batch
 from furiosa_llm.runtime.binding import BoundProgram
 from furiosa_llm.runtime.driver import Crew
-from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.loading import load_model
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.stages import Stage
@@ -71,6 +72,8 @@ class LocalRunner:
         self._doing: list[BoundProgram | None] = [None] * stages
         self.busy_seconds = [0.0] * stages
         """How long each stage has been running."""
+        self._closing = threading.Lock()
+        self._closed = False
         self._queues: list[SimpleQueue[tuple[Batch, Future[Array]] | None]] = [SimpleQueue() for _ in range(stages)]
         self._threads = [
             threading.Thread(target=self._serve, args=(group,), name=f"furiosa-group-{group}", daemon=True)
@@ -85,9 +88,12 @@ class LocalRunner:
         return len(self._groups)
 
     def submit(self, batch: Batch) -> Future[Array]:
-        """Starts `batch` and returns at once."""
+        """Starts `batch` and returns at once; raises ExecutionError if the runner is closed."""
         future: Future[Array] = Future()
-        self._queues[batch.group].put((batch, future))
+        with self._closing:
+            if self._closed:
+                raise ExecutionError("the runner is closed; make another one")
+            self._queues[batch.group].put((batch, future))
         return future
 
     def progress(self) -> str:
@@ -96,20 +102,27 @@ class LocalRunner:
         return "; ".join(doing) or "nothing is under way"
 
     def close(self) -> None:
-        """Ends the threads; a batch that is under way is finished first."""
-        for queue in self._queues:
-            queue.put(None)
+        """Ends the threads; batches that are under way are finished first."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                for queue in self._queues:
+                    queue.put(None)
         for thread in self._threads:
             thread.join(timeout=5)
 
     def _serve(self, group: int) -> None:
         while (entry := self._queues[group].get()) is not None:
             batch, future = entry
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 with self._crew.expect():
                     logits = self._groups[group].run(batch, self._occupy)
-            except Exception as error:  # noqa: BLE001 - whoever waits for the batch gets it
+            except FuriosaLLMError as error:
                 future.set_exception(error)
+            except Exception as error:  # noqa: BLE001 - whoever waits for the batch gets it
+                future.set_exception(_failed(batch, error))
             else:
                 future.set_result(logits)
 
@@ -123,3 +136,9 @@ class LocalRunner:
             finally:
                 self._doing[stage] = None
                 self.busy_seconds[stage] += time.perf_counter() - started
+
+
+def _failed(batch: Batch, error: Exception) -> ExecutionError:
+    found = ExecutionError(f"a batch of group {batch.group} failed: {type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found

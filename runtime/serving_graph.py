@@ -109,7 +109,7 @@ def _end_of(graph: GraphProto, logits: str) -> tuple[NodeProto, list[str]] | Non
         if len(moving) != 1 or len([made for made in node.output if made]) != 1:
             return None
         if node.op_type in _PRODUCTS and node.input[0] == moving[0]:
-            return node, behind
+            return None if _transposes(node) else (node, behind)
         if not _is_by_position(node):
             return None
         name = moving[0]
@@ -131,6 +131,11 @@ def _is_by_position(node: NodeProto) -> bool:
         dim = next((attribute.i for attribute in node.attribute if attribute.name == "dim"), None)
         return node.op_type == "AllReduce" or dim == 2
     return node.op_type in _ELEMENTWISE
+
+
+def _transposes(node: NodeProto) -> bool:
+    """Whether a product turns its first operand before it takes it: positions are then not where they seem to be."""
+    return any(attribute.name in ("transA", "transBatchA") and attribute.i for attribute in node.attribute)
 
 
 def _dims(value: ValueInfoProto) -> list[str]:
@@ -198,6 +203,8 @@ def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -
     if not serving.biases:
         return True
     model, inputs = _bias_model(serving, artifact)
+    if any(node.domain == COLLECTIVE_DOMAIN for node in model.graph.node):
+        return False
     session = onnxruntime.InferenceSession(model.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
 
     def biases(lengths: list[int]) -> list[Array]:

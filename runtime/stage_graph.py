@@ -1,7 +1,8 @@
 """Cuts a program into pipeline stages: the nodes of each, what crosses between them, and what each computes anew.
 
 A value that follows from the step's inputs alone (a mask, a rotary table) is computed anew in each stage that reads
-it, unless that takes a stored tensor of some size, or a state that another stage keeps: then it is sent.
+it, unless that takes a stored tensor of some size, or a state that another stage keeps: then it is sent. The size of a
+state can be told from any other of the same shape.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx import GraphProto, ModelProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
@@ -74,6 +75,8 @@ class _Cutting:
         )
         self._first = [0 if start is None else self._producer[start] + 1 for start in starts]
         self._waits = self._behind_collectives()
+        inputs = {value.name: value.type.tensor_type.shape.SerializeToString() for value in graph.input}
+        self._state_shapes = {state.input: inputs[state.input] for state in states}
 
     def run(self) -> tuple[StageGraph, ...]:
         """See `cut_stages`."""
@@ -108,7 +111,8 @@ class _Cutting:
         own = self._own(stage)
         positions = set(own)
         received: dict[str, None] = {}
-        states = {name for at in own for name in used_names(self._nodes[at])} & {s.input for s in self._states}
+        made = {name for at in own for name in self._nodes[at].output}
+        states = {state.input for state in self._states if state.output in made}
         pending = [name for at in own for name in used_names(self._nodes[at])]
         seen: set[str] = set()
         while pending:
@@ -124,7 +128,7 @@ class _Cutting:
         return sorted(positions), sorted(received, key=lambda name: self._producer[name])
 
     def _computed_anew(self, name: str, states: set[str]) -> set[int] | None:
-        """The nodes that `name` follows from, None if it is better sent."""
+        """The nodes that `name` follows from, None if it is better sent by a stage that has other than `states`."""
         positions: set[int] = set()
         read: set[str] = set()
         pending = [name]
@@ -135,7 +139,7 @@ class _Cutting:
             read.add(value)
             if value in self._producer:
                 positions.add(self._producer[value])
-                pending.extend(used_names(self._nodes[self._producer[value]]))
+                pending.extend(used_names(self._with_own_states(self._nodes[self._producer[value]], states)))
         if read & ({state.input for state in self._states} - states):
             return None
         largest = max((shard_nbytes(self._tensors[value]) for value in read & self._tensors.keys()), default=0)
@@ -145,11 +149,13 @@ class _Cutting:
         self, index: int, positions: Sequence[int], received: Mapping[str, int], sent: tuple[str, ...]
     ) -> StageGraph:
         source = self._model
-        nodes = [self._nodes[at] for at in positions]
-        read = {name for node in nodes for name in used_names(node)}
         own = {name for at in self._own(index) for name in self._nodes[at].output}
         outputs = [value.name for value in source.graph.output if value.name in own]
         states = tuple(state for state in self._states if state.output in own)
+        kept = {state.input for state in states}
+        nodes = [self._with_own_states(node, kept) for node in self._needed(positions, {*outputs, *sent})]
+        read = {name for node in nodes for name in used_names(node)}
+        received = {name: stage for name, stage in received.items() if name in read}
         foreign = {state.input for state in self._states if state not in states} & read
         if foreign:
             raise UnsupportedError(
@@ -172,6 +178,30 @@ class _Cutting:
             received=received,
             sent=sent,
         )
+
+    def _needed(self, positions: Sequence[int], wanted: set[str]) -> list[NodeProto]:
+        """The nodes that make what is `wanted`, and collectives, which every rank takes part in."""
+        nodes: list[NodeProto] = []
+        wanted = set(wanted)
+        for at in reversed(positions):
+            node = self._nodes[at]
+            if node.domain == COLLECTIVE_DOMAIN or wanted.intersection(node.output):
+                nodes.append(node)
+                wanted.update(used_names(node))
+        return nodes[::-1]
+
+    def _with_own_states(self, node: NodeProto, kept: set[str]) -> NodeProto:
+        """`node`, or if it takes the shape of a state that is not in `kept`, that of one that is and has the same."""
+        if node.op_type != "Shape" or node.input[0] in kept or node.input[0] not in self._state_shapes:
+            return node
+        shape = self._state_shapes[node.input[0]]
+        twin = min((name for name in kept if self._state_shapes[name] == shape), default=None)
+        if twin is None:
+            return node
+        own = NodeProto()
+        own.CopyFrom(node)
+        own.input[0] = twin
+        return own
 
     def _typed(self, name: str) -> ValueInfoProto:
         if name not in self._declared:

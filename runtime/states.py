@@ -84,8 +84,7 @@ class BindsStates(Protocol):
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
-    A step binds consecutive rows of it, as past and present at once. `generation` changes with the buffers. Rows that
-    no sequence has touched take no memory.
+    A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
     """
 
     def __init__(
@@ -98,12 +97,12 @@ class SlotStates:
         slots: int,
     ) -> None:
         empty = {"batch": slots, "past": 0, "total": 0}
-        self.generation = 0
         self._states = tuple(states)
         self._dtypes = dtypes
         self._shapes = {state.input: shape_of(shapes[state.input], empty) for state in states}
         self._ranks = tuple(ranks)
         self._capacity = 0
+        self._used = 0
         self._buffers: dict[tuple[int, str], Array] = {}
         self._views: dict[tuple[int, int], list[tuple[int, State, Tensor]]] = {}
 
@@ -112,12 +111,11 @@ class SlotStates:
         """The positions of each row."""
         return self._capacity
 
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` positions in every row, and keeps what there is."""
+    def reserve(self, length: int) -> bool:
+        """Makes room for `length` positions in every row, and keeps what there is; whether the buffers are new."""
         if length <= self._capacity:
-            return
+            return False
         old, self._capacity = self._capacity, grown_capacity(length, self._capacity)
-        self.generation += 1
         self._views.clear()
         for state in self._states:
             dim = state.sequence_dim
@@ -127,12 +125,14 @@ class SlotStates:
             for rank in self._ranks:
                 buffer = Block(array_nbytes(dtype, shape)).array(dtype, shape)
                 if old:
-                    kept = self._buffers[rank, state.input]
-                    buffer[(slice(None),) * dim + (slice(0, old),)] = kept
+                    kept = self._buffers[rank, state.input][: self._used]
+                    buffer[: self._used][(slice(None),) * dim + (slice(0, old),)] = kept
                 self._buffers[rank, state.input] = buffer
+        return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of slot `source` to slot `target`."""
+        self._used = max(self._used, target + 1)
         for state in self._states:
             where = (slice(None),) * (state.sequence_dim - 1) + (slice(0, length),)
             for rank in self._ranks:
@@ -141,6 +141,7 @@ class SlotStates:
 
     def bind(self, bound: BindsStates, first: int, count: int) -> None:
         """Binds the rows of slots [first, first + count) as past and present."""
+        self._used = max(self._used, first + count)
         for rank, state, tensor in self._rows(first, count):
             bound.bind_input(rank, state.input, tensor)
             bound.bind_output(rank, state.output, tensor)
@@ -156,8 +157,12 @@ class SlotStates:
         return self._views[key]
 
 
-class AppendedStates:
-    """States that a step appends to, for the sequences of a group, of which one is stepped at a time."""
+class StagedStates(SlotStates):
+    """States that a step appends to: rows of the same buffers, from which a step's past is taken as it is wanted.
+
+    A step binds a past and a present of their own, of exactly the lengths that the model declares; `finish` puts the
+    positions that the step has added where the next one finds them.
+    """
 
     def __init__(
         self,
@@ -168,72 +173,42 @@ class AppendedStates:
         ranks: Sequence[int],
         slots: int,
     ) -> None:
-        empty = {"batch": 1, "past": 0, "total": 0}
-        self._slots = [
-            [
-                _Appended(state, dtypes[state.input], shape_of(shapes[state.input], empty), rank)
-                for rank in ranks
-                for state in states
-            ]
-            for _ in range(slots)
-        ]
+        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots)
+        self._blocks: dict[tuple[int, str], Block] = {}
+        self._presents: list[tuple[State, Array, Array]] = []
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` positions of slot `source` to slot `target`."""
-        for taken, given in zip(self._slots[source], self._slots[target], strict=True):
-            given.take(taken.past, length)
+    def stage(self, bound: BindsStates, slots: Sequence[int], past: int, total: int) -> None:
+        """Binds the first `past` positions of `slots`, for a step that ends at `total` in all of them."""
+        self._presents = []
+        for state in self._states:
+            for rank in self._ranks:
+                buffer = self._buffers[rank, state.input]
+                taken = self._array(rank, state, state.input, len(slots), past)
+                made = self._array(rank, state, state.output, len(slots), total)
+                where = (slice(None),) * (state.sequence_dim - 1) + (slice(0, past),)
+                for row, slot in enumerate(slots):
+                    taken[row] = buffer[slot][where]
+                dtype = self._dtypes[state.input]
+                bound.bind_input(rank, state.input, wrap(taken, dtype))
+                bound.bind_output(rank, state.output, wrap(made, dtype))
+                self._presents.append((state, buffer, made))
+        self._used = max(self._used, *(slot + 1 for slot in slots))
 
-    def bind(self, bound: BindsStates, slot: int, past: int, total: int) -> None:
-        """Binds slot `slot`, cut to `past` positions, for a step that ends at `total`."""
-        for one in self._slots[slot]:
-            if one.past.shape[one.state.sequence_dim] != past:
-                one.take(one.past, past)
-            one.reserve(total)
-            bound.bind_input(one.rank, one.state.input, wrap(one.past, one.dtype))
-            bound.bind_output(one.rank, one.state.output, wrap(one.advance(total), one.dtype))
+    def finish(self, slots: Sequence[int], past: int, total: int) -> None:
+        """Keeps what the step that was staged has added."""
+        for state, buffer, made in self._presents:
+            where = (slice(None),) * (state.sequence_dim - 1) + (slice(past, total),)
+            for row, slot in enumerate(slots):
+                buffer[slot][where] = made[row][where]
 
-
-class _Appended:
-    """One state of one slot on one rank: two buffers, between which past and present alternate."""
-
-    __slots__ = ("_capacity", "_flat", "_shape", "dtype", "past", "rank", "state")
-
-    def __init__(self, state: State, dtype: str, shape: tuple[int, ...], rank: int) -> None:
-        self.state, self.dtype, self.rank = state, dtype, rank
-        self._shape = shape
-        self._capacity = 0
-        self._flat = self._allocate()
-        self.past = self._view(0)
-
-    def take(self, source: Array, length: int) -> None:
-        """Makes the first `length` positions of `source` the past."""
-        self.reserve(length)
-        valid = source[(slice(None),) * self.state.sequence_dim + (slice(0, length),)]
-        self.advance(length)[...] = valid
-
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` positions and keeps the past."""
-        if length > self._capacity:
-            kept = self.past
-            self._capacity = grown_capacity(length, self._capacity)
-            self._flat = self._allocate()
-            self.past = self._view(kept.shape[self.state.sequence_dim])
-            self.past[...] = kept
-
-    def advance(self, total: int) -> Array:
-        """The place for a present of `total` positions, which is the past of the next step."""
-        self._flat.reverse()
-        self.past = self._view(total)
-        return self.past
-
-    def _allocate(self) -> list[Array]:
-        shape = (math.prod(self._at(self._capacity)),)
-        return [Block(array_nbytes(self.dtype, shape)).array(self.dtype, shape) for _ in range(2)]
-
-    def _view(self, length: int) -> Array:
-        shape = self._at(length)
-        return self._flat[0][: math.prod(shape)].reshape(shape)
-
-    def _at(self, length: int) -> tuple[int, ...]:
-        dim = self.state.sequence_dim
-        return (*self._shape[:dim], length, *self._shape[dim + 1 :])
+    def _array(self, rank: int, state: State, name: str, rows: int, length: int) -> Array:
+        """Memory for a state of `rows` sequences of `length` positions, used again for the next step."""
+        dim = state.sequence_dim
+        one = self._shapes[state.input]
+        shape = (rows, *one[1:dim], length, *one[dim + 1 :])
+        dtype = self._dtypes[state.input]
+        nbytes = array_nbytes(dtype, shape)
+        block = self._blocks.get((rank, name))
+        if block is None or block.nbytes < nbytes:
+            block = self._blocks[rank, name] = Block(nbytes + nbytes // 2)
+        return block.array(dtype, shape)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from furiosa_llm.runtime.artifact.dimensions import GROWING
-from furiosa_llm.runtime.batch import Batch, Prefill
+from furiosa_llm.runtime.batch import Batch, Decode, Prefill
 from furiosa_llm.runtime.binding import Allocate, BoundProgram, RunsLanes, private_block
 from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.loading import LoadedModel, StageProgram, Traits
+from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.serving_graph import LAST_POSITIONS, WANTED
-from furiosa_llm.runtime.states import AppendedStates, SlotStates
+from furiosa_llm.runtime.states import SlotStates, StagedStates
 
 Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 """`occupy(stage, bound)` is entered while a batch runs on a stage."""
@@ -23,9 +24,13 @@ Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One run of the model: `token_ids` [rows, sequence] behind `starts`, in `rows` slots from `slot` on."""
+    """One run of the model: `token_ids` [sequences, new tokens] behind `starts` tokens, of sequences in `slots`.
 
-    slot: int
+    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted.
+    """
+
+    slots: tuple[int, ...]
+    rows: tuple[int, ...]
     token_ids: TokenIds
     starts: tuple[int, ...]
     wanted: tuple[int, ...]
@@ -45,26 +50,39 @@ class Step:
 
 
 def steps_of(batch: Batch, traits: Traits) -> list[Step]:
-    """The runs of the model that make up `batch`, in the order of its rows."""
+    """The runs of the model that make up `batch`."""
     if isinstance(batch, Prefill):
         count = len(batch.tokens)
         wanted = tuple(range(count)) if batch.logits == "all" else (count - 1,)
-        return [_step(batch.slot, [batch.tokens], (batch.start,), wanted)]
-    starts = [row.start for row in batch.rows]
+        token_ids = np.array([batch.tokens], dtype=np.int64)
+        return [Step(slots=(batch.slot,), rows=(), token_ids=token_ids, starts=(batch.start,), wanted=wanted)]
     if traits.rows == "ragged":
-        ends = [len(starts)]
-    elif traits.rows == "equal":
-        ends = [i for i in range(1, len(starts)) if starts[i] != starts[i - 1]] + [len(starts)]
-    else:
-        ends = list(range(1, len(starts) + 1))
-    return [
-        _step(first, [(row.token,) for row in batch.rows[first:end]], tuple(starts[first:end]), (0,))
-        for first, end in zip([0, *ends], ends, strict=False)
-    ]
+        return [_decode(batch, range(len(batch.rows)))]
+    by_start: dict[int, list[int]] = {}
+    for index, row in enumerate(batch.rows):
+        by_start.setdefault(row.start, []).append(index)
+    return [_decode(batch, run) for rows in by_start.values() for run in (_runs(rows) if traits.in_place else [rows])]
 
 
-def _step(slot: int, tokens: Sequence[Sequence[int]], starts: tuple[int, ...], wanted: tuple[int, ...]) -> Step:
-    return Step(slot=slot, token_ids=np.array(tokens, dtype=np.int64), starts=starts, wanted=wanted)
+def _decode(batch: Decode, rows: Sequence[int]) -> Step:
+    return Step(
+        slots=tuple(rows),
+        rows=tuple(rows),
+        token_ids=np.array([[batch.rows[row].token] for row in rows], dtype=np.int64),
+        starts=tuple(batch.rows[row].start for row in rows),
+        wanted=(0,),
+    )
+
+
+def _runs(rows: Sequence[int]) -> list[list[int]]:
+    """`rows`, ascending, as runs of consecutive ones."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
 
 
 def own_ranks(model: LoadedModel, program: StageProgram) -> tuple[int, ...]:
@@ -77,7 +95,7 @@ class _Use:
 
     def __init__(self, model: LoadedModel, program: StageProgram, crew: RunsLanes, allocate: Allocate) -> None:
         graph = program.graph
-        self.states_bound: tuple[int, int, int] | None = None
+        self.states_bound: tuple[int, int] | None = None
         self.bound = BoundProgram(
             program.lanes,
             program.sessions,
@@ -117,16 +135,16 @@ class StageMemory:
         self._program = program
         self._crew = crew
         self._allocate = allocate
-        states = program.graph.states
-        kind = SlotStates if all(state.mode == "in_place" for state in states) else AppendedStates
-        self._states: SlotStates | AppendedStates = kind(
-            states,
+        kind = SlotStates if model.traits.in_place else StagedStates
+        self._states = kind(
+            program.graph.states,
             {info.name: info.dtype for info in model.interface.inputs},
             model.interface.state_shapes,
             ranks=own_ranks(model, program),
             slots=slots,
         )
         self._uses: dict[tuple[int, bool], _Use] = {}
+        self._blocks: dict[int, Block] = {}
 
     def copy(self, batch: Batch) -> None:
         """Makes the copies between slots that come before `batch`."""
@@ -138,19 +156,35 @@ class StageMemory:
         rows, sequence = step.token_ids.shape
         key = (rows, sequence == 1)
         if key not in self._uses:
-            self._uses[key] = _Use(self._model, self._program, self._crew, self._allocate)
+            self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block)
         use = self._uses[key]
         use.prepare(step, earlier)
-        total = max(step.starts) + sequence
-        if isinstance(self._states, SlotStates):
-            self._states.reserve(total)
-            place = (step.slot, rows, self._states.generation)
-            if use.states_bound != place:
-                self._states.bind(use.bound, step.slot, rows)
-                use.states_bound = place
-        else:
-            self._states.bind(use.bound, step.slot, step.starts[0], total)
+        grown = self._states.reserve(step.sizes["total"])
+        if isinstance(self._states, StagedStates):
+            self._states.stage(use.bound, step.slots, step.sizes["past"], step.sizes["total"])
+            return use
+        if grown:
+            # Uses keep what is bound to them, and would keep the buffers that there were before.
+            for other in self._uses.values():
+                if other.states_bound is not None:
+                    self._states.bind(other.bound, *other.states_bound)
+        place = (step.slots[0], rows)
+        if use.states_bound != place:
+            self._states.bind(use.bound, *place)
+            use.states_bound = place
         return use
+
+    def _shared_block(self, lane: int, nbytes: int) -> Block:
+        """The memory of a lane's values, the same for all uses: one of them runs at a time."""
+        block = self._blocks.get(lane)
+        if block is None or block.nbytes < nbytes:
+            block = self._blocks[lane] = self._allocate(lane, nbytes + nbytes // 2)
+        return block
+
+    def finish(self, step: Step) -> None:
+        """Keeps what `step`, which has run, has added to the states."""
+        if isinstance(self._states, StagedStates):
+            self._states.finish(step.slots, step.sizes["past"], step.sizes["total"])
 
 
 class Group:
@@ -171,10 +205,17 @@ class Group:
             memory.copy(batch)
         steps = steps_of(batch, self._model.traits)
         if len(steps) == 1:
-            whole = self._step(steps[0], occupy)
-        else:
-            whole = np.concatenate([self._step(step, occupy).copy() for step in steps])
-        return whole[:0] if isinstance(batch, Prefill) and batch.logits == "none" else whole
+            logits = self._step(steps[0], occupy)
+            return logits[:0] if isinstance(batch, Prefill) and batch.logits == "none" else logits
+        whole: Array | None = None
+        for step in steps:
+            logits = self._step(step, occupy)
+            if whole is None:
+                whole = np.empty((sum(len(one.rows) for one in steps), logits.shape[1]), dtype=logits.dtype)
+            if logits.size:
+                whole[list(step.rows)] = logits
+        assert whole is not None, "a batch of no step"
+        return whole
 
     def _step(self, step: Step, occupy: Occupy) -> Array:
         uses: list[_Use] = []
@@ -182,6 +223,7 @@ class Group:
             use = memory.use(step, uses)
             with occupy(stage, use.bound):
                 use.bound.run()
+            memory.finish(step)
             uses.append(use)
         if 0 not in self._model.own:
             return np.empty((0, 0), dtype=np.float32)
