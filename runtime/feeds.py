@@ -39,17 +39,20 @@ class StepFeeds:
         self._kept: dict[str, Array] = {}
         self._ones: dict[str, Array] = {}
 
-    def update(self, token_ids: TokenIds, past: int | Sequence[int]) -> Iterator[tuple[str, Array]]:
+    def update(
+        self, token_ids: TokenIds, past: int | Sequence[int], *, cached: int | None = None
+    ) -> Iterator[tuple[str, Array]]:
         """Writes the inputs of the step that adds `token_ids` [batch, sequence] to `past` tokens, one number or by row.
 
         Yields name and array of those whose array is another than in the last step. Where rows have unequal lengths
-        the mask of a shorter one ends in zeros.
+        the mask of a shorter one ends in zeros. The mask is of `cached` earlier positions, if not of all of them.
         """
         batch, sequence = token_ids.shape
         starts = np.broadcast_to(np.asarray(past, dtype=np.int64), (batch,))
         for info in self._infos:
             if info.role == "attention_mask":
-                yield info.name, self._mask(info, starts + sequence)
+                behind = starts if cached is None else np.full_like(starts, cached)
+                yield info.name, self._mask(info, behind + sequence)
                 continue
             array = self._kept.get(info.name)
             if array is None or array.shape != token_ids.shape:

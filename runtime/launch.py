@@ -204,7 +204,9 @@ def _limits(
         page_size=PAGE_SIZE,
         max_length=min(max_length or capacity, capacity),
         prefill_chunk_size=workload.prefill_chunk_size,
-        prefix_caching=scheduler.enable_prefix_caching,
+        # Of states that are appended to, not every position need be kept: a window may have cut some off.
+        prefix_caching=scheduler.enable_prefix_caching
+        and all(state.mode == "in_place" for state in artifact.manifest.states),
     )
     return limits, scheduling
 

@@ -80,6 +80,8 @@ class BindsStates(Protocol):
 
     def bind_output(self, rank: int, name: str, tensor: Tensor) -> None: ...  # noqa: D102
 
+    def array(self, rank: int, name: str) -> Array: ...  # noqa: D102
+
 
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
@@ -160,8 +162,10 @@ class SlotStates:
 class StagedStates(SlotStates):
     """States that a step appends to: rows of the same buffers, from which a step's past is taken as it is wanted.
 
-    A step binds a past and a present of their own, of exactly the lengths that the model declares; `finish` puts the
-    positions that the step has added where the next one finds them.
+    A step binds a past of its own, of exactly the length that the model declares, and onnxruntime allocates the
+    present: a model that looks back over a window cuts it to that. Such a model is given no longer past than it gave,
+    as if the window were all there is. `finish` puts the positions that the step has added where the next one finds
+    them; those that were cut off are not kept, and never read again.
     """
 
     def __init__(
@@ -175,40 +179,49 @@ class StagedStates(SlotStates):
     ) -> None:
         super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots)
         self._blocks: dict[tuple[int, str], Block] = {}
-        self._presents: list[tuple[State, Array, Array]] = []
+        self._windows: dict[str, int] = {}
 
-    def stage(self, bound: BindsStates, slots: Sequence[int], past: int, total: int) -> None:
-        """Binds the first `past` positions of `slots`, for a step that ends at `total` in all of them."""
-        self._presents = []
+    def cached(self, past: int) -> int:
+        """How many of `past` positions a step is given, of the state that keeps most."""
+        return max((min(past, self._windows.get(state.input, past)) for state in self._states), default=past)
+
+    def stage(self, bound: BindsStates, slots: Sequence[int], past: int) -> None:
+        """Binds the `past` positions of `slots`, or as many of the last as the model looks back on."""
         for state in self._states:
+            given = min(past, self._windows.get(state.input, past))
+            where = (slice(None),) * (state.sequence_dim - 1) + (slice(past - given, past),)
             for rank in self._ranks:
                 buffer = self._buffers[rank, state.input]
-                taken = self._array(rank, state, state.input, len(slots), past)
-                made = self._array(rank, state, state.output, len(slots), total)
-                where = (slice(None),) * (state.sequence_dim - 1) + (slice(0, past),)
+                taken = self._past(rank, state, len(slots), given)
                 for row, slot in enumerate(slots):
                     taken[row] = buffer[slot][where]
-                dtype = self._dtypes[state.input]
-                bound.bind_input(rank, state.input, wrap(taken, dtype))
-                bound.bind_output(rank, state.output, wrap(made, dtype))
-                self._presents.append((state, buffer, made))
+                bound.bind_input(rank, state.input, wrap(taken, self._dtypes[state.input]))
         self._used = max(self._used, *(slot + 1 for slot in slots))
 
-    def finish(self, slots: Sequence[int], past: int, total: int) -> None:
-        """Keeps what the step that was staged has added."""
-        for state, buffer, made in self._presents:
-            where = (slice(None),) * (state.sequence_dim - 1) + (slice(past, total),)
-            for row, slot in enumerate(slots):
-                buffer[slot][where] = made[row][where]
+    def finish(self, bound: BindsStates, slots: Sequence[int], past: int, total: int) -> None:
+        """Keeps what a step from `past` to `total` positions has added, as far as it gives it."""
+        for state in self._states:
+            dim = state.sequence_dim - 1
+            whole = min(past, self._windows.get(state.input, past)) + total - past
+            for rank in self._ranks:
+                made = bound.array(rank, state.output)
+                length = made.shape[state.sequence_dim]
+                if length < whole:
+                    self._windows[state.input] = length
+                added = min(total - past, length)
+                source = (slice(None),) * dim + (slice(length - added, length),)
+                target = (slice(None),) * dim + (slice(total - added, total),)
+                for row, slot in enumerate(slots):
+                    self._buffers[rank, state.input][slot][target] = made[row][source]
 
-    def _array(self, rank: int, state: State, name: str, rows: int, length: int) -> Array:
-        """Memory for a state of `rows` sequences of `length` positions, used again for the next step."""
+    def _past(self, rank: int, state: State, rows: int, length: int) -> Array:
+        """Memory for the past of `rows` sequences of `length` positions, used again for the next step."""
         dim = state.sequence_dim
         one = self._shapes[state.input]
         shape = (rows, *one[1:dim], length, *one[dim + 1 :])
         dtype = self._dtypes[state.input]
         nbytes = array_nbytes(dtype, shape)
-        block = self._blocks.get((rank, name))
+        block = self._blocks.get((rank, state.input))
         if block is None or block.nbytes < nbytes:
-            block = self._blocks[rank, name] = Block(nbytes + nbytes // 2)
+            block = self._blocks[rank, state.input] = Block(nbytes + nbytes // 2)
         return block.array(dtype, shape)

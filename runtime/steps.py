@@ -15,6 +15,7 @@ from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.loading import LoadedModel, StageProgram, Traits
 from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.program import growing_values
 from furiosa_llm.runtime.serving_graph import LAST_POSITIONS, WANTED
 from furiosa_llm.runtime.states import SlotStates, StagedStates
 
@@ -35,16 +36,14 @@ class Step:
     starts: tuple[int, ...]
     wanted: tuple[int, ...]
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The sizes of the step's dynamic dimensions."""
+    def sizes(self, cached: int) -> dict[str, int]:
+        """The sizes of the step's dynamic dimensions, behind `cached` positions."""
         batch, sequence = self.token_ids.shape
-        past = max(self.starts)
         return {
             "batch": batch,
             "sequence": sequence,
-            "past": past,
-            "total": past + sequence,
+            "past": cached,
+            "total": cached + sequence,
             "wanted": len(self.wanted),
         }
 
@@ -96,11 +95,16 @@ class _Use:
     def __init__(self, model: LoadedModel, program: StageProgram, crew: RunsLanes, allocate: Allocate) -> None:
         graph = program.graph
         self.states_bound: tuple[int, int] | None = None
+        presents = frozenset(state.output for state in graph.states)
+        in_place = model.traits.in_place
+        # A window may cut what grows: then its shape is another than the program says, from some length on.
+        unknown = presents | growing_values(program.lanes.program, GROWING)
         self.bound = BoundProgram(
             program.lanes,
             program.sessions,
             crew,
-            external=frozenset(state.output for state in graph.states),
+            external=presents if in_place else frozenset(),
+            unbound=frozenset() if in_place else unknown,
             growing=GROWING,
             own=model.own,
             allocate=allocate,
@@ -110,10 +114,10 @@ class _Use:
         self._received = graph.received
         self._ranks = own_ranks(model, program)
 
-    def prepare(self, step: Step, earlier: Sequence[_Use]) -> None:
-        """Gives everything but the states its place for `step`."""
-        self.bound.resize(step.sizes)
-        for name, array in self._feeds.update(step.token_ids, step.starts):
+    def prepare(self, step: Step, cached: int | None, earlier: Sequence[_Use]) -> None:
+        """Gives everything but the states its place for `step`, of whose past `cached` positions are there, or all."""
+        self.bound.resize(step.sizes(max(step.starts) if cached is None else cached))
+        for name, array in self._feeds.update(step.token_ids, step.starts, cached=cached):
             self.bound.bind_shared(name, array)
         if WANTED in self._read:
             self.bound.bind_shared(WANTED, np.array(step.wanted, dtype=np.int64))
@@ -158,11 +162,13 @@ class StageMemory:
         if key not in self._uses:
             self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block)
         use = self._uses[key]
-        use.prepare(step, earlier)
-        grown = self._states.reserve(step.sizes["total"])
+        past = max(step.starts)
+        grown = self._states.reserve(past + sequence)
         if isinstance(self._states, StagedStates):
-            self._states.stage(use.bound, step.slots, step.sizes["past"], step.sizes["total"])
+            use.prepare(step, self._states.cached(past), earlier)
+            self._states.stage(use.bound, step.slots, past)
             return use
+        use.prepare(step, None, earlier)
         if grown:
             # Uses keep what is bound to them, and would keep the buffers that there were before.
             for other in self._uses.values():
@@ -181,10 +187,11 @@ class StageMemory:
             block = self._blocks[lane] = self._allocate(lane, nbytes + nbytes // 2)
         return block
 
-    def finish(self, step: Step) -> None:
+    def finish(self, step: Step, use: _Use) -> None:
         """Keeps what `step`, which has run, has added to the states."""
         if isinstance(self._states, StagedStates):
-            self._states.finish(step.slots, step.sizes["past"], step.sizes["total"])
+            past = step.starts[0]
+            self._states.finish(use.bound, step.slots, past, past + step.token_ids.shape[1])
 
 
 class Group:
@@ -223,7 +230,7 @@ class Group:
             use = memory.use(step, uses)
             with occupy(stage, use.bound):
                 use.bound.run()
-            memory.finish(step)
+            memory.finish(step, use)
             uses.append(use)
         if 0 not in self._model.own:
             return np.empty((0, 0), dtype=np.float32)

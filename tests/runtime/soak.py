@@ -29,9 +29,10 @@ import numpy as np
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.engine import LLMEngine
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
+from furiosa_llm.runtime.engine_core import EngineCore, Handle
 from furiosa_llm.runtime.llm import LLM
 from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.replica import Replica
 from furiosa_llm.runtime.request_table import Sink
 from furiosa_llm.runtime.sampling_params import SamplingParams

@@ -26,6 +26,7 @@ from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.loading import Traits
 from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.model_runner import Host, LocalRunner
+from furiosa_llm.runtime.reference import ReferenceModel
 from furiosa_llm.runtime.stages import choose_stages
 from furiosa_llm.runtime.states import CAPACITY_STEP
 from furiosa_llm.runtime.steps import steps_of
@@ -527,4 +528,35 @@ def test_which_rows_are_stepped_together(traits: Traits, expected: list[tuple[in
         assert step.starts == tuple(starts[row] for row in step.rows)
         assert step.token_ids.tolist() == [[10 + row] for row in step.rows]
         assert step.wanted == (0,)
-    assert steps[0].sizes == {"batch": len(expected[0]), "sequence": 1, "past": 5, "total": 6, "wanted": 1}
+    assert steps[0].sizes(5) == {"batch": len(expected[0]), "sequence": 1, "past": 5, "total": 6, "wanted": 1}
+
+
+@pytest.mark.parametrize(("chunk", "stages"), [(1000, 1), (40, 2), (20, 1)])
+def test_beyond_the_window_that_a_model_cuts_its_cache_to(
+    chunk: int, stages: int, zoo_artifact: ZooArtifact, zoo: Path
+) -> None:
+    """The cache of tiny-mistral holds 63 positions; the unsplit model reads all tokens anew, without a cache."""
+    name = "tiny-mistral-dynamo-tf5"
+    artifact = zoo_artifact(name)
+    manifest = artifact.manifest
+    reference = ReferenceModel(
+        zoo / name / "model.onnx", inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states
+    )
+    past = {s.input: np.zeros((1, 2, 0, 16), dtype=np.float32) for s in manifest.states}
+    rows = [Stepped(slot, np.random.default_rng(slot).integers(1, 1000, n).tolist()) for slot, n in ((0, 90), (1, 58))]
+    with Host(artifact, choose_stages(artifact, pipeline_parallel_size=stages), threads=2) as host:
+        runner = host.runner(slots_per_group=2)
+        for one in rows:
+            prefill(runner, one, chunk=chunk)
+        for _ in range(12):
+            decode(runner, rows)
+        runner.close()
+    for one in rows:
+        tokens = np.array([one.tokens[:-1]])
+        feeds = {
+            "input_ids": tokens,
+            "attention_mask": np.ones_like(tokens),
+            "position_ids": np.arange(tokens.size)[None],
+        }
+        expected = reference.run(feeds | past)["logits"][0, -13:]
+        np.testing.assert_allclose(np.array(one.logits), expected, atol=1e-5)

@@ -29,12 +29,16 @@ class Bound:
     def __init__(self) -> None:
         self.inputs: dict[tuple[int, str], Tensor] = {}
         self.outputs: dict[tuple[int, str], Tensor] = {}
+        self.made: dict[tuple[int, str], Array] = {}
 
     def bind_input(self, rank: int, name: str, tensor: Tensor) -> None:
         self.inputs[rank, name] = tensor
 
     def bind_output(self, rank: int, name: str, tensor: Tensor) -> None:
         self.outputs[rank, name] = tensor
+
+    def array(self, rank: int, name: str) -> Array:
+        return self.made[rank, name]
 
 
 def slots(count: int, ranks: Sequence[int] = (0, 1)) -> SlotStates:
@@ -145,19 +149,21 @@ def staged(count: int) -> StagedStates:
     return StagedStates(APPEND, DTYPES, SHAPES, ranks=(0,), slots=count)
 
 
-def step(states: StagedStates, slots: Sequence[int], past: int, total: int) -> Array:
-    """The past that a step reads; it writes a present whose new positions hold their slots' numbers."""
+def step(states: StagedStates, slots: Sequence[int], past: int, total: int, window: int = 10**6) -> Array:
+    """The past that a step reads; it makes a present whose new positions hold their slots' numbers."""
     bound = Bound()
     states.reserve(total)
-    states.stage(bound, slots, past, total)
-    given, made = bound.inputs[0, "past.key"].array, bound.outputs[0, "present.key"].array
-    assert given.shape == (len(slots), 2, past, 3)
-    assert made.shape == (len(slots), 2, total, 3)
-    assert not np.shares_memory(given, made)
-    made[:, :, :past] = given
+    states.stage(bound, slots, past)
+    given = bound.inputs[0, "past.key"].array
+    cached = min(past, window)
+    assert states.cached(past) == cached
+    assert given.shape == (len(slots), 2, cached, 3)
+    made = np.empty((len(slots), 2, cached + total - past, 3), dtype=np.float32)
+    made[:, :, :cached] = given
     for row, slot in enumerate(slots):
-        made[row, :, past:] = (1000 * slot + np.arange(past, total))[:, None]
-    states.finish(slots, past, total)
+        made[row, :, cached:] = (1000 * slot + np.arange(past, total))[:, None]
+    bound.made[0, "present.key"] = made[:, :, -window:]
+    states.finish(bound, slots, past, total)
     return given.copy()
 
 
@@ -203,3 +209,15 @@ def test_an_appended_state_is_copied() -> None:
     assert np.array_equal(step(states, [1], 5, 6)[0], numbered(2, 5))
     assert np.array_equal(step(states, [0], 7, 8)[0], numbered(2, 7))
     assert np.array_equal(step(states, [2], 8, 9)[0], numbered(2, 8))
+
+
+def test_a_window_is_all_that_is_given_again() -> None:
+    states = staged(2)
+    step(states, [1], 0, 5, window=8)
+    assert states.cached(100) == 100
+    step(states, [1], 5, 20, window=8)
+    assert states.cached(100) == 8
+    (given,) = step(states, [1], 20, 21, window=8)
+    assert np.array_equal(given, numbered(1, 20)[:, 12:])
+    (given,) = step(states, [1], 21, 24, window=8)
+    assert np.array_equal(given, numbered(1, 21)[:, 13:])
