@@ -16,6 +16,7 @@ from benchmarks.bars import Bar
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.batch import Decode, Prefill, Row, Runner, WantedLogits
 from furiosa_llm.runtime.decoder import DecoderSession
+from furiosa_llm.runtime.engine_args import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.model_runner import Host, LocalRunner
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.reference import ReferenceModel
@@ -54,19 +55,20 @@ class Served:
         self._length = 0
 
     def prefill(self, count: int) -> None:
-        """Forgets all and steps `count` tokens of each sequence, one sequence after another."""
+        """Forgets all and steps `count` tokens of each sequence, in the chunks of an engine, one after another."""
         self._length = count
         for slot in range(self._rows):
-            batch = Prefill(
-                group=self._group,
-                copies=(),
-                sequence_id=slot,
-                slot=slot,
-                start=0,
-                tokens=tuple(range(1, count + 1)),
-                logits=self._logits,
-            )
-            self._runner.submit(batch).result()
+            for start in range(0, count, DEFAULT_CHUNK_SIZE):
+                batch = Prefill(
+                    group=self._group,
+                    copies=(),
+                    sequence_id=slot,
+                    slot=slot,
+                    start=start,
+                    tokens=tuple(range(start + 1, min(start + DEFAULT_CHUNK_SIZE, count) + 1)),
+                    logits=self._logits,
+                )
+                self._runner.submit(batch).result()
 
     def start(self) -> Future[Array]:
         """Starts a step of one token of each sequence."""

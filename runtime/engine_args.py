@@ -14,7 +14,7 @@ from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 DEFAULT_BATCH_SIZE = 16
-DEFAULT_CHUNK_SIZE = 512
+DEFAULT_CHUNK_SIZE = 256
 
 _COUNTS = (
     "pipeline_parallel_size",
@@ -59,7 +59,7 @@ class SchedulerConfig:
     max_processing_samples: the most sequences that run at once; `max_batch_size` is the lower limit as a rule.
     spare_blocks_ratio: share of the KV cache's pages that is left unused, in [0, 1).
     is_offline: has no effect, as requests that wait for nothing and requests that trickle in are scheduled alike.
-    prefill_chunk_size: longer prompts are computed in pieces of so many tokens, between which others decode; None: 512.
+    prefill_chunk_size: longer prompts are computed in pieces of so many tokens, between which others decode; None: 256.
     enable_prefix_caching: prompts that begin like an earlier one take its KV over.
     """
 
