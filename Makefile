@@ -73,6 +73,22 @@ fuzz-loader: $(INSTALLED) ## damaged models: refused by name, or built and compa
 fuzz-artifact: $(INSTALLED) ## damaged artifacts: refused by name, or the same as before (SECONDS=600)
 	$(BIN)/python -m tests.runtime.fuzz_artifact --seconds $(SECONDS)
 
+TRACES ?= 10000
+
+.PHONY: fuzz-scheduler
+fuzz-scheduler: $(INSTALLED) ## random traces of the scheduler against a simulated KV store (TRACES=10000)
+	$(BIN)/python -m tests.runtime.fuzz_scheduler --traces $(TRACES)
+
+REQUESTS ?= 2000
+
+.PHONY: soak
+soak: $(INSTALLED) ## random requests and aborts with little memory: each answered once, nothing leaks (REQUESTS=2000)
+	$(BIN)/python -m tests.runtime.soak --requests $(REQUESTS)
+
+.PHONY: same-tokens
+same-tokens: $(INSTALLED) ## SmolLM2's tokens in every combination of sizes, chunks, caches, preemptions and processes
+	$(BIN)/python -m tests.runtime.same_tokens --all
+
 KILLS ?= 50
 
 .PHONY: kill-campaign
@@ -85,7 +101,7 @@ bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write a
 	$(BIN)/python -m benchmarks.artifact
 
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact kill-campaign bench bench-artifact ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \
