@@ -36,13 +36,17 @@ def render(
     chat_template: str | None,
     add_generation_prompt: bool,
     continue_final_message: bool,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt for a conversation; with `continue_final_message` it ends with the last message's own words."""
+    """The prompt for a conversation; with `continue_final_message` it ends with the last message's own words.
+
+    `variables` are what else the chat template may look at.
+    """
     if add_generation_prompt and continue_final_message:
         raise InputError("add_generation_prompt and continue_final_message exclude each other; leave one False")
     plain = [{**message, "content": _text(message["content"])} for message in conversation]
     prompt = tokenizer.apply_chat_template(
-        plain, chat_template=chat_template, add_generation_prompt=add_generation_prompt
+        plain, chat_template=chat_template, add_generation_prompt=add_generation_prompt, variables=variables
     )
     if not continue_final_message:
         return prompt

@@ -129,10 +129,16 @@ class Tokenizer:
         return not (skip_special_tokens and token_id in self.special_ids) and self.id_to_token(token_id) is not None
 
     def apply_chat_template(
-        self, messages: Sequence[Message], *, chat_template: str | None = None, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for `messages`, each with `role` and `content`, as the chat template writes it.
 
+        `variables` are what else the template may look at, such as `tools`; they hide the tokenizer's special tokens.
         Raises TokenizerError if there is no template, or if it refuses the messages.
         """
         template = chat_template or self.chat_template
@@ -143,7 +149,14 @@ class Tokenizer:
         special = {key: _token_text(value) for key, value in self._config.items() if key.endswith("_token")}
         try:
             compiled = _environment().from_string(template)
-            return compiled.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **special)
+            return compiled.render(
+                {
+                    **special,
+                    **(variables or {}),
+                    "messages": list(messages),
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise TokenizerError(f"the chat template refuses the messages: {error}") from error
 
