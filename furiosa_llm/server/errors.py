@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from http import HTTPStatus
 from typing import Any
 
@@ -16,9 +17,12 @@ from starlette.responses import Response
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, SamplingParamsError
+from furiosa_llm.runtime.sampling_params import SamplingParams
 
 _INVALID = "invalid_request_error"
 _FAILED = "server_error"
+_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
+"""What messages about sampling parameters begin with, most of them."""
 
 
 class ErrorInfo(BaseModel):
@@ -62,7 +66,8 @@ def api_error(error: FuriosaLLMError) -> ApiError:
         case ContextLengthError():
             return ApiError(400, message, code="context_length_exceeded")
         case SamplingParamsError():
-            return ApiError(400, message, param=re.split(r"\W", message, maxsplit=1)[0])
+            first = re.split(r"\W", message, maxsplit=1)[0]
+            return ApiError(400, message, param=first if first in _PARAMETERS else None)
         case ValueError():
             return ApiError(400, message)
         case _:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from furiosa_llm.runtime.engine_core import Prompt
+from furiosa_llm.runtime.prompts import listed
 from furiosa_llm.runtime.sampling_params import SamplingParams
 from furiosa_llm.server.errors import ApiError
 
@@ -101,9 +102,7 @@ class CompletionRequest(_GenerationRequest):
     @property
     def prompts(self) -> list[TextOrTokens]:
         """The prompts; a list of integers is one."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item] # the first item tells the type of all
-        return list(self.prompt)
+        return cast("list[TextOrTokens]", listed(self.prompt))
 
     @property
     def only_echoes(self) -> bool:

@@ -53,6 +53,7 @@ class HermesFinder(ToolFinder):
     def __init__(self, names: Collection[str]) -> None:
         super().__init__(names)
         self._inside = False
+        self._behind_call = False
 
     def push(self, text: str) -> Found:
         """What is certain with `text`, the rest being held back."""
@@ -71,6 +72,9 @@ class HermesFinder(ToolFinder):
 
     def _step(self, found: Found) -> bool:
         """Goes to the next tag; False if there is none yet."""
+        if self._behind_call:
+            self._held = self._held.lstrip("\n")  # calls are written on lines of their own
+            self._behind_call = not self._held
         tag = self._CLOSE if self._inside else self._OPEN
         before, seen, after = self._held.partition(tag)
         if not seen:
@@ -80,7 +84,7 @@ class HermesFinder(ToolFinder):
                 found.content, self._held = found.content + self._held[:end], self._held[end:]
             return False
         self._take(found, before, f"{self._OPEN}{before}{self._CLOSE}" if self._inside else before)
-        self._held = after.lstrip("\n") if self._inside else after
+        self._held = after
         self._inside = not self._inside
         return True
 
@@ -90,6 +94,7 @@ class HermesFinder(ToolFinder):
             found.content += raw
         else:
             found.calls.append(call)
+            self._behind_call = True
 
 
 class Llama3JsonFinder(ToolFinder):
