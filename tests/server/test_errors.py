@@ -221,7 +221,8 @@ def test_the_queue_has_a_limit(strict: str) -> None:
     long = {"model": NAME, "prompt": "x", "max_tokens": 500, "n": 3, "ignore_eos": True}
     with keyed(strict) as client:
         with client.stream("POST", "/v1/completions", json={**long, "stream": True}) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept, since the connection is closed with it
+            next(lines)
             response = client.post("/v1/completions", json={**COMPLETION, "prompt": ["a", "b"]})
             assert error_of(response)["code"] == "rate_limit_exceeded"
             assert response.status_code == 429
