@@ -103,6 +103,7 @@ class Origins(click.ParamType[tuple[str, ...]]):
 @click.option("--threads", type=click.IntRange(min=1), help="Driver threads that step the PEs.  [default: the cores]")
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 @FULL_VERIFICATION
+@click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
 @refused_options
 def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options: Any) -> None:  # noqa: ARG001
@@ -156,6 +157,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
         chat_template=None if template is None else _read(template),
         tool_call_parser=parser,
         payload_logging=options.pop("enable_payload_logging"),
+        log_stats=not options.pop("disable_log_stats"),
         **{
             field.name: options.pop(field.name) for field in dataclasses.fields(ServerSettings) if field.name in options
         },

@@ -19,9 +19,10 @@ from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds
-from furiosa_llm.server.model import ServedModel
+from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
+from furiosa_llm.server.stats_log import log_stats
 from furiosa_llm.server.tools import tool_parser
 
 _payloads = logging.getLogger("furiosa_llm.server.payloads")
@@ -40,9 +41,16 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tasks = []
+        if settings.log_stats and isinstance(model.kind, Decoder):
+            tasks.append(asyncio.create_task(log_stats(metrics, model.kind)))
         yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(model.close)
 
+    metrics = Metrics(model)
     # The pages of documentation that FastAPI would make load scripts from elsewhere.
     app = FastAPI(
         title="furiosa-llm", version=furiosa_llm.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
@@ -51,7 +59,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         model=model,
         settings=settings,
         gate=Gate(settings.max_concurrency),
-        metrics=Metrics(model),
+        metrics=metrics,
         tool_parser=tool_parser(settings.tool_call_parser),
     )
     routers: tuple[APIRouter, ...] = (

@@ -14,7 +14,7 @@ from furiosa_llm.runtime.chat import conversations_of, render
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
 from furiosa_llm.server.completions import usage_of
 from furiosa_llm.server.errors import ApiError, api_error, error_body
-from furiosa_llm.server.events import DONE, EventStream, event, until_disconnect
+from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
 from furiosa_llm.server.logprobs import chat_logprobs
 from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
@@ -25,7 +25,12 @@ from furiosa_llm.server.tools import Found, ToolFinder
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletionResponse, dependencies=[Depends(require_json)])
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletionResponse,
+    responses=STREAM,
+    dependencies=[Depends(require_json)],
+)
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response | ChatCompletionResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -43,11 +43,18 @@ class Metrics:
         self.request_generation = self._histogram("request_generation_tokens", "Tokens of all completions.", lengths)
         self.request_max = self._histogram("request_params_max_tokens", "What max_tokens was asked for.", lengths)
         if isinstance(model.kind, Decoder):
-            self._registry.register(_EngineGauges(model.kind, self._name))
+            self._registry.register(_EngineCollector(model.kind, self._name))
 
     def render(self) -> bytes:
         """Everything, in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+    def token_counts(self) -> tuple[float, float]:
+        """The tokens of prompts, and those that were generated, so far."""
+        read = self._registry.get_sample_value
+        labels = {"model_name": self._name}
+        prompt, generation = (read(f"furiosa_llm_{name}_tokens_total", labels) for name in ("prompt", "generation"))
+        return prompt or 0.0, generation or 0.0
 
     def _counter(self, name: str, text: str) -> Counter:
         made = Counter(f"furiosa_llm_{name}", text, ["model_name"], registry=self._registry)
@@ -103,8 +110,28 @@ class RequestMeter:
             metrics.output_token.observe((self._last - self._first) / (self._tokens - 1))
 
 
-class _EngineGauges(Collector):
-    """What the replicas have at the moment, asked for when the metrics are."""
+class EngineGauges:
+    """What the replicas have at the moment.
+
+    running, waiting: sequences.
+    used_share: of the pages of the KV cache.
+    kv_nbytes: for each card by its number, the bytes of KV in use, and those that there is room for.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        usages = [replica.usage for replica in decoder.engine.core.replicas]
+        self.running = sum(usage.running for usage in usages)
+        self.waiting = sum(usage.waiting for usage in usages)
+        self.used_share = sum(usage.used_pages for usage in usages) / sum(usage.num_pages for usage in usages)
+        self.kv_nbytes: dict[int, tuple[int, int]] = {}
+        for usage, cards in zip(usages, decoder.page_nbytes, strict=True):
+            for npu, nbytes in cards.items():
+                used, total = self.kv_nbytes.get(npu, (0, 0))
+                self.kv_nbytes[npu] = (used + nbytes * usage.used_pages, total + nbytes * usage.num_pages)
+
+
+class _EngineCollector(Collector):
+    """Asks for the gauges when the metrics are asked for."""
 
     def __init__(self, decoder: Decoder, model_name: str) -> None:
         self._decoder = decoder
@@ -112,22 +139,16 @@ class _EngineGauges(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The gauges."""
-        usages = [replica.usage for replica in self._decoder.engine.core.replicas]
-        pages = sum(usage.num_pages for usage in usages)
-        yield self._gauge("num_requests_running", "Sequences that run.", sum(usage.running for usage in usages))
-        yield self._gauge("num_requests_waiting", "Sequences that wait.", sum(usage.waiting for usage in usages))
-        yield self._gauge(
-            "kv_cache_usage_percent", "Share of the pages in use.", 100 * sum(u.used_pages for u in usages) / pages
+        gauges = EngineGauges(self._decoder)
+        yield self._gauge("num_requests_running", "Sequences that run.", gauges.running)
+        yield self._gauge("num_requests_waiting", "Sequences that wait.", gauges.waiting)
+        yield self._gauge("kv_cache_usage_percent", "Share of the pages in use.", 100 * gauges.used_share)
+        kv = gauges.kv_nbytes
+        yield self._by_card(
+            "kv_cache_total_bytes", "Room for KV on a card.", {n: total for n, (_, total) in kv.items()}
         )
-        total: dict[int, int] = {}
-        used: dict[int, int] = {}
-        for usage, cards in zip(usages, self._decoder.page_nbytes, strict=True):
-            for npu, nbytes in cards.items():
-                total[npu] = total.get(npu, 0) + nbytes * usage.num_pages
-                used[npu] = used.get(npu, 0) + nbytes * usage.used_pages
-        yield self._by_card("kv_cache_total_bytes", "Room for KV on a card.", total)
-        yield self._by_card("kv_cache_used_bytes", "KV on a card.", used)
-        shares = {npu: used[npu] / nbytes if nbytes else 0.0 for npu, nbytes in total.items()}
+        yield self._by_card("kv_cache_used_bytes", "KV on a card.", {n: used for n, (used, _) in kv.items()})
+        shares = {npu: used / total if total else 0.0 for npu, (used, total) in kv.items()}
         yield self._by_card("kv_cache_usage_perc", "Share of that room in use, at most 1.", shares)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -135,7 +156,7 @@ class _EngineGauges(Collector):
         made.add_metric([self._model_name], value)
         return made
 
-    def _by_card(self, name: str, text: str, values: dict[int, int] | dict[int, float]) -> GaugeMetricFamily:
+    def _by_card(self, name: str, text: str, values: Mapping[int, float]) -> GaugeMetricFamily:
         made = GaugeMetricFamily(f"furiosa_llm_{name}", text, labels=["model_name", "device_index"])
         for npu, value in values.items():
             made.add_metric([self._model_name, str(npu)], value)

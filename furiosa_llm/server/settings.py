@@ -19,6 +19,7 @@ class ServerSettings:
     response_role: the role of answers in a chat.
     tool_call_parser: how the model writes calls of tools; None: they are not looked for.
     payload_logging: whether what requests hold is logged.
+    log_stats: whether figures of what runs are logged every ten seconds.
     max_body_nbytes: greater bodies are refused.
     max_concurrency: sequences that may run and wait at once; what is beyond them is refused.
     body_timeout: seconds within which a body has to arrive.
@@ -33,6 +34,7 @@ class ServerSettings:
     response_role: str = "assistant"
     tool_call_parser: str | None = None
     payload_logging: bool = False
+    log_stats: bool = True
     max_body_nbytes: int = 16 * 2**20
     max_concurrency: int = 1024
     body_timeout: float = 30.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 import time
@@ -60,6 +61,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def connected(url: str, api_key: str = "none") -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=TIMEOUT) as client:
         yield client
+
+
+def listen(caplog: pytest.LogCaptureFixture) -> None:
+    """Catches everything that a server logs which runs already, and has set up its logging."""
+    for name in ("furiosa_llm", "uvicorn", "uvicorn.access"):
+        logging.getLogger(name).propagate = True
+        caplog.set_level(logging.DEBUG, name)
 
 
 def metric(url: str, name: str) -> float:

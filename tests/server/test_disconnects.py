@@ -11,7 +11,7 @@ import pytest
 
 from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, load, metric, serving, wait_for
+from tests.server.conftest import NAME, listen, load, metric, serving, wait_for
 
 LENGTH, WIDTH = 500, 16
 LONG: dict[str, Any] = {"model": NAME, "prompt": "x", "max_tokens": LENGTH, "n": WIDTH, "ignore_eos": True}
@@ -30,9 +30,10 @@ def idle(url: str) -> bool:
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_aborts_its_request(
-    artifact: Path, path: str, body: dict[str, Any], failures: int, stream: bool
+    artifact: Path, path: str, body: dict[str, Any], failures: int, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(load(artifact), ServerSettings()) as url:
+        listen(caplog)
         if stream:
             with httpx.stream("POST", f"{url}/v1/{path}", json={**body, "stream": True}) as answer:
                 next(answer.iter_lines())
@@ -46,6 +47,7 @@ def test_a_client_that_goes_aborts_its_request(
         assert metric(url, "request_success_total") == 0
         httpx.post(f"{url}/v1/completions", json={**LONG, "max_tokens": 2, "n": 1}).raise_for_status()
         assert metric(url, "generation_tokens_total") == tokens + 2  # nothing else was still running
+    assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
 def test_a_client_that_goes_leaves_others_alone(url: str, llm: LLM) -> None:

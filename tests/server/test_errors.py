@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 from furiosa_llm.server.errors import api_error
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, connected, error_of, load, serving, wait_for
+from tests.server.conftest import NAME, connected, error_of, listen, load, serving, wait_for
 
 COMPLETION: dict[str, Any] = {"model": NAME, "prompt": "hello", "temperature": 0, "max_tokens": 4}
 KEYS = ("first-key", "second-key")
@@ -30,13 +29,6 @@ def strict(artifact: Path) -> Iterator[str]:
     )
     with serving(load(artifact), settings) as url:
         yield url
-
-
-def listen(caplog: pytest.LogCaptureFixture) -> None:
-    """Catches everything that a server logs which runs already, and has set up its logging."""
-    for name in ("furiosa_llm", "uvicorn", "uvicorn.access"):
-        logging.getLogger(name).propagate = True
-        caplog.set_level(logging.DEBUG, name)
 
 
 def keyed(url: str) -> httpx.Client:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import re
 from pathlib import Path
 
 import httpx
@@ -11,7 +13,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
+from furiosa_llm import SamplingParams
+from furiosa_llm.server.generation import Gate, Generator, collect
+from furiosa_llm.server.metrics import Metrics
+from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.stats_log import log_stats
 from tests.server.conftest import NAME, connected, error_of, load, metric, serving
 
 HISTOGRAMS = {
@@ -88,6 +95,35 @@ def test_metrics(artifact: Path) -> None:
         assert metric(url, "kv_cache_usage_percent") == pytest.approx(100 * share.value)
 
 
+def test_the_line_of_figures(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(artifact)
+    assert isinstance(model.kind, Decoder)
+    metrics = Metrics(model)
+
+    async def watch(decoder: Decoder) -> None:
+        logging = asyncio.create_task(log_stats(metrics, decoder, interval=0.01))
+        await asyncio.sleep(0.05)
+        assert caplog.messages == []
+        generator = Generator(decoder=decoder, gate=Gate(1), metrics=metrics)
+        await collect(generator.run("a", [{"prompt_token_ids": [5] * 40}], SamplingParams(max_tokens=200)), 1, 1)
+        while "Running: 0 reqs" not in caplog.text:
+            await asyncio.sleep(0.01)
+        logging.cancel()
+
+    with caplog.at_level("INFO", "furiosa_llm.server.stats_log"):
+        asyncio.run(watch(model.kind))
+    model.close()
+    line = re.compile(
+        r"Avg prompt throughput: ([\d.]+) tokens/s, Avg generation throughput: ([\d.]+) tokens/s, "
+        r"Running: \d reqs, Waiting: 0 reqs, RNGD KV cache usage \(device 0\): [\d.]+% \(0.00 GiB / 0.01 GiB\)"
+    )
+    found = [line.fullmatch(message) for message in caplog.messages]
+    assert found
+    assert None not in found
+    assert any(one and float(one[1]) > 0 for one in found)
+    assert any(one and float(one[2]) > 0 for one in found)
+
+
 def test_tokens_and_back(url: str) -> None:
     text = "hello wörld 你好"
     found = httpx.post(f"{url}/tokenize", json={"model": NAME, "prompt": text, "return_token_strs": True}).json()
@@ -142,6 +178,8 @@ def test_the_schema_has_every_endpoint_and_one_kind_of_error(url: str) -> None:
     for path in schema["paths"].values():
         for operation in path.values():
             assert "422" not in operation["responses"]
+            streams = "completions" in operation["operationId"]
+            assert ("text/event-stream" in operation["responses"]["200"].get("content", {})) is streams
             for status in ("4XX", "5XX"):
                 content = operation["responses"][status]["content"]["application/json"]
                 assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
