@@ -73,14 +73,13 @@ class ReplicaUsage:
     """What a replica has at the moment.
 
     running, waiting: sequences that have a slot, and those that have none yet.
-    used_pages, cached_pages, num_pages: of the KV cache; the cached ones, which are used ones too, are given up as soon
-        as a sequence needs them.
+    used_pages, num_pages: of the KV cache; used are those of the prefix cache too, which are given up as soon as a
+        sequence needs them.
     """
 
     running: int
     waiting: int
     used_pages: int
-    cached_pages: int
     num_pages: int
 
 
@@ -153,7 +152,6 @@ class Replica:
                 running=scheduler.num_running,
                 waiting=scheduler.num_waiting,
                 used_pages=scheduler.used_pages,
-                cached_pages=scheduler.cached_pages,
                 num_pages=scheduler.limits.num_pages,
             )
 
