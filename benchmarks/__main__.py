@@ -8,17 +8,22 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import artifact, building, fusion, parity, planning, speed
+from benchmarks import artifact, building, fusion, parallelism, parity, planning, serving, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "artifact": artifact.bars,
     "building": building.bars,
+    "planning": planning.bars,
     "fusion": fusion.bars,
     "parity": parity.bars,
-    "planning": planning.bars,
     "speed": speed.bars,
+    "prefill": speed.prefill_bars,
+    "serving": serving.bars,
+    "parallelism": parallelism.bars,
+    "large": speed.large_bars,
 }
+"""In this order: the memory of this process counts as that of those that it starts, so who measures theirs is first."""
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,20 +18,36 @@ from fixtures.synthetic import ensure_synthetic
 
 FOLDER = Path("build/bench")
 SYNTHETIC = "synthetic"
-_SYNTHETIC_CONFIG = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=1024,
-    intermediate_size=2816,
-    num_hidden_layers=8,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    head_dim=64,
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    tie_word_embeddings=False,
-)
-"""Nothing in it needs padding at 4 or 8 PEs."""
+SYNTHETIC_1B = "synthetic-1b"
+_SYNTHETIC_CONFIGS = {
+    SYNTHETIC: LlamaConfig(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+    ),
+    SYNTHETIC_1B: LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+    ),
+}
+"""Nothing in them needs padding at 4 or 8 PEs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +71,14 @@ class BuiltArtifact:
 
 @cache
 def model(name: str) -> Path:
-    """The .onnx file of SmolLM2 in the shape `name`, or of the synthetic model."""
-    folder = ensure_synthetic(_SYNTHETIC_CONFIG) if name == SYNTHETIC else ensure(name)
-    return folder / "model.onnx"
+    """The .onnx file of SmolLM2 in the shape `name`, or of a synthetic model.
+
+    The large one is beside its artifact, and not among what is kept for all checkouts.
+    """
+    config = _SYNTHETIC_CONFIGS.get(name)
+    if config is None:
+        return ensure(name) / "model.onnx"
+    return ensure_synthetic(config, folder=FOLDER / f"{name}-model" if name == SYNTHETIC_1B else None) / "model.onnx"
 
 
 @cache
@@ -67,6 +89,14 @@ def artifact(name: str, tensor_parallel_size: int) -> BuiltArtifact:
     command = "import sys; from furiosa_llm.cli.main import main; main()"
     finished = run_measured([sys.executable, "-c", command, *arguments])
     return BuiltArtifact(folder=folder, model=model(name), build=finished)
+
+
+def stored_weights(built: BuiltArtifact) -> str:
+    """For people: the artifact's weights as a multiple of the model's bytes, and how much of them is padding."""
+    manifest = json.loads((built.folder / "manifest.json").read_text())
+    stored = sum(entry["nbytes"] for entry in manifest["files"] if entry["path"].startswith("weights-"))
+    original = sum(file.stat().st_size for file in built.model.parent.glob("model.onnx*"))
+    return f"stored weights {stored / original:.2f}x, {manifest['plan']['padding_nbytes'] / 1e6:.0f} MB padding"
 
 
 def run_measured(command: Sequence[str]) -> Finished:

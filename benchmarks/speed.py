@@ -1,105 +1,100 @@
-"""Decode and prefill against plain onnxruntime on the same cores, alternated in one process."""
+"""Decode and prefill on what serves against plain onnxruntime on the same cores, alternated in one process."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
-import numpy as np
-
-from benchmarks.artifacts import SYNTHETIC, artifact
+from benchmarks.artifacts import SYNTHETIC, SYNTHETIC_1B, artifact, stored_weights
 from benchmarks.bars import Bar
-from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.reference import ReferenceModel
+from benchmarks.stepping import (
+    PAST,
+    Served,
+    Stepped,
+    alternate,
+    decode_milliseconds,
+    plain,
+    prefill_milliseconds,
+    ratio,
+    replicas,
+)
 
-PAST = 128
 ROUNDS = 20
-_STEPS_PER_ROUND = 8
-_THREADS = 2
+_ROUNDS_OF_LARGE = 10
+_LONG_PREFILL = 512
 
 LIMITS: dict[tuple[str, int], tuple[float | None, float | None]] = {
-    ("genai-fp32", 4): (1.3, 1.25),
-    ("genai-fp32", 8): (1.55, 1.45),
+    ("genai-fp32", 4): (1.2, 1.25),
+    ("genai-fp32", 8): (1.4, 1.45),
+    ("int4", 4): (1.7, None),
+    ("int4", 8): (2.3, None),
     ("optimum-fp32", 4): (None, None),
     ("optimum-fp32", 8): (None, None),
-    (SYNTHETIC, 4): (1.25, 1.15),
-    (SYNTHETIC, 8): (1.3, 1.2),
-    ("int4", 4): (None, None),
-    ("int4", 8): (None, None),
+    (SYNTHETIC, 4): (1.15, 1.15),
+    (SYNTHETIC, 8): (1.2, 1.2),
 }
 """Model and tensor parallel size -> the greatest ratio for a decode step and for a prefill of 128 tokens."""
+
+PREFILL_LIMITS: dict[tuple[str, int], float | None] = {
+    ("genai-fp32", 4): 1.2,
+    ("genai-fp32", 8): 1.35,
+    (SYNTHETIC, 4): 1.1,
+    (SYNTHETIC, 8): 1.15,
+}
+"""The same for a prefill of 512 tokens."""
+
+LARGE_LIMITS: dict[tuple[str, int], float] = {(SYNTHETIC_1B, 8): 1.15}
+"""The same for a decode step of a model of 4.4 GB."""
 
 
 def bars() -> Iterator[Bar]:
     """Two ratios for every model and size."""
     for (name, size), (decode_limit, prefill_limit) in LIMITS.items():
-        built = artifact(name, size)
-        manifest = open_artifact(built.folder, full=False).manifest
-        weights = sum(f.nbytes for f in manifest.files if f.path.startswith("weights-"))
-        padded = weights / sum(f.stat().st_size for f in built.model.parent.glob("model.onnx*"))
-        with _sessions(name, size) as (ours, theirs):
-            for what, measure, limit in (
-                (f"decode step, past {PAST}", _decode, decode_limit),
-                (f"prefill of {PAST}", _prefill, prefill_limit),
-            ):
-                yield _ratio(f"{name} tp {size}: {what} / plain onnxruntime", measure, ours, theirs, limit, padded)
+        with _sides(name, size) as sides:
+            yield _decode(name, size, sides, decode_limit)
+            yield from _prefill(name, size, sides, PAST, {"served": prefill_limit})
+
+
+def prefill_bars() -> Iterator[Bar]:
+    """Prefills of 512 tokens: with the logits of all positions, as plain onnxruntime gives, and as an engine asks."""
+    for (name, size), limit in PREFILL_LIMITS.items():
+        with _sides(name, size) as sides:
+            yield from _prefill(name, size, sides, _LONG_PREFILL, {"served": limit, "served, last logits alone": None})
+
+
+def large_bars() -> Iterator[Bar]:
+    """A decode step of a large model; model and artifact take 9 GB of disk, and stay there until `make clean`."""
+    for (name, size), limit in LARGE_LIMITS.items():
+        with _sides(name, size) as sides:
+            yield _decode(name, size, sides, limit, rounds=_ROUNDS_OF_LARGE)
 
 
 @contextmanager
-def _sessions(name: str, size: int) -> Iterator[tuple[DecoderSession, DecoderSession]]:
+def _sides(name: str, size: int) -> Iterator[dict[str, Stepped]]:
+    """What is compared: replicas of one artifact, and its model on plain onnxruntime."""
     built = artifact(name, size)
-    opened = open_artifact(built.folder, full=False)
-    manifest = opened.manifest
-    reference = ReferenceModel(
-        built.model, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states, threads=_THREADS
-    )
-    with Executor(opened, threads=_THREADS) as executor:
-        pair = DecoderSession(executor), DecoderSession(reference)
-        for session in pair:
-            session.reserve(2 * PAST)
-            _prefill(session)
-        yield pair
+    with replicas(built) as make_runner:
+        yield {
+            "served": Served(make_runner(1)),
+            "served, last logits alone": Served(make_runner(1), logits="last"),
+            "plain": plain(built, length=_LONG_PREFILL),
+        }
 
 
-def _ratio(
-    what: str,
-    measure: Callable[[DecoderSession], float],
-    ours: DecoderSession,
-    theirs: DecoderSession,
-    limit: float | None,
-    padded: float,
-) -> Bar:
-    """The median over rounds of the ratio within a round; who goes first changes from round to round."""
-    times: dict[DecoderSession, list[float]] = {ours: [], theirs: []}
-    for number in range(ROUNDS):
-        for session in (ours, theirs) if number % 2 else (theirs, ours):
-            times[session].append(measure(session))
-    ratios = [a / b for a, b in zip(times[ours], times[theirs], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    medians = f"{statistics.median(times[ours]):.1f} ms / {statistics.median(times[theirs]):.1f} ms"
-    beside = f"{medians}, quartiles {low:.2f} to {high:.2f}, stored weights {padded:.2f}x"
-    return Bar(what=what, figure=statistics.median(ratios), limit=limit, unit="x", beside=beside)
+def _decode(name: str, size: int, sides: Mapping[str, Stepped], limit: float | None, *, rounds: int = ROUNDS) -> Bar:
+    measures = {side: partial(decode_milliseconds, sides[side]) for side in ("served", "plain")}
+    what = f"{name} tp {size}: decode step, past {PAST} / plain onnxruntime"
+    beside = stored_weights(artifact(name, size))
+    return ratio(what, alternate(measures, rounds), "served", "plain", limit=limit, beside=beside)
 
 
-def _decode(session: DecoderSession) -> float:
-    """Milliseconds of one decode step behind `PAST` tokens."""
-    _prefill(session)
-    token = np.array([[1]], dtype=np.int64)
-    session.step(token)
-    started = time.perf_counter()
-    for _ in range(_STEPS_PER_ROUND):
-        session.step(token)
-    return (time.perf_counter() - started) / _STEPS_PER_ROUND * 1e3
-
-
-def _prefill(session: DecoderSession) -> float:
-    """Milliseconds of a prefill of `PAST` tokens."""
-    tokens = np.arange(1, PAST + 1, dtype=np.int64)[None, :]
-    session.reset()
-    started = time.perf_counter()
-    session.step(tokens)
-    return (time.perf_counter() - started) * 1e3
+def _prefill(
+    name: str, size: int, sides: Mapping[str, Stepped], count: int, limits: Mapping[str, float | None]
+) -> Iterator[Bar]:
+    """A ratio for each side with a limit, or None for one."""
+    measures = {side: partial(prefill_milliseconds, sides[side], count) for side in (*limits, "plain")}
+    times = alternate(measures, ROUNDS)
+    for side, limit in limits.items():
+        how = side.removeprefix("served")
+        yield ratio(f"{name} tp {size}: prefill of {count}{how} / plain onnxruntime", times, side, "plain", limit=limit)

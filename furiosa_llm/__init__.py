@@ -22,6 +22,7 @@ from furiosa_llm.runtime import (
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 
 __version__ = version("furiosa-llm-onnx")
+__full_version__ = f"{__version__}+onnxruntime.{version('onnxruntime')}"
 
 __all__ = [
     "LLM",
@@ -42,5 +43,6 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "SchedulerConfig",
+    "__full_version__",
     "__version__",
 ]

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Self
 
 from furiosa_llm.runtime.engine import raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
-from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, check_request_id
 from furiosa_llm.runtime.launch import load_engine
 from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class AsyncLLMEngine:
         A generator that is closed, or whose task is cancelled, aborts its request. Raises what `LLMEngine.add_request`
         does, when it is first asked for an output, and ReplicaError if the request's replica fails.
         """
-        if request_id in self._handles:
-            raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+        check_request_id(request_id, self._handles)
         loop = asyncio.get_running_loop()
-        mailbox = self._mailboxes.setdefault(loop, _Mailbox(loop))
+        mailbox = self._mailboxes.get(loop) or _Mailbox(loop)
         params = SamplingParams() if sampling_params is None else sampling_params
         handle = self.core.submit(request_id, prompt, params, mailbox)
+        self._mailboxes[loop] = mailbox  # not before, lest a refused request leave it behind
         # The mailbox sorts in this very loop, hence not before this coroutine waits for the first time.
         queue = mailbox.queues[handle.key] = asyncio.Queue()
         self._handles[request_id] = handle

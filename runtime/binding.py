@@ -137,7 +137,8 @@ class BoundProgram:
     def progress(self) -> str:
         """Which segment the lanes are in, and the last collective that all of them have done."""
         steps = self._lanes.steps
-        done = [e.call.collective.id for step in steps[: int(min(self.step_of_lane))] for e in step.exchanges]
+        behind = min(int(self.step_of_lane[lane]) for lane in self._own)
+        done = [e.call.collective.id for step in steps[:behind] for e in step.exchanges]
         lanes = ", ".join(
             f"{ranks_text(self._lanes.ranks[lane])} in segment {self.step_of_lane[lane]} of {len(steps)}"
             for lane in self._own

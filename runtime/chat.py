@@ -29,42 +29,28 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, list | tuple) and bool(value)
 
 
-def render(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    *,
-    chat_template: str | None,
-    add_generation_prompt: bool,
-    continue_final_message: bool,
-    variables: Mapping[str, Any] | None = None,
-) -> str:
-    """The prompt for a conversation; with `continue_final_message` it ends with the last message's own words.
+def render(tokenizer: Tokenizer, conversation: Conversation, **options: Any) -> str:
+    """The prompt for a conversation; `options` are those of `Tokenizer.apply_chat_template`."""
+    plain = [{**message, "content": _text(message.get("content"))} for message in conversation]
+    return tokenizer.apply_chat_template(plain, tokenize=False, **options)
 
-    `variables` are what else the chat template may look at.
-    """
-    if add_generation_prompt and continue_final_message:
-        raise InputError("add_generation_prompt and continue_final_message exclude each other; leave one False")
-    plain = [{**message, "content": _text(message["content"])} for message in conversation]
-    prompt = tokenizer.apply_chat_template(
-        plain, chat_template=chat_template, add_generation_prompt=add_generation_prompt, variables=variables
-    )
-    if not continue_final_message:
-        return prompt
-    final = plain[-1]["content"].strip()
-    end = prompt.rfind(final)
-    if not final or end < 0:
-        raise InputError("continue_final_message: the chat template does not repeat the final message; give it another")
-    return prompt[: end + len(final)]
+
+def check_tools(tools: object) -> None:
+    """Raises InputError unless `tools` is a list of objects, or None."""
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise InputError(f"tools: found {tools!r:.80}, expected a list of objects that each describe a function")
 
 
 def _check_message(message: Any) -> None:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or message.get("content") is None:
+    # An assistant that calls tools may say nothing beside that.
+    complete = isinstance(message, Mapping) and (message.get("content") is not None or message.get("tool_calls"))
+    if not complete or not isinstance(message.get("role"), str):
         raise InputError(f"messages: found {message!r:.80}, expected an object with 'role' and 'content'")
 
 
-def _text(content: Any) -> str:
-    """The content of a message: text, or parts of which each is text."""
-    if isinstance(content, str):
+def _text(content: Any) -> str | None:
+    """The content of a message: text, parts of which each is text, or nothing."""
+    if content is None or isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):

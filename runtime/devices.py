@@ -77,6 +77,10 @@ def _run_text(npu: int, first: int, count: int) -> str:
 
 
 def _items(devices: str | Sequence[str]) -> Iterator[str]:
+    if not isinstance(devices, Sequence):
+        raise DeviceError(
+            f"Invalid device string: {devices!r:.80} is {type(devices).__name__}, not text or a list; give {_FORMS}"
+        )
     for text in [devices] if isinstance(devices, str) else devices:
         if not isinstance(text, str):
             raise DeviceError(f"Invalid device string: {text!r:.80} is {type(text).__name__}, not text; give {_FORMS}")

@@ -102,25 +102,24 @@ class Crew:
         self.count = count
         self._free = threading.Condition()
         self._idle = count
-        self._expected = 0
+        self._expecting: set[int] = set()
+        self._taken: dict[int, int] = {}  # by the thread that asked for the run; not those that were given up
         self._closed = False
         self._inboxes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"furiosa-core-{index}", daemon=True) for index in range(1, count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        self._start_threads(count - 1)
 
     @contextmanager
     def expect(self) -> Iterator[None]:
         """Says that the caller will run something now and again until the block ends: others leave it cores."""
+        caller = threading.get_ident()
         with self._free:
-            self._expected += 1
+            self._expecting.add(caller)
         try:
             yield
         finally:
             with self._free:
-                self._expected -= 1
+                self._expecting.discard(caller)
 
     def run(self, body: Body, lanes: int) -> None:
         """Calls `body` on some threads, which share the `lanes` between them in contiguous runs, until all return.
@@ -140,26 +139,45 @@ class Crew:
             run.raise_first(count)
         finally:
             with self._free:
-                self._idle += count
-                self._free.notify_all()
+                self._return(threading.get_ident())
+
+    def give_up(self, thread: threading.Thread) -> None:
+        """Puts other cores in place of those that a run has which `thread` has asked for, and which does not return."""
+        assert thread.ident is not None
+        with self._free:
+            self._expecting.discard(thread.ident)
+            if not self._closed:
+                self._start_threads(self._taken.get(thread.ident, 1) - 1)
+            self._return(thread.ident)
 
     def close(self) -> None:
-        """Ends the threads; further runs raise ExecutionError."""
+        """Ends the threads; further runs raise ExecutionError. One that hangs is left behind."""
         with self._free:
             self._closed = True
             self._free.notify_all()
         for _ in self._threads:
             self._inboxes.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(timeout=_CLOSE_TIMEOUT)
+
+    def _start_threads(self, count: int) -> None:
+        for _ in range(count):
+            name = f"furiosa-core-{len(self._threads) + 1}"
+            self._threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def _return(self, caller: int) -> None:
+        self._idle += self._taken.pop(caller, 0)
+        self._free.notify_all()
 
     def _take(self, lanes: int) -> int:
         with self._free:
             self._free.wait_for(lambda: self._idle > 0 or self._closed)
             if self._closed:
                 raise ExecutionError("the executor is closed; load the artifact again")
-            count = max(1, min(self._idle, lanes, self.count // max(1, self._expected)))
+            count = max(1, min(self._idle, lanes, self.count // max(1, len(self._expecting))))
             self._idle -= count
+            self._taken[threading.get_ident()] = count
             return count
 
     def _serve(self) -> None:
@@ -168,3 +186,4 @@ class Crew:
 
 
 _ALONE = Barrier(1)
+_CLOSE_TIMEOUT = 5.0

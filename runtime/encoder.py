@@ -15,12 +15,13 @@ import numpy.typing as npt
 from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
-from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.launch import tokenizer_of
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.prompt_feeds import prompt_feeds
-from furiosa_llm.runtime.prompts import Prompt, check_tokens, listed, unwrapped
+from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 Vector = npt.NDArray[np.float32]
@@ -122,7 +123,7 @@ class Encoder:
         try:
             return cls(
                 executor,
-                _tokenizer_of(artifact, tokenizer),
+                tokenizer_of(artifact, tokenizer),
                 pooling or pooling_of(artifact),
                 output=output,
                 max_batch_size=max_batch_size,
@@ -189,7 +190,7 @@ class Encoder:
         ]
 
     def close(self) -> None:
-        """Ends the driver threads; the model cannot run any more."""
+        """Ends the threads; the model cannot run any more."""
         self._executor.close()
 
     def __enter__(self) -> Self:
@@ -208,14 +209,7 @@ class Encoder:
         return wanted
 
     def _token_ids(self, prompt: Prompt, limit: int | None) -> list[int]:
-        text, given = unwrapped(prompt)
-        if given is not None:
-            row = given[:limit]
-        elif self.tokenizer is None or text is None:
-            raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
-        else:
-            row = self.tokenizer.encode(text, add_special_tokens=True, max_length=limit)
-        check_tokens(row, self._vocab_size)
+        _, row = read_prompt(prompt, self.tokenizer, self._vocab_size, add_special_tokens=True, max_length=limit)
         if self.max_length is not None and len(row) > self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(row)} tokens, the model takes at most {self.max_length}; give a shorter one, or "
@@ -284,11 +278,3 @@ def _output_of(manifest: Manifest, name: str | None) -> OutputInfo:
     if len(choice) > 1:
         raise InputError(f"the model has several outputs that vectors can be made of: {shown:.400}; give output=NAME")
     return choice[0]
-
-
-def _tokenizer_of(artifact: Artifact, given: str | os.PathLike[str] | Tokenizer | None) -> Tokenizer | None:
-    if isinstance(given, Tokenizer):
-        return given
-    if given is not None:
-        return Tokenizer.from_folder(given)
-    return None if artifact.companion("tokenizer.json") is None else Tokenizer.from_artifact(artifact)

@@ -8,10 +8,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from furiosa_llm.runtime.engine_args import EngineArgs
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, Prompt
-from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, check_request_id
 from furiosa_llm.runtime.launch import load_engine
 from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class LLMEngine:
     """Runs requests in the background, as many at once as fit, from `add_request` on; `step` waits for an output.
 
-    It is for one thread. Several engines may be made of one LLM, each with requests of its own.
+    It is for one thread, but for `abort_request`, which any may call. Several engines may be made of one LLM, each with
+    requests of its own.
     """
 
     def __init__(self, core: EngineCore) -> None:
@@ -40,23 +41,21 @@ class LLMEngine:
         return cls(load_engine(args))
 
     def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
-        """Starts a request: text, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
+        """Starts a request: text, token ids, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
 
         Raises InputError if a request of that id has not ended, or if the prompt is none; ContextLengthError if prompt
         and completion do not fit; EngineDeadError if there is no replica left.
         """
-        if not isinstance(request_id, str):
-            raise InputError(f"request_id: found a {type(request_id).__name__}, expected a str")
-        if request_id in self._handles:
-            raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+        check_request_id(request_id, self._handles)
         params = SamplingParams() if sampling_params is None else sampling_params
         self._handles[request_id] = self.core.submit(request_id, prompt, params, self._take)
 
     def abort_request(self, request_id: str | Sequence[str]) -> None:
         """Ends one request or several; each has a last output, with the finish reason "abort". Others are ignored."""
         for one in [request_id] if isinstance(request_id, str) else request_id:
-            if one in self._handles:
-                self._handles[one].abort()
+            handle = self._handles.get(one)
+            if handle is not None:
+                handle.abort()
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has another output to give."""

@@ -41,6 +41,12 @@ _REFUSED = {
     "backend": "there is one backend, onnxruntime",
     "fxb": "the artifact's folder holds all there is",
     "kv_transfer_config": "prefill and decode run on the same PEs",
+    "max_seq_len_to_capture": "nothing is compiled for a length; max_model_len is the limit of a sequence",
+    "prefill_buckets": "any size runs; max_prompt_len is the limit, or bucket_config",
+    "decode_buckets": "any size runs; max_batch_size and max_model_len are the limits, or bucket_config",
+    "min_batch_size": "any size runs",
+    "max_io_memory_mb": "what a step needs is allocated as it is needed",
+    "task_type": "the artifact says what its model is for",
 }
 """Options of the vendor's that mean nothing here, and why."""
 
@@ -66,8 +72,24 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, ("npu_queue_limit", "max_processing_samples", "prefill_chunk_size"))
-        if not 0.0 <= self.spare_blocks_ratio < 1.0:
-            raise InputError(f"spare_blocks_ratio must be in [0, 1), got {self.spare_blocks_ratio}")
+        _check_types(self, {"is_offline": bool, "enable_prefix_caching": bool})
+        if not (_is_number(self.spare_blocks_ratio) and 0.0 <= self.spare_blocks_ratio < 1.0):
+            raise InputError(f"spare_blocks_ratio must be in [0, 1), got {self.spare_blocks_ratio!r:.80}")
+
+
+_TYPES = {
+    "model": str | os.PathLike,
+    "tokenizer": str | os.PathLike | Tokenizer,
+    "cache_dir": str | os.PathLike,
+    "is_offline": bool,
+    "allow_subset": bool,
+    "enable_prefix_caching": bool,
+    "mapped": bool,
+    "full_verification": bool,
+    "bucket_config": BucketConfig,
+    "scheduler_config": SchedulerConfig,
+}
+"""Of the fields whose values are not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +153,18 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         _check_counts(self, _COUNTS)
+        _check_types(self, _TYPES)
+        if self.model is None:
+            raise InputError("model: found None, expected the folder of an artifact")
         if self.tokenizer_mode != "auto":
             raise UnsupportedError(
                 f"tokenizer_mode={self.tokenizer_mode!r:.80} is not supported: there is only the tokenizer of "
                 f"tokenizer.json; leave it out, or give 'auto'"
             )
-        if self.seed is not None and (not _is_int(self.seed) or self.seed < 0):
-            raise InputError(f"seed must be an integer of at least 0, got {self.seed!r:.80}")
-        if not self.step_timeout > 0:
-            raise InputError(f"step_timeout must be positive, got {self.step_timeout}")
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**64):
+            raise InputError(f"seed must be an integer of at least 0 and below 2**64, got {self.seed!r:.80}")
+        if not (_is_number(self.step_timeout) and self.step_timeout > 0):
+            raise InputError(f"step_timeout must be positive, got {self.step_timeout!r:.80}")
         if self.pipeline_parallel_size is not None and self.num_blocks_per_pp_stage is not None:
             raise InputError(
                 "Only one of `pipeline_parallel_size` or `num_blocks_per_pp_stage` should be given as input, not both."
@@ -183,7 +208,7 @@ class AsyncEngineArgs(EngineArgs):
 def refuse_foreign_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` without those of the vendor's that mean nothing here; raises UnsupportedError if one is made use of."""
     for name, reason in _REFUSED.items():
-        if options.get(name) not in (None, False):
+        if options.get(name) not in (None, False, [], ()):
             raise UnsupportedError(f"{name}={options[name]!r:.80} is not supported: {reason}; leave it out")
     return {name: value for name, value in options.items() if name not in _REFUSED}
 
@@ -193,6 +218,18 @@ def _check_counts(config: object, names: Iterable[str]) -> None:
         value = getattr(config, name)
         if value is not None and (not _is_int(value) or value < 1):
             raise InputError(f"{name} must be an integer of at least 1, got {value!r:.80}")
+
+
+def _check_types(config: object, types: Mapping[str, Any]) -> None:
+    for name, expected in types.items():
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, expected):
+            words = " or ".join(kind.__name__ for kind in getattr(expected, "__args__", (expected,)))
+            raise InputError(f"{name}: found {value!r:.80} of type {type(value).__name__}, expected {words}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_int(value: object) -> bool:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import cast
 
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError
+from furiosa_llm.runtime.prompts import Prompt, read_prompt
 from furiosa_llm.runtime.replica import Replica
-from furiosa_llm.runtime.request import Request, check_token_ids
+from furiosa_llm.runtime.request import Request
 from furiosa_llm.runtime.request_table import Sink, Submission
 from furiosa_llm.runtime.router import choose_replica
 from furiosa_llm.runtime.sampler import derived_seed
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.tokenizer import Tokenizer
-
-Prompt: TypeAlias = str | Mapping[str, Any]
-"""Text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`, or both of these, the token ids being what is run."""
-
-
-_MAX_TOKENS = 2**31
-"""What token ids are below if the model does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +87,15 @@ class EngineCore:
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
         """Starts a request; its outputs go to `sink`, the last one finished, whatever happens.
 
-        Raises InputError or ContextLengthError if the prompt is none or does not fit, and EngineDeadError.
+        Raises InputError or ContextLengthError if the prompt is none or does not fit, SamplingParamsError if `params`
+        name tokens that the model does not have, TokenizerError for text without a tokenizer, and EngineDeadError.
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
         _check_params(params)
-        text, token_ids = self._read(prompt)
+        if self.limits.vocab_size is not None:
+            params.check_vocabulary(self.limits.vocab_size)
+        text, token_ids = read_prompt(prompt, self.tokenizer, self.limits.vocab_size)
         key = next(self._keys)
         request = Request(
             request_id=request_id,
@@ -124,19 +121,6 @@ class EngineCore:
         for replica in self.replicas:
             replica.close()
         self._close_model()
-
-    def _read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The text of a prompt, if it has one, and its tokens."""
-        text, token_ids = _parts(prompt)
-        if token_ids is None:
-            assert text is not None
-            if self.tokenizer is None:
-                raise InputError("the artifact has no tokenizer; give prompt_token_ids, or load it with a tokenizer")
-            token_ids = self.tokenizer.encode(text)
-        checked = check_token_ids(token_ids, self.limits.vocab_size or _MAX_TOKENS)
-        if not checked:
-            raise InputError("the prompt has no tokens; give a prompt that is not empty")
-        return text, checked
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
         """How many tokens a completion may have; the messages are worded as the vendor's, which programs look for."""
@@ -166,6 +150,28 @@ class EngineCore:
         return wanted
 
 
+def check_request_id(request_id: object, taken: Container[str]) -> None:
+    """Raises InputError if `request_id` is no str, or is in `taken`, the ids of the requests that have not ended."""
+    if not isinstance(request_id, str):
+        raise InputError(f"request_id: found a {type(request_id).__name__}, expected a str")
+    if request_id in taken:
+        raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+
+
+def params_for_each(params: object, count: int) -> list[SamplingParams]:
+    """The sampling parameters of `count` prompts: those given for all (None: the default ones), or a list of them."""
+    if params is None or isinstance(params, SamplingParams):
+        return [SamplingParams() if params is None else params] * count
+    if not isinstance(params, list | tuple):
+        _check_params(params)
+    several: list[SamplingParams] = list(cast(Sequence[SamplingParams], params))
+    for one in several:
+        _check_params(one)
+    if len(several) != count:
+        raise InputError(f"sampling_params has {len(several)} entries for {count} prompts")
+    return several
+
+
 def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
     """`params` with another kind of outputs; raises InputError if they are none."""
     _check_params(params)
@@ -175,22 +181,3 @@ def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams
 def _check_params(params: object) -> None:
     if not isinstance(params, SamplingParams):
         raise InputError(f"sampling_params: found a {type(params).__name__}, expected SamplingParams")
-
-
-def _parts(prompt: Prompt) -> tuple[str | None, Sequence[int] | None]:
-    """Text and token ids of a prompt, at least one of them; raises InputError for anything else."""
-    if isinstance(prompt, str):
-        return prompt, None
-    if not isinstance(prompt, Mapping):
-        raise InputError(
-            f"Unsupported prompt type: {type(prompt).__name__}; give a str, {{'prompt': str}} or "
-            f"{{'prompt_token_ids': [int, ...]}}"
-        )
-    unknown = sorted(str(key) for key in prompt if key not in ("prompt", "prompt_token_ids"))
-    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-    if unknown or (text is None and token_ids is None):
-        found = ", ".join(map(repr, unknown)) or "neither"
-        raise InputError(f"Unsupported prompt type: found {found}, expected 'prompt' or 'prompt_token_ids'")
-    if text is not None and not isinstance(text, str):
-        raise InputError(f"Unsupported prompt type: 'prompt' is a {type(text).__name__}, expected a str")
-    return text, token_ids

@@ -1,4 +1,4 @@
-"""Runs an artifact: sessions for every (rank, segment), driver threads, and global tensors in and out."""
+"""Runs an artifact on tensors: global arrays in, laid out on the ranks, stepped, and put together again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from furiosa_llm.runtime.sessions import create_sessions
 class Executor:
     """An artifact loaded and ready to run.
 
-    `threads` driver threads step the ranks (None: one for each core this process may use; never more than ranks).
+    `threads` threads step the ranks (None: one for each core this process may use; never more than ranks).
     `mapped` leaves the weights in their file instead of packing them: it starts at once and decodes slower.
     `exact` is for comparisons: no kernel rounds activations of fused quantised weights to 8 bits.
     Close it, or use it as a context manager, to end its threads.
@@ -111,7 +111,7 @@ class Executor:
             )
 
     def close(self) -> None:
-        """Ends the driver threads; the executor cannot run any more."""
+        """Ends the threads; the executor cannot run any more."""
         self._crew.close()
 
     def __enter__(self) -> Self:

@@ -129,9 +129,13 @@ def ranks_of(lane: int, ranks: int, lanes: int) -> tuple[int, ...]:
 def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int, ...]], inputs: Alike) -> Alike:
     """On which ranks each value is the same: computed by the same node from the same operands.
 
-    A collective gives the same to all ranks of a group.
+    A collective gives the same to all ranks of a group. Weights that are dequantised are each rank's own even where
+    they are the same: onnxruntime fuses that with the one product that reads them, and if there are several it neither
+    fuses nor rounds as it would.
     """
     alike = dict(inputs)
+    stored = {tensor.name for tensor in program.model.graph.initializer}
+    fused: set[str] = set()
     for tensor in program.model.graph.initializer:
         axes = shard_axes.get(tensor.name, ())
         positions = [mesh.position(rank, axes) for rank in range(mesh.size)]
@@ -143,11 +147,13 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
                 alike.update({(rank, node.output[0]): group[0] for rank in group})
             continue
         read = tuple(dict.fromkeys(used_names(node)))
+        if node.op_type == "DequantizeLinear" and stored.issuperset(read):
+            fused.update((*read, *node.output))
         first: dict[tuple[int, ...], int] = {}
         for rank in range(mesh.size):
             owner = first.setdefault(tuple(alike.get((rank, name), rank) for name in read), rank)
             alike.update({(rank, name): owner for name in node.output if name})
-    return alike
+    return {(rank, name): owner for (rank, name), owner in alike.items() if name not in fused}
 
 
 def _named(alike: Alike, rank: int, value: str) -> str:
@@ -237,13 +243,13 @@ class _Laying:
         self, segment: Segment | None, ranks: Sequence[int], sums: Sequence[NodeProto], parts: Collection[str]
     ) -> LaneSegment | None:
         """What one lane computes; it leaves what later segments, the caller and the exchanges read."""
-        nodes = [*(self._nodes(segment, ranks) if segment is not None else ()), *sums]
-        if not nodes:
-            return None
         leaving = set(parts)
         if segment is not None:
             wanted = [name for name in segment.outputs if name in self._read or name in self._program.outputs]
             leaving.update(self._name(rank, name) for name in wanted for rank in ranks)
+        nodes = _needed([*(self._nodes(segment, ranks) if segment is not None else ()), *sums], leaving)
+        if not nodes:
+            return None
         initializers = {
             self._name(rank, name): (name, rank)
             for name in (segment.initializers if segment is not None else ())
@@ -273,7 +279,7 @@ class _Laying:
     def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
         own = NodeProto()
         own.CopyFrom(node)
-        own.name = f"{rank}/{node.name}"
+        own.name = f"{rank}/{node.name}" if node.name else ""
         _rename(own, {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name})
         return own
 
@@ -281,6 +287,16 @@ class _Laying:
 def parts_of(exchange: Exchange) -> tuple[Part, ...]:
     """The values that go into `exchange`."""
     return exchange.parts if exchange.total is None else tuple(_leaves(exchange.total))
+
+
+def _needed(nodes: Sequence[NodeProto], leaving: Collection[str]) -> list[NodeProto]:
+    """The nodes on the way to what is `leaving`."""
+    wanted, found = set(leaving), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            found.append(node)
+            wanted.update(used_names(node))
+    return found[::-1]
 
 
 def _leaves(total: Sum) -> Iterator[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ class Plan:
     """What is going to run, before anything is loaded to run it.
 
     artifact: whose manifest and program are checked.
-    tokenizer: the artifact's, or the one that was given.
+    tokenizer: the artifact's, or the one that was given; None if there is none, and prompts have to be token ids.
     topology: which PEs the ranks of each replica's stages are.
     stages: of a replica.
     limits: what requests have to keep to.
@@ -51,7 +52,7 @@ class Plan:
     """
 
     artifact: Artifact
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     topology: Topology
     stages: tuple[Stage, ...]
     limits: ModelLimits
@@ -67,13 +68,18 @@ def open_model(args: EngineArgs) -> Artifact:
     if whole is not None:
         raise UnsupportedError(f"{args.model} is a part of the encoder-decoder in {whole}; load that one")
     artifact = open_artifact(args.model, full=args.full_verification)
-    found, wanted = artifact.manifest.mesh.size, args.tensor_parallel_size
+    check_tensor_parallel_size(artifact, args.tensor_parallel_size)
+    return artifact
+
+
+def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
+    """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
+    found = artifact.manifest.mesh.size
     if wanted not in (None, found):
         raise InputError(
             f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={found}; leave it out, or make the "
             f"other artifact: furiosa-llm reshard -tp {wanted}"
         )
-    return artifact
 
 
 def only_of_one_replica(args: EngineArgs, what: str) -> None:
@@ -109,7 +115,7 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
     limits, scheduling = _limits(artifact, topology, stages, args)
     return Plan(
         artifact=artifact,
-        tokenizer=_tokenizer(artifact, args),
+        tokenizer=tokenizer_of(artifact, args.tokenizer),
         topology=topology,
         stages=stages,
         limits=limits,
@@ -156,10 +162,13 @@ def _check_generates(artifact: Artifact) -> None:
         )
 
 
-def _tokenizer(artifact: Artifact, args: EngineArgs) -> Tokenizer:
-    if isinstance(args.tokenizer, Tokenizer):
-        return args.tokenizer
-    return Tokenizer.from_artifact(artifact) if args.tokenizer is None else Tokenizer.from_folder(args.tokenizer)
+def tokenizer_of(artifact: Artifact, given: str | os.PathLike[str] | Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer that was `given`, itself or by its folder, else the artifact's; None if it has none."""
+    if isinstance(given, Tokenizer):
+        return given
+    if given is not None:
+        return Tokenizer.from_folder(given)
+    return None if artifact.companion("tokenizer.json") is None else Tokenizer.from_artifact(artifact)
 
 
 def _limits(

@@ -5,25 +5,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+import warnings
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, NoReturn, Self, cast, overload
 
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
-from furiosa_llm.runtime.chat import Conversation, conversations_of, render
+from furiosa_llm.runtime.chat import Conversation, check_tools, conversations_of, render
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
 from furiosa_llm.runtime.engine import LLMEngine, raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, ModelLimits, Prompt, with_kind
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, ModelLimits, params_for_each, with_kind
 from furiosa_llm.runtime.errors import EngineDeadError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.launch import make_plan, only_of_one_replica, open_model, start
 from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.prompts import Prompt as TextOrTokens
+from furiosa_llm.runtime.prompts import Prompt, paired, with_tokenizer_kwargs
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.seq2seq import Seq2Seq
 from furiosa_llm.runtime.tokenizer import Tokenizer
@@ -55,7 +56,9 @@ class LLM:
         self._request_ids = itertools.count()
         if is_composite(model):
             only_of_one_replica(args, "an encoder-decoder")
-            self._seq2seq = Seq2Seq.load_artifact(model, seed=args.seed, **_loading(args))
+            self._seq2seq = Seq2Seq.load_artifact(
+                model, seed=args.seed, tensor_parallel_size=args.tensor_parallel_size, **_loading(args)
+            )
             self._tokenizer = self._seq2seq.tokenizer
             return
         artifact = open_model(args)
@@ -75,6 +78,19 @@ class LLM:
         """Loads the artifact in the folder `path`; takes the options of the class."""
         return cls(path, **options)
 
+    @classmethod
+    def load_artifacts(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+        """`load_artifact` under its old name; warns that it is deprecated."""
+        warnings.warn("LLM.load_artifacts is deprecated; use LLM.load_artifact", DeprecationWarning, stacklevel=2)
+        return cls.load_artifact(path, **options)
+
+    @classmethod
+    def from_artifacts(cls, *_: Any, **__: Any) -> NoReturn:
+        """The vendor's loader of artifacts of before 2025; raises UnsupportedError."""
+        raise UnsupportedError(
+            "from_artifacts: the vendor's artifacts of before 2025 hold no ONNX model; build one, and use load_artifact"
+        )
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer, or the one that was given; raises TokenizerError if there is none."""
@@ -89,7 +105,10 @@ class LLM:
         Raises UnsupportedError for other models.
         """
         if self._encoder is not None:
-            raise UnsupportedError("generate API can only be used for generative models; this is an encoder: use embed")
+            raise UnsupportedError(
+                "generate API can only be used for generative models; this is an encoder: use embed, or `furiosa-llm "
+                "embed`; `furiosa-llm run` gives its outputs as they are"
+            )
         if self._seq2seq is not None:
             raise UnsupportedError("an encoder-decoder runs without an engine; use generate or stream_outputs")
         if self._core is None:
@@ -135,54 +154,47 @@ class LLM:
     @overload
     def generate(
         self,
-        prompts: str,
-        sampling_params: SamplingParams = _DEFAULT_PARAMS,
+        prompts: str | Mapping[str, Any],
+        sampling_params: SamplingParams | None = None,
         prompt_token_ids: Sequence[int] | None = None,
-        tokenizer_kwargs: dict[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> RequestOutput: ...
 
     @overload
     def generate(
         self,
-        prompts: list[str],
-        sampling_params: SamplingParams | Sequence[SamplingParams] = _DEFAULT_PARAMS,
+        prompts: list[Any] | tuple[Any, ...] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         prompt_token_ids: Sequence[Sequence[int]] | None = None,
-        tokenizer_kwargs: dict[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]: ...
 
     def generate(
         self,
-        prompts: str | list[str],
-        sampling_params: SamplingParams | Sequence[SamplingParams] = _DEFAULT_PARAMS,
-        prompt_token_ids: Sequence[Any] | None = None,
-        tokenizer_kwargs: dict[str, Any] | None = None,
+        prompts: Any = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompt_token_ids: Any = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
-        """Completes `prompts`, as many at once as fit: a string gives one output, a list gives a list in its order.
+        """Completes `prompts`, as many at once as fit: a single one gives one output, a list a list in its order.
 
-        `prompt_token_ids`, one sequence for each prompt, are used instead of the prompts' own tokens; a list of
-        `sampling_params` has those of each prompt. If one prompt is refused, or Ctrl-C or a failure comes in between,
-        all are given up. Raises ContextLengthError, a ValueError, if a prompt and its completion do not fit the limit,
-        and ReplicaError if a replica fails while it has one of them.
+        A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. The argument `prompt_token_ids`,
+        one sequence for each prompt, is used instead of the prompts' own tokens, and may stand alone. A list of
+        `sampling_params` has those of each prompt. Of `tokenizer_kwargs` there is `add_special_tokens`.
+
+        If one prompt is refused, or Ctrl-C or a failure comes in between, all are given up. Raises ContextLengthError,
+        a ValueError, if a prompt and its completion do not fit the limit, and ReplicaError if a replica fails while it
+        has one of them.
         """
-        _refuse_tokenizer_kwargs(tokenizer_kwargs)
-        single = isinstance(prompts, str)
-        texts = [prompts] if isinstance(prompts, str) else _checked_list(prompts)
-        token_ids: Sequence[Any] | None = (
-            [prompt_token_ids] if single and prompt_token_ids is not None else prompt_token_ids
-        )
-        if token_ids is not None and len(token_ids) != len(texts):
-            raise InputError(f"prompt_token_ids has {len(token_ids)} sequences for {len(texts)} prompts")
-        asked: list[Prompt] = [
-            text if token_ids is None else {"prompt": text, "prompt_token_ids": token_ids[index]}
-            for index, text in enumerate(texts)
-        ]
+        asked, single = paired(prompts, prompt_token_ids)
+        asked = [with_tokenizer_kwargs(prompt, tokenizer_kwargs, self._tokenizer) for prompt in asked]
         outputs = self._complete(asked, sampling_params)
         return outputs[0] if single else outputs
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
-        sampling_params: SamplingParams | Sequence[SamplingParams] = _DEFAULT_PARAMS,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: Literal["string"] = "string",
         add_generation_prompt: bool = True,
@@ -192,15 +204,15 @@ class LLM:
         """Answers a conversation, or each of several; always a list.
 
         `chat_template` replaces the model's own. With `continue_final_message` the answer goes on from the last
-        message; `add_generation_prompt` must be False then. Raises TokenizerError if there is no template or it refuses
-        the messages, InputError if they are none, UnsupportedError for tools, else what `generate` does.
+        message; `add_generation_prompt` must be False then. `tools` are told to the template; what the model answers is
+        text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses the
+        messages, InputError if they are none, else what `generate` does.
         """
         if chat_template_content_format != "string":
             raise UnsupportedError(
                 f"chat_template_content_format={chat_template_content_format!r:.80} is not supported; give 'string'"
             )
-        if tools:
-            raise UnsupportedError("tools are not supported by chat; write them into the system message")
+        check_tools(tools)
         prompts: list[Prompt] = [
             render(
                 self.tokenizer,
@@ -208,6 +220,7 @@ class LLM:
                 chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,
             )
             for conversation in conversations_of(messages)
         ]
@@ -215,7 +228,7 @@ class LLM:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt | None = None,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
@@ -227,17 +240,16 @@ class LLM:
 
     async def stream_generate(
         self,
-        prompt: str,
+        prompt: Prompt | None = None,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
-        tokenizer_kwargs: dict[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         is_demo: bool = False,  # noqa: ARG002 - the vendor's, without effect
     ) -> AsyncIterator[str]:
         """`stream` for asyncio."""
-        _refuse_tokenizer_kwargs(tokenizer_kwargs)
-        asked = _one_prompt(prompt, prompt_token_ids)
+        asked = with_tokenizer_kwargs(_one_prompt(prompt, prompt_token_ids), tokenizer_kwargs, self._tokenizer)
         if self._seq2seq is not None:
-            pieces = self.stream(prompt, sampling_params, prompt_token_ids)
+            pieces = self.stream(asked, sampling_params)
             while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
                 yield piece
             return
@@ -249,7 +261,7 @@ class LLM:
 
     def stream_outputs(
         self,
-        prompt: str,
+        prompt: Prompt | None = None,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[RequestOutput]:
@@ -272,7 +284,7 @@ class LLM:
 
     def encode(
         self,
-        prompts: TextOrTokens | Sequence[TextOrTokens],
+        prompts: Prompt | Sequence[Prompt],
         *,
         pooling: PoolingType | None = None,
         normalize: bool | None = None,
@@ -285,7 +297,7 @@ class LLM:
 
     def embed(
         self,
-        prompts: TextOrTokens | Sequence[TextOrTokens],
+        prompts: Prompt | Sequence[Prompt],
         *,
         pooling: PoolingType | None = None,
         normalize: bool | None = None,
@@ -294,6 +306,13 @@ class LLM:
         """`encode`, with each vector as a list of numbers."""
         return self._encoding("embed").embed(
             prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
+        )
+
+    def bert_forward(self, *_: Any, **__: Any) -> NoReturn:
+        """The vendor's question answering with BERT; raises UnsupportedError."""
+        raise UnsupportedError(
+            "bert_forward is not supported: encode gives an encoder's vectors, `furiosa-llm run` and Executor.run the "
+            "outputs of any model"
         )
 
     def shutdown(self) -> None:
@@ -315,12 +334,10 @@ class LLM:
         self.shutdown()
 
     def _complete(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[RequestOutput]:
         """The finished outputs of `prompts`, in their order."""
-        params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
-        if len(params) != len(prompts):
-            raise InputError(f"sampling_params has {len(params)} entries for {len(prompts)} prompts")
+        params = params_for_each(sampling_params, len(prompts))
         if self._seq2seq is not None:
             return [self._seq2seq.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
         ready: SimpleQueue[RequestOutput] = SimpleQueue()
@@ -365,8 +382,8 @@ def _loading(args: EngineArgs) -> dict[str, Any]:
     }
 
 
-def _one_prompt(prompt: str, token_ids: Sequence[int] | None) -> Prompt:
-    return prompt if token_ids is None else {"prompt": prompt, "prompt_token_ids": token_ids}
+def _one_prompt(prompt: Prompt | None, token_ids: Sequence[int] | None) -> Prompt:
+    return cast(Prompt, prompt) if token_ids is None else {"prompt": prompt, "prompt_token_ids": token_ids}
 
 
 def _delta(params: SamplingParams) -> SamplingParams:
@@ -374,14 +391,3 @@ def _delta(params: SamplingParams) -> SamplingParams:
     if delta.n > 1:
         raise InputError(f"a stream of text is of one completion, found n={delta.n}; give n=1, or use stream_outputs")
     return delta
-
-
-def _checked_list(prompts: Any) -> list[str]:
-    if not isinstance(prompts, list):
-        raise InputError(f"prompts: found a {type(prompts).__name__}, expected a str or a list of them")
-    return prompts
-
-
-def _refuse_tokenizer_kwargs(options: dict[str, Any] | None) -> None:
-    if options:
-        raise UnsupportedError(f"tokenizer_kwargs={options!r:.80} are not supported; give prompt_token_ids instead")

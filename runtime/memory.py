@@ -104,10 +104,6 @@ class Block:
         nbytes = array_nbytes(dtype, shape)
         return self._bytes[offset : offset + nbytes].view(kind).reshape(shape)
 
-    def copy_from(self, other: Block, nbytes: int) -> None:
-        """Takes over the first `nbytes` of `other`."""
-        self._bytes[:nbytes] = other._bytes[:nbytes]
-
 
 def array_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """The bytes of an array in memory, where every element takes at least one."""

@@ -27,6 +27,8 @@ from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.stages import Stage
 from furiosa_llm.runtime.steps import Group
 
+_CLOSE_TIMEOUT = 5.0
+
 
 class Host:
     """An artifact's stages loaded into this process, for any number of replicas.
@@ -102,14 +104,17 @@ class LocalRunner:
         return "; ".join(doing) or "nothing is under way"
 
     def close(self) -> None:
-        """Ends the threads; batches that are under way are finished first."""
+        """Ends the threads; batches that are under way are finished first. One that hangs is left behind."""
         with self._closing:
             if not self._closed:
                 self._closed = True
                 for queue in self._queues:
                     queue.put(None)
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
         for thread in self._threads:
-            thread.join(timeout=5)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self._crew.give_up(thread)
 
     def _serve(self, group: int) -> None:
         while (entry := self._queues[group].get()) is not None:
@@ -121,7 +126,7 @@ class LocalRunner:
                     logits = self._groups[group].run(batch, self._occupy)
             except FuriosaLLMError as error:
                 future.set_exception(error)
-            except Exception as error:  # noqa: BLE001 - whoever waits for the batch gets it
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the batch gets it, and the thread goes on
                 future.set_exception(_failed(batch, error))
             else:
                 future.set_result(logits)
@@ -138,7 +143,7 @@ class LocalRunner:
                 self.busy_seconds[stage] += time.perf_counter() - started
 
 
-def _failed(batch: Batch, error: Exception) -> ExecutionError:
+def _failed(batch: Batch, error: BaseException) -> ExecutionError:
     found = ExecutionError(f"a batch of group {batch.group} failed: {type(error).__name__}: {error}")
     found.__cause__ = error
     return found

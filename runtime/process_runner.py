@@ -78,14 +78,13 @@ class _UnderWay:
 class ProcessRunner:
     """One replica in `workers` processes; see `Runner`.
 
-    A process that ends, or a batch that fails in one, fails all that is under way and ends the other processes;
-    `on_failure` is called with the error then, from a thread of the runner's.
+    A process that ends, or a batch that fails in one, fails all that is under way and ends the other processes.
     """
 
     def __init__(
         self, folder: str, stages: Sequence[Stage], *, workers: int, slots_per_group: int, mapped: bool = False
     ) -> None:
-        self.on_failure: Callable[[Exception], None] | None = None
+        self._on_failure: Callable[[Exception], None] | None = None
         self._groups = len(stages)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -153,15 +152,24 @@ class ProcessRunner:
             here = self._positions[group, stage]
             done = [name for step in self._ready[0].collectives[stage][: max(0, int(here.min()))] for name in step]
             where = ", ".join(
-                f"{ranks_text(ready.ranks)} in segment {step}" if step >= 0 else f"{ranks_text(ready.ranks)} done"
+                f"{ranks_text(ready.ranks)} in segment {step}" if step >= 0 else f"{ranks_text(ready.ranks)} in none"
                 for ready, step in zip(self._ready, here.tolist(), strict=True)
             )
             lines.append(f"stage {stage}: {where}; last collective done: {done[-1] if done else 'none'}")
         return "; ".join(lines) or "nothing is under way"
 
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Has `on_failure` called with the error when the runner fails, or at once; not when it is closed before."""
+        with self._lock:
+            self._on_failure = on_failure
+            error = self._error
+        if error is not None:
+            on_failure(error)
+
     def close(self) -> None:
         """Ends the processes; what is under way fails."""
-        self.on_failure = None
+        with self._lock:
+            self._on_failure = None
         self._fail(WorkerError("the runner is closed"))
         self._reader.join(timeout=5)
 
@@ -243,13 +251,14 @@ class ProcessRunner:
             if self._error is not None:
                 return
             self._error = error
+            on_failure = self._on_failure
             lost, self._under_way = list(self._under_way.values()), {}
         for process in self._processes:
             process.kill()
         for entry in lost:
             entry.future.set_exception(error)
-        if self.on_failure is not None:
-            self.on_failure(error)
+        if on_failure is not None:
+            on_failure(error)
 
     def _end_all(self) -> None:
         for process in self._processes:

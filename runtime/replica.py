@@ -53,6 +53,15 @@ class ReportsProgress(Protocol):
         ...
 
 
+@runtime_checkable
+class ReportsFailure(Protocol):
+    """A runner that can fail while nothing is under way, such as one with processes."""
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Has `on_failure` called with the error when the runner fails, at once if it has failed already."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
     number: int
@@ -62,6 +71,20 @@ class _Done:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Abort:
     key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failed:
+    runner: Runner
+    error: Exception
+
+
+class _RunnerFailedError(Exception):
+    """The runner is to blame for `cause`, and no request that it has not seen."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class _Stop:
@@ -89,12 +112,17 @@ class _UnderWay:
     deadline: float
 
 
+_Message = Submission | _Abort | _Done | _Failed | _Stop
+
+
 class Replica:
     """Runs requests on a runner that `make_runner` makes, and on another when that one has failed.
 
     `index` is its place among the replicas. `submit` and `abort` return at once, from any thread; outputs go to the
-    requests' sinks from the replica's own thread. A failure ends the requests that the replica has taken up, each with
-    a ReplicaError, and the runner is replaced. A replica that cannot replace it any more is dead, and refuses requests.
+    requests' sinks from the replica's own thread. A runner that fails ends the requests that were in a batch already,
+    each with a ReplicaError; it is replaced, and the others run on the new one. An exception in the replica's own
+    thread ends all of them. A replica that cannot replace its runner any more is dead: it ends what it has, and refuses
+    requests.
     """
 
     def __init__(
@@ -107,7 +135,7 @@ class Replica:
         self.index = index
         self._make_runner = make_runner
         self._policy = policy or FaultPolicy()
-        self._inbox: SimpleQueue[Submission | _Abort | _Done | _Stop] = SimpleQueue()
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._gate = threading.Lock()  # nothing is put behind the _Stop
         self._closing = threading.Event()
         self._stopped = False
@@ -119,7 +147,7 @@ class Replica:
         self._failure: BaseException | None = None
         self._failures = 0
         self._death: BaseException | None = None
-        self._runner: Runner | None = make_runner()
+        self._runner: Runner | None = self._make_watched_runner()
         self._thread = threading.Thread(target=self._run, name=f"furiosa-replica-{index}", daemon=True)
         self._thread.start()
 
@@ -183,17 +211,29 @@ class Replica:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _make_watched_runner(self) -> Runner:
+        runner = self._make_runner()
+        if isinstance(runner, ReportsFailure):
+            runner.watch(lambda error: self._inbox.put(_Failed(runner=runner, error=error)))
+        return runner
+
     def _run(self) -> None:
         while not self._stopped:
             try:
                 if self._failure is not None:
                     self._recover(self._failure)
                 self._serve()
+            except _RunnerFailedError as error:
+                self._note_failure(error.cause)
             except BaseException as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-                logger.warning("replica %d failed: %s: %s", self.index, type(error).__name__, error)
-                self._failure = error
-                self._failures += 1
+                self._note_failure(error)
+                self._end(self._table.unfinished(), error)
         self._close_runner()
+
+    def _note_failure(self, failure: BaseException) -> None:
+        logger.warning("replica %d failed: %s: %s", self.index, type(failure).__name__, failure)
+        self._failure = failure
+        self._failures += 1
 
     def _serve(self) -> None:
         """Keeps the runner busy, hands outputs out while it computes, and handles what arrives, until it is closed."""
@@ -209,25 +249,30 @@ class Replica:
         while not self._inbox.empty():
             self._handle(self._inbox.get())
 
-    def _next(self) -> Submission | _Abort | _Done | _Stop:
-        """What arrives next; raises StepTimeoutError if nothing does while a batch is overdue."""
+    def _next(self) -> _Message:
+        """What arrives next; if nothing does while a batch is overdue, the runner has failed."""
         if not self._under_way:
             return self._inbox.get()
         deadline = min(one.deadline for one in self._under_way.values())
         try:
             return self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
-            raise StepTimeoutError(self._overdue()) from None
+            raise _RunnerFailedError(StepTimeoutError(self._overdue())) from None
 
-    def _handle(self, message: Submission | _Abort | _Done | _Stop) -> None:
+    def _handle(self, message: _Message) -> None:
         match message:
             case _Done():
                 self._finish(message)
             case _Abort():
                 self._end_sequences(self._table.end(message.key, "abort"))
+            case _Failed():
+                if message.runner is self._runner:
+                    raise _RunnerFailedError(message.error)
             case _Stop():
                 self._stopped = True
-                self._end_all(lambda: EngineDeadError("the engine was closed before the request ended"))
+                for key in self._table.unfinished():
+                    self._table.end(key, "error", EngineDeadError("the engine was closed before the request ended"))
+                self._forget_batches()
             case _:
                 self._admit(message)
 
@@ -236,6 +281,9 @@ class Replica:
         if self._death is not None:
             self._table.end(submission.key, "error", self._failed_with(self._death))
             return
+        self._schedule_request(submission)
+
+    def _schedule_request(self, submission: Submission) -> None:
         request = submission.request
         try:
             with self._scheduler_lock:
@@ -258,7 +306,7 @@ class Replica:
         with self._scheduler_lock:
             batch = self._scheduler.schedule()
             if isinstance(batch, Prefill):
-                self._table.found_cached(batch.sequence_id, self._scheduler.num_cached_tokens(batch.sequence_id))
+                self._table.begin(batch.sequence_id, self._scheduler.num_cached_tokens(batch.sequence_id))
         return batch
 
     def _report(self, number: int, logits: Future[Array]) -> None:
@@ -269,6 +317,9 @@ class Replica:
         one = self._under_way.pop(done.number, None)
         if one is None:
             return
+        failure = done.logits.exception()
+        if failure is not None:
+            raise _RunnerFailedError(failure)
         accepted = self._table.accept(one.batch, done.logits.result())
         self._end_sequences(accepted.failed)
         with self._scheduler_lock:
@@ -280,26 +331,35 @@ class Replica:
             for sequence_id in sequence_ids:
                 self._scheduler.abort(sequence_id)
 
-    def _end_all(self, make_error: Callable[[], FuriosaLLMError]) -> None:
-        """Ends all requests that were taken up, each with an error of its own."""
-        for key in self._table.unfinished():
-            self._table.end(key, "error", make_error())
+    def _end(self, keys: Sequence[int], failure: BaseException) -> None:
+        """Ends requests because of `failure`, each with an error of its own."""
+        for key in keys:
+            self._table.end(key, "error", self._failed_with(failure))
+
+    def _forget_batches(self) -> None:
         self._under_way.clear()
         with self._scheduler_lock:
             self._scheduler.clear()
 
     def _recover(self, failure: BaseException) -> None:
         """Ends the requests that the failure hit and makes a new runner; gives up after too many failures in a row."""
-        self._end_all(lambda: self._failed_with(failure))
+        dies = self._failures > self._policy.max_failures
+        self._end(self._table.unfinished() if dies else self._table.begun(), failure)
+        self._forget_batches()
         self._table.deliver()
         self._close_runner()
-        if self._failures > self._policy.max_failures:
+        if dies:
             self._death = self._failure
             return
         delay = self._policy.backoff * 2 ** (self._failures - 1)
         if not self._closing.wait(min(delay, self._policy.max_backoff)):
-            self._runner = self._make_runner()
+            try:
+                self._runner = self._make_watched_runner()
+            except BaseException as error:  # noqa: BLE001 - what waits may run on the one that is made next
+                raise _RunnerFailedError(error) from None
             self._failure = None
+            for submission in self._table.waiting():
+                self._schedule_request(submission)
 
     def _close_runner(self) -> None:
         """Closes the runner, if there is one, in a thread of its own: one that hangs is left behind."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from furiosa_llm.runtime.errors import InputError, SamplingParamsError
+from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.logprobs import PromptLogprobs, logprob, logprobs
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
@@ -14,22 +12,6 @@ from furiosa_llm.runtime.sampler import Sampler
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.text_stream import TextStream
 from furiosa_llm.runtime.tokenizer import Tokenizer
-
-
-def check_token_ids(token_ids: Iterable[object], vocab_size: int) -> list[int]:
-    """`token_ids` as a list of ints; raises InputError unless a model of `vocab_size` tokens has all of them."""
-    found = []
-    for position, token in enumerate(token_ids):
-        if not isinstance(token, int | np.integer) or isinstance(token, bool):
-            raise InputError(
-                f"prompt_token_ids[{position}] is {token!r:.80} of type {type(token).__name__}, expected an integer"
-            )
-        if not 0 <= token < vocab_size:
-            raise InputError(
-                f"prompt_token_ids[{position}] is {token!r:.80}, but the model's tokens are 0 to {vocab_size - 1}"
-            )
-        found.append(int(token))
-    return found
 
 
 class SequenceRequest:

@@ -59,6 +59,7 @@ class RequestTable:
     def __init__(self) -> None:
         self._submissions: dict[int, Submission] = {}
         self._running: dict[int, _Running] = {}
+        self._begun: set[int] = set()
         self._touched: dict[int, Submission] = {}
         self._errors: dict[int, FuriosaLLMError] = {}
         self._lock = threading.Lock()
@@ -94,11 +95,22 @@ class RequestTable:
         """The keys of the requests that were admitted and have not ended."""
         return list(self._submissions)
 
-    def found_cached(self, sequence_id: int, tokens: int) -> None:
-        """Notes for the request's outputs how many tokens of its prompt were not computed again."""
+    def begun(self) -> list[int]:
+        """The keys of the requests of which a sequence has been in a batch."""
+        return [key for key in self._submissions if key in self._begun]
+
+    def waiting(self) -> list[Submission]:
+        """The requests of which none has been in a batch, in the order in which they came."""
+        return [submission for key, submission in self._submissions.items() if key not in self._begun]
+
+    def begin(self, sequence_id: int, cached: int) -> None:
+        """Notes that a sequence is in a batch, and for the outputs how many of its tokens were not computed again."""
         one = self._running.get(sequence_id)
-        if one is not None and one.sequence is one.submission.request.sequences[0]:
-            one.submission.request.num_cached_tokens = tokens
+        if one is None:
+            return
+        self._begun.add(one.submission.key)
+        if one.sequence is one.submission.request.sequences[0]:
+            one.submission.request.num_cached_tokens = cached
 
     def accept(self, batch: Batch, logits: Array) -> Accepted:
         """Samples what `batch` was run for, and shows the tokens to their sequences.
@@ -153,6 +165,7 @@ class RequestTable:
                 outputs.setdefault(submission.sink, []).append((key, shown))
             if submission.request.finished:
                 del self._submissions[key]
+                self._begun.discard(key)
                 with self._lock:
                     self._load -= self._loads.pop(key)
         for sink, several in outputs.items():

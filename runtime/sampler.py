@@ -30,7 +30,8 @@ def derived_seed(seed: int, number: int) -> int:
 def sample_rows(samplers: Sequence[Sampler], logits: Array) -> list[int]:
     """The next token of each sampler for its row of `logits` [rows, vocabulary]; it counts as output from now on.
 
-    Raises ExecutionError, which names the request, for logits that hold no finite greatest value.
+    Raises ExecutionError, which names the request, for logits that hold no finite greatest value, and
+    SamplingParamsError if the parameters leave no token. No sampler has changed then, and none has drawn.
     """
     if logits.dtype != np.float32:
         logits = logits.astype(np.float32)
@@ -39,7 +40,9 @@ def sample_rows(samplers: Sequence[Sampler], logits: Array) -> list[int]:
         for sampler, row, token in zip(samplers, logits, tokens, strict=True):
             sampler.check_finite(row[token])
     else:
-        tokens = [sampler.choose(row) for sampler, row in zip(samplers, logits, strict=True)]
+        # Scoring may raise, and drawing takes a random number that does not come again: all rows are scored first.
+        scored = [sampler.score(row) for sampler, row in zip(samplers, logits, strict=True)]
+        tokens = [sampler.choose(*found) for sampler, found in zip(samplers, scored, strict=True)]
     for sampler, token in zip(samplers, tokens, strict=True):
         sampler.record(token)
     return tokens
@@ -94,17 +97,17 @@ class Sampler:
         if self._counts is not None:
             self._counts.add(token)
 
-    def choose(self, logits: Floats) -> int:
-        """The next token for `logits` [vocabulary], which are left as they are."""
+    def score(self, logits: Floats) -> tuple[Floats, np.float32]:
+        """What the next token for `logits` [vocabulary] is chosen by, and the greatest of it; nothing is drawn yet."""
         plain = self._plain and not self._forbids_stops
         scores = logits if plain else self._processed(logits)
-        if self._greedy:
-            token = int(scores.argmax())
-            self.check_finite(scores[token])
-            return token
-        top = scores.max()
+        top: np.float32 = scores.max()
         self.check_finite(top)
-        return self._draw(scores, top)
+        return scores, top
+
+    def choose(self, scores: Floats, top: np.float32) -> int:
+        """The next token by what `score` gave."""
+        return int(scores.argmax()) if self._greedy else self._draw(scores, top)
 
     def check_finite(self, greatest: np.float32) -> None:
         """Raises ExecutionError unless the `greatest` of the logits, which is NaN if one is, is a finite number."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from furiosa_llm.runtime.batch import Batch, Decode, Prefill, Row
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
-from furiosa_llm.runtime.slots import WORTH_A_COPY, Group, Pages, SequenceState
+from furiosa_llm.runtime.slots import WORTH_A_COPY, Group, Pages, SequenceState, reusable_length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,7 @@ class Scheduler:
     def cached_prefix(self, tokens: Sequence[int]) -> int:
         """How many tokens of a new prompt would be found in a slot at this moment."""
         prompt = list(tokens)
-        return max(group.match(prompt, len(prompt) - 1) for group in self._groups)
+        return max(group.match(prompt, reusable_length(len(prompt))) for group in self._groups)
 
     def schedule(self) -> Batch | None:
         """The next batch, of a group that has none under way; None if nothing can run before a batch returns."""

@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import Self
 
 from furiosa_llm.runtime.artifact.composite import Composite, PartName, open_composite
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError, TokenizerError
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
 from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.launch import check_tensor_parallel_size, tokenizer_of
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.prompt_feeds import prompt_feeds
-from furiosa_llm.runtime.prompts import Prompt, check_tokens, listed, unwrapped
+from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
 from furiosa_llm.runtime.request import Request
 from furiosa_llm.runtime.sampler import derived_seed, sample_rows
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
@@ -46,6 +47,7 @@ class Seq2Seq:
         self.composite = composite
         self.tokenizer = tokenizer
         self._executors = executors
+        self._vocab_size = composite.decoder.manifest.model.vocab_size
         self._seed = seed
         self._idle: SimpleQueue[Steps] = SimpleQueue()
         self._request_ids = itertools.count()
@@ -57,25 +59,25 @@ class Seq2Seq:
         *,
         tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
         seed: int | None = None,
+        tensor_parallel_size: int | None = None,
         threads: int | None = None,
         mapped: bool = False,
         full_verification: bool | None = None,
     ) -> Self:
         """Loads the composite artifact in the folder `path`; the arguments are those of `LLM.load_artifact`.
 
-        Raises ArtifactError for a damaged artifact, or one whose parts do not fit.
+        Raises ArtifactError for a damaged artifact, or one whose parts do not fit, and InputError for one of another
+        tensor parallel size than asked for.
         """
         composite = open_composite(path, full=full_verification)
-        if tokenizer is None and composite.encoder.companion("tokenizer.json") is not None:
-            tokenizer = Tokenizer.from_artifact(composite.encoder)
-        elif tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_folder(tokenizer)
+        check_tensor_parallel_size(composite.encoder, tensor_parallel_size)
+        found = tokenizer_of(composite.encoder, tokenizer)
         with ExitStack() as stack:
             executors = {
                 name: stack.enter_context(Executor(part, threads=threads, mapped=mapped))
                 for name, part in composite.parts.items()
             }
-            loaded = cls(composite, executors, tokenizer, seed=seed)
+            loaded = cls(composite, executors, found, seed=seed)
             stack.pop_all()
         return loaded
 
@@ -104,7 +106,7 @@ class Seq2Seq:
         self, prompt: Prompt, sampling_params: SamplingParams = _DEFAULT_PARAMS
     ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
-        text, token_ids = self._tokens(prompt)
+        text, token_ids = read_prompt(prompt, self.tokenizer, self._vocab_size, add_special_tokens=True)
         request = self._request(text, token_ids, sampling_params)
         hidden = self._encoded(token_ids)
         steps = self._take_steps()
@@ -123,7 +125,7 @@ class Seq2Seq:
             self._idle.put(steps)
 
     def close(self) -> None:
-        """Ends the driver threads; the model cannot generate any more."""
+        """Ends the threads; the model cannot generate any more."""
         for executor in self._executors.values():
             executor.close()
 
@@ -142,6 +144,8 @@ class Seq2Seq:
     def _request(self, text: str | None, token_ids: Sequence[int], params: SamplingParams) -> Request:
         if params.prompt_logprobs is not None:
             raise SamplingParamsError("prompt_logprobs: an encoder gives no logits of its prompt; leave it out")
+        if self._vocab_size is not None:
+            params.check_vocabulary(self._vocab_size)
         number = next(self._request_ids)
         return Request(
             request_id=str(number),
@@ -155,16 +159,6 @@ class Seq2Seq:
             seed=None if self._seed is None else derived_seed(self._seed, number),
             penalised=(self.composite.manifest.decoder_start_token_id,),
         )
-
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        text, token_ids = unwrapped(prompt)
-        if token_ids is not None:
-            check_tokens(token_ids, self.composite.decoder.manifest.model.vocab_size)
-            return text, token_ids
-        if self.tokenizer is None:
-            raise TokenizerError("the artifact has no tokenizer.json; give token ids, or the folder of a tokenizer")
-        assert text is not None
-        return text, self.tokenizer.encode(text, add_special_tokens=True)
 
     def _encoded(self, prompt: Sequence[int]) -> Array:
         encoder = self._executors["encoder"]
@@ -181,8 +175,6 @@ class Seq2Seq:
             return WholeSteps(decoder, manifest) if first is None else CachedSteps(first, decoder, manifest)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
-        if prompt == 0:
-            raise InputError("the prompt has no tokens; give a prompt that is not empty")
         longest, limit = self.max_prompt_length, self.max_completion_length
         if longest is not None and prompt > longest:
             raise ContextLengthError(

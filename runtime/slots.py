@@ -9,6 +9,13 @@ from furiosa_llm.runtime.batch import Batch, Copy, WantedLogits
 WORTH_A_COPY = 16
 """The least number of tokens for which a copy of KV is made; fewer are computed again."""
 
+LEAST_CHUNK = 2
+"""The least number of tokens of a prompt that are computed behind others, where the limits allow it.
+
+onnxruntime multiplies a single row by other kernels than several, in which a sum has another order: so a prompt gives
+the same bits however it is cut, and whatever of it is found.
+"""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Slot:
@@ -56,14 +63,21 @@ class SequenceState:
         """How many of its first tokens need not be computed if their KV is found: no logits are wanted behind them."""
         if self.prompt_logits and self.delivered < self.prompt_length:
             return self.delivered
-        return len(self.tokens) - 1
+        return reusable_length(len(self.tokens))
 
     def chunk(self, start: int, size: int) -> tuple[int, WantedLogits]:
         """Where the prefill batch ends that begins at `start`, and which logits it wants."""
         end = min(start + size, len(self.tokens))
+        if end == len(self.tokens) - 1 and end - start > LEAST_CHUNK:
+            end -= 1
         if self.prompt_logits and self.delivered < self.prompt_length:
             return (min(end, self.delivered), "none") if start < self.delivered else (end, "all")
         return end, "last" if end == len(self.tokens) else "none"
+
+
+def reusable_length(length: int) -> int:
+    """How many of the first tokens of a prompt of `length` need not be computed if their KV is found."""
+    return max(0, length - LEAST_CHUNK)
 
 
 class Pages:

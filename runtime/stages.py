@@ -44,7 +44,7 @@ def choose_stages(
     reads = read_blocks(artifact)
     costs = [sum(block.decoded.values()) for block in reads]
     if num_blocks_per_pp_stage is not None:
-        counts = tuple(num_blocks_per_pp_stage)
+        counts = _block_counts(num_blocks_per_pp_stage)
         _check_counts(counts, len(costs), pipeline_parallel_size)
     else:
         stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
@@ -126,6 +126,14 @@ def _check_stages(stages: int, blocks: int) -> None:
         raise TopologyError(
             f"pp={stages}, but the artifact has {blocks} blocks and a stage is one or more; use at most that"
         )
+
+
+def _block_counts(given: object) -> tuple[int, ...]:
+    if not isinstance(given, Sequence) or not all(
+        isinstance(count, int) and not isinstance(count, bool) for count in given
+    ):
+        raise TopologyError(f"num_blocks_per_pp_stage is a list of integers such as [10, 20], got {given!r:.80}")
+    return tuple(given)
 
 
 def _check_counts(counts: Sequence[int], blocks: int, stages: int | None) -> None:

@@ -13,6 +13,7 @@ from furiosa_llm.runtime.batch import Batch, Decode, Prefill
 from furiosa_llm.runtime.binding import Allocate, BoundProgram, RunsLanes, private_block
 from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.loading import LoadedModel, StageProgram, Traits
+from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.serving_graph import LAST_POSITIONS, WANTED
 from furiosa_llm.runtime.states import SlotStates, StagedStates
@@ -143,6 +144,7 @@ class StageMemory:
             slots=slots,
         )
         self._uses: dict[tuple[int, bool], _Use] = {}
+        self._blocks: dict[int, Block] = {}
 
     def copy(self, batch: Batch) -> None:
         """Makes the copies between slots that come before `batch`."""
@@ -154,7 +156,7 @@ class StageMemory:
         rows, sequence = step.token_ids.shape
         key = (rows, sequence == 1)
         if key not in self._uses:
-            self._uses[key] = _Use(self._model, self._program, self._crew, self._allocate)
+            self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block)
         use = self._uses[key]
         use.prepare(step, earlier)
         grown = self._states.reserve(step.sizes["total"])
@@ -171,6 +173,13 @@ class StageMemory:
             self._states.bind(use.bound, *place)
             use.states_bound = place
         return use
+
+    def _shared_block(self, lane: int, nbytes: int) -> Block:
+        """The memory of a lane's values, the same for all uses: one of them runs at a time."""
+        block = self._blocks.get(lane)
+        if block is None or block.nbytes < nbytes:
+            block = self._blocks[lane] = self._allocate(lane, nbytes + nbytes // 2)
+        return block
 
     def finish(self, step: Step) -> None:
         """Keeps what `step`, which has run, has added to the states."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 import jinja2
 import tokenizers
@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.errors import TokenizerError
+from furiosa_llm.runtime.errors import InputError, TokenizerError
 
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
@@ -128,37 +128,71 @@ class Tokenizer:
         """Whether a token is part of what is decoded: known, and not special if those are left out."""
         return not (skip_special_tokens and token_id in self.special_ids) and self.id_to_token(token_id) is not None
 
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = ..., *, tokenize: Literal[True], **options: Any
+    ) -> list[int]: ...
+
+    @overload
     def apply_chat_template(
         self,
         messages: Sequence[Message],
+        tools: Sequence[Any] | None = ...,
         *,
+        tokenize: Literal[False] = False,
+        **options: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        **variables: Any,
+    ) -> str | list[int]:
         """The prompt for `messages`, each with `role` and `content`, as the chat template writes it.
 
-        `variables` are what else the template may look at, such as `tools`; they hide the tokenizer's special tokens.
-        Raises TokenizerError if there is no template, or if it refuses the messages.
+        `tools`, `documents` and `variables` are the template's, which may leave them out. With
+        `continue_final_message` the prompt ends with the last message's own words, and `add_generation_prompt` must be
+        False. With `tokenize` the prompt's tokens are given back. Raises TokenizerError if there is no template, or if
+        it refuses the messages, and InputError if the last message cannot be continued.
         """
         template = chat_template or self.chat_template
         if template is None:
             raise TokenizerError(
                 f"the artifact has no chat template; put {_TEMPLATE} beside the model and build again, or give a prompt"
             )
+        if add_generation_prompt and continue_final_message:
+            raise InputError("add_generation_prompt and continue_final_message exclude each other; leave one False")
         special = {key: _token_text(value) for key, value in self._config.items() if key.endswith("_token")}
+        names = {
+            **special,
+            **variables,
+            "messages": list(messages),
+            "tools": list(tools) if tools else None,
+            "documents": list(documents) if documents else None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            compiled = _environment().from_string(template)
-            return compiled.render(
-                {
-                    **special,
-                    **(variables or {}),
-                    "messages": list(messages),
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            prompt = _environment().from_string(template).render(names)
         except (TemplateError, TypeError, ValueError) as error:
             raise TokenizerError(f"the chat template refuses the messages: {error}") from error
+        if continue_final_message:
+            prompt = _cut_behind(prompt, messages[-1].get("content"))
+        return self.encode(prompt) if tokenize else prompt
+
+
+def _cut_behind(prompt: str, final: object) -> str:
+    """`prompt` to the end of the last message's own words, which the template may have stripped."""
+    words = final.strip() if isinstance(final, str) else ""
+    end = prompt.rfind(words)
+    if not words or end < 0:
+        raise InputError("continue_final_message: the chat template does not repeat the final message; give it another")
+    return prompt[: end + len(words)]
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

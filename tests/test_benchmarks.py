@@ -5,7 +5,26 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+
+from benchmarks.parallelism import Bubbles, greedy_tokens, pipelined_milliseconds
+from benchmarks.second_replica import capacity, kv_nbytes
+from benchmarks.serving import InstantRunner
+from benchmarks.stepping import PAST, Served, alternate, ratio
+from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.batch import Batch, Decode, Prefill, Row
+from furiosa_llm.runtime.model_runner import Host
+from furiosa_llm.runtime.ort import Array
+from furiosa_llm.runtime.stages import choose_stages
+from furiosa_llm.runtime.states import SlotStates
+from tests.runtime.models import LlamaSize, llama
+from tests.runtime.runners import VOCAB, CountingRunner
 
 ROOT = Path(__file__).parent.parent
 _PROGRAM = """
@@ -34,6 +53,39 @@ def _counted(tmp_path: Path, how: str, times: int) -> tuple[int, list[str]]:
     return found["nbytes_read"], found["mapped"]
 
 
+def prefill(group: int, slot: int, count: int) -> Prefill:
+    tokens = tuple(range(1, count + 1))
+    return Prefill(group=group, copies=(), sequence_id=slot, slot=slot, start=0, tokens=tokens, logits="all")
+
+
+def decode(group: int, rows: int, start: int) -> Decode:
+    made = tuple(Row(sequence_id=slot, start=start, token=1) for slot in range(rows))
+    return Decode(group=group, copies=(), rows=made)
+
+
+class StagedRunner(CountingRunner):
+    """Two stages, which are said to run for 3 and for 1 seconds with each decode; a batch is done when it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(num_groups=2)
+        self.busy_seconds = [0.0, 0.0]
+
+    def submit(self, batch: Batch) -> Future[Array]:
+        future = super().submit(batch)
+        future.result()
+        if isinstance(batch, Decode):
+            self.busy_seconds[0] += 3.0
+            self.busy_seconds[1] += 1.0
+        return future
+
+
+@pytest.fixture
+def staged() -> Iterator[StagedRunner]:
+    runner = StagedRunner()
+    yield runner
+    runner.close()
+
+
 def test_every_byte_that_is_read_is_counted(tmp_path: Path) -> None:
     (without, _), (once, _), (twice, mapped) = (_counted(tmp_path, "read", times) for times in range(3))
     assert 0 <= once - without - 10**7 < 10**5
@@ -43,3 +95,80 @@ def test_every_byte_that_is_read_is_counted(tmp_path: Path) -> None:
 
 def test_maps_are_noted(tmp_path: Path) -> None:
     assert _counted(tmp_path, "mapped", 0)[1] == ["weights"]
+
+
+def test_what_is_stepped(staged: StagedRunner) -> None:
+    served = Served(staged, rows=2, group=1)
+    served.prefill(3)
+    served.decode()
+    served.decode()
+    served.prefill(2)
+    served.decode()
+    prefills = [prefill(1, slot, 3) for slot in range(2)], [prefill(1, slot, 2) for slot in range(2)]
+    decodes = [decode(1, 2, 3), decode(1, 2, 4)], [decode(1, 2, 2)]
+    assert staged.batches == [*prefills[0], *decodes[0], *prefills[1], *decodes[1]]
+
+
+def test_a_pipeline_is_measured_while_it_is_full(staged: StagedRunner) -> None:
+    bubbles = Bubbles(stages=2)
+    milliseconds = pipelined_milliseconds(staged, bubbles)
+    steps = {group: [b for b in staged.batches if isinstance(b, Decode) and b.group == group] for group in (0, 1)}
+    for group, found in steps.items():
+        assert found == [decode(group, 2, PAST + step) for step in range(len(found))]
+    assert len(steps[0]) == len(steps[1])
+    measured = len(steps[1]) - 2  # one ends before, and one begins at the end
+    assert bubbles.wall == pytest.approx(measured * milliseconds / 1e3)
+    assert bubbles.busy == 2 * measured * 4
+
+
+def test_the_share_of_bubbles() -> None:
+    assert Bubbles(stages=2, busy=3.0, wall=2.0).share == 0.25
+
+
+def test_who_goes_first_changes() -> None:
+    calls: list[str] = []
+
+    def measure(name: str, milliseconds: float) -> float:
+        calls.append(name)
+        return milliseconds
+
+    times = alternate({"a": lambda: measure("a", 3.0), "b": lambda: measure("b", 2.0)}, 3)
+    assert "".join(calls) == "ab" + "ba" + "ab" + "ba"
+    assert times == {"a": [3.0] * 3, "b": [2.0] * 3}
+
+
+def test_ratios_are_of_a_round() -> None:
+    bar = ratio("x", {"a": [1.0, 40.0, 9.0], "b": [1.0, 20.0, 3.0]}, "a", "b", limit=1.5)
+    assert bar.figure == 2.0  # of 1, 2 and 3; the ratio of the medians is 3
+    assert not bar.kept
+
+
+def test_greedy_tokens_follow_each_other(staged: StagedRunner) -> None:
+    assert greedy_tokens(staged, [4, 5], 3) == [6, 7, 8]
+    assert staged.batches[1:] == [
+        Decode(group=0, copies=(), rows=(Row(sequence_id=0, start=start, token=token),))
+        for start, token in ((2, 6), (3, 7))
+    ]
+
+
+def test_time_between_full_decodes_is_counted() -> None:
+    runner = InstantRunner(rows=2, vocabulary=VOCAB)
+    full, partial = decode(0, 2, 1), decode(0, 1, 1)
+    for batch in (replace(prefill(0, 0, 3), logits="last"), full, full, full, partial, full, full):
+        logits = runner.submit(batch).result()
+    assert len(runner.between) == 3
+    assert all(seconds > 0 for seconds in runner.between)
+    assert logits.shape == (2, VOCAB)
+    assert runner.submit(replace(prefill(0, 0, 3), logits="none")).result().shape == (0, VOCAB)
+
+
+def test_the_kv_of_a_slot_is_counted(tmp_path: Path) -> None:
+    artifact = open_artifact(llama(Mesh((2, 2)), LlamaSize()).write(tmp_path))
+    with Host(artifact, choose_stages(artifact), threads=1) as host:
+        runner = host.runner(slots_per_group=1)
+        Served(runner).prefill(PAST)
+        states = runner._groups[0]._memory[0]._states
+        runner.close()
+    assert isinstance(states, SlotStates)
+    assert states.capacity == capacity()
+    assert kv_nbytes(artifact.manifest) == sum(buffer.nbytes for buffer in states._buffers.values())

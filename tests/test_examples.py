@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from furiosa_llm import ArtifactBuilder
+from furiosa_llm import LLM, ArtifactBuilder, SamplingParams
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -68,6 +69,27 @@ def test_llm_engine(artifact: Path) -> None:
 def test_async_llm_engine(artifact: Path) -> None:
     lines = run("async_llm_engine.py", "--model", artifact, "--max-batch-size", 2)
     assert [line.partition(" -> ")[0] for line in lines] == ["'The sun is'", "'Two and two make'", "'Once upon a time'"]
+
+
+def test_parallel(artifact: Path) -> None:
+    lines = run("parallel.py", artifact)
+    assert lines[:2] == [
+        "replica 0: npu:0:0 to npu:0:3 -> npu:1:0 to npu:1:3",
+        "replica 1: npu:0:4 to npu:0:7 -> npu:1:4 to npu:1:7",
+    ]
+    with LLM(artifact) as alone:
+        prompts = ["The sun is", "The sea is", "Once upon a time", "Two and two make"]
+        outputs = alone.generate(prompts, SamplingParams(temperature=0.0, max_tokens=8))
+    assert "\n".join(lines[2:]) == "\n".join(f"{one.prompt!r} -> {one.outputs[0].text!r}" for one in outputs)
+
+
+def test_embeddings(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "tiny-bert-optimum", tmp_path / "model")
+    shutil.copy(zoo / "tiny-llama-optimum" / "tokenizer.json", tmp_path / "model")
+    ArtifactBuilder(tmp_path / "model" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
+    same, *others = (line.split()[0] for line in run("embeddings.py", tmp_path / "artifact"))
+    assert same == "1.000"
+    assert [float(cosine) < 1 for cosine in others] == [True, True]
 
 
 def test_stream_generate(artifact: Path) -> None:

@@ -44,7 +44,8 @@ def test_shell_commands() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "The capital of France is Paris." in done.stdout
+    assert done.stdout.count("The capital of France is Paris.") == 2
+    assert "tp 4 x pp 2 x dp 2 = 16 PEs on npu:0,npu:1" in done.stdout
     assert "verified within 0.0001" in done.stdout
     tour = ROOT / "build" / "tour"
     assert open_artifact(tour / "smollm2-tp8.artifact").manifest.mesh.size == 8
@@ -60,3 +61,5 @@ def test_python_program(tmp_path: Path, zoo: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{'AllReduce': 5, 'AllGather': 1}")
+    assert re.search(r"^greedy .", done.stdout, flags=re.MULTILINE)
+    assert re.search(r"^random .", done.stdout, flags=re.MULTILINE)

@@ -27,5 +27,6 @@ def test_names_are_those_of_the_package(module: str, names: list[str]) -> None:
 
 
 def test_the_other_way_to_load() -> None:
+    assert furiosa_llm.__full_version__.startswith(f"{furiosa_llm.__version__}+onnxruntime.")
     assert importlib.import_module("furiosa_llm.api").load_artifact == furiosa_llm.LLM.load_artifact
     assert [name for name in furiosa_llm.__all__ if not hasattr(furiosa_llm, name)] == []

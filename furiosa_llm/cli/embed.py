@@ -22,7 +22,7 @@ from furiosa_llm.runtime.encoder import Encoder
 @click.option("--normalize/--no-normalize", default=None, help="Give vectors the length 1.  [default: the model's]")
 @click.option("--truncate", is_flag=True, help="Cut texts to the model's limit instead of refusing longer ones.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer than the artifact's.")
-@click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
+@click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
 def embed(
     artifact: Path,

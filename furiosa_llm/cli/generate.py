@@ -16,6 +16,7 @@ from furiosa_llm.cli.options import (
     FULL_VERIFICATION,
     NUM_BLOCKS_PER_PP_STAGE,
     PIPELINE_PARALLEL_SIZE,
+    TENSOR_PARALLEL_SIZE,
 )
 from furiosa_llm.runtime import LLM, SamplingParams
 
@@ -34,12 +35,13 @@ from furiosa_llm.runtime import LLM, SamplingParams
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @DEVICES
+@TENSOR_PARALLEL_SIZE
 @PIPELINE_PARALLEL_SIZE
 @DATA_PARALLEL_SIZE
 @NUM_BLOCKS_PER_PP_STAGE
 @ALLOW_SUBSET
 @click.option("--workers", type=int, help="Processes that the PEs are spread over.  [default: this one alone]")
-@click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
+@click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 def generate(

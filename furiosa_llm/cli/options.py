@@ -42,6 +42,15 @@ DEVICES = click.option(
     help='PEs to simulate: "npu:0,npu:1", "npu:0:*", "npu:0:0-3".  [default: as many as the sizes need]',
 )
 
+TENSOR_PARALLEL_SIZE = click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    "--tensor_parallel_size",
+    "tensor_parallel_size",
+    type=click.IntRange(min=1),
+    help="What ARTIFACT has to be split for; another one is refused.  [default: as it is]",
+)
+
 PIPELINE_PARALLEL_SIZE = click.option(
     "-pp",
     "--pipeline-parallel-size",

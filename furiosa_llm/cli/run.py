@@ -18,7 +18,7 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
 @click.option(
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
-@click.option("--threads", type=int, help="Driver threads that step the PEs.  [default: the cores]")
+@click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
 def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_verification: bool | None) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.

@@ -178,5 +178,7 @@ def _show_plan(plan: Plan) -> None:
         prefill_chunk_size=plan.scheduling.prefill_chunk_size,
     )
     show_topology(plan.artifact, plan.topology, plan.stages, workload)
-    if plan.tokenizer.chat_template is None:
+    if plan.tokenizer is None:
+        click.echo("The model has no tokenizer: requests have to give token ids, unless --tokenizer gives one.")
+    elif plan.tokenizer.chat_template is None:
         click.echo("The model has no chat template: /v1/chat/completions is refused, unless --chat-template gives one.")

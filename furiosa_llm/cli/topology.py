@@ -19,6 +19,7 @@ from furiosa_llm.cli.options import (
     DEVICES,
     NUM_BLOCKS_PER_PP_STAGE,
     PIPELINE_PARALLEL_SIZE,
+    TENSOR_PARALLEL_SIZE,
 )
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.accounting import (
@@ -33,6 +34,7 @@ from furiosa_llm.runtime.accounting import (
 from furiosa_llm.runtime.block_reads import block_starts
 from furiosa_llm.runtime.devices import PE_NBYTES, PES_PER_CARD, format_pes
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
+from furiosa_llm.runtime.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.stages import Stage, choose_stages
 from furiosa_llm.runtime.topology import Topology, make_topology
 
@@ -57,6 +59,7 @@ class _Report:
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @DEVICES
+@TENSOR_PARALLEL_SIZE
 @PIPELINE_PARALLEL_SIZE
 @DATA_PARALLEL_SIZE
 @NUM_BLOCKS_PER_PP_STAGE
@@ -73,6 +76,7 @@ class _Report:
 def topology(
     artifact: Path,
     devices: str | None,
+    tensor_parallel_size: int | None,
     pipeline_parallel_size: int | None,
     data_parallel_size: int | None,
     num_blocks_per_pp_stage: tuple[int, ...] | None,
@@ -86,6 +90,7 @@ def topology(
     Nothing is loaded, and the weights are not read.
     """
     opened = open_artifact(artifact, full=False)
+    check_tensor_parallel_size(opened, tensor_parallel_size)
     workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
     stages = choose_stages(
         opened, pipeline_parallel_size=pipeline_parallel_size, num_blocks_per_pp_stage=num_blocks_per_pp_stage

@@ -24,6 +24,14 @@ from furiosa_llm.server.tools import Found, ToolFinder
 
 router = APIRouter()
 
+_TAKEN = frozenset(
+    (
+        *("self", "tokenizer", "conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message"),
+    )
+)
+"""What a request cannot set as a variable of the chat template: parameters on the way to it."""
+
 
 @router.post(
     "/v1/chat/completions",
@@ -55,16 +63,22 @@ def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState,
     """The prompt for the messages of `body`, as the chat template writes it."""
     assert body.messages is not None
     conversation = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
-    variables = dict(body.chat_template_kwargs or {})
-    if with_tools and body.tools:
-        variables["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    variables = body.chat_template_kwargs or {}
+    if taken := sorted(_TAKEN & set(variables)):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs cannot hold {', '.join(taken)}: the request has its own place for that",
+            param="chat_template_kwargs",
+        )
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     return render(
         state.tokenizer,
         conversations_of(conversation)[0],
         chat_template=state.settings.chat_template,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
-        variables=variables,
+        tools=tools if with_tools else None,
+        **variables,
     )
 
 

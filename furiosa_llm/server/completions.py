@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
-from furiosa_llm.runtime.engine_core import Prompt
 from furiosa_llm.runtime.outputs import RequestOutput, TokenLogprobs
+from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.server.errors import api_error, error_body
 from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
@@ -30,6 +30,8 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     """Completes one prompt or several, given as text or as token ids."""
     state.check_model(body.model)
     generator, params = state.generator, body.params()
+    if body.echo or body.logprobs is not None:
+        state.check_tokenizer()
     prompts = await _prompts(body, state)
     head = new_head(state, "cmpl")
     outputs = generator.run(head.id, prompts, params)
@@ -108,7 +110,7 @@ def _choice(
 
 def prompt_text(state: ServerState, prompt: Prompt) -> str:
     """The text of a prompt, whatever it was given as."""
-    assert not isinstance(prompt, str)
+    assert isinstance(prompt, Mapping)
     text: str | None = prompt.get("prompt")
     return state.tokenizer.decode(prompt["prompt_token_ids"]) if text is None else text
 

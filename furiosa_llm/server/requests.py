@@ -6,8 +6,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from furiosa_llm.runtime.engine_core import Prompt
-from furiosa_llm.runtime.prompts import listed
+from furiosa_llm.runtime.prompts import Prompt, listed
 from furiosa_llm.runtime.sampling_params import SamplingParams
 from furiosa_llm.server.errors import ApiError
 

@@ -64,6 +64,10 @@ class ServerState:
             raise ApiError(400, "the model has no tokenizer; give token ids")
         return self.model.tokenizer
 
+    def check_tokenizer(self) -> None:
+        """Raises an ApiError if the model has no tokenizer: better before it generates than behind it."""
+        _ = self.tokenizer
+
     def check_model(self, name: str) -> None:
         """Raises an ApiError unless the model is called so."""
         if name not in self.model.names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Depends
 
-from furiosa_llm.runtime.prompts import check_tokens
+from furiosa_llm.runtime.prompts import check_token_ids
 from furiosa_llm.server.chat import prompt_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import DetokenizeRequest, TokenizeRequest
@@ -38,6 +38,5 @@ async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeRespons
     """The text of tokens, special ones among them."""
     if body.model is not None:
         state.check_model(body.model)
-    if body.tokens:
-        check_tokens(body.tokens, state.tokenizer.vocab_size)
+    check_token_ids(body.tokens, state.tokenizer.vocab_size)
     return DetokenizeResponse(prompt=state.tokenizer.decode(body.tokens, skip_special_tokens=False))

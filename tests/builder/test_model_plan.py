@@ -181,3 +181,12 @@ def test_json_holds_everything(zoo: Path) -> None:
     assert set(again) == set(ModelPlan.__dataclass_fields__)
     assert [set(plan) for plan in again["plans"]] == 2 * [set(SizePlan.__dataclass_fields__)]
     assert all(math.isfinite(plan["floor_us"]) for plan in again["plans"])
+
+
+def test_a_state_is_kept_where_its_next_value_is_made(zoo: Path) -> None:
+    """An exporter of sliding windows cuts all states before the first layer."""
+    analysed = analyse_model(zoo / "tiny-mistral-dynamo-tf5" / "model.onnx", {}, fuse=True, told=lambda _: None)
+    build = analysed.lowered_for(mesh_of(4), told=lambda _: None)
+    memory = Memory(build, Workload(context=32, batch=1, chunk=8))
+    names = [sorted(block.states) for block in memory.blocks]
+    assert names == [[f"past_key_values.{layer}.{kind}" for kind in ("key", "value")] for layer in range(2)]

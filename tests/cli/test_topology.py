@@ -147,6 +147,8 @@ def test_what_would_fit_is_said(built: Path, cli: Cli, monkeypatch: pytest.Monke
         ),
         (("--devices", "npu:0", "-pp", 2), "Cannot form a proper pp group"),
         (("--devices", "npu1"), "Invalid device string: 'npu1'"),
+        (("--devices", "npu:0,npu:0:1"), "npu:0:1 is given twice, by 'npu:0' and 'npu:0:1'"),
+        (("--tensor-parallel-size", 8), "tensor_parallel_size=8, but"),
         (("-pp", 3), "pp=3, but the artifact has 2 blocks"),
         (("-pp", 2, "--num-blocks-per-pp-stage", "1,1"), "Only one of `pipeline_parallel_size`"),
         (("--num-blocks-per-pp-stage", "1,2"), "has 3 blocks in all, but the artifact has 2"),

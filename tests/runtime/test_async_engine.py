@@ -109,6 +109,9 @@ def test_refusals_come_with_the_first_output(engine: AsyncLLMEngine) -> None:
     async def main() -> None:
         with pytest.raises(ContextLengthError):
             await anext(engine.generate({"prompt_token_ids": [1] * 64}, GREEDY, "a"))
+        assert not engine._mailboxes
+        with pytest.raises(InputError, match="request_id: found a int, expected a str"):
+            await anext(engine.generate([5], GREEDY, 3))  # type: ignore[arg-type]
         running = engine.generate({"prompt_token_ids": [5]}, LONG, "a")
         await anext(running)
         with pytest.raises(InputError, match="request_id 'a' is that of a request that has not ended"):

@@ -186,6 +186,24 @@ def test_collectives_of_inputs_and_of_collectives(count: int, tmp_path: Path) ->
         assert np.array_equal(negative, -np.concatenate([x] * 4, axis=1))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_collectives_of_one_value(count: int, tmp_path: Path) -> None:
+    """No segment writes it into the place of one result, because others are made of it too."""
+    mesh = Mesh((2, 2))
+    program = summed(mesh, (0, 1))
+    program.all_gather("part", "column", (0,), 0, ["batch", WIDTH])
+    program.all_gather("part", "row", (1,), 0, ["batch", WIDTH])
+    program.output("column", ["batch*2", WIDTH])
+    program.output("row", ["batch*2", WIDTH])
+    x = np.random.default_rng(2).random((3, WIDTH), dtype=np.float32)
+    parts = [x * program.weights["w"].local(mesh, rank) for rank in range(4)]
+    found = run(open_artifact(program.write(tmp_path)), count, {"x": x}, ("y", "column", "row"))
+    for rank, (total, column, row) in enumerate(found):
+        assert np.array_equal(total, tree(parts))
+        assert np.array_equal(column, np.concatenate([parts[rank % 2], parts[rank % 2 + 2]]))
+        assert np.array_equal(row, np.concatenate(parts[rank // 2 * 2 : rank // 2 * 2 + 2]))
+
+
 def branching(initializer: str) -> Spmd:
     """Each rank adds its own weight where the sum of `x` is positive, and what `initializer` names where it is not."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -33,6 +35,7 @@ from furiosa_llm.runtime.errors import (
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.launch import make_plan
 from furiosa_llm.runtime.outputs import RequestOutput
+from tests.runtime.bracketed import bracketed_tokenizer
 from tests.runtime.models import LlamaSize, llama, mlp
 
 ZOO = Path(__file__).parents[2] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
@@ -233,6 +236,13 @@ def test_a_model_without_a_limit_needs_max_tokens(tmp_path: Path) -> None:
 
 def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
     bare = write(tmp_path / "a", files={})
+    with LLM(bare, threads=1) as silent:
+        completion = silent.generate(prompt_token_ids=[[5]], sampling_params=GREEDY)[0].outputs[0]
+        assert (len(completion.token_ids), completion.text) == (12, "")
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.json; give token ids, or the folder of a tokenizer"):
+            silent.generate("hello", GREEDY)
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.json; load it with the folder of a tokenizer"):
+            silent.chat(TALK, GREEDY)
     with LLM.load_artifact(bare, tokenizer=ZOO, mapped=True, full_verification=True) as loaded:
         assert loaded.generate("hello", GREEDY).outputs[0].text
     with LLM.load_artifact(bare, tokenizer=loaded.tokenizer, data_parallel_size=1, pipeline_parallel_size=1) as again:
@@ -250,12 +260,18 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
         ({"max_model_len": 65}, ContextLengthError, "larger than the model's max number of positions: 65 > 64"),
         ({"max_batch_size": 0}, InputError, "max_batch_size must be an integer of at least 1, got 0"),
         ({"max_batch_size": True}, InputError, "max_batch_size must be an integer of at least 1, got True"),
-        ({"seed": -1}, InputError, "seed must be an integer of at least 0, got -1"),
+        ({"seed": -1}, InputError, "seed must be an integer of at least 0 and below 2\\*\\*64, got -1"),
         ({"step_timeout": 0}, InputError, "step_timeout must be positive, got 0"),
         ({"tokenizer_mode": "slow"}, UnsupportedError, "tokenizer_mode='slow' is not supported: there is only"),
         ({"paged_attention_num_blocks": 10**12}, CapacityError, "blocks=1000000000000, but the PEs have room for"),
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True is not supported: an artifact is data"),
         ({"num_speculative_tokens": 3}, UnsupportedError, "num_speculative_tokens=3 is not supported: speculative"),
+        ({"max_seq_len_to_capture": 512}, UnsupportedError, "=512 is not supported: .* max_model_len is the limit"),
+        ({"prefill_buckets": [(1, 64)]}, UnsupportedError, "prefill_buckets=.* is not supported: any size runs"),
+        ({"devices": 3}, DeviceError, "Invalid device string: 3 is int, not text or a list"),
+        ({"num_blocks_per_pp_stage": "1"}, TopologyError, "is a list of integers such as .*, got '1'"),
+        ({"num_blocks_per_pp_stage": 1}, TopologyError, "is a list of integers such as .*, got 1"),
+        ({"num_blocks_per_pp_stage": [1.0]}, TopologyError, r"is a list of integers such as .*, got \[1.0\]"),
         ({"workers": 0}, InputError, "workers must be an integer of at least 1, got 0"),
     ],
 )
@@ -269,7 +285,7 @@ def test_options_that_cannot_be_met_are_refused(
 def test_unknown_options_are_type_errors(folder: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_batchsize'"):
         LLM.load_artifact(folder, max_batchsize=3)
-    with LLM(folder, trust_remote_code=False, num_speculative_tokens=None, threads=1) as plain:
+    with LLM(folder, trust_remote_code=False, num_speculative_tokens=None, prefill_buckets=[], threads=1) as plain:
         assert plain.generate("hello", GREEDY).finished
 
 
@@ -317,6 +333,7 @@ def test_replicas_and_batches_of_any_size_give_the_same_tokens(folder: Path, gre
 
 
 def test_buckets_are_limits(folder: Path) -> None:
+    assert [Bucket(1, 8).input_ids_size, Bucket(4, 32, 31).input_ids_size] == [8, 1]
     buckets = BucketConfig(prefill_buckets=(Bucket(1, 16),), decode_buckets=(Bucket(4, 24, 23), Bucket(2, 32)))
     with LLM(folder, bucket_config=buckets, skip_engine=True) as loaded:
         assert (loaded.model_max_seq_len, loaded.prompt_max_seq_len) == (32, 16)
@@ -356,15 +373,16 @@ def test_a_cache_that_is_too_small_refuses_what_will_not_fit(folder: Path) -> No
 def test_prompts_that_are_none(llm: LLM, prompt: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         llm.generate(["hello", prompt], GREEDY)
-    with pytest.raises(InputError, match="prompts: found a dict, expected a str or a list"):
-        llm.generate({"prompt": "hello"}, GREEDY)  # type: ignore[call-overload]
 
 
 def test_params_that_are_none(llm: LLM) -> None:
     with pytest.raises(InputError, match="sampling_params: found a dict, expected SamplingParams"):
         llm.generate(["hello"], [{"max_tokens": 3}])  # type: ignore[list-item]
-    with pytest.raises(UnsupportedError, match="tokenizer_kwargs"):
-        llm.generate("hello", GREEDY, tokenizer_kwargs={"add_special_tokens": True})
+    wrong: list[Any] = [3, "greedy", {"max_tokens": 3}]
+    for params in wrong:
+        for ask in (partial(llm.generate, "hello"), partial(llm.chat, TALK, chat_template=TEMPLATE)):
+            with pytest.raises(InputError, match=f"sampling_params: found a {type(params).__name__}, expected"):
+                ask(sampling_params=params)
 
 
 def test_a_refused_prompt_gives_the_others_up(llm: LLM, greedy: list[int]) -> None:
@@ -401,8 +419,82 @@ TEMPLATE = (
 )
 
 
+TALK = [{"role": "user", "content": "hello"}]
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
+
+
+def test_the_vendors_forms_of_generate(llm: LLM, greedy: list[int]) -> None:
+    ids = llm.tokenizer.encode("hello")
+    singles = [
+        llm.generate({"prompt": "hello"}, GREEDY),
+        llm.generate({"prompt_token_ids": ids}, GREEDY),
+        llm.generate("other", GREEDY, ids),
+        llm.generate(None, GREEDY, ids),  # type: ignore[arg-type]
+        llm.generate(sampling_params=GREEDY, prompt_token_ids=np.array(ids)),  # type: ignore[call-overload]
+    ]
+    assert [type(one) for one in singles] == [RequestOutput] * 5
+    assert [one.prompt for one in singles] == ["hello", None, "other", None, None]
+    lists = [
+        llm.generate(["hello"], GREEDY),
+        llm.generate(("hello",), GREEDY),
+        llm.generate([ids], GREEDY),
+        llm.generate([{"prompt": "hello"}], GREEDY),
+        llm.generate(prompt_token_ids=[ids], sampling_params=[GREEDY]),
+    ]
+    assert [len(several) for several in lists] == [1] * 5
+    found = [*singles, *(one for several in lists for one in several)]
+    assert [one.outputs[0].token_ids for one in found] == [greedy] * 10
+    assert llm.generate(prompt_token_ids=[], sampling_params=GREEDY) == []
+    assert len(llm.generate("hello").outputs[0].token_ids) <= 16
+    assert list(llm.stream({"prompt_token_ids": ids}, GREEDY)) == list(llm.stream("hello", GREEDY))
+    with pytest.raises(InputError, match="prompts: found None; give a prompt"):
+        llm.generate()
+
+
+def test_special_tokens_around_the_prompt(folder: Path, tmp_path: Path) -> None:
+    with LLM(folder, tokenizer=bracketed_tokenizer(tmp_path), threads=1) as llm:
+        for wished, ids in ((True, [1, 3, 2]), (False, [3])):
+            options = {"add_special_tokens": wished}
+            [found] = llm.generate(["a"], GREEDY, tokenizer_kwargs=options)
+            assert (found.prompt, found.prompt_token_ids) == ("a", ids)
+            assert llm.generate("", GREEDY, [7], options).prompt_token_ids == [7]
+
+            async def collect(options: dict[str, Any]) -> list[str]:
+                return [piece async for piece in llm.stream_generate("a", GREEDY, tokenizer_kwargs=options)]
+
+            assert "".join(asyncio.run(collect(options))) == found.outputs[0].text
+        for bad in ({"padding": True}, {"add_special_tokens": 1}):
+            with pytest.raises(UnsupportedError, match="only add_special_tokens=True or False is; give"):
+                llm.generate("a", GREEDY, tokenizer_kwargs=bad)
+
+
+def test_names_of_the_vendors_other_releases(folder: Path, greedy: list[int]) -> None:
+    with pytest.warns(DeprecationWarning, match=r"LLM\.load_artifacts is deprecated; use LLM\.load_artifact"):
+        old = LLM.load_artifacts(folder, threads=1)
+    with old as llm:
+        assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy
+        with pytest.raises(UnsupportedError, match="bert_forward is not supported: encode gives"):
+            llm.bert_forward(["a"], ["b"])
+    with pytest.raises(UnsupportedError, match=r"from_artifacts: .* build one, and use load_artifact"):
+        LLM.from_artifacts(folder)
+
+
+def test_tools_are_told_to_the_template(llm: LLM) -> None:
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATE
+    few = SamplingParams(temperature=0.0, max_tokens=2)
+    [found] = llm.chat(TALK, few, chat_template=template, tools=TOOLS)
+    assert found.prompt == f"{json.dumps(TOOLS)}<user>hello<a>"
+    called: list[Any] = [
+        *TALK,
+        {"role": "assistant", "content": None, "tool_calls": TOOLS},
+        {"role": "tool", "content": "noon"},
+    ]
+    [found] = llm.chat(called, few, chat_template=TEMPLATE.replace("m.content", "m.content or m.tool_calls|length"))
+    assert found.prompt == "<user>hello<assistant>1<tool>noon<a>"
+
+
 def test_chat(llm: LLM) -> None:
-    talk = [{"role": "user", "content": "hello"}]
+    talk = TALK
     [one] = llm.chat(talk, GREEDY, chat_template=TEMPLATE)
     assert one.prompt == "<user>hello<a>"
     assert one.outputs == llm.generate("<user>hello<a>", GREEDY).outputs
@@ -426,7 +518,9 @@ def test_chat(llm: LLM) -> None:
         ([{"role": "user"}], {}, InputError, "expected an object with 'role' and 'content'"),
         ([["hello"]], {}, InputError, "found 'hello', expected an object"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, InputError, "nothing else is understood here"),
-        ([{"role": "user", "content": "a"}], {"tools": [{}]}, UnsupportedError, "tools are not supported by chat"),
+        ([{"role": "user", "content": "a"}], {"tools": ["f"]}, InputError, r"tools: found \['f'\], expected a list of"),
+        ([{"role": "user", "content": "a"}], {"tools": "f"}, InputError, "tools: found 'f', expected a list of"),
+        ([{"role": "user", "tool_calls": []}], {}, InputError, "expected an object with 'role' and 'content'"),
         ([{"role": "user", "content": "a"}], {"chat_template": None}, TokenizerError, "has no chat template"),
         ([{"role": "user", "content": "a"}], {"continue_final_message": True}, InputError, "exclude each other"),
         (

@@ -95,10 +95,13 @@ def test_a_killed_process_is_noticed_at_once(runner: ProcessRunner) -> None:
         failures.append(error)
         noticed.set()
 
-    runner.on_failure = on_failure
+    runner.watch(on_failure)
     os.kill(runner.process_ids[1], signal.SIGKILL)
     assert noticed.wait(5)
     assert isinstance(failures[0], WorkerError)
+    runner.watch(on_failure)
+    runner.close()
+    assert failures == failures[:1] * 2
     with pytest.raises(WorkerError, match=r"worker 1, process \d+, has ended by SIGKILL"):
         runner.submit(step(start=1)).result(DEADLINE)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from furiosa_llm.runtime.batch import Batch, Decode, Prefill, Runner
-from furiosa_llm.runtime.errors import EngineDeadError, ExecutionError, ReplicaError, StepTimeoutError
+from furiosa_llm.runtime.errors import EngineDeadError, ExecutionError, ReplicaError, StepTimeoutError, WorkerError
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.replica import FaultPolicy, Replica
@@ -462,6 +462,85 @@ def test_cached_prefixes_are_told_to_routers_and_requests(desk: Desk, start: Sta
     assert replica.cached_prefix(prompt) == 0
     desk.submit(replica, prompt)
     assert not desk.finished().popitem()[1].num_cached_tokens
-    assert replica.cached_prefix(prompt) == 39
+    assert replica.cached_prefix(prompt) == 38
     desk.submit(replica, prompt)
-    assert desk.finished().popitem()[1].num_cached_tokens == 39
+    assert desk.finished().popitem()[1].num_cached_tokens == 38
+
+
+def crowd(
+    desk: Desk, start: Start, *runners: Runner | BaseException, policy: FaultPolicy = QUICK
+) -> tuple[Replica, list[int]]:
+    """A replica whose first runner fails, with the keys of four requests that ran there and of two that waited."""
+    ready, gate = threading.Event(), Gate()
+
+    def fault(batch: Batch, runner: CountingRunner) -> None:
+        if isinstance(batch, Decode) and len(batch.rows) == 4:
+            ready.set()
+            gate(batch, runner)
+            raise ExecutionError("broke")
+
+    replica = start(CountingRunner(fault=fault), *runners, policy=policy)
+    keys = [desk.submit(replica, [number], max_tokens=20) for number in range(6)]
+    assert ready.wait(TIMEOUT)
+    gate.opened.set()
+    return replica, keys
+
+
+def test_requests_that_wait_run_on_the_new_runner(desk: Desk, start: Start) -> None:
+    _, keys = crowd(desk, start, OSError("not yet"), CountingRunner())
+    outputs = desk.finished(6)
+    assert [isinstance(outputs[key].error, ReplicaError) for key in keys] == [True] * 4 + [False] * 2
+    assert [outputs[key].outputs[0].token_ids for key in keys[4:]] == [counted([4], 20), counted([5], 20)]
+    assert desk.outputs.empty()
+
+
+def test_requests_that_wait_end_with_a_replica_that_dies(desk: Desk, start: Start) -> None:
+    _, keys = crowd(desk, start, *[OSError("no more")] * 2, policy=FaultPolicy(max_failures=1, backoff=0.001))
+    outputs = desk.finished(6)
+    assert [type(error.__cause__) for key in keys if (error := outputs[key].error)] == [ExecutionError] * 4 + [
+        OSError
+    ] * 2
+
+
+def test_requests_that_wait_end_when_the_replica_is_closed(desk: Desk, start: Start) -> None:
+    replica, keys = crowd(desk, start, policy=FaultPolicy(backoff=TIMEOUT, max_backoff=TIMEOUT))
+    assert sorted(desk.finished(4)) == keys[:4]
+    replica.abort(keys[4])
+    replica.close()
+    outputs = desk.finished(2)
+    assert outputs[keys[4]].outputs[0].finish_reason == "abort"
+    assert isinstance(outputs[keys[5]].error, EngineDeadError)
+
+
+class _Watched(CountingRunner):
+    """Fails when it is told to, with nothing under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail: Callable[[Exception], None] = lambda error: None
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        self.fail = on_failure
+
+
+def test_a_runner_that_fails_while_idle_is_replaced_at_once(desk: Desk, start: Start) -> None:
+    broken = _Watched()
+    made = threading.Event()
+    runners = iter([broken, _Watched()])
+
+    def make() -> Runner:
+        runner = next(runners)
+        if runner is not broken:
+            made.set()
+        return runner
+
+    replica = Replica(3, make, LIMITS, QUICK)
+    desk.submit(replica, [1])
+    assert desk.finished().popitem()[1].error is None
+    broken.fail(WorkerError("gone"))
+    assert made.wait(TIMEOUT)
+    broken.fail(WorkerError("of one that is not there any more"))
+    desk.submit(replica, [5])
+    assert desk.finished().popitem()[1].outputs[0].token_ids == counted([5])
+    assert broken.closed.is_set()
+    replica.close()

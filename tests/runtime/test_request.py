@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from furiosa_llm.runtime import RequestOutput, RequestOutputKind, SamplingParams
-from furiosa_llm.runtime.errors import InputError, SamplingParamsError
+from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.logprobs import logprob, logprobs
-from furiosa_llm.runtime.request import Request, SequenceRequest, check_token_ids
+from furiosa_llm.runtime.request import Request, SequenceRequest
 from furiosa_llm.runtime.tokenizer import Tokenizer
 from tests.runtime.tokenizer_kinds import KINDS, spelled
 
@@ -306,25 +306,3 @@ def test_text_without_a_tokenizer() -> None:
             SamplingParamsError, match="stop and bad_words need a tokenizer; leave them out, or load one"
         ):
             request(tokenizer=None, **values)
-
-
-def test_token_ids_of_the_model() -> None:
-    assert check_token_ids([0, 8, np.int64(3), *np.array([4, 5], dtype=np.int32)], 9) == [0, 8, 3, 4, 5]
-    assert all(type(token) is int for token in check_token_ids(np.array([4, 5]), 9))
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([0, 9], r"prompt_token_ids\[1\] is 9, but the model's tokens are 0 to 8"),
-        ([-1], r"prompt_token_ids\[0\] is -1, but the model's tokens are 0 to 8"),
-        ([True], r"prompt_token_ids\[0\] is True of type bool, expected an integer"),
-        ([1.0], r"prompt_token_ids\[0\] is 1\.0 of type float, expected an integer"),
-        (["1"], r"prompt_token_ids\[0\] is '1' of type str, expected an integer"),
-        ([[1]], r"prompt_token_ids\[0\] is \[1\] of type list, expected an integer"),
-        ([None], r"prompt_token_ids\[0\] is None of type NoneType, expected an integer"),
-    ],
-)
-def test_tokens_that_the_model_does_not_have(tokens: list[Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_token_ids(tokens, 9)

@@ -316,6 +316,20 @@ def test_logits_that_are_not_finite(values: dict[str, Any], value: float) -> Non
         sample_rows(samplers, logits)
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_row_that_cannot_be_sampled_leaves_the_others_as_they_were(bad: int) -> None:
+    """Whoever samples the others again gets what they would have got without it."""
+    params = SamplingParams(temperature=30.0, seed=3, presence_penalty=1.0, min_tokens=1)
+    logits = rows(3)
+    expected = [Sampler(params, [1], index=row).sample(logits[row]) for row in range(3)]
+    samplers = [Sampler(params, [1], index=row) for row in range(3)]
+    spoiled = logits.copy()
+    spoiled[bad, 5] = np.nan
+    with pytest.raises(ExecutionError):
+        sample_rows(samplers, spoiled)
+    assert sample_rows(samplers, logits) == expected
+
+
 @pytest.mark.parametrize("values", MIXED, ids=str)
 def test_logits_that_are_all_masked(values: dict[str, Any]) -> None:
     with pytest.raises(ExecutionError, match=r"the logits are not finite: the greatest is -inf"):

@@ -146,7 +146,7 @@ def test_a_prompt_goes_where_it_is_found() -> None:
     scheduler.add(3, [*prompt(30, first=1), -1])
     found = {batch.sequence_id: batch for batch in (run(scheduler) for _ in range(6)) if isinstance(batch, Prefill)}
     assert {number: found[number].group for number in (2, 3)} == {2: groups[0], 3: groups[1]}
-    assert {found[number].start for number in (2, 3)} == {30}
+    assert {found[number].start for number in (2, 3)} == {29}
 
 
 def test_a_group_may_have_one_sequence_more_if_a_prompt_is_found_there() -> None:
@@ -155,7 +155,7 @@ def test_a_group_may_have_one_sequence_more_if_a_prompt_is_found_there() -> None
     scheduler.add(3, [*prompt(30), -2])
     scheduler.add(4, [*prompt(30), -3])
     found = {batch.sequence_id: batch for batch in (run(scheduler) for _ in range(8)) if isinstance(batch, Prefill)}
-    assert (found[3].start, found[4].start) == (30, 0)
+    assert (found[3].start, found[4].start) == (29, 0)
     assert found[3].group != found[4].group
 
 
@@ -183,7 +183,7 @@ def test_a_prompt_waits_for_the_group_under_way_in_which_it_is_found() -> None:
     assert isinstance(other, Decode)
     assert scheduler.num_waiting == 0
     complete(scheduler, under_way)
-    assert prefill(scheduler).start == 30
+    assert prefill(scheduler).start == 29
 
 
 def test_no_group_is_left_empty_for_a_prefix() -> None:

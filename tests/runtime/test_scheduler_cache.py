@@ -52,7 +52,7 @@ def test_a_conversation_goes_on_in_its_slot() -> None:
 def test_several_completions_of_one_prompt_compute_it_once() -> None:
     scheduler = Scheduler(limits())
     start(scheduler, [prompt(32)] * 3)
-    assert [scheduler.num_cached_tokens(number) for number in range(3)] == [0, 31, 31]
+    assert [scheduler.num_cached_tokens(number) for number in range(3)] == [0, 30, 30]
 
 
 def test_another_prompt_does_not_overwrite_what_may_be_asked_for_again() -> None:
@@ -65,7 +65,7 @@ def test_another_prompt_does_not_overwrite_what_may_be_asked_for_again() -> None
     scheduler.add(2, [*prompt(30), -1])
     decode(scheduler)
     again = prefill(scheduler)
-    assert (again.slot, again.copies, again.start) == (1, (Copy(source=3, target=1, length=30),), 30)
+    assert (again.slot, again.copies, again.start) == (1, (Copy(source=3, target=1, length=29),), 29)
     assert scheduler.cached_pages == 0, "the copy is kept, what was copied is not"
 
 
@@ -75,7 +75,7 @@ def test_nothing_is_saved_over_what_was_used_since() -> None:
     decode(scheduler, finished=[1])
     decode(scheduler, finished=[0])
     start(scheduler, [prompt(20, first=2), prompt(20, first=3)])
-    assert [scheduler.cached_prefix(prompt(31, first=number)) for number in range(2)] == [30, 0]
+    assert [scheduler.cached_prefix(prompt(32, first=number)) for number in range(2)] == [30, 0]
 
 
 def test_what_a_prompt_was_copied_from_is_kept_longer() -> None:
@@ -85,8 +85,8 @@ def test_what_a_prompt_was_copied_from_is_kept_longer() -> None:
         prefill(scheduler, finished=[number])
     start(scheduler, [prompt(8, first=2), [*prompt(20), -1, -2, -3], prompt(19, first=3)])
     assert scheduler.used_pages == 28
-    assert scheduler.cached_prefix(prompt(41)) == 40
-    assert 0 < scheduler.cached_prefix(prompt(21, first=1)) < 20
+    assert scheduler.cached_prefix(prompt(42)) == 40
+    assert 0 < scheduler.cached_prefix(prompt(22, first=1)) < 20
 
 
 def test_nothing_is_saved_that_would_have_to_be_given_up_at_once() -> None:
@@ -157,7 +157,7 @@ def test_free_slots_give_up_their_pages_one_by_one_the_oldest_first() -> None:
     scheduler.add(2, prompt(20, first=2))
     prefill(scheduler)
     assert scheduler.used_pages == 14
-    assert [scheduler.cached_prefix(prompt(21, first=number)) for number in range(3)] == [12, 20, 20]
+    assert [scheduler.cached_prefix(prompt(22, first=number)) for number in range(3)] == [12, 20, 20]
 
 
 def test_the_latest_gives_way_and_goes_on_where_it_was() -> None:
@@ -219,3 +219,18 @@ def test_alone_among_idle_groups_a_sequence_waits_for_pages() -> None:
     assert scheduler.num_preemptions == 0
     complete(scheduler, first, finished=scheduler.sequences_to_sample(first))
     assert members(decode(scheduler)) == [row.sequence_id for row in second.rows]
+
+
+def test_no_token_is_computed_alone_behind_others() -> None:
+    scheduler = Scheduler(limits(max_length=40, prefill_chunk_size=8, prefix_caching=False))
+    for length in (2, 8, 9, 16, 17, 18, 25):
+        scheduler.add(length, prompt(length))
+        chunks: list[int] = []
+        while sum(chunks) < length:
+            batch = scheduler.schedule()
+            assert isinstance(batch, Prefill)
+            chunks.append(len(batch.tokens))
+            ended = sum(chunks) == length
+            scheduler.complete(batch, {length: 7} if ended else {}, [length] if ended else [])
+        assert max(chunks) <= 8
+        assert min(chunks) >= 2

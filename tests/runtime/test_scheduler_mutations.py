@@ -35,7 +35,7 @@ IN_SLOTS = {
 """,
     ),
     "a match with tokens that are not computed yet": ("min(slot.length, limit)", "min(len(slot.tokens), limit)"),
-    "a match leaves nothing to compute": ("return len(self.tokens) - 1", "return len(self.tokens)"),
+    "a match leaves nothing to compute": ("return max(0, length - LEAST_CHUNK)", "return length"),
     "a match one token too long": ("return same\n", "return min(same + 1, limit)\n"),
     "a match hides the logits of the prompt": ("            return self.delivered\n", "            pass\n"),
     "logits of the prompt left out": ('(min(end, self.delivered), "none")', '(end, "none")'),

@@ -189,10 +189,16 @@ def test_what_cannot_be_generated(model: Seq2Seq, built: dict[int, Path]) -> Non
         model.generate("hello", GREEDY)
     with pytest.raises(InputError, match="no tokens"):
         model.generate([[]], GREEDY)
-    with pytest.raises(InputError, match="token 1024 is unknown to the model; tokens are at least 0 and below 1024"):
+    with pytest.raises(InputError, match=r"prompt_token_ids\[0\] is 1024, but the model's tokens are 0 to 1023"):
         model.generate([[1024]], GREEDY)
     with pytest.raises(InputError, match="Unsupported prompt type"):
         model.generate([3.5], GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(SamplingParamsError, match=r"stop_token_ids holds \[1024\]"):
+        model.generate([[5]], SamplingParams(temperature=0.0, stop_token_ids=[1024]))
+    with LLM(built[4]) as llm, pytest.raises(InputError, match="sampling_params: found a int, expected SamplingParams"):
+        llm.generate([[5]], [3])  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"tensor_parallel_size=8, but .* is split for tp=4"):
+        LLM(built[4], tensor_parallel_size=8)
     with pytest.raises(InputError, match="does not say how long a completion may be; give max_tokens"):
         model.generate([[5]], SamplingParams(max_tokens=None))
 

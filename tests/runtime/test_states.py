@@ -95,6 +95,7 @@ def test_growing_keeps_every_row() -> None:
         dim = 2 if name == "past.key" else 1
         first, rest = np.split(tensor.array, [CAPACITY_STEP], axis=dim)
         assert np.array_equal(first, kept)
+        assert rest.shape == kept.shape
         assert not rest.any()
 
 

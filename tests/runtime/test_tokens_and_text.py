@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from furiosa_llm.runtime.errors import TokenizerError
+from furiosa_llm.runtime.errors import InputError, TokenizerError
 from furiosa_llm.runtime.text_stream import Detokenizer, TextStream
 from furiosa_llm.runtime.tokenizer import Tokenizer
 from tests.runtime.tokenizer_kinds import KINDS, make, spelled
@@ -237,6 +237,25 @@ def test_the_chat_template_writes_the_prompt() -> None:
 )
 def test_what_templates_use(template: str, expected: str) -> None:
     assert TOKENIZER.apply_chat_template(USER, chat_template=template) == expected
+
+
+def test_the_calls_of_vendors_scripts() -> None:
+    assert (
+        TOKENIZER.apply_chat_template(USER, tokenize=False, add_generation_prompt=True)
+        == "user: Grüß Gott 😀\nassistant: "
+    )
+    assert TOKENIZER.apply_chat_template(USER, tokenize=True) == TOKENIZER.encode("user: Grüß Gott 😀\nassistant: ")
+    template = "{{ tools | length }} {{ documents | length }} {{ thinking }} {{ messages[-1].content }}."
+    options: dict[str, Any] = {"tools": [{}], "documents": [{}, {}], "thinking": True, "chat_template": template}
+    assert TOKENIZER.apply_chat_template(USER, **options) == "1 2 True Grüß Gott 😀."
+    continued: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
+    assert TOKENIZER.apply_chat_template(USER, **continued, **options).endswith("Grüß Gott 😀")
+    empty: dict[str, Any] = {"chat_template": "{{ tools is none }} {{ documents is none }}", "tools": []}
+    assert TOKENIZER.apply_chat_template(USER, **empty) == "True True"
+    with pytest.raises(InputError, match="add_generation_prompt and continue_final_message exclude each other"):
+        TOKENIZER.apply_chat_template(USER, continue_final_message=True)
+    with pytest.raises(InputError, match="does not repeat the final message"):
+        TOKENIZER.apply_chat_template([{"role": "assistant", "content": None}], **continued)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_the_servers_template_goes_before_the_models(artifact: Path) -> None:
         ({"tool_choice": "auto"}, "tool_choice", "only allowed when tools are given"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'text' only"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
+        ({"chat_template_kwargs": {"tools": [], "x": 1}}, "chat_template_kwargs", "cannot hold tools"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'text'"),
         ({"continue_final_message": True, "messages": [{"role": "user", "content": " "}]}, None, "final message"),

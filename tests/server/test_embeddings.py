@@ -69,7 +69,7 @@ def test_truncation(model: tuple[openai.OpenAI, str]) -> None:
     [
         ({"input": []}, "input is empty"),
         ({"input": ""}, "the prompt has no tokens"),
-        ({"input": [[99999]]}, "unknown to the model"),
+        ({"input": [[99999]]}, "the model's tokens are 0 to"),
         ({"input": "x " * 5000}, "the model takes at most"),
         ({"input": {"a": 1}}, "input"),
         ({"dimensions": 3}, "which cannot be cut"),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, connected, error_of, load, serving
+from tests.server.conftest import NAME, connected, error_of, load, metric, serving, wait_for
 
 
 def kill_the_worker() -> None:
@@ -23,6 +26,7 @@ def kill_the_worker() -> None:
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str) -> None:
     with serving(load(artifact, workers=1), ServerSettings()) as url, connected(url) as client:
+        stream: Iterator[Any]
         forever = {"ignore_eos": True}
         if kind == "chat":
             messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
@@ -40,15 +44,18 @@ def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str) -> None:
         assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices[0].text
 
 
-def test_a_failure_before_the_first_token_is_a_status(artifact: Path) -> None:
+def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path) -> None:
+    body = {"model": NAME, "prompt": "x", "max_tokens": 500, "n": 16, "ignore_eos": True}
+    answers: list[httpx.Response] = []
     with serving(load(artifact, workers=1), ServerSettings()) as url:
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+        )
+        thread.start()
+        wait_for(lambda: metric(url, "generation_tokens_total") > 0)
         kill_the_worker()
-        statuses = set()
-        for stream in (True, False):
-            body = {"model": NAME, "prompt": "x", "max_tokens": 2, "stream": stream}
-            response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-            statuses.add(response.status_code)
-            if response.status_code == 500:
-                assert "replica 0 failed" in error_of(response)["message"]
-        assert statuses == {200, 500}  # the first one found out, the second one had another worker
+        thread.join()
+        assert answers[0].status_code == 500
+        assert "replica 0 failed" in error_of(answers[0])["message"]
         assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1}, timeout=60).status_code == 200

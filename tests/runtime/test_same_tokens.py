@@ -1,0 +1,83 @@
+"""Greedy tokens of exporters' small models, however they are run, against the unsplit ones; the rest is a campaign."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from furiosa_llm import ArtifactBuilder
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.block_reads import block_starts
+from tests.runtime.same_tokens import (
+    FACTORS,
+    PAIRWISE,
+    Answered,
+    Setting,
+    _table,
+    compare,
+    every_setting,
+    unsplit_answers,
+)
+
+TOKENIZER = "tiny-llama-genai-fp32"
+SETTINGS = _table(
+    # tp, pp, dp, batch, chunk, preempted, caching, workers
+    (4, 1, 1, 16, None, False, True, None),
+    (4, 2, 2, 16, 7, True, False, None),
+    (4, 2, 1, 1, 7, True, True, None),
+    (4, 1, 2, 1, None, False, False, None),
+    (4, 1, 1, 16, 7, True, True, None),
+)
+VOCAB = 1000
+
+
+@pytest.fixture(scope="module", params=["tiny-llama-genai-fp32", "tiny-gemma-optimum", "tiny-mistral-dynamo-tf5"])
+def model(
+    request: pytest.FixtureRequest, zoo: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Answered]]:
+    """An artifact, and what the model it was made of answers."""
+    source = zoo / request.param / "model.onnx"
+    folder = tmp_path_factory.mktemp("same") / "artifact"
+    ArtifactBuilder(source, tensor_parallel_size=4).build(folder)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, VOCAB, length).tolist() for length in (3, 22, 8, 17, 5, 20)]
+    return folder, unsplit_answers(folder, source, prompts, 34)  # one of the models has a window of 64 tokens
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_tokens_are_the_unsplit_models(setting: Setting, model: tuple[Path, list[Answered]], zoo: Path) -> None:
+    folder, expected = model
+    if setting.pp > len(block_starts(open_artifact(folder))):
+        setting = replace(setting, pp=1, batch=16)  # the model with a window is one block
+    found = compare(folder, setting, expected, tokenizer=zoo / TOKENIZER)
+    assert found.problems == []
+    assert found.error < 1e-4
+
+
+def test_a_wrong_token_is_found(model: tuple[Path, list[Answered]], zoo: Path) -> None:
+    folder, expected = model
+    first = expected[0]
+    wrong = Answered(
+        prompt=first.prompt,
+        token_ids=(*first.token_ids[:9], first.token_ids[9] ^ 1, *first.token_ids[10:]),
+        logprobs=first.logprobs,
+        gaps=first.gaps,
+    )
+    found = compare(folder, SETTINGS[3], [wrong], tokenizer=zoo / TOKENIZER)
+    assert len(found.problems) == 1
+    assert "token 9 behind" in found.problems[0]
+
+
+def test_the_table_has_every_pair() -> None:
+    def pairs(setting: Setting) -> set[tuple[str, object, str, object]]:
+        values = [(name, getattr(setting, name)) for name in FACTORS]
+        return {(*one, *other) for one, other in itertools.combinations(values, 2)}
+
+    wanted = set().union(*map(pairs, every_setting()))
+    assert set().union(*map(pairs, PAIRWISE)) == wanted
+    assert all(setting.is_possible for setting in PAIRWISE)
+    assert len(list(every_setting())) == 352
