@@ -169,8 +169,6 @@ class _Stream:
             made = None
             if output.prompt_logprobs is not None:
                 made = self._logprobs(index, list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)))
-            elif self._body.logprobs is not None:
-                self._maker(index).skip(text)
             choices.append(_chunk_choice(index, text, made, finish_reason, None))
         return choices
 

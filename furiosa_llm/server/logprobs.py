@@ -18,10 +18,6 @@ class CompletionLogprobsMaker:
         self._count = count
         self._offset = 0
 
-    def skip(self, text: str) -> None:
-        """Lets the next token stand behind `text`."""
-        self._offset += len(text)
-
     def make(self, entries: Iterable[tuple[int, TokenLogprobs | None]], texts: Sequence[str]) -> CompletionLogprobs:
         """Those of tokens that follow; `entries` has each with what is known of its place, `texts` its text."""
         made = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])

@@ -62,16 +62,17 @@ def test_a_stream(client: openai.OpenAI, llm: LLM) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(client: openai.OpenAI, llm: LLM, stream: bool) -> None:
-    asked = {**GREEDY, "logprobs": True, "top_logprobs": 3}
+    asked = {**GREEDY, "temperature": 1.5, "seed": 4, "logprobs": True, "top_logprobs": 3}
     if stream:
         choices: list[Any] = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
     else:
         choices = client.chat.completions.create(**asked).choices
     found = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
-    [expected] = llm.chat(MESSAGES, SamplingParams(temperature=0.0, max_tokens=8, logprobs=3))
+    [expected] = llm.chat(MESSAGES, SamplingParams(temperature=1.5, seed=4, max_tokens=8, logprobs=3))
     [completion] = expected.outputs
     assert completion.logprobs is not None
     assert len(found) == 8
+    assert any(len(at) == 4 for at in completion.logprobs)  # a token that is not among the likeliest
     for entry, token, at in zip(found, completion.token_ids, completion.logprobs, strict=True):
         assert entry.logprob == pytest.approx(at[token].logprob, rel=1e-6)
         assert bytes(entry.bytes).decode() == entry.token == at[token].decoded_token

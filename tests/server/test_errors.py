@@ -140,7 +140,13 @@ def test_the_clients_time_out_ends_the_request(client: openai.OpenAI, url: str) 
 
 
 def test_keys(strict: str) -> None:
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEYS[0]}, {"Authorization": "Bearer"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": KEYS[0]},
+        {"Authorization": f"Basic {KEYS[0]}"},
+        {"Authorization": "Bearer"},
+    ):
         response = httpx.get(f"{strict}/v1/models", headers=headers)
         assert error_of(response)["code"] == "invalid_api_key"
         assert response.status_code == 401
