@@ -13,7 +13,7 @@ from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, listen, load, metric, serving, wait_for
 
-LENGTH, WIDTH = 500, 16
+LENGTH, WIDTH = 500, 32
 LONG: dict[str, Any] = {"model": NAME, "prompt": "x", "max_tokens": LENGTH, "n": WIDTH, "ignore_eos": True}
 CHAT: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "n": WIDTH, "ignore_eos": True}
 SEVERAL = {**LONG, "prompt": ["x", "y"], "n": WIDTH // 2}

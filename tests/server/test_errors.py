@@ -15,7 +15,7 @@ import pytest
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 from furiosa_llm.server.errors import api_error
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, connected, error_of, listen, load, serving, wait_for
+from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
 
 COMPLETION: dict[str, Any] = {"model": NAME, "prompt": "hello", "temperature": 0, "max_tokens": 4}
 KEYS = ("first-key", "second-key")
@@ -131,11 +131,13 @@ def test_the_clients_own_errors(client: openai.OpenAI, url: str) -> None:
 
 
 def test_the_clients_time_out_ends_the_request(client: openai.OpenAI, url: str) -> None:
+    before = metric(url, "generation_tokens_total")
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.05).completions.create(
-            model=NAME, prompt="x", max_tokens=500, n=16, extra_body={"ignore_eos": True}
+            model=NAME, prompt="x", max_tokens=500, n=32, extra_body={"ignore_eos": True}
         )
-    wait_for(lambda: "num_requests_running" in httpx.get(f"{url}/metrics").text)
+    wait_for(lambda: metric(url, "num_requests_running") + metric(url, "num_requests_waiting") == 0)
+    assert metric(url, "generation_tokens_total") - before < 8000
     assert client.completions.create(model=NAME, prompt="x", max_tokens=1).choices
 
 
@@ -216,7 +218,7 @@ def test_bodies_that_do_not_arrive(strict: str) -> None:
 
 
 def test_the_queue_has_a_limit(strict: str) -> None:
-    long = {"model": NAME, "prompt": "x", "max_tokens": 500, "n": 3, "ignore_eos": True}
+    long = {"model": NAME, "prompt": "x", "max_tokens": 500, "n": 3, "ignore_eos": True, "logprobs": 20}
     with keyed(strict) as client:
         with client.stream("POST", "/v1/completions", json={**long, "stream": True}) as stream:
             lines = stream.iter_lines()  # kept, since the connection is closed with it
