@@ -61,6 +61,7 @@ class Origins(click.ParamType[tuple[str, ...]]):
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--served-model-name", multiple=True, help="What requests call it; repeatable.  [default: its own name]")
 @click.option("--api-key", multiple=True, help="Bearer token that requests have to come with; repeatable.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File with such tokens, one a line.")
 @click.option("--allowed-origins", type=Origins(), default='["*"]', show_default=True, help="For CORS.")
 @click.option("--chat-template", type=click.Path(path_type=Path), help="File to use instead of the model's own.")
 @click.option("--response-role", default="assistant", show_default=True, help="Role of the answers in a chat.")
@@ -139,7 +140,7 @@ def _check_installed() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UnsupportedError(
-            f"serve needs {', '.join(missing)}, which is not installed: pip install 'furiosa-llm-onnx[serve]'"
+            f"serve needs {', '.join(missing)}, which is not installed; run: pip install 'furiosa-llm-onnx[serve]'"
         )
 
 
@@ -150,10 +151,13 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
     parser, enabled = options.pop("tool_call_parser"), options.pop("enable_auto_tool_choice")
     if enabled != (parser is not None):
         raise InputError("--enable-auto-tool-choice and --tool-call-parser go together; give both, or none")
-    template = options.pop("chat_template")
+    template, key_file = options.pop("chat_template"), options.pop("api_key_file")
+    keys = options.pop("api_key")
+    if key_file is not None:
+        keys = (*keys, *_keys_of(key_file))
     return ServerSettings(
         served_model_names=options.pop("served_model_name") or None,
-        api_keys=options.pop("api_key"),
+        api_keys=keys,
         chat_template=None if template is None else _read(template),
         tool_call_parser=parser,
         payload_logging=options.pop("enable_payload_logging"),
@@ -162,6 +166,16 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
             field.name: options.pop(field.name) for field in dataclasses.fields(ServerSettings) if field.name in options
         },
     )
+
+
+def _keys_of(path: Path) -> list[str]:
+    try:
+        keys = path.read_text("utf-8").split()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--api-key-file: {path} cannot be read: {error}") from error
+    if not keys:
+        raise InputError(f"--api-key-file: {path} has no keys, expected one a line; leave it out to serve everybody")
+    return keys
 
 
 def _read(template: Path) -> str:
