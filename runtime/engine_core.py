@@ -79,6 +79,11 @@ class EngineCore:
         self._keys = itertools.count()
         self._sequence_ids = itertools.count()
 
+    @property
+    def dead(self) -> bool:
+        """Whether it takes no requests any more: it was closed, or all its replicas were given up."""
+        return self._closed or all(replica.death is not None for replica in self.replicas)
+
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
         """Starts a request; its outputs go to `sink`, the last one finished, whatever happens.
 

@@ -92,6 +92,21 @@ class _Stop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaUsage:
+    """What a replica has at the moment.
+
+    running, waiting: sequences that have a slot, and those that have none yet.
+    used_pages, num_pages: of the KV cache; used are those of the prefix cache too, which are given up as soon as a
+        sequence needs them.
+    """
+
+    running: int
+    waiting: int
+    used_pages: int
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _UnderWay:
     batch: Batch
     deadline: float
@@ -155,6 +170,18 @@ class Replica:
     def num_requests(self) -> int:
         """The requests that it has, waiting and running."""
         return self._table.count
+
+    @property
+    def usage(self) -> ReplicaUsage:
+        """Its sequences and pages."""
+        with self._scheduler_lock:
+            scheduler = self._scheduler
+            return ReplicaUsage(
+                running=scheduler.num_running,
+                waiting=scheduler.num_waiting,
+                used_pages=scheduler.used_pages,
+                num_pages=scheduler.limits.num_pages,
+            )
 
     def cached_prefix(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens of a new prompt have their KV in a slot already."""

@@ -17,6 +17,7 @@ from furiosa_llm.cli.inspect import inspect
 from furiosa_llm.cli.plan import plan
 from furiosa_llm.cli.reshard import reshard
 from furiosa_llm.cli.run import run
+from furiosa_llm.cli.serve import serve
 from furiosa_llm.cli.topology import topology
 from furiosa_llm.cli.unbuild import unbuild
 from furiosa_llm.cli.verify import verify
@@ -43,6 +44,7 @@ _COMMANDS = (
     plan,
     reshard,
     run,
+    serve,
     topology,
     unbuild,
     verify,

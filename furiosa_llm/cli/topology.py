@@ -107,12 +107,12 @@ def topology(
     if as_json:
         click.echo(json.dumps(_to_json(report), indent=1))
         return
-    console = Console()
-    console.print(_text(_title(report)))
-    for table in (_drawing(report), _stages(report), _cards(report)):
-        console.print(table, crop=False)
-        console.print()
-    console.print(_text(_summary(report)))
+    _show(report)
+
+
+def show_topology(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> None:
+    """Prints what `furiosa-llm topology` does, of a model that is going to be loaded."""
+    _show(_report(artifact, placed, stages, workload))
 
 
 def _length(artifact: Artifact, asked: int | None) -> int:
@@ -146,6 +146,15 @@ def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], wor
 
 
 # -- for people ----------------------------------------------------------------------------------------------------
+
+
+def _show(report: _Report) -> None:
+    console = Console()
+    console.print(_text(_title(report)))
+    for table in (_drawing(report), _stages(report), _cards(report)):
+        console.print(table, crop=False)
+        console.print()
+    console.print(_text(_summary(report)))
 
 
 def _title(report: _Report) -> str:

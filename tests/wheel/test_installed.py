@@ -1,6 +1,6 @@
 """The installed wheel, by itself: run by `make test-wheel`, in an environment that has never seen the checkout."""
 
-import importlib
+import importlib.util
 import pkgutil
 import subprocess
 import sysconfig
@@ -20,9 +20,17 @@ def furiosa(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_every_module_imports_from_site_packages() -> None:
     modules = [module.name for module in pkgutil.walk_packages(furiosa_llm.__path__, "furiosa_llm.")]
-    assert {"furiosa_llm.builder", "furiosa_llm.runtime", "furiosa_llm.cli.main"} <= set(modules)
+    assert {"furiosa_llm.builder", "furiosa_llm.runtime", "furiosa_llm.cli.main", "furiosa_llm.server.app"} <= set(
+        modules
+    )
     for name in modules:
-        assert Path(str(importlib.import_module(name).__file__)).is_relative_to(SITE_PACKAGES), name
+        # The server's modules need the extra `serve`, which is not installed here.
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None, name
+        assert Path(spec.origin).is_relative_to(SITE_PACKAGES), name
+        if not name.startswith("furiosa_llm.server."):
+            importlib.import_module(name)
 
 
 def test_one_top_level_package_is_installed() -> None:
@@ -43,6 +51,13 @@ def test_help() -> None:
     assert shown.returncode == 0, shown.stderr
     assert "build" in shown.stdout
     assert "generate" in shown.stdout
+
+
+def test_serving_needs_its_extra() -> None:
+    refused = furiosa("serve", "model.artifact")
+    assert refused.returncode == 1
+    assert "serve needs fastapi, prometheus_client, uvicorn" in refused.stderr
+    assert "pip install 'furiosa-llm-onnx[serve]'" in refused.stderr
 
 
 def test_build_then_generate(zoo: Path, tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""`furiosa-llm serve`: an OpenAI-compatible server of one artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from furiosa_llm.cli.options import (
+    ALLOW_SUBSET,
+    DATA_PARALLEL_SIZE,
+    DEVICES,
+    FULL_VERIFICATION,
+    NUM_BLOCKS_PER_PP_STAGE,
+    PIPELINE_PARALLEL_SIZE,
+)
+from furiosa_llm.cli.refused_options import refused_options
+from furiosa_llm.cli.topology import show_topology
+from furiosa_llm.runtime.accounting import Workload
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.launch import Plan
+
+if TYPE_CHECKING:
+    from furiosa_llm.server.settings import ServerSettings
+
+_NEEDED = ("fastapi", "prometheus_client", "uvicorn")
+_PARSERS = ("hermes", "llama3_json")
+_LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
+_UNLIMITED_LENGTH = 2048
+
+
+class Origins(click.ParamType[tuple[str, ...]]):
+    """A JSON list of strings."""
+
+    name = "JSON"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The strings."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = json.loads(str(value))
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            self.fail(
+                f"""{value!r} is not a JSON list of origins, for instance '["https://example.com"]'""", param, ctx
+            )
+        return tuple(found)
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--served-model-name", multiple=True, help="What requests call it; repeatable.  [default: its own name]")
+@click.option("--api-key", multiple=True, help="Bearer token that requests have to come with; repeatable.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File with such tokens, one a line.")
+@click.option("--allowed-origins", type=Origins(), default='["*"]', show_default=True, help="For CORS.")
+@click.option("--chat-template", type=click.Path(path_type=Path), help="File to use instead of the model's own.")
+@click.option("--response-role", default="assistant", show_default=True, help="Role of the answers in a chat.")
+@click.option("--enable-auto-tool-choice", is_flag=True, help="Look for calls of tools in answers.")
+@click.option("--tool-call-parser", type=click.Choice(_PARSERS), help="How the model writes them.")
+@click.option(
+    "--enable-payload-logging",
+    is_flag=True,
+    help="Log what requests hold: prompts may be private, and are then in the log.",
+)
+@click.option("--max-concurrency", type=click.IntRange(min=1), default=1024, show_default=True,
+              help="Sequences that may run and wait; requests beyond them get the status 429.")  # fmt: skip
+@click.option("--max-body-nbytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
+              help="Greater bodies get the status 413.")  # fmt: skip
+@click.option("--shutdown-timeout", type=click.FloatRange(min=1), default=30.0, show_default=True,
+              help="Seconds that requests have to end in after SIGTERM.")  # fmt: skip
+@click.option("--uvicorn-log-level", type=click.Choice(_LOG_LEVELS), default="info", show_default=True)
+@click.option("--disable-uvicorn-access-log", is_flag=True, help="Log no line for each request.")
+@click.option(
+    "-tp", "--tensor-parallel-size", "--tensor_parallel_size", "tensor_parallel_size", type=click.IntRange(min=1),
+    help="Only a check: the artifact is split already.",
+)  # fmt: skip
+@PIPELINE_PARALLEL_SIZE
+@DATA_PARALLEL_SIZE
+@NUM_BLOCKS_PER_PP_STAGE
+@DEVICES
+@ALLOW_SUBSET
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer than the artifact's.")
+@click.option("--seed", type=click.IntRange(min=0), help="For requests that have none of their own.")
+@click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")
+@click.option("--max-model-len", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: the model's limit]")
+@click.option("--max-prompt-len", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: one less]")
+@click.option("--prefill-chunk-size", type=click.IntRange(min=1), help="Longer prompts are computed in pieces.  [512]")
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="[default: enabled]")
+@click.option("--paged-attention-num-blocks", type=click.IntRange(min=1), help="Pages of 16 tokens in the KV cache.")
+@click.option("--npu-queue-limit", type=click.IntRange(min=1), help="No effect.")
+@click.option("--max-processing-samples", type=click.IntRange(min=1), help="A second bound on --max-batch-size.")
+@click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
+@click.option("--threads", type=click.IntRange(min=1), help="Driver threads that step the PEs.  [default: the cores]")
+@click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
+@FULL_VERIFICATION
+@click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
+@click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
+@refused_options
+def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options: Any) -> None:  # noqa: ARG001
+    """Serve ARTIFACT at an OpenAI-compatible HTTP interface, until SIGTERM or Ctrl-C.
+
+    docs/serving.md has the endpoints. Needs the extra `serve`: pip install 'furiosa-llm-onnx[serve]'.
+    """
+    _check_installed()
+    # The server's packages are an extra, and take a second to import.
+    from furiosa_llm.server.app import make_app
+    from furiosa_llm.server.model import load_served, open_served
+    from furiosa_llm.server.run import check_address, make_server
+
+    settings = _settings(options)
+    log_level = options.pop("uvicorn_log_level")
+    access_log = not options.pop("disable_uvicorn_access_log")
+    args = EngineArgs(artifact, **options)
+    check_address(host, port)
+    opened, plan = open_served(args)
+    if plan is None:
+        click.echo(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
+    else:
+        _show_plan(plan)
+    model = load_served(args, opened, plan, settings.served_model_names, int(time.time()))
+    shown = host if ":" not in host else f"[{host}]"
+    if port:
+        click.echo(f"{', '.join(model.names)} at http://{shown}:{port}/v1")
+    app = make_app(model, settings)
+    make_server(app, settings, host=host, port=port, log_level=log_level, access_log=access_log).run()
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            f"serve needs {', '.join(missing)}, which is not installed; run: pip install 'furiosa-llm-onnx[serve]'"
+        )
+
+
+def _settings(options: dict[str, Any]) -> ServerSettings:
+    """Takes what is not the engine's out of `options`."""
+    from furiosa_llm.server.settings import ServerSettings
+
+    parser, enabled = options.pop("tool_call_parser"), options.pop("enable_auto_tool_choice")
+    if enabled != (parser is not None):
+        raise InputError("--enable-auto-tool-choice and --tool-call-parser go together; give both, or none")
+    template, key_file = options.pop("chat_template"), options.pop("api_key_file")
+    keys = options.pop("api_key")
+    if key_file is not None:
+        keys = (*keys, *_keys_of(key_file))
+    return ServerSettings(
+        served_model_names=options.pop("served_model_name") or None,
+        api_keys=keys,
+        chat_template=None if template is None else _read(template),
+        tool_call_parser=parser,
+        payload_logging=options.pop("enable_payload_logging"),
+        log_stats=not options.pop("disable_log_stats"),
+        **{
+            field.name: options.pop(field.name) for field in dataclasses.fields(ServerSettings) if field.name in options
+        },
+    )
+
+
+def _keys_of(path: Path) -> list[str]:
+    try:
+        keys = path.read_text("utf-8").split()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--api-key-file: {path} cannot be read: {error}") from error
+    if not keys:
+        raise InputError(f"--api-key-file: {path} has no keys, expected one a line; leave it out to serve everybody")
+    return keys
+
+
+def _read(template: Path) -> str:
+    try:
+        return template.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"Error in reading chat template file: {error}") from error
+
+
+def _show_plan(plan: Plan) -> None:
+    workload = Workload(
+        max_batch_size=plan.scheduling.num_groups * plan.scheduling.slots_per_group,
+        max_model_len=plan.limits.max_length or _UNLIMITED_LENGTH,
+        prefill_chunk_size=plan.scheduling.prefill_chunk_size,
+    )
+    show_topology(plan.artifact, plan.topology, plan.stages, workload)
+    if plan.tokenizer is None:
+        click.echo("The model has no tokenizer: requests have to give token ids, unless --tokenizer gives one.")
+    elif plan.tokenizer.chat_template is None:
+        click.echo("The model has no chat template: /v1/chat/completions is refused, unless --chat-template gives one.")

@@ -1,0 +1,103 @@
+"""The application: every endpoint, every error in one shape, and what stands around a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+import furiosa_llm
+from furiosa_llm.server import chat, completions, embeddings, status, tokens
+from furiosa_llm.server.errors import ErrorResponse, install_handlers
+from furiosa_llm.server.events import ClientGoneError
+from furiosa_llm.server.generation import Gate
+from furiosa_llm.server.metrics import Metrics
+from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds
+from furiosa_llm.server.model import Decoder, ServedModel
+from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.state import ServerState
+from furiosa_llm.server.stats_log import log_stats
+from furiosa_llm.server.tools import tool_parser
+
+_payloads = logging.getLogger("furiosa_llm.server.payloads")
+
+_CLIENT_GONE = 499
+"""What other servers log for a client that did not wait; nobody receives it."""
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is at fault, or comes too soon."},
+    "5XX": {"model": ErrorResponse, "description": "The server is at fault."},
+}
+
+
+def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
+    """The application that serves `model`, which it closes when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tasks = []
+        if settings.log_stats and isinstance(model.kind, Decoder):
+            tasks.append(asyncio.create_task(log_stats(metrics, model.kind)))
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(model.close)
+
+    metrics = Metrics(model)
+    # The pages of documentation that FastAPI would make load scripts from elsewhere.
+    app = FastAPI(
+        title="furiosa-llm", version=furiosa_llm.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
+    app.state.server = ServerState(
+        model=model,
+        settings=settings,
+        gate=Gate(settings.max_concurrency),
+        metrics=metrics,
+        tool_parser=tool_parser(settings.tool_call_parser),
+    )
+    routers: tuple[APIRouter, ...] = (
+        completions.router,
+        chat.router,
+        embeddings.router,
+        tokens.router,
+        status.router,
+    )
+    for router in routers:
+        dependencies = [Depends(_log_payload)] if settings.payload_logging else []
+        app.include_router(router, responses=_ERRORS, dependencies=dependencies)
+    install_handlers(app)
+    app.add_exception_handler(ClientGoneError, _nobody_there)
+    _surround(app, settings)
+    return app
+
+
+def _surround(app: FastAPI, settings: ServerSettings) -> None:
+    """Adds the middleware; the last one is the outermost."""
+    app.add_middleware(BodyLimits, max_nbytes=settings.max_body_nbytes, timeout=settings.body_timeout)
+    if settings.api_keys:
+        app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(RequestIds)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )
+
+
+async def _nobody_there(_: Request, __: Exception) -> Response:
+    return Response(status_code=_CLIENT_GONE)
+
+
+async def _log_payload(request: Request) -> None:
+    body = await request.body()
+    if body:
+        _payloads.info("%s %s: %s", request.method, request.url.path, body.decode(errors="replace"))

@@ -1,0 +1,234 @@
+"""`POST /v1/chat/completions`: a conversation in, the model's answers out, at once or as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.chat import conversations_of, render
+from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
+from furiosa_llm.server.completions import usage_of
+from furiosa_llm.server.errors import ApiError, api_error, error_body
+from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
+from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
+from furiosa_llm.server.logprobs import chat_logprobs
+from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
+from furiosa_llm.server.responses import AnswerMessage, ChatChoice, ChatCompletionResponse, ChatLogprobs
+from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
+from furiosa_llm.server.tools import Found, ToolFinder
+
+router = APIRouter()
+
+_TAKEN = frozenset(
+    (
+        *("self", "tokenizer", "conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message"),
+    )
+)
+"""What a request cannot set as a variable of the chat template: parameters on the way to it."""
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletionResponse,
+    responses=STREAM,
+    dependencies=[Depends(require_json)],
+)
+async def create_chat_completion(
+    body: ChatCompletionRequest, request: Request, state: State
+) -> Response | ChatCompletionResponse:
+    """Answers a conversation."""
+    state.check_model(body.model)
+    generator, params = state.generator, body.params()
+    tools = _Tools(body, state)
+    text = prompt_of(body, state, with_tools=tools.shown)
+    token_ids = await state.encode(text, add_special_tokens=False)
+    head = new_head(state, "chat")
+    outputs = generator.run(head.id, [as_prompt(token_ids, text)], params)
+    if not body.stream:
+        [answer] = await until_disconnect(request.receive, collect(outputs, 1, params.n))
+        return _response(body, state, head, tools, answer)
+    # The first output is waited for, so that what is refused, or fails until then, has a status of its own.
+    first = await until_disconnect(request.receive, anext(outputs))
+    stream = _Stream(body, state, head, tools)
+    return EventStream(stream.events(first, outputs), send_timeout=state.settings.send_timeout)
+
+
+def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState, *, with_tools: bool) -> str:
+    """The prompt for the messages of `body`, as the chat template writes it."""
+    assert body.messages is not None
+    conversation = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
+    variables = body.chat_template_kwargs or {}
+    if taken := sorted(_TAKEN & set(variables)):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs cannot hold {', '.join(taken)}: the request has its own place for that",
+            param="chat_template_kwargs",
+        )
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    return render(
+        state.tokenizer,
+        conversations_of(conversation)[0],
+        chat_template=state.settings.chat_template,
+        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        continue_final_message=body.continue_final_message,
+        tools=tools if with_tools else None,
+        **variables,
+    )
+
+
+class _Tools:
+    """Which tools a request offers, and how calls of them are found in its answers."""
+
+    def __init__(self, body: ChatCompletionRequest, state: ServerState) -> None:
+        choice = body.tool_choice
+        if choice not in (None, "none", "auto") or (choice is not None and not body.tools and choice != "none"):
+            self._refuse(body)
+        self.shown = bool(body.tools) and choice != "none"
+        if self.shown and state.tool_parser is None:
+            raise ApiError(
+                400,
+                "tools need a server that was started with --enable-auto-tool-choice and --tool-call-parser; or give "
+                "tool_choice 'none'",
+                param="tools",
+            )
+        self._parser = state.tool_parser if self.shown else None
+        self._names = [tool.function.name for tool in body.tools or ()]
+        self.only_one = body.parallel_tool_calls is False
+
+    def finder(self) -> ToolFinder | None:
+        """For one answer; None if there is nothing to look for."""
+        return None if self._parser is None else self._parser(self._names)
+
+    @staticmethod
+    def _refuse(body: ChatCompletionRequest) -> None:
+        if not body.tools:
+            raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
+        raise ApiError(
+            400, "tool_choice is supported for 'none' and 'auto' only: no call can be forced", param="tool_choice"
+        )
+
+
+def _response(
+    body: ChatCompletionRequest, state: ServerState, head: Head, tools: _Tools, answer: Answered
+) -> ChatCompletionResponse:
+    choices = [_choice(body, state, tools, index, one) for index, one in enumerate(answer.completions)]
+    num_tokens = sum(one.num_tokens for one in answer.completions)
+    return ChatCompletionResponse(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        choices=choices,
+        usage=usage_of(len(answer.token_ids), num_tokens, answer.cached),
+    )
+
+
+def _choice(
+    body: ChatCompletionRequest, state: ServerState, tools: _Tools, index: int, completion: Completed
+) -> ChatChoice:
+    content: str | None = completion.text
+    reader = _Reader(tools)
+    found = reader.read(completion.text, ended=True)
+    if found.calls:
+        content = found.content.strip() or None
+    logprobs: ChatLogprobs | None = None
+    if completion.logprobs is not None:
+        token_ids = [next(iter(at)) for at in completion.logprobs]  # the token that is there comes first
+        logprobs = chat_logprobs(token_ids, completion.logprobs, body.top_logprobs or 0)
+    return ChatChoice(
+        index=index,
+        message=AnswerMessage(role=state.settings.response_role, content=content, tool_calls=found.calls or None),
+        logprobs=logprobs,
+        finish_reason=reader.finish_reason(completion.finish_reason),
+        stop_reason=completion.stop_reason,
+    )
+
+
+class _Reader:
+    """Reads one answer, in pieces or whole: which of it is text, and which are calls."""
+
+    def __init__(self, tools: _Tools) -> None:
+        self._finder = tools.finder()
+        self._only_one = tools.only_one
+        self.num_calls = 0
+
+    def read(self, text: str, *, ended: bool) -> Found:
+        """What `text` adds; `ended`: nothing follows."""
+        if self._finder is None:
+            return Found(content=text)
+        found = self._finder.push(text)
+        if ended:
+            rest = self._finder.flush()
+            found = Found(content=found.content + rest.content, calls=found.calls + rest.calls)
+        if self._only_one:
+            found.calls = found.calls[: 1 - self.num_calls]
+        self.num_calls += len(found.calls)
+        return found
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """Why the answer ended, as clients are told it."""
+        return "tool_calls" if reason == "stop" and self.num_calls else reason
+
+
+class _Stream:
+    """One answer in chunks."""
+
+    def __init__(self, body: ChatCompletionRequest, state: ServerState, head: Head, tools: _Tools) -> None:
+        self._body = body
+        self._role = state.settings.response_role
+        self._head = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
+        self._no_usage = {"usage": None} if body.include_usage else {}
+        self._readers = [_Reader(tools) for _ in range(body.num_choices)]
+        self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
+
+    async def events(self, first: tuple[int, RequestOutput], outputs: Outputs) -> AsyncGenerator[bytes, None]:
+        """The chunks; what fails now has its place among them."""
+        async with aclosing(outputs):
+            try:
+                self._num_prompt = len(first[1].prompt_token_ids)
+                self._num_cached = first[1].num_cached_tokens or 0
+                begin = {"role": self._role, "content": ""}
+                yield b"".join(self._chunk(index, begin) for index in range(self._body.num_choices))
+                yield self._chunks(first[1])
+                async for _, output in outputs:
+                    if data := self._chunks(output):
+                        yield data
+            except FuriosaLLMError as error:
+                yield b"data: " + error_body(api_error(error)) + b"\n\n"
+                return
+        if self._body.include_usage:
+            usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
+            yield event({**self._head, "choices": [], "usage": usage.model_dump()})
+        yield DONE
+
+    def _chunks(self, output: RequestOutput) -> bytes:
+        return b"".join(chunk for part in output.outputs for chunk in self._chunks_of(part))
+
+    def _chunks_of(self, part: CompletionOutput) -> Sequence[bytes]:
+        reader = self._readers[part.index]
+        self._num_completion += len(part.token_ids)
+        logprobs = None
+        if part.logprobs is not None:
+            logprobs = chat_logprobs(part.token_ids, part.logprobs, self._body.top_logprobs or 0).model_dump()
+        before = reader.num_calls
+        found = reader.read(part.text, ended=part.finish_reason is not None)
+        chunks = []
+        if found.content or logprobs is not None:
+            chunks.append(self._chunk(part.index, {"content": found.content}, logprobs))
+        for number, call in enumerate(found.calls, before):
+            chunks.append(self._chunk(part.index, {"tool_calls": [{"index": number, **call.model_dump()}]}))
+        if part.finish_reason is not None:
+            reason = reader.finish_reason(part.finish_reason)
+            chunks.append(self._chunk(part.index, {}, finish_reason=reason, stop_reason=part.stop_reason))
+        return chunks
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None, **end: Any
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **end}
+        return event({**self._head, "choices": [choice], **self._no_usage})

@@ -1,0 +1,192 @@
+"""`POST /v1/completions`: prompts in, their completions out, at once or as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.outputs import RequestOutput, TokenLogprobs
+from furiosa_llm.runtime.prompts import Prompt
+from furiosa_llm.server.errors import api_error, error_body
+from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
+from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
+from furiosa_llm.server.logprobs import CompletionLogprobsMaker
+from furiosa_llm.server.requests import CompletionRequest, as_prompt
+from furiosa_llm.server.responses import CachedTokens, CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
+from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/completions", response_model=CompletionResponse, responses=STREAM, dependencies=[Depends(require_json)]
+)
+async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response | CompletionResponse:
+    """Completes one prompt or several, given as text or as token ids."""
+    state.check_model(body.model)
+    generator, params = state.generator, body.params()
+    if body.echo or body.logprobs is not None:
+        state.check_tokenizer()
+    prompts = await _prompts(body, state)
+    head = new_head(state, "cmpl")
+    outputs = generator.run(head.id, prompts, params)
+    if not body.stream:
+        answers = await until_disconnect(request.receive, collect(outputs, len(prompts), params.n))
+        return _response(body, state, head, prompts, answers)
+    # The first output is waited for, so that what is refused, or fails until then, has a status of its own.
+    first = await until_disconnect(request.receive, anext(outputs))
+    stream = _Stream(body, state, head, prompts)
+    return EventStream(stream.events(first, outputs), send_timeout=state.settings.send_timeout)
+
+
+async def _prompts(body: CompletionRequest, state: ServerState) -> list[Prompt]:
+    prompts = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            token_ids = await state.encode(prompt, add_special_tokens=body.add_special_tokens)
+            prompts.append(as_prompt(token_ids, prompt))
+        else:
+            prompts.append(as_prompt(prompt, None))
+    return prompts
+
+
+def usage_of(prompt: int, completion: int, cached: int) -> Usage:
+    """The counts of tokens."""
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=CachedTokens(cached_tokens=cached),
+    )
+
+
+def _response(
+    body: CompletionRequest, state: ServerState, head: Head, prompts: Sequence[Prompt], answers: Sequence[Answered]
+) -> CompletionResponse:
+    choices: list[CompletionChoice] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        for completion in answer.completions:
+            choices.append(_choice(body, state, len(choices), prompt, answer, completion))
+    shown = 0 if body.only_echoes else sum(one.num_tokens for answer in answers for one in answer.completions)
+    return CompletionResponse(
+        id=head.id,
+        created=head.created,
+        model=head.model,
+        choices=choices,
+        usage=usage_of(
+            sum(len(answer.token_ids) for answer in answers), shown, sum(answer.cached for answer in answers)
+        ),
+    )
+
+
+def _choice(
+    body: CompletionRequest, state: ServerState, index: int, prompt: Prompt, answer: Answered, completion: Completed
+) -> CompletionChoice:
+    text, logprobs = completion.text, completion.logprobs or []
+    token_ids = [next(iter(found)) for found in logprobs]  # the token that is there comes first
+    entries: list[tuple[int, TokenLogprobs | None]] = list(zip(token_ids, logprobs, strict=True))
+    if body.only_echoes:
+        text, entries = "", []
+    if body.echo:
+        text = prompt_text(state, prompt) + text
+        entries = [*zip(answer.token_ids, answer.logprobs or (), strict=body.logprobs is not None), *entries]
+    made = None
+    if body.logprobs is not None:
+        texts = state.tokenizer.decode_each([token for token, _ in entries])
+        made = CompletionLogprobsMaker(body.logprobs).make(entries, texts)
+    return CompletionChoice(
+        index=index,
+        text=text,
+        logprobs=made,
+        finish_reason="length" if body.only_echoes else completion.finish_reason,
+        stop_reason=None if body.only_echoes else completion.stop_reason,
+    )
+
+
+def prompt_text(state: ServerState, prompt: Prompt) -> str:
+    """The text of a prompt, whatever it was given as."""
+    assert isinstance(prompt, Mapping)
+    text: str | None = prompt.get("prompt")
+    return state.tokenizer.decode(prompt["prompt_token_ids"]) if text is None else text
+
+
+class _Stream:
+    """One answer in chunks."""
+
+    def __init__(self, body: CompletionRequest, state: ServerState, head: Head, prompts: Sequence[Prompt]) -> None:
+        self._body = body
+        self._state = state
+        self._prompts = prompts
+        self._head = {"id": head.id, "object": "text_completion", "created": head.created, "model": head.model}
+        self._no_usage = {"usage": None} if body.include_usage else {}
+        self._makers: dict[int, CompletionLogprobsMaker] = {}
+        self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
+        self._begun: set[int] = set()
+
+    async def events(self, first: tuple[int, RequestOutput], outputs: Outputs) -> AsyncGenerator[bytes, None]:
+        """The chunks; what fails now has its place among them."""
+        async with aclosing(outputs):
+            try:
+                yield self._chunks(*first)
+                async for index, output in outputs:
+                    yield self._chunks(index, output)
+            except FuriosaLLMError as error:
+                yield b"data: " + error_body(api_error(error)) + b"\n\n"
+                return
+        if self._body.include_usage:
+            usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
+            yield event({**self._head, "choices": [], "usage": usage.model_dump()})
+        yield DONE
+
+    def _chunks(self, prompt_index: int, output: RequestOutput) -> bytes:
+        choices: list[dict[str, Any]] = []
+        if prompt_index not in self._begun:
+            self._begun.add(prompt_index)
+            self._num_prompt += len(output.prompt_token_ids)
+            self._num_cached += output.num_cached_tokens or 0
+            if self._body.echo:
+                choices += self._echo(prompt_index, output)
+        for part in output.outputs if not self._body.only_echoes else ():
+            index = prompt_index * self._body.num_choices + part.index
+            self._num_completion += len(part.token_ids)
+            made = None
+            if part.logprobs is not None:
+                made = self._logprobs(index, list(zip(part.token_ids, part.logprobs, strict=True)))
+            choices.append(_chunk_choice(index, part.text, made, part.finish_reason, part.stop_reason))
+        return b"".join(event({**self._head, "choices": [choice], **self._no_usage}) for choice in choices)
+
+    def _echo(self, prompt_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        text = prompt_text(self._state, self._prompts[prompt_index])
+        finish_reason = "length" if self._body.only_echoes else None
+        choices = []
+        for number in range(self._body.num_choices):
+            index = prompt_index * self._body.num_choices + number
+            made = None
+            if output.prompt_logprobs is not None:
+                made = self._logprobs(index, list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)))
+            choices.append(_chunk_choice(index, text, made, finish_reason, None))
+        return choices
+
+    def _maker(self, index: int) -> CompletionLogprobsMaker:
+        return self._makers.setdefault(index, CompletionLogprobsMaker(self._body.logprobs or 0))
+
+    def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
+        texts = self._state.tokenizer.decode_each([token for token, _ in entries])
+        return self._maker(index).make(entries, texts)
+
+
+def _chunk_choice(
+    index: int, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None, stop_reason: Any
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None if logprobs is None else logprobs.model_dump(),
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }

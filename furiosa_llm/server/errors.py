@@ -1,0 +1,132 @@
+"""Errors as clients see them: one shape, OpenAI's, whatever went wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
+
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, SamplingParamsError
+from furiosa_llm.runtime.sampling_params import SamplingParams
+
+_INVALID = "invalid_request_error"
+_FAILED = "server_error"
+_PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
+"""What messages about sampling parameters begin with, most of them."""
+
+
+class ErrorInfo(BaseModel):
+    """What went wrong. `param` is the field of the request that is to blame, `code` a name that programs may go by."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorInfo
+
+
+class ApiError(HTTPException):
+    """An error with the status that it is answered with."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        kind = _FAILED if status >= HTTPStatus.INTERNAL_SERVER_ERROR else _INVALID
+        self.info = ErrorInfo(message=message, type=kind, param=param, code=code)
+
+
+def api_error(error: FuriosaLLMError) -> ApiError:
+    """What `error` means to a client: a ValueError is the request's fault."""
+    message = " ".join(str(error).split())
+    match error:
+        case EngineDeadError():
+            return ApiError(503, message, code="engine_dead")
+        case ContextLengthError():
+            return ApiError(400, message, code="context_length_exceeded")
+        case SamplingParamsError():
+            first = re.split(r"\W", message, maxsplit=1)[0]
+            return ApiError(400, message, param=first if first in _PARAMETERS else None)
+        case ValueError():
+            return ApiError(400, message)
+        case _:
+            return ApiError(500, message)
+
+
+INTERNAL_ERROR = ApiError(500, "the server failed at this request; its log says why")
+
+
+def error_body(error: ApiError) -> bytes:
+    """The answer's body, in ASCII: messages quote what was sent, which may not be encodable."""
+    return json.dumps({"error": error.info.model_dump()}, separators=(",", ":")).encode()
+
+
+def error_response(error: ApiError) -> Response:
+    """The answer."""
+    return Response(error_body(error), error.status_code, error.headers, "application/json")
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Makes `app` answer every error in the one shape."""
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, StarletteHTTPException)
+        return error_response(_shaped(request, error))
+
+    async def on_our_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, FuriosaLLMError)
+        return error_response(api_error(error))
+
+    async def on_invalid_body(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return error_response(_invalid(error.errors()))
+
+    app.add_exception_handler(StarletteHTTPException, on_http_error)
+    app.add_exception_handler(FuriosaLLMError, on_our_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_body)
+
+
+def _shaped(request: Request, error: StarletteHTTPException) -> ApiError:
+    """The framework's own errors in our shape."""
+    if isinstance(error, ApiError):
+        return error
+    message = error.detail
+    if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        message = f"{request.method} {request.url.path[:200]}: {message}; /openapi.json lists what there is"
+    return ApiError(error.status_code, message, headers=error.headers)
+
+
+def _invalid(found: Any) -> ApiError:
+    """The first of pydantic's complaints; of a field that may hold several types, the one that says most."""
+    first = found[0]
+    where = [part for part in first["loc"] if part != "body"]
+    # Behind the field's name may follow the name of the type that was tried.
+    param = str(where[0]) if where and isinstance(where[0], str) else None
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"Unrecognized request argument supplied: {'.'.join(map(str, where))[:200]}", param=param)
+    same = [one["msg"] for one in found if [part for part in one["loc"] if part != "body"][:1] == where[:1]]
+    path = ".".join(map(str, where))[:200] if len(same) == 1 else param
+    return ApiError(400, f"{path or 'the body'}: {'; or '.join(dict.fromkeys(same))[:500]}", param=param)

@@ -1,0 +1,172 @@
+"""Requests of clients as requests of the engine: admitted, run together, measured, and given up with their clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from furiosa_llm.runtime.engine_core import with_kind
+from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from furiosa_llm.runtime.prompts import Prompt
+from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.metrics import Metrics, RequestMeter
+from furiosa_llm.server.model import Decoder
+
+Outputs: TypeAlias = AsyncGenerator[tuple[int, RequestOutput], None]
+"""What is new of each prompt, by its index: outputs of the kind DELTA."""
+
+_RETRY_AFTER = 1
+"""Seconds. Sequences end all the time: what is refused now has a chance soon."""
+
+
+class Gate:
+    """Counts the sequences that clients have under way, and refuses those beyond `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
+
+    @contextmanager
+    def admit(self, sequences: int) -> Iterator[None]:
+        """Lets so many in until the context ends; raises an ApiError if they are too many, now or ever."""
+        if sequences > self._limit:
+            raise ApiError(
+                400, f"the request is for {sequences} sequences, the server takes {self._limit} at once; divide it"
+            )
+        if self._count + sequences > self._limit:
+            raise ApiError(
+                429,
+                f"{self._count} sequences run or wait, and {sequences} more would exceed the limit of {self._limit}; "
+                f"try again later",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(_RETRY_AFTER)},
+            )
+        self._count += sequences
+        try:
+            yield
+        finally:
+            self._count -= sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generator:
+    """Runs prompts on a decoder for one client after another.
+
+    decoder: the model.
+    gate: lets them in.
+    metrics: where they are counted.
+    """
+
+    decoder: Decoder
+    gate: Gate
+    metrics: Metrics
+
+    async def run(self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams) -> Outputs:
+        """What comes of `prompts`; closing the generator, or cancelling its task, aborts them.
+
+        Raises ApiError, or what `AsyncLLMEngine.generate` does, when it is first asked for an output.
+        """
+        delta = with_kind(params, RequestOutputKind.DELTA)
+        with self.gate.admit(len(prompts) * params.num_sequences):
+            streams = [
+                self._run_one(index, f"{request_id}-{index}", prompt, delta) for index, prompt in enumerate(prompts)
+            ]
+            async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _run_one(self, index: int, request_id: str, prompt: Prompt, params: SamplingParams) -> Outputs:
+        meter = RequestMeter(self.metrics, params)
+        try:
+            async with aclosing(self.decoder.engine.generate(prompt, params, request_id)) as outputs:
+                async for output in outputs:
+                    meter.see(output)
+                    yield index, output
+        finally:
+            meter.end()
+
+
+async def _merged(streams: Sequence[Outputs]) -> Outputs:
+    """The items of all `streams` as they come; the first failure ends all of them."""
+    ready: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def pump(stream: Outputs) -> None:
+        async with aclosing(stream):
+            async for item in stream:
+                ready.put_nowait(item)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(ready.put_nowait)
+    try:
+        left = len(tasks)
+        while left:
+            item = await ready.get()
+            if isinstance(item, asyncio.Task):
+                item.result()
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(slots=True, kw_only=True)
+class Completed:
+    """A completion as its parts add up."""
+
+    text: str = ""
+    num_tokens: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, part: CompletionOutput) -> None:
+        """Takes what is new."""
+        self.text += part.text
+        self.num_tokens += len(part.token_ids)
+        if part.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += part.logprobs
+        self.finish_reason = part.finish_reason
+        self.stop_reason = part.stop_reason
+
+
+@dataclass(slots=True, kw_only=True)
+class Answered:
+    """A prompt with all of its completions.
+
+    token_ids: of the prompt.
+    logprobs: of the prompt's tokens, if they were asked for.
+    cached: how many of its tokens were in the prefix cache.
+    completions: in their order.
+    """
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[TokenLogprobs | None] | None
+    cached: int
+    completions: list[Completed]
+
+
+async def collect(outputs: Outputs, num_prompts: int, n: int) -> list[Answered]:
+    """Everything that comes of `num_prompts` prompts with `n` completions each."""
+    answers = [
+        Answered(token_ids=(), logprobs=None, cached=0, completions=[Completed() for _ in range(n)])
+        for _ in range(num_prompts)
+    ]
+    async with aclosing(outputs):
+        async for index, output in outputs:
+            answer = answers[index]
+            answer.token_ids = output.prompt_token_ids
+            answer.cached = output.num_cached_tokens or 0
+            if output.prompt_logprobs is not None:
+                answer.logprobs = output.prompt_logprobs
+            for part in output.outputs:
+                answer.completions[part.index].add(part)
+    return answers

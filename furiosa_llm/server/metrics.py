@@ -1,0 +1,180 @@
+"""What `/metrics` shows, under the vendor's names: counters and histograms of requests, gauges of the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from furiosa_llm.runtime.outputs import RequestOutput
+from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.server.model import Decoder, ServedModel
+
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_OUTPUT_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_WHOLE_REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
+_UNLIMITED_LENGTH = 131072
+
+
+class Metrics:
+    """The metrics of one model, in a registry of their own. They have the label `model_name`."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._registry = CollectorRegistry()
+        self._name = model.names[0]
+        lengths = _one_two_five(model.max_length or _UNLIMITED_LENGTH)
+        self.received = self._counter("request_received", "Requests that the engine was given.")
+        self.succeeded = self._counter("request_success", "Requests that were completed.")
+        self.failed = self._counter("request_failure", "Requests that were refused, failed, or were given up.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
+        self.prefix_queries = self._counter("prefix_cache_queries", "Tokens that were looked for in the prefix cache.")
+        self.prefix_hits = self._counter("prefix_cache_hits", "Tokens that were found in the prefix cache.")
+        self.first_token = self._histogram("time_to_first_token_seconds", "Until the first token.", _FIRST_TOKEN)
+        self.inter_token = self._histogram("inter_token_latency_seconds", "Between outputs.", _OUTPUT_TOKEN)
+        self.output_token = self._histogram(
+            "time_per_output_token_seconds", "Mean of a request, without the first token.", _OUTPUT_TOKEN
+        )
+        self.whole_request = self._histogram("e2e_request_latency_seconds", "Until the last token.", _WHOLE_REQUEST)
+        self.request_prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", lengths)
+        self.request_generation = self._histogram("request_generation_tokens", "Tokens of all completions.", lengths)
+        self.request_max = self._histogram("request_params_max_tokens", "What max_tokens was asked for.", lengths)
+        if isinstance(model.kind, Decoder):
+            self._registry.register(_EngineCollector(model.kind, self._name))
+
+    def render(self) -> bytes:
+        """Everything, in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+    def token_counts(self) -> tuple[float, float]:
+        """The tokens of prompts, and those that were generated, so far."""
+        read = self._registry.get_sample_value
+        labels = {"model_name": self._name}
+        prompt, generation = (read(f"furiosa_llm_{name}_tokens_total", labels) for name in ("prompt", "generation"))
+        return prompt or 0.0, generation or 0.0
+
+    def _counter(self, name: str, text: str) -> Counter:
+        made = Counter(f"furiosa_llm_{name}", text, ["model_name"], registry=self._registry)
+        return made.labels(self._name)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        made = Histogram(f"furiosa_llm_{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
+        return made.labels(self._name)
+
+
+class RequestMeter:
+    """Measures one request of the engine: `see` each output, then `end`, whatever becomes of it."""
+
+    def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
+        self._metrics = metrics
+        self._started = self._last = time.monotonic()
+        self._first: float | None = None
+        self._tokens = 0
+        self._finished = False
+        metrics.received.inc()
+        if params.max_tokens is not None:
+            metrics.request_max.observe(params.max_tokens)
+
+    def see(self, output: RequestOutput) -> None:
+        """Takes an output of the kind DELTA, as it comes."""
+        now = time.monotonic()
+        tokens = sum(len(one.token_ids) for one in output.outputs)
+        metrics = self._metrics
+        if self._first is None:
+            self._first = now
+            metrics.first_token.observe(now - self._started)
+            metrics.prompt_tokens.inc(len(output.prompt_token_ids))
+            metrics.request_prompt.observe(len(output.prompt_token_ids))
+            metrics.prefix_queries.inc(len(output.prompt_token_ids))
+            metrics.prefix_hits.inc(output.num_cached_tokens or 0)
+        else:
+            metrics.inter_token.observe(now - self._last)
+        metrics.generation_tokens.inc(tokens)
+        self._tokens += tokens
+        self._last = now
+        self._finished = output.finished
+
+    def end(self) -> None:
+        """The request has ended, whole or not."""
+        metrics = self._metrics
+        if not self._finished or self._first is None:
+            metrics.failed.inc()
+            return
+        metrics.succeeded.inc()
+        metrics.whole_request.observe(self._last - self._started)
+        metrics.request_generation.observe(self._tokens)
+        if self._tokens > 1:
+            metrics.output_token.observe((self._last - self._first) / (self._tokens - 1))
+
+
+class EngineGauges:
+    """What the replicas have at the moment.
+
+    running, waiting: sequences.
+    used_share: of the pages of the KV cache.
+    kv_nbytes: for each card by its number, the bytes of KV in use, and those that there is room for.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        usages = [replica.usage for replica in decoder.engine.core.replicas]
+        self.running = sum(usage.running for usage in usages)
+        self.waiting = sum(usage.waiting for usage in usages)
+        self.used_share = sum(usage.used_pages for usage in usages) / sum(usage.num_pages for usage in usages)
+        self.kv_nbytes: dict[int, tuple[int, int]] = {}
+        for usage, cards in zip(usages, decoder.page_nbytes, strict=True):
+            for npu, nbytes in cards.items():
+                used, total = self.kv_nbytes.get(npu, (0, 0))
+                self.kv_nbytes[npu] = (used + nbytes * usage.used_pages, total + nbytes * usage.num_pages)
+
+
+class _EngineCollector(Collector):
+    """Asks for the gauges when the metrics are asked for."""
+
+    def __init__(self, decoder: Decoder, model_name: str) -> None:
+        self._decoder = decoder
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[Metric]:
+        """The gauges."""
+        gauges = EngineGauges(self._decoder)
+        yield self._gauge("num_requests_running", "Sequences that run.", gauges.running)
+        yield self._gauge("num_requests_waiting", "Sequences that wait.", gauges.waiting)
+        yield self._gauge("kv_cache_usage_percent", "Share of the pages in use.", 100 * gauges.used_share)
+        kv = gauges.kv_nbytes
+        yield self._by_card(
+            "kv_cache_total_bytes", "Room for KV on a card.", {n: total for n, (_, total) in kv.items()}
+        )
+        yield self._by_card("kv_cache_used_bytes", "KV on a card.", {n: used for n, (used, _) in kv.items()})
+        shares = {npu: used / total if total else 0.0 for npu, (used, total) in kv.items()}
+        yield self._by_card("kv_cache_usage_perc", "Share of that room in use, at most 1.", shares)
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        made = GaugeMetricFamily(f"furiosa_llm_{name}", text, labels=["model_name"])
+        made.add_metric([self._model_name], value)
+        return made
+
+    def _by_card(self, name: str, text: str, values: Mapping[int, float]) -> GaugeMetricFamily:
+        made = GaugeMetricFamily(f"furiosa_llm_{name}", text, labels=["model_name", "device_index"])
+        for npu, value in values.items():
+            made.add_metric([self._model_name, str(npu)], value)
+        return made
+
+
+def _one_two_five(limit: int) -> list[float]:
+    """1, 2, 5, 10, 20, ... up to `limit`."""
+
+    def all_of_them() -> Iterator[float]:
+        decade = 1
+        while True:
+            yield from (decade, 2 * decade, 5 * decade)
+            decade *= 10
+
+    found: list[float] = []
+    for bound in all_of_them():
+        if bound > limit:
+            return found
+        found.append(bound)
+    raise AssertionError

@@ -1,0 +1,164 @@
+"""The model that is served: a decoder on its engine, or an encoder on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from furiosa_llm.runtime.accounting import Workload, stage_memory
+from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.async_engine import AsyncLLMEngine
+from furiosa_llm.runtime.devices import format_pes
+from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.errors import UnsupportedError
+from furiosa_llm.runtime.launch import PAGE_SIZE, Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.prompts import Prompt
+from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.topology import Topology
+
+EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """A model that generates.
+
+    engine: what runs its requests.
+    page_nbytes: for each replica, what a page of its KV cache takes on each card, by the card's number.
+    """
+
+    engine: AsyncLLMEngine
+    page_nbytes: Sequence[Mapping[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedder:
+    """A model that makes vectors of texts, one request after another."""
+
+    encoder: Encoder
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "furiosa-encoder"))
+
+    async def embed(
+        self, prompts: Sequence[Prompt], *, truncate_prompt_tokens: int | None = None
+    ) -> list[EmbeddingResult]:
+        """The vectors of `prompts`; see `Encoder.embed`. A request that is cancelled while it waits is not run."""
+        work = self._thread.submit(self.encoder.embed, list(prompts), truncate_prompt_tokens=truncate_prompt_tokens)
+        return await asyncio.wrap_future(work)
+
+    def close(self) -> None:
+        """Ends the threads, behind the request that runs."""
+        self._thread.shutdown(cancel_futures=True)
+        self.encoder.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One model under its names.
+
+    names: what requests may call it; the first is used in answers.
+    artifact: where it came from.
+    kind: what runs it.
+    max_length: of a prompt and its completion, or of a text to embed, in tokens; None if there is no limit.
+    max_prompt_length: of the prompt alone.
+    parallelism: its tensor, pipeline and data parallel sizes, and the PEs.
+    created: when it was loaded, in seconds since 1970.
+    """
+
+    names: tuple[str, ...]
+    artifact: Artifact
+    kind: Decoder | Embedder
+    max_length: int | None
+    max_prompt_length: int | None
+    parallelism: Mapping[str, int | str]
+    created: int
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer; encoders may have none."""
+        return self.kind.engine.core.tokenizer if isinstance(self.kind, Decoder) else self.kind.encoder.tokenizer
+
+    @property
+    def dead(self) -> bool:
+        """Whether it cannot run any request any more."""
+        return isinstance(self.kind, Decoder) and self.kind.engine.core.dead
+
+    def close(self) -> None:
+        """Ends its threads; requests that have not ended fail."""
+        if isinstance(self.kind, Decoder):
+            self.kind.engine.shutdown()
+        else:
+            self.kind.close()
+
+
+def open_served(args: EngineArgs) -> tuple[Artifact, Plan | None]:
+    """The artifact, and how it will run if it generates; raises what `make_plan` does.
+
+    Encoder-decoders run without an engine, one request after another, and are refused.
+    """
+    if is_composite(args.model):
+        raise UnsupportedError(
+            f"{args.model} is an encoder-decoder, which runs without an engine; use `furiosa-llm generate`"
+        )
+    artifact = open_model(args)
+    if artifact.manifest.model.task == "encoder":
+        only_of_one_replica(args, "an encoder")
+        return artifact, None
+    return artifact, make_plan(args, artifact)
+
+
+def load_served(
+    args: EngineArgs, artifact: Artifact, plan: Plan | None, names: Sequence[str] | None, created: int
+) -> ServedModel:
+    """Loads what `open_served` gave."""
+    shown = tuple(names or (artifact.manifest.model.name,))
+    if plan is None:
+        encoder = Encoder.load_artifact(
+            args.model,
+            tokenizer=args.tokenizer,
+            threads=args.threads,
+            mapped=args.mapped,
+            full_verification=args.full_verification,
+        )
+        return ServedModel(
+            names=shown,
+            artifact=artifact,
+            kind=Embedder(encoder=encoder),
+            max_length=encoder.max_length,
+            max_prompt_length=encoder.max_length,
+            parallelism={"tensor_parallel_size": artifact.manifest.mesh.size},
+            created=created,
+        )
+    return ServedModel(
+        names=shown,
+        artifact=artifact,
+        kind=Decoder(engine=AsyncLLMEngine(start(plan, args)), page_nbytes=_page_nbytes(plan)),
+        max_length=plan.limits.max_length,
+        max_prompt_length=plan.limits.prompt_limit,
+        parallelism=_parallelism(plan.topology),
+        created=created,
+    )
+
+
+def _parallelism(topology: Topology) -> dict[str, int | str]:
+    return {
+        "tensor_parallel_size": topology.tensor_parallel_size,
+        "pipeline_parallel_size": topology.pipeline_parallel_size,
+        "data_parallel_size": topology.data_parallel_size,
+        "devices": format_pes(topology.pes),
+    }
+
+
+def _page_nbytes(plan: Plan) -> list[dict[int, int]]:
+    stages = stage_memory(plan.artifact, plan.stages, Workload())
+    replicas: list[dict[int, int]] = []
+    for groups in plan.topology.replicas:
+        cards: dict[int, int] = {}
+        for stage, group in zip(stages, groups, strict=True):
+            for pe in group:
+                cards[pe.npu] = cards.get(pe.npu, 0) + stage.kv_nbytes_per_token * PAGE_SIZE
+        replicas.append(cards)
+    return replicas

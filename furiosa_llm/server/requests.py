@@ -1,0 +1,257 @@
+"""The bodies of requests: OpenAI's fields, and the vendor's beside them. A field that is not known is refused."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from furiosa_llm.runtime.prompts import Prompt, listed
+from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.server.errors import ApiError
+
+TextOrTokens = str | list[int]
+Texts = str | list[str] | list[int] | list[list[int]]
+
+_SAMPLING = (
+    *("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k"),
+    *("min_p", "use_beam_search", "length_penalty", "early_stopping", "min_tokens", "stop", "stop_token_ids"),
+    *("ignore_eos", "include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words"),
+    "skip_special_tokens",
+)
+_SEEDS = 2**64
+"""Seeds are below it; the negative ones that some clients send count from there."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Body):
+    """How a stream is told. `include_usage`: its last chunk counts the tokens."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None  # of OpenAI's; nothing is hidden here
+
+
+class _GenerationRequest(_Body):
+    """What completions and chats have in common; None stands for the default of `SamplingParams`."""
+
+    model: str
+    n: int | None = None
+    best_of: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    seed: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Accepted, and without effect.")
+
+    @property
+    def num_choices(self) -> int:
+        """The completions of each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a count of the tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _params(self, **others: Any) -> SamplingParams:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is only allowed when stream is true", param="stream_options")
+        if self.stream and self.best_of is not None and self.best_of > self.num_choices:
+            raise ApiError(
+                400, "the best of several completions are known at the end only: leave out stream or best_of"
+            )
+        values = {name: getattr(self, name) for name in _SAMPLING}
+        seed = self.seed
+        if seed is not None and -_SEEDS // 2 <= seed < 0:
+            seed += _SEEDS
+        return SamplingParams.from_optional(**values, seed=seed, **others)
+
+
+class CompletionRequest(_GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Texts
+    max_tokens: int | None = 16
+    echo: bool | None = None
+    logprobs: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool = Field(True, description="Whether text gets the special tokens around a sequence.")
+
+    @property
+    def prompts(self) -> list[TextOrTokens]:
+        """The prompts; a list of integers is one."""
+        return cast("list[TextOrTokens]", listed(self.prompt))
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether no token is to be generated."""
+        return self.max_tokens == 0 and self.echo is True
+
+    def params(self) -> SamplingParams:
+        """How to sample; an echo without completion still takes a token, which is not shown."""
+        if self.suffix:
+            raise ApiError(400, "suffix is not supported; leave it out", param="suffix")
+        if not self.prompt:
+            raise ApiError(400, "prompt is an empty list or text; give at least one token", param="prompt")
+        return self._params(
+            max_tokens=1 if self.only_echoes else self.max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
+
+
+class ContentPart(_Body):
+    """A part of a message. Only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(_Body):
+    """A call as an earlier answer gave it; `arguments` is JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallMessage(_Body):
+    """A call in a message of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class ChatMessage(_Body):
+    """A message of a conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCallMessage] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+
+class FunctionDefinition(_Body):
+    """A function that the model may call; `parameters` is its JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class _ChosenFunction(_Body):
+    name: str
+
+
+class NamedToolChoice(_Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: _ChosenFunction
+
+
+class ResponseFormat(_Body):
+    """What the answer has to look like. Only text is supported."""
+
+    type: str
+    json_schema: dict[str, Any] | None = None
+
+
+class ChatCompletionRequest(_GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = Field(None, description="Accepted, and without effect.")
+    store: bool | None = Field(None, description="Accepted, and without effect.")
+    service_tier: str | None = Field(None, description="Accepted, and without effect.")
+    safety_identifier: str | None = Field(None, description="Accepted, and without effect.")
+    prompt_cache_key: str | None = Field(None, description="Accepted, and without effect.")
+
+    def params(self) -> SamplingParams:
+        """How to sample."""
+        if self.response_format is not None and self.response_format.type != "text":
+            raise ApiError(400, "response_format is supported for type 'text' only", param="response_format")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+class EmbeddingRequest(_Body):
+    """`POST /v1/embeddings`."""
+
+    model: str
+    input: Texts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    user: str | None = Field(None, description="Accepted, and without effect.")
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def as_prompt(token_ids: list[int], text: str | None) -> Prompt:
+    """What the engine takes."""
+    return {"prompt_token_ids": token_ids} if text is None else {"prompt": text, "prompt_token_ids": token_ids}

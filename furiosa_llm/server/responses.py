@@ -1,0 +1,185 @@
+"""The bodies of answers, in OpenAI's shapes; what only the vendor has is said at its field."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class CachedTokens(BaseModel):
+    """How much of the prompts was not computed again."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """What a request took, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    """The log probabilities of a text's tokens, each with its place in the text."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(BaseModel):
+    """A completion. `stop_reason` is the stop string or token that ended it, if one that was asked for did."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class CompletionResponse(BaseModel):
+    """The completions of all prompts, `n` of the first one first."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class TopLogprob(BaseModel):
+    """A token that could have been at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token with the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """The log probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CalledFunction(BaseModel):
+    """The function that is called; `arguments` is JSON as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AnswerMessage(BaseModel):
+    """What the model said."""
+
+    role: str
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(BaseModel):
+    """An answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class ChatCompletionResponse(BaseModel):
+    """The answers to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class EmbeddingData(BaseModel):
+    """A vector, as numbers or as the base64 text of little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """What the texts took, in tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[EmbeddingData]
+    usage: EmbeddingUsage
+
+
+class ModelCard(BaseModel):
+    """A model that is served. The fields behind `owned_by` are the vendor's."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "furiosa-ai"
+    root: str
+    artifact_id: str
+    max_prompt_len: int | None
+    max_context_len: int | None
+    max_model_len: int | None
+    runtime_config: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    """All names of the model."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class VersionResponse(BaseModel):
+    """The release that serves."""
+
+    version: str
+
+
+class TokenizeResponse(BaseModel):
+    """The tokens of a text or a conversation."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int | None
+    token_strs: list[str | None] | None = None
+
+
+class DetokenizeResponse(BaseModel):
+    """The text of tokens."""
+
+    prompt: str

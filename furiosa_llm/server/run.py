@@ -1,0 +1,75 @@
+"""Runs the application on uvicorn until it is told to stop, and lets requests end before it does."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
+
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.server.settings import ServerSettings
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but for the exit code: it would end by the signal that stopped it, and a drained server is no failure.
+
+    The first SIGTERM or SIGINT lets requests end; a second SIGINT does not wait for them.
+    """
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handles signals as long as the context lasts; threads other than the main one get none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises InputError if nothing can listen there: better before a model is loaded than behind it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with closing(socket.socket(family, kind, protocol)) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host} port {port}: {error}; give another --host or --port") from error
+
+
+def make_server(
+    app: FastAPI, settings: ServerSettings, *, host: str, port: int, log_level: str = "info", access_log: bool = True
+) -> Server:
+    """A server of `app`, whose `run` returns when it was told to stop."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level=log_level,
+        log_config=_log_config(log_level),
+        access_log=access_log,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+        server_header=False,
+    )
+    return Server(config)
+
+
+def _log_config(level: str) -> dict[str, Any]:
+    """uvicorn's, with our own messages in the same form."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["loggers"]["furiosa_llm"] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
+    return config

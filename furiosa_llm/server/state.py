@@ -1,0 +1,119 @@
+"""What every handler has at hand: the model, the settings, the metrics, and checks that several of them make."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+from pydantic import BaseModel
+
+from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.generation import Gate, Generator
+from furiosa_llm.server.metrics import Metrics
+from furiosa_llm.server.model import Decoder, Embedder, ServedModel
+from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.tools import ToolParser
+
+T = TypeVar("T", bound=BaseModel)
+
+LONG_TEXT = 4096
+"""Characters. Longer texts are made tokens of on another thread, so that other clients' tokens do not wait for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState:
+    """The running server.
+
+    model: what is served.
+    settings: how.
+    gate: lets sequences in.
+    metrics: what `/metrics` shows.
+    tool_parser: how calls of tools are found; None: they are not looked for.
+    """
+
+    model: ServedModel
+    settings: ServerSettings
+    gate: Gate
+    metrics: Metrics
+    tool_parser: ToolParser | None
+
+    @property
+    def generator(self) -> Generator:
+        """What generates; raises an ApiError for an encoder."""
+        kind = self.model.kind
+        if not isinstance(kind, Decoder):
+            raise ApiError(400, f"{self.model.names[0]} makes embeddings and generates nothing; use /v1/embeddings")
+        return Generator(decoder=kind, gate=self.gate, metrics=self.metrics)
+
+    @property
+    def embedder(self) -> Embedder:
+        """What makes vectors; raises an ApiError for a decoder."""
+        if not isinstance(self.model.kind, Embedder):
+            raise ApiError(400, f"{self.model.names[0]} generates and makes no embeddings; use /v1/completions")
+        return self.model.kind
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's; raises an ApiError if it has none."""
+        if self.model.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer; give token ids")
+        return self.model.tokenizer
+
+    def check_tokenizer(self) -> None:
+        """Raises an ApiError if the model has no tokenizer: better before it generates than behind it."""
+        _ = self.tokenizer
+
+    def check_model(self, name: str) -> None:
+        """Raises an ApiError unless the model is called so."""
+        if name not in self.model.names:
+            raise ApiError(
+                404,
+                f"The model {name[:100]!r} does not exist; this server has {', '.join(map(repr, self.model.names))}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The tokens of `text`; raises TokenizerError."""
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def _state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+State = Annotated[ServerState, Depends(_state_of)]
+
+
+def require_json(request: Request) -> None:
+    """Raises an ApiError unless the body says that it is JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, f"found the Content-Type {kind[:100]!r}, expected application/json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """What all parts of one answer begin with.
+
+    id: the answer's own.
+    created: when it was begun, in seconds since 1970.
+    model: the name of the model.
+    """
+
+    id: str
+    created: int
+    model: str
+
+
+def new_head(state: ServerState, prefix: str) -> Head:
+    """The head of an answer that begins now."""
+    return Head(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=state.model.names[0])

@@ -1,0 +1,42 @@
+"""`POST /tokenize` and `POST /detokenize`: what the model's tokenizer makes of a text, and of tokens."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Depends
+
+from furiosa_llm.runtime.prompts import check_token_ids
+from furiosa_llm.server.chat import prompt_of
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.requests import DetokenizeRequest, TokenizeRequest
+from furiosa_llm.server.responses import DetokenizeResponse, TokenizeResponse
+from furiosa_llm.server.state import State, require_json
+
+router = APIRouter()
+
+
+@router.post("/tokenize", dependencies=[Depends(require_json)])
+async def tokenize(body: TokenizeRequest, state: State) -> TokenizeResponse:
+    """The tokens of a text, or of a conversation as the chat template writes it."""
+    if body.model is not None:
+        state.check_model(body.model)
+    if (body.prompt is None) == (not body.messages):
+        raise ApiError(400, "give either prompt or messages")
+    text = prompt_of(body, state, with_tools=True) if body.prompt is None else body.prompt
+    # A template writes the special tokens that it wants.
+    special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
+    tokens = await state.encode(text, add_special_tokens=special)
+    return TokenizeResponse(
+        tokens=tokens,
+        count=len(tokens),
+        max_model_len=state.model.max_length,
+        token_strs=[state.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None,
+    )
+
+
+@router.post("/detokenize", dependencies=[Depends(require_json)])
+async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeResponse:
+    """The text of tokens, special ones among them."""
+    if body.model is not None:
+        state.check_model(body.model)
+    check_token_ids(body.tokens, state.tokenizer.vocab_size)
+    return DetokenizeResponse(prompt=state.tokenizer.decode(body.tokens, skip_special_tokens=False))

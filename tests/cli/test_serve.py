@@ -1,0 +1,246 @@
+"""`furiosa-llm serve`: a process that starts, says what it runs, drains on SIGTERM, and refuses what makes no sense."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+
+from furiosa_llm.cli import serve as command
+from furiosa_llm.cli.refused_options import REFUSED, REFUSED_FLAGS
+from furiosa_llm.server.run import make_server
+from furiosa_llm.server.settings import ServerSettings
+from tests.cli.conftest import Cli
+
+NAME = "tiny-llama-optimum"
+TIMEOUT = 60
+MAIN = "from furiosa_llm.cli.main import main; main()"
+
+Refused = Callable[..., str]
+
+
+class Process:
+    """A server in a process; `output` is what it has said so far."""
+
+    def __init__(self, *arguments: object) -> None:
+        everything = [sys.executable, "-uc", MAIN, "serve", *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
+        self.process = subprocess.Popen(
+            everything, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        )
+        self.output = ""
+        self.url = ""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if found := re.search(r"Uvicorn running on (http://127\.0\.0\.1:\d+) \(Press CTRL\+C to quit\)", line):
+                self.url = found.group(1)
+                break
+        assert self.url, self.output
+        # What it says later has to be read, or its pipe would fill.
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+
+    def wait(self) -> int:
+        code = self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
+        return code
+
+    def close(self) -> None:
+        self.process.kill()
+        self.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[Process]:
+    process = Process(*arguments)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def body(max_tokens: int, **others: Any) -> dict[str, Any]:
+    return {"model": NAME, "prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, **others}
+
+
+def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
+    with started(built, "-tp", 4, "-pp", 2, "-dp", 2, "--devices", "npu:0,npu:1", "--max-model-len", 64) as server:
+        assert f"{NAME}: tp 4 x pp 2 x dp 2 = 16 PEs on npu:0,npu:1" in server.output
+        for words in (
+            "replica 1, stage 1",
+            "one PE of each stage, for 16 sequences of 64 tokens",
+            "memory of the cards",
+        ):
+            assert words in server.output
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices
+            with pytest.raises(openai.BadRequestError, match="maximum context length is 64 tokens"):
+                client.completions.create(model=NAME, prompt="x", max_tokens=64)
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 0
+    assert "Traceback" not in server.output
+    assert "POST /v1/completions" in server.output
+
+
+def test_requests_end_before_the_server_does(built: Path) -> None:
+    whole: list[dict[str, Any]] = []
+    with started(built) as server:
+
+        def complete() -> None:
+            whole.append(httpx.post(f"{server.url}/v1/completions", json=body(500, n=4), timeout=TIMEOUT).json())
+
+        thread = threading.Thread(target=complete)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body(500, n=4, stream=True)) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            thread.start()
+            while "num_requests_running" in (seen := httpx.get(f"{server.url}/metrics").text):
+                if re.search(r"num_requests_running\{.*\} 8\.0", seen):
+                    break
+            server.process.send_signal(signal.SIGTERM)
+            streamed = [line for line in lines if line]
+        assert server.wait() == 0
+        thread.join(TIMEOUT)
+    assert streamed[-1] == "data: [DONE]"
+    assert sum('"finish_reason":"length"' in line for line in streamed) == 4
+    assert whole[0]["usage"]["completion_tokens"] == 2000
+    assert "Traceback" not in server.output
+
+
+def test_requests_that_take_too_long_are_cut(built: Path) -> None:
+    asked = body(500, n=128, stream=True)
+    with (
+        started(built, "--shutdown-timeout", 1, "--max-batch-size", 1) as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=asked) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        with pytest.raises(httpx.RemoteProtocolError):  # the answer breaks off
+            list(lines)
+
+
+def test_the_time_that_requests_have_to_end_in() -> None:
+    for asked, given in ((30.0, 30), (0.2, 1)):
+        server = make_server(FastAPI(), ServerSettings(shutdown_timeout=asked), host="127.0.0.1", port=0)
+        assert server.config.timeout_graceful_shutdown == given
+
+
+def test_options_of_the_server_arrive(built: Path, tmp_path: Path) -> None:
+    template = tmp_path / "template"
+    template.write_text("{{ messages[0].content }}?")
+    (tmp_path / "keys").write_text("k2\nk3\n")
+    options: list[object] = ["--api-key", "k1", "--api-key-file", tmp_path / "keys"]
+    options += ["--served-model-name", "a", "--served-model-name", "b"]
+    options += ["--chat-template", template, "--response-role", "bot", "--allowed-origins", '["https://a.example"]']
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-concurrency", 2]
+    options += ["--max-body-nbytes", 3000, "--enable-payload-logging", "--disable-uvicorn-access-log"]
+    with started(built, *options) as server, httpx.Client(base_url=server.url) as client:
+        for key, status in (("k0", 401), ("k1", 200), ("k2", 200), ("k3", 200)):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
+        client.headers = httpx.Headers({"Authorization": "Bearer k2", "Origin": "https://a.example"})
+        models = client.get("/v1/models")
+        assert [one["id"] for one in models.json()["data"]] == ["a", "b"]
+        assert models.headers["access-control-allow-origin"] == "https://a.example"
+        messages = [{"role": "user", "content": "private"}]
+        tokens = client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+        assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": "private?"}
+        tool = {"type": "function", "function": {"name": "f"}}
+        chat = {"model": "a", "messages": messages, "max_tokens": 1}
+        answer = client.post("/v1/chat/completions", json={**chat, "tools": [tool]}).json()
+        assert answer["choices"][0]["message"]["role"] == "bot"
+        assert client.post("/v1/chat/completions", json={**chat, "n": 3}).status_code == 400
+        assert client.post("/tokenize", json={"prompt": "x" * 3000}).status_code == 413
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert 'POST /tokenize: {"messages":' in server.output
+    assert "POST /v1/models" not in server.output
+    assert not re.search("k[0-3]", server.output)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-tp", 8), "tensor_parallel_size=8, but "),
+        (("--enable-auto-tool-choice",), "--enable-auto-tool-choice and --tool-call-parser go together"),
+        (("--tool-call-parser", "hermes"), "--enable-auto-tool-choice and --tool-call-parser go together"),
+        (("--chat-template", "/nowhere"), "Error in reading chat template file: "),
+        (("--api-key", ""), "an API key is empty"),
+        (("--api-key-file", "/nowhere"), "--api-key-file: /nowhere cannot be read"),
+        (("--api-key-file", "/dev/null"), "--api-key-file: /dev/null has no keys"),
+        (("--max-model-len", 4096), "larger than the model's max number of positions: 4096 > 512"),
+        (("--host", "256.0.0.1"), "cannot listen on 256.0.0.1 port 8000"),
+        (("-pp", 40), "pp=40, but the artifact has"),
+    ],
+)
+def test_what_does_not_go(built: Path, refused: Refused, options: tuple[object, ...], message: str) -> None:
+    assert message in refused("serve", built, *options)
+
+
+def test_a_port_that_is_taken(built: Path, refused: Refused) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = refused("serve", built, "--host", "127.0.0.1", "--port", port)
+    assert f"cannot listen on 127.0.0.1 port {port}" in message
+    assert "give another --host or --port" in message
+
+
+@pytest.mark.parametrize("value", ["*", "{}", "[1]", "["])
+def test_origins_are_a_json_list(built: Path, cli: Cli, value: str) -> None:
+    result = cli("serve", built, "--allowed-origins", value)
+    assert result.code == 2
+    assert "is not a JSON list" in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "reason"),
+    [(name, ["1"], reason) for names, reason in REFUSED.items() for name in names]
+    + [(name, [], reason) for names, reason in REFUSED_FLAGS.items() for name in names],
+)
+def test_the_vendors_options_that_mean_nothing_here(
+    built: Path, refused: Refused, name: str, values: list[str], reason: str
+) -> None:
+    message = refused("serve", built, name, *values)
+    assert name in message
+    assert message.endswith(f"is not supported: {' '.join(reason.split())}; leave it out")
+
+
+def test_the_extra_that_is_missing(built: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name != "uvicorn" else object())
+    message = refused("serve", built)
+    assert "serve needs fastapi, prometheus_client, which is not installed" in message
+    assert "pip install 'furiosa-llm-onnx[serve]'" in message
+
+
+def test_the_command_line_needs_none_of_it() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('fastapi', 'uvicorn', 'prometheus_client', 'starlette'): sys.modules[name] = None\n"
+        "import furiosa_llm.cli.main\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_encoder_decoder_is_refused(zoo: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
+    assert cli("build", zoo / "tiny-t5-optimum", tmp_path / "t5").code == 0
+    assert "is an encoder-decoder, which runs without an engine" in refused("serve", tmp_path / "t5", "--port", 0)

@@ -1,0 +1,95 @@
+"""`/v1/embeddings` through the openai client: the vectors are those of the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from furiosa_llm.runtime.encoder import Encoder
+from furiosa_llm.server.settings import ServerSettings
+from tests.server.conftest import connected, error_of, load, serving
+
+NAME = "tiny-bert-optimum"
+TEXTS = ["hello", "the quick brown fox", "x"]
+
+
+@pytest.fixture(scope="module")
+def url(encoder_artifact: Path) -> Iterator[str]:
+    with serving(load(encoder_artifact), ServerSettings()) as base:
+        yield base
+
+
+@pytest.fixture(scope="module")
+def vectors(encoder_artifact: Path) -> list[Any]:
+    with Encoder.load_artifact(encoder_artifact) as encoder:
+        return [one.outputs.data for one in encoder.encode(TEXTS)]
+
+
+@pytest.fixture
+def model(url: str) -> Iterator[tuple[openai.OpenAI, str]]:
+    with connected(url) as client:
+        yield client, client.models.list().data[0].id
+
+
+def test_vectors(model: tuple[openai.OpenAI, str], vectors: list[Any]) -> None:
+    client, name = model
+    for form in ("float", None):  # None: the client asks for base64, and decodes it
+        extra: dict[str, Any] = {} if form is None else {"encoding_format": form}
+        answer = client.embeddings.create(model=name, input=TEXTS, **extra)
+        assert [one.index for one in answer.data] == [0, 1, 2]
+        for one, expected in zip(answer.data, vectors, strict=True):
+            np.testing.assert_array_equal(np.asarray(one.embedding, np.float32), expected)
+    single = client.embeddings.create(model=name, input=TEXTS[1])
+    np.testing.assert_array_equal(np.asarray(single.data[0].embedding, np.float32), vectors[1])
+
+
+def test_token_ids_and_usage(model: tuple[openai.OpenAI, str], url: str) -> None:
+    client, name = model
+    token_ids = httpx.post(f"{url}/tokenize", json={"prompt": TEXTS[1]}).json()["tokens"]
+    by_ids = client.embeddings.create(model=name, input=[token_ids, token_ids])
+    by_text = client.embeddings.create(model=name, input=TEXTS[1])
+    assert [one.embedding for one in by_ids.data] == [by_text.data[0].embedding] * 2
+    assert (by_ids.usage.prompt_tokens, by_ids.usage.total_tokens) == (2 * len(token_ids),) * 2
+
+
+def test_truncation(model: tuple[openai.OpenAI, str]) -> None:
+    client, name = model
+    cut = client.embeddings.create(model=name, input=TEXTS[1], extra_body={"truncate_prompt_tokens": 2})
+    assert cut.usage.prompt_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": []}, "input is empty"),
+        ({"input": ""}, "the prompt has no tokens"),
+        ({"input": [[99999]]}, "the model's tokens are 0 to"),
+        ({"input": "x " * 5000}, "the model takes at most"),
+        ({"input": {"a": 1}}, "input"),
+        ({"dimensions": 3}, "which cannot be cut"),
+        ({"encoding_format": "int8"}, "'float' or 'base64'"),
+    ],
+)
+def test_refusals(url: str, model: tuple[openai.OpenAI, str], change: dict[str, Any], message: str) -> None:
+    response = httpx.post(f"{url}/v1/embeddings", json={"model": model[1], "input": "x", **change})
+    assert message in error_of(response)["message"]
+    assert response.status_code == 400
+
+
+def test_an_encoder_generates_nothing(model: tuple[openai.OpenAI, str]) -> None:
+    client, name = model
+    with pytest.raises(openai.BadRequestError, match="generates nothing; use /v1/embeddings"):
+        client.completions.create(model=name, prompt="x")
+    with pytest.raises(openai.BadRequestError, match="generates nothing; use /v1/embeddings"):
+        client.chat.completions.create(model=name, messages=[{"role": "user", "content": "x"}])
+
+
+def test_it_is_well_and_counts(url: str) -> None:
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert "furiosa_llm_prompt_tokens_total" in httpx.get(f"{url}/metrics").text

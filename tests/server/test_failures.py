@@ -1,0 +1,61 @@
+"""A replica that fails while it streams: those it hits are told, in the stream or by a status, and it comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from furiosa_llm.server.settings import ServerSettings
+from tests.server.conftest import NAME, connected, error_of, load, metric, serving, wait_for
+
+
+def kill_the_worker() -> None:
+    children = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    [worker] = [pid for pid in children if b"furiosa_llm.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(worker), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str) -> None:
+    with serving(load(artifact, workers=1), ServerSettings()) as url, connected(url) as client:
+        stream: Iterator[Any]
+        forever = {"ignore_eos": True}
+        if kind == "chat":
+            messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
+            stream = iter(
+                client.chat.completions.create(model=NAME, messages=messages, stream=True, extra_body=forever)
+            )
+        else:
+            stream = iter(
+                client.completions.create(model=NAME, prompt="x", max_tokens=500, stream=True, extra_body=forever)
+            )
+        next(stream)
+        kill_the_worker()
+        with pytest.raises(openai.APIError, match="replica 0 failed while it had the request"):
+            list(stream)
+        assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices[0].text
+
+
+def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path) -> None:
+    body = {"model": NAME, "prompt": "x", "max_tokens": 500, "n": 16, "ignore_eos": True}
+    answers: list[httpx.Response] = []
+    with serving(load(artifact, workers=1), ServerSettings()) as url:
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
+        )
+        thread.start()
+        wait_for(lambda: metric(url, "generation_tokens_total") > 0)
+        kill_the_worker()
+        thread.join()
+        assert answers[0].status_code == 500
+        assert "replica 0 failed" in error_of(answers[0])["message"]
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1}, timeout=60).status_code == 200
