@@ -84,6 +84,7 @@ class ProgramBuilder:
         if isinstance(outputs, int):
             outputs = [unique if outputs == 1 else f"{unique}/{i}" for i in range(outputs)]
         values = [ir.Value(name=self._unique(o, self._names) if o else "") for o in outputs]
+        # The function checks what it is given; its annotation lists all that an attribute may hold.
         attrs = [
             a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type]
             for k, a in (attributes or {}).items()

@@ -36,6 +36,7 @@ class NodeWriter:
     ) -> tuple[ir.Value, ...]:
         """The outputs of a new node."""
         outputs = tuple(ir.Value(name=self._name()) for _ in range(num_outputs))
+        # The function checks what it is given; its annotation lists all that an attribute may hold.
         attrs = [ir.convenience.convert_attribute(name, value) for name, value in attributes.items()]  # type: ignore[arg-type]
         self._nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=outputs, name=outputs[0].name))
         return outputs

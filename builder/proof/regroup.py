@@ -85,7 +85,10 @@ def _fill(dims: Sequence[Dim], sizes: Sequence[Size]) -> tuple[dict[int, list[Pi
             tagged = queue.pop(0)
             room = local_size((tagged.piece,))
             if room == ONE:
-                (gaps[-1].pieces if first else placed[d]).append(tagged if first else tagged.piece)  # type: ignore[arg-type]
+                if first:
+                    gaps[-1].pieces.append(tagged)
+                else:
+                    placed[d].append(tagged.piece)
                 continue
             if over(rest, room) is None:
                 cut = _cut(tagged.piece, rest)

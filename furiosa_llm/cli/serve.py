@@ -94,20 +94,20 @@ class Origins(click.ParamType[tuple[str, ...]]):
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")
 @click.option("--max-model-len", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: the model's limit]")
 @click.option("--max-prompt-len", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: one less]")
-@click.option("--prefill-chunk-size", type=click.IntRange(min=1), help="Longer prompts are computed in pieces.  [512]")
+@click.option("--prefill-chunk-size", type=click.IntRange(min=1), help="Longer prompts are computed in pieces.  [256]")
 @click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="[default: enabled]")
 @click.option("--paged-attention-num-blocks", type=click.IntRange(min=1), help="Pages of 16 tokens in the KV cache.")
 @click.option("--npu-queue-limit", type=click.IntRange(min=1), help="No effect.")
 @click.option("--max-processing-samples", type=click.IntRange(min=1), help="A second bound on --max-batch-size.")
 @click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
-@click.option("--threads", type=click.IntRange(min=1), help="Driver threads that step the PEs.  [default: the cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]")
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 @FULL_VERIFICATION
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
 @refused_options
-def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options: Any) -> None:  # noqa: ARG001
+def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options: Any) -> None:  # noqa: ARG001 - the vendor's, without effect
     """Serve ARTIFACT at an OpenAI-compatible HTTP interface, until SIGTERM or Ctrl-C.
 
     docs/serving.md has the endpoints. Needs the extra `serve`: pip install 'furiosa-llm-onnx[serve]'.

@@ -65,7 +65,7 @@ class EventStream(Response):
         self._send_timeout = send_timeout
         self._sending_since: float | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as ASGI calls it
         """Sends the events; returns silently if the client goes."""
         async with aclosing(self._events):
             try:

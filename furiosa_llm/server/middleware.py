@@ -43,7 +43,7 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
+        except Exception:  # whatever it is, the client gets an answer in the one shape, and the log all of it
             logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
             if started:  # The client has a status already; it sees that the answer breaks off.
                 raise

@@ -130,7 +130,7 @@ def _provenance(field: Field) -> Provenance:
 
 def _model(field: Field) -> ModelInfo:
     member = field.members(("name", "task", "max_sequence_length", "vocab_size", "eos_token_ids"))
-    task: Task = member["task"].choice(get_args(Task))  # type: ignore[assignment]
+    task: Task = member["task"].choice(get_args(Task))  # type: ignore[assignment]  # `choice` gives one of them
     return ModelInfo(
         name=member["name"].text(),
         task=task,
@@ -229,7 +229,7 @@ def _value(field: Field, mesh: Mesh, roles: Sequence[str]) -> dict[str, Any]:
 
 def _state(field: Field) -> State:
     member = field.members(("input", "output", "sequence_dim", "mode"))
-    mode: StateMode = member["mode"].choice(get_args(StateMode))  # type: ignore[assignment]
+    mode: StateMode = member["mode"].choice(get_args(StateMode))  # type: ignore[assignment]  # `choice` gives one of them
     return State(
         input=member["input"].name(),
         output=member["output"].name(),
