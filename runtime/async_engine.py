@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Self
 
-from furiosa_llm.runtime.engine import raise_error
-from furiosa_llm.runtime.engine_args import EngineArgs
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, check_request_id
-from furiosa_llm.runtime.launch import load_engine
+from furiosa_llm.runtime.engine import Engine, raise_error
+from furiosa_llm.runtime.engine_core import EngineCore, check_request_id
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from furiosa_llm.runtime.llm import LLM
 
 
 class _Mailbox:
@@ -40,23 +34,12 @@ class _Mailbox:
                 queue.put_nowait(output)
 
 
-class AsyncLLMEngine:
+class AsyncLLMEngine(Engine):
     """Runs requests of any number of tasks at once, from any event loop."""
 
     def __init__(self, core: EngineCore) -> None:
-        self.core = core
+        super().__init__(core)
         self._mailboxes: dict[asyncio.AbstractEventLoop, _Mailbox] = {}
-        self._handles: dict[str, Handle] = {}
-
-    @classmethod
-    def from_llm(cls, llm: LLM) -> Self:
-        """An engine on a model that is loaded already."""
-        return cls(llm.core)
-
-    @classmethod
-    def from_engine_args(cls, args: EngineArgs) -> Self:
-        """Loads the model that `args` name; see `load_engine` for the errors."""
-        return cls(load_engine(args))
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str
@@ -93,7 +76,3 @@ class AsyncLLMEngine:
         handle = self._handles.get(request_id)
         if handle is not None:
             handle.abort()
-
-    def shutdown(self) -> None:
-        """Closes the engine and its model, for all who use it; requests that have not ended fail."""
-        self.core.close()

@@ -6,13 +6,14 @@ its peers out of every barrier they wait at, so a failure ends the run on all of
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
-from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.errors import ExecutionError, InputError
 
 
 class Waits(Protocol):
@@ -25,6 +26,13 @@ class Waits(Protocol):
 
 Body = Callable[[Sequence[int], int, Waits], None]
 """What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are those that it steps, in order."""
+
+
+def cores_for(threads: int | None) -> int:
+    """`threads`, or if it is None one for each core that this process may use; raises InputError if below 1."""
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
+    return threads or len(os.sched_getaffinity(0))
 
 
 class PeerFailedError(Exception):

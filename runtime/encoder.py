@@ -6,7 +6,6 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.launch import tokenizer_of
@@ -58,7 +58,7 @@ class PoolingRequestOutput(Generic[T]):
     finished: bool
 
 
-class Encoder:
+class Encoder(Closing):
     """An encoder loaded from an artifact.
 
     Make one with `load_artifact`. Close it, or use it as a context manager, to end its threads. `output` names the
@@ -192,14 +192,6 @@ class Encoder:
     def close(self) -> None:
         """Ends the threads; the model cannot run any more."""
         self._executor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _truncation(self, wanted: int | None) -> int | None:
         if wanted is None or wanted == -1:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine_args import EngineArgs
 from furiosa_llm.runtime.engine_core import EngineCore, Handle, check_request_id
 from furiosa_llm.runtime.launch import load_engine
@@ -18,16 +18,11 @@ if TYPE_CHECKING:
     from furiosa_llm.runtime.llm import LLM
 
 
-class LLMEngine:
-    """Runs requests in the background, as many at once as fit, from `add_request` on; `step` waits for an output.
-
-    It is for one thread, but for `abort_request`, which any may call. Several engines may be made of one LLM, each with
-    requests of its own.
-    """
+class Engine(Closing):
+    """What both engines are: `core` under the vendor's names. Closing one closes the model, for all who use it."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
-        self._ready: SimpleQueue[RequestOutput] = SimpleQueue()
         self._handles: dict[str, Handle] = {}
 
     @classmethod
@@ -39,6 +34,26 @@ class LLMEngine:
     def from_engine_args(cls, args: EngineArgs) -> Self:
         """Loads the model that `args` name; see `load_engine` for the errors."""
         return cls(load_engine(args))
+
+    def shutdown(self) -> None:
+        """Closes the engine and its model, for all who use it; requests that have not ended fail."""
+        self.core.close()
+
+    def close(self) -> None:
+        """`shutdown`, as files and locks call it."""
+        self.shutdown()
+
+
+class LLMEngine(Engine):
+    """Runs requests in the background, as many at once as fit, from `add_request` on; `step` waits for an output.
+
+    It is for one thread, but for `abort_request`, which any may call. Several engines may be made of one LLM, each with
+    requests of its own.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        super().__init__(core)
+        self._ready: SimpleQueue[RequestOutput] = SimpleQueue()
 
     def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Starts a request: text, token ids, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
@@ -78,18 +93,6 @@ class LLMEngine:
             if output.finished:
                 del self._handles[output.request_id]
         return outputs
-
-    def shutdown(self) -> None:
-        """Closes the engine and its model, for all who use it; requests that have not ended fail."""
-        self.core.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.shutdown()
 
     def _take(self, outputs: Sequence[tuple[int, RequestOutput]]) -> None:
         for _, output in outputs:

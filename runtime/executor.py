@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -17,8 +14,9 @@ from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map, local_
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.binding import BoundProgram
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.decoder import Bound, DecoderInterface, interface_of
-from furiosa_llm.runtime.driver import Crew
+from furiosa_llm.runtime.driver import Crew, cores_for
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.lanes import alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.ort import Array, SessionSettings, wrap
@@ -27,7 +25,7 @@ from furiosa_llm.runtime.rows import is_chunk_of_many, run_singly, takes_chunks_
 from furiosa_llm.runtime.sessions import create_sessions
 
 
-class Executor:
+class Executor(Closing):
     """An artifact loaded and ready to run.
 
     `threads` threads step the ranks (None: one for each core this process may use; never more than ranks).
@@ -39,12 +37,10 @@ class Executor:
     def __init__(
         self, artifact: Artifact, *, threads: int | None = None, mapped: bool = False, exact: bool = False
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}")
-        cores = len(os.sched_getaffinity(0))
+        cores = cores_for(threads)
         self.artifact = artifact
         self.mesh = artifact.manifest.mesh
-        self.threads = min(threads or cores, self.mesh.size)
+        self.threads = min(cores, self.mesh.size)
         manifest = artifact.manifest
         program = cut_program(artifact.program, manifest.collectives, size_names(manifest))
         self.lanes = lanes_of(
@@ -52,7 +48,7 @@ class Executor:
         )
         self._chunks_singly = takes_chunks_singly(artifact.program)
         settings = SessionSettings(prepack=not mapped, exact=exact)
-        self._sessions = create_sessions(artifact, self.lanes, settings, threads=threads or cores)
+        self._sessions = create_sessions(artifact, self.lanes, settings, threads=cores)
         self._crew = Crew(self.threads)
         self._lock = threading.Lock()
         in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
@@ -113,14 +109,6 @@ class Executor:
     def close(self) -> None:
         """Ends the threads; the executor cannot run any more."""
         self._crew.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _run(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
         self._bound.resize(sizes)

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, cast, overload
 
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.chat import Conversation, check_tools, conversations_of, render
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
 from furiosa_llm.runtime.engine import LLMEngine, raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
@@ -33,7 +33,7 @@ from furiosa_llm.runtime.topology import Topology
 _DEFAULT_PARAMS = SamplingParams()
 
 
-class LLM:
+class LLM(Closing):
     """A model loaded from the artifact in the folder `model`: a decoder, an encoder, or an encoder with its decoder.
 
     Decoders `generate`, and run on an engine; encoders `encode` and `embed`; an encoder-decoder generates, one request
@@ -323,14 +323,6 @@ class LLM:
 
     def close(self) -> None:
         """`shutdown`, as files and locks call it."""
-        self.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
         self.shutdown()
 
     def _complete(

@@ -6,22 +6,20 @@ slots and the memory of its steps.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Self
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.batch import Batch
 from furiosa_llm.runtime.binding import BoundProgram
-from furiosa_llm.runtime.driver import Crew
-from furiosa_llm.runtime.errors import ExecutionError, InputError
+from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.driver import Crew, cores_for
+from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.loading import load_model
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.stages import Stage
@@ -30,7 +28,7 @@ from furiosa_llm.runtime.steps import Group
 _CLOSE_TIMEOUT = 5.0
 
 
-class Host:
+class Host(Closing):
     """An artifact's stages loaded into this process, for any number of replicas.
 
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files.
@@ -40,9 +38,7 @@ class Host:
     def __init__(
         self, artifact: Artifact, stages: Sequence[Stage], *, threads: int | None = None, mapped: bool = False
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}")
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = cores_for(threads)
         self.model = load_model(artifact, stages, lanes=self.threads, threads=self.threads, mapped=mapped)
         self.crew = Crew(self.threads)
 
@@ -53,14 +49,6 @@ class Host:
     def close(self) -> None:
         """Ends the threads; runners cannot run any more."""
         self.crew.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class LocalRunner:

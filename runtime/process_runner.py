@@ -14,13 +14,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.batch import Batch
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import InputError, WorkerError
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.sessions import ranks_text
@@ -29,7 +29,7 @@ from furiosa_llm.runtime.stages import Stage
 from furiosa_llm.runtime.worker import Answer, Assignment, InArena, Ready
 
 
-class ProcessHost:
+class ProcessHost(Closing):
     """Makes replicas of an artifact whose lanes are `workers` processes each; stands where a `Host` stands for threads.
 
     Nothing is shared between replicas but the pages of weights that are `mapped`.
@@ -56,14 +56,6 @@ class ProcessHost:
 
     def close(self) -> None:
         """Nothing is left to end: runners end their own processes."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @dataclass(slots=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import Self
 
 from furiosa_llm.runtime.artifact.composite import Composite, PartName, open_composite
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.launch import check_tensor_parallel_size, tokenizer_of
@@ -28,7 +28,7 @@ from furiosa_llm.runtime.tokenizer import Tokenizer
 _DEFAULT_PARAMS = SamplingParams()
 
 
-class Seq2Seq:
+class Seq2Seq(Closing):
     """An encoder-decoder loaded from a composite artifact.
 
     Make one with `load_artifact`. Several threads may generate at once; their steps take turns. Close it, or use it as
@@ -128,14 +128,6 @@ class Seq2Seq:
         """Ends the threads; the model cannot generate any more."""
         for executor in self._executors.values():
             executor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _complete(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
         *_, output = self.stream_outputs(prompt, replace(params, output_kind=RequestOutputKind.FINAL))

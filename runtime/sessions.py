@@ -38,10 +38,11 @@ def create_sessions(
         if state.mode == "in_place"
         for name in (state.input, state.output)
     }
+    loader = _Loader(artifact, lanes, settings, flexible)
     with ThreadPoolExecutor(threads, thread_name_prefix="furiosa-load") as pool:
         rows: list[list[Future[Session] | None]] = [
             [
-                pool.submit(_load, artifact, lanes, segment, settings, (index, lane), flexible)
+                pool.submit(loader.load, segment, index, lane)
                 if segment is not None and (own is None or lane in own)
                 else None
                 for lane, segment in enumerate(step.segments)
@@ -81,28 +82,33 @@ def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) 
     return model
 
 
-def _load(
-    artifact: Artifact,
-    lanes: Lanes,
-    segment: LaneSegment,
-    settings: SessionSettings,
-    place: tuple[int, int],
-    flexible: Mapping[str, int],
-) -> Session:
-    model = lane_model(lanes, segment, flexible)
-    programs = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
-    for name, (original, rank) in segment.initializers.items():
-        own = model.graph.initializer.add()
-        own.CopyFrom(programs[original])
-        own.name = name
-        _point_at_window(own, artifact, original, rank)
-    try:
-        return Session(model.SerializeToString(), artifact.folder, settings)
-    except ORT_ERRORS as error:
-        index, lane = place
-        raise ExecutionError(
-            f"onnxruntime cannot load segment {index} of {ranks_text(lanes.ranks[lane])} of {artifact.folder}: {error}"
-        ) from error
+class _Loader:
+    """Makes the sessions of one program's segments."""
+
+    def __init__(
+        self, artifact: Artifact, lanes: Lanes, settings: SessionSettings, flexible: Mapping[str, int]
+    ) -> None:
+        self._artifact = artifact
+        self._lanes = lanes
+        self._settings = settings
+        self._flexible = flexible
+        self._stored = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
+
+    def load(self, segment: LaneSegment, index: int, lane: int) -> Session:
+        """The session of `segment`, that of step `index` on `lane`."""
+        model = lane_model(self._lanes, segment, self._flexible)
+        for name, (original, rank) in segment.initializers.items():
+            own = model.graph.initializer.add()
+            own.CopyFrom(self._stored[original])
+            own.name = name
+            _point_at_window(own, self._artifact, original, rank)
+        try:
+            return Session(model.SerializeToString(), self._artifact.folder, self._settings)
+        except ORT_ERRORS as error:
+            where = ranks_text(self._lanes.ranks[lane])
+            raise ExecutionError(
+                f"onnxruntime cannot load segment {index} of {where} of {self._artifact.folder}: {error}"
+            ) from error
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.cases import Step, configured_sizes, steps_of
 from furiosa_llm.runtime.decoder import DecoderModel, DecoderSession
+from furiosa_llm.runtime.driver import cores_for
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.ort import ORT_ERRORS, Array
@@ -138,14 +139,14 @@ class Subject:
         seed: int = 0,
     ) -> None:
         self._artifact, self.accuracy_level_replaced = _at_level_0(artifact)
-        self._threads = threads
+        self._threads = cores_for(threads)
         manifest = artifact.manifest
         self._reference = ReferenceModel(
             model_path,
             inputs=manifest.inputs,
             outputs=manifest.outputs,
             states=manifest.states,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=self._threads,
             accuracy_level=0,
         )
         known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
@@ -156,7 +157,7 @@ class Subject:
         split = SplitModel.of_artifact(self._artifact)
         singly = takes_chunks_singly(self._artifact.program)
         try:
-            session = split.session(self._threads or len(os.sched_getaffinity(0)))
+            session = split.session(self._threads)
             steps = [self._first_row(step) if singly and is_chunk_of_many(step.sizes) else step for step in self._steps]
             runs = ((step, split.run(session, step.inputs)) for step in steps)
             return tuple(error for step, found in runs for error in _stitched_errors(split, step, found))
