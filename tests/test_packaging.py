@@ -68,7 +68,11 @@ def test_folders_import_only_what_they_may(folder: str, may_import: list[str]) -
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
     declared = names_of(PYPROJECT["project"]["dependencies"])
-    for_server = names_of(PYPROJECT["project"]["optional-dependencies"]["serve"]) | {"starlette"}  # FastAPI's own
+    extras = {
+        place: names_of(PYPROJECT["project"]["optional-dependencies"][extra])
+        for place, extra in (("/server/", "serve"), ("/bench/plots.py", "plots"), ("/mlperf/", "mlperf"))
+    }
+    extras["/server/"].add("starlette")  # FastAPI's own
     distributions = packages_distributions()
     undeclared = {
         (path, name)
@@ -76,7 +80,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         for path, name in imports(folder)
         if (top := name.partition(".")[0]) not in sys.stdlib_module_names
         and top not in FOLDERS
-        and not (declared | (for_server if "/server/" in path else set()))
+        and not declared.union(*(names for place, names in extras.items() if place in path))
         & {canonicalize_name(distribution) for distribution in distributions.get(top, [])}
     }
     assert undeclared == set()

@@ -8,6 +8,7 @@ import sys
 import click
 
 from furiosa_llm import FuriosaLLMError, __version__
+from furiosa_llm.cli.bench import bench
 from furiosa_llm.cli.build import build
 from furiosa_llm.cli.check_sharding import check_sharding_command
 from furiosa_llm.cli.diff import diff
@@ -35,6 +36,7 @@ def cli() -> None:
 
 
 _COMMANDS = (
+    bench,
     build,
     check_sharding_command,
     diff,

@@ -31,6 +31,25 @@ class BlockCounts(click.ParamType[tuple[int, ...]]):
         return tuple(map(int, parts))
 
 
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """`1,2,4`: positive numbers, of the type `kind`; among floats there is `inf`."""
+
+    name = "N,..."
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers."""
+        try:
+            found = tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(number > 0 for number in found):
+            self.fail(f"{value!r} is not a list of positive numbers, for instance 1,2,4", param, ctx)
+        return found
+
+
 FULL_VERIFICATION = click.option(
     "--full-verification/--no-full-verification",
     default=None,

@@ -1,0 +1,169 @@
+"""Runs a workload once for each combination of parallel sizes and load, and gathers the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from furiosa_llm.bench.load import Observed, run_load
+from furiosa_llm.bench.metrics import Figures, figures_of, latencies
+from furiosa_llm.bench.workload import Job, arrivals
+from furiosa_llm.runtime.devices import format_pes
+from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.engine_core import EngineCore
+from furiosa_llm.runtime.launch import Plan, make_plan, open_model, start
+from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How requests are sent.
+
+    request_rate: a second, on the average; infinite: all at once.
+    concurrency: how many may be under way at most; None: any number.
+    """
+
+    request_rate: float = math.inf
+    concurrency: int | None = None
+
+    def __str__(self) -> str:
+        rate = "" if math.isinf(self.request_rate) else f"{self.request_rate:g}/s"
+        limit = "" if self.concurrency is None else f"{self.concurrency} at once"
+        return ", ".join(part for part in (rate, limit) if part) or "all at once"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is asked in each run.
+
+    jobs: the requests, in order.
+    params: of all of them; `max_tokens` is each job's own.
+    burstiness: of the arrivals; see `arrivals`.
+    seed: of the arrivals.
+    warmups: jobs, the first ones, that are run before what is measured; their prompts are not in the prefix cache then.
+    objectives: limits in milliseconds for goodput.
+    """
+
+    jobs: Sequence[Job]
+    params: SamplingParams
+    burstiness: float
+    seed: int
+    warmups: int
+    objectives: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run: its parallel sizes, its load, and what was measured."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    devices: str
+    load: Load
+    figures: Figures
+    latencies: Mapping[str, Sequence[float]]
+
+    @property
+    def label(self) -> str:
+        """What tells it apart."""
+        sizes = f"tp {self.tensor_parallel_size} pp {self.pipeline_parallel_size} dp {self.data_parallel_size}"
+        return f"{sizes}, {self.load}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinite numbers: such a rate is "inf"."""
+        rate = self.load.request_rate
+        return {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "devices": self.devices,
+            "request_rate": "inf" if math.isinf(rate) else rate,
+            "concurrency": self.load.concurrency,
+            **self.figures.as_dict(),
+        }
+
+
+def plans_of(args: EngineArgs, sizes: Sequence[tuple[int | None, int | None]]) -> list[tuple[EngineArgs, Plan]]:
+    """A plan for each pair of pipeline and data parallel `sizes`; raises what `make_plan` does."""
+    artifact = open_model(args)
+    found = []
+    for pp, dp in sizes:
+        one = dataclasses.replace(args, pipeline_parallel_size=pp, data_parallel_size=dp)
+        found.append((one, make_plan(one, artifact)))
+    return found
+
+
+def sweep(plans: Sequence[tuple[EngineArgs, Plan]], loads: Sequence[Load], workload: Workload) -> Iterator[Run]:
+    """The runs as they end: for each of `plans`, whose model is loaded once, each of `loads`."""
+    for args, plan in plans:
+        core = start(plan, args)
+        try:
+            _warm_up(core, workload)
+            for load in loads:
+                observed = _observe(core, workload, load)
+                topology = plan.topology
+                yield Run(
+                    tensor_parallel_size=topology.tensor_parallel_size,
+                    pipeline_parallel_size=topology.pipeline_parallel_size,
+                    data_parallel_size=topology.data_parallel_size,
+                    devices=format_pes(topology.pes),
+                    load=load,
+                    figures=figures_of(observed, workload.objectives),
+                    latencies=latencies(observed),
+                )
+        finally:
+            core.close()
+
+
+def loads_of(rates: Sequence[float], limits: Sequence[int]) -> list[Load]:
+    """Every rate with every limit; one load of all requests at once if there is neither."""
+    every_limit: Sequence[int | None] = limits or [None]
+    pairs = itertools.product(rates or [math.inf], every_limit)
+    return [Load(request_rate=rate, concurrency=limit) for rate, limit in pairs]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "onnxruntime": version("onnxruntime"),
+        "furiosa_llm": version("furiosa-llm-onnx"),
+    }
+
+
+def _warm_up(core: EngineCore, workload: Workload) -> None:
+    jobs = workload.jobs[: workload.warmups]
+    if jobs:
+        # Other prompts than those that are measured, which the prefix cache would give away.
+        backwards = [dataclasses.replace(job, prompt_token_ids=job.prompt_token_ids[::-1]) for job in jobs]
+        run_load(core, backwards, _params(workload), due=None, concurrency=None)
+
+
+def _observe(core: EngineCore, workload: Workload, load: Load) -> Observed:
+    due = None
+    if not math.isinf(load.request_rate):
+        due = arrivals(len(workload.jobs), load.request_rate, burstiness=workload.burstiness, seed=workload.seed)
+    return run_load(core, workload.jobs, _params(workload), due=due, concurrency=load.concurrency)
+
+
+def _params(workload: Workload) -> SamplingParams:
+    return dataclasses.replace(workload.params, output_kind=RequestOutputKind.DELTA)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

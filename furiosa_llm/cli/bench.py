@@ -1,0 +1,206 @@
+"""`furiosa-llm bench`: throughput, latency and goodput of an artifact on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from furiosa_llm.bench.metrics import OBJECTIVES
+from furiosa_llm.bench.plots import check_plot, plot
+from furiosa_llm.bench.report import as_json, show
+from furiosa_llm.bench.sweep import Run, Workload, loads_of, machine, plans_of, sweep
+from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
+from furiosa_llm.cli.options import ALLOW_SUBSET, DEVICES, FULL_VERIFICATION, TENSOR_PARALLEL_SIZE, Numbers
+from furiosa_llm.dataset import read_dataset
+from furiosa_llm.runtime import EngineArgs, SamplingParams
+from furiosa_llm.runtime.errors import InputError, ReplicaError
+from furiosa_llm.runtime.launch import Plan
+
+_DEFAULT_REQUESTS = 64
+_DEFAULT_INPUT_LEN = 128
+_DEFAULT_OUTPUT_LEN = 32
+
+
+class Objective(click.ParamType[tuple[str, float]]):
+    """`ttft:200`: a latency and its limit in milliseconds."""
+
+    name = "NAME:MS"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """The name and the limit."""
+        name, _, limit = str(value).partition(":")
+        try:
+            found = float(limit)
+        except ValueError:
+            found = math.nan
+        if name not in OBJECTIVES or not (0 < found < math.inf):
+            self.fail(f"{value!r} is not a limit in ms of one of {', '.join(OBJECTIVES)}, such as ttft:200", param, ctx)
+        return name, found
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--input-len", type=click.IntRange(min=1), help=f"Tokens of each prompt.  [{_DEFAULT_INPUT_LEN}]")
+@click.option("--output-len", type=click.IntRange(min=1), help=f"Tokens of each completion.  [{_DEFAULT_OUTPUT_LEN}]")
+@click.option("--range-ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+              help="Draw lengths from (1 - RATIO) times these to these.")  # fmt: skip
+@click.option(
+    "--dataset", type=click.Path(path_type=Path), help="Prompts: JSON Lines; see docs/bench.md.  [random tokens]"
+)
+@click.option("--num-requests", type=click.IntRange(min=1), help=f"[{_DEFAULT_REQUESTS}, or the dataset's rows]")
+@click.option("--concurrency", type=Numbers(int), metavar="N,...", help="Requests under way at most.  [any]")
+@click.option("--request-rate", type=Numbers(float), metavar="R,...",
+              help="Requests a second, as they arrive by chance; inf: all at once.  [inf]")  # fmt: skip
+@click.option("--burstiness", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
+              help="Of the arrivals: 1 is a Poisson process, less has more bursts.")  # fmt: skip
+@click.option("--num-warmups", type=click.IntRange(min=0), default=2, show_default=True,
+              help="Requests that are run before, unmeasured.")  # fmt: skip
+@click.option("--goodput", type=Objective(), multiple=True,
+              help="Count requests that keep it: ttft:MS, tpot:MS or e2el:MS; repeatable.")  # fmt: skip
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time."
+)
+@click.option("--ignore-eos/--no-ignore-eos", default=None,
+              help="Go on behind the end of the text.  [default: unless there is a dataset]")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and arrivals.")
+@DEVICES
+@TENSOR_PARALLEL_SIZE
+@click.option("-pp", "--pipeline-parallel-size", type=Numbers(int), metavar="N,...",
+              help="Pipeline stages; several are measured in turn.  [1]")  # fmt: skip
+@click.option("-dp", "--data-parallel-size", type=Numbers(int), metavar="N,...",
+              help="Replicas; several are measured in turn.  [as many as the devices have PEs for]")  # fmt: skip
+@ALLOW_SUBSET
+@click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")
+@click.option("--max-model-len", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: the model's limit]")
+@click.option("--prefill-chunk-size", type=click.IntRange(min=1), help="Longer prompts are computed in pieces.  [256]")
+@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=False, show_default=True,
+              help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]")
+@FULL_VERIFICATION
+@click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="Write everything there; -: standard output.",
+)
+@click.option("--plot", "plots", type=click.Path(path_type=Path), multiple=True,
+              help="Write plots: .png, .svg, .pdf, or .html with tables; repeatable.")  # fmt: skip
+def bench(
+    artifact: Path,
+    pipeline_parallel_size: Sequence[int] | None,
+    data_parallel_size: Sequence[int] | None,
+    request_rate: Sequence[float] | None,
+    concurrency: Sequence[int] | None,
+    json_file: Path | None,
+    plots: Sequence[Path],
+    **options: Any,
+) -> None:
+    """Measure how ARTIFACT generates: all requests at once, so many at a time, or as they arrive.
+
+    Lists such as -pp 1,2 --request-rate 1,2,4 are measured in every combination. docs/bench.md says what is measured.
+    """
+    _check_files(json_file, plots)
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    args = EngineArgs(artifact, **{name: value for name, value in options.items() if name in names and name != "seed"})
+    sizes = [(pp, dp) for pp in pipeline_parallel_size or (None,) for dp in data_parallel_size or (None,)]
+    plans = plans_of(args, sizes)
+    workload = _workload(plans, options)
+    console = Console(stderr=json_file is not None and str(json_file) == "-")
+    runs: list[Run] = []
+    for run in sweep(plans, loads_of(request_rate or (), concurrency or ()), workload):
+        runs.append(run)
+        click.echo(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
+    show(runs, console)
+    report = as_json(
+        runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_told(workload, options), machine=machine()
+    )
+    if json_file is not None:
+        with click.open_file(str(json_file), "w") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+    for path in plots:
+        plot(runs, path, report)
+    if failed := sum(run.figures.failed for run in runs):
+        raise ReplicaError(f"{failed} requests failed, and are in no figure but 'failed'; the log says why")
+
+
+def _check_files(json_file: Path | None, plots: Sequence[Path]) -> None:
+    """What cannot be written is said before anything is measured."""
+    for path in plots:
+        check_plot(path)
+    files = [path for path in (json_file, *plots) if path is not None and str(path) != "-"]
+    for path in files:
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist; make it")
+
+
+def _workload(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> Workload:
+    ignore_eos = options["dataset"] is None if options["ignore_eos"] is None else options["ignore_eos"]
+    return Workload(
+        jobs=_jobs(plans, options),
+        params=SamplingParams(temperature=options["temperature"], ignore_eos=ignore_eos, seed=options["seed"]),
+        burstiness=options["burstiness"],
+        seed=options["seed"],
+        warmups=options["num_warmups"],
+        objectives=dict(options["goodput"]),
+    )
+
+
+def _jobs(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> list[Job]:
+    plan = plans[0][1]
+    output_len = options["output_len"] or _DEFAULT_OUTPUT_LEN
+    vocab_size = plan.limits.vocab_size
+    if options["dataset"] is not None:
+        if options["input_len"] is not None or options["range_ratio"]:
+            raise InputError("--dataset has prompts of its own; leave out --input-len and --range-ratio")
+        rows = read_dataset(options["dataset"])
+        jobs = [
+            Job(
+                prompt_token_ids=tuple(row.token_ids(plan.tokenizer, vocab_size)),
+                max_tokens=row.max_tokens or output_len,
+            )
+            for row in rows
+        ]
+        jobs = repeated(jobs, options["num_requests"] or len(jobs))
+    else:
+        if vocab_size is None:
+            raise InputError("the model does not say how many tokens it knows; give a --dataset")
+        jobs = random_jobs(
+            options["num_requests"] or _DEFAULT_REQUESTS,
+            input_len=options["input_len"] or _DEFAULT_INPUT_LEN,
+            output_len=output_len,
+            range_ratio=options["range_ratio"],
+            vocab_size=vocab_size,
+            excluded=plan.limits.eos_token_ids,
+            seed=options["seed"],
+        )
+    for _, one in plans:
+        lengths = [length for length in (one.limits.max_length, one.limits.capacity) if length is not None]
+        check_lengths(jobs, min(lengths))
+    return jobs
+
+
+def _told(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
+    """What was asked, for whoever reads the figures."""
+    return {
+        "dataset": None if options["dataset"] is None else str(options["dataset"]),
+        "num_requests": len(workload.jobs),
+        "input_tokens": sum(len(job.prompt_token_ids) for job in workload.jobs),
+        "max_output_tokens": sum(job.max_tokens for job in workload.jobs),
+        "temperature": workload.params.temperature,
+        "ignore_eos": workload.params.ignore_eos,
+        "burstiness": workload.burstiness,
+        "seed": workload.seed,
+        "num_warmups": workload.warmups,
+        "goodput": dict(workload.objectives),
+        "prefix_caching": options["enable_prefix_caching"],
+    }
