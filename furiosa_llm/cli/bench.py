@@ -17,7 +17,14 @@ from furiosa_llm.bench.plots import check_plot, plot
 from furiosa_llm.bench.report import as_json, show
 from furiosa_llm.bench.sweep import Run, Workload, loads_of, machine, plans_of, sweep
 from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
-from furiosa_llm.cli.options import ALLOW_SUBSET, DEVICES, FULL_VERIFICATION, TENSOR_PARALLEL_SIZE, Numbers
+from furiosa_llm.cli.options import (
+    ALLOW_SUBSET,
+    DEVICES,
+    FULL_VERIFICATION,
+    TENSOR_PARALLEL_SIZE,
+    Numbers,
+    parallel_size,
+)
 from furiosa_llm.dataset import read_dataset
 from furiosa_llm.runtime import EngineArgs, SamplingParams
 from furiosa_llm.runtime.errors import InputError, ReplicaError
@@ -72,9 +79,9 @@ class Objective(click.ParamType[tuple[str, float]]):
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and arrivals.")
 @DEVICES
 @TENSOR_PARALLEL_SIZE
-@click.option("-pp", "--pipeline-parallel-size", type=Numbers(int), metavar="N,...",
+@parallel_size("pp", "pipeline", type=Numbers(int), metavar="N,...",
               help="Pipeline stages; several are measured in turn.  [1]")  # fmt: skip
-@click.option("-dp", "--data-parallel-size", type=Numbers(int), metavar="N,...",
+@parallel_size("dp", "data", type=Numbers(int), metavar="N,...",
               help="Replicas; several are measured in turn.  [as many as the devices have PEs for]")  # fmt: skip
 @ALLOW_SUBSET
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")

@@ -25,7 +25,7 @@ from furiosa_llm.builder.assemble import default_name
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size
 from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import Sizes
+from furiosa_llm.cli.options import Sizes, parallel_size
 
 _STAGES = {
     "load": "reading the graph",
@@ -51,11 +51,9 @@ _SHOWN_LEFT = 6
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "-tp",
-    "--tensor-parallel-size",
-    "--tensor_parallel_size",
-    "tensor_parallel_size",
+@parallel_size(
+    "tp",
+    "tensor",
     type=int,
     default=4,
     show_default=True,

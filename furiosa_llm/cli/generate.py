@@ -9,15 +9,7 @@ from typing import Any
 
 import click
 
-from furiosa_llm.cli.options import (
-    ALLOW_SUBSET,
-    DATA_PARALLEL_SIZE,
-    DEVICES,
-    FULL_VERIFICATION,
-    NUM_BLOCKS_PER_PP_STAGE,
-    PIPELINE_PARALLEL_SIZE,
-    TENSOR_PARALLEL_SIZE,
-)
+from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
 from furiosa_llm.runtime import LLM, SamplingParams
 
 
@@ -34,12 +26,7 @@ from furiosa_llm.runtime import LLM, SamplingParams
 )
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
-@DEVICES
-@TENSOR_PARALLEL_SIZE
-@PIPELINE_PARALLEL_SIZE
-@DATA_PARALLEL_SIZE
-@NUM_BLOCKS_PER_PP_STAGE
-@ALLOW_SUBSET
+@placement_options
 @click.option("--workers", type=int, help="Processes that the PEs are spread over.  [default: this one alone]")
 @click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION

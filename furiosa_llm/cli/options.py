@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Sizes(click.ParamType[tuple[str, int]]):
@@ -61,29 +66,32 @@ DEVICES = click.option(
     help='PEs to simulate: "npu:0,npu:1", "npu:0:*", "npu:0:0-3".  [default: as many as the sizes need]',
 )
 
-TENSOR_PARALLEL_SIZE = click.option(
-    "-tp",
-    "--tensor-parallel-size",
-    "--tensor_parallel_size",
-    "tensor_parallel_size",
+
+def parallel_size(
+    short: str, kind: str, destination: str | None = None, **options: Any
+) -> Callable[[Command], Command]:
+    """The option `-tp`, `-pp` or `-dp` under all of its names: `kind` is "tensor", "pipeline" or "data"."""
+    names = (f"-{short}", f"--{kind}-parallel-size", f"--{kind}_parallel_size")
+    return click.option(*names, destination or f"{kind}_parallel_size", **options)
+
+
+TENSOR_PARALLEL_SIZE = parallel_size(
+    "tp",
+    "tensor",
     type=click.IntRange(min=1),
     help="What ARTIFACT has to be split for; another one is refused.  [default: as it is]",
 )
 
-PIPELINE_PARALLEL_SIZE = click.option(
-    "-pp",
-    "--pipeline-parallel-size",
-    "--pipeline_parallel_size",
-    "pipeline_parallel_size",
+PIPELINE_PARALLEL_SIZE = parallel_size(
+    "pp",
+    "pipeline",
     type=click.IntRange(min=1),
     help="Pipeline stages, each on a later card than the one before.  [default: 1]",
 )
 
-DATA_PARALLEL_SIZE = click.option(
-    "-dp",
-    "--data-parallel-size",
-    "--data_parallel_size",
-    "data_parallel_size",
+DATA_PARALLEL_SIZE = parallel_size(
+    "dp",
+    "data",
     type=click.IntRange(min=1),
     help="Replicas of the model.  [default: as many as the devices have PEs for]",
 )
@@ -97,3 +105,17 @@ NUM_BLOCKS_PER_PP_STAGE = click.option(
 ALLOW_SUBSET = click.option(
     "--allow-subset", is_flag=True, help="Use the first PEs of the devices if the sizes need fewer."
 )
+
+
+def placement_options(command: Command) -> Command:
+    """Adds the options that place one artifact on PEs: `EngineArgs` has fields of their names."""
+    for option in (
+        ALLOW_SUBSET,
+        NUM_BLOCKS_PER_PP_STAGE,
+        DATA_PARALLEL_SIZE,
+        PIPELINE_PARALLEL_SIZE,
+        TENSOR_PARALLEL_SIZE,
+        DEVICES,
+    ):
+        command = option(command)
+    return command

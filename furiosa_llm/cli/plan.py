@@ -15,7 +15,7 @@ from furiosa_llm.builder.explain import Explained
 from furiosa_llm.builder.hardware import PE_NBYTES
 from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import Sizes
+from furiosa_llm.cli.options import Sizes, parallel_size
 
 _SHOWN_WEIGHTS = 3
 
@@ -36,10 +36,9 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-tp",
-    "--tensor-parallel-size",
-    "--tensor_parallel_size",
+@parallel_size(
+    "tp",
+    "tensor",
     "sizes",
     type=_ParallelSizes(),
     default="4,8",

@@ -8,16 +8,15 @@ import click
 
 from furiosa_llm.builder import reshard as make
 from furiosa_llm.cli.build import WORKERS, print_report, shown_progress
+from furiosa_llm.cli.options import parallel_size
 
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option(
-    "-tp",
-    "--tensor-parallel-size",
-    "--tensor_parallel_size",
-    "tensor_parallel_size",
+@parallel_size(
+    "tp",
+    "tensor",
     type=int,
     required=True,
     help="How many PEs are to share each matrix: 4 or 8.",

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from furiosa_llm.cli.options import (
-    ALLOW_SUBSET,
-    DATA_PARALLEL_SIZE,
-    DEVICES,
-    FULL_VERIFICATION,
-    NUM_BLOCKS_PER_PP_STAGE,
-    PIPELINE_PARALLEL_SIZE,
-)
+from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.topology import show_topology
 from furiosa_llm.runtime.accounting import Workload
@@ -80,15 +73,7 @@ class Origins(click.ParamType[tuple[str, ...]]):
               help="Seconds that requests have to end in after SIGTERM.")  # fmt: skip
 @click.option("--uvicorn-log-level", type=click.Choice(_LOG_LEVELS), default="info", show_default=True)
 @click.option("--disable-uvicorn-access-log", is_flag=True, help="Log no line for each request.")
-@click.option(
-    "-tp", "--tensor-parallel-size", "--tensor_parallel_size", "tensor_parallel_size", type=click.IntRange(min=1),
-    help="Only a check: the artifact is split already.",
-)  # fmt: skip
-@PIPELINE_PARALLEL_SIZE
-@DATA_PARALLEL_SIZE
-@NUM_BLOCKS_PER_PP_STAGE
-@DEVICES
-@ALLOW_SUBSET
+@placement_options
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer than the artifact's.")
 @click.option("--seed", type=click.IntRange(min=0), help="For requests that have none of their own.")
 @click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")

@@ -13,14 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from furiosa_llm.builder.units import counted, nbytes
-from furiosa_llm.cli.options import (
-    ALLOW_SUBSET,
-    DATA_PARALLEL_SIZE,
-    DEVICES,
-    NUM_BLOCKS_PER_PP_STAGE,
-    PIPELINE_PARALLEL_SIZE,
-    TENSOR_PARALLEL_SIZE,
-)
+from furiosa_llm.cli.options import placement_options
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.accounting import (
     CardMemory,
@@ -58,12 +51,7 @@ class _Report:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@DEVICES
-@TENSOR_PARALLEL_SIZE
-@PIPELINE_PARALLEL_SIZE
-@DATA_PARALLEL_SIZE
-@NUM_BLOCKS_PER_PP_STAGE
-@ALLOW_SUBSET
+@placement_options
 @click.option(
     "--max-batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences decoded together."
 )
