@@ -16,9 +16,11 @@ from typing import Any
 from furiosa_llm.bench.load import Observed, run_load
 from furiosa_llm.bench.metrics import Figures, figures_of, latencies
 from furiosa_llm.bench.workload import Job, arrivals
+from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.devices import format_pes
 from furiosa_llm.runtime.engine_args import EngineArgs
 from furiosa_llm.runtime.engine_core import EngineCore
+from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.launch import Plan, make_plan, open_model, start
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 
@@ -94,7 +96,16 @@ class Run:
 
 def plans_of(args: EngineArgs, sizes: Sequence[tuple[int | None, int | None]]) -> list[tuple[EngineArgs, Plan]]:
     """A plan for each pair of pipeline and data parallel `sizes`; raises what `make_plan` does."""
+    if is_composite(args.model):
+        raise UnsupportedError(
+            f"{args.model} is an encoder-decoder, which runs without an engine: it is not measured here"
+        )
     artifact = open_model(args)
+    if artifact.manifest.model.task != "decoder":
+        raise UnsupportedError(
+            f"{args.model} does not generate, which is what bench measures; `furiosa-mlperf bert-offline` measures "
+            f"encoders"
+        )
     found = []
     for pp, dp in sizes:
         one = dataclasses.replace(args, pipeline_parallel_size=pp, data_parallel_size=dp)

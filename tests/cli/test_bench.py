@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from furiosa_llm import ArtifactBuilder
 from furiosa_llm.bench import sweep
 from furiosa_llm.bench.load import Observed, run_load
 from tests.cli.conftest import Cli
@@ -111,3 +112,18 @@ def test_options_of_no_sense(cli: Cli, built: Path, options: tuple[object, ...],
     result = cli("bench", built, *options)
     assert result.code == 2
     assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "tiny-bert-optimum/model.onnx",
+            "does not generate, which is what bench measures; `furiosa-mlperf bert-offline`",
+        ),
+        ("tiny-t5-optimum", "is an encoder-decoder, which runs without an engine, and is not measured here"),
+    ],
+)
+def test_what_has_no_engine(zoo: Path, tmp_path: Path, refused: Callable[..., str], model: str, message: str) -> None:
+    ArtifactBuilder(zoo / model).build(tmp_path / "artifact")
+    assert message in refused("bench", tmp_path / "artifact")
