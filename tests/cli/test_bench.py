@@ -121,7 +121,7 @@ def test_options_of_no_sense(cli: Cli, built: Path, options: tuple[object, ...],
             "tiny-bert-optimum/model.onnx",
             "does not generate, which is what bench measures; `furiosa-mlperf bert-offline`",
         ),
-        ("tiny-t5-optimum", "is an encoder-decoder, which runs without an engine, and is not measured here"),
+        ("tiny-t5-optimum", "is an encoder-decoder, which runs without an engine: it is not measured here"),
     ],
 )
 def test_what_has_no_engine(zoo: Path, tmp_path: Path, refused: Callable[..., str], model: str, message: str) -> None:
