@@ -51,7 +51,10 @@ def bars() -> Iterator[Bar]:
 class StagedRunner(Runner, Protocol):
     """A runner that says how long each of its stages has been running."""
 
-    busy_seconds: list[float]
+    @property
+    def busy_seconds(self) -> list[float]:
+        """How long each stage has been running."""
+        ...
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from furiosa_llm.runtime.artifact.manifest import State
 from furiosa_llm.runtime.artifact.program_checks import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.devices import PE_NBYTES
+from furiosa_llm.runtime.engine_args import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.memory import Lifetime, array_nbytes, place
 from furiosa_llm.runtime.program import Program, ValueType, cut_program, size_names
@@ -33,7 +34,7 @@ class Workload:
 
     max_batch_size: int = 1
     max_model_len: int = 2048
-    prefill_chunk_size: int = 512
+    prefill_chunk_size: int = DEFAULT_CHUNK_SIZE
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_model_len", "prefill_chunk_size"):

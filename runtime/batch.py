@@ -6,9 +6,13 @@ pipeline of several stages has as many groups, so that every stage has something
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 from furiosa_llm.runtime.ort import Array
 
@@ -81,4 +85,31 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Ends the runner's threads or processes; what is under way fails."""
+        ...
+
+
+@runtime_checkable
+class ReportsProgress(Protocol):
+    """A runner that can say what it is doing, for the message about a batch that does not return."""
+
+    def progress(self) -> str:
+        """For instance "rank 3, segment 17, last collective allreduce_12"."""
+        ...
+
+
+@runtime_checkable
+class ReportsFailure(Protocol):
+    """A runner that can fail while nothing is under way, such as one with processes."""
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Has `on_failure` called with the error when the runner fails, at once if it has failed already."""
+        ...
+
+
+@runtime_checkable
+class ReportsCounts(Protocol):
+    """A runner that counts what its stages do."""
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """A row of counters for each stage, since the runner was made; what they are says `runtime/counters.py`."""
         ...

@@ -7,6 +7,7 @@ onnxruntime in each run and passed on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,13 +17,14 @@ import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension, shape_of
 from furiosa_llm.runtime.collectives import ArraySum, gather_operations, reduce_operations, run_operations
+from furiosa_llm.runtime.counters import CollectiveMeter, kind_index
 from furiosa_llm.runtime.driver import Body, Waits
 from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
 from furiosa_llm.runtime.exchange import Exchanger, LaneExchange
 from furiosa_llm.runtime.lanes import Exchange, Lanes, Sum, parts_of
 from furiosa_llm.runtime.memory import Block, array_nbytes, lifetimes, place
 from furiosa_llm.runtime.ort import ORT_ERRORS, Array, RawBinding, RawTensor, Tensor, let_allocate, unwrap, wrap
-from furiosa_llm.runtime.program import growing_values
+from furiosa_llm.runtime.program import CollectiveCall, growing_values
 from furiosa_llm.runtime.sessions import StepSessions, ranks_text
 
 Bind = Callable[[str, RawTensor], None]
@@ -108,6 +110,12 @@ class BoundProgram:
         self._blocks: dict[int, Block] = {}
         self._growing_blocks: dict[tuple[int, str], Block] = {}
         self._steps: list[list[_LaneStep]] = []
+        self._meter = CollectiveMeter([[c.collective.kind for c in step.collectives] for step in self._program.steps])
+        self._results = [self._result(call) for step in self._program.steps for call in step.collectives]
+        self._unplaced = [one for one in self._results if one[1] not in self._placed]
+        self._placed_nbytes = [0, 0]
+        self.collectives: tuple[int, ...] = ()
+        """Calls, bytes and nanoseconds of the last run's collectives; see `CollectiveMeter.end`."""
         self.step_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
         """The step that each lane is in, or was in last."""
 
@@ -159,33 +167,38 @@ class BoundProgram:
 
     def run(self) -> None:
         """Runs the program once; raises ExecutionError, naming segment and ranks, if onnxruntime fails."""
+        self._meter.reset()
         self._crew.run(self._drive, len(self._own))
+        self.collectives = self._meter.end(self._received_nbytes(self._unplaced, self._placed_nbytes))
 
     def _drive(self, shares: Sequence[int], member: int, barrier: Waits) -> None:
         """Steps the lanes `shares` (positions in those of this process) through the whole program."""
         mine = [(self._own[share], self._steps[share]) for share in shares]
-        for index in range(len(self._lanes.steps)):
-            exchanges = False
+        kinds, spent, now = self._meter.kinds, self._meter.begin(), time.perf_counter_ns
+        for index, laid in enumerate(self._lanes.steps):
             for lane, steps in mine:
                 self.step_of_lane[lane] = index
-                step = steps[index]
-                self._run_segment(index, lane, step)
-                if step.exchange is not None:
-                    exchanges = True
-                    run_operations(step.exchange.before)
-            if not exchanges:
-                continue
+                self._run_segment(index, lane, steps[index])
+            if laid.exchanges:
+                started = now()
+                self._exchange([(lane, steps[index]) for lane, steps in mine], member, barrier)
+                spent[kinds[index]] += now() - started
+
+    def _exchange(self, mine: Sequence[tuple[int, _LaneStep]], member: int, barrier: Waits) -> None:
+        """A step's collectives, as far as they are those of the lanes `mine`."""
+        for _, step in mine:
+            if step.exchange is not None:
+                run_operations(step.exchange.before)
+        barrier.wait(member)
+        late = False
+        for lane, step in mine:
+            if step.exchange is not None:
+                run_operations(step.exchange.after)
+                late |= step.exchange.late_barrier
+            if step.allocated:
+                self._exchange_allocated(lane, step.allocated)
+        if late:
             barrier.wait(member)
-            late = False
-            for lane, steps in mine:
-                step = steps[index]
-                if step.exchange is not None:
-                    run_operations(step.exchange.after)
-                    late |= step.exchange.late_barrier
-                if step.allocated:
-                    self._exchange_allocated(lane, step.allocated)
-            if late:
-                barrier.wait(member)
 
     def _run_segment(self, index: int, lane: int, step: _LaneStep) -> None:
         if step.run is None or step.binding is None:
@@ -227,6 +240,20 @@ class BoundProgram:
         if isinstance(total, tuple):
             return (self._arrays_of(total[0]), self._arrays_of(total[1]))
         return self._tensors[total.lane][total.name].array
+
+    # -- counting ----------------------------------------------------------------------------------------------
+
+    def _result(self, call: CollectiveCall) -> tuple[int, str]:
+        """The kind of a collective, and the name of its result in the first of this process's lanes."""
+        first = self._lanes.ranks[self._own[0]][0]
+        return kind_index(call.collective.kind), self._lanes.name(first, call.output)
+
+    def _received_nbytes(self, results: Sequence[tuple[int, str]], before: Sequence[int] = (0, 0)) -> list[int]:
+        """By kind of collective what a PE receives of these `results`, added to what is known `before`."""
+        found, tensors = list(before), self._tensors[self._own[0]]
+        for kind, name in results:
+            found[kind] += tensors[name].array.nbytes
+        return found
 
     # -- binding -----------------------------------------------------------------------------------------------
 
@@ -297,6 +324,7 @@ class BoundProgram:
         self._steps = [
             [self._lane_step(lane, index, exchange) for index, exchange in enumerate(exchanges)] for lane in self._own
         ]
+        self._placed_nbytes = self._received_nbytes([one for one in self._results if one[1] in self._placed])
 
     def _offsets(self, lane: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Where the values of a lane lie in its block, which is made anew if it is too small."""

@@ -16,12 +16,15 @@ from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.counters import ReplicaCounts
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.launch import tokenizer_of
+from furiosa_llm.runtime.machine import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
+from furiosa_llm.runtime.replica import ReplicaUsage
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
 Vector = npt.NDArray[np.float32]
@@ -93,6 +96,7 @@ class Encoder(Closing):
         self.max_length = min((limit for limit in limits if limit is not None), default=None)
         self._vocab_size = manifest.model.vocab_size
         self._executor = executor
+        self._layout = layout_of_one(executor.artifact)
         self._padded = padded
         mixed = any(node.op_type in _MIXES_ROWS for node in executor.artifact.program.graph.node)
         self._batch_size = 1 if mixed else max_batch_size
@@ -188,6 +192,16 @@ class Encoder(Closing):
             )
             for index, row in enumerate(rows)
         ]
+
+    def machine(self, *, running: int = 0, waiting: int = 0) -> MachineSnapshot:
+        """What lies on every PE, and what the model has done so far, as one replica of one stage.
+
+        It is told how many requests are `running` and `waiting`: it runs what it is given, and knows of no others.
+        """
+        usage = ReplicaUsage(running=running, waiting=waiting, used_pages=0, num_pages=0, preemptions=0)
+        counts = ReplicaCounts(stages=self._executor.counts)
+        one = replica_snapshot(self._layout, 0, usage=usage, counts=counts, alive=True, ready=True)
+        return snapshot(self._layout, [one])
 
     def close(self) -> None:
         """Ends the threads; the model cannot run any more."""

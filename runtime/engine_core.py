@@ -7,7 +7,8 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError
+from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError, UnsupportedError
+from furiosa_llm.runtime.machine import MachineLayout, MachineSnapshot, machine_of
 from furiosa_llm.runtime.prompts import Prompt, read_prompt
 from furiosa_llm.runtime.replica import Replica
 from furiosa_llm.runtime.request import Request
@@ -57,8 +58,8 @@ class Handle:
 class EngineCore:
     """Replicas of one model, and what a request needs before it goes to one of them.
 
-    From `seed` follow those of requests that have none of their own, by their place in order. `close_model` is called
-    once, behind the replicas' end.
+    From `seed` follow those of requests that have none of their own, by their place in order. `layout` says what lies
+    on which PE, None: nobody knows. `close_model` is called once, behind the replicas' end.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class EngineCore:
         tokenizer: Tokenizer | None,
         limits: ModelLimits,
         seed: int | None = None,
+        layout: MachineLayout | None = None,
         close_model: Callable[[], None] = lambda: None,
     ) -> None:
         self.tokenizer = tokenizer
         self.limits = limits
         self.replicas = tuple(replicas)
         self._seed = seed
+        self._layout = layout
         self._close_model = close_model
         self._closed = False
         self._keys = itertools.count()
@@ -112,6 +115,15 @@ class EngineCore:
         handle = Handle(key=key, replica=replica)
         replica.submit(Submission(key=key, request=request, sink=sink))
         return handle
+
+    def machine(self) -> MachineSnapshot:
+        """What lies on every PE, and what replicas and stages have done so far; from any thread, at little cost.
+
+        Raises UnsupportedError if the engine was made without a layout, which `load_engine` gives it.
+        """
+        if self._layout is None:
+            raise UnsupportedError("the engine was made without a layout of its PEs; make it with load_engine")
+        return machine_of(self._layout, self.replicas)
 
     def close(self) -> None:
         """Ends the replicas, with what they run, and gives the model's memory back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,6 +16,7 @@ from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.binding import BoundProgram
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.counters import StageCounts, count_run, new_counters, stage_counts
 from furiosa_llm.runtime.decoder import Bound, DecoderInterface, interface_of
 from furiosa_llm.runtime.driver import Crew, cores_for
 from furiosa_llm.runtime.errors import InputError
@@ -51,6 +53,7 @@ class Executor(Closing):
         self._sessions = create_sessions(artifact, self.lanes, settings, threads=cores)
         self._crew = Crew(self.threads)
         self._lock = threading.Lock()
+        self._counters = new_counters(1)
         in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
         self._bound = self.bind(unbound=frozenset(in_place))
 
@@ -106,6 +109,11 @@ class Executor(Closing):
                 batch=sizes["batch"],
             )
 
+    @property
+    def counts(self) -> tuple[StageCounts, ...]:
+        """What its one stage has done in calls of `run`."""
+        return stage_counts(self._counters)
+
     def close(self) -> None:
         """Ends the threads; the executor cannot run any more."""
         self._crew.close()
@@ -114,7 +122,9 @@ class Executor(Closing):
         self._bound.resize(sizes)
         for info in self.artifact.manifest.inputs:
             self._bind(info, np.asarray(inputs[info.name], order="C"))
+        started = time.perf_counter_ns()
         self._bound.run()
+        count_run(self._counters[0], started, self._bound.collectives)
         return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
 
     def _check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from furiosa_llm.runtime.block_reads import block_starts
 from furiosa_llm.runtime.engine_args import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE, EngineArgs
 from furiosa_llm.runtime.engine_core import EngineCore, ModelLimits
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.machine import layout_of
 from furiosa_llm.runtime.model_runner import Host
 from furiosa_llm.runtime.process_runner import ProcessHost
 from furiosa_llm.runtime.replica import FaultPolicy, Replica
@@ -136,7 +137,12 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
             opened.callback(replicas[-1].close)
         opened.pop_all()
     return EngineCore(
-        replicas=replicas, tokenizer=plan.tokenizer, limits=plan.limits, seed=args.seed, close_model=host.close
+        replicas=replicas,
+        tokenizer=plan.tokenizer,
+        limits=plan.limits,
+        seed=args.seed,
+        layout=layout_of(plan.artifact, plan.topology, plan.stages, page_size=PAGE_SIZE),
+        close_model=host.close,
     )
 
 

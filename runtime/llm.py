@@ -23,6 +23,7 @@ from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
 from furiosa_llm.runtime.engine_core import EngineCore, Handle, ModelLimits, params_for_each, with_kind
 from furiosa_llm.runtime.errors import EngineDeadError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.launch import make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.machine import MachineSnapshot
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.prompts import Prompt, paired, with_tokenizer_kwargs
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
@@ -114,6 +115,10 @@ class LLM(Closing):
         if self._core is None:
             raise EngineDeadError("the model was loaded with skip_engine=True; load it without, to run it")
         return self._core
+
+    def machine(self) -> MachineSnapshot:
+        """What lies on every PE, and what replicas and stages have done so far; raises what `core` does."""
+        return self.core.machine() if self._encoder is None else self._encoder.machine()
 
     @cached_property
     def engine(self) -> LLMEngine:

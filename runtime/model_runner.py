@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.batch import Batch
 from furiosa_llm.runtime.binding import BoundProgram
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.counters import Counters, merged, new_counters, stage_counts
 from furiosa_llm.runtime.driver import Crew, cores_for
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.loading import load_model
@@ -57,11 +58,13 @@ class LocalRunner:
     def __init__(self, host: Host, slots_per_group: int) -> None:
         self._crew = host.crew
         stages = len(host.model.programs)
-        self._groups = [Group(host.model, slots=slots_per_group, crew=host.crew) for _ in range(stages)]
+        self._counters = new_counters(stages, stages, 1)
+        self._groups = [
+            Group(host.model, slots=slots_per_group, crew=host.crew, counters=counters[:, 0])
+            for counters in self._counters
+        ]
         self._locks = [threading.Lock() for _ in range(stages)]
         self._doing: list[BoundProgram | None] = [None] * stages
-        self.busy_seconds = [0.0] * stages
-        """How long each stage has been running."""
         self._closing = threading.Lock()
         self._closed = False
         self._queues: list[SimpleQueue[tuple[Batch, Future[Array]] | None]] = [SimpleQueue() for _ in range(stages)]
@@ -76,6 +79,15 @@ class LocalRunner:
     def num_groups(self) -> int:
         """How many batches may be under way at once."""
         return len(self._groups)
+
+    @property
+    def busy_seconds(self) -> list[float]:
+        """How long each stage has been running."""
+        return [stage.busy_seconds for stage in stage_counts(self.counts())]
+
+    def counts(self) -> Counters:
+        """See `ReportsCounts`."""
+        return merged(self._counters)
 
     def submit(self, batch: Batch) -> Future[Array]:
         """Starts `batch` and returns at once; raises ExecutionError if the runner is closed."""
@@ -122,13 +134,11 @@ class LocalRunner:
     @contextmanager
     def _occupy(self, stage: int, bound: BoundProgram) -> Iterator[None]:
         with self._locks[stage]:
-            started = time.perf_counter()
             self._doing[stage] = bound
             try:
                 yield
             finally:
                 self._doing[stage] = None
-                self.busy_seconds[stage] += time.perf_counter() - started
 
 
 def _failed(batch: Batch, error: BaseException) -> ExecutionError:

@@ -21,6 +21,7 @@ import numpy as np
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.batch import Batch
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.counters import Counters, merged
 from furiosa_llm.runtime.errors import InputError, WorkerError
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.sessions import ranks_text
@@ -88,6 +89,7 @@ class ProcessRunner:
             self._arena = Arena(arena, self._groups)
             self._positions = self._arena.positions(self._groups, len(stages), workers)
             self._positions[...] = -1
+            self._counters = self._arena.counters(self._groups, len(stages), workers)
             self._processes: list[subprocess.Popen[bytes]] = []
             self._connections: list[Connection[Any, Any]] = []
             for lane in range(workers):
@@ -149,6 +151,10 @@ class ProcessRunner:
             )
             lines.append(f"stage {stage}: {where}; last collective done: {done[-1] if done else 'none'}")
         return "; ".join(lines) or "nothing is under way"
+
+    def counts(self) -> Counters:
+        """See `ReportsCounts`."""
+        return merged(self._counters)
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Has `on_failure` called with the error when the runner fails, or at once; not when it is closed before."""

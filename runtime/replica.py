@@ -15,10 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Protocol, runtime_checkable
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
-from furiosa_llm.runtime.batch import Batch, Prefill, Runner
+from furiosa_llm.runtime.batch import Batch, Prefill, ReportsFailure, ReportsProgress, Runner
+from furiosa_llm.runtime.counters import ReplicaCounts, ReplicaMeter
 from furiosa_llm.runtime.errors import EngineDeadError, ReplicaError, StepTimeoutError
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.request_table import RequestTable, Submission
@@ -42,24 +42,6 @@ class FaultPolicy:
     backoff: float = 0.05
     max_backoff: float = 5.0
     close_timeout: float = 5.0
-
-
-@runtime_checkable
-class ReportsProgress(Protocol):
-    """A runner that can say what it is doing, for the message about a batch that does not return."""
-
-    def progress(self) -> str:
-        """For instance "rank 3, segment 17, last collective allreduce_12"."""
-        ...
-
-
-@runtime_checkable
-class ReportsFailure(Protocol):
-    """A runner that can fail while nothing is under way, such as one with processes."""
-
-    def watch(self, on_failure: Callable[[Exception], None]) -> None:
-        """Has `on_failure` called with the error when the runner fails, at once if it has failed already."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +80,14 @@ class ReplicaUsage:
     running, waiting: sequences that have a slot, and those that have none yet.
     used_pages, num_pages: of the KV cache; used are those of the prefix cache too, which are given up as soon as a
         sequence needs them.
+    preemptions: how often a sequence lost its place to an earlier one, so far.
     """
 
     running: int
     waiting: int
     used_pages: int
     num_pages: int
+    preemptions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +131,7 @@ class Replica:
         self._failure: BaseException | None = None
         self._failures = 0
         self._death: BaseException | None = None
+        self._meter = ReplicaMeter()
         self._runner: Runner | None = self._make_watched_runner()
         self._thread = threading.Thread(target=self._run, name=f"furiosa-replica-{index}", daemon=True)
         self._thread.start()
@@ -181,7 +166,13 @@ class Replica:
                 waiting=scheduler.num_waiting,
                 used_pages=scheduler.used_pages,
                 num_pages=scheduler.limits.num_pages,
+                preemptions=scheduler.num_preemptions,
             )
+
+    @property
+    def counts(self) -> ReplicaCounts:
+        """What it has done, on all the runners that it has had."""
+        return self._meter.read()
 
     def cached_prefix(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens of a new prompt have their KV in a slot already."""
@@ -213,6 +204,7 @@ class Replica:
 
     def _make_watched_runner(self) -> Runner:
         runner = self._make_runner()
+        self._meter.follow(runner)
         if isinstance(runner, ReportsFailure):
             runner.watch(lambda error: self._inbox.put(_Failed(runner=runner, error=error)))
         return runner
@@ -324,6 +316,7 @@ class Replica:
         self._end_sequences(accepted.failed)
         with self._scheduler_lock:
             self._scheduler.complete(one.batch, accepted.tokens, accepted.finished)
+        self._meter.note(one.batch)
         self._failures = 0
 
     def _end_sequences(self, sequence_ids: Sequence[int]) -> None:
@@ -369,6 +362,7 @@ class Replica:
         closing = threading.Thread(target=_close, args=(runner,), name=f"furiosa-close-{self.index}", daemon=True)
         closing.start()
         closing.join(self._policy.close_timeout)
+        self._meter.settle()
         if closing.is_alive():
             logger.warning("replica %d: its runner does not close; it is left behind", self.index)
 

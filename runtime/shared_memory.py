@@ -1,4 +1,4 @@
-"""What the processes of a replica share: memory in one arena, barriers, and where each of them is."""
+"""What the processes of a replica share: memory in one arena, barriers, where each of them is and what it counts."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from furiosa_llm.runtime.counters import WIDTH, Counters
 from furiosa_llm.runtime.driver import Body
 from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.ort import Array
 
 _GROUP_NBYTES = 1 << 34
 """The part of the arena that each group has; pages that nobody touches take no memory."""
-_HEADER_NBYTES = 1 << 16
+_HEADER_NBYTES = 1 << 20
 _ALIGNMENT = 4096
 
 
 class Arena:
-    """Memory that several processes see at once: a header of positions, then a part for each group.
+    """Memory that several processes see at once: a header of positions and counters, then a part for each group.
 
     Each process makes the same allocations in the same order within a group, and so finds the same places without
     asking. Nothing is given back before the arena ends.
@@ -42,10 +43,18 @@ class Arena:
 
     def positions(self, groups: int, stages: int, workers: int) -> npt.NDArray[np.int64]:
         """`[groups, stages, workers]`: the step that each worker is in, -1 if it is in none."""
-        count = groups * stages * workers
-        if count * 8 > _HEADER_NBYTES:
-            raise ValueError(f"{count} positions do not fit the arena's header")
-        return self._bytes[: count * 8].view(np.int64).reshape(groups, stages, workers)
+        return self._header(groups * stages * workers)[..., 0].reshape(groups, stages, workers)
+
+    def counters(self, groups: int, stages: int, workers: int) -> Counters:
+        """`[groups, stages, workers, WIDTH]`: what each worker counts, by itself; zeros at first."""
+        return self._header(groups * stages * workers)[..., 1:].reshape(groups, stages, workers, WIDTH)
+
+    def _header(self, count: int) -> npt.NDArray[np.int64]:
+        """A row for each worker in each stage and group: its position, then its counters."""
+        nbytes = count * (1 + WIDTH) * 8
+        if nbytes > _HEADER_NBYTES:
+            raise ValueError(f"positions and counters of {count} stages of workers do not fit the arena's header")
+        return self._bytes[:nbytes].view(np.int64).reshape(count, 1 + WIDTH)
 
     def allocate(self, group: int, nbytes: int) -> Block:
         """The next `nbytes` of the part of `group`; twice as many are set apart, for the next need is often greater."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import numpy as np
 from furiosa_llm.runtime.artifact.dimensions import GROWING
 from furiosa_llm.runtime.batch import Batch, Decode, Prefill
 from furiosa_llm.runtime.binding import Allocate, BoundProgram, RunsLanes, private_block
+from furiosa_llm.runtime.counters import Counters, count_run
 from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.loading import LoadedModel, StageProgram, Traits
 from furiosa_llm.runtime.memory import Block
@@ -128,6 +130,11 @@ class _Use:
             for rank in self._ranks:
                 self.bound.bind_input(rank, name, earlier[stage].bound.tensor(rank, name))
 
+    def received_nbytes(self, earlier: Sequence[_Use]) -> int:
+        """What each PE of the stage receives of earlier stages in a run."""
+        first = self._ranks[0]
+        return sum(earlier[stage].bound.tensor(first, name).array.nbytes for name, stage in self._received.items())
+
 
 class StageMemory:
     """What one group has on one stage: its states, and its uses of the stage by the form of the step."""
@@ -195,10 +202,19 @@ class StageMemory:
 
 
 class Group:
-    """The batches of one group, one after another, through all stages."""
+    """The batches of one group, one after another, through all stages; `counters` has a row for each of these."""
 
-    def __init__(self, model: LoadedModel, *, slots: int, crew: RunsLanes, allocate: Allocate = private_block) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        slots: int,
+        crew: RunsLanes,
+        counters: Counters,
+        allocate: Allocate = private_block,
+    ) -> None:
         self._model = model
+        self._counters = counters
         self._memory = [
             StageMemory(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
         ]
@@ -227,9 +243,13 @@ class Group:
     def _step(self, step: Step, occupy: Occupy) -> Array:
         uses: list[_Use] = []
         for stage, memory in enumerate(self._memory):
+            left = time.perf_counter_ns()
             use = memory.use(step, uses)
             with occupy(stage, use.bound):
+                started = time.perf_counter_ns()
                 use.bound.run()
+                sent = (1, use.received_nbytes(uses), started - left) if stage else (0, 0, 0)
+                count_run(self._counters[stage], started, use.bound.collectives, sent)
             memory.finish(step, use)
             uses.append(use)
         if 0 not in self._model.own:

@@ -103,6 +103,7 @@ class _Worker:
         self._model = model
         self._arena = Arena(assignment.arena, groups)
         self._positions = self._arena.positions(groups, stages, assignment.lanes)
+        self._counters = self._arena.counters(groups, stages, assignment.lanes)
         self._sending = threading.Lock()
         self._queues: list[SimpleQueue[tuple[int, Batch]]] = [SimpleQueue() for _ in range(groups)]
         self._groups = [self._group(group, assignment) for group in range(groups)]
@@ -133,6 +134,7 @@ class _Worker:
             self._model,
             slots=assignment.slots_per_group,
             crew=ProcessLane(barrier),
+            counters=self._counters[group, :, self._lane],
             allocate=lambda _, nbytes: self._arena.allocate(group, nbytes),
         )
 

@@ -13,10 +13,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import furiosa_llm
-from furiosa_llm.server import chat, completions, embeddings, status, tokens
+from furiosa_llm.server import chat, completions, embeddings, machine, status, tokens
 from furiosa_llm.server.errors import ErrorResponse, install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
+from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds
 from furiosa_llm.server.model import Decoder, ServedModel
@@ -41,7 +42,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = []
+        tasks = [asyncio.create_task(watch(metrics.busy, model.kind.machine))]
         if settings.log_stats and isinstance(model.kind, Decoder):
             tasks.append(asyncio.create_task(log_stats(metrics, model.kind)))
         yield
@@ -68,6 +69,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         embeddings.router,
         tokens.router,
         status.router,
+        machine.router,
     )
     for router in routers:
         dependencies = [Depends(_log_payload)] if settings.payload_logging else []

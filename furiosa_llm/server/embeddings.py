@@ -26,7 +26,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, state: Sta
     prompts = listed(body.input)
     if not prompts:
         raise ApiError(400, "input is empty; give at least one text", param="input")
-    with state.gate.admit(len(prompts)):
+    with state.gate.admit(len(prompts)), state.metrics.counting(len(prompts)):
         work = embedder.embed(prompts, truncate_prompt_tokens=body.truncate_prompt_tokens)
         results = await until_disconnect(request.receive, work)
     width = len(results[0].outputs.embedding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -11,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.server.machine_metrics import BusyShares, MachineCollector
 from furiosa_llm.server.model import Decoder, ServedModel
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -42,6 +44,8 @@ class Metrics:
         self.request_prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", lengths)
         self.request_generation = self._histogram("request_generation_tokens", "Tokens of all completions.", lengths)
         self.request_max = self._histogram("request_params_max_tokens", "What max_tokens was asked for.", lengths)
+        self.busy = BusyShares()
+        self._registry.register(MachineCollector(model.kind.machine, self.busy, self._name))
         if isinstance(model.kind, Decoder):
             self._registry.register(_EngineCollector(model.kind, self._name))
 
@@ -51,10 +55,26 @@ class Metrics:
 
     def token_counts(self) -> tuple[float, float]:
         """The tokens of prompts, and those that were generated, so far."""
-        read = self._registry.get_sample_value
-        labels = {"model_name": self._name}
-        prompt, generation = (read(f"furiosa_llm_{name}_tokens_total", labels) for name in ("prompt", "generation"))
-        return prompt or 0.0, generation or 0.0
+        return self._read(self.prompt_tokens), self._read(self.generation_tokens)
+
+    def request_counts(self) -> tuple[int, int, int]:
+        """The requests that were received, succeeded and failed, so far."""
+        return int(self._read(self.received)), int(self._read(self.succeeded)), int(self._read(self.failed))
+
+    @contextmanager
+    def counting(self, requests: int) -> Iterator[None]:
+        """Counts so many requests, which succeed if nothing is raised in the block."""
+        self.received.inc(requests)
+        try:
+            yield
+        except BaseException:
+            self.failed.inc(requests)
+            raise
+        self.succeeded.inc(requests)
+
+    def _read(self, counter: Counter) -> float:
+        [value] = [one.value for family in counter.collect() for one in family.samples if one.name.endswith("_total")]
+        return value
 
     def _counter(self, name: str, text: str) -> Counter:
         made = Counter(f"furiosa_llm_{name}", text, ["model_name"], registry=self._registry)
@@ -119,15 +139,15 @@ class EngineGauges:
     """
 
     def __init__(self, decoder: Decoder) -> None:
-        usages = [replica.usage for replica in decoder.engine.core.replicas]
+        machine = decoder.machine()
+        usages = [replica.usage for replica in machine.replicas]
         self.running = sum(usage.running for usage in usages)
         self.waiting = sum(usage.waiting for usage in usages)
         self.used_share = sum(usage.used_pages for usage in usages) / sum(usage.num_pages for usage in usages)
         self.kv_nbytes: dict[int, tuple[int, int]] = {}
-        for usage, cards in zip(usages, decoder.page_nbytes, strict=True):
-            for npu, nbytes in cards.items():
-                used, total = self.kv_nbytes.get(npu, (0, 0))
-                self.kv_nbytes[npu] = (used + nbytes * usage.used_pages, total + nbytes * usage.num_pages)
+        for card in machine.cards:
+            used, total = (sum(getattr(pe, name) for pe in card.pes) for name in ("kv_used_nbytes", "kv_nbytes"))
+            self.kv_nbytes[card.npu] = (used, total)
 
 
 class _EngineCollector(Collector):

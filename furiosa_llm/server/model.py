@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from furiosa_llm.runtime.accounting import Workload, stage_memory
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
@@ -15,7 +14,8 @@ from furiosa_llm.runtime.devices import format_pes
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
 from furiosa_llm.runtime.engine_args import EngineArgs
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.launch import PAGE_SIZE, Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.launch import Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.machine import MachineSnapshot
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.tokenizer import Tokenizer
 from furiosa_llm.runtime.topology import Topology
@@ -28,11 +28,13 @@ class Decoder:
     """A model that generates.
 
     engine: what runs its requests.
-    page_nbytes: for each replica, what a page of its KV cache takes on each card, by the card's number.
     """
 
     engine: AsyncLLMEngine
-    page_nbytes: Sequence[Mapping[int, int]]
+
+    def machine(self) -> MachineSnapshot:
+        """What lies on every PE, and what was done so far."""
+        return self.engine.core.machine()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,22 @@ class Embedder:
 
     encoder: Encoder
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "furiosa-encoder"))
+    _under_way: set[Future[list[EmbeddingResult]]] = field(default_factory=set)
 
     async def embed(
         self, prompts: Sequence[Prompt], *, truncate_prompt_tokens: int | None = None
     ) -> list[EmbeddingResult]:
         """The vectors of `prompts`; see `Encoder.embed`. A request that is cancelled while it waits is not run."""
         work = self._thread.submit(self.encoder.embed, list(prompts), truncate_prompt_tokens=truncate_prompt_tokens)
+        self._under_way.add(work)
+        work.add_done_callback(self._under_way.discard)
         return await asyncio.wrap_future(work)
+
+    def machine(self) -> MachineSnapshot:
+        """What lies on every PE, and what was done so far."""
+        under_way = [work.running() for work in list(self._under_way)]
+        running = sum(under_way)
+        return self.encoder.machine(running=running, waiting=len(under_way) - running)
 
     def close(self) -> None:
         """Ends the threads, behind the request that runs."""
@@ -135,7 +146,7 @@ def load_served(
     return ServedModel(
         names=shown,
         artifact=artifact,
-        kind=Decoder(engine=AsyncLLMEngine(start(plan, args)), page_nbytes=_page_nbytes(plan)),
+        kind=Decoder(engine=AsyncLLMEngine(start(plan, args))),
         max_length=plan.limits.max_length,
         max_prompt_length=plan.limits.prompt_limit,
         parallelism=_parallelism(plan.topology),
@@ -150,15 +161,3 @@ def _parallelism(topology: Topology) -> dict[str, int | str]:
         "data_parallel_size": topology.data_parallel_size,
         "devices": format_pes(topology.pes),
     }
-
-
-def _page_nbytes(plan: Plan) -> list[dict[int, int]]:
-    stages = stage_memory(plan.artifact, plan.stages, Workload())
-    replicas: list[dict[int, int]] = []
-    for groups in plan.topology.replicas:
-        cards: dict[int, int] = {}
-        for stage, group in zip(stages, groups, strict=True):
-            for pe in group:
-                cards[pe.npu] = cards.get(pe.npu, 0) + stage.kv_nbytes_per_token * PAGE_SIZE
-        replicas.append(cards)
-    return replicas

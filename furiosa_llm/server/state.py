@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
@@ -34,6 +34,7 @@ class ServerState:
     gate: lets sequences in.
     metrics: what `/metrics` shows.
     tool_parser: how calls of tools are found; None: they are not looked for.
+    started: when the server was made, by the monotonic clock.
     """
 
     model: ServedModel
@@ -41,6 +42,7 @@ class ServerState:
     gate: Gate
     metrics: Metrics
     tool_parser: ToolParser | None
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def generator(self) -> Generator:

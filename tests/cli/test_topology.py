@@ -75,7 +75,7 @@ def test_the_object(built: Path, cli: Cli) -> None:
         for stage, group in enumerate(groups)
         for rank, pe in enumerate(group)
     }
-    assert found["workload"] == {"max_batch_size": 4, "max_model_len": 100, "prefill_chunk_size": 512}
+    assert found["workload"] == {"max_batch_size": 4, "max_model_len": 100, "prefill_chunk_size": 256}
     assert [one["weight_nbytes"] for one in found["stages"]] == [stage.weight_nbytes for stage in stages]
     assert [one["kv_nbytes_per_token"] for one in found["stages"]] == [128, 128]
     assert [one["crossing"] for one in found["stages"]] == [[], list(artifact.manifest.blocks[1].crossing)]

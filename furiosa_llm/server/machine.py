@@ -1,0 +1,212 @@
+"""`GET /machine`: what lies on every PE, and what replicas, stages and collectives have done so far."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+import furiosa_llm
+from furiosa_llm.runtime.counters import TransferKind
+from furiosa_llm.runtime.devices import format_pes
+from furiosa_llm.runtime.machine import MachineSnapshot, PESnapshot, ReplicaSnapshot
+from furiosa_llm.runtime.topology import Topology
+from furiosa_llm.server.metrics import Metrics
+from furiosa_llm.server.model import Decoder
+from furiosa_llm.server.state import State
+
+router = APIRouter()
+
+
+class Parallelism(BaseModel):
+    """The sizes of parallelism, and the PEs."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    devices: str
+
+
+class MachinePE(BaseModel):
+    """A PE: what it is (null: not used), and what lies in its memory."""
+
+    pe: int
+    replica: int | None
+    stage: int | None
+    rank: int | None
+    memory_nbytes: int = Field(description="Its even share of the card's memory.")
+    weights_nbytes: int = Field(
+        description="What it reads; what several PEs of a card read counts an equal part for each."
+    )
+    kv_nbytes: int = Field(description="Room for KV.")
+    kv_used_nbytes: int = Field(description="KV in use, that of the prefix cache included.")
+
+
+class MachineCard(BaseModel):
+    """A card that is used, with all of its PEs."""
+
+    npu: int
+    pes: list[MachinePE]
+
+
+class MachineReplica(BaseModel):
+    """A replica: its state, its sequences, and the pages of its KV cache."""
+
+    replica: int
+    alive: bool
+    ready: bool
+    running: int
+    waiting: int
+    used_pages: int
+    num_pages: int
+
+
+class MachineStage(BaseModel):
+    """A stage of a replica: its blocks, how long it has been running, and how often."""
+
+    replica: int
+    stage: int
+    first_block: int
+    num_blocks: int
+    busy_seconds: float
+    batches: int
+
+
+class MachineCollective(BaseModel):
+    """What one kind of transfer did in a stage; Send is what the stage got of earlier ones."""
+
+    replica: int
+    stage: int
+    kind: TransferKind
+    calls: int
+    nbytes: int = Field(description="What each PE of the stage received.")
+    seconds: float = Field(description="What was spent on it, waiting included.")
+
+
+class MachineTokens(BaseModel):
+    """Tokens of prompts, and those that were generated."""
+
+    prompt: int
+    generation: int
+
+
+class MachineRequests(BaseModel):
+    """Requests so far, by prompt."""
+
+    received: int
+    succeeded: int
+    failed: int
+
+
+class MachineResponse(BaseModel):
+    """The live machine. What is counted is counted since the model was loaded, and only grows."""
+
+    model: str
+    task: Literal["decoder", "encoder"]
+    version: str
+    time: float = Field(description="Seconds since 1970.")
+    uptime_seconds: float
+    parallelism: Parallelism
+    cards: list[MachineCard]
+    replicas: list[MachineReplica]
+    stages: list[MachineStage]
+    collectives: list[MachineCollective]
+    tokens: MachineTokens
+    requests: MachineRequests
+
+
+@router.get("/machine")
+async def machine(state: State) -> MachineResponse:
+    """The cards, PEs, replicas and stages of the model, at this moment."""
+    model, found = state.model, state.model.kind.machine()
+    return MachineResponse(
+        model=model.names[0],
+        task="decoder" if isinstance(model.kind, Decoder) else "encoder",
+        version=furiosa_llm.__version__,
+        time=time.time(),
+        uptime_seconds=time.monotonic() - state.started,
+        parallelism=_parallelism(found.topology),
+        cards=[MachineCard(npu=card.npu, pes=[_pe(one) for one in card.pes]) for card in found.cards],
+        replicas=[_replica(one) for one in found.replicas],
+        stages=_stages(found),
+        collectives=_collectives(found),
+        tokens=_tokens(state.metrics),
+        requests=_requests(state.metrics),
+    )
+
+
+def _tokens(metrics: Metrics) -> MachineTokens:
+    prompt, generation = metrics.token_counts()
+    return MachineTokens(prompt=int(prompt), generation=int(generation))
+
+
+def _requests(metrics: Metrics) -> MachineRequests:
+    received, succeeded, failed = metrics.request_counts()
+    return MachineRequests(received=received, succeeded=succeeded, failed=failed)
+
+
+def _parallelism(topology: Topology) -> Parallelism:
+    return Parallelism(
+        tensor_parallel_size=topology.tensor_parallel_size,
+        pipeline_parallel_size=topology.pipeline_parallel_size,
+        data_parallel_size=topology.data_parallel_size,
+        devices=format_pes(topology.pes),
+    )
+
+
+def _pe(one: PESnapshot) -> MachinePE:
+    return MachinePE(
+        pe=one.pe.index,
+        replica=one.replica,
+        stage=one.stage,
+        rank=one.rank,
+        memory_nbytes=one.memory_nbytes,
+        weights_nbytes=one.weights_nbytes,
+        kv_nbytes=one.kv_nbytes,
+        kv_used_nbytes=one.kv_used_nbytes,
+    )
+
+
+def _replica(one: ReplicaSnapshot) -> MachineReplica:
+    return MachineReplica(
+        replica=one.replica,
+        alive=one.alive,
+        ready=one.ready,
+        running=one.usage.running,
+        waiting=one.usage.waiting,
+        used_pages=one.usage.used_pages,
+        num_pages=one.usage.num_pages,
+    )
+
+
+def _stages(found: MachineSnapshot) -> list[MachineStage]:
+    return [
+        MachineStage(
+            replica=replica.replica,
+            stage=one.stage.index,
+            first_block=one.stage.first_block,
+            num_blocks=one.stage.num_blocks,
+            busy_seconds=one.counts.busy_seconds,
+            batches=one.counts.runs,
+        )
+        for replica in found.replicas
+        for one in replica.stages
+    ]
+
+
+def _collectives(found: MachineSnapshot) -> list[MachineCollective]:
+    return [
+        MachineCollective(
+            replica=replica.replica,
+            stage=one.stage.index,
+            kind=counts.kind,
+            calls=counts.calls,
+            nbytes=counts.nbytes,
+            seconds=counts.seconds,
+        )
+        for replica in found.replicas
+        for one in replica.stages
+        for counts in one.counts.transfers
+    ]

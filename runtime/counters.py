@@ -1,0 +1,201 @@
+"""Counters of what runs: each stage's runs, busy time and transfers, and each replica's tokens.
+
+A runner has rows of counters, each written by one thread alone and read by anybody: no lock, and each counter only
+grows. Times are kept in nanoseconds, so that every counter is a whole number.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.manifest import CollectiveKind
+from furiosa_llm.runtime.batch import Batch, Prefill, ReportsCounts
+
+TransferKind = Literal["AllReduce", "AllGather", "Send"]
+"""Send is the transfer of what crosses into a stage from earlier ones."""
+
+TRANSFERS: tuple[TransferKind, ...] = ("AllReduce", "AllGather", "Send")
+WIDTH = 2 + 3 * len(TRANSFERS)
+"""Counters of a row: runs, busy time, then calls, bytes and time of each kind of transfer."""
+
+Counters: TypeAlias = npt.NDArray[np.int64]
+"""Counters; the last dimension has `WIDTH` of them."""
+
+_COLLECTIVES: tuple[CollectiveKind, ...] = ("AllReduce", "AllGather")
+_TIMES = [1, *(4 + 3 * index for index in range(len(TRANSFERS)))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCounts:
+    """What one kind of transfer did in a stage.
+
+    kind: a collective, or what the stage gets of earlier ones.
+    calls: how often: for each collective of the program, or for each run that got something.
+    nbytes: what each PE of the stage received: of a sum its size, of a gathered value the size of the whole.
+    seconds: what the stage's threads or processes spent on it, in the mean, waiting for each other included.
+    """
+
+    kind: TransferKind
+    calls: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCounts:
+    """What a stage of a replica has done.
+
+    runs: one for each batch, or several where rows of unequal lengths cannot be stepped together.
+    busy_seconds: how long these took.
+    transfers: of every kind that the stage can have.
+    """
+
+    runs: int
+    busy_seconds: float
+    transfers: tuple[TransferCounts, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaCounts:
+    """What a replica has done.
+
+    prefilled_tokens: of prompts, and of preempted sequences, that were computed; those of the prefix cache were not.
+    decoded_tokens: that were stepped, one by one.
+    copies: of KV from slot to slot.
+    restarts: how often its runner was replaced by another.
+    stages: what its stages have done, on all runners that it has had.
+    """
+
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    copies: int = 0
+    restarts: int = 0
+    stages: tuple[StageCounts, ...] = ()
+
+
+class CollectiveMeter:
+    """Measures the collectives in the runs of one program, whose steps have collectives of the kinds `steps`.
+
+    The time of a step that has both kinds is that of the kind of which it has more.
+    """
+
+    def __init__(self, steps: Sequence[Sequence[CollectiveKind]]) -> None:
+        self.kinds = [max(range(len(_COLLECTIVES)), key=lambda k: step.count(_COLLECTIVES[k])) for step in steps]
+        """For each step the place of its kind in what `begin` gives."""
+        self._calls = [sum(step.count(kind) for step in steps) for kind in _COLLECTIVES]
+        self._spent: list[list[int]] = []
+
+    def begin(self) -> list[int]:
+        """Nanoseconds by kind, for a thread of the run to add to what it spends."""
+        spent = [0] * len(_COLLECTIVES)
+        self._spent.append(spent)
+        return spent
+
+    def end(self, nbytes: Sequence[int]) -> tuple[int, ...]:
+        """Calls, bytes and nanoseconds of each kind in the run that has ended; the time is the mean of its threads."""
+        members, self._spent = self._spent, []
+        found: list[int] = []
+        for kind, calls in enumerate(self._calls):
+            found += (calls, nbytes[kind], sum(spent[kind] for spent in members) // len(members))
+        return tuple(found)
+
+    def reset(self) -> None:
+        """Forgets the threads of a run that has failed."""
+        self._spent = []
+
+
+def kind_index(kind: CollectiveKind) -> int:
+    """The place of a collective's kind in what is counted."""
+    return _COLLECTIVES.index(kind)
+
+
+def new_counters(*shape: int) -> Counters:
+    """Rows of counters, all 0, in private memory."""
+    return np.zeros((*shape, WIDTH), dtype=np.int64)
+
+
+def count_run(row: Counters, started: int, collectives: Sequence[int], sent: Sequence[int] = (0, 0, 0)) -> None:
+    """Counts in `row` a run that began at `started` (nanoseconds of `perf_counter_ns`) and has ended just now."""
+    row += (1, time.perf_counter_ns() - started, *collectives, *sent)
+
+
+def merged(counters: Counters) -> Counters:
+    """`[stages, WIDTH]` of `[groups, stages, workers, WIDTH]`: workers count alike, their times are averaged."""
+    of_workers: Counters = counters.sum(axis=0)
+    found = of_workers[:, 0].copy()
+    found[:, _TIMES] = of_workers[:, :, _TIMES].sum(axis=1) // counters.shape[2]
+    return found
+
+
+def stage_counts(counters: Counters) -> tuple[StageCounts, ...]:
+    """What `[stages, WIDTH]` counters say."""
+    return tuple(
+        StageCounts(runs=row[0], busy_seconds=row[1] / 1e9, transfers=_transfers(row, first=stage == 0))
+        for stage, row in enumerate(counters.tolist())
+    )
+
+
+def _transfers(row: Sequence[int], *, first: bool) -> tuple[TransferCounts, ...]:
+    return tuple(
+        TransferCounts(kind=kind, calls=row[2 + 3 * index], nbytes=row[3 + 3 * index], seconds=row[4 + 3 * index] / 1e9)
+        for index, kind in enumerate(TRANSFERS)
+        if not (first and kind == "Send")
+    )
+
+
+class ReplicaMeter:
+    """Counts what a replica does, over all the runners that it has one after another; read from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._past: Counters | int = 0
+        self._present: Callable[[], Counters] | None = None
+        self._runners = 0
+        self._prefilled = 0
+        self._decoded = 0
+        self._copies = 0
+
+    def follow(self, runner: object) -> None:
+        """Counts from now on what `runner` does, if it says so."""
+        with self._lock:
+            self._runners += 1
+            if isinstance(runner, ReportsCounts):
+                self._present = runner.counts
+
+    def settle(self) -> None:
+        """Keeps what the runner has counted, which is given up now."""
+        with self._lock:
+            self._past, self._present = self._total(), None
+
+    def note(self, batch: Batch) -> None:
+        """Counts a batch that is done."""
+        self._copies += len(batch.copies)
+        if isinstance(batch, Prefill):
+            self._prefilled += len(batch.tokens)
+        else:
+            self._decoded += len(batch.rows)
+
+    def read(self) -> ReplicaCounts:
+        """Everything so far."""
+        with self._lock:
+            total, runners = self._total(), self._runners
+        return ReplicaCounts(
+            prefilled_tokens=self._prefilled,
+            decoded_tokens=self._decoded,
+            copies=self._copies,
+            restarts=runners - 1,
+            stages=() if isinstance(total, int) else stage_counts(total),
+        )
+
+    def _total(self) -> Counters | int:
+        if self._present is None:
+            return self._past
+        total: Counters = self._past + self._present()
+        return total
