@@ -44,10 +44,10 @@ def test_the_drawing(built: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
         ["", "ranks 0-3", "ranks 0-3"],
         ["npu:1", "replica 0, stage 1", "replica 1, stage 1"],
         ["", "ranks 0-3", "ranks 0-3"],
-        ["0", "0", "50.2 kB (30%)", "-", "116 kB", "65.5 kB", "1.9 MB"],
-        ["1", "1", "116 kB (70%)", "512 B", "116 kB", "65.5 kB", "4.8 MB"],
-        ["npu:0", "8", "463 kB", "524 kB", "15.2 MB", "48.0 GB", "48.0 GB", "6.0 GB"],
-        ["npu:1", "8", "463 kB", "524 kB", "38.3 MB", "48.0 GB", "48.0 GB", "6.0 GB"],
+        ["0", "0", "50.2 kB (30%)", "-", "116 kB", "65.5 kB", "950 kB"],
+        ["1", "1", "116 kB (70%)", "512 B", "116 kB", "65.5 kB", "2.4 MB"],
+        ["npu:0", "8", "463 kB", "524 kB", "7.6 MB", "48.0 GB", "48.0 GB", "6.0 GB"],
+        ["npu:1", "8", "463 kB", "524 kB", "19.1 MB", "48.0 GB", "48.0 GB", "6.0 GB"],
     ]
     assert "for 1 sequence of 512 tokens" in result.out
     assert "It fits: each replica has room for" in result.out

@@ -181,7 +181,7 @@ def test_the_schema_has_every_endpoint_and_one_kind_of_error(url: str) -> None:
     schema = httpx.get(f"{url}/openapi.json").json()
     assert set(schema["paths"]) == {
         *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}"),
-        *("/tokenize", "/detokenize", "/health", "/version", "/metrics"),
+        *("/tokenize", "/detokenize", "/health", "/version", "/metrics", "/machine"),
     }
     for path in schema["paths"].values():
         for operation in path.values():
