@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension, shape_of
 from furiosa_llm.runtime.collectives import ArraySum, gather_operations, reduce_operations, run_operations
-from furiosa_llm.runtime.counters import CollectiveMeter, kind_index
+from furiosa_llm.runtime.counters import CollectiveMeter, Row, kind_index
 from furiosa_llm.runtime.driver import Body, Waits
 from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
 from furiosa_llm.runtime.exchange import Exchanger, LaneExchange
@@ -114,8 +114,6 @@ class BoundProgram:
         self._results = [self._result(call) for step in self._program.steps for call in step.collectives]
         self._unplaced = [one for one in self._results if one[1] not in self._placed]
         self._placed_nbytes = [0, 0]
-        self.collectives: tuple[int, ...] = ()
-        """Calls, bytes and nanoseconds of the last run's collectives; see `CollectiveMeter.end`."""
         self.step_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
         """The step that each lane is in, or was in last."""
 
@@ -169,36 +167,40 @@ class BoundProgram:
         """Runs the program once; raises ExecutionError, naming segment and ranks, if onnxruntime fails."""
         self._meter.reset()
         self._crew.run(self._drive, len(self._own))
-        self.collectives = self._meter.end(self._received_nbytes(self._unplaced, self._placed_nbytes))
+
+    def count(self, row: Row) -> None:
+        """Adds to the counters in `row` what the collectives of the last run took."""
+        nbytes = self._placed_nbytes
+        if self._unplaced:
+            nbytes = self._received_nbytes(self._unplaced, nbytes)
+        self._meter.count(row, nbytes)
 
     def _drive(self, shares: Sequence[int], member: int, barrier: Waits) -> None:
         """Steps the lanes `shares` (positions in those of this process) through the whole program."""
         mine = [(self._own[share], self._steps[share]) for share in shares]
-        kinds, spent, now = self._meter.kinds, self._meter.begin(), time.perf_counter_ns
-        for index, laid in enumerate(self._lanes.steps):
+        spent, now = self._meter.begin(), time.perf_counter_ns
+        for index, kind in enumerate(self._meter.kinds):
             for lane, steps in mine:
                 self.step_of_lane[lane] = index
                 self._run_segment(index, lane, steps[index])
-            if laid.exchanges:
-                started = now()
-                self._exchange([(lane, steps[index]) for lane, steps in mine], member, barrier)
-                spent[kinds[index]] += now() - started
-
-    def _exchange(self, mine: Sequence[tuple[int, _LaneStep]], member: int, barrier: Waits) -> None:
-        """A step's collectives, as far as they are those of the lanes `mine`."""
-        for _, step in mine:
-            if step.exchange is not None:
-                run_operations(step.exchange.before)
-        barrier.wait(member)
-        late = False
-        for lane, step in mine:
-            if step.exchange is not None:
-                run_operations(step.exchange.after)
-                late |= step.exchange.late_barrier
-            if step.allocated:
-                self._exchange_allocated(lane, step.allocated)
-        if late:
+            if kind is None:
+                continue
+            started = now()
+            for _, steps in mine:
+                if (exchange := steps[index].exchange) is not None and exchange.before:
+                    run_operations(exchange.before)
             barrier.wait(member)
+            late = False
+            for lane, steps in mine:
+                step = steps[index]
+                if step.exchange is not None:
+                    run_operations(step.exchange.after)
+                    late |= step.exchange.late_barrier
+                if step.allocated:
+                    self._exchange_allocated(lane, step.allocated)
+            if late:
+                barrier.wait(member)
+            spent[kind] += now() - started
 
     def _run_segment(self, index: int, lane: int, step: _LaneStep) -> None:
         if step.run is None or step.binding is None:

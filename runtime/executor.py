@@ -16,7 +16,7 @@ from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.binding import BoundProgram
 from furiosa_llm.runtime.closing import Closing
-from furiosa_llm.runtime.counters import StageCounts, count_run, new_counters, stage_counts
+from furiosa_llm.runtime.counters import StageCounts, count_run, new_counters, rows_of, stage_counts
 from furiosa_llm.runtime.decoder import Bound, DecoderInterface, interface_of
 from furiosa_llm.runtime.driver import Crew, cores_for
 from furiosa_llm.runtime.errors import InputError
@@ -54,6 +54,7 @@ class Executor(Closing):
         self._crew = Crew(self.threads)
         self._lock = threading.Lock()
         self._counters = new_counters(1)
+        [self._row] = rows_of(self._counters)
         in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
         self._bound = self.bind(unbound=frozenset(in_place))
 
@@ -124,7 +125,8 @@ class Executor(Closing):
             self._bind(info, np.asarray(inputs[info.name], order="C"))
         started = time.perf_counter_ns()
         self._bound.run()
-        count_run(self._counters[0], started, self._bound.collectives)
+        count_run(self._row, started)
+        self._bound.count(self._row)
         return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
 
     def _check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from furiosa_llm.runtime.artifact.dimensions import GROWING
 from furiosa_llm.runtime.batch import Batch, Decode, Prefill
 from furiosa_llm.runtime.binding import Allocate, BoundProgram, RunsLanes, private_block
-from furiosa_llm.runtime.counters import Counters, count_run
+from furiosa_llm.runtime.counters import Counters, count_run, count_send, rows_of
 from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.loading import LoadedModel, StageProgram, Traits
 from furiosa_llm.runtime.memory import Block
@@ -214,7 +214,7 @@ class Group:
         allocate: Allocate = private_block,
     ) -> None:
         self._model = model
-        self._counters = counters
+        self._rows = rows_of(counters)
         self._memory = [
             StageMemory(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
         ]
@@ -242,14 +242,16 @@ class Group:
 
     def _step(self, step: Step, occupy: Occupy) -> Array:
         uses: list[_Use] = []
-        for stage, memory in enumerate(self._memory):
+        for stage, (memory, row) in enumerate(zip(self._memory, self._rows, strict=True)):
             left = time.perf_counter_ns()
             use = memory.use(step, uses)
             with occupy(stage, use.bound):
                 started = time.perf_counter_ns()
                 use.bound.run()
-                sent = (1, use.received_nbytes(uses), started - left) if stage else (0, 0, 0)
-                count_run(self._counters[stage], started, use.bound.collectives, sent)
+                count_run(row, started)
+            use.bound.count(row)
+            if stage:
+                count_send(row, use.received_nbytes(uses), started - left)
             memory.finish(step, use)
             uses.append(use)
         if 0 not in self._model.own:

@@ -25,8 +25,10 @@ from furiosa_llm.runtime.counters import (
     StageCounts,
     TransferCounts,
     count_run,
+    count_send,
     merged,
     new_counters,
+    rows_of,
     stage_counts,
 )
 from furiosa_llm.runtime.devices import PE, PE_NBYTES
@@ -166,15 +168,19 @@ def test_an_executor_counts_its_runs(tmp_path: Path) -> None:
 
 def test_times_are_means_of_threads_and_go_to_the_kind_that_a_step_has_more_of() -> None:
     meter = CollectiveMeter([["AllReduce"], [], ["AllGather", "AllReduce", "AllGather"]])
+    assert meter.kinds == [0, None, 1]
+    [row] = rows_of(new_counters(1))
     for one, other in ((10, 3), (20, 4)):
         spent = meter.begin()
-        spent[meter.kinds[0]] += one
-        spent[meter.kinds[2]] += other
-    assert meter.end([100, 200]) == (2, 100, 15, 2, 200, 3)
+        spent[0] += one
+        spent[1] += other
+    meter.count(row, [100, 200])
+    assert row.tolist() == [0, 0, 2, 100, 15, 2, 200, 3, 0, 0, 0]
     meter.begin()[0] = 10**9
     meter.reset()
     meter.begin()[0] = 8
-    assert meter.end([0, 0])[2] == 8
+    meter.count(row, [1, 2])
+    assert row.tolist() == [0, 0, 4, 101, 23, 4, 202, 3, 0, 0, 0]
 
 
 def test_groups_add_up_and_workers_count_alike() -> None:
@@ -187,8 +193,11 @@ def test_groups_add_up_and_workers_count_alike() -> None:
 
 def test_a_row_says_what_it_counts() -> None:
     counters = new_counters(2)
+    row = rows_of(counters)[1]
     for _ in range(2):
-        count_run(counters[1], time.perf_counter_ns() - 10**9, (1, 2, 3 * 10**9, 4, 5, 6), (7, 8, 10**9))
+        count_run(row, time.perf_counter_ns() - 10**9)
+        count_send(row, 8, 10**9)
+    counters[1, 2:8] = [2, 4, 6 * 10**9, 8, 10, 12]
     first, second = stage_counts(counters)
     assert first.transfers == tuple(
         TransferCounts(kind=kind, calls=0, nbytes=0, seconds=0.0) for kind in ("AllReduce", "AllGather")
@@ -198,7 +207,7 @@ def test_a_row_says_what_it_counts() -> None:
     assert [(one.kind, one.calls, one.nbytes, one.seconds) for one in second.transfers] == [
         ("AllReduce", 2, 4, 6.0),
         ("AllGather", 8, 10, 12e-9),
-        ("Send", 14, 16, 2.0),
+        ("Send", 2, 16, 2.0),
     ]
 
 
