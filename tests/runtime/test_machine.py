@@ -38,7 +38,7 @@ from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.launch import PAGE_SIZE, make_plan, start
 from furiosa_llm.runtime.llm import LLM
 from furiosa_llm.runtime.machine import MachineSnapshot, PESnapshot
-from furiosa_llm.runtime.model_runner import Host
+from furiosa_llm.runtime.model_runner import Host, LocalRunner
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.process_runner import ProcessHost, ProcessRunner
 from furiosa_llm.runtime.sampling_params import SamplingParams
@@ -47,6 +47,7 @@ from tests.runtime.blocks import llama_blocks
 from tests.runtime.cores import ZOO, make_core
 from tests.runtime.models import LlamaSize, mlp
 from tests.runtime.runners import CountingRunner
+from tests.runtime.test_executor import random, unknown_shape
 
 MESH = Mesh((2, 2))
 SIZE = LlamaSize(layers=3, vocab=1024)
@@ -133,6 +134,8 @@ def test_what_runs_is_counted(artifact: Artifact, stages: int, how: dict[str, in
         serve(runner, group=stages - 1)
         assert numbers(counted(runner)) == expected(stages, rounds=2)
     assert numbers(counted(runner)) == expected(stages, rounds=2)
+    assert isinstance(runner, LocalRunner | ProcessRunner)
+    assert runner._counters[..., 0].all()  # rows of its own for each group, stage and worker
 
 
 def test_what_crosses_is_what_the_accounting_says(artifact: Artifact) -> None:
@@ -161,6 +164,20 @@ def test_an_executor_counts_its_runs(tmp_path: Path) -> None:
             executor.run({"x": np.ones((batch, 8), dtype=np.float32)})
         [found] = executor.counts
     assert numbers([found]) == [{"": (2, 0), "AllReduce": (2, 6 * 8 * 4), "AllGather": (0, 0)}]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_shapes_that_only_the_data_tells(threads: int, tmp_path: Path) -> None:
+    artifact = open_artifact(unknown_shape(Mesh((2,)), None).write(tmp_path))
+    chosen = 0
+    with Executor(artifact, threads=threads) as executor:
+        for seed in (1, 2):
+            x = random(7, 8, seed=seed)
+            executor.run({"x": x})
+            chosen += int((x[:, 0] > 0).sum())
+        [found] = executor.counts
+    assert 0 < chosen < 14
+    assert numbers([found]) == [{"": (2, 0), "AllReduce": (2, chosen * 32), "AllGather": (2, 2 * chosen * 32)}]
 
 
 # -- counters ------------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_busy_shares_are_those_of_the_last_seconds(encoder_artifact: Path) -> No
         for second in range(21):
             clock.now = 100.0 + second
             shares.note(encoder.machine())
-            busy[1] += 500_000_000 if second < 10 else 250_000_000
+            busy[1] += 500_000_000 if second <= 10 else 250_000_000
             if second == 3:
                 clock.now += 1
                 assert shares.read(encoder.machine()) == {(0, 0): 0.5}

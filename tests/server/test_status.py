@@ -109,6 +109,7 @@ def test_the_line_of_figures(artifact: Path, caplog: pytest.LogCaptureFixture) -
     metrics = Metrics(model)
 
     async def watch(decoder: Decoder) -> None:
+        metrics.busy.note(decoder.machine())
         logging = asyncio.create_task(log_stats(metrics, decoder, interval=0.01))
         await asyncio.sleep(0.05)
         assert caplog.messages == []
@@ -123,13 +124,15 @@ def test_the_line_of_figures(artifact: Path, caplog: pytest.LogCaptureFixture) -
     model.close()
     line = re.compile(
         r"Avg prompt throughput: ([\d.]+) tokens/s, Avg generation throughput: ([\d.]+) tokens/s, "
-        r"Running: \d reqs, Waiting: 0 reqs, RNGD KV cache usage \(device 0\): [\d.]+% \(0.00 GiB / 0.01 GiB\)"
+        r"Running: \d reqs, Waiting: 0 reqs, RNGD KV cache usage \(device 0\): [\d.]+% \(0.00 GiB / 0.01 GiB\), "
+        r"Busy \(replica 0, stage 0\): (\d+)%"
     )
     found = [line.fullmatch(message) for message in caplog.messages]
     assert found
     assert None not in found
     assert any(one and float(one[1]) > 0 for one in found)
     assert any(one and float(one[2]) > 0 for one in found)
+    assert any(one and float(one[3]) > 0 for one in found)
 
 
 def test_tokens_and_back(url: str) -> None:
