@@ -36,7 +36,7 @@ _OPTIONS = (
     click.option("--dataset", type=click.Path(path_type=Path), help="JSON Lines.  [default: one of the package's]"),
     click.option("--count", type=click.IntRange(min=1), help="The first so many samples.  [default: all]"),
     click.option(
-        "--max-output-tokens", type=click.IntRange(min=1), help="Of a completion.  [default: as MLPerf has it]"
+        "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
     ),
     DEVICES,
     TENSOR_PARALLEL_SIZE,

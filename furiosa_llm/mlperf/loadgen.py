@@ -13,13 +13,12 @@ import mlperf_loadgen
 from furiosa_llm.mlperf.benchmarks import Benchmark
 from furiosa_llm.mlperf.errors import RunError, RunInterruptedError
 from furiosa_llm.mlperf.sut import SystemUnderTest
-from furiosa_llm.mlperf.user_conf import check_user_conf
 from furiosa_llm.runtime.errors import InputError
 
 THREAD_NAME = "loadgen"
 _OWN_CONFIGURATION, _AND_USER_CONFIGURATION = 0, 1
-_SECONDS_TO_STOP = 3.0
-"""LoadGen flushes its log every second; what is on its way when a run is stopped is in the file by then."""
+_SECONDS_TO_STOP = {"Offline": 60.0, "Server": 3.0}
+"""In Offline LoadGen ends when the last sample is given up; in Server it has flushed its log by then."""
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -36,11 +35,9 @@ class Mode(Enum):
 def make_settings(benchmark: Benchmark, user_conf: Path | None) -> mlperf_loadgen.TestSettings:
     """LoadGen's settings for the benchmark's key and scenario, with those of a user.conf in their place.
 
-    Raises InputError for a user.conf that LoadGen would not follow, and RunError the second time in a process: LoadGen
-    reads its own mlperf.conf only once in each.
+    Raises InputError for a user.conf that LoadGen cannot read, and RunError the second time in a process: LoadGen reads
+    its own mlperf.conf only once in each.
     """
-    if user_conf is not None:
-        check_user_conf(user_conf)
     if _configured.is_set():
         raise RunError("LoadGen reads its mlperf.conf once in a process; start another process for another benchmark")
     _configured.set()
@@ -85,7 +82,7 @@ def run_test(
             look()
     except KeyboardInterrupt:
         sut.stop()
-        thread.join(_SECONDS_TO_STOP)
+        thread.join(_SECONDS_TO_STOP[settings.scenario.name])
         raise RunInterruptedError(
             f"interrupted: {sum(not one.failed for one in list(sut.finished))} samples were done, the rest was given "
             f"up; LoadGen's detailed log is in {folder}"

@@ -20,6 +20,7 @@ from furiosa_llm.mlperf.model import Model, load_model
 from furiosa_llm.mlperf.scoring import read_answers
 from furiosa_llm.mlperf.summary import interrupted, summarise, write_latencies
 from furiosa_llm.mlperf.sut import SystemUnderTest
+from furiosa_llm.mlperf.user_conf import check_user_conf
 from furiosa_llm.runtime.artifact.errors import OutputFileError
 from furiosa_llm.runtime.engine_args import EngineArgs
 
@@ -60,27 +61,29 @@ def run(options: RunOptions, tell: Callable[[str], None]) -> None:
     """Runs it, and tells the summaries and how far it is.
 
     Raises RunError if samples failed, RunInterruptedError on Ctrl-C, OutputFileError for a folder that cannot be
-    written, and what `make_settings`, `read_dataset` and `load_model` do.
+    written, and what `check_user_conf`, `make_settings`, `read_dataset` and `load_model` do.
     """
     benchmark = options.benchmark
     samples = read_dataset(options.dataset or default_dataset(benchmark.task), options.count)
     folders = _folders(options)
     for folder in folders.values():
         _make_writable(folder)
-    settings = make_settings(benchmark, options.user_conf)
+    if options.user_conf is not None:
+        check_user_conf(options.user_conf)
     # Answers that are kept from one sample to the next would be no measurement: LoadGen repeats samples.
     args = EngineArgs(options.artifact, **options.engine, enable_prefix_caching=False)
     interval = sys.getswitchinterval()
     with load_model(args, benchmark, samples, max_output_tokens=options.max_output_tokens) as model:
+        settings = make_settings(benchmark, options.user_conf)
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             for mode, folder in folders.items():
-                _run_mode(benchmark, mode, folder, model, len(samples), settings, tell)
+                run_mode(benchmark, mode, folder, model, len(samples), settings, tell)
         finally:
             sys.setswitchinterval(interval)
 
 
-def _run_mode(
+def run_mode(
     benchmark: Benchmark,
     mode: Mode,
     folder: Path,
@@ -89,6 +92,7 @@ def _run_mode(
     settings: mlperf_loadgen.TestSettings,
     tell: Callable[[str], None],
 ) -> None:
+    """Runs one mode on a loaded model, with its logs in `folder`; raises what `run` does of it."""
     tell(f"{benchmark.command}, {mode.value}: {num_samples} samples, logs in {folder}")
     first_tokens = settings.use_token_latencies and benchmark.scenario == "Server"
     system = model.system(first_tokens=first_tokens)

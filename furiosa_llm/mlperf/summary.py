@@ -23,7 +23,7 @@ _RULE = "=" * 48
 def summarise(
     benchmark: Benchmark, mode: Mode, folder: Path, *, scores: Scores | None, failures: Sequence[BaseException]
 ) -> str:
-    """The text of the summary, which is written to `folder` too. A run with failures is INVALID, whatever LoadGen says."""
+    """The text of the summary, written to `folder` too. A run with failures is INVALID, whatever LoadGen says."""
     if mode is Mode.PERFORMANCE:
         text = _head((folder / _LOADGENS).read_text("utf-8"))
     else:
