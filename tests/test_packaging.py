@@ -68,7 +68,8 @@ def test_folders_import_only_what_they_may(folder: str, may_import: list[str]) -
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
     declared = names_of(PYPROJECT["project"]["dependencies"])
-    for_server = names_of(PYPROJECT["project"]["optional-dependencies"]["serve"]) | {"starlette"}  # FastAPI's own
+    extras = {name: names_of(wanted) for name, wanted in PYPROJECT["project"]["optional-dependencies"].items()}
+    of_folder = {"/server/": extras["serve"] | {"starlette"}, "/mlperf/": extras["mlperf"]}  # starlette: FastAPI's own
     distributions = packages_distributions()
     undeclared = {
         (path, name)
@@ -76,7 +77,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         for path, name in imports(folder)
         if (top := name.partition(".")[0]) not in sys.stdlib_module_names
         and top not in FOLDERS
-        and not (declared | (for_server if "/server/" in path else set()))
+        and not declared.union(*(names for within_path, names in of_folder.items() if within_path in path))
         & {canonicalize_name(distribution) for distribution in distributions.get(top, [])}
     }
     assert undeclared == set()
@@ -94,9 +95,10 @@ assert one.__all__ and all(getattr(one, name) is getattr(other, name) for name i
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_the_command_exists() -> None:
-    [script] = entry_points(group="console_scripts", name="furiosa-llm")
-    assert script.value == PYPROJECT["project"]["scripts"]["furiosa-llm"]
+@pytest.mark.parametrize("name", ["furiosa-llm", "furiosa-mlperf"])
+def test_the_command_exists(name: str) -> None:
+    [script] = entry_points(group="console_scripts", name=name)
+    assert script.value == PYPROJECT["project"]["scripts"][name]
     assert callable(script.load())
 
 

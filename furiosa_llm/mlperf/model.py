@@ -57,7 +57,7 @@ def load_model(
     if task != benchmark.task:
         other = {"encoder": "bert-offline or bert-server", "decoder": "llama-3.1-offline or -server"}.get(task)
         raise UnsupportedError(
-            f"{benchmark.command} is for {'an' if benchmark.task == 'encoder' else 'a'} {benchmark.task}, but {args.model} is of the task {task!r}; give another "
+            f"{benchmark.command} runs {benchmark.task}s, but {args.model} is of the task {task!r}; give another "
             f"artifact{f', or use {other}' if other else ''}"
         )
     if benchmark.max_output_tokens is None:

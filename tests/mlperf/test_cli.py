@@ -110,14 +110,14 @@ def test_every_benchmark_has_its_subcommand_and_help() -> None:
 def test_an_encoder_is_refused_where_tokens_are_generated(command: str, encoder_artifact: Path, tmp_path: Path) -> None:
     error = refusal([command, encoder_artifact, tmp_path])
     assert isinstance(error, UnsupportedError)
-    assert "is for a decoder, but" in str(error)
+    assert "runs decoders, but" in str(error)
     assert "is of the task 'encoder'; give another artifact, or use bert-offline" in str(error)
 
 
 def test_a_decoder_is_refused_where_texts_are_encoded(artifact: Path, tmp_path: Path) -> None:
     error = refusal(["bert-server", artifact, tmp_path])
     assert isinstance(error, UnsupportedError)
-    assert "bert-server is for an encoder, but" in str(error)
+    assert "bert-server runs encoders, but" in str(error)
     assert "is of the task 'decoder'" in str(error)
 
 
