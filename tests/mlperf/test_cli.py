@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from furiosa_llm import FuriosaLLMError, __version__
+from furiosa_llm import EngineArgs, FuriosaLLMError, __version__
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS
 from furiosa_llm.mlperf.cli import cli
 from furiosa_llm.runtime.artifact.errors import OutputFileError
@@ -165,3 +165,17 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     error = refusal(["bert-offline", tmp_path, tmp_path])
     assert isinstance(error, UnsupportedError)
     assert "needs rouge-score, which is not installed; run: pip install 'furiosa-llm-onnx[mlperf]'" in str(error)
+
+
+def test_nothing_is_cached_between_samples(monkeypatch: pytest.MonkeyPatch, artifact: Path, tmp_path: Path) -> None:
+    seen: list[EngineArgs] = []
+
+    def refuse(args: EngineArgs, *_: object, **__: object) -> None:
+        seen.append(args)
+        raise UnsupportedError("far enough")
+
+    monkeypatch.setattr("furiosa_llm.mlperf.run.load_model", refuse)
+    assert str(refusal(["gpt-j-offline", "--spare-blocks-ratio", 0.25, artifact, tmp_path])) == "far enough"
+    [args] = seen
+    assert args.enable_prefix_caching is False
+    assert args.spare_blocks_ratio == 0.25
