@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,15 @@ COMMAND = [sys.executable, "-c", "from furiosa_llm.mlperf.cli import main; main(
 TIMEOUT = 120.0
 
 
-def start(arguments: Sequence[object]) -> subprocess.Popen[str]:
+@contextlib.contextmanager
+def start(arguments: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
+    """A process of the command; a test that fails does not wait for it."""
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def settings_of(folder: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def test_comments_empty_lines_and_other_models_are_fine(tmp_path: Path) -> None:
     [
         ("*.Server.target_qps=4", r"expected MODEL.SCENARIO.KEY = VALUE with spaces"),
         ("*.Server.target_qps = 4 5", r"expected MODEL.SCENARIO.KEY = VALUE"),
+        ("*.Server.target_qps : 4", r"expected MODEL.SCENARIO.KEY = VALUE with spaces"),
         ("target_qps = 4", r"found 'target_qps', expected MODEL.SCENARIO.KEY"),
         ("llama3.1-8b.Server.target_qps = 4", r"knows no model 'llama3.1-8b'"),
         ("*.server.target_qps = 4", r"knows no scenario 'server'"),
