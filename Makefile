@@ -100,8 +100,12 @@ kill-campaign: $(INSTALLED) ## builds and reshards killed at random moments: who
 bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write and to check; takes 50 GB of disk
 	$(BIN)/python -m benchmarks.artifact
 
+.PHONY: mlperf
+mlperf: $(INSTALLED) ## MLPerf runs until LoadGen calls them VALID, and what the harness costs: a quarter of an hour
+	$(BIN)/python -m benchmarks.mlperf
+
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -1,0 +1,52 @@
+"""The benchmarks: what each subcommand of `furiosa-mlperf` runs, and under which of LoadGen's model keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scenario = Literal["Offline", "Server"]
+Task = Literal["decoder", "encoder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """One subcommand.
+
+    command: its name.
+    sut_name: what LoadGen calls the system under test in its summary.
+    key: the model's key in LoadGen's mlperf.conf, and in the lines of a user.conf.
+    scenario: all samples at once, or arrivals at random moments.
+    task: of the artifacts that it runs.
+    max_output_tokens: of a completion, as MLPerf's reference implementation has it; None for encoders.
+    """
+
+    command: str
+    sut_name: str
+    key: str
+    scenario: Scenario
+    task: Task
+    max_output_tokens: int | None
+
+
+def _both(command: str, sut_name: str, key: str, task: Task, max_output_tokens: int | None) -> tuple[Benchmark, ...]:
+    scenarios: tuple[Scenario, ...] = ("Offline", "Server")
+    return tuple(
+        Benchmark(
+            command=f"{command}-{scenario.lower()}",
+            sut_name=f"{sut_name} SUT",
+            key=key,
+            scenario=scenario,
+            task=task,
+            max_output_tokens=max_output_tokens,
+        )
+        for scenario in scenarios
+    )
+
+
+BENCHMARKS = (
+    *_both("bert", "BERT", "bert", "encoder", None),
+    *_both("gpt-j", "GPT-J", "gptj", "decoder", 128),
+    *_both("llama-2", "Llama 2", "llama2-70b", "decoder", 1024),
+    *_both("llama-3.1", "Llama 3.1", "llama3_1-8b", "decoder", 128),
+)

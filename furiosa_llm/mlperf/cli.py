@@ -1,0 +1,154 @@
+"""`furiosa-mlperf`: the entry point, one subcommand for each benchmark."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from furiosa_llm import FuriosaLLMError, __version__
+from furiosa_llm.cli.options import (
+    ALLOW_SUBSET,
+    DATA_PARALLEL_SIZE,
+    DEVICES,
+    FULL_VERIFICATION,
+    NUM_BLOCKS_PER_PP_STAGE,
+    PIPELINE_PARALLEL_SIZE,
+    TENSOR_PARALLEL_SIZE,
+)
+from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
+from furiosa_llm.runtime.errors import UnsupportedError
+
+_INTERRUPTED = 130
+_NEEDED = {"mlperf_loadgen": "mlcommons-loadgen", "rouge_score": "rouge-score"}
+_MODES = ("performance-only", "accuracy-only", "submission")
+_OPTIONS = (
+    click.option("--user-conf", type=click.Path(path_type=Path), help="LoadGen's settings for this system."),
+    click.option(
+        "--test-mode", type=click.Choice(_MODES), default=_MODES[0], show_default=True, help="What LoadGen measures."
+    ),
+    click.option("--dataset", type=click.Path(path_type=Path), help="JSON Lines.  [default: one of the package's]"),
+    click.option("--count", type=click.IntRange(min=1), help="The first so many samples.  [default: all]"),
+    click.option(
+        "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
+    ),
+    DEVICES,
+    TENSOR_PARALLEL_SIZE,
+    PIPELINE_PARALLEL_SIZE,
+    DATA_PARALLEL_SIZE,
+    NUM_BLOCKS_PER_PP_STAGE,
+    ALLOW_SUBSET,
+    click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another one than the artifact's."),
+    click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]"),
+    click.option(
+        "--paged-attention-num-blocks", type=click.IntRange(min=1), help="Pages of 16 tokens in the KV cache."
+    ),
+    click.option("--npu-queue-limit", type=click.IntRange(min=1), help="No effect."),
+    click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused."),
+    click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over."),
+    click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]"),
+    FULL_VERIFICATION,
+)
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__, "-V", "--version", prog_name="furiosa-mlperf", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Run an MLPerf Inference benchmark on an artifact, under MLCommons' LoadGen."""
+
+
+@cli.command("help")
+@click.argument("subcommand", required=False)
+@click.pass_context
+def help_command(context: click.Context, subcommand: str | None) -> None:
+    """Show the help of a subcommand, or of all."""
+    assert context.parent is not None
+    if subcommand is None:
+        click.echo(context.parent.get_help())
+        return
+    command = cli.get_command(context, subcommand)
+    if command is None:
+        raise click.UsageError(f"No such command {subcommand!r}.", context.parent)
+    with click.Context(command, info_name=subcommand, parent=context.parent) as inner:
+        click.echo(command.get_help(inner))
+
+
+def _command(benchmark: Benchmark) -> click.Command:
+    @click.argument("artifact", type=click.Path(path_type=Path))
+    @click.argument("log_dir", type=click.Path(path_type=Path))
+    def callback(**options: Any) -> None:
+        _run(benchmark, options)
+
+    decorated: Any = callback
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    help_text = (
+        f"Run ARTIFACT, a {benchmark.task}, in LoadGen's {benchmark.scenario} scenario; logs go into LOG_DIR.\n\n"
+        f"LoadGen's settings are those of its model key {benchmark.key}; docs/mlperf.md says which they are. Needs the "
+        f"extra `mlperf`: pip install 'furiosa-llm-onnx[mlperf]'."
+    )
+    made: click.Command = click.command(benchmark.command, help=help_text)(decorated)
+    return made
+
+
+for _benchmark in BENCHMARKS:
+    cli.add_command(_command(_benchmark))
+
+
+def _run(benchmark: Benchmark, options: dict[str, Any]) -> None:
+    _check_installed()
+    # LoadGen is an extra.
+    from furiosa_llm.mlperf.run import RunOptions, run
+
+    own = {name: options.pop(name) for name in _OWN_OPTIONS}
+    # Everything but the summaries is for who waits at the terminal.
+    run(RunOptions(benchmark=benchmark, engine=options, **own), _tell)
+
+
+_OWN_OPTIONS = ("artifact", "log_dir", "test_mode", "user_conf", "dataset", "count", "max_output_tokens")
+
+
+def _tell(text: str) -> None:
+    click.echo(text, err=not text.startswith("="))
+
+
+def _check_installed() -> None:
+    missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
+    if missing:
+        raise UnsupportedError(
+            f"furiosa-mlperf needs {', '.join(missing)}, which is not installed; run: "
+            f"pip install 'furiosa-llm-onnx[mlperf]'"
+        )
+
+
+def main() -> None:
+    """Run the command line; a user's error is one paragraph on standard error and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = cli.main(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
+    except FuriosaLLMError as error:
+        paragraph = " ".join(str(error).split())
+        click.echo(f"error: {paragraph}", err=True)
+        code = error.exit_code
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends the process, without waiting for a test of LoadGen's that goes on with its schedule."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.name == "loadgen" for thread in threading.enumerate()):
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,131 @@
+"""Reads a dataset, the samples of a benchmark: JSON Lines, one sample a line, with what its answer is compared to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from furiosa_llm.mlperf.benchmarks import Task
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.prompts import Prompt, read_prompt
+from furiosa_llm.runtime.tokenizer import Tokenizer
+
+_PROMPTS: dict[str, str] = {
+    "prompt": "a text that is not empty",
+    "prompt_token_ids": "a list of integers that is not empty",
+    "messages": "a list of objects with role and content that is not empty",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One line of a dataset.
+
+    where: the file and the line, for messages.
+    prompt: a text or token ids; None if the sample is a conversation.
+    messages: of a conversation, which the model's chat template makes a text of; None if it is none.
+    reference: the text that a completion is compared to; None if there is none.
+    label: of an encoder's text: the nearest other text should have the same; None if there is none.
+    """
+
+    where: str
+    prompt: Prompt | None
+    messages: list[dict[str, Any]] | None
+    reference: str | None
+    label: str | None
+
+
+def default_dataset(task: Task) -> Path:
+    """The dataset of public domain text that comes with the package."""
+    return Path(str(files("furiosa_llm.mlperf") / "data" / f"{task}.jsonl"))
+
+
+def read_dataset(path: Path, count: int | None = None) -> list[Sample]:
+    """The samples of `path`, or the first `count` of them; raises InputError, naming line and field."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--dataset: {path} cannot be read: {error}") from error
+    samples: list[Sample] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (count is None or len(samples) < count):
+            samples.append(_sample(line, f"{path}, line {number}"))
+    if not samples:
+        raise InputError(f"--dataset: {path} has no samples, expected one JSON object a line; give another file")
+    if count is not None and len(samples) < count:
+        raise InputError(f"--count is {count}, but {path} has {len(samples)} samples; give at most that many")
+    return samples
+
+
+def token_ids_of(
+    sample: Sample,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None,
+    *,
+    add_special_tokens: bool = False,
+    max_length: int | None = None,
+) -> list[int]:
+    """What the model reads of `sample`; raises InputError, naming its line, for what it cannot.
+
+    A conversation becomes a text by the model's chat template.
+    """
+    try:
+        prompt = sample.prompt
+        if prompt is None:
+            if tokenizer is None:
+                raise InputError("messages need a tokenizer with a chat template; give prompt_token_ids")
+            prompt = tokenizer.apply_chat_template(sample.messages or [])
+        _, ids = read_prompt(
+            prompt, tokenizer, vocab_size, add_special_tokens=add_special_tokens, max_length=max_length
+        )
+    except ValueError as error:
+        raise InputError(f"--dataset: {sample.where}: {error}") from error
+    return ids
+
+
+def _sample(line: str, where: str) -> Sample:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"--dataset: {where}: not JSON: {error}; give one object a line") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--dataset: {where}: found a {type(found).__name__}, expected an object")
+    unknown = sorted(set(found) - {*_PROMPTS, "reference", "label"})
+    given = [name for name in _PROMPTS if name in found]
+    if unknown or len(given) != 1:
+        names = ", ".join(unknown or given) or "none of them"
+        raise InputError(
+            f"--dataset: {where}: found {names:.200}; expected one of {', '.join(_PROMPTS)}, and beside it at most "
+            f"reference and label"
+        )
+    [name] = given
+    if not _is_prompt(name, found[name]):
+        raise InputError(f"--dataset: {where}: {name} is {found[name]!r:.60}, expected {_PROMPTS[name]}")
+    return Sample(
+        where=where,
+        prompt=found[name] if name != "messages" else None,
+        messages=found[name] if name == "messages" else None,
+        reference=_text(found, "reference", where),
+        label=_text(found, "label", where),
+    )
+
+
+def _is_prompt(name: str, value: object) -> bool:
+    if name == "prompt":
+        return isinstance(value, str) and bool(value)
+    if not isinstance(value, list) or not value:
+        return False
+    if name == "prompt_token_ids":
+        return all(type(one) is int for one in value)
+    return all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value)
+
+
+def _text(found: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = found.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"--dataset: {where}: {name} is {value!r:.60}, expected a text")
+    return value
