@@ -19,7 +19,8 @@ from benchmarks.artifacts import FOLDER, artifact
 from benchmarks.bars import Bar, show
 from fixtures.packaged import sentence_encoder
 from furiosa_llm import LLM, SamplingParams
-from furiosa_llm.mlperf.dataset import default_dataset, read_dataset, token_ids_of
+from furiosa_llm.dataset import read_dataset
+from furiosa_llm.mlperf.benchmarks import default_dataset
 from furiosa_llm.mlperf.loadgen import Mode, run_test
 from furiosa_llm.mlperf.sut import MIN_TOKENS, DecoderSystem
 
@@ -110,7 +111,7 @@ def _overhead(folder: Path) -> Bar:
     ours: list[float] = []
     loadgens: list[float] = []
     with LLM.load_artifact(folder, enable_prefix_caching=False) as llm:
-        prompts = [token_ids_of(sample, llm.tokenizer, None) for sample in samples]
+        prompts = [sample.token_ids(llm.tokenizer, None) for sample in samples]
         for _ in range(1 + _ROUNDS):  # the first one warms up
             started = time.perf_counter()
             llm.generate(prompt_token_ids=prompts, sampling_params=params)

@@ -1,110 +1,134 @@
-"""Reads datasets of prompts: JSON Lines, an object a line."""
+"""Reads the datasets of benchmarks: JSON Lines, one prompt a line, with what its completion is compared to."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from furiosa_llm.runtime.chat import conversations_of, render
-from furiosa_llm.runtime.errors import InputError, TokenizerError
+from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.prompts import Prompt, read_prompt
 from furiosa_llm.runtime.tokenizer import Tokenizer
 
-_PROMPTS = ("prompt", "prompt_token_ids", "messages")
-"""The fields of which a line has one: a text, token ids, or a conversation for the model's chat template."""
+_PROMPTS: dict[str, str] = {
+    "prompt": "a text that is not empty",
+    "prompt_token_ids": "a list of integers that is not empty",
+    "messages": "a list of objects with role and content that is not empty",
+}
+_BESIDE = ("max_tokens", "reference", "label")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Sample:
     """One line of a dataset.
 
-    where: file and line, for messages.
-    prompt, prompt_token_ids, messages: its prompt in one of these forms, the others None.
-    max_tokens: of its completion; None if the line does not say.
-    others: what else is in the line.
+    where: the file and the line, for messages.
+    prompt: a text or token ids; None if the sample is a conversation.
+    messages: of a conversation, which the model's chat template makes a text of; None if it is none.
+    max_tokens: of the completion; None if the line does not say.
+    reference: the text that a completion is compared to; None if there is none.
+    label: of an encoder's text: the nearest other text should have the same; None if there is none.
     """
 
     where: str
-    prompt: str | None
-    prompt_token_ids: Sequence[int] | None
-    messages: Sequence[Mapping[str, Any]] | None
+    prompt: Prompt | None
+    messages: list[dict[str, Any]] | None
     max_tokens: int | None
-    others: Mapping[str, Any]
+    reference: str | None
+    label: str | None
 
-    def token_ids(self, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[int]:
-        """The tokens of the prompt. Raises InputError, which names the line, for what has none, or wrong ones."""
+    def token_ids(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int | None,
+        *,
+        add_special_tokens: bool = False,
+        max_length: int | None = None,
+    ) -> list[int]:
+        """What the model reads, the first `max_length` tokens; raises InputError, naming the line, for what it cannot.
+
+        A conversation becomes a text by the model's chat template.
+        """
         try:
-            return read_prompt(self._prompt(tokenizer), tokenizer, vocab_size)[1]
+            prompt = self.prompt
+            if prompt is None:
+                if tokenizer is None:
+                    raise InputError("messages need a tokenizer with a chat template; give prompt_token_ids")
+                prompt = tokenizer.apply_chat_template(self.messages or [])
+            _, ids = read_prompt(
+                prompt, tokenizer, vocab_size, add_special_tokens=add_special_tokens, max_length=max_length
+            )
         except ValueError as error:
-            raise InputError(f"{self.where}: {error}") from error
-
-    def _prompt(self, tokenizer: Tokenizer | None) -> Prompt:
-        if self.prompt_token_ids is not None:
-            return {"prompt_token_ids": self.prompt_token_ids}
-        if self.messages is None:
-            return {"prompt": self.prompt}
-        if tokenizer is None:
-            raise TokenizerError("messages need a tokenizer, and the model has none; give prompt_token_ids")
-        return render(tokenizer, conversations_of(self.messages)[0])
+            raise InputError(f"--dataset: {self.where}: {error}") from error
+        return ids
 
 
-def read_dataset(path: Path) -> list[Row]:
-    """The rows of the file at `path`; empty lines are left out.
-
-    Raises InputError, naming the line and the field, for what is no such file, and for one that has no row.
-    """
+def read_dataset(path: Path, count: int | None = None) -> list[Sample]:
+    """The samples of `path`, or the first `count` of them; raises InputError, naming line and field."""
     try:
-        text = path.read_text("utf-8")
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    rows = list(_rows(path, text))
-    if not rows:
-        raise InputError(f"{path} is empty, expected one JSON object a line with one of {', '.join(_PROMPTS)}")
-    return rows
+        raise InputError(f"--dataset: {path} cannot be read: {error}") from error
+    samples: list[Sample] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and (count is None or len(samples) < count):
+            samples.append(_sample(line, f"{path}, line {number}"))
+    if not samples:
+        raise InputError(f"--dataset: {path} has no samples, expected one JSON object a line; give another file")
+    if count is not None and len(samples) < count:
+        raise InputError(f"--count is {count}, but {path} has {len(samples)} samples; give at most that many")
+    return samples
 
 
-def _rows(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _row(f"{path}, line {number}", line)
-
-
-def _row(where: str, line: str) -> Row:
+def _sample(line: str, where: str) -> Sample:
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{where}: is not valid JSON: {error}") from error
+        raise InputError(f"--dataset: {where}: not JSON: {error}; give one object a line") from error
     if not isinstance(found, dict):
+        raise InputError(f"--dataset: {where}: found a {type(found).__name__}, expected an object")
+    unknown = sorted(set(found) - {*_PROMPTS, *_BESIDE})
+    given = [name for name in _PROMPTS if name in found]
+    if unknown or len(given) != 1:
+        names = ", ".join(unknown or given) or "none of them"
         raise InputError(
-            f"{where}: found a {type(found).__name__}, expected an object with one of {', '.join(_PROMPTS)}"
+            f"--dataset: {where}: found {names:.200}; expected one of {', '.join(_PROMPTS)}, and beside it at most "
+            f"{', '.join(_BESIDE)}"
         )
-    given = [name for name in _PROMPTS if found.get(name) is not None]
-    if len(given) != 1:
-        shown = ", ".join(given) or "none of them"
-        raise InputError(f"{where}: found {shown}, expected one of {', '.join(_PROMPTS)}")
-    max_tokens = found.get("max_tokens")
-    if max_tokens is not None and (not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1):
-        raise InputError(f"{where}: max_tokens: found {max_tokens!r:.80}, expected an integer of at least 1")
-    _check_kinds(where, found)
-    return Row(
+    [name] = given
+    if not _is_prompt(name, found[name]):
+        raise InputError(f"--dataset: {where}: {name} is {found[name]!r:.60}, expected {_PROMPTS[name]}")
+    return Sample(
         where=where,
-        prompt=found.get("prompt"),
-        prompt_token_ids=found.get("prompt_token_ids"),
-        messages=found.get("messages"),
-        max_tokens=max_tokens,
-        others={name: value for name, value in found.items() if name not in (*_PROMPTS, "max_tokens")},
+        prompt=found[name] if name != "messages" else None,
+        messages=found[name] if name == "messages" else None,
+        max_tokens=_max_tokens(found, where),
+        reference=_text(found, "reference", where),
+        label=_text(found, "label", where),
     )
 
 
-def _check_kinds(where: str, found: Mapping[str, Any]) -> None:
-    for name, kind, expected in (
-        ("prompt", str, "text"),
-        ("prompt_token_ids", list, "a list"),
-        ("messages", list, "a list"),
-    ):
-        value = found.get(name)
-        if value is not None and not isinstance(value, kind):
-            raise InputError(f"{where}: {name}: found a {type(value).__name__}, expected {expected}")
+def _is_prompt(name: str, value: object) -> bool:
+    if name == "prompt":
+        return isinstance(value, str) and bool(value)
+    if not isinstance(value, list) or not value:
+        return False
+    if name == "prompt_token_ids":
+        return all(type(one) is int for one in value)
+    return all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in value)
+
+
+def _max_tokens(found: Mapping[str, Any], where: str) -> int | None:
+    value = found.get("max_tokens")
+    if value is not None and (type(value) is not int or value < 1):
+        raise InputError(f"--dataset: {where}: max_tokens is {value!r:.60}, expected an integer of at least 1")
+    return value
+
+
+def _text(found: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = found.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"--dataset: {where}: {name} is {value!r:.60}, expected a text")
+    return value

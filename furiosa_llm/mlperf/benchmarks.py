@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 from typing import Literal
 
 Scenario = Literal["Offline", "Server"]
@@ -50,3 +52,8 @@ BENCHMARKS = (
     *_both("llama-2", "Llama 2", "llama2-70b", "decoder", 1024),
     *_both("llama-3.1", "Llama 3.1", "llama3_1-8b", "decoder", 128),
 )
+
+
+def default_dataset(task: Task) -> Path:
+    """The dataset of public domain text that comes with the package."""
+    return Path(str(files("furiosa_llm.mlperf") / "data" / f"{task}.jsonl"))

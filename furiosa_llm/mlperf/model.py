@@ -7,8 +7,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Protocol, Self
 
+from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.benchmarks import Benchmark
-from furiosa_llm.mlperf.dataset import Sample, token_ids_of
 from furiosa_llm.mlperf.scoring import Scores, score_completions, score_vectors
 from furiosa_llm.mlperf.sut import DecoderSystem, EncoderSystem, SystemUnderTest
 from furiosa_llm.runtime.artifact.composite import is_composite
@@ -72,7 +72,7 @@ class _DecoderModel:
     def __init__(self, args: EngineArgs, samples: Sequence[Sample], max_output_tokens: int) -> None:
         plan = make_plan(args)
         self._samples, self._max_output_tokens = samples, max_output_tokens
-        self._prompts = [token_ids_of(one, plan.tokenizer, plan.limits.vocab_size) for one in samples]
+        self._prompts = [one.token_ids(plan.tokenizer, plan.limits.vocab_size) for one in samples]
         room = min(plan.limits.capacity, plan.limits.max_length or plan.limits.capacity)
         for sample, prompt in zip(samples, self._prompts, strict=True):
             if len(prompt) + max_output_tokens > room:
@@ -123,7 +123,7 @@ class _EncoderModel:
 
     def _token_ids(self, sample: Sample) -> list[int]:
         limit = self._encoder.max_length
-        return token_ids_of(sample, self._encoder.tokenizer, None, add_special_tokens=True, max_length=limit)
+        return sample.token_ids(self._encoder.tokenizer, None, add_special_tokens=True, max_length=limit)
 
     def system(self, *, first_tokens: bool) -> SystemUnderTest:  # noqa: ARG002 - an encoder has no tokens
         return EncoderSystem(self._encoder, self._prompts)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import mlperf_loadgen
 
-from furiosa_llm.mlperf.benchmarks import Benchmark
-from furiosa_llm.mlperf.dataset import default_dataset, read_dataset
+from furiosa_llm.dataset import read_dataset
+from furiosa_llm.mlperf.benchmarks import Benchmark, default_dataset
 from furiosa_llm.mlperf.errors import RunError, RunInterruptedError
 from furiosa_llm.mlperf.loadgen import Mode, make_settings, run_test
 from furiosa_llm.mlperf.model import Model, load_model

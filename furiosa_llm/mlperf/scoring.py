@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from rouge_score.rouge_scorer import RougeScorer
 
-from furiosa_llm.mlperf.dataset import Sample
+from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.errors import RunError
 from furiosa_llm.runtime.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ import mlperf_loadgen
 import pytest
 
 from furiosa_llm import ArtifactBuilder, EngineArgs
+from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
-from furiosa_llm.mlperf.dataset import Sample
 from furiosa_llm.mlperf.model import Model, load_model
 
 NAME = "tiny-llama-optimum"
@@ -25,7 +25,14 @@ def benchmark(command: str) -> Benchmark:
 
 def samples() -> list[Sample]:
     return [
-        Sample(where=f"sample {index}", prompt=ids, messages=None, reference="a b c", label=str(index // 2))
+        Sample(
+            where=f"sample {index}",
+            prompt=ids,
+            messages=None,
+            max_tokens=None,
+            reference="a b c",
+            label=str(index // 2),
+        )
         for index, ids in enumerate(PROMPTS)
     ]
 

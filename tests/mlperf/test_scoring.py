@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from furiosa_llm.mlperf.dataset import Sample
+from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.errors import RunError
 from furiosa_llm.mlperf.scoring import read_answers, score_completions, score_vectors
 from furiosa_llm.runtime.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ def tokenizer(zoo: Path) -> Tokenizer:
 
 
 def sample(reference: str | None = None, label: str | None = None) -> Sample:
-    return Sample(where="here", prompt="a", messages=None, reference=reference, label=label)
+    return Sample(where="here", prompt="a", messages=None, max_tokens=None, reference=reference, label=label)
 
 
 def tokens(tokenizer: Tokenizer, text: str) -> bytes:
