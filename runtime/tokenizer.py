@@ -90,6 +90,15 @@ class Tokenizer:
         found = map(self._tokenizer.token_to_id, names)
         return frozenset(token for token in found if token is not None)
 
+    def with_another_token(self) -> tuple[str, int]:
+        """The tokenizer.json of this tokenizer with one special token more, and that token's number."""
+        wider = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        name = "<|another|>"
+        while wider.token_to_id(name) is not None:
+            name += ">"
+        wider.add_special_tokens([name])
+        return str(wider.to_str()), int(wider.token_to_id(name))
+
     def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
         """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.
 
