@@ -16,6 +16,7 @@ from furiosa_llm.runtime.grammar import check_grammar
 from furiosa_llm.runtime.parameter_checks import require
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_BLANKS = frozenset(("whitespace_flexible", "whitespace_pattern"))
 _SPACES = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between two tokens of JSON: enough to indent by, and an end to the blanks that models like to go on with."""
 
@@ -84,7 +85,7 @@ class StructuredOutputsParams:
             case "json":
                 return self._json_grammar()
             case "json_object":
-                return _json_schema_grammar({"type": "object"}, self._blanks)
+                return LLMatcher.grammar_from_json_schema(_with_blanks({"type": "object"}, self._blanks))
             case "regex":
                 return LLMatcher.grammar_from_regex(_text("regex", self.regex))
             case "choice":
@@ -97,7 +98,7 @@ class StructuredOutputsParams:
     def _json_grammar(self) -> str:
         schema = _parsed_schema(self.json, "structured_outputs.json")
         self._set("json", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
-        return _json_schema_grammar(schema, self._blanks)
+        return LLMatcher.grammar_from_json_schema(_with_blanks(schema, self._blanks))
 
     @property
     def _blanks(self) -> dict[str, Any]:
@@ -122,13 +123,15 @@ def _parsed_schema(schema: object, name: str) -> dict[str, Any]:
 
 def embedded_schema(schema: Mapping[str, Any]) -> str:
     """A JSON schema as a part of a grammar in Lark's notation, its blanks bounded as those of `json` are."""
+    return f"%json {_with_blanks(schema, {'whitespace_pattern': _SPACES})}"
+
+
+def _with_blanks(schema: Mapping[str, Any], blanks: Mapping[str, Any]) -> str:
+    """A JSON schema as text that tells the library about `blanks`, unless it does so itself."""
     options = schema.get("x-guidance", {})
-    merged = {"whitespace_pattern": _SPACES, **options} if isinstance(options, dict) else options
-    return f"%json {json.dumps({**schema, 'x-guidance': merged})}"
-
-
-def _json_schema_grammar(schema: dict[str, Any], blanks: dict[str, Any]) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=blanks)
+    if not isinstance(options, dict) or _BLANKS & set(options):
+        return json.dumps(schema)  # the library says what is wrong with it
+    return json.dumps({**schema, "x-guidance": {**blanks, **options}})
 
 
 def _lark(text: str) -> str:

@@ -97,7 +97,9 @@ class Tokenizer:
         while wider.token_to_id(name) is not None:
             name += ">"
         wider.add_special_tokens([name])
-        return str(wider.to_str()), int(wider.token_to_id(name))
+        number = wider.token_to_id(name)
+        assert number is not None
+        return str(wider.to_str()), number
 
     def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
         """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.

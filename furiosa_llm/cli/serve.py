@@ -59,7 +59,7 @@ class Origins(click.ParamType[tuple[str, ...]]):
 def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> None:
     if value == "xgrammar":
         raise UnsupportedError(
-            "--structured-outputs-backend xgrammar is not supported: answers are constrained by llguidance, which knows "
+            "--structured-outputs-backend xgrammar is not supported: answers are constrained by llguidance, which has "
             "the same formats; give guidance or auto"
         )
 
