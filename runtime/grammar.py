@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.tokenizer import Tokenizer
@@ -124,12 +124,41 @@ class Grammars:
             raise SamplingParamsError("structured_outputs needs a tokenizer; leave it out, or load one")
         text, end = self._tokenizer.with_another_token()
         try:
-            return LLTokenizer(text, eos_token=end), end
+            return _readable(LLTokenizer(text, eos_token=end), end), end
         except ValueError as error:
             raise SamplingParamsError(
                 f"structured_outputs: the tokens of this model's tokenizer are not known byte by byte, so that they "
                 f"cannot be constrained: {error}"
             ) from error
+
+
+_PROBES = ("a", '{"name": "a b", "x": [-1.5e3, true]}', "  a\n\t\r\n", "Aé€😀")
+
+
+def _readable(vocabulary: LLTokenizer, end: int) -> LLTokenizer:
+    """`vocabulary`, or one that makes tokens of a text in its own way if the tokenizer's are another text's.
+
+    Where a grammar allows one text only, the library allows one way to write it: the tokenizer's, which models know
+    best. A tokenizer that puts a space in front, for instance, would so lead away from the grammar.
+    """
+    if all(vocabulary.decode_bytes(vocabulary.tokenize_str(probe)) == probe.encode() for probe in _PROBES):
+        return vocabulary
+    return LLTokenizer(TokenizerWrapper(_Greedy(vocabulary, end)), eos_token=end)
+
+
+class _Greedy:
+    """A tokenizer as the library wants one: the longest token first."""
+
+    def __init__(self, vocabulary: LLTokenizer, end: int) -> None:
+        tokens = range(vocabulary.vocab_size)
+        self.eos_token_id = end
+        self.bos_token_id = None
+        self.tokens = [vocabulary.decode_bytes([token]) for token in tokens]
+        self.special_token_ids = [token for token in tokens if vocabulary.is_special_token(token)]
+        self._vocabulary = vocabulary
+
+    def __call__(self, text: str) -> list[int]:
+        return self._vocabulary.greedy_tokenize(text)
 
 
 class Grammar:
@@ -164,12 +193,21 @@ class Constraint:
 
     def check(self) -> None:
         """Raises SamplingParamsError if no token of the model may follow, and the completion may not end either."""
-        if not self._allowed().any() and not self._matcher.is_accepting():
-            raise SamplingParamsError("structured_outputs: no token of this model begins what the grammar describes")
+        allowed = self._allowed()
+        if self._has_failed() or not (allowed.any() or self._matcher.is_accepting()):
+            raise SamplingParamsError(
+                f"structured_outputs: the grammar has no beginning that this model has tokens for: "
+                f"{_reason(self._matcher)}"
+            )
 
     def mask(self, scores: Floats) -> None:
         """Makes those of the `scores` [vocabulary] -inf whose token may not follow; raises SamplingParamsError."""
         allowed = self._allowed()
+        if self._has_failed():
+            raise SamplingParamsError(
+                f"request {self._name!r}: structured_outputs cannot be followed any further: {_reason(self._matcher)}; "
+                f"simplify it"
+            )
         stops = self._stops[self._stops < allowed.size]
         allowed[stops] = self._matcher.is_accepting()
         width = min(allowed.size, scores.size)
@@ -181,21 +219,24 @@ class Constraint:
         """Takes the token that was chosen."""
         if token in self._stop_set:
             self.complete = True
-        elif self._matcher.consume_token(token) and self._matcher.is_stopped():
-            self.complete = self._matcher.stop_reason() in _COMPLETE
+        elif self._matcher.consume_token(token):
+            self.complete = self._matcher.is_stopped() and not self._has_failed()
 
     def _allowed(self) -> npt.NDArray[np.bool_]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        # A grammar that grows too complex allows nothing but the end: it must not pass for one that is complete.
-        matcher = self._matcher
-        if matcher.is_error() or (matcher.is_stopped() and matcher.stop_reason() not in _COMPLETE):
-            raise SamplingParamsError(
-                f"request {self._name!r}: structured_outputs cannot be followed any further: {_reason(matcher)}; "
-                f"simplify it"
-            )
         allowed = np.unpackbits(bits, bitorder="little").view(np.bool_)
         allowed[self._end] = False
         return allowed
+
+    def _has_failed(self) -> bool:
+        """Whether it has stopped without being complete.
+
+        The library allows nothing but the end then, as it does at the end of a grammar.
+        """
+        matcher = self._matcher
+        if not matcher.is_stopped():
+            return False
+        return matcher.is_error() or matcher.stop_reason() not in _COMPLETE or not matcher.is_accepting()
 
 
 def _reason(matcher: LLMatcher) -> str:

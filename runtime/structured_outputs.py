@@ -90,6 +90,7 @@ class StructuredOutputsParams:
                 return LLMatcher.grammar_from_regex(_text("regex", self.regex))
             case "choice":
                 choices = checks.strings("structured_outputs.choice", self.choice)
+                require(bool(choices), "structured_outputs.choice must not be empty; leave it out to allow any text.")
                 self._set("choice", choices)
                 return LLMatcher.grammar_from_regex("|".join(map(literal_pattern, choices)))
             case _:

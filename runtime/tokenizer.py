@@ -81,6 +81,16 @@ class Tokenizer:
         return frozenset(token for token, content in added.items() if content.special)
 
     @cached_property
+    def tags(self) -> frozenset[str]:
+        """The tokens of the form `<...>` that are not special: a model that knows them writes them as such."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(
+            one.content
+            for one in added
+            if not one.special and one.content.startswith("<") and one.content.endswith(">")
+        )
+
+    @cached_property
     def byte_ids(self) -> frozenset[int]:
         """The tokens of one byte each, of which a run is decoded as a whole; none for most kinds of tokenizers."""
         decoder = self._tokenizer.decoder

@@ -45,7 +45,7 @@ async def create_chat_completion(
 ) -> Response | ChatCompletionResponse:
     """Answers a conversation."""
     state.check_model(body.model)
-    generator, tools = state.generator, Tools(body, state.tool_parser)
+    generator, tools = state.generator, Tools(body, state.tool_parser, state.tokenizer.tags)
     params = body.params(await tools.constraint())
     text = prompt_of(body, state, with_tools=tools.shown)
     token_ids = await state.encode(text, add_special_tokens=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import ResponseFormat, StructuredOutputs, Tool
-from furiosa_llm.server.tool_grammar import CallableFunction, CallSyntax, calls_or_format, calls_or_text, forced_calls
+from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
 
 _SCHEMA = "response_format.json_schema.schema"
 
@@ -27,30 +28,28 @@ async def structured_outputs(
     return None if schema is None else await _compiled("response_format", _SCHEMA, json=schema)
 
 
-async def forced(
-    tools: Sequence[Tool], chosen: str | None, syntax: CallSyntax, *, several: bool
-) -> StructuredOutputsParams:
-    """The constraint of answers that have to be calls: of the function `chosen`, or of any."""
+async def forced(tools: Sequence[Tool], chosen: str | None, writing: CallWriting) -> StructuredOutputsParams:
+    """The constraint of answers that have to be calls: one of the function `chosen`, or of any."""
     functions = await _functions(tools, strict_only=False)
     if chosen is not None:
         functions = [function for function in functions if function.name == chosen][:1]
-        several = False
-    return await _compiled("tools", grammar=forced_calls(functions, syntax, several=several))
+        writing = replace(writing, several=False)
+    return await _compiled("tools", grammar=CallGrammar(functions, writing).forced())
 
 
 async def optional(
-    tools: Sequence[Tool], response_format: ResponseFormat | None, syntax: CallSyntax, *, several: bool
+    tools: Sequence[Tool], response_format: ResponseFormat | None, writing: CallWriting
 ) -> StructuredOutputsParams | None:
     """The constraint of answers that may be calls; None if neither a tool nor a format asks for one."""
     schema = None if response_format is None else response_format.wanted_schema()
     if schema is not None:
         await _compiled("response_format", _SCHEMA, json=schema)
         functions = await _functions(tools, strict_only=False)
-        return await _compiled("tools", grammar=calls_or_format(functions, syntax, schema, several=several))
+        return await _compiled("tools", grammar=CallGrammar(functions, writing).or_json(schema))
     if not any(tool.function.strict for tool in tools):
         return None
     functions = await _functions(tools, strict_only=True)
-    return await _compiled("tools", grammar=calls_or_text(functions, syntax, several=several))
+    return await _compiled("tools", grammar=CallGrammar(functions, writing).or_text())
 
 
 async def _functions(tools: Sequence[Tool], *, strict_only: bool) -> list[CallableFunction]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,48 +43,81 @@ class CallableFunction:
     parameters: dict[str, Any]
 
 
-def forced_calls(functions: Sequence[CallableFunction], syntax: CallSyntax, *, several: bool) -> str:
-    """A grammar for answers that are calls, one or, if `several`, any number from one on."""
-    return "\n".join([f"start: {_calls(syntax, several=several)}", *_rules(functions, syntax)])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallWriting:
+    """How the calls of one answer are written.
+
+    syntax: the model's.
+    tags: the tokens of the form `<...>` that it has: it writes them as tokens, where another spells them.
+    several: whether there may be more than one.
+    """
+
+    syntax: CallSyntax
+    tags: Collection[str]
+    several: bool
 
 
-def calls_or_format(
-    functions: Sequence[CallableFunction], syntax: CallSyntax, schema: dict[str, Any], *, several: bool
-) -> str:
-    """A grammar for answers that are calls, or JSON by `schema`."""
-    start = f"start: {_calls(syntax, several=several)} | answer"
-    return "\n".join([start, f"answer: {embedded_schema(schema)}", *_rules(functions, syntax)])
+class CallGrammar:
+    """Grammars for answers with calls of `functions`."""
 
+    def __init__(self, functions: Sequence[CallableFunction], writing: CallWriting) -> None:
+        self._functions = functions
+        self._syntax = writing.syntax
+        self._tags = sorted(writing.tags)
+        self._several = writing.several
 
-def calls_or_text(functions: Sequence[CallableFunction], syntax: CallSyntax, *, several: bool) -> str:
-    """A grammar for answers that are text, with calls wherever the syntax allows them."""
-    text = f"TEXT: /{syntax.text}/"
-    if not syntax.trigger:
-        start = f"start: {_calls(syntax, several=several)} | TEXT |"
-        return "\n".join([start, text, *_rules(functions, syntax)])
-    # The text in front of a call ends at the first trigger, behind which nothing but a call fits.
-    start = f"start: (text_call){'*' if several else '?'} TEXT"
-    parts = [f"text_call: trigger ({_names(functions)})", f"trigger[lazy]: TEXT {_literal(syntax.trigger)}"]
-    return "\n".join([start, *parts, text, *_rules(functions, syntax)[1:]])
+    def forced(self) -> str:
+        """For answers that are calls."""
+        return "\n".join([f"start: {self._calls()}", *self._call_rules()])
 
+    def or_json(self, schema: dict[str, Any]) -> str:
+        """For answers that are calls, or JSON by `schema`."""
+        return "\n".join(
+            [f"start: {self._calls()} | answer", f"answer: {embedded_schema(schema)}", *self._call_rules()]
+        )
 
-def _calls(syntax: CallSyntax, *, several: bool) -> str:
-    return f"call ({_literal(syntax.between)} call)*" if several else "call"
+    def or_text(self) -> str:
+        """For answers that are text, with calls wherever the syntax allows them."""
+        trigger, text = self._syntax.trigger, f"TEXT: /{self._syntax.text}/"
+        if not trigger:
+            return "\n".join([f"start: {self._calls()} | TEXT |", text, *self._call_rules()])
+        # The text in front of a call ends at the first trigger, behind which nothing but a call fits.
+        begin = f"spelled | TEXT {self._written(trigger)}" if trigger in self._tags else "spelled"
+        return "\n".join(
+            [
+                f"start: (text_call){'*' if self._several else '?'} TEXT",
+                f"text_call: ({begin}) ({self._names})",
+                f"spelled[lazy]: TEXT {_literal(trigger)}",
+                text,
+                *self._function_rules(),
+            ]
+        )
 
+    @property
+    def _names(self) -> str:
+        return " | ".join(f"function_{index}" for index in range(len(self._functions)))
 
-def _rules(functions: Sequence[CallableFunction], syntax: CallSyntax) -> list[str]:
-    """The rule `call`, then one for each function, without the trigger."""
-    trigger = f"{_literal(syntax.trigger)} " if syntax.trigger else ""
-    rules = [f"call: {trigger}({_names(functions)})"]
-    for index, function in enumerate(functions):
-        begin = f"{syntax.before_name}{json.dumps(function.name, ensure_ascii=False)}{syntax.before_arguments}"
-        schema = embedded_schema(function.parameters)
-        rules.append(f"function_{index}: {_literal(begin)} {schema} {_literal(syntax.end)}")
-    return rules
+    def _calls(self) -> str:
+        return f"call ({_literal(self._syntax.between)} call)*" if self._several else "call"
 
+    def _call_rules(self) -> list[str]:
+        return [f"call: {self._written(self._syntax.trigger)} ({self._names})", *self._function_rules()]
 
-def _names(functions: Sequence[CallableFunction]) -> str:
-    return " | ".join(f"function_{index}" for index in range(len(functions)))
+    def _function_rules(self) -> list[str]:
+        """A rule for each function, which begins behind the trigger."""
+        syntax, rules = self._syntax, []
+        for index, function in enumerate(self._functions):
+            name = json.dumps(function.name, ensure_ascii=False)
+            begin = _literal(f"{syntax.before_name}{name}{syntax.before_arguments}")
+            schema = embedded_schema(function.parameters)
+            rules.append(f"function_{index}: {begin} {schema} {self._written(syntax.end)}")
+        return rules
+
+    def _written(self, text: str) -> str:
+        """`text` in Lark's notation, with tags as tokens; only of what the syntax itself has, never of a request's."""
+        tags = "|".join(map(re.escape, self._tags))
+        parts = re.split(f"({tags})", text) if tags else [text]
+        return " ".join(part if part in self._tags else _literal(part) for part in parts if part)
 
 
 def _literal(text: str) -> str:
