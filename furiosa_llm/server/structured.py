@@ -43,6 +43,13 @@ async def optional(
     """The constraint of answers that may be calls; None if neither a tool nor a format asks for one."""
     schema = None if response_format is None else response_format.wanted_schema()
     if schema is not None:
+        if not writing.syntax.trigger:
+            raise ApiError(
+                400,
+                "response_format and tools exclude each other on this server, whose model writes calls as plain JSON; "
+                "leave one out, or force a call by tool_choice",
+                param="response_format",
+            )
         await _compiled("response_format", _SCHEMA, json=schema)
         functions = await _functions(tools, strict_only=False)
         return await _compiled("tools", grammar=CallGrammar(functions, writing).or_json(schema))

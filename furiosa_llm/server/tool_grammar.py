@@ -71,7 +71,10 @@ class CallGrammar:
         return "\n".join([f"start: {self._calls()}", *self._call_rules()])
 
     def or_json(self, schema: dict[str, Any]) -> str:
-        """For answers that are calls, or JSON by `schema`."""
+        """For answers that are calls, or JSON by `schema`; only of a syntax with a trigger.
+
+        The library takes the longest piece that fits what may follow: a call that begins as JSON does hides the JSON.
+        """
         return "\n".join(
             [f"start: {self._calls()} | answer", f"answer: {embedded_schema(schema)}", *self._call_rules()]
         )

@@ -125,7 +125,7 @@ def test_a_grammar_that_grows_too_complex_is_an_error_and_not_an_end(monkeypatch
         constraint.mask(scores)
         constraint.record(token)
     assert not constraint.complete
-    with pytest.raises(SamplingParamsError, match="cannot be followed any further: .*states"):
+    with pytest.raises(SamplingParamsError, match=r"cannot be followed any further: .*states"):
         for token in tokens:
             limited.mask(scores)
             limited.record(token)
@@ -283,7 +283,7 @@ def test_parameters_that_leave_no_token() -> None:
         SamplingParams(allowed_token_ids=[START]), [], constraint=compiled(regex="ab").start([EOS]), name="seven"
     )
     with pytest.raises(
-        SamplingParamsError, match="request 'seven': structured_outputs, allowed_token_ids, .* leave no"
+        SamplingParamsError, match=r"request 'seven': structured_outputs, allowed_token_ids, .* leave no"
     ):
         sampler.sample(np.zeros(WIDTH, np.float32))
 

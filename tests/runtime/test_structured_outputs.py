@@ -84,7 +84,7 @@ def test_values_are_kept_as_what_cannot_change() -> None:
 
 
 def test_other_types_are_refused() -> None:
-    with pytest.raises(SamplingParamsError, match="structured_outputs must be StructuredOutputsParams, got {'json'"):
+    with pytest.raises(SamplingParamsError, match=r"must be StructuredOutputsParams, got \{'json'"):
         SamplingParams(structured_outputs={"json": {}})  # type: ignore[arg-type]
 
 
