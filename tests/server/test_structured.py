@@ -27,7 +27,7 @@ CITY = {
 WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
 NOW = {"type": "function", "function": {"name": "now"}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
-BEGIN, END, EOS = 1000, 94, 2
+BEGIN, END, EOS = 1000, 96, 2
 """The tokens of `<tool_call>`, of `}` and of the end."""
 
 PARSERS: list[str | None] = [None, "hermes", "llama3_json"]
@@ -181,7 +181,7 @@ def test_a_call_is_required(parsing: openai.OpenAI, parallel: bool) -> None:
     counts = set()
     for seed in range(4):
         asked: dict[str, Any] = {**CHAT, "seed": seed, "tools": [WEATHER, NOW], "tool_choice": "required"}
-        asked["logit_bias"] = {str(EOS): 3}
+        asked["logit_bias"] = {str(EOS): 9}
         [choice] = parsing.chat.completions.create(**asked, parallel_tool_calls=parallel).choices
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
         calls: list[Any] = choice.message.tool_calls or []
@@ -203,7 +203,7 @@ def test_a_named_call(parsing: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize(("choice", "reason"), [("required", "tool_calls"), (NAMED, "stop")])
 def test_forced_calls_streaming(parsing: openai.OpenAI, choice: Any, reason: str) -> None:
-    asked: dict[str, Any] = {**CHAT, "tools": [WEATHER, NOW], "tool_choice": choice, "logit_bias": {str(EOS): 3}}
+    asked: dict[str, Any] = {**CHAT, "tools": [WEATHER, NOW], "tool_choice": choice, "logit_bias": {str(EOS): 9}}
     whole = parsing.chat.completions.create(**asked).choices[0].message.tool_calls or []
     chunks = [chunk.choices[0] for chunk in parsing.chat.completions.create(**asked, stream=True)]
     calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
@@ -243,7 +243,7 @@ def test_a_format_beside_tools_is_for_answers_without_calls(strict: openai.OpenA
 def test_strict_tools_may_be_called_only_as_their_schema_says(strict: openai.OpenAI) -> None:
     """The token that begins a call is made likely: what follows is a call only if the tool is strict."""
     tool: dict[str, Any] = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
-    asked: dict[str, Any] = {**CHAT, "max_tokens": 60, "parallel_tool_calls": False, "logit_bias": {str(BEGIN): 100}}
+    asked: dict[str, Any] = {**CHAT, "max_tokens": 150, "parallel_tool_calls": False, "logit_bias": {str(BEGIN): 100}}
     [choice] = strict.chat.completions.create(**asked, tools=[NOW, tool]).choices
     [call] = choice.message.tool_calls or []
     assert is_call(call.function)  # type: ignore[union-attr]
