@@ -120,16 +120,17 @@ def test_a_grammar_that_grows_too_complex_is_an_error_and_not_an_end(monkeypatch
     limited = compiled(regex="(a|b)*a(a|b){18}x").start([EOS])
     chance = np.random.default_rng(1)
     tokens = [tokens_of("ab")[one] for one in chance.integers(2, size=60)]
-    scores = np.zeros(WIDTH, np.float32)
-    for token in tokens:
-        constraint.mask(scores)
-        constraint.record(token)
-    assert not constraint.complete
+    follow(constraint, tokens)
     with pytest.raises(SamplingParamsError, match=r"cannot be followed any further: .*states"):
-        for token in tokens:
-            limited.mask(scores)
-            limited.record(token)
-            assert not limited.complete
+        follow(limited, tokens)
+
+
+def follow(constraint: Constraint, tokens: Sequence[int]) -> None:
+    """Masks before each of `tokens`, none of which completes it."""
+    for token in tokens:
+        constraint.mask(np.zeros(WIDTH, np.float32))
+        constraint.record(token)
+        assert not constraint.complete
 
 
 def test_completions_of_one_grammar_are_independent() -> None:
