@@ -22,7 +22,7 @@ from furiosa_llm.runtime.tokenizer import Tokenizer
 from tests.runtime import tokenizer_kinds
 
 TOKENIZER = tokenizer_kinds.byte_level()
-WIDTH = TOKENIZER.vocab_size + 9
+WIDTH = TOKENIZER.vocab_size + 99
 """Logits of models are often wider than the tokenizer's vocabulary."""
 
 TEXTS = [TOKENIZER.decode([token], skip_special_tokens=False) for token in range(TOKENIZER.vocab_size)]
