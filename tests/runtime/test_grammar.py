@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 
 from furiosa_llm.runtime import RequestOutput, SamplingParams, StructuredOutputsParams
 from furiosa_llm.runtime import grammar as module
@@ -116,7 +117,7 @@ def test_a_token_that_does_not_fit_is_an_error_at_the_next() -> None:
 def test_a_grammar_that_grows_too_complex_is_an_error_and_not_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = compiled(regex="(a|b)*a(a|b){18}x")
     constraint = grammar.start([EOS])
-    monkeypatch.setattr(module, "_LIMITS", module.LLParserLimits(max_lexer_states=60, verbose_errors=False))
+    monkeypatch.setattr(module, "_LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
     limited = compiled(regex="(a|b)*a(a|b){18}x").start([EOS])
     chance = np.random.default_rng(1)
     tokens = [tokens_of("ab")[one] for one in chance.integers(2, size=60)]

@@ -24,9 +24,9 @@ CITY = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
-WEATHER: dict[str, Any] = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
-NOW = {"type": "function", "function": {"name": "now"}}
-NAMED = {"type": "function", "function": {"name": "weather"}}
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+NOW: Any = {"type": "function", "function": {"name": "now"}}
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 BEGIN, END, EOS = 1000, 96, 2
 """The tokens of `<tool_call>`, of `}` and of the end."""
 
@@ -151,7 +151,7 @@ def test_text_is_no_constraint(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_other_forms(client: openai.OpenAI, given: dict[str, Any], texts: set[str], stream: bool) -> None:
     extra = {"structured_outputs": given}
-    asked = {"model": NAME, "prompt": ["a", "b"], "max_tokens": 30, "temperature": 2.0}
+    asked: dict[str, Any] = {"model": NAME, "prompt": ["a", "b"], "max_tokens": 30, "temperature": 2.0}
     found: dict[int, str] = {}
     if stream:
         for chunk in client.completions.create(**asked, extra_body=extra, stream=True):
@@ -165,7 +165,7 @@ def test_other_forms(client: openai.OpenAI, given: dict[str, Any], texts: set[st
 
 
 def test_completions_have_formats_too(client: openai.OpenAI) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
     asked: dict[str, Any] = {
         "model": NAME,
         "prompt": "hello",
@@ -232,7 +232,7 @@ def test_a_format_beside_tools_is_for_answers_without_calls(strict: openai.OpenA
         [choice] = strict.chat.completions.create(**asked, response_format=form).choices
         if choice.message.tool_calls:
             [call] = choice.message.tool_calls
-            assert is_call(call.function)  # type: ignore[union-attr]
+            assert is_call(call.function)
             kinds.add("call")
         else:
             assert json.loads(choice.message.content or "") == {"a": 1}
@@ -242,11 +242,11 @@ def test_a_format_beside_tools_is_for_answers_without_calls(strict: openai.OpenA
 
 def test_strict_tools_may_be_called_only_as_their_schema_says(strict: openai.OpenAI) -> None:
     """The token that begins a call is made likely: what follows is a call only if the tool is strict."""
-    tool: dict[str, Any] = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+    tool: Any = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
     asked: dict[str, Any] = {**CHAT, "max_tokens": 150, "parallel_tool_calls": False, "logit_bias": {str(BEGIN): 100}}
     [choice] = strict.chat.completions.create(**asked, tools=[NOW, tool]).choices
     [call] = choice.message.tool_calls or []
-    assert is_call(call.function)  # type: ignore[union-attr]
+    assert is_call(call.function)
     [choice] = strict.chat.completions.create(**asked, tools=[NOW, WEATHER]).choices
     assert choice.message.tool_calls is None
     [choice] = strict.chat.completions.create(**{**asked, "logit_bias": {}}, tools=[NOW, tool]).choices
