@@ -18,6 +18,7 @@ from furiosa_llm.runtime import (
     RequestOutputKind,
     SamplingParams,
     SchedulerConfig,
+    StructuredOutputsParams,
 )
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 
@@ -43,6 +44,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutputsParams",
     "__full_version__",
     "__version__",
 ]

@@ -1,5 +1,5 @@
 """The vendor's module path: `from furiosa_llm.sampling_params import SamplingParams`."""
 
-from furiosa_llm.runtime import RequestOutputKind, SamplingParams, SamplingType
+from furiosa_llm.runtime import RequestOutputKind, SamplingParams, SamplingType, StructuredOutputsParams
 
-__all__ = ["RequestOutputKind", "SamplingParams", "SamplingType"]
+__all__ = ["RequestOutputKind", "SamplingParams", "SamplingType", "StructuredOutputsParams"]

@@ -14,6 +14,7 @@ from furiosa_llm.runtime.executor import Executor
 from furiosa_llm.runtime.llm import LLM
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams, SamplingType
+from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
 from furiosa_llm.runtime.verify import verify_against
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "SamplingParams",
     "SamplingType",
     "SchedulerConfig",
+    "StructuredOutputsParams",
     "open_artifact",
     "verify_against",
 ]

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from furiosa_llm.runtime.engine import Engine, raise_error
-from furiosa_llm.runtime.engine_core import EngineCore, check_request_id
+from furiosa_llm.runtime.engine_core import EngineCore, check_params, check_request_id
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.sampling_params import SamplingParams
@@ -49,10 +49,13 @@ class AsyncLLMEngine(Engine):
         A generator that is closed, or whose task is cancelled, aborts its request. Raises what `LLMEngine.add_request`
         does, when it is first asked for an output, and ReplicaError if the request's replica fails.
         """
+        params = SamplingParams() if sampling_params is None else sampling_params
+        check_params(params)
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(self.core.prepare, params)  # other requests' tokens do not wait for it
         check_request_id(request_id, self._handles)
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.get(loop) or _Mailbox(loop)
-        params = SamplingParams() if sampling_params is None else sampling_params
         handle = self.core.submit(request_id, prompt, params, mailbox)
         self._mailboxes[loop] = mailbox  # not before, lest a refused request leave it behind
         # The mailbox sorts in this very loop, hence not before this coroutine waits for the first time.

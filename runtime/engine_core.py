@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError, UnsupportedError
+from furiosa_llm.runtime.grammar import Grammar, Grammars
 from furiosa_llm.runtime.machine import MachineLayout, MachineSnapshot, machine_of
 from furiosa_llm.runtime.prompts import Prompt, read_prompt
 from furiosa_llm.runtime.replica import Replica
@@ -78,6 +79,7 @@ class EngineCore:
         self._seed = seed
         self._layout = layout
         self._close_model = close_model
+        self._grammars = Grammars(tokenizer)
         self._closed = False
         self._keys = itertools.count()
         self._sequence_ids = itertools.count()
@@ -87,15 +89,23 @@ class EngineCore:
         """Whether it takes no requests any more: it was closed, or all its replicas were given up."""
         return self._closed or all(replica.death is not None for replica in self.replicas)
 
+    def prepare(self, params: SamplingParams) -> None:
+        """Compiles the grammar of `params`, if they have one, so that `submit` does not have to: it may take a second.
+
+        Raises SamplingParamsError if the model's tokens cannot be so constrained.
+        """
+        self._grammar_of(params)
+
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
         """Starts a request; its outputs go to `sink`, the last one finished, whatever happens.
 
         Raises InputError or ContextLengthError if the prompt is none or does not fit, SamplingParamsError if `params`
-        name tokens that the model does not have, TokenizerError for text without a tokenizer, and EngineDeadError.
+        name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError for text
+        without a tokenizer, and EngineDeadError.
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
-        _check_params(params)
+        check_params(params)
         if self.limits.vocab_size is not None:
             params.check_vocabulary(self.limits.vocab_size)
         text, token_ids = read_prompt(prompt, self.tokenizer, self.limits.vocab_size)
@@ -110,6 +120,7 @@ class EngineCore:
             max_tokens=self._max_tokens(len(token_ids), params.max_tokens),
             sequence_ids=[next(self._sequence_ids) for _ in range(params.num_sequences)],
             seed=None if self._seed is None else derived_seed(self._seed, key),
+            grammar=self._grammar_of(params),
         )
         replica = self.replicas[choose_replica(self.replicas, token_ids)]
         handle = Handle(key=key, replica=replica)
@@ -133,6 +144,10 @@ class EngineCore:
         for replica in self.replicas:
             replica.close()
         self._close_model()
+
+    def _grammar_of(self, params: SamplingParams) -> Grammar | None:
+        wanted = params.structured_outputs
+        return None if wanted is None else self._grammars.compile(wanted.llguidance_grammar)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
         """How many tokens a completion may have; the messages are worded as the vendor's, which programs look for."""
@@ -175,10 +190,10 @@ def params_for_each(params: object, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [SamplingParams() if params is None else params] * count
     if not isinstance(params, list | tuple):
-        _check_params(params)
+        check_params(params)
     several: list[SamplingParams] = list(cast(Sequence[SamplingParams], params))
     for one in several:
-        _check_params(one)
+        check_params(one)
     if len(several) != count:
         raise InputError(f"sampling_params has {len(several)} entries for {count} prompts")
     return several
@@ -186,10 +201,11 @@ def params_for_each(params: object, count: int) -> list[SamplingParams]:
 
 def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
     """`params` with another kind of outputs; raises InputError if they are none."""
-    _check_params(params)
+    check_params(params)
     return replace(params, output_kind=kind)
 
 
-def _check_params(params: object) -> None:
+def check_params(params: object) -> None:
+    """Raises InputError unless `params` are SamplingParams."""
     if not isinstance(params, SamplingParams):
         raise InputError(f"sampling_params: found a {type(params).__name__}, expected SamplingParams")

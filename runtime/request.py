@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from furiosa_llm.runtime.errors import SamplingParamsError
+from furiosa_llm.runtime.grammar import Grammar
 from furiosa_llm.runtime.logprobs import PromptLogprobs, logprob, logprobs
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
@@ -66,7 +67,8 @@ class SequenceRequest:
         if logits is not None:
             self._record_logprobs(token, logits)
         self.token_ids.append(token)
-        if len(self.token_ids) > self._params.min_tokens and self._is_stop(token):
+        complete = self.sampler.complete
+        if (complete or len(self.token_ids) > self._params.min_tokens) and self._is_stop(token):
             if self._text is not None and self._params.include_stop_str_in_output:
                 self._text.push(token)
             self.finish("stop")
@@ -75,7 +77,9 @@ class SequenceRequest:
             return
         if self._text is not None:
             self._text.push(token)
-        if len(self.token_ids) >= self._max_tokens or (self._text is not None and self._text.stop_string is not None):
+        if complete:
+            self.finish("stop")
+        elif len(self.token_ids) >= self._max_tokens or (self._text is not None and self._text.stop_string is not None):
             self.finish("length")
 
     def accept_prompt_logits(self, start: int, logits: Array) -> None:
@@ -127,8 +131,8 @@ class Request:
     """A prompt and the completions that are generated for it, one for each of `sequence_ids`.
 
     `max_tokens` is the limit of each completion, `seed` is used if the parameters have none, and `num_cached_tokens` is
-    set by who runs it. Penalties count the tokens of `penalised`, the prompt if it is None. Raises SamplingParamsError
-    if the parameters need a tokenizer and there is none.
+    set by who runs it. Penalties count the tokens of `penalised`, the prompt if it is None. Completions keep to
+    `grammar`. Raises SamplingParamsError if the parameters need a tokenizer and there is none.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class Request:
         sequence_ids: Sequence[int],
         seed: int | None = None,
         penalised: Sequence[int] | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         if tokenizer is None and (params.stop_strings or params.bad_words):
             raise SamplingParamsError("stop and bad_words need a tokenizer; leave them out, or load one")
@@ -157,6 +162,7 @@ class Request:
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = max_tokens
         self._penalised = self.prompt_token_ids if penalised is None else penalised
+        self._grammar = grammar
         self._prompt_logprobs = self._make_prompt_logprobs()
         self._bad_words = _word_tokens(params.bad_words, tokenizer)
         self._ended = False
@@ -225,6 +231,7 @@ class Request:
             self._penalised,
             stop_token_ids=stops,
             bad_words=self._bad_words,
+            constraint=None if self._grammar is None else self._grammar.start(stops, self.request_id),
             seed=seed,
             index=index,
             name=self.request_id,

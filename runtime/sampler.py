@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from furiosa_llm.runtime.errors import ExecutionError, SamplingParamsError
+from furiosa_llm.runtime.grammar import Constraint
 from furiosa_llm.runtime.narrowing import choose, likeliest, likely, nucleus
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.sampling_params import SamplingParams, SamplingType
@@ -53,7 +54,8 @@ class Sampler:
 
     Random numbers come from `SeedSequence(seed, spawn_key=(index,))`, one for each token that is drawn; `seed` is used
     where the parameters have none, and the system's entropy where neither has. `stop_token_ids` are not chosen before
-    `min_tokens`, `bad_words` are sequences of tokens that are not completed. `name` is for errors.
+    `min_tokens`, `bad_words` are sequences of tokens that are not completed, `constraint` says which tokens may follow.
+    `name` is for errors.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Sampler:
         *,
         stop_token_ids: Iterable[int] = (),
         bad_words: Iterable[Sequence[int]] = (),
+        constraint: Constraint | None = None,
         seed: int | None = None,
         index: int = 0,
         name: str = "",
@@ -71,13 +74,15 @@ class Sampler:
         self._name = name
         self._stops = _indices(sorted(stop_token_ids))
         self._bad_words = tuple(tuple(word) for word in bad_words)
+        self._constraint = constraint
         self._output: list[int] = []
         self._counts = TokenCounts(prompt) if _penalises(params) else None
         self._biased = _indices(params.logit_bias)
         self._biases = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         self._allowed = None if params.allowed_token_ids is None else _indices(params.allowed_token_ids)
         self._greedy = params.sampling_type is SamplingType.GREEDY
-        self._plain = not (self._counts or self._bad_words or params.logit_bias or params.allowed_token_ids is not None)
+        changes = self._counts or self._bad_words or params.logit_bias or constraint is not None
+        self._plain = not (changes or params.allowed_token_ids is not None)
         if not self._greedy:
             chosen = params.seed if params.seed is not None else seed
             self._random = np.random.default_rng(np.random.SeedSequence(chosen, spawn_key=(index,)))
@@ -86,6 +91,11 @@ class Sampler:
     def takes_likeliest(self) -> bool:
         """Whether the next token is the likeliest one, with nothing in the logits changed."""
         return self._greedy and self._plain and not self._forbids_stops
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tokens so far are all that the constraint, if there is one, lets the completion be."""
+        return self._constraint is not None and self._constraint.complete
 
     def sample(self, logits: Array) -> int:
         """The next token for `logits` [vocabulary]; it counts as output from now on."""
@@ -96,6 +106,8 @@ class Sampler:
         self._output.append(token)
         if self._counts is not None:
             self._counts.add(token)
+        if self._constraint is not None:
+            self._constraint.record(token)
 
     def score(self, logits: Floats) -> tuple[Floats, np.float32]:
         """What the next token for `logits` [vocabulary] is chosen by, and the greatest of it; nothing is drawn yet."""
@@ -129,6 +141,10 @@ class Sampler:
             scores = np.full_like(logits, -np.inf)
             allowed = _within(self._allowed, logits)
             scores[allowed] = logits[allowed]
+        if self._constraint is not None:
+            before = scores.max()
+            self._constraint.mask(scores)
+            self._check_left(before, scores)
         self._forbid(scores)
         biased = self._biased < scores.size
         scores[self._biased[biased]] += self._biases[biased]
@@ -142,12 +158,22 @@ class Sampler:
             if last < scores.size and (not start or self._output[-len(start) :] == start):
                 scores[last] = -np.inf
         if self._forbids_stops:
-            scores[_within(self._stops, scores)] = -np.inf
+            self._forbid_stops(scores)
+        self._check_left(before, scores)
+
+    def _forbid_stops(self, scores: Floats) -> None:
+        stops = _within(self._stops, scores)
+        forbidden = scores[stops]
+        scores[stops] = -np.inf
+        if self._constraint is not None and scores.max() == -np.inf:
+            scores[stops] = forbidden  # the constraint has come to its end, however short that is
+
+    def _check_left(self, before: np.float32, scores: Floats) -> None:
         if scores.max() == -np.inf and np.isfinite(before):
-            raise SamplingParamsError(
-                f"request {self._name!r}: allowed_token_ids, bad_words and min_tokens leave no token to choose; allow "
-                f"more tokens"
-            )
+            given = "allowed_token_ids, bad_words and min_tokens"
+            if self._constraint is not None:
+                given = "structured_outputs, allowed_token_ids, bad_words and min_tokens"
+            raise SamplingParamsError(f"request {self._name!r}: {given} leave no token to choose; allow more tokens")
 
     def _draw(self, scores: Floats, top: np.float32) -> int:
         params = self._params

@@ -10,6 +10,7 @@ from typing import Any, Self
 from furiosa_llm.runtime import parameter_checks as checks
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.parameter_checks import require
+from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
 
 _GREEDY_TEMPERATURE = 1e-5
 _MAX_SEQUENCES = 128
@@ -62,6 +63,7 @@ class SamplingParams:
     logit_bias: token id -> what is added to its logit, in [-100, 100].
     allowed_token_ids: the only tokens that may be chosen; None for all.
     bad_words: words that the completion will not hold.
+    structured_outputs: what the completion has to look like; None for any text.
     skip_special_tokens: leaves special tokens out of the text.
     detokenize: False gives no text, tokens only.
     """
@@ -91,6 +93,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     bad_words: tuple[str, ...] | list[str] = ()
+    structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
 
@@ -199,6 +202,10 @@ class SamplingParams:
             allowed = checks.token_ids("allowed_token_ids", self.allowed_token_ids)
             require(bool(allowed), "allowed_token_ids must not be empty; leave it out to allow every token.")
             self._set("allowed_token_ids", allowed)
+        require(
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
+            f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r:.80}.",
+        )
 
     def _check_outputs(self) -> None:
         for name in ("logprobs", "prompt_logprobs"):

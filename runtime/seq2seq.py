@@ -14,6 +14,7 @@ from furiosa_llm.runtime.artifact.composite import Composite, PartName, open_com
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
 from furiosa_llm.runtime.executor import Executor
+from furiosa_llm.runtime.grammar import Grammars
 from furiosa_llm.runtime.launch import check_tensor_parallel_size, tokenizer_of
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.outputs import RequestOutput
@@ -49,6 +50,7 @@ class Seq2Seq(Closing):
         self._executors = executors
         self._vocab_size = composite.decoder.manifest.model.vocab_size
         self._seed = seed
+        self._grammars = Grammars(tokenizer)
         self._idle: SimpleQueue[Steps] = SimpleQueue()
         self._request_ids = itertools.count()
 
@@ -138,6 +140,7 @@ class Seq2Seq(Closing):
             raise SamplingParamsError("prompt_logprobs: an encoder gives no logits of its prompt; leave it out")
         if self._vocab_size is not None:
             params.check_vocabulary(self._vocab_size)
+        wanted = params.structured_outputs
         number = next(self._request_ids)
         return Request(
             request_id=str(number),
@@ -150,6 +153,7 @@ class Seq2Seq(Closing):
             sequence_ids=range(params.num_sequences),
             seed=None if self._seed is None else derived_seed(self._seed, number),
             penalised=(self.composite.manifest.decoder_start_token_id,),
+            grammar=None if wanted is None else self._grammars.compile(wanted.llguidance_grammar),
         )
 
     def _encoded(self, prompt: Sequence[int]) -> Array:

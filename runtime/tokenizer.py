@@ -81,6 +81,16 @@ class Tokenizer:
         return frozenset(token for token, content in added.items() if content.special)
 
     @cached_property
+    def tags(self) -> frozenset[str]:
+        """The tokens of the form `<...>` that are not special: a model that knows them writes them as such."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return frozenset(
+            one.content
+            for one in added
+            if not one.special and one.content.startswith("<") and one.content.endswith(">")
+        )
+
+    @cached_property
     def byte_ids(self) -> frozenset[int]:
         """The tokens of one byte each, of which a run is decoded as a whole; none for most kinds of tokenizers."""
         decoder = self._tokenizer.decoder
@@ -89,6 +99,17 @@ class Tokenizer:
         names = (f"<0x{byte:{form}}>" for byte in range(256) for form in ("02X", "02x"))
         found = map(self._tokenizer.token_to_id, names)
         return frozenset(token for token in found if token is not None)
+
+    def with_another_token(self) -> tuple[str, int]:
+        """The tokenizer.json of this tokenizer with one special token more, and that token's number."""
+        wider = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        name = "<|another|>"
+        while wider.token_to_id(name) is not None:
+            name += ">"
+        wider.add_special_tokens([name])
+        number = wider.token_to_id(name)
+        assert number is not None
+        return str(wider.to_str()), number
 
     def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
         """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.

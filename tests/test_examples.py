@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -94,3 +95,8 @@ def test_embeddings(zoo: Path, tmp_path: Path) -> None:
 
 def test_stream_generate(artifact: Path) -> None:
     assert "".join(run("stream_generate.py", artifact)).strip()
+
+
+def test_structured_output(artifact: Path) -> None:
+    [line] = run("structured_output.py", artifact)
+    assert re.fullmatch("(Oslo|Seoul) (yes|no) [0-9]{4}-[0-9]{2}", line)

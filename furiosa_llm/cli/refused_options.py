@@ -13,7 +13,6 @@ _SPECULATION = "speculative decoding is not supported"
 _BUCKETS = "graphs take any batch and length, so there are no buckets to choose; use --max-batch-size, --max-model-len"
 _MESH = "give --devices, -pp and -dp; `furiosa-llm topology` shows the mesh that they make"
 _ROUTING = "requests go to the replica with the least load and the longest cached prefix"
-_CONSTRAINED = "constrained decoding is not supported yet"
 _SCHEDULING = "the scheduler has one policy, which docs/scheduling.md describes"
 
 REFUSED: Mapping[tuple[str, ...], str] = {
@@ -30,8 +29,6 @@ REFUSED: Mapping[tuple[str, ...], str] = {
     ("--revision",): "the model is a folder on this machine; download the revision that you want",
     ("--fxb",): "the artifact's folder holds all there is",
     ("--reasoning-parser",): "answers are given as the model writes them",
-    ("--guided-decoding-backend",): _CONSTRAINED,
-    ("--structured-outputs-backend",): _CONSTRAINED,
     ("--data-parallel-routing-policy",): _ROUTING,
     ("--data-parallel-scoring-profile",): _ROUTING,
     ("--scheduler-kind",): _SCHEDULING,

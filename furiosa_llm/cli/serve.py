@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _NEEDED = ("fastapi", "prometheus_client", "uvicorn")
 _PARSERS = ("hermes", "llama3_json")
+_BACKENDS = ("auto", "guidance", "xgrammar")
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 _UNLIMITED_LENGTH = 2048
 
@@ -48,6 +49,14 @@ class Origins(click.ParamType[tuple[str, ...]]):
         return tuple(found)
 
 
+def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> None:
+    if value == "xgrammar":
+        raise UnsupportedError(
+            "--structured-outputs-backend xgrammar is not supported: answers are constrained by llguidance, which has "
+            "the same formats; give guidance or auto"
+        )
+
+
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
@@ -60,6 +69,10 @@ class Origins(click.ParamType[tuple[str, ...]]):
 @click.option("--response-role", default="assistant", show_default=True, help="Role of the answers in a chat.")
 @click.option("--enable-auto-tool-choice", is_flag=True, help="Look for calls of tools in answers.")
 @click.option("--tool-call-parser", type=click.Choice(_PARSERS), help="How the model writes them.")
+@click.option(
+    "--structured-outputs-backend", "--guided-decoding-backend", type=click.Choice(_BACKENDS), default="auto",
+    show_default=True, expose_value=False, callback=_check_backend, help="No effect: it is llguidance; no xgrammar.",
+)  # fmt: skip
 @click.option(
     "--enable-payload-logging",
     is_flag=True,

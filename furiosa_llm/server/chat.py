@@ -20,7 +20,8 @@ from furiosa_llm.server.logprobs import chat_logprobs
 from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
 from furiosa_llm.server.responses import AnswerMessage, ChatChoice, ChatCompletionResponse, ChatLogprobs
 from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
-from furiosa_llm.server.tools import Found, ToolFinder
+from furiosa_llm.server.tool_choice import Tools
+from furiosa_llm.server.tools import Found
 
 router = APIRouter()
 
@@ -44,8 +45,8 @@ async def create_chat_completion(
 ) -> Response | ChatCompletionResponse:
     """Answers a conversation."""
     state.check_model(body.model)
-    generator, params = state.generator, body.params()
-    tools = _Tools(body, state)
+    generator, tools = state.generator, Tools(body, state.tool_parser, state.tokenizer.tags)
+    params = body.params(await tools.constraint())
     text = prompt_of(body, state, with_tools=tools.shown)
     token_ids = await state.encode(text, add_special_tokens=False)
     head = new_head(state, "chat")
@@ -82,40 +83,8 @@ def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState,
     )
 
 
-class _Tools:
-    """Which tools a request offers, and how calls of them are found in its answers."""
-
-    def __init__(self, body: ChatCompletionRequest, state: ServerState) -> None:
-        choice = body.tool_choice
-        if choice not in (None, "none", "auto") or (choice is not None and not body.tools and choice != "none"):
-            self._refuse(body)
-        self.shown = bool(body.tools) and choice != "none"
-        if self.shown and state.tool_parser is None:
-            raise ApiError(
-                400,
-                "tools need a server that was started with --enable-auto-tool-choice and --tool-call-parser; or give "
-                "tool_choice 'none'",
-                param="tools",
-            )
-        self._parser = state.tool_parser if self.shown else None
-        self._names = [tool.function.name for tool in body.tools or ()]
-        self.only_one = body.parallel_tool_calls is False
-
-    def finder(self) -> ToolFinder | None:
-        """For one answer; None if there is nothing to look for."""
-        return None if self._parser is None else self._parser(self._names)
-
-    @staticmethod
-    def _refuse(body: ChatCompletionRequest) -> None:
-        if not body.tools:
-            raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
-        raise ApiError(
-            400, "tool_choice is supported for 'none' and 'auto' only: no call can be forced", param="tool_choice"
-        )
-
-
 def _response(
-    body: ChatCompletionRequest, state: ServerState, head: Head, tools: _Tools, answer: Answered
+    body: ChatCompletionRequest, state: ServerState, head: Head, tools: Tools, answer: Answered
 ) -> ChatCompletionResponse:
     choices = [_choice(body, state, tools, index, one) for index, one in enumerate(answer.completions)]
     num_tokens = sum(one.num_tokens for one in answer.completions)
@@ -129,7 +98,7 @@ def _response(
 
 
 def _choice(
-    body: ChatCompletionRequest, state: ServerState, tools: _Tools, index: int, completion: Completed
+    body: ChatCompletionRequest, state: ServerState, tools: Tools, index: int, completion: Completed
 ) -> ChatChoice:
     content: str | None = completion.text
     reader = _Reader(tools)
@@ -152,9 +121,10 @@ def _choice(
 class _Reader:
     """Reads one answer, in pieces or whole: which of it is text, and which are calls."""
 
-    def __init__(self, tools: _Tools) -> None:
+    def __init__(self, tools: Tools) -> None:
         self._finder = tools.finder()
         self._only_one = tools.only_one
+        self._is_named = tools.chosen is not None  # OpenAI's answers end with "stop" then
         self.num_calls = 0
 
     def read(self, text: str, *, ended: bool) -> Found:
@@ -172,13 +142,13 @@ class _Reader:
 
     def finish_reason(self, reason: str | None) -> str | None:
         """Why the answer ended, as clients are told it."""
-        return "tool_calls" if reason == "stop" and self.num_calls else reason
+        return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
 
 
 class _Stream:
     """One answer in chunks."""
 
-    def __init__(self, body: ChatCompletionRequest, state: ServerState, head: Head, tools: _Tools) -> None:
+    def __init__(self, body: ChatCompletionRequest, state: ServerState, head: Head, tools: Tools) -> None:
         self._body = body
         self._role = state.settings.response_role
         self._head = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}

@@ -19,6 +19,7 @@ from furiosa_llm.server.logprobs import CompletionLogprobsMaker
 from furiosa_llm.server.requests import CompletionRequest, as_prompt
 from furiosa_llm.server.responses import CachedTokens, CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
 from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
+from furiosa_llm.server.structured import structured_outputs
 
 router = APIRouter()
 
@@ -29,7 +30,8 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response | CompletionResponse:
     """Completes one prompt or several, given as text or as token ids."""
     state.check_model(body.model)
-    generator, params = state.generator, body.params()
+    generator = state.generator
+    params = body.params(await structured_outputs(body.response_format, body.structured_outputs))
     if body.echo or body.logprobs is not None:
         state.check_tokenizer()
     prompts = await _prompts(body, state)

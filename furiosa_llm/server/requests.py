@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from furiosa_llm.runtime.prompts import Prompt, listed
 from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
 
 TextOrTokens = str | list[int]
@@ -32,6 +33,44 @@ class StreamOptions(_Body):
 
     include_usage: bool = False
     include_obfuscation: bool | None = None  # of OpenAI's; nothing is hidden here
+
+
+class JsonSchemaFormat(_Body):
+    """A named JSON schema. Answers keep to it whatever `strict` is; `description` has no effect."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What the answer has to look like: text, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    def wanted_schema(self) -> dict[str, Any] | None:
+        """The schema of the answer; None for text. Raises an ApiError if there should be one and is none."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            message = "response_format: type 'json_schema' and the field json_schema go together"
+            raise ApiError(400, message, param="response_format")
+        if self.type == "text":
+            return None
+        given = None if self.json_schema is None else self.json_schema.schema_
+        return {"type": "object"} if given is None else given
+
+
+class StructuredOutputs(_Body):
+    """What the answer has to look like, as `StructuredOutputsParams` has it."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
 
 
 class _GenerationRequest(_Body):
@@ -59,6 +98,8 @@ class _GenerationRequest(_Body):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     seed: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -108,13 +149,14 @@ class CompletionRequest(_GenerationRequest):
         """Whether no token is to be generated."""
         return self.max_tokens == 0 and self.echo is True
 
-    def params(self) -> SamplingParams:
+    def params(self, structured: StructuredOutputsParams | None) -> SamplingParams:
         """How to sample; an echo without completion still takes a token, which is not shown."""
         if self.suffix:
             raise ApiError(400, "suffix is not supported; leave it out", param="suffix")
         if not self.prompt:
             raise ApiError(400, "prompt is an empty list or text; give at least one token", param="prompt")
         return self._params(
+            structured_outputs=structured,
             max_tokens=1 if self.only_echoes else self.max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
@@ -163,6 +205,13 @@ class FunctionDefinition(_Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @property
+    def parameters_schema(self) -> dict[str, Any]:
+        """The schema of the arguments, which are an object; of none, if no parameters are given."""
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return {"type": "object", **self.parameters}
+
 
 class Tool(_Body):
     """A tool that the model may call."""
@@ -182,13 +231,6 @@ class NamedToolChoice(_Body):
     function: _ChosenFunction
 
 
-class ResponseFormat(_Body):
-    """What the answer has to look like. Only text is supported."""
-
-    type: str
-    json_schema: dict[str, Any] | None = None
-
-
 class ChatCompletionRequest(_GenerationRequest):
     """`POST /v1/chat/completions`."""
 
@@ -200,7 +242,6 @@ class ChatCompletionRequest(_GenerationRequest):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
@@ -210,14 +251,16 @@ class ChatCompletionRequest(_GenerationRequest):
     safety_identifier: str | None = Field(None, description="Accepted, and without effect.")
     prompt_cache_key: str | None = Field(None, description="Accepted, and without effect.")
 
-    def params(self) -> SamplingParams:
+    def params(self, structured: StructuredOutputsParams | None) -> SamplingParams:
         """How to sample."""
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError(400, "response_format is supported for type 'text' only", param="response_format")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return self._params(
+            structured_outputs=structured,
+            max_tokens=limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 class EmbeddingRequest(_Body):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.server.responses import CalledFunction, ToolCall
+from furiosa_llm.server.tool_grammar import CallSyntax
 
 
 @dataclass(slots=True)
@@ -21,7 +22,12 @@ class Found:
 
 
 class ToolFinder:
-    """Takes one answer in pieces. Only calls of `names` count; what looks like a call and is none stays text."""
+    """Takes one answer in pieces. Only calls of `names` count; what looks like a call and is none stays text.
+
+    `syntax` is how calls are written that are forced.
+    """
+
+    syntax: ClassVar[CallSyntax]
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = frozenset(names)
@@ -49,6 +55,14 @@ class HermesFinder(ToolFinder):
     """Calls between tags, with text around them: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`."""
 
     _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+    syntax = CallSyntax(
+        trigger=_OPEN,
+        before_name='\n{"name": ',
+        before_arguments=', "arguments": ',
+        end="}\n" + _CLOSE,
+        between="\n",
+        text=r"(.|\n)*",
+    )
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__(names)
@@ -101,6 +115,14 @@ class Llama3JsonFinder(ToolFinder):
     """An answer that is nothing but calls: `{"name": ..., "parameters": {...}}`, one or several behind semicolons."""
 
     _TAG = "<|python_tag|>"
+    syntax = CallSyntax(
+        trigger="",
+        before_name='{"name": ',
+        before_arguments=', "parameters": ',
+        end="}",
+        between="; ",
+        text=r"[ \n\r\t]*([^{< \n\r\t]|<[^|])(.|\n)*",  # no call, and no tag before one
+    )
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__(names)
@@ -128,7 +150,7 @@ class Llama3JsonFinder(ToolFinder):
         return Found(content=self._held)
 
 
-ToolParser = Callable[[Collection[str]], ToolFinder]
+ToolParser = type[ToolFinder]
 
 TOOL_PARSERS: dict[str, ToolParser] = {"hermes": HermesFinder, "llama3_json": Llama3JsonFinder}
 

@@ -225,6 +225,15 @@ def test_the_vendors_options_that_mean_nothing_here(
     assert message.endswith(f"is not supported: {' '.join(reason.split())}; leave it out")
 
 
+@pytest.mark.parametrize("option", ["--structured-outputs-backend", "--guided-decoding-backend"])
+def test_the_library_behind_structured_outputs(built: Path, refused: Refused, cli: Cli, option: str) -> None:
+    message = refused("serve", built, option, "xgrammar")
+    assert message.endswith("answers are constrained by llguidance, which has the same formats; give guidance or auto")
+    for name in ("auto", "guidance"):
+        assert "cannot listen on" in refused("serve", built, option, name, "--host", "192.0.2.1")
+    assert cli("serve", built, option, "outlines").code == 2
+
+
 def test_the_extra_that_is_missing(built: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None if name != "uvicorn" else object())
     message = refused("serve", built)

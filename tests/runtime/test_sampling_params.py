@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from furiosa_llm.runtime import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.sampling_params import SamplingType
@@ -50,6 +50,7 @@ REFUSED: dict[str, list[Any]] = {
     ],
     "allowed_token_ids": [[], "5", 5, {5}, *NO_TOKENS],
     "bad_words": ["word", [""], [5], ["a" * 4097], ["a"] * 1025, *NO_LISTS],
+    "structured_outputs": [{"json": {}}, "a", 1],
     "skip_special_tokens": NO_FLAGS,
     "detokenize": NO_FLAGS,
 }
@@ -80,6 +81,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "logit_bias": [{}, {0: 100, 5: -100.0}],
     "allowed_token_ids": [None, [0], (5, 6)],
     "bad_words": [[], ["a", "b c"]],
+    "structured_outputs": [None, StructuredOutputsParams(regex="a")],
     "skip_special_tokens": [True, False],
     "detokenize": [True, False],
 }

@@ -188,10 +188,7 @@ def test_the_servers_template_goes_before_the_models(artifact: Path) -> None:
     ("change", "param", "message"),
     [
         ({"tools": TOOLS}, "tools", "--enable-auto-tool-choice"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "'none' and 'auto' only"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice", "only"),
         ({"tool_choice": "auto"}, "tool_choice", "only allowed when tools are given"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "'text' only"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"chat_template_kwargs": {"tools": [], "x": 1}}, "chat_template_kwargs", "cannot hold tools"),
         ({"messages": []}, "messages", "at least 1 item"),

@@ -1,0 +1,87 @@
+"""What a request demands of its answers' form: formats, grammars, and calls of tools, as constraints of the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from furiosa_llm.runtime.errors import SamplingParamsError
+from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.requests import ResponseFormat, StructuredOutputs, Tool
+from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
+
+_SCHEMA = "response_format.json_schema.schema"
+
+
+async def structured_outputs(
+    response_format: ResponseFormat | None, given: StructuredOutputs | None
+) -> StructuredOutputsParams | None:
+    """The constraint of a request without tools; None if there is none. Raises an ApiError for what is no grammar."""
+    schema = None if response_format is None else response_format.wanted_schema()
+    if given is not None:
+        if schema is not None:
+            raise ApiError(400, "structured_outputs and response_format exclude each other; leave one out")
+        return await _compiled("structured_outputs", **given.model_dump(by_alias=True))
+    return None if schema is None else await _compiled("response_format", _SCHEMA, json=schema)
+
+
+async def forced(tools: Sequence[Tool], chosen: str | None, writing: CallWriting) -> StructuredOutputsParams:
+    """The constraint of answers that have to be calls: one of the function `chosen`, or of any."""
+    functions = await _functions(tools, strict_only=False)
+    if chosen is not None:
+        functions = [function for function in functions if function.name == chosen][:1]
+        writing = replace(writing, several=False)
+    return await _compiled("tools", grammar=CallGrammar(functions, writing).forced())
+
+
+async def optional(
+    tools: Sequence[Tool], response_format: ResponseFormat | None, writing: CallWriting
+) -> StructuredOutputsParams | None:
+    """The constraint of answers that may be calls; None if neither a tool nor a format asks for one."""
+    schema = None if response_format is None else response_format.wanted_schema()
+    if schema is not None:
+        if not writing.syntax.trigger:
+            raise ApiError(
+                400,
+                "response_format and tools exclude each other on this server, whose model writes calls as plain JSON; "
+                "leave one out, or force a call by tool_choice",
+                param="response_format",
+            )
+        await _compiled("response_format", _SCHEMA, json=schema)
+        functions = await _functions(tools, strict_only=False)
+        return await _compiled("tools", grammar=CallGrammar(functions, writing).or_json(schema))
+    if not any(tool.function.strict for tool in tools):
+        return None
+    functions = await _functions(tools, strict_only=True)
+    return await _compiled("tools", grammar=CallGrammar(functions, writing).or_text())
+
+
+async def _functions(tools: Sequence[Tool], *, strict_only: bool) -> list[CallableFunction]:
+    """The functions of `tools`; with `strict_only`, the others may be called with any arguments."""
+    found = []
+    for index, tool in enumerate(tools):
+        function = tool.function
+        schema: dict[str, Any] = {"type": "object"}
+        if function.strict or not strict_only:
+            schema = function.parameters_schema
+            param = f"tools.{index}.function.parameters"
+            if schema["type"] != "object":
+                message = f"{param}: found type {schema['type']!r:.80}, but arguments are an object"
+                raise ApiError(400, message, param=param)
+            await _compiled(param, param, json=schema)
+        found.append(CallableFunction(name=function.name, parameters=schema))
+    return found
+
+
+async def _compiled(param: str, shown: str | None = None, **given: Any) -> StructuredOutputsParams:
+    """The constraint, made on another thread: a large schema takes a second, in which others' tokens go out."""
+    try:
+        return await asyncio.to_thread(StructuredOutputsParams, **given)
+    except SamplingParamsError as error:
+        message = str(error)
+        if shown is not None:
+            message = message.replace("structured_outputs.json", shown)
+        raise ApiError(400, message, param=param) from error

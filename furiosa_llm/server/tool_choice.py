@@ -1,0 +1,69 @@
+"""Which tools a chat offers and which it demands, how their calls are found, and what that makes of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.requests import ChatCompletionRequest, NamedToolChoice
+from furiosa_llm.server.structured import forced, optional, structured_outputs
+from furiosa_llm.server.tool_grammar import CallWriting
+from furiosa_llm.server.tools import HermesFinder, ToolFinder, ToolParser
+
+
+class Tools:
+    """The tools of a request; raises an ApiError if it makes no sense, or needs a `parser` and there is none.
+
+    `tags` are the tokens of the form `<...>` that the model has.
+
+    shown: whether the chat template sees the tools, and calls are looked for.
+    chosen: the function that has to be called; None if none is named.
+    only_one: whether an answer has one call at most.
+    """
+
+    def __init__(self, body: ChatCompletionRequest, parser: ToolParser | None, tags: Collection[str]) -> None:
+        choice = body.tool_choice
+        if not body.tools and choice not in (None, "none"):
+            raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
+        self._body = body
+        self._tools = body.tools or []
+        self._forced = choice == "required" or isinstance(choice, NamedToolChoice)
+        self._names = [tool.function.name for tool in self._tools]
+        self.chosen = choice.function.name if isinstance(choice, NamedToolChoice) else None
+        self.shown = bool(self._tools) and choice != "none"
+        self.only_one = body.parallel_tool_calls is False
+        if self.chosen is not None and self.chosen not in self._names:
+            raise ApiError(
+                400, f"tool_choice names {self.chosen!r:.80}, which is not among the tools", param="tool_choice"
+            )
+        if self.shown and parser is None and not self._forced:
+            raise ApiError(
+                400,
+                "tools need a server that was started with --enable-auto-tool-choice and --tool-call-parser; or give "
+                "tool_choice 'none', 'required' or a function",
+                param="tools",
+            )
+        self._tags = tags
+        # A call that is forced may be written in any way that can be read again.
+        self._parser: ToolParser = parser or HermesFinder
+
+    def finder(self) -> ToolFinder | None:
+        """For one answer; None if there is nothing to look for."""
+        return self._parser(self._names) if self.shown else None
+
+    async def constraint(self) -> StructuredOutputsParams | None:
+        """What the answers have to look like; None for any text. Raises an ApiError for a schema that is none."""
+        body = self._body
+        if not self.shown:
+            return await structured_outputs(body.response_format, body.structured_outputs)
+        if body.structured_outputs is not None:
+            raise ApiError(
+                400,
+                "structured_outputs and tools exclude each other; leave one out, or give tool_choice 'none'",
+                param="structured_outputs",
+            )
+        writing = CallWriting(syntax=self._parser.syntax, tags=self._tags, several=not self.only_one)
+        if self._forced:
+            return await forced(self._tools, self.chosen, writing)
+        return await optional(self._tools, body.response_format, writing)
