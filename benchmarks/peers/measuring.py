@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from benchmarks.peers.contenders import FLOAT32, Contender
@@ -26,7 +27,9 @@ class Asked(Protocol):
 
     def peak_nbytes(self) -> int: ...  # noqa: D102
 
-    def close(self) -> None: ...  # noqa: D102
+    def close(self) -> None:
+        """May be called more than once."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +127,8 @@ class Comparison:
         """Counts the tokens that are like those of the first; who differs in float32 does not run this model."""
         found: dict[str, list[int]] = {}
 
-        def ask(name: str, one: _Running) -> None:
-            self._say(f"compare tokens of {name}")
+        def ask(one: _Running) -> None:
+            self._say(f"compare tokens of {one.measured.contender.name}")
             count = self._prompts.compared_count
             answers = [one.asked.generate([prompt], count).tokens[0] for prompt in self._prompts.compared]
             reference = found.setdefault("", [token for tokens in answers for token in tokens])
@@ -140,7 +143,7 @@ class Comparison:
     def _round(self, number: int) -> None:
         order = list(self._running)[:: 1 if number % 2 else -1]
         for measure in (self._decode, self._prefill, self._at_once):
-            self._each(order, lambda name, one, measure=measure: measure(one, number))  # type: ignore[misc]
+            self._each(order, partial(measure, number=number))
 
     def _decode(self, one: _Running, number: int) -> None:
         found = one.asked.generate([self._prompts.decode], DECODED + 1)
@@ -154,21 +157,23 @@ class Comparison:
         found = one.asked.generate(self._prompts.at_once, AT_ONCE_TOKENS)
         _note(one.measured.at_once, len(self._prompts.at_once) * AT_ONCE_TOKENS / found.seconds, number)
 
-    def _remember_peak(self, name: str, one: _Running) -> None:
+    def _remember_peak(self, one: _Running) -> None:
         one.measured.peak_nbytes = one.asked.peak_nbytes()
 
-    def _each(self, names: Sequence[str], ask: Callable[[str, _Running], None]) -> None:
+    def _each(self, names: Sequence[str], ask: Callable[[_Running], None]) -> None:
         for name in names:
             if name in self._running:
                 try:
-                    ask(name, self._running[name])
+                    ask(self._running[name])
                 except WorkerError as error:
                     self._skip(name, str(error))
 
     def _skip(self, name: str, reason: str) -> None:
         self._say(f"{name} is left out: {reason}")
         self._skipped[name] = reason
-        self._running.pop(name, None)
+        left = self._running.pop(name, None)
+        if left is not None:
+            left.asked.close()  # at once: what hangs may be computing
 
 
 def agreeing(tokens: Sequence[int], reference: Sequence[int]) -> int:

@@ -30,16 +30,14 @@ class Worker:
     """The process of one engine, and those that it starts: a session of their own.
 
     Args:
-        name: what errors call it.
         command: the program; it runs in `folder`, and its standard error goes into the file `log`.
         limit: seconds within which it must answer.
         environment: variables beside those of this process.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], *, folder: Path, log: Path, limit: float, environment: Mapping[str, str]
+        self, command: Sequence[str], *, folder: Path, log: Path, limit: float, environment: Mapping[str, str]
     ) -> None:
-        self.name = name
         self._log = log
         self._limit = limit
         self._buffer = b""
@@ -72,9 +70,11 @@ class Worker:
         return sum(_peak_nbytes(process) for process in processes_of(self._process.pid))
 
     def close(self) -> None:
-        """Ends it: by the end of its input, or by force with all that it has started."""
+        """Ends it: by the end of its input, or by force with all that it has started. May be called more than once."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
         try:
             self._process.stdin.close()
             self._process.wait(timeout=_ENDING_SECONDS)
@@ -113,6 +113,7 @@ class Worker:
         while b"\n" not in self._buffer:
             readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
+                self._process.kill()
                 raise WorkerError(f"gave no answer to {what!r} within {self._limit:g} s")
             received = os.read(descriptor, 1 << 16)
             if not received:

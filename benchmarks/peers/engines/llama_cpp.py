@@ -39,9 +39,7 @@ class LlamaCpp:
 
     def load(self) -> str:
         """See `Engine.load`."""
-        self._model = llama_cpp.llama_model_load_from_file(
-            self._file.encode(), llama_cpp.llama_model_default_params()
-        )
+        self._model = llama_cpp.llama_model_load_from_file(self._file.encode(), llama_cpp.llama_model_default_params())
         if not self._model:
             raise ValueError(f"llama.cpp cannot load {self._file}; its reason is in this log")
         params = llama_cpp.llama_context_default_params()
