@@ -100,6 +100,13 @@ kill-campaign: $(INSTALLED) ## builds and reshards killed at random moments: who
 bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write and to check; takes 50 GB of disk
 	$(BIN)/python -m benchmarks.artifact
 
+ROUNDS ?= 5
+
+.PHONY: bench-peers
+bench-peers: $(INSTALLED) ## this project beside other engines, on one model in turns; installs them first (ROUNDS=5)
+	$(BIN)/python -m benchmarks.peers.install
+	$(BIN)/python -m benchmarks.peers --rounds $(ROUNDS)
+
 .PHONY: release
 release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
