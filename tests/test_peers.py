@@ -397,12 +397,12 @@ def test_what_does_not_install_is_told_in_pips_words(tmp_path: Path) -> None:
     python = Path(sys.executable)
     reason = install.install(python, f"{tmp_path}/no-such-package.whl", constraints=constraints)
     assert reason is not None
-    assert "no-such-package.whl" in reason
+    assert reason.startswith("Invalid wheel filename")
 
 
 def test_failures_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "ENVIRONMENTS", tmp_path)
-    monkeypatch.setattr(install.venv, "create", lambda folder, with_pip: None)
+    monkeypatch.setattr(install, "create", lambda folder, with_pip: None)
     monkeypatch.setattr(
         install, "install", lambda python, requirement, constraints: "no" if "llama" in requirement else None
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import venv
 from pathlib import Path
+from venv import create
 
 from benchmarks.peers.contenders import ENVIRONMENTS
 
@@ -22,7 +22,7 @@ def main() -> None:
     for name, file in REQUIREMENTS.items():
         folder = ENVIRONMENTS.resolve() / name
         if not (folder / "bin" / "python").exists():
-            venv.create(folder, with_pip=True)
+            create(folder, with_pip=True)
         for requirement in requirements(file.read_text()):
             print(f"{name}: {requirement}", flush=True)
             reason = install(folder / "bin" / "python", requirement, constraints=file)
@@ -44,9 +44,9 @@ def install(python: Path, requirement: str, *, constraints: Path) -> str | None:
 
     Returns what pip said last if it failed.
     """
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     result = subprocess.run(
-        [*command, "--constraint", constraints, requirement], capture_output=True, text=True, check=False
+        [*command, "--constraint", str(constraints), requirement], capture_output=True, text=True, check=False
     )
     if result.returncode == 0:
         return None

@@ -84,7 +84,7 @@ class _Sequences:
         tokens: list[int] = found["logits"].numpy()[:, -1].argmax(axis=-1).tolist()
         return tokens
 
-    def _told(self, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    def _told(self, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> dict[str, np.ndarray]:
         batch, count = ids.shape
         start, self._length = self._length, self._length + count
         told = {

@@ -47,9 +47,12 @@ class Transformers:
         self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, **split).eval()
         return f"{self._size} processes x {self._threads} threads" if self._size > 1 else f"{self._threads} threads"
 
-    @torch.inference_mode()
     def generate(self, prompts: Tokens, count: int) -> Generation:
         """See `Engine.generate`."""
+        with torch.inference_mode():
+            return self._generate(prompts, count)
+
+    def _generate(self, prompts: Tokens, count: int) -> Generation:
         cache = DynamicCache(config=self._model.config)
 
         def step(new: Tokens) -> Sequence[int]:
