@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -163,7 +164,10 @@ def test_what_a_process_started_counts_and_ends_with_it(tmp_path: Path) -> None:
         both = worker.peak_nbytes()
         own = (Path("/proc") / str(session) / "status").read_text().partition("VmHWM:")[2].split()[0]
         assert both > int(own) * 1024
-    assert not [p for p in processes_of(session) if "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2]]
+    deadline = time.monotonic() + 60
+    while processes_of(session) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert processes_of(session) == []
 
 
 # -- the protocol --------------------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ def test_who_fails_is_left_out_and_ended_at_once(fails: int) -> None:
     assert [one.contender.peer for one in found.measured] == ["a"]
     assert found.skipped == {"bad, x": "does not load" if fails == 0 else "broke"}
     assert engines["a"].closed == 1
-    assert engines["bad"].closed >= 1
+    assert engines["bad"].closed == (1 if fails == 0 else 2)  # then at the end, as everyone
 
 
 def test_who_cannot_be_started_is_left_out() -> None:
@@ -406,8 +410,11 @@ def test_failures_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         install, "install", lambda python, requirement, constraints: "no" if "llama" in requirement else None
     )
+    removed: list[tuple[Path, tuple[str, ...]]] = []
+    monkeypatch.setattr(install, "_uninstall", lambda python, packages: removed.append((python, packages)))
     assert install.failures() == {}
     install.main()
+    assert removed == [(tmp_path / "vllm" / "bin" / "python", install.UNWANTED["vllm"])]
     assert list(install.failures().values()) == ["no"]
     assert "llama-cpp-python" in next(iter(install.failures()))
 

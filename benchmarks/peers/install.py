@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from venv import create
 
@@ -12,6 +13,8 @@ from benchmarks.peers.contenders import ENVIRONMENTS
 _HERE = Path(__file__).parent
 REQUIREMENTS = {"venv": _HERE / "requirements.txt", "vllm": _HERE / "requirements-vllm.txt"}
 """Environment -> the file that says what it holds."""
+UNWANTED = {"vllm": ("torchvision", "torchaudio", "torchcodec")}
+"""Environment -> what is removed again: the index has these for CUDA alone, and transformers imports them if it can."""
 _FAILURES = "failures.json"
 _LAST_WORDS = 300
 
@@ -29,6 +32,8 @@ def main() -> None:
             if reason is not None:
                 failures[requirement] = reason
                 print(f"  does not install: {reason}", flush=True)
+        if name in UNWANTED:
+            _uninstall(folder / "bin" / "python", UNWANTED[name])
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     (ENVIRONMENTS / _FAILURES).write_text(json.dumps(failures, indent=1) + "\n")
 
@@ -52,6 +57,11 @@ def install(python: Path, requirement: str, *, constraints: Path) -> str | None:
         return None
     lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")] or result.stderr.splitlines()
     return " ".join(lines).removeprefix("ERROR: ")[-_LAST_WORDS:] or f"pip ended with exit code {result.returncode}"
+
+
+def _uninstall(python: Path, packages: Sequence[str]) -> None:
+    command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "--disable-pip-version-check", *packages]
+    subprocess.run(command, check=True)
 
 
 def failures() -> dict[str, str]:

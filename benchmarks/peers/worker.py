@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +18,8 @@ from benchmarks.peers.protocol import Generation, Loaded, Tokens
 
 _FIELD_OF_SESSION = 3
 """In /proc/PID/stat, counted from behind the command's name: state, parent, group, session."""
+_ENDED = "Z"
+"""The state of a process that nobody has waited for yet."""
 _ENDING_SECONDS = 20.0
 _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception): ")
 """How the last line of a traceback begins; libraries may say more when they end."""
@@ -82,7 +85,8 @@ class Worker:
             self._process.kill()
             self._process.wait()
         for process in processes_of(self._process.pid):
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(process, signal.SIGKILL)
         self._process.stdout.close()
 
     def __enter__(self) -> Self:
@@ -134,7 +138,7 @@ class Worker:
 
 
 def processes_of(session: int) -> list[int]:
-    """The processes of a session that run or have not been waited for."""
+    """The processes of a session that still run."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal() and _session_of(folder) == session:
@@ -147,7 +151,8 @@ def _session_of(folder: Path) -> int | None:
         stat = (folder / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
         return None
-    return int(stat.rpartition(")")[2].split()[_FIELD_OF_SESSION])
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[_FIELD_OF_SESSION]) if fields[0] != _ENDED else None
 
 
 def _peak_nbytes(process: int) -> int:

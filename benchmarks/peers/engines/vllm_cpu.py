@@ -36,8 +36,9 @@ class VllmCpu:
             max_num_seqs=_SEQUENCES,
             enable_prefix_caching=False,
             skip_tokenizer_init=True,
+            enforce_eager=True,
         )
-        return f"{self._threads} threads"
+        return f"{self._threads} threads, eager: torch.compile takes minutes"
 
     def generate(self, prompts: Tokens, count: int) -> Generation:
         """See `Engine.generate`."""
