@@ -104,8 +104,15 @@ bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write a
 mlperf: $(INSTALLED) ## MLPerf runs until LoadGen calls them VALID, and what the harness costs: a quarter of an hour
 	$(BIN)/python -m benchmarks.mlperf
 
+ROUNDS ?= 5
+
+.PHONY: bench-peers
+bench-peers: $(INSTALLED) ## this project beside other engines, on one model in turns; installs them first (ROUNDS=5)
+	$(BIN)/python -m benchmarks.peers.install
+	$(BIN)/python -m benchmarks.peers --rounds $(ROUNDS)
+
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -1,0 +1,1 @@
+"""This project beside its peers, on one model and the same cores: `python -m benchmarks.peers --help`."""

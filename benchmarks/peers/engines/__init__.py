@@ -1,0 +1,1 @@
+"""One file for each engine that is compared: a program that `benchmarks.peers.worker` starts as a process."""

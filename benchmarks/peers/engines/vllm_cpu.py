@@ -1,0 +1,66 @@
+"""vLLM built for CPUs: its engine in this process, requests given together."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import vllm
+from vllm import LLM, SamplingParams
+
+from benchmarks.peers.protocol import Generation, Tokens, serve
+
+_LENGTH = 1280
+_SEQUENCES = 16
+
+
+class VllmCpu:
+    """A folder in Hugging Face's format, in float32, without its prefix cache: rounds repeat prompts."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        self._folder = folder
+        self._threads = threads
+        self._requests = 0
+
+    @property
+    def version(self) -> str:
+        """See `Engine.version`."""
+        return str(vllm.__version__)
+
+    def load(self) -> str:
+        """See `Engine.load`."""
+        self._llm = LLM(
+            self._folder,
+            dtype="float32",
+            max_model_len=_LENGTH,
+            max_num_seqs=_SEQUENCES,
+            enable_prefix_caching=False,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+        )
+        return f"{self._threads} threads, eager: torch.compile takes minutes"
+
+    def generate(self, prompts: Tokens, count: int) -> Generation:
+        """See `Engine.generate`."""
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count, detokenize=False)
+        engine = self._llm.llm_engine
+        tokens: dict[str, list[int]] = {}
+        started = time.perf_counter()
+        for prompt in prompts:
+            self._requests += 1
+            tokens[str(self._requests)] = []
+            engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, params)
+        first = None
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if first is None and all(tokens.values()):
+                first = time.perf_counter()
+        assert first is not None
+        return Generation(
+            tokens=list(tokens.values()), first_seconds=first - started, seconds=time.perf_counter() - started
+        )
+
+
+if __name__ == "__main__":
+    serve(VllmCpu(sys.argv[1], int(sys.argv[2])))
