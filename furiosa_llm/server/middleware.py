@@ -1,4 +1,4 @@
-"""What happens around every request: its id, failures, API keys, and limits of its body."""
+"""What happens around every request: its id, failures, API keys, and limits of its body and its time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_response
+from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_event, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,64 @@ class RequestIds:
             if started:  # The client has a status already; it sees that the answer breaks off.
                 raise
             await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
+
+
+class TimeLimits:
+    """Ends requests that take more than `seconds`, and those that are still there when the server stops.
+
+    What is not answered yet gets a status, and a stream an event with the error, behind which nothing follows.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float | None) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        try:
+            async with asyncio.timeout(self._seconds) as limit:
+                await self._app(scope, receive, answer.send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            message = f"the request took longer than {self._seconds:g} s; ask for less, or raise --request-timeout"
+            # Clients that repeat a request on a status like this one would only wait as long again.
+            error = ApiError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
+        except asyncio.CancelledError:
+            error = ApiError(503, "the server is stopping, and has cut the request; try another one", code="stopping")
+        else:
+            return
+        await answer.cut(error, scope, receive)
+
+
+class _Answer:
+    """What has been sent of an answer."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started, self._ended, self._events = False, False, False
+
+    async def send(self, message: Message) -> None:
+        """Sends on."""
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._events = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+        else:
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def cut(self, error: ApiError, scope: Scope, receive: Receive) -> None:
+        """Ends the answer with `error`, if it has not ended."""
+        if not self._started:
+            await error_response(error)(scope, receive, self._send)
+        elif not self._ended:
+            # In the middle of anything else than events, nothing but its breaking off can tell of the error.
+            last = error_event(error) if self._events else b""
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 class ApiKeys:
@@ -121,9 +179,8 @@ class BodyLimits:
         return receive_limited
 
     def _too_large(self) -> ApiError:
-        # What the client is still sending is not read, hence no other request can follow on the connection.
-        message = f"the body is larger than the {self._max_nbytes} bytes that are taken; send less"
-        return ApiError(413, message, headers={"Connection": "close"})
+        # The connection is not closed: a client that is reset while it still sends might never read the answer.
+        return ApiError(413, f"the body is larger than the {self._max_nbytes} bytes that are taken; send less")
 
 
 def _digest(key: bytes) -> bytes:
