@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import sys
 from typing import Any, ClassVar, cast
 
@@ -125,9 +126,15 @@ class Connection(H11Protocol):
     def _check_writing(self, left_before: int | None) -> None:
         left = self.transport.get_write_buffer_size()
         if left_before is not None and left >= left_before:
-            self.transport.abort()
+            self._reset()
             return
         self._write_timer = self.loop.call_later(self.limits.send_timeout, self._check_writing, left)
+
+    def _reset(self) -> None:
+        # Without this the kernel would keep what it has of the answer, and offer it for minutes.
+        no_lingering = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_lingering)
+        self.transport.abort()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
