@@ -80,9 +80,9 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
 
 def _surround(app: FastAPI, settings: ServerSettings) -> None:
     """Adds the middleware; the last one is the outermost."""
-    app.add_middleware(BodyLimits, max_nbytes=settings.max_body_nbytes, timeout=settings.body_timeout)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(BodyLimits, max_nbytes=settings.max_body_nbytes, timeout=settings.body_timeout)
     app.add_middleware(TimeLimits, seconds=settings.request_timeout)
     app.add_middleware(RequestIds)
     app.add_middleware(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json"})
 """What needs no key: nothing there is anybody's, and those who watch over a server have none."""
+
+_SILENCE = 1.0
+"""Seconds after which a client that was answered, and does not go on with its body, has ceased to send."""
 
 
 class RequestIds:
@@ -149,38 +153,66 @@ class BodyLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _Body(receive, send, max_nbytes=self._max_nbytes, timeout=self._timeout)
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_nbytes:
-            await error_response(self._too_large())(scope, receive, send)
-            return
-        await self._app(scope, self._limited(receive), send)
+            await error_response(body.too_large())(scope, receive, body.send)
+        else:
+            await self._app(scope, body.receive, body.send)
 
-    def _limited(self, receive: Receive) -> Receive:
-        count, whole = 0, False
-        deadline = asyncio.get_running_loop().time() + self._timeout
 
-        async def receive_limited() -> Message:
-            nonlocal count, whole
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408, f"the body did not arrive within {self._timeout:g} s", headers={"Connection": "close"}
-                ) from None
-            count += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if count > self._max_nbytes:
-                raise self._too_large()
-            return message
+class _Body:
+    """The body of one request, as it comes."""
 
-        return receive_limited
+    def __init__(self, receive: Receive, send: Send, *, max_nbytes: int, timeout: float) -> None:
+        self._receive, self._send = receive, send
+        self._max_nbytes = max_nbytes
+        self._timeout = timeout
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        self._count = 0
+        self._whole = False
 
-    def _too_large(self) -> ApiError:
-        # The connection is not closed: a client that is reset while it still sends might never read the answer.
+    def too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than the {self._max_nbytes} bytes that are taken; send less")
+
+    async def receive(self) -> Message:
+        """The next piece."""
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._next()
+        except TimeoutError:
+            message = f"the body did not arrive within {self._timeout:g} s"
+            raise ApiError(408, message, headers={"Connection": "close"}) from None
+        self._count += len(message.get("body", b""))
+        if self._count > self._max_nbytes:
+            raise self.too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends on. An answer to a body that is still coming ends when the client has ceased to send.
+
+        The end of an answer may close the connection, and a client that is reset while it still sends might never read
+        the answer.
+        """
+        if not self._whole and message["type"] == "http.response.body" and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._discard_the_rest()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._whole = not message.get("more_body", False)
+        return message
+
+    async def _discard_the_rest(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline):
+                while not self._whole:
+                    async with asyncio.timeout(_SILENCE):
+                        await self._next()
 
 
 def _digest(key: bytes) -> bytes:
