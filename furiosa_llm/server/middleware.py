@@ -183,8 +183,8 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._next()
         except TimeoutError:
-            message = f"the body did not arrive within {self._timeout:g} s"
-            raise ApiError(408, message, headers={"Connection": "close"}) from None
+            late = f"the body did not arrive within {self._timeout:g} s"
+            raise ApiError(408, late, headers={"Connection": "close"}) from None
         self._count += len(message.get("body", b""))
         if self._count > self._max_nbytes:
             raise self.too_large()
