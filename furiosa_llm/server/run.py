@@ -71,6 +71,7 @@ def make_server(
         app,
         host=host,
         port=port,
+        loop="asyncio",
         http=connection_class(settings),
         ws="none",
         h11_max_incomplete_event_size=_MAX_HEAD_NBYTES,

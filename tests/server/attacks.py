@@ -88,6 +88,15 @@ async def malformed(target: Target, rng: random.Random, _: int) -> str | None:
     whole = target.request(
         json.dumps({"model": target.model, "prompt": "Hello", "max_tokens": 2, "temperature": 0}).encode()
     )
+    broken = mutated(whole, rng)
+    async with target.connect() as (reader, writer):
+        writer.write(broken)
+        writer.write_eof()  # what is missing of a body does not come
+        return judge(await _answer(reader), broken=broken)
+
+
+def mutated(whole: bytes, rng: random.Random) -> bytes:
+    """`whole` with some bytes changed, taken out or put in."""
     broken = bytearray(whole)
     for _ in range(rng.choice((1, 1, 2, 5, 50))):
         at = rng.randrange(len(broken))
@@ -102,13 +111,10 @@ async def malformed(target: Target, rng: random.Random, _: int) -> str | None:
                 broken[at:at] = rng.choice((b"\r\n", b"\x00", b"{", b"\xff", b"9" * 50, b'"', b"["))
         if not broken:
             broken += b"\x00"
-    async with target.connect() as (reader, writer):
-        writer.write(broken)
-        writer.write_eof()  # what is missing of a body does not come
-        return _judge(await _answer(reader), broken=bytes(broken))
+    return bytes(broken)
 
 
-def _judge(answer: bytes, *, broken: bytes) -> str | None:
+def judge(answer: bytes, *, broken: bytes) -> str | None:
     """The bytes may make two requests or more; no answer is fine, too, where the end of a request is missing."""
     while answer:
         head, _, rest = answer.partition(b"\r\n\r\n")
