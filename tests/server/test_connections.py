@@ -7,6 +7,7 @@ import json
 import re
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,18 @@ from typing import Any
 
 import httpx
 import pytest
+import tokenizers
 from starlette.responses import Response
 
+from furiosa_llm import LLM
+from furiosa_llm.runtime.errors import TokenizerError
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, listen, load, metric, serving, wait_for
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY: dict[str, Any] = {"model": NAME, "prompt": "hello", "temperature": 0, "max_tokens": 2}
 LONG: dict[str, Any] = {**BODY, "max_tokens": 500, "ignore_eos": True}
+ZOO = Path(__file__).parents[2] / "fixtures" / "zoo"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -332,3 +337,36 @@ def test_a_request_has_a_time_limit(artifact: Path, caplog: pytest.LogCaptureFix
         assert metric(url, "request_failure_total") == 3
         assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
     assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+def test_a_long_text_stops_nobody(url: str) -> None:
+    long = {"prompt": "The quick brown fox jumps. " * 40_000}
+    sizes: list[int] = []
+
+    def tokenize() -> None:
+        sizes.append(httpx.post(f"{url}/tokenize", json=long, timeout=60).json()["count"])
+
+    thread = threading.Thread(target=tokenize)
+    answered = 0
+    with httpx.Client(base_url=url, timeout=60) as client:
+        client.get("/health")
+        thread.start()
+        while thread.is_alive():
+            assert client.get("/health").status_code == 200
+            answered += 1
+    assert sizes[0] > 100_000
+    # Were the interpreter's lock held, they would be answered before and behind it only.
+    assert answered > 20
+
+
+def test_long_texts_are_encoded_as_short_ones_are(llm: LLM) -> None:
+    tokenizer = llm.core.tokenizer
+    assert tokenizer is not None
+    text = "Wörter, 你好 and <s> tokens. " * 400
+    bare = tokenizers.Tokenizer.from_file(str(ZOO / NAME / "tokenizer.json"))
+    for special in (False, True):
+        expected = bare.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == expected
+    assert tokenizer.encode(text, max_length=7) == tokenizer.encode(text)[:7]
+    with pytest.raises(TokenizerError, match="Unicode characters only"):
+        tokenizer.encode(text + "\ud800")
