@@ -29,6 +29,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     generator, params = state.generator, body.params()
     if body.echo or body.logprobs is not None:
         state.check_tokenizer()
+    state.gate.check(len(body.prompts) * params.num_sequences)
     prompts = await _prompts(body, state)
     head = new_head(state, "cmpl")
     outputs = generator.run(head.id, prompts, params)
