@@ -111,8 +111,26 @@ bench-peers: $(INSTALLED) ## this project beside other engines, on one model in 
 	$(BIN)/python -m benchmarks.peers.install
 	$(BIN)/python -m benchmarks.peers --rounds $(ROUNDS)
 
+COUNT ?= 1000
+
+.PHONY: server-campaign
+server-campaign: $(INSTALLED) ## hostile clients beside honest ones, against the real server (COUNT=1000 of each kind)
+	$(BIN)/python -m tests.server.campaign --count $(COUNT)
+
+LOCUST ?= build/locust/bin/locust
+STREAMS ?= 64
+
+$(LOCUST):
+	$(PYTHON) -m venv --without-pip build/locust
+	$(PYTHON) -m pip --python build/locust/bin/python install --quiet 'locust>=2.47'
+
+.PHONY: server-load
+server-load: SECONDS = 180
+server-load: $(INSTALLED) $(LOCUST) ## streams of SmolLM2, each compared with the offline answer (STREAMS=64 SECONDS=180)
+	$(BIN)/python -m tests.server.load --locust $(LOCUST) --streams $(STREAMS) --seconds $(SECONDS)
+
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign server-campaign server-load bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

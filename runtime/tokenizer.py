@@ -21,6 +21,8 @@ from furiosa_llm.runtime.errors import InputError, TokenizerError
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
+_LONG_TEXT = 4096
+"""Characters, from which on encoding takes milliseconds."""
 
 Message = Mapping[str, Any]
 
@@ -120,7 +122,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encoding = self._encoding(text)
             if max_length is not None:
                 added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
                 encoding.truncate(max(0, max_length - added))
@@ -131,6 +133,13 @@ class Tokenizer:
         except Exception as error:  # tokenizers has no class of its own for what it refuses.
             raise TokenizerError(f"the tokenizer refuses {text!r:.80}: {error}") from error
         return list(encoding.ids)
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        if len(text) < _LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        # A single text is encoded with the interpreter's lock held, which stops every other thread; a batch is not.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return encoding
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with or without special tokens; unknown ones have none."""

@@ -82,6 +82,10 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
               help="Sequences that may run and wait; requests beyond them get the status 429.")  # fmt: skip
 @click.option("--max-body-nbytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
               help="Greater bodies get the status 413.")  # fmt: skip
+@click.option("--max-connections", type=click.IntRange(min=1), default=2048, show_default=True,
+              help="Clients beyond them are turned away with the status 503.")  # fmt: skip
+@click.option("--request-timeout", type=click.FloatRange(min=0, min_open=True),
+              help="Seconds that a request may take; longer ones are ended.  [default: any number]")  # fmt: skip
 @click.option("--shutdown-timeout", type=click.FloatRange(min=1), default=30.0, show_default=True,
               help="Seconds that requests have to end in after SIGTERM.")  # fmt: skip
 @click.option("--uvicorn-log-level", type=click.Choice(_LOG_LEVELS), default="info", show_default=True)

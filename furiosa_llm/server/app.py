@@ -19,7 +19,7 @@ from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
 from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
-from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds
+from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits
 from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
@@ -82,9 +82,10 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
 
 def _surround(app: FastAPI, settings: ServerSettings) -> None:
     """Adds the middleware; the last one is the outermost."""
-    app.add_middleware(BodyLimits, max_nbytes=settings.max_body_nbytes, timeout=settings.body_timeout)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(BodyLimits, max_nbytes=settings.max_body_nbytes, timeout=settings.body_timeout)
+    app.add_middleware(TimeLimits, seconds=settings.request_timeout)
     app.add_middleware(RequestIds)
     app.add_middleware(
         CORSMiddleware,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.chat import conversations_of, render
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
 from furiosa_llm.server.completions import usage_of
-from furiosa_llm.server.errors import ApiError, api_error, error_body
-from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
-from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.events import STREAM, EventStream, event, events_of, until_disconnect
+from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import chat_logprobs
 from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
 from furiosa_llm.server.responses import AnswerMessage, ChatChoice, ChatCompletionResponse, ChatLogprobs
@@ -57,7 +55,7 @@ async def create_chat_completion(
     # The first output is waited for, so that what is refused, or fails until then, has a status of its own.
     first = await until_disconnect(request.receive, anext(outputs))
     stream = _Stream(body, state, head, tools)
-    return EventStream(stream.events(first, outputs), send_timeout=state.settings.send_timeout)
+    return EventStream(events_of(outputs, first, stream.chunks, stream.usage))
 
 
 def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState, *, with_tools: bool) -> str:
@@ -156,28 +154,22 @@ class _Stream:
         self._readers = [_Reader(tools) for _ in range(body.num_choices)]
         self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
 
-    async def events(self, first: tuple[int, RequestOutput], outputs: Outputs) -> AsyncGenerator[bytes, None]:
-        """The chunks; what fails now has its place among them."""
-        async with aclosing(outputs):
-            try:
-                self._num_prompt = len(first[1].prompt_token_ids)
-                self._num_cached = first[1].num_cached_tokens or 0
-                begin = {"role": self._role, "content": ""}
-                yield b"".join(self._chunk(index, begin) for index in range(self._body.num_choices))
-                yield self._chunks(first[1])
-                async for _, output in outputs:
-                    if data := self._chunks(output):
-                        yield data
-            except FuriosaLLMError as error:
-                yield b"data: " + error_body(api_error(error)) + b"\n\n"
-                return
-        if self._body.include_usage:
-            usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
-            yield event({**self._head, "choices": [], "usage": usage.model_dump()})
-        yield DONE
+    def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
+        """Those of the next output."""
+        output = found[1]
+        chunks = [chunk for part in output.outputs for chunk in self._chunks_of(part)]
+        if not self._num_prompt:
+            self._num_prompt, self._num_cached = len(output.prompt_token_ids), output.num_cached_tokens or 0
+            begin = {"role": self._role, "content": ""}
+            chunks = [*(self._chunk(index, begin) for index in range(self._body.num_choices)), *chunks]
+        return b"".join(chunks)
 
-    def _chunks(self, output: RequestOutput) -> bytes:
-        return b"".join(chunk for part in output.outputs for chunk in self._chunks_of(part))
+    def usage(self) -> bytes:
+        """The chunk behind the others, if it was asked for."""
+        if not self._body.include_usage:
+            return b""
+        usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
+        return event({**self._head, "choices": [], "usage": usage.model_dump()})
 
     def _chunks_of(self, part: CompletionOutput) -> Sequence[bytes]:
         reader = self._readers[part.index]

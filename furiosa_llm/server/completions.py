@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.outputs import RequestOutput, TokenLogprobs
 from furiosa_llm.runtime.prompts import Prompt
-from furiosa_llm.server.errors import api_error, error_body
-from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
-from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
+from furiosa_llm.server.events import STREAM, EventStream, event, events_of, until_disconnect
+from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import CompletionLogprobsMaker
 from furiosa_llm.server.requests import CompletionRequest, as_prompt
 from furiosa_llm.server.responses import CachedTokens, CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
@@ -34,6 +31,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     params = body.params(await structured_outputs(body.response_format, body.structured_outputs))
     if body.echo or body.logprobs is not None:
         state.check_tokenizer()
+    state.gate.check(len(body.prompts) * params.num_sequences)
     prompts = await _prompts(body, state)
     head = new_head(state, "cmpl")
     outputs = generator.run(head.id, prompts, params)
@@ -43,7 +41,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     # The first output is waited for, so that what is refused, or fails until then, has a status of its own.
     first = await until_disconnect(request.receive, anext(outputs))
     stream = _Stream(body, state, head, prompts)
-    return EventStream(stream.events(first, outputs), send_timeout=state.settings.send_timeout)
+    return EventStream(events_of(outputs, first, stream.chunks, stream.usage))
 
 
 async def _prompts(body: CompletionRequest, state: ServerState) -> list[Prompt]:
@@ -130,22 +128,16 @@ class _Stream:
         self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
         self._begun: set[int] = set()
 
-    async def events(self, first: tuple[int, RequestOutput], outputs: Outputs) -> AsyncGenerator[bytes, None]:
-        """The chunks; what fails now has its place among them."""
-        async with aclosing(outputs):
-            try:
-                yield self._chunks(*first)
-                async for index, output in outputs:
-                    yield self._chunks(index, output)
-            except FuriosaLLMError as error:
-                yield b"data: " + error_body(api_error(error)) + b"\n\n"
-                return
-        if self._body.include_usage:
-            usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
-            yield event({**self._head, "choices": [], "usage": usage.model_dump()})
-        yield DONE
+    def usage(self) -> bytes:
+        """The chunk behind the others, if it was asked for."""
+        if not self._body.include_usage:
+            return b""
+        usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
+        return event({**self._head, "choices": [], "usage": usage.model_dump()})
 
-    def _chunks(self, prompt_index: int, output: RequestOutput) -> bytes:
+    def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
+        """Those of the next output."""
+        prompt_index, output = found
         choices: list[dict[str, Any]] = []
         if prompt_index not in self._begun:
             self._begun.add(prompt_index)

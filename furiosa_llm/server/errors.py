@@ -82,6 +82,11 @@ def error_body(error: ApiError) -> bytes:
     return json.dumps({"error": error.info.model_dump()}, separators=(",", ":")).encode()
 
 
+def error_event(error: ApiError) -> bytes:
+    """The last event of a stream."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
 def error_response(error: ApiError) -> Response:
     """The answer."""
     return Response(error_body(error), error.status_code, error.headers, "application/json")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.server.errors import api_error, error_event
 
 T = TypeVar("T")
 
@@ -30,14 +33,31 @@ def event(data: Any) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], *signs: Coroutine[Any, Any, None]) -> T:
+async def events_of(
+    outputs: AsyncGenerator[T, None],
+    first: T,
+    chunks: Callable[[T], bytes],
+    last: Callable[[], bytes],
+) -> AsyncGenerator[bytes, None]:
+    """The `chunks` of each output, then what is `last`; what fails now has its place among them, as the last one."""
+    async with aclosing(outputs):
+        try:
+            yield chunks(first)
+            async for output in outputs:
+                yield chunks(output)
+        except FuriosaLLMError as error:
+            yield error_event(api_error(error))
+            return
+    yield last() + DONE
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives; it is cancelled, and ClientGoneError raised, if the client goes before.
 
-    The request's body has to be read already. `signs` are what else returns if there is nobody to work for.
+    The request's body has to be read already.
     """
     working = asyncio.create_task(work)
-    tasks: list[asyncio.Task[Any]] = [working]
-    tasks += (asyncio.create_task(sign) for sign in (_disconnected(receive), *signs))
+    tasks: list[asyncio.Task[Any]] = [working, asyncio.create_task(_disconnected(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -50,45 +70,30 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], *sign
 
 
 class EventStream(Response):
-    """An answer of `events`, which is closed when they end or the client goes, whatever comes first.
-
-    A client that takes nothing for `send_timeout` seconds, or up to twice as many, counts as gone.
-    """
+    """An answer of `events`, which is closed when they end or the client goes, whatever comes first."""
 
     media_type = "text/event-stream"
     charset = "utf-8"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, send_timeout: float) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._send_timeout = send_timeout
-        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as ASGI calls it
         """Sends the events; returns silently if the client goes."""
         async with aclosing(self._events):
             try:
-                await until_disconnect(receive, self._send(send), self._stalled())
+                await until_disconnect(receive, self._send(send))
             except ClientGoneError:
                 return
 
     async def _send(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self._events:
-            if not data:
-                continue
-            self._sending_since = loop.time()
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-            self._sending_since = None
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _stalled(self) -> None:
-        """Returns when a piece has been on its way for too long; a timer for each piece would cost more than it."""
-        loop = asyncio.get_running_loop()
-        while self._sending_since is None or loop.time() - self._sending_since < self._send_timeout:
-            await asyncio.sleep(self._send_timeout)
 
 
 async def _disconnected(receive: Receive) -> None:

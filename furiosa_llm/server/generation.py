@@ -30,13 +30,17 @@ class Gate:
         self._limit = limit
         self._count = 0
 
-    @contextmanager
-    def admit(self, sequences: int) -> Iterator[None]:
-        """Lets so many in until the context ends; raises an ApiError if they are too many, now or ever."""
+    def check(self, sequences: int) -> None:
+        """Raises an ApiError if so many can never be let in: better before their prompts are encoded than behind it."""
         if sequences > self._limit:
             raise ApiError(
                 400, f"the request is for {sequences} sequences, the server takes {self._limit} at once; divide it"
             )
+
+    @contextmanager
+    def admit(self, sequences: int) -> Iterator[None]:
+        """Lets so many in until the context ends; raises an ApiError if they are too many, now or ever."""
+        self.check(sequences)
         if self._count + sequences > self._limit:
             raise ApiError(
                 429,

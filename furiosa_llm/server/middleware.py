@@ -1,8 +1,9 @@
-"""What happens around every request: its id, failures, API keys, and limits of its body."""
+"""What happens around every request: its id, failures, API keys, and limits of its body and its time."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -12,12 +13,15 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_response
+from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_event, error_response
 
 logger = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json"})
 """What needs no key: nothing there is anybody's, and those who watch over a server have none."""
+
+_SILENCE = 1.0
+"""Seconds after which a client that was answered, and does not go on with its body, has ceased to send."""
 
 
 class RequestIds:
@@ -48,6 +52,64 @@ class RequestIds:
             if started:  # The client has a status already; it sees that the answer breaks off.
                 raise
             await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
+
+
+class TimeLimits:
+    """Ends requests that take more than `seconds`, and those that are still there when the server stops.
+
+    What is not answered yet gets a status, and a stream an event with the error, behind which nothing follows.
+    """
+
+    def __init__(self, app: ASGIApp, *, seconds: float | None) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(send)
+        try:
+            async with asyncio.timeout(self._seconds) as limit:
+                await self._app(scope, receive, answer.send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            message = f"the request took longer than {self._seconds:g} s; ask for less, or raise --request-timeout"
+            # Clients that repeat a request on a status like this one would only wait as long again.
+            error = ApiError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
+        except asyncio.CancelledError:
+            error = ApiError(503, "the server is stopping, and has cut the request; try another one", code="stopping")
+        else:
+            return
+        await answer.cut(error, scope, receive)
+
+
+class _Answer:
+    """What has been sent of an answer."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started, self._ended, self._events = False, False, False
+
+    async def send(self, message: Message) -> None:
+        """Sends on."""
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._events = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+        else:
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def cut(self, error: ApiError, scope: Scope, receive: Receive) -> None:
+        """Ends the answer with `error`, if it has not ended."""
+        if not self._started:
+            await error_response(error)(scope, receive, self._send)
+        elif not self._ended:
+            # In the middle of anything else than events, nothing but its breaking off can tell of the error.
+            last = error_event(error) if self._events else b""
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
 
 class ApiKeys:
@@ -91,39 +153,66 @@ class BodyLimits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _Body(receive, send, max_nbytes=self._max_nbytes, timeout=self._timeout)
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._max_nbytes:
-            await error_response(self._too_large())(scope, receive, send)
-            return
-        await self._app(scope, self._limited(receive), send)
+            await error_response(body.too_large())(scope, receive, body.send)
+        else:
+            await self._app(scope, body.receive, body.send)
 
-    def _limited(self, receive: Receive) -> Receive:
-        count, whole = 0, False
-        deadline = asyncio.get_running_loop().time() + self._timeout
 
-        async def receive_limited() -> Message:
-            nonlocal count, whole
-            if whole:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408, f"the body did not arrive within {self._timeout:g} s", headers={"Connection": "close"}
-                ) from None
-            count += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if count > self._max_nbytes:
-                raise self._too_large()
-            return message
+class _Body:
+    """The body of one request, as it comes."""
 
-        return receive_limited
+    def __init__(self, receive: Receive, send: Send, *, max_nbytes: int, timeout: float) -> None:
+        self._receive, self._send = receive, send
+        self._max_nbytes = max_nbytes
+        self._timeout = timeout
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        self._count = 0
+        self._whole = False
 
-    def _too_large(self) -> ApiError:
-        # What the client is still sending is not read, hence no other request can follow on the connection.
-        message = f"the body is larger than the {self._max_nbytes} bytes that are taken; send less"
-        return ApiError(413, message, headers={"Connection": "close"})
+    def too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than the {self._max_nbytes} bytes that are taken; send less")
+
+    async def receive(self) -> Message:
+        """The next piece."""
+        if self._whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._next()
+        except TimeoutError:
+            late = f"the body did not arrive within {self._timeout:g} s"
+            raise ApiError(408, late, headers={"Connection": "close"}) from None
+        self._count += len(message.get("body", b""))
+        if self._count > self._max_nbytes:
+            raise self.too_large()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends on. An answer to a body that is still coming ends when the client has ceased to send.
+
+        The end of an answer may close the connection, and a client that is reset while it still sends might never read
+        the answer.
+        """
+        if not self._whole and message["type"] == "http.response.body" and not message.get("more_body", False):
+            await self._send({**message, "more_body": True})
+            await self._discard_the_rest()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._whole = not message.get("more_body", False)
+        return message
+
+    async def _discard_the_rest(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline):
+                while not self._whole:
+                    async with asyncio.timeout(_SILENCE):
+                        await self._next()
 
 
 def _digest(key: bytes) -> bytes:

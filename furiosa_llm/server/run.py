@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import resource
 import signal
 import socket
 import threading
@@ -15,7 +17,16 @@ from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
 
 from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.server.connections import connection_class
 from furiosa_llm.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+_MAX_HEAD_NBYTES = 16 * 2**10
+"""Of a request: its first line and its headers."""
+
+_OTHER_FILES = 256
+"""Open files beside the connections: the model's, those of its worker processes, and clients that are turned away."""
 
 
 class Server(uvicorn.Server):
@@ -55,10 +66,16 @@ def make_server(
     app: FastAPI, settings: ServerSettings, *, host: str, port: int, log_level: str = "info", access_log: bool = True
 ) -> Server:
     """A server of `app`, whose `run` returns when it was told to stop."""
+    _make_room_for(settings.max_connections)
     config = uvicorn.Config(
         app,
         host=host,
         port=port,
+        loop="asyncio",
+        http=connection_class(settings),
+        ws="none",
+        h11_max_incomplete_event_size=_MAX_HEAD_NBYTES,
+        timeout_keep_alive=settings.idle_timeout,
         log_level=log_level,
         log_config=_log_config(log_level),
         access_log=access_log,
@@ -66,6 +83,22 @@ def make_server(
         server_header=False,
     )
     return Server(config)
+
+
+def _make_room_for(connections: int) -> None:
+    """Lets the process open so many files, as far as the system does."""
+    wanted = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft in range(wanted):
+        possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
+        if possible < wanted:
+            logger.warning(
+                "%d open files are the most that the system allows, fewer than %d connections may need; raise its "
+                "limit (ulimit -Hn)",
+                possible,
+                connections,
+            )
 
 
 def _log_config(level: str) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,59 +23,11 @@ from furiosa_llm.cli.refused_options import REFUSED, REFUSED_FLAGS
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
 from tests.cli.conftest import Cli
+from tests.server.process import TIMEOUT, Process, started
 
 NAME = "tiny-llama-optimum"
-TIMEOUT = 60
-MAIN = "from furiosa_llm.cli.main import main; main()"
 
 Refused = Callable[..., str]
-
-
-class Process:
-    """A server in a process; `output` is what it has said so far."""
-
-    def __init__(self, *arguments: object) -> None:
-        everything = [sys.executable, "-uc", MAIN, "serve", *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
-        self.process = subprocess.Popen(
-            everything, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
-        )
-        self.output = ""
-        self.url = ""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if found := re.search(r"Uvicorn running on (http://127\.0\.0\.1:\d+) \(Press CTRL\+C to quit\)", line):
-                self.url = found.group(1)
-                break
-        assert self.url, self.output
-        # What it says later has to be read, or its pipe would fill.
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-
-    def wait(self) -> int:
-        code = self.process.wait(TIMEOUT)
-        self._reader.join(TIMEOUT)
-        return code
-
-    def close(self) -> None:
-        self.process.kill()
-        self.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-@contextlib.contextmanager
-def started(*arguments: object) -> Iterator[Process]:
-    process = Process(*arguments)
-    try:
-        yield process
-    finally:
-        process.close()
 
 
 def body(max_tokens: int, **others: Any) -> dict[str, Any]:
@@ -101,43 +53,68 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
     assert "POST /v1/completions" in server.output
 
 
+def answers_of(server: Process, bodies: list[dict[str, Any]]) -> tuple[list[threading.Thread], list[httpx.Response]]:
+    """Sends all of them at once; the answers are there when the threads have ended."""
+    answers: list[httpx.Response] = []
+
+    def send(one: dict[str, Any]) -> None:
+        answers.append(httpx.post(f"{server.url}/v1/completions", json=one, timeout=TIMEOUT))
+
+    threads = [threading.Thread(target=send, args=(one,)) for one in bodies]
+    for thread in threads:
+        thread.start()
+    return threads, answers
+
+
+def wait_for_running(server: Process, sequences: int) -> None:
+    while True:
+        seen = httpx.get(f"{server.url}/metrics").text
+        counts = re.findall(r"num_requests_(?:running|waiting)\{.*\} (\d+)", seen)
+        if sum(map(int, counts)) >= sequences:
+            return
+
+
 def test_requests_end_before_the_server_does(built: Path) -> None:
-    whole: list[dict[str, Any]] = []
+    bodies = [*[body(500, stream=True)] * 16, body(500, n=4)]
     with started(built) as server:
-
-        def complete() -> None:
-            whole.append(httpx.post(f"{server.url}/v1/completions", json=body(500, n=4), timeout=TIMEOUT).json())
-
-        thread = threading.Thread(target=complete)
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body(500, n=4, stream=True)) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            thread.start()
-            while "num_requests_running" in (seen := httpx.get(f"{server.url}/metrics").text):
-                if re.search(r"num_requests_running\{.*\} 8\.0", seen):
-                    break
-            server.process.send_signal(signal.SIGTERM)
-            streamed = [line for line in lines if line]
+        threads, answers = answers_of(server, bodies)
+        wait_for_running(server, 20)
+        server.process.send_signal(signal.SIGTERM)
+        while "Shutting down" not in server.output:
+            assert server.process.poll() is None
+        for _ in range(3):  # the first connection may still be in the queue of those that are not accepted
+            with pytest.raises(httpx.TransportError):
+                httpx.post(f"{server.url}/v1/completions", json=body(1))
         assert server.wait() == 0
-        thread.join(TIMEOUT)
-    assert streamed[-1] == "data: [DONE]"
-    assert sum('"finish_reason":"length"' in line for line in streamed) == 4
-    assert whole[0]["usage"]["completion_tokens"] == 2000
+        for thread in threads:
+            thread.join(TIMEOUT)
+    streams = [answer.text for answer in answers if answer.headers["content-type"].startswith("text/event-stream")]
+    assert [text.endswith("data: [DONE]\n\n") for text in streams] == [True] * 16
+    assert [text.count('"finish_reason":"length"') for text in streams] == [1] * 16
+    [whole] = [answer.json() for answer in answers if answer.headers["content-type"] == "application/json"]
+    assert whole["usage"]["completion_tokens"] == 2000
     assert "Traceback" not in server.output
 
 
 def test_requests_that_take_too_long_are_cut(built: Path) -> None:
-    asked = body(500, n=128, stream=True)
-    with (
-        started(built, "--shutdown-timeout", 1, "--max-batch-size", 1) as server,
-        httpx.stream("POST", f"{server.url}/v1/completions", json=asked) as stream,
-    ):
-        lines = stream.iter_lines()
-        next(lines)
+    bodies = [*[body(500, n=32, stream=True)] * 16, body(500, n=128)]
+    with started(built, "--shutdown-timeout", 1, "--max-batch-size", 16) as server:
+        threads, answers = answers_of(server, bodies)
+        wait_for_running(server, 16 * 32 + 128)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-        with pytest.raises(httpx.RemoteProtocolError):  # the answer breaks off
-            list(lines)
+        for thread in threads:
+            thread.join(TIMEOUT)
+    assert len(answers) == 17
+    # Those whose first token is out have a status; the others can still be given one.
+    streams = [answer.text for answer in answers if answer.status_code == 200]
+    refused = [answer.json() for answer in answers if answer.status_code == 503]
+    assert streams
+    assert refused
+    assert len(streams) + len(refused) == 17
+    last = [json.loads(text.rstrip().rpartition("\n\n")[2].removeprefix("data: ")) for text in streams]
+    assert {answer["error"]["code"] for answer in (*last, *refused)} == {"stopping"}
+    assert "Traceback" not in server.output
 
 
 def test_the_time_that_requests_have_to_end_in() -> None:

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from furiosa_llm.runtime.errors import InputError, ReplicaError
+from furiosa_llm.runtime.tokenizer import Tokenizer
 from furiosa_llm.server.errors import api_error
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
@@ -232,6 +233,13 @@ def test_the_queue_has_a_limit(strict: str) -> None:
         response = client.post("/v1/completions", json={**COMPLETION, "prompt": ["a"] * 5})
         assert "takes 4 at once; divide it" in error_of(response)["message"]
         assert response.status_code == 400
+
+
+def test_prompts_that_are_too_many_are_not_encoded(strict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Tokenizer, "encode")
+    with keyed(strict) as client:
+        assert client.post("/v1/completions", json={**COMPLETION, "prompt": ["a"] * 5}).status_code == 400
+        assert client.post("/v1/completions", json={**COMPLETION, "prompt": ["a"] * 4}).status_code == 500
 
 
 def test_other_origins(strict: str, url: str) -> None:
