@@ -13,18 +13,29 @@ from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.outputs import RequestOutput, TokenLogprobs
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.server.errors import api_error, error_body
-from furiosa_llm.server.events import DONE, STREAM, EventStream, event, until_disconnect
+from furiosa_llm.server.events import DONE, EventStream, event, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, Outputs, collect
 from furiosa_llm.server.logprobs import CompletionLogprobsMaker
+from furiosa_llm.server.openapi import stream_of
 from furiosa_llm.server.requests import CompletionRequest, as_prompt
-from furiosa_llm.server.responses import CachedTokens, CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
+from furiosa_llm.server.responses import (
+    CachedTokens,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    CompletionResponse,
+    Usage,
+)
 from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
 
 router = APIRouter()
 
 
 @router.post(
-    "/v1/completions", response_model=CompletionResponse, responses=STREAM, dependencies=[Depends(require_json)]
+    "/v1/completions",
+    response_model=CompletionResponse,
+    responses=stream_of(CompletionChunk),
+    dependencies=[Depends(require_json)],
 )
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response | CompletionResponse:
     """Completes one prompt or several, given as text or as token ids."""
