@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
 MAX_ENTRIES = 1024
 """Of a list of words or tokens; what `SamplingParams` takes."""
@@ -70,6 +69,6 @@ def refused(reason: str) -> BeforeValidator:
 
     def check(value: object) -> None:
         if value is not None:
-            raise PydanticCustomError("refused", f"not supported: {reason}; leave it out")
+            raise ValueError(f"not supported: {reason}; leave it out")
 
     return BeforeValidator(check)
