@@ -129,8 +129,26 @@ server-load: SECONDS = 180
 server-load: $(INSTALLED) $(LOCUST) ## streams of SmolLM2, each compared with the offline answer (STREAMS=64 SECONDS=180)
 	$(BIN)/python -m tests.server.load --locust $(LOCUST) --streams $(STREAMS) --seconds $(SECONDS)
 
+.PHONY: fuzz-server
+fuzz-server: $(INSTALLED) ## requests from the server's OpenAPI document: no server error, no answer against it (SECONDS=600)
+	$(BIN)/python -m tests.server.fuzz_server --seconds $(SECONDS)
+
+# lm-eval in an environment of its own: it brings much along that nothing else here needs.
+LM_EVAL := build/lm-eval/venv
+
+$(LM_EVAL)/installed:
+	$(PYTHON) -m venv --without-pip $(LM_EVAL)
+	$(PYTHON) -m pip --python $(LM_EVAL)/bin/python install --quiet pip
+	$(LM_EVAL)/bin/python -m pip install --quiet 'lm_eval[api]>=0.4.13' 'onnxruntime>=1.32' 'tokenizers>=0.23' 'click>=8.5'
+	touch $@
+
+.PHONY: lm-eval
+lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTTP beside those of the unsplit model
+	paths=$$($(BIN)/python -c 'from benchmarks.artifacts import artifact as a; b = a("genai-fp32", 4); print(b.folder, b.model)'); \
+	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
+
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler soak same-tokens kill-campaign server-campaign server-load bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

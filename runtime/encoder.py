@@ -14,7 +14,7 @@ import numpy.typing as npt
 from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
-from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.counters import ReplicaCounts
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
@@ -64,8 +64,9 @@ class PoolingRequestOutput(Generic[T]):
 class Encoder(Closing):
     """An encoder loaded from an artifact.
 
-    Make one with `load_artifact`. Close it, or use it as a context manager, to end its threads. `output` names the
-    output of the model to take where it has several; `tokenizer` may be None if prompts are token ids.
+    Make one with `load_artifact` or `of_artifact`. Close it, or use it as a context manager, to end its threads.
+    `output` names the output of the model to take where it has several; `tokenizer` may be None if prompts are token
+    ids.
 
     Prompts of equal length are run together, at most `max_batch_size` of them; with `padded`, prompts of any lengths
     are, filled up under the attention mask, which alters results by rounding. Where an op of the model takes one scale
@@ -121,7 +122,31 @@ class Encoder(Closing):
         `tokenizer` is the folder of another tokenizer than the artifact's. Raises ArtifactError for a damaged artifact,
         and UnsupportedError for one that makes no vectors from tokens.
         """
-        artifact = open_artifact(path, full=full_verification)
+        return cls.of_artifact(
+            open_artifact(path, full=full_verification),
+            tokenizer=tokenizer,
+            pooling=pooling,
+            output=output,
+            max_batch_size=max_batch_size,
+            padded=padded,
+            threads=threads,
+            mapped=mapped,
+        )
+
+    @classmethod
+    def of_artifact(
+        cls,
+        artifact: Artifact,
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        pooling: Pooling | None = None,
+        output: str | None = None,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        padded: bool = False,
+        threads: int | None = None,
+        mapped: bool = False,
+    ) -> Self:
+        """Loads an artifact that is open; `load_artifact` says the rest."""
         _check_inputs(artifact.manifest)
         executor = Executor(artifact, threads=threads, mapped=mapped)
         try:

@@ -65,7 +65,9 @@ class LLM(Closing):
         artifact = open_model(args)
         if artifact.manifest.model.task == "encoder":
             only_of_one_replica(args, "an encoder")
-            self._encoder = Encoder.load_artifact(model, **_loading(args))
+            self._encoder = Encoder.of_artifact(
+                artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped
+            )
             self._tokenizer = self._encoder.tokenizer
             return
         plan = make_plan(args, artifact)

@@ -22,6 +22,9 @@ from furiosa_llm.runtime.token_counts import TokenCounts
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
+_HOTTEST = 1e30
+"""A greater temperature makes no difference to probabilities, and would overflow."""
+
 
 def derived_seed(seed: int, number: int) -> int:
     """A seed for the request of that `number`, of an engine that has `seed`."""
@@ -177,17 +180,18 @@ class Sampler:
 
     def _draw(self, scores: Floats, top: np.float32) -> int:
         params = self._params
+        temperature = min(params.temperature, _HOTTEST)
         tokens: Indices | None = None
         if 0 < params.top_k < scores.size:
             tokens = likeliest(scores, params.top_k)
             scores = scores[tokens]
         if params.min_p > 0.0:
-            kept = likely(scores, top, params.min_p, params.temperature)
+            kept = likely(scores, top, params.min_p, temperature)
             tokens = kept if tokens is None else tokens[kept]
             scores = scores[kept]
         # Masks may be as low as a type goes: what overflows is as unlikely as can be.
         with np.errstate(over="ignore"):
-            weights = np.exp((scores - top) / np.float32(params.temperature))
+            weights = np.exp((scores - top) / np.float32(temperature))
         if params.top_p < 1.0:
             kept = nucleus(weights, params.top_p)
             tokens = kept if tokens is None else tokens[kept]

@@ -33,9 +33,10 @@ class TokenCounts:
         known = tokens < scores.size
         tokens, counts = tokens[known], self._counts[: self._size][known]
         found = scores[tokens]
-        repetition = np.float32(params.repetition_penalty)
-        with np.errstate(over="ignore"):  # Masks may be as low as the type goes.
-            found = np.where(found > 0, found / repetition, found * repetition)
+        limits = np.finfo(np.float32)
+        repetition = np.float32(max(params.repetition_penalty, float(limits.tiny)))
+        with np.errstate(over="ignore"):  # Masks may be as low as the type goes, and penalties next to nothing.
+            found = np.where(found > 0, np.minimum(found / repetition, limits.max), found * repetition)
         found -= np.float32(params.frequency_penalty) * counts
         found -= np.float32(params.presence_penalty) * (counts > 0)
         scores[tokens] = found

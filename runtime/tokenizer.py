@@ -113,6 +113,11 @@ class Tokenizer:
         assert number is not None
         return str(wider.to_str()), number
 
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """What tokenizer_config.json has of `bos_token`, `eos_token` and the like, by these names."""
+        return {name: text for name, text in self._named_tokens().items() if isinstance(text, str)}
+
     def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
         """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.
 
@@ -198,9 +203,8 @@ class Tokenizer:
             )
         if add_generation_prompt and continue_final_message:
             raise InputError("add_generation_prompt and continue_final_message exclude each other; leave one False")
-        special = {key: _token_text(value) for key, value in self._config.items() if key.endswith("_token")}
         names = {
-            **special,
+            **self._named_tokens(),
             **variables,
             "messages": list(messages),
             "tools": list(tools) if tools else None,
@@ -214,6 +218,9 @@ class Tokenizer:
         if continue_final_message:
             prompt = _cut_behind(prompt, messages[-1].get("content"))
         return self.encode(prompt) if tokenize else prompt
+
+    def _named_tokens(self) -> dict[str, Any]:
+        return {key: _token_text(value) for key, value in self._config.items() if key.endswith("_token")}
 
 
 def _cut_behind(prompt: str, final: object) -> str:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
@@ -14,13 +13,14 @@ from starlette.responses import Response
 
 import furiosa_llm
 from furiosa_llm.server import chat, completions, embeddings, machine, status, tokens
-from furiosa_llm.server.errors import ErrorResponse, install_handlers
+from furiosa_llm.server.errors import install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
 from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits
 from furiosa_llm.server.model import Decoder, ServedModel
+from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
 from furiosa_llm.server.stats_log import log_stats
@@ -30,11 +30,6 @@ _payloads = logging.getLogger("furiosa_llm.server.payloads")
 
 _CLIENT_GONE = 499
 """What other servers log for a client that did not wait; nobody receives it."""
-
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorResponse, "description": "The request is at fault, or comes too soon."},
-    "5XX": {"model": ErrorResponse, "description": "The server is at fault."},
-}
 
 
 def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
@@ -63,17 +58,18 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         metrics=metrics,
         tool_parser=tool_parser(settings.tool_call_parser),
     )
-    routers: tuple[APIRouter, ...] = (
-        completions.router,
-        chat.router,
-        embeddings.router,
-        tokens.router,
-        status.router,
-        machine.router,
+    routers: tuple[tuple[APIRouter, Responses], ...] = (
+        (completions.router, GENERATING),
+        (chat.router, GENERATING),
+        (embeddings.router, GENERATING),
+        (tokens.router, READING),
+        (status.router, errors(413, 500)),
+        (machine.router, errors(413, 500)),
     )
-    for router in routers:
+    for router, answers in routers:
         dependencies = [Depends(_log_payload)] if settings.payload_logging else []
-        app.include_router(router, responses=_ERRORS, dependencies=dependencies)
+        app.include_router(router, responses=answers, dependencies=dependencies)
+    describe(app, names=model.names, needs_key=bool(settings.api_keys))
     install_handlers(app)
     app.add_exception_handler(ClientGoneError, _nobody_there)
     _surround(app, settings)

@@ -12,11 +12,18 @@ from furiosa_llm.runtime.chat import conversations_of, render
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
 from furiosa_llm.server.completions import usage_of
 from furiosa_llm.server.errors import ApiError
-from furiosa_llm.server.events import STREAM, EventStream, event, events_of, until_disconnect
+from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import chat_logprobs
+from furiosa_llm.server.openapi import stream_of
 from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
-from furiosa_llm.server.responses import AnswerMessage, ChatChoice, ChatCompletionResponse, ChatLogprobs
+from furiosa_llm.server.responses import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletionChunk,
+    ChatCompletionResponse,
+    ChatLogprobs,
+)
 from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
 from furiosa_llm.server.tool_choice import Tools
 from furiosa_llm.server.tools import Found
@@ -35,7 +42,7 @@ _TAKEN = frozenset(
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletionResponse,
-    responses=STREAM,
+    responses=stream_of(ChatCompletionChunk),
     dependencies=[Depends(require_json)],
 )
 async def create_chat_completion(

@@ -10,11 +10,19 @@ from starlette.responses import Response
 
 from furiosa_llm.runtime.outputs import RequestOutput, TokenLogprobs
 from furiosa_llm.runtime.prompts import Prompt
-from furiosa_llm.server.events import STREAM, EventStream, event, events_of, until_disconnect
+from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import CompletionLogprobsMaker
+from furiosa_llm.server.openapi import stream_of
 from furiosa_llm.server.requests import CompletionRequest, as_prompt
-from furiosa_llm.server.responses import CachedTokens, CompletionChoice, CompletionLogprobs, CompletionResponse, Usage
+from furiosa_llm.server.responses import (
+    CachedTokens,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    CompletionResponse,
+    Usage,
+)
 from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
 from furiosa_llm.server.structured import structured_outputs
 
@@ -22,7 +30,10 @@ router = APIRouter()
 
 
 @router.post(
-    "/v1/completions", response_model=CompletionResponse, responses=STREAM, dependencies=[Depends(require_json)]
+    "/v1/completions",
+    response_model=CompletionResponse,
+    responses=stream_of(CompletionChunk),
+    dependencies=[Depends(require_json)],
 )
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response | CompletionResponse:
     """Completes one prompt or several, given as text or as token ids."""

@@ -132,6 +132,10 @@ def _invalid(found: Any) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {'.'.join(map(str, where))[:200]}", param=param)
-    same = [one["msg"] for one in found if [part for part in one["loc"] if part != "body"][:1] == where[:1]]
+    same = [
+        one["msg"].removeprefix("Value error, ")
+        for one in found
+        if [part for part in one["loc"] if part != "body"][:1] == where[:1]
+    ]
     path = ".".join(map(str, where))[:200] if len(same) == 1 else param
     return ApiError(400, f"{path or 'the body'}: {'; or '.join(dict.fromkeys(same))[:500]}", param=param)

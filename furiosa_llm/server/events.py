@@ -18,11 +18,6 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 
-STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"description": "At once as JSON, or with `stream` in pieces.", "content": {"text/event-stream": {}}}
-}
-"""What the schema says of answers that may be streams."""
-
 
 class ClientGoneError(Exception):
     """The client has closed its connection, or takes nothing any more."""

@@ -14,11 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_event, error_response
+from furiosa_llm.server.openapi import OPEN_PATHS
 
 logger = logging.getLogger(__name__)
-
-_OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json"})
-"""What needs no key: nothing there is anybody's, and those who watch over a server have none."""
 
 _SILENCE = 1.0
 """Seconds after which a client that was answered, and does not go on with its body, has ceased to send."""
@@ -121,7 +119,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request."""
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._known(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._known(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         error = ApiError(

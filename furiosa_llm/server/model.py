@@ -127,13 +127,7 @@ def load_served(
     """Loads what `open_served` gave."""
     shown = tuple(names or (artifact.manifest.model.name,))
     if plan is None:
-        encoder = Encoder.load_artifact(
-            args.model,
-            tokenizer=args.tokenizer,
-            threads=args.threads,
-            mapped=args.mapped,
-            full_verification=args.full_verification,
-        )
+        encoder = Encoder.of_artifact(artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped)
         return ServedModel(
             names=shown,
             artifact=artifact,

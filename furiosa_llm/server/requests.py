@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from furiosa_llm.runtime.prompts import Prompt, listed
 from furiosa_llm.runtime.sampling_params import SamplingParams
 from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.server import fields
 from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.fields import refused
 
 TextOrTokens = str | list[int]
-Texts = str | list[str] | list[int] | list[list[int]]
 
 _SAMPLING = (
     *("n", "best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k"),
@@ -21,7 +22,7 @@ _SAMPLING = (
     "skip_special_tokens",
 )
 _SEEDS = 2**64
-"""Seeds are below it; the negative ones that some clients send count from there."""
+"""Seeds count modulo this: some clients send negative ones."""
 
 
 class _Body(BaseModel):
@@ -77,30 +78,30 @@ class _GenerationRequest(_Body):
     """What completions and chats have in common; None stands for the default of `SamplingParams`."""
 
     model: str
-    n: int | None = None
-    best_of: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    use_beam_search: bool | None = None
-    length_penalty: float | None = None
-    early_stopping: bool | str | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    n: fields.Count | None = None
+    best_of: fields.Count | None = None
+    presence_penalty: fields.Penalty | None = None
+    frequency_penalty: fields.Penalty | None = None
+    repetition_penalty: fields.Repetition | None = None
+    temperature: fields.Temperature | None = None
+    top_p: fields.PositiveShare | None = None
+    top_k: fields.TopK | None = None
+    min_p: fields.Share | None = None
+    use_beam_search: fields.No | None = None
+    length_penalty: fields.NoLengthPenalty | None = None
+    early_stopping: fields.No | None = None
+    min_tokens: fields.LengthOrNone | None = None
+    stop: fields.Word | fields.Words | None = None
+    stop_token_ids: fields.TokenSet | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: fields.Biases | None = None
+    allowed_token_ids: fields.AllowedTokens | None = None
+    bad_words: fields.Words | None = None
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    seed: int | None = None
+    seed: fields.Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted, and without effect.")
@@ -123,20 +124,18 @@ class _GenerationRequest(_Body):
                 400, "the best of several completions are known at the end only: leave out stream or best_of"
             )
         values = {name: getattr(self, name) for name in _SAMPLING}
-        seed = self.seed
-        if seed is not None and -_SEEDS // 2 <= seed < 0:
-            seed += _SEEDS
+        seed = None if self.seed is None else self.seed % _SEEDS
         return SamplingParams.from_optional(**values, seed=seed, **others)
 
 
 class CompletionRequest(_GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Texts
-    max_tokens: int | None = 16
+    prompt: fields.TextsOrTokens
+    max_tokens: fields.LengthOrNone | None = 16
     echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
+    logprobs: fields.Alternatives | None = None
+    suffix: fields.NoSuffix | None = None
     add_special_tokens: bool = Field(True, description="Whether text gets the special tokens around a sequence.")
 
     @property
@@ -195,6 +194,9 @@ class ChatMessage(_Body):
     tool_calls: list[ToolCallMessage] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    annotations: list[Any] | None = Field(None, exclude=True, description="Accepted, and without effect.")
+    audio: Annotated[None, refused("nothing but text is understood")] = None
+    function_call: Annotated[None, refused("it has given way to tool_calls")] = None
 
 
 class FunctionDefinition(_Body):
@@ -235,10 +237,10 @@ class ChatCompletionRequest(_GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: fields.Length | None = None
+    max_completion_tokens: fields.Length | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: fields.Alternatives | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -250,6 +252,17 @@ class ChatCompletionRequest(_GenerationRequest):
     service_tier: str | None = Field(None, description="Accepted, and without effect.")
     safety_identifier: str | None = Field(None, description="Accepted, and without effect.")
     prompt_cache_key: str | None = Field(None, description="Accepted, and without effect.")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="Accepted, and without effect.")
+    prompt_cache_retention: str | None = Field(None, description="Accepted, and without effect.")
+    modalities: list[Literal["text"]] | None = Field(None, description="Text is what there is.")
+    audio: Annotated[None, refused("the model writes nothing but text")] = None
+    functions: Annotated[None, refused("it has given way to tools")] = None
+    function_call: Annotated[None, refused("it has given way to tool_choice")] = None
+    moderation: Annotated[None, refused("the server does not judge texts")] = None
+    prediction: Annotated[None, refused("nothing is decoded ahead of time")] = None
+    reasoning_effort: Annotated[None, refused("a template may have a variable for it, see chat_template_kwargs")] = None
+    verbosity: Annotated[None, refused("say it in a message")] = None
+    web_search_options: Annotated[None, refused("the server does not search")] = None
 
     def params(self, structured: StructuredOutputsParams | None) -> SamplingParams:
         """How to sample."""
@@ -267,10 +280,10 @@ class EmbeddingRequest(_Body):
     """`POST /v1/embeddings`."""
 
     model: str
-    input: Texts
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
-    truncate_prompt_tokens: int | None = None
+    input: fields.TextsOrTokens
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: fields.Length | None = None
+    truncate_prompt_tokens: fields.Truncation | None = None
     user: str | None = Field(None, description="Accepted, and without effect.")
 
 
@@ -292,7 +305,7 @@ class DetokenizeRequest(_Body):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: fields.AnyTokens
 
 
 def as_prompt(token_ids: list[int], text: str | None) -> Prompt:

@@ -52,6 +52,17 @@ class CompletionResponse(BaseModel):
     usage: Usage
 
 
+class CompletionChunk(BaseModel):
+    """A piece of the completions; the last one may have no choices but the usage."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
 class TopLogprob(BaseModel):
     """A token that could have been at a place."""
 
@@ -116,6 +127,41 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ToolCallPiece(ToolCall):
+    """A call of a tool, and which of the answer's calls it is."""
+
+    index: int
+
+
+class Delta(BaseModel):
+    """What is new of an answer."""
+
+    role: str | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallPiece] | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """A piece of the answers; the last one may have no choices but the usage."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
 
 
 class EmbeddingData(BaseModel):
@@ -183,3 +229,13 @@ class DetokenizeResponse(BaseModel):
     """The text of tokens."""
 
     prompt: str
+
+
+class TokenizerInfoResponse(BaseModel):
+    """What clients need to know of a tokenizer; null is what it does not have."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None

@@ -9,13 +9,14 @@ from starlette.responses import Response
 import furiosa_llm
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.model import ServedModel
+from furiosa_llm.server.openapi import errors
 from furiosa_llm.server.responses import ModelCard, ModelList, VersionResponse
 from furiosa_llm.server.state import State
 
 router = APIRouter()
 
 
-@router.get("/health", response_class=Response)
+@router.get("/health", response_class=Response, responses=errors(503))
 async def health(state: State) -> Response:
     """Empty if the model can run requests; an error of status 503 if it cannot any more."""
     if state.model.dead:
@@ -29,7 +30,9 @@ async def version() -> VersionResponse:
     return VersionResponse(version=furiosa_llm.__version__)
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+)
 async def metrics(state: State) -> Response:
     """Counters, histograms and gauges, in the text format of Prometheus."""
     return Response(state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -41,7 +44,7 @@ async def list_models(state: State) -> ModelList:
     return ModelList(data=[_card(state.model, name) for name in state.model.names])
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=errors(404))
 async def retrieve_model(model: str, state: State) -> ModelCard:
     """One of them; names may hold slashes."""
     state.check_model(model)

@@ -8,7 +8,7 @@ from furiosa_llm.runtime.prompts import check_token_ids
 from furiosa_llm.server.chat import prompt_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import DetokenizeRequest, TokenizeRequest
-from furiosa_llm.server.responses import DetokenizeResponse, TokenizeResponse
+from furiosa_llm.server.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfoResponse
 from furiosa_llm.server.state import State, require_json
 
 router = APIRouter()
@@ -30,6 +30,19 @@ async def tokenize(body: TokenizeRequest, state: State) -> TokenizeResponse:
         count=len(tokens),
         max_model_len=state.model.max_length,
         token_strs=[state.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None,
+    )
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(state: State) -> TokenizerInfoResponse:
+    """The special tokens of the model's tokenizer and its chat template, for clients that make prompts themselves."""
+    special = state.tokenizer.special_tokens
+    return TokenizerInfoResponse(
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        pad_token=special.get("pad_token"),
+        unk_token=special.get("unk_token"),
+        chat_template=state.settings.chat_template or state.tokenizer.chat_template,
     )
 
 

@@ -343,3 +343,27 @@ def test_masks_as_low_as_the_type_goes(values: dict[str, Any]) -> None:
         logits[[7, 2999]] = [100.0, 100.5]
         sampler = Sampler(SamplingParams(seed=0, **(values | {"temperature": values.get("temperature", 0.1)})), [1])
         assert {sampler.sample(logits) for _ in range(100)} <= {7, 2999}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.0, "repetition_penalty": 5e-324},
+        {"temperature": 1.0, "repetition_penalty": 5e-324},
+        {"temperature": 1e308},
+        {"temperature": 1e308, "min_p": 5e-324, "top_p": 5e-324},
+        {"temperature": 1e308, "allowed_token_ids": [1, 2]},
+    ],
+)
+def test_values_at_the_end_of_their_range_still_choose(values: dict[str, Any]) -> None:
+    """All that `SamplingParams` takes gives a token; next to nothing or very hot, it could overflow."""
+    sampler = Sampler(SamplingParams(seed=1, **values), [0, 1, 3])
+    logits = rows(1)[0]
+    logits[:4] = [5.0, -3.0, 0.0, 0.0]
+    token = sampler.sample(logits)
+    if "repetition_penalty" in values:
+        assert token == 0  # seen, and of a positive score
+    elif "allowed_token_ids" in values:
+        assert token in (1, 2)
+    else:
+        assert 0 <= token < VOCABULARY

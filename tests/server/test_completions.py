@@ -169,9 +169,18 @@ def test_the_best_of_several(client: openai.OpenAI, llm: LLM) -> None:
     assert [choice.text for choice in answer.choices] == [one.text for one in expected.outputs]
 
 
-def test_negative_seeds_repeat(client: openai.OpenAI) -> None:
-    texts = {
+def test_any_whole_number_is_a_seed(client: openai.OpenAI) -> None:
+    texts = [
         client.completions.create(model=NAME, prompt="hello", seed=seed, max_tokens=12).choices[0].text
-        for seed in (-1, -1, -2)
-    }
-    assert len(texts) == 2
+        for seed in (-1, 2**64 - 1, 2**65 - 1, -2)
+    ]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+def test_a_whole_number_may_be_written_with_a_point(client: openai.OpenAI, llm: LLM) -> None:
+    answer = client.post(
+        "/completions",
+        body={**GREEDY, "prompt": [5.0, 6], "max_tokens": 3.0, "seed": 1.0},
+        cast_to=openai.types.Completion,
+    )
+    assert answer.choices[0].text == offline(llm, [5, 6], max_tokens=3).outputs[0].text

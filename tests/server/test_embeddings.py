@@ -11,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+from furiosa_llm import LLM
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import connected, error_of, load, serving
@@ -93,3 +94,13 @@ def test_an_encoder_generates_nothing(model: tuple[openai.OpenAI, str]) -> None:
 def test_it_is_well_and_counts(url: str) -> None:
     assert httpx.get(f"{url}/health").status_code == 200
     assert "furiosa_llm_prompt_tokens_total" in httpx.get(f"{url}/metrics").text
+
+
+def test_the_artifact_is_opened_once(encoder_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("the artifact is opened a second time")
+
+    monkeypatch.setattr("furiosa_llm.runtime.encoder.open_artifact", again)
+    load(encoder_artifact).close()
+    with LLM.load_artifact(encoder_artifact) as llm:
+        assert len(llm.embed("x")) == 1

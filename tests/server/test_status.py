@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
-from furiosa_llm import SamplingParams
+from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.server.generation import Gate, Generator, collect
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
@@ -184,13 +184,42 @@ def test_the_schema_has_every_endpoint_and_one_kind_of_error(url: str) -> None:
     schema = httpx.get(f"{url}/openapi.json").json()
     assert set(schema["paths"]) == {
         *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}"),
-        *("/tokenize", "/detokenize", "/health", "/version", "/metrics", "/machine"),
+        *("/tokenize", "/detokenize", "/tokenizer_info", "/health", "/version", "/metrics", "/machine"),
     }
-    for path in schema["paths"].values():
-        for operation in path.values():
-            assert "422" not in operation["responses"]
-            streams = "completions" in operation["operationId"]
-            assert ("text/event-stream" in operation["responses"]["200"].get("content", {})) is streams
-            for status in ("4XX", "5XX"):
-                content = operation["responses"][status]["content"]["application/json"]
-                assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            answers = operation["responses"]
+            generates = "completions" in path
+            assert ("text/event-stream" in answers["200"].get("content", {})) is generates
+            expected = {"post": {"400", "404", "408", "413", "415"}, "get": {"413"}}[method]
+            assert expected <= set(answers)
+            assert {"429", "503", "504"} <= set(answers) or not (generates or path == "/v1/embeddings")
+            assert {"422", "401"}.isdisjoint(answers)
+            for status, answer in answers.items():
+                assert "x-request-id" in answer["headers"]
+                if status != "200":
+                    content = answer["content"]["application/json"]
+                    assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+    assert schema["components"]["schemas"]["CompletionRequest"]["properties"]["model"]["enum"] == [NAME]
+
+
+def test_the_schema_says_what_needs_a_key(artifact: Path) -> None:
+    with serving(load(artifact), ServerSettings(api_keys=["k"])) as url:
+        schema = httpx.get(f"{url}/openapi.json").json()
+    needing = {
+        path for path, methods in schema["paths"].items() if any("401" in one["responses"] for one in methods.values())
+    }
+    assert needing == set(schema["paths"]) - {"/health", "/version", "/metrics"}
+    assert all(
+        schema["paths"][path][method]["security"] == [{"key": []}]
+        for path in needing
+        for method in schema["paths"][path]
+    )
+
+
+def test_what_clients_need_to_know_of_the_tokenizer(artifact: Path, url: str, llm: LLM) -> None:
+    found = httpx.get(f"{url}/tokenizer_info").json()
+    assert (found["bos_token"], found["eos_token"], found["pad_token"]) == ("<s>", "</s>", "<pad>")
+    assert found["chat_template"] == llm.tokenizer.chat_template
+    with serving(load(artifact), ServerSettings(chat_template="x")) as other:
+        assert httpx.get(f"{other}/tokenizer_info").json()["chat_template"] == "x"

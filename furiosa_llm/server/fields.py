@@ -1,0 +1,74 @@
+"""Types of the fields of requests that say in the schema which values are taken.
+
+The ranges stand in the schema alone: `SamplingParams` and the handlers check them, with messages that name the value.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+
+MAX_ENTRIES = 1024
+"""Of a list of words or tokens; what `SamplingParams` takes."""
+
+_GREATEST = 2**53 - 1
+"""The greatest integer that every reader of JSON reads as itself."""
+
+
+def _whole(value: object) -> object:
+    """1.0 as 1: JSON and its schemas have one kind of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _all_whole(value: object) -> object:
+    # One look at the types first: a prompt may be long, and none of its tokens is likely to be a float.
+    return [_whole(one) for one in value] if isinstance(value, list) and float in set(map(type, value)) else value
+
+
+_WHOLE = BeforeValidator(_whole)
+_ALL_WHOLE = BeforeValidator(_all_whole)
+
+TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0})]
+TokenIds = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1}), _ALL_WHOLE]
+TokenSet = Annotated[list[TokenId], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), _ALL_WHOLE]
+AllowedTokens = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ENTRIES}), _ALL_WHOLE]
+AnyTokens = Annotated[list[TokenId], _ALL_WHOLE]
+Text = Annotated[str, Field(json_schema_extra={"minLength": 1})]
+Texts = Annotated[list[Text], Field(json_schema_extra={"minItems": 1})]
+Sequences = Annotated[list[TokenIds], Field(json_schema_extra={"minItems": 1})]
+TextsOrTokens = Text | Texts | TokenIds | Sequences
+"""One text or sequence of tokens, or several."""
+
+Count = Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": 128}), _WHOLE]
+Length = Annotated[int, Field(le=_GREATEST, json_schema_extra={"minimum": 1}), _WHOLE]
+LengthOrNone = Annotated[int, Field(le=_GREATEST, json_schema_extra={"minimum": 0}), _WHOLE]
+TopK = Annotated[int, Field(le=_GREATEST, json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 1}]}), _WHOLE]
+Alternatives = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 20}), _WHOLE]
+Seed = Annotated[int, _WHOLE]
+Penalty = Annotated[float, Field(json_schema_extra={"minimum": -2, "maximum": 2})]
+Repetition = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 2})]
+Temperature = Annotated[float, Field(json_schema_extra={"minimum": 0})]
+Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
+PositiveShare = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
+Word = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 4096})]
+Words = Annotated[list[Word], Field(json_schema_extra={"maxItems": MAX_ENTRIES})]
+Bias = Annotated[float, Field(json_schema_extra={"minimum": -100, "maximum": 100})]
+Biases = Annotated[
+    dict[str, Bias],
+    Field(json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,19}$"}, "maxProperties": MAX_ENTRIES}),
+]
+No = Annotated[bool, Field(json_schema_extra={"const": False})]
+NoLengthPenalty = Annotated[float, Field(json_schema_extra={"const": 1.0})]
+NoSuffix = Annotated[str, Field(json_schema_extra={"maxLength": 0})]
+Truncation = Annotated[int, Field(le=_GREATEST, json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 1}]}), _WHOLE]
+
+
+def refused(reason: str) -> BeforeValidator:
+    """For a field of OpenAI's that has to be null; `reason` is what a client is told that gives it a value."""
+
+    def check(value: object) -> None:
+        if value is not None:
+            raise ValueError(f"not supported: {reason}; leave it out")
+
+    return BeforeValidator(check)
