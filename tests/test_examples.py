@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm import LLM, ArtifactBuilder, SamplingParams
+from tests.server.process import started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
@@ -100,3 +101,12 @@ def test_stream_generate(artifact: Path) -> None:
 def test_structured_output(artifact: Path) -> None:
     [line] = run("structured_output.py", artifact)
     assert re.fullmatch("(Oslo|Seoul) (yes|no) [0-9]{4}-[0-9]{2}", line)
+
+
+def test_openai_client(artifact: Path) -> None:
+    with started(artifact) as server:
+        [line] = run("openai_client.py", f"{server.url}/v1", "What is a fjord?")
+    with LLM(artifact) as llm:
+        messages = [{"role": "user", "content": "What is a fjord?"}]
+        [output] = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=16))
+    assert line == output.outputs[0].text

@@ -44,7 +44,7 @@ def test_shell_commands() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The capital of France is Paris.") == 2
+    assert done.stdout.count("The capital of France is Paris.") == 3
     assert "tp 4 x pp 2 x dp 2 = 16 PEs on npu:0,npu:1" in done.stdout
     assert "verified within 0.0001" in done.stdout
     tour = ROOT / "build" / "tour"
