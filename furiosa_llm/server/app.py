@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import furiosa_llm
-from furiosa_llm.server import chat, completions, embeddings, status, tokens
+from furiosa_llm.server import chat, completions, embeddings, page, status, tokens
 from furiosa_llm.server.errors import ErrorResponse, install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
@@ -68,6 +68,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         embeddings.router,
         tokens.router,
         status.router,
+        page.router,
     )
     for router in routers:
         dependencies = [Depends(_log_payload)] if settings.payload_logging else []

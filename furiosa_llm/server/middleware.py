@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from furiosa_llm.server import page
 from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_response
 
 logger = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json"})
+_OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json"}) | page.OPEN_PATHS
 """What needs no key: nothing there is anybody's, and those who watch over a server have none."""
 
 
