@@ -53,7 +53,8 @@ class Tile {
     this.npu = npu;
     this.pe = pe;
     this.label = element("span", { class: "what" });
-    this.memory = element("span", { class: "amount" });
+    this.taken = element("span", {});
+    this.whole = element("span", { class: "whole" });
     this.bars = PARTS.map((part) => element("span", { class: part }));
     this.root = element(
       "div",
@@ -61,7 +62,7 @@ class Tile {
       element("span", { class: "number" }, `PE ${pe.pe}`),
       this.label,
       element("span", { class: "bar" }, ...this.bars),
-      this.memory,
+      element("span", { class: "amount" }, this.taken, this.whole),
     );
     if (pe.replica === null || pe.stage === null) {
       this.root.classList.add("unused");
@@ -77,10 +78,12 @@ class Tile {
   show(pe) {
     this.pe = pe;
     const parts = memoryParts(pe);
-    for (const [index, part] of PARTS.entries()) this.bars[index].style.flexGrow = String(parts[part] / (pe.memory_nbytes || 1));
-    for (const [index, part] of PARTS.entries()) this.bars[index].hidden = parts[part] === 0;
-    const taken = pe.weights_nbytes + pe.kv_nbytes;
-    setText(this.memory, pe.replica === null ? "\u2013" : `${bytes(taken)} / ${bytes(pe.memory_nbytes)}`);
+    for (const [index, part] of PARTS.entries()) {
+      this.bars[index].style.flexGrow = String(parts[part] / (pe.memory_nbytes || 1));
+      this.bars[index].hidden = parts[part] === 0;
+    }
+    setText(this.taken, pe.replica === null ? "–" : bytes(pe.weights_nbytes + pe.kv_nbytes));
+    setText(this.whole, pe.replica === null ? "" : ` / ${bytes(pe.memory_nbytes)}`);
     const words = describe(this.npu, pe);
     if (this.root.getAttribute("aria-label") !== words) this.root.setAttribute("aria-label", words);
   }

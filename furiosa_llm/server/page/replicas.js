@@ -55,7 +55,7 @@ class StageBox {
     this.busy = new Meter("computing");
     this.exchange = new Meter("exchanging");
     this.batches = element("span", { class: "batches" });
-    this.traffic = new Map(kinds.map((kind) => [kind, element("dd", {}, "–")]));
+    this.traffic = new Map(kinds.map((kind) => [kind, [element("dd", {}, "–"), element("dd", {})]]));
     const last = stage.first_block + stage.num_blocks - 1;
     this.root = element(
       "li",
@@ -69,7 +69,7 @@ class StageBox {
       ),
       this.busy.root,
       this.exchange.root,
-      element("dl", { class: "traffic" }, ...[...this.traffic].map(([kind, value]) => row(kind, value))),
+      element("dl", { class: "traffic" }, ...[...this.traffic].map(([kind, values]) => row(kind, values))),
     );
     colour(this.root, stage.replica, stage.stage, numStages);
   }
@@ -80,9 +80,11 @@ class StageBox {
     this.busy.show(rates.busy);
     this.exchange.show(rates.exchange);
     setText(this.batches, `${rate(rates.batches)} batches/s`);
-    for (const [kind, where] of this.traffic) {
+    for (const [kind, [nbytes, calls]] of this.traffic) {
       const traffic = rates.traffic.get(kind);
-      if (traffic !== undefined) setText(where, `${bytes(traffic.nbytes)}/s in ${rate(traffic.calls)}/s`);
+      if (traffic === undefined) continue;
+      setText(nbytes, `${bytes(traffic.nbytes)}/s`);
+      setText(calls, `${rate(traffic.calls)}×/s`);
     }
   }
 }
@@ -172,9 +174,9 @@ export class Replicas {
 
 /**
  * @param {string} name
- * @param {HTMLElement} value
+ * @param {HTMLElement[]} values
  * @returns {HTMLElement}
  */
-function row(name, value) {
-  return element("div", {}, element("dt", {}, name), value);
+function row(name, values) {
+  return element("div", {}, element("dt", {}, name), ...values);
 }
