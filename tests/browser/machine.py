@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 
 import furiosa_llm
-from furiosa_llm.runtime.devices import PE_NBYTES, PES_PER_CARD, PE, parse_devices
+from furiosa_llm.runtime.devices import PE, PE_NBYTES, PES_PER_CARD, parse_devices
 from furiosa_llm.server.metrics import EngineGauges
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.state import ServerState
@@ -36,7 +36,9 @@ def add_machine(app: FastAPI) -> None:
 
 def _figures(state: ServerState) -> dict[str, Any]:
     metrics = _metrics(state)
-    tp, pp, dp = (int(state.model.parallelism.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline", "data"))
+    tp, pp, dp = (
+        int(state.model.parallelism.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline", "data")
+    )
     pes = parse_devices(str(state.model.parallelism.get("devices", f"npu:0:0-{tp - 1}")))
     places = {pe: (at // (tp * pp), at // tp % pp, at % tp) for at, pe in enumerate(pes[: tp * pp * dp])}
     kind = state.model.kind

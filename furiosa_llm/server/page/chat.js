@@ -5,6 +5,8 @@ import { byId, element, setText } from "./dom.js";
 import { eventData } from "./events.js";
 import { count, duration, rate } from "./format.js";
 
+const COMPLETION_TOKENS = "64";
+
 /** @typedef {{role: string, content: string}} Message */
 
 /**
@@ -91,6 +93,8 @@ export class Chat {
     byId("system-field", HTMLElement).hidden = !template;
     setText(byId("talk-title", HTMLElement), template ? "Chat" : "Completion");
     setText(byId("message-label", HTMLElement), template ? "Message" : "Text to complete");
+    // Without a number a chat goes on as long as the model has something to say, a completion for 16 tokens.
+    if (!template) this.maxTokens.value = COMPLETION_TOKENS;
     this.field.placeholder = template ? "Ask the model" : "Begin a text; the model goes on";
   }
 
@@ -178,12 +182,13 @@ export class Chat {
    * @returns {[string, object]}
    */
   question(text) {
+    const limit = this.maxTokens.valueAsNumber; // not a number if the field is empty
     const common = {
       model: this.model(),
       temperature: this.temperature.valueAsNumber,
       stream: true,
       stream_options: { include_usage: true },
-      max_tokens: this.maxTokens.valueAsNumber,
+      ...(Number.isNaN(limit) ? {} : { max_tokens: limit }),
     };
     if (!this.template) return ["v1/completions", { ...common, prompt: text }];
     const system = this.system.value.trim() === "" ? [] : [{ role: "system", content: this.system.value }];
