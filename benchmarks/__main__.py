@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import artifact, building, fusion, parallelism, parity, planning, serving, speed
+from benchmarks import artifact, building, fusion, page, parallelism, parity, planning, serving, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
@@ -21,6 +21,7 @@ SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "prefill": speed.prefill_bars,
     "serving": serving.bars,
     "parallelism": parallelism.bars,
+    "page": page.bars,
     "large": speed.large_bars,
 }
 """In this order: the memory of this process counts as that of those that it starts, so who measures theirs is first."""

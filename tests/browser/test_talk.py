@@ -90,9 +90,13 @@ STOPS = {
 }
 
 
+ENDLESS = 128
+"""Completions: eight full batches, one after another."""
+
+
 def endless(route: Route) -> None:
     """Asks for more than the model has to say, so that there is something to stop."""
-    route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True, "n": 32}))
+    route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True, "n": ENDLESS}))
 
 
 @pytest.mark.parametrize("how", list(STOPS))
@@ -112,7 +116,7 @@ def test_stop_aborts_the_request(chat_artifact: Path, open_page: Open, how: str)
         wait_for(lambda: metric(url, "request_failure_total") == 1)
         wait_for(lambda: metric(url, "num_requests_running") == 0)
         assert metric(url, "request_success_total") == 0
-        assert metric(url, "generation_tokens_total") < 32 * 450 / 2
+        assert metric(url, "generation_tokens_total") < ENDLESS * 450 / 2
         expect(page.locator("#message")).to_be_focused()
         expect(page.locator("#stop")).to_be_disabled()
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 import furiosa_llm.server
+from furiosa_llm import ArtifactBuilder
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import error_of, load, serving
 
@@ -92,9 +93,25 @@ def test_the_page_needs_no_key(artifact: Path) -> None:
             assert httpx.get(f"{url}{path}").status_code == 401, path
 
 
-def test_the_page_learns_what_the_model_is_for(url: str, artifact: Path, encoder_artifact: Path) -> None:
-    assert httpx.get(f"{url}/page/config.json").json() == {"api_key_required": False, "box": "completion"}
-    with serving(load(encoder_artifact), ServerSettings()) as encoder:
-        assert httpx.get(f"{encoder}/page/config.json").json()["box"] == "embedding"
-    with serving(load(artifact), ServerSettings(chat_template="{{ messages }}")) as chat:
-        assert httpx.get(f"{chat}/page/config.json").json()["box"] == "chat"
+def box(url: str) -> str | None:
+    found: str | None = httpx.get(f"{url}/page/config.json").json()["box"]
+    return found
+
+
+def test_the_page_learns_what_a_decoder_is_for(artifact: Path) -> None:
+    with serving(load(artifact), ServerSettings()) as url:
+        assert httpx.get(f"{url}/page/config.json").json() == {"api_key_required": False, "box": "chat"}
+    for template, expected in ((None, "completion"), ("{{ messages }}", "chat")):
+        model = load(artifact)
+        assert model.tokenizer is not None
+        model.tokenizer.chat_template = None
+        with serving(model, ServerSettings(chat_template=template)) as url:
+            assert box(url) == expected
+
+
+def test_the_page_learns_what_an_encoder_is_for(zoo: Path, encoder_artifact: Path, tmp_path: Path) -> None:
+    with serving(load(encoder_artifact), ServerSettings()) as url:
+        assert box(url) == "embedding"
+    ArtifactBuilder(zoo / "tiny-bert-optimum" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
+    with serving(load(tmp_path / "artifact"), ServerSettings()) as url:  # it has no tokenizer
+        assert box(url) is None
