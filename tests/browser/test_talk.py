@@ -96,7 +96,8 @@ ENDLESS = 128
 
 def endless(route: Route) -> None:
     """Asks for more than the model has to say, so that there is something to stop."""
-    route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True, "n": ENDLESS}))
+    body: dict[str, Any] = json.loads(route.request.post_data or "")
+    route.continue_(post_data=json.dumps({**body, "ignore_eos": True, "n": ENDLESS}))
 
 
 @pytest.mark.parametrize("how", list(STOPS))

@@ -52,7 +52,7 @@ class StageBox {
    * @param {string[]} kinds
    */
   constructor(stage, numStages, kinds) {
-    this.busy = new Meter("computing");
+    this.busy = new Meter("busy");
     this.exchange = new Meter("exchanging");
     this.batches = element("span", { class: "batches" });
     this.traffic = new Map(kinds.map((kind) => [kind, [element("dd", {}, "–"), element("dd", {})]]));
