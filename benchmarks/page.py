@@ -24,7 +24,6 @@ _ARGUMENTS = (
 _SERVE = ("-pp", "2", "-dp", "2", "--port", "0", "--host", "127.0.0.1")
 _RUNNING = re.compile(r"Uvicorn running on (http://\S+)")
 _LOADED = "performance.getEntriesByType('navigation')[0].loadEventEnd"
-_SHOWN = "document.querySelectorAll('.pe').length > 0 ? performance.now() : 0"
 
 
 def bars() -> Iterator[Bar]:
@@ -52,7 +51,8 @@ def _visit(browser: Browser, url: str) -> tuple[float, float, float]:
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page: Page = context.new_page()
     page.goto(url)
-    shown = page.wait_for_function(_SHOWN, polling=10).json_value()
+    page.locator(".pe").first.wait_for()
+    shown = page.evaluate("performance.now()")
     loaded = page.evaluate(_LOADED)
     nbytes = page.evaluate("performance.getEntries().reduce((sum, one) => sum + (one.transferSize ?? 0), 0)")
     context.close()

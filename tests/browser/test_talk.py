@@ -177,7 +177,12 @@ def test_nothing_inline_would_run(url: str, context_of: Contexts) -> None:
     page.goto(url)
     live(page)
     page.locator("#log").evaluate("(log, text) => { log.innerHTML = text; }", ATTACK)
-    page.wait_for_function("document.images.length === 1 && document.images[0].complete")
+    page.locator("#log").evaluate(
+        """async (log) => {
+            const image = log.querySelector('img');
+            if (!image.complete) await new Promise(done => image.addEventListener('error', done));
+        }"""
+    )
     expect(page).not_to_have_title("taken")
     assert any("Content Security Policy" in one for one in watched.complaints)
 
