@@ -28,11 +28,11 @@ demo: $(INSTALLED) ## split SmolLM2 over 4, then 8 PEs, and let it answer a ques
 
 .PHONY: test
 test: $(INSTALLED) ## the fast tests
-	$(BIN)/pytest -m "not real_model and not slow" --numprocesses auto --dist worksteal
+	$(BIN)/pytest -m "not real_model and not slow and not browser" --numprocesses auto --dist worksteal
 
 .PHONY: test-real
-test-real: $(INSTALLED) ## the tests that `make test` leaves out: on the real model, and the slow ones
-	$(BIN)/pytest -m "real_model or slow"
+test-real: $(INSTALLED) ## the tests that `make test` leaves out: on the real model, in chromium, and the slow ones
+	$(BIN)/pytest -m "real_model or slow or browser"
 
 .PHONY: test-wheel
 test-wheel: $(INSTALLED) ## build sdist and wheel, and test the wheel outside the checkout

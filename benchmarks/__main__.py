@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import artifact, building, fusion, parallelism, parity, planning, serve, serving, speed
+from benchmarks import artifact, building, fusion, page, parallelism, parity, planning, serve, serving, speed
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
@@ -22,6 +22,7 @@ SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "serving": serving.bars,
     "serve": serve.bars,
     "parallelism": parallelism.bars,
+    "page": page.bars,
     "large": speed.large_bars,
 }
 """In this order: the memory of this process counts as that of those that it starts, so who measures theirs is first."""

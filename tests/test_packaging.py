@@ -86,6 +86,20 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     assert undeclared == set()
 
 
+def test_every_file_that_is_no_module_is_package_data() -> None:
+    listed = {
+        path
+        for package, patterns in PYPROJECT["tool"]["setuptools"]["package-data"].items()
+        for folder in ([FOLDERS["furiosa_llm"]] if package == "*" else [package.replace(".", "/")])
+        for pattern in patterns
+        for path in (ROOT / folder).glob(pattern)
+    }
+    found = {
+        path for path in (ROOT / "furiosa_llm").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert listed == found
+
+
 @pytest.mark.parametrize("folder", ["builder", "runtime"])
 @pytest.mark.parametrize("first", ["folder", "package"])
 def test_the_folders_name_gives_the_packages_own_objects(folder: str, first: str) -> None:

@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import furiosa_llm
-from furiosa_llm.server import chat, completions, embeddings, machine, status, tokens
+from furiosa_llm.server import chat, completions, embeddings, machine, page, status, tokens
 from furiosa_llm.server.errors import install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
@@ -65,6 +65,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         (tokens.router, READING),
         (status.router, errors(413, 500)),
         (machine.router, errors(413, 500)),
+        (page.router, {}),
     )
     for router, answers in routers:
         dependencies = [Depends(_log_payload)] if settings.payload_logging else []

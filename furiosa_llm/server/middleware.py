@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from furiosa_llm.server import page
 from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_event, error_response
 from furiosa_llm.server.openapi import OPEN_PATHS
 
 logger = logging.getLogger(__name__)
+
+_OPEN_PATHS = OPEN_PATHS | page.OPEN_PATHS
 
 _SILENCE = 1.0
 """Seconds after which a client that was answered, and does not go on with its body, has ceased to send."""
@@ -119,7 +122,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._known(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._known(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         error = ApiError(

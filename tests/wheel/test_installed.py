@@ -2,6 +2,7 @@
 
 import importlib.util
 import pkgutil
+import re
 import subprocess
 import sysconfig
 from importlib.metadata import files, version
@@ -40,6 +41,13 @@ def test_one_top_level_package_is_installed() -> None:
 
 def test_types_are_published() -> None:
     assert (SITE_PACKAGES / "furiosa_llm" / "py.typed").is_file()
+
+
+def test_the_servers_page_is_installed() -> None:
+    page = SITE_PACKAGES / "furiosa_llm" / "server" / "page"
+    linked = re.findall(r'(?:href|src)="page/([^"]+)"', (page / "index.html").read_text())
+    assert {"main.js", "style.css", "icon.svg"} <= set(linked)
+    assert [name for name in linked if not (page / name).is_file()] == []
 
 
 def test_version_is_the_distributions() -> None:
