@@ -74,6 +74,7 @@ def wait_for_running(server: Process, sequences: int) -> None:
             return
 
 
+@pytest.mark.slow
 def test_requests_end_before_the_server_does(built: Path) -> None:
     bodies = [*[body(500, stream=True)] * 16, body(500, n=4)]
     with started(built) as server:
@@ -96,6 +97,7 @@ def test_requests_end_before_the_server_does(built: Path) -> None:
     assert "Traceback" not in server.output
 
 
+@pytest.mark.slow
 def test_requests_that_take_too_long_are_cut(built: Path) -> None:
     bodies = [*[body(500, n=32, stream=True)] * 16, body(500, n=128)]
     with started(built, "--shutdown-timeout", 1, "--max-batch-size", 16) as server:
