@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_ENTRIES = 1024
 """Of a list of words or tokens; what `SamplingParams` takes."""
 
 _GREATEST = 2**53 - 1
 """The greatest integer that every reader of JSON reads as itself."""
+
+
+class Body(BaseModel):
+    """A request's body, or an object in it: no other fields than it names, and no other types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def _whole(value: object) -> object:
