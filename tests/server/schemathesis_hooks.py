@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import re
@@ -13,6 +12,7 @@ import jsonschema_rs
 import schemathesis
 from schemathesis import Case, CheckContext, HookContext
 from schemathesis.core.transport import Response
+from schemathesis.generation.meta import TestPhase
 
 _SCHEMAS = (
     r"response_format\.json_schema\.schema|structured_outputs\.(json|regex|grammar)|tools\.\d+\.function\.parameters"
@@ -82,43 +82,65 @@ SCHEMAS: Sequence[Any] = (
     },
     {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": ["object", "null"]}}},
 )
-"""Those that the model gets to the end of. A schema that is made from the document seldom constrains anything."""
+"""Those that a model which babbles gets to the end of."""
+
+OBJECTS = SCHEMAS[-2:]
+GRAMMARS = ('start: "a"+ B\nB: /[0-9]{1,3}/', 'root ::= "x" | "(" root ")"')
+PATTERNS = ("[ab]{2,5}", "(x|yé)?z", ".{0,4}")
 
 
-def _with_sense(body: dict[str, Any], chance: random.Random) -> None:
-    """Puts one of SCHEMAS wherever a request has a schema of its own making; text that is to be one among it."""
-    match body.get("response_format"):
-        case {"type": "json_schema", "json_schema": dict(named)}:
-            named["schema"] = chance.choice(SCHEMAS)
-    match body.get("structured_outputs"):
-        case {"json": dict() | str() as given} as form:
-            schema = chance.choice(SCHEMAS)
-            form["json"] = json.dumps(schema) if isinstance(given, str) else schema
-        case {"regex": str()} as form:
-            form["regex"] = chance.choice(("[ab]{2,5}", "(x|yé)?z", ".{0,4}"))
-        case {"grammar": str()} as form:
-            form["grammar"] = chance.choice(('start: "a"+ B\nB: /[0-9]{1,3}/', 'root ::= "x" | "(" root ")"'))
-    for tool in body.get("tools") or ():
-        tool["function"]["parameters"] = chance.choice(SCHEMAS[3:])
-    match body.get("tool_choice"):
-        case {"function": dict(named)} if body.get("tools"):
-            named["name"] = chance.choice(body["tools"])["function"]["name"]
+_KEPT = ("model", "prompt", "messages", "stream")
+_AT_ODDS = frozenset(
+    (
+        *("top_logprobs", "stream_options", "min_tokens", "allowed_token_ids", "chat_template_kwargs"),
+        *("response_format", "structured_outputs", "tools", "tool_choice", "max_completion_tokens", "echo"),
+    )
+)
+"""What seldom goes with the rest of a request that was made by chance."""
+
+
+def _form(chance: random.Random, *, is_chat: bool) -> dict[str, Any]:
+    """Fields that say what an answer has to look like."""
+    schema = chance.choice(SCHEMAS)
+    tool = {"type": "function", "function": {"name": "f", "parameters": chance.choice(OBJECTS), "strict": True}}
+    other = {"type": "function", "function": {"name": chance.choice(("g", 'é "')), "parameters": {}}}
+    named = {"type": "function", "function": {"name": "f"}}
+    forms: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json": schema, "disable_any_whitespace": chance.random() < 0.5}},
+        {"structured_outputs": {"json": json.dumps(schema), "whitespace_pattern": chance.choice((None, " ?"))}},
+        {"structured_outputs": {"regex": chance.choice(PATTERNS)}},
+        {"structured_outputs": {"choice": ["yes", "yé", "no."]}},
+        {"structured_outputs": {"grammar": chance.choice(GRAMMARS)}},
+    ]
+    calls: list[dict[str, Any]] = [
+        {"tools": [tool, other], "tool_choice": "required"},
+        {"tools": [other, tool], "tool_choice": named},
+        {"tools": [tool, other], "parallel_tool_calls": chance.random() < 0.5},
+        {"tools": [tool], **forms[0]},
+    ]
+    return chance.choice(calls if is_chat and chance.random() < 0.5 else forms)
 
 
 @schemathesis.hook
-def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:  # noqa: ARG001 - as it is called
-    """Gives most requests that keep to the schema a form that constrains the answer, and room for it."""
-    generating = case.path.endswith("/completions") and isinstance(case.body, dict)
-    positive = case.meta is not None and case.meta.generation.mode.is_positive
-    if not (generating and positive):
+def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -> None:
+    """Makes half of the requests that are made by chance such that the model has to keep to a form, to its end.
+
+    A schema that is made from the document says nearly nothing, and a request with all fields is seldom taken.
+    """
+    meta = case.meta
+    if meta is None or not meta.generation.mode.is_positive or meta.phase.name is TestPhase.COVERAGE:
         return
-    chance = random.Random(json.dumps(case.body, sort_keys=True))  # noqa: S311 - so that a finding can be repeated
-    if chance.random() < 0.7:
-        body = copy.deepcopy(case.body)
-        if body.get("response_format") and body.get("structured_outputs"):
-            del body[chance.choice(("response_format", "structured_outputs"))]
-        _with_sense(body, chance)
-        case.body = body
+    if not case.path.endswith("/completions") or not isinstance(case.body, dict):
+        return
+    chance = random.Random(json.dumps(case.body, sort_keys=True))
+    if chance.random() < 0.5:
+        return
+    names = sorted(set(case.body) - _AT_ODDS.union(_KEPT))
+    kept = (*_KEPT, *chance.sample(names, min(len(names), 3)))
+    body = {name: value for name, value in case.body.items() if name in kept}
+    case.body = {**body, "max_tokens": 70, **_form(chance, is_chat="messages" in body)}
 
 
 def _texts(answer: dict[str, Any]) -> Iterator[str]:
@@ -129,19 +151,33 @@ def _texts(answer: dict[str, Any]) -> Iterator[str]:
             yield text
 
 
+def _check_form(body: dict[str, Any], text: str) -> None:
+    match body:
+        case {"structured_outputs": {"json": schema}} if schema in SCHEMAS:
+            jsonschema_rs.validate(schema, json.loads(text))
+        case {"structured_outputs": {"json": str(schema)}} if json.loads(schema) in SCHEMAS:
+            jsonschema_rs.validate(json.loads(schema), json.loads(text))
+        case {"structured_outputs": {"regex": str(pattern)}} if pattern in PATTERNS:
+            assert re.fullmatch(pattern, text), f"{text!r} is not {pattern}"
+        case {"structured_outputs": {"choice": list(choices)}}:
+            assert text in choices, f"{text!r} is none of {choices}"
+        case {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}} if schema in SCHEMAS:
+            jsonschema_rs.validate(schema, json.loads(text))
+        case {"response_format": {"type": "json_object" | "json_schema"}}:
+            json.loads(text)
+
+
 @schemathesis.check
 def answers_keep_to_their_form(context: CheckContext, response: Response, case: Case[Any]) -> None:
-    """What ends by itself is JSON by the schema that the request gives, which is one of SCHEMAS."""
+    """What ends by itself is what the request asks for."""
     body = case.body
-    streamed = not response.headers.get("content-type", [""])[0].startswith("application/json")
-    if response.status_code != 200 or streamed or not isinstance(body, dict) or body.get("echo"):
+    if response.status_code != 200 or not case.path.endswith("/completions") or not isinstance(body, dict):
         return
-    match body:
-        case {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}} if schema in SCHEMAS:
-            for text in _texts(response.json()):
-                jsonschema_rs.validate(schema, json.loads(text))
-        case {"response_format": {"type": "json_object"}}:
-            assert all(isinstance(json.loads(text), dict) for text in _texts(response.json()))
+    shows_more = body.get("echo") or body.get("include_stop_str_in_output") or body.get("skip_special_tokens") is False
+    if shows_more or response.headers["content-type"][0] != "application/json":
+        return
+    for text in _texts(response.json()):
+        _check_form(body, text)
 
 
 @schemathesis.check
