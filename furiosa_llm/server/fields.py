@@ -35,7 +35,7 @@ def _all_whole(value: object) -> object:
 _WHOLE = BeforeValidator(_whole)
 _ALL_WHOLE = BeforeValidator(_all_whole)
 
-TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 2**64 - 1})]
+TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": _GREATEST})]
 TokenIds = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1}), _ALL_WHOLE]
 TokenSet = Annotated[list[TokenId], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), _ALL_WHOLE]
 AllowedTokens = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ENTRIES}), _ALL_WHOLE]
