@@ -66,6 +66,7 @@ def test_formats(given: Any, taken: bool) -> None:
         ({"json": {}, "disable_any_whitespace": True}, True),
         ({"json": {}, "disable_any_whitespace": False, "whitespace_pattern": " "}, True),
         ({"json": {}, "disable_any_whitespace": True, "whitespace_pattern": " "}, False),
+        ({"json": {}, "disable_any_whitespace": True, "whitespace_pattern": None}, True),
         ({"json": {}, "whitespace_pattern": ""}, False),
         ({"json_object": True, "whitespace_pattern": " "}, True),
         ({"regex": "a"}, True),
