@@ -55,7 +55,7 @@ async def create_chat_completion(
     text = prompt_of(body, state, with_tools=tools.shown)
     token_ids = await state.encode(text, add_special_tokens=False)
     head = new_head(state, "chat")
-    outputs = generator.run(head.id, [as_prompt(token_ids, text)], params)
+    outputs = generator.run(head.id, [as_prompt(token_ids, text)], params, form_field=tools.form_field)
     if not body.stream:
         [answer] = await until_disconnect(request.receive, collect(outputs, 1, params.n))
         return _response(body, state, head, tools, answer)

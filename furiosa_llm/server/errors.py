@@ -57,8 +57,10 @@ class ApiError(HTTPException):
         self.info = ErrorInfo(message=message, type=kind, param=param, code=code)
 
 
-def api_error(error: FuriosaLLMError) -> ApiError:
+def api_error(error: FuriosaLLMError | ApiError) -> ApiError:
     """What `error` means to a client: a ValueError is the request's fault."""
+    if isinstance(error, ApiError):
+        return error
     message = " ".join(str(error).split())
     match error:
         case EngineDeadError():
@@ -72,6 +74,14 @@ def api_error(error: FuriosaLLMError) -> ApiError:
             return ApiError(400, message)
         case _:
             return ApiError(500, message)
+
+
+def blamed(error: SamplingParamsError, form_field: str) -> ApiError:
+    """The same, of a request that says in `form_field` what its answers have to look like: the engine has one name."""
+    found = api_error(error)
+    if "structured_outputs" not in found.info.message:
+        return found
+    return ApiError(400, found.info.message.replace("structured_outputs", form_field, 1), param=form_field)
 
 
 INTERNAL_ERROR = ApiError(500, "the server failed at this request; its log says why")

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
-from furiosa_llm.server.errors import api_error, error_event
+from furiosa_llm.server.errors import ApiError, api_error, error_event
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ async def events_of(
             yield chunks(first)
             async for output in outputs:
                 yield chunks(output)
-        except FuriosaLLMError as error:
+        except (FuriosaLLMError, ApiError) as error:
             yield error_event(api_error(error))
             return
     yield last() + DONE

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_ENTRIES = 1024
 """Of a list of words or tokens; what `SamplingParams` takes."""
 
 _GREATEST = 2**53 - 1
 """The greatest integer that every reader of JSON reads as itself."""
+
+
+class Body(BaseModel):
+    """A request's body, or an object in it: no other fields than it names, and no other types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def _whole(value: object) -> object:
@@ -29,7 +35,7 @@ def _all_whole(value: object) -> object:
 _WHOLE = BeforeValidator(_whole)
 _ALL_WHOLE = BeforeValidator(_all_whole)
 
-TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0})]
+TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": _GREATEST})]
 TokenIds = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1}), _ALL_WHOLE]
 TokenSet = Annotated[list[TokenId], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), _ALL_WHOLE]
 AllowedTokens = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ENTRIES}), _ALL_WHOLE]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from furiosa_llm.runtime.engine_core import with_kind
+from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
-from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.errors import ApiError, blamed
 from furiosa_llm.server.metrics import Metrics, RequestMeter
 from furiosa_llm.server.model import Decoder
 
@@ -69,8 +70,18 @@ class Generator:
     gate: Gate
     metrics: Metrics
 
-    async def run(self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams) -> Outputs:
+    async def run(
+        self,
+        request_id: str,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        form_field: str = "structured_outputs",
+    ) -> Outputs:
         """What comes of `prompts`; closing the generator, or cancelling its task, aborts them.
+
+        `form_field` is the field of the request that says what the answers have to look like, if one does: the one to
+        blame if the model cannot be held to it.
 
         Raises ApiError, or what `AsyncLLMEngine.generate` does, when it is first asked for an output.
         """
@@ -80,8 +91,11 @@ class Generator:
                 self._run_one(index, f"{request_id}-{index}", prompt, delta) for index, prompt in enumerate(prompts)
             ]
             async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as outputs:
-                async for output in outputs:
-                    yield output
+                try:
+                    async for output in outputs:
+                        yield output
+                except SamplingParamsError as error:
+                    raise blamed(error, form_field) from error
 
     async def _run_one(self, index: int, request_id: str, prompt: Prompt, params: SamplingParams) -> Outputs:
         meter = RequestMeter(self.metrics, params)

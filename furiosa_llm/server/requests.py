@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from furiosa_llm.runtime.prompts import Prompt, listed
 from furiosa_llm.runtime.sampling_params import SamplingParams
 from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server import fields
 from furiosa_llm.server.errors import ApiError
-from furiosa_llm.server.fields import refused
+from furiosa_llm.server.fields import Body, refused
+from furiosa_llm.server.forms import ResponseFormat, StructuredOutputs
 
 TextOrTokens = str | list[int]
 
@@ -25,56 +26,14 @@ _SEEDS = 2**64
 """Seeds count modulo this: some clients send negative ones."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """How a stream is told. `include_usage`: its last chunk counts the tokens."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None  # of OpenAI's; nothing is hidden here
 
 
-class JsonSchemaFormat(_Body):
-    """A named JSON schema. Answers keep to it whatever `strict` is; `description` has no effect."""
-
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(_Body):
-    """What the answer has to look like: text, any JSON object, or JSON by a schema."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-
-    def wanted_schema(self) -> dict[str, Any] | None:
-        """The schema of the answer; None for text. Raises an ApiError if there should be one and is none."""
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            message = "response_format: type 'json_schema' and the field json_schema go together"
-            raise ApiError(400, message, param="response_format")
-        if self.type == "text":
-            return None
-        given = None if self.json_schema is None else self.json_schema.schema_
-        return {"type": "object"} if given is None else given
-
-
-class StructuredOutputs(_Body):
-    """What the answer has to look like, as `StructuredOutputsParams` has it."""
-
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
-    json_object: bool | None = None
-    disable_any_whitespace: bool = False
-    whitespace_pattern: str | None = None
-
-
-class _GenerationRequest(_Body):
+class _GenerationRequest(Body):
     """What completions and chats have in common; None stands for the default of `SamplingParams`."""
 
     model: str
@@ -110,6 +69,11 @@ class _GenerationRequest(_Body):
     def num_choices(self) -> int:
         """The completions of each prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def form_field(self) -> str:
+        """The field that says what the answers have to look like, if one does."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     @property
     def include_usage(self) -> bool:
@@ -162,21 +126,21 @@ class CompletionRequest(_GenerationRequest):
         )
 
 
-class ContentPart(_Body):
+class ContentPart(Body):
     """A part of a message. Only text is understood."""
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(_Body):
+class FunctionCall(Body):
     """A call as an earlier answer gave it; `arguments` is JSON as text."""
 
     name: str
     arguments: str
 
 
-class ToolCallMessage(_Body):
+class ToolCallMessage(Body):
     """A call in a message of the assistant."""
 
     id: str
@@ -185,7 +149,7 @@ class ToolCallMessage(_Body):
     index: int | None = None
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """A message of a conversation."""
 
     role: str
@@ -199,7 +163,7 @@ class ChatMessage(_Body):
     function_call: Annotated[None, refused("it has given way to tool_calls")] = None
 
 
-class FunctionDefinition(_Body):
+class FunctionDefinition(Body):
     """A function that the model may call; `parameters` is its JSON schema."""
 
     name: str
@@ -215,18 +179,18 @@ class FunctionDefinition(_Body):
         return {"type": "object", **self.parameters}
 
 
-class Tool(_Body):
+class Tool(Body):
     """A tool that the model may call."""
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class _ChosenFunction(_Body):
+class _ChosenFunction(Body):
     name: str
 
 
-class NamedToolChoice(_Body):
+class NamedToolChoice(Body):
     """The tool that has to be called."""
 
     type: Literal["function"]
@@ -276,7 +240,7 @@ class ChatCompletionRequest(_GenerationRequest):
         )
 
 
-class EmbeddingRequest(_Body):
+class EmbeddingRequest(Body):
     """`POST /v1/embeddings`."""
 
     model: str
@@ -287,7 +251,7 @@ class EmbeddingRequest(_Body):
     user: str | None = Field(None, description="Accepted, and without effect.")
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Body):
     """`POST /tokenize`: a text, or a conversation."""
 
     model: str | None = None
@@ -301,7 +265,7 @@ class TokenizeRequest(_Body):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: str | None = None

@@ -10,7 +10,8 @@ from typing import Any
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
-from furiosa_llm.server.requests import ResponseFormat, StructuredOutputs, Tool
+from furiosa_llm.server.forms import ResponseFormat, StructuredOutputs
+from furiosa_llm.server.requests import Tool
 from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
 
 _SCHEMA = "response_format.json_schema.schema"

@@ -52,6 +52,13 @@ class Tools:
         """For one answer; None if there is nothing to look for."""
         return self._parser(self._names) if self.shown else None
 
+    @property
+    def form_field(self) -> str:
+        """The field of the request that says what the answers have to look like, if one does."""
+        if not self.shown:
+            return self._body.form_field
+        return "tool_choice" if self._forced else "tools"
+
     async def constraint(self) -> StructuredOutputsParams | None:
         """What the answers have to look like; None for any text. Raises an ApiError for a schema that is none."""
         body = self._body

@@ -52,7 +52,7 @@ class Served:
     share: float
 
 
-_SMALL = ("--max-model-len", "96", "--max-batch-size", "8")
+_SMALL = ("--max-model-len", "160", "--max-batch-size", "8")
 SERVERS: Mapping[str, Served] = {
     "decoder": Served(artifact="decoder", options=_SMALL, share=0.5),
     "tools and a key": Served(

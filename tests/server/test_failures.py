@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -59,3 +60,22 @@ def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path) -> None:
         assert "replica 0 failed" in error_of(answers[0])["message"]
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1}, timeout=60).status_code == 200
+
+
+def test_a_failure_in_the_middle_of_a_constrained_answer(artifact: Path) -> None:
+    """The next one gets the same grammar, which is kept, from its beginning."""
+    messages: list[Any] = [{"role": "user", "content": "x"}]
+    body: dict[str, Any] = {"model": NAME, "messages": messages, "temperature": 2.0}
+    long: Any = {"structured_outputs": {"regex": "[a-c]{400}"}}
+    short: Any = {"structured_outputs": {"regex": "[a-c]{5}"}}
+    with serving(load(artifact, workers=1), ServerSettings()) as url, connected(url) as client:
+        stream = iter(client.chat.completions.create(**body, stream=True, extra_body=long))
+        begun = [next(stream).choices[0].delta.content for _ in range(3)]
+        kill_the_worker()
+        with pytest.raises(openai.APIError, match="replica 0 failed while it had the request"):
+            begun += [chunk.choices[0].delta.content for chunk in stream]
+        assert re.fullmatch("[a-c]+", "".join(piece or "" for piece in begun))
+        for wanted, pattern in ((short, "[a-c]{5}"), (long, "[a-c]{400}")):
+            [choice] = client.chat.completions.create(**body, extra_body=wanted).choices
+            assert choice.finish_reason == "stop"
+            assert re.fullmatch(pattern, choice.message.content or "")

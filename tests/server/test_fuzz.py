@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from furiosa_llm.runtime.errors import ContextLengthError, SamplingParamsError
-from furiosa_llm.server.errors import api_error
+from furiosa_llm.server.errors import ApiError, api_error
 from tests.server import fuzz_server
 from tests.server.schemathesis_hooks import BETWEEN_FIELDS
 
@@ -35,6 +35,12 @@ def test_the_server_keeps_to_its_schema(folder: Path, name: str) -> None:
         (SamplingParamsError("n must be 1 when using greedy sampling"), True),
         (SamplingParamsError("n must be at most 128, got 200."), False),
         (SamplingParamsError("top_p must be in (0, 1], got 0."), False),
+        (SamplingParamsError("structured_outputs: found nothing, expected one of json, regex."), False),
+        (SamplingParamsError("structured_outputs.choice must not be empty; leave it out to allow any text."), False),
+        (SamplingParamsError("structured_outputs.choice cannot be compiled: it is large"), False),
+        (SamplingParamsError("structured_outputs.regex cannot be compiled: look-around"), True),
+        (SamplingParamsError('tools.3.function.parameters cannot be compiled: Unimplemented keys: ["not"]'), True),
+        (ApiError(400, "response_format: type 'json_schema' and the field json_schema go together"), False),
     ],
 )
 def test_what_the_schema_can_say_is_no_excuse(error: Any, known: bool) -> None:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
+from llguidance import LLParserLimits
 from pydantic import BaseModel, Field
 
+from furiosa_llm.runtime import grammar
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, load, serving
 
@@ -325,3 +327,65 @@ def test_refusals_of_tools(url: str, change: dict[str, Any], param: str, message
     error = error_of(response)
     assert (response.status_code, error["param"]) == (400, param)
     assert message in error["message"]
+
+
+@pytest.fixture(scope="module")
+def unreadable(artifact: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model has a tokenizer that does not say which bytes its tokens are."""
+    folder = tmp_path_factory.mktemp("unreadable") / "tokenizer"
+    shutil.copytree(tokenizer, folder)
+    written = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**written, "decoder": {"type": "Fuse"}}))
+    with serving(load(artifact, tokenizer=folder), ServerSettings(tool_call_parser="hermes")) as url:
+        yield url
+
+
+STRICT: Any = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+ANY_OBJECT: Any = {"type": "json_object"}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"response_format": ANY_OBJECT}, "response_format"),
+        ({"response_format": ANY_OBJECT, "tools": [NOW], "tool_choice": "none"}, "response_format"),
+        ({"structured_outputs": {"regex": "structured_outputs"}}, "structured_outputs"),
+        ({"tools": [NOW], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [NOW, WEATHER], "tool_choice": NAMED}, "tool_choice"),
+        ({"tools": [STRICT]}, "tools"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_refuses_is_said_of_the_field_that_was_sent(
+    unreadable: str, change: dict[str, Any], param: str, stream: bool
+) -> None:
+    response = httpx.post(f"{unreadable}/v1/chat/completions", json={**CHAT, "stream": stream, **change})
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith(f"{param}: the tokens of this model's tokenizer are not known byte by byte")
+
+
+def test_so_it_is_of_completions(unreadable: str) -> None:
+    body = {"model": NAME, "prompt": ["a", "b"], "response_format": ANY_OBJECT}
+    error = error_of(httpx.post(f"{unreadable}/v1/completions", json=body))
+    assert error["param"] == "response_format"
+    plain = httpx.post(f"{unreadable}/v1/completions", json={**body, "response_format": {"type": "text"}})
+    assert plain.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"), [("chat/completions", {"messages": MESSAGES}), ("completions", {"prompt": "a"})]
+)
+def test_a_form_that_grows_too_complex_ends_the_stream(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, prompt: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(grammar, "_LIMITS", LLParserLimits(max_lexer_states=25, verbose_errors=False))
+    schema = {"type": "string", "title": path, "pattern": "^[a-c]{20}x.*y.*z$"}  # titled, as grammars are kept
+    asked = {"model": NAME, "max_tokens": 200, "temperature": 2.0, "seed": 3, "stream": True, **prompt}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    response = httpx.post(f"{url}/v1/{path}", json={**asked, "response_format": form})
+    events = response.text.removesuffix("\n\n").split("\n\n")
+    assert len(events) > 1
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert (error["param"], error["type"]) == ("response_format", "invalid_request_error")
+    assert "response_format cannot be followed any further: lexer error: too many states" in error["message"]
