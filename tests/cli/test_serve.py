@@ -126,16 +126,16 @@ def test_the_time_that_requests_have_to_end_in() -> None:
 def test_options_of_the_server_arrive(built: Path, tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.write_text("{{ messages[0].content }}?")
-    (tmp_path / "keys").write_text("k2\nk3\n")
+    (tmp_path / "keys").write_text("k2 with spaces\r\n\n  k3\n")
     options: list[object] = ["--api-key", "k1", "--api-key-file", tmp_path / "keys"]
     options += ["--served-model-name", "a", "--served-model-name", "b"]
     options += ["--chat-template", template, "--response-role", "bot", "--allowed-origins", '["https://a.example"]']
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-concurrency", 2]
     options += ["--max-body-nbytes", 3000, "--enable-payload-logging", "--disable-uvicorn-access-log"]
     with started(built, *options) as server, httpx.Client(base_url=server.url) as client:
-        for key, status in (("k0", 401), ("k1", 200), ("k2", 200), ("k3", 200)):
+        for key, status in (("k0", 401), ("k1", 200), ("k2", 401), ("k2 with spaces", 200), ("k3", 200)):
             assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
-        client.headers = httpx.Headers({"Authorization": "Bearer k2", "Origin": "https://a.example"})
+        client.headers = httpx.Headers({"Authorization": "Bearer k3", "Origin": "https://a.example"})
         models = client.get("/v1/models")
         assert [one["id"] for one in models.json()["data"]] == ["a", "b"]
         assert models.headers["access-control-allow-origin"] == "https://a.example"

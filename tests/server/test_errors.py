@@ -178,8 +178,11 @@ def test_keys_are_in_no_log(artifact: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_keys_that_no_header_can_hold() -> None:
-    for key in ("", "ä", "a\nb"):
+    for key in ("", " ", "ä", "a\nb"):
         with pytest.raises(InputError, match="an API key is empty, or holds what a header cannot"):
+            ServerSettings(api_keys=[key])
+    for key in (" a", "a "):
+        with pytest.raises(InputError, match="an API key begins or ends with a space"):
             ServerSettings(api_keys=[key])
 
 
