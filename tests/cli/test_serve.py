@@ -23,6 +23,7 @@ from furiosa_llm.cli.refused_options import REFUSED, REFUSED_FLAGS
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
 from tests.cli.conftest import Cli
+from tests.server.conftest import wait_for
 from tests.server.process import TIMEOUT, Process, started
 
 NAME = "tiny-llama-optimum"
@@ -51,6 +52,21 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
         assert server.wait() == 0
     assert "Traceback" not in server.output
     assert "POST /v1/completions" in server.output
+
+
+def test_a_second_ctrl_c_does_not_wait(built: Path) -> None:
+    with started(built, "--max-model-len", 512, "--shutdown-timeout", 600) as server:
+        wanted = body(500, n=16, stream=True)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=wanted, timeout=TIMEOUT) as stream:
+            events = stream.iter_lines()
+            next(events)
+            server.process.send_signal(signal.SIGINT)
+            wait_for(lambda: "Waiting for connections to close" in server.output)
+            server.process.send_signal(signal.SIGINT)
+            last = [line for line in events if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert server.wait() == 0
+    assert "Traceback" not in server.output
 
 
 def answers_of(server: Process, bodies: list[dict[str, Any]]) -> tuple[list[threading.Thread], list[httpx.Response]]:
