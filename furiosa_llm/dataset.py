@@ -85,7 +85,7 @@ def read_dataset(path: Path, count: int | None = None) -> list[Sample]:
 def _sample(line: str, where: str) -> Sample:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--dataset: {where}: not JSON: {error}; give one object a line") from error
     if not isinstance(found, dict):
         raise InputError(f"--dataset: {where}: found a {type(found).__name__}, expected an object")

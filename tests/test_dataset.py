@@ -66,6 +66,7 @@ def test_count_takes_the_first(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("no json", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[1]", "found a list, expected an object"),
         ("{}", "found none of them; expected one of prompt, prompt_token_ids, messages"),
         ('{"prompt": "a", "prompt_token_ids": [1]}', "found prompt, prompt_token_ids; expected one of"),

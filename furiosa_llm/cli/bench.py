@@ -27,6 +27,7 @@ from furiosa_llm.cli.options import (
 )
 from furiosa_llm.dataset import read_dataset
 from furiosa_llm.runtime import EngineArgs, SamplingParams
+from furiosa_llm.runtime.artifact.errors import OutputFileError
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 from furiosa_llm.runtime.launch import Plan
 
@@ -130,12 +131,7 @@ def bench(
     report = as_json(
         runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_told(workload, options), machine=machine()
     )
-    if json_file is not None:
-        with click.open_file(str(json_file), "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
-    for path in plots:
-        plot(runs, path, report)
+    _write(runs, report, json_file, plots)
     if failed := sum(run.figures.failed for run in runs):
         raise ReplicaError(f"{failed} requests failed, and are in no figure but 'failed'; the log says why")
 
@@ -146,8 +142,29 @@ def _check_files(json_file: Path | None, plots: Sequence[Path]) -> None:
         check_plot(path)
     files = [path for path in (json_file, *plots) if path is not None and str(path) != "-"]
     for path in files:
-        if not path.absolute().parent.is_dir():
-            raise InputError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist; make it")
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise InputError(f"{path} cannot be written: the folder {folder} does not exist; make it")
+        is_there = path.exists()
+        try:
+            path.open("a").close()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}; give another file") from error
+        if not is_there:
+            path.unlink()
+
+
+def _write(runs: Sequence[Run], report: dict[str, Any], json_file: Path | None, plots: Sequence[Path]) -> None:
+    """Writes what was asked for; raises OutputFileError."""
+    try:
+        if json_file is not None:
+            with click.open_file(str(json_file), "w") as file:
+                json.dump(report, file, indent=1)
+                file.write("\n")
+        for path in plots:
+            plot(runs, path, report)
+    except OSError as error:
+        raise OutputFileError(f"the figures cannot be written: {error}; those on the terminal are whole") from error
 
 
 def _workload(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> Workload:

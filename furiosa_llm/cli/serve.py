@@ -172,9 +172,10 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
 
 def _keys_of(path: Path) -> list[str]:
     try:
-        keys = path.read_text("utf-8").split()
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"--api-key-file: {path} cannot be read: {error}") from error
+    keys = [key for line in lines if (key := line.strip())]
     if not keys:
         raise InputError(f"--api-key-file: {path} has no keys, expected one a line; leave it out to serve everybody")
     return keys

@@ -89,12 +89,14 @@ def _command(benchmark: Benchmark) -> click.Command:
     decorated: Any = callback
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
+    model = {"decoder": "a decoder", "encoder": "an encoder"}[benchmark.task]
     help_text = (
-        f"Run ARTIFACT, a {benchmark.task}, in LoadGen's {benchmark.scenario} scenario; logs go into LOG_DIR.\n\n"
+        f"Run ARTIFACT, {model}, in LoadGen's {benchmark.scenario} scenario; logs go into LOG_DIR.\n\n"
         f"LoadGen's settings are those of its model key {benchmark.key}; docs/mlperf.md says which they are. Needs the "
         f"extra `mlperf`: pip install 'furiosa-llm-onnx[mlperf]'."
     )
-    made: click.Command = click.command(benchmark.command, help=help_text)(decorated)
+    summary = f"Run {model} in the {benchmark.scenario} scenario."
+    made: click.Command = click.command(benchmark.command, help=help_text, short_help=summary)(decorated)
     return made
 
 

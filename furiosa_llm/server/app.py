@@ -18,7 +18,7 @@ from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
 from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
-from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits
+from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits, on_one_line
 from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
 from furiosa_llm.server.settings import ServerSettings
@@ -100,4 +100,5 @@ async def _nobody_there(_: Request, __: Exception) -> Response:
 async def _log_payload(request: Request) -> None:
     body = await request.body()
     if body:
-        _payloads.info("%s %s: %s", request.method, request.url.path, body.decode(errors="replace"))
+        shown = on_one_line(f"{request.url.path}: {body.decode(errors='replace')}")
+        _payloads.info("%s %s", request.method, shown)

@@ -52,7 +52,7 @@ class Connection(H11Protocol):
         # With it `pause_writing` is called for whatever the kernel does not take, which the time limit starts at.
         transport.set_write_buffer_limits(high=0)
         self._probe_silent_clients(transport.get_extra_info("socket"))
-        if len(self.connections) > self.limits.max_connections:
+        if self._is_one_too_many():
             self._turn_away()
         else:
             self._head_timer = self.loop.call_later(self.limits.head_timeout, self._head_is_late)
@@ -95,6 +95,13 @@ class Connection(H11Protocol):
     def _is_answering(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle  # which uvicorn calls never None, and begins with
         return cycle is not None and not cycle.response_complete
+
+    def _is_one_too_many(self) -> bool:
+        limit = self.limits.max_connections
+        if len(self.connections) <= limit:
+            return False
+        # Those that were turned away are there until they have read why, and take nobody's place.
+        return sum(not cast(Connection, one)._turned_away for one in self.connections) > limit
 
     def _turn_away(self) -> None:
         self._turned_away = True

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import fields
 from http import HTTPStatus
 from typing import Any
@@ -18,6 +20,11 @@ from starlette.responses import Response
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, SamplingParamsError
 from furiosa_llm.runtime.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
+"""The `x-request-id` of the request that is being answered, for the log."""
 
 _INVALID = "invalid_request_error"
 _FAILED = "server_error"
@@ -58,7 +65,7 @@ class ApiError(HTTPException):
 
 
 def api_error(error: FuriosaLLMError | ApiError) -> ApiError:
-    """What `error` means to a client: a ValueError is the request's fault."""
+    """What `error` means to a client: a ValueError is the request's fault; what is the server's is logged."""
     if isinstance(error, ApiError):
         return error
     message = " ".join(str(error).split())
@@ -73,6 +80,7 @@ def api_error(error: FuriosaLLMError | ApiError) -> ApiError:
         case ValueError():
             return ApiError(400, message)
         case _:
+            logger.error("request %s failed: %s", REQUEST_ID.get(), message)
             return ApiError(500, message)
 
 

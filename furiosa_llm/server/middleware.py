@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from furiosa_llm.server import page
-from furiosa_llm.server.errors import INTERNAL_ERROR, ApiError, error_event, error_response
+from furiosa_llm.server.errors import INTERNAL_ERROR, REQUEST_ID, ApiError, error_event, error_response
 from furiosa_llm.server.openapi import OPEN_PATHS
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,14 @@ _OPEN_PATHS = OPEN_PATHS | page.OPEN_PATHS
 
 _SILENCE = 1.0
 """Seconds after which a client that was answered, and does not go on with its body, has ceased to send."""
+
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
+
+
+def on_one_line(text: str) -> str:
+    r"""What a client sent, for the log: with escapes such as \n, so that nobody can write lines of their own."""
+    return text.translate(_ESCAPES)
 
 
 class RequestIds:
@@ -37,6 +45,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         request_id = uuid.uuid4().hex
+        REQUEST_ID.set(request_id)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -49,7 +58,8 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:  # whatever it is, the client gets an answer in the one shape, and the log all of it
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            path = on_one_line(scope["path"])
+            logger.exception("request %s: %s %s failed", request_id, scope["method"], path)
             if started:  # The client has a status already; it sees that the answer breaks off.
                 raise
             await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)

@@ -48,6 +48,17 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops as uvicorn does, which after a second SIGINT leaves requests and the application to their fate.
+
+        The model's threads would outlive the interpreter then, and abort the process.
+        """
+        await super().shutdown(sockets)
+        if self.force_exit:
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
+
 
 def check_address(host: str, port: int) -> None:
     """Raises InputError if nothing can listen there: better before a model is loaded than behind it."""

@@ -55,8 +55,10 @@ class ServerSettings:
     shutdown_timeout: float = 30.0
 
     def __post_init__(self) -> None:
-        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+        if any(not key.strip() or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise InputError("an API key is empty, or holds what a header cannot; give printable ASCII characters")
+        if any(key != key.strip() for key in self.api_keys):
+            raise InputError("an API key begins or ends with a space, which a header does not keep; leave it out")
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:

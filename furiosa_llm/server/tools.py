@@ -42,13 +42,16 @@ class ToolFinder:
         raise NotImplementedError
 
     def _call(self, value: Any) -> ToolCall | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        if not isinstance(value, dict):
             return None
-        arguments = value.get("arguments", value.get("parameters", {}))
-        if not isinstance(arguments, dict):
+        name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return None
-        text = json.dumps(arguments, ensure_ascii=False)
-        return ToolCall(id=f"call_{uuid.uuid4().hex}", function=CalledFunction(name=value["name"], arguments=text))
+        try:
+            text = _as_json(arguments)
+        except ValueError:  # a number that is none, which Python reads and JSON does not have
+            return None
+        return ToolCall(id=f"call_{uuid.uuid4().hex}", function=CalledFunction(name=name, arguments=text))
 
 
 class HermesFinder(ToolFinder):
@@ -165,6 +168,16 @@ def tool_parser(name: str | None) -> ToolParser | None:
 def _overlap(text: str, tag: str) -> int:
     """The length of the longest end of `text` that `tag` begins with."""
     return next(length for length in range(min(len(text), len(tag) - 1), -1, -1) if text.endswith(tag[:length]))
+
+
+def _as_json(value: Any) -> str:
+    """`value` as JSON that can be sent: half of a surrogate pair stays the escape that it was written as."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def _parsed(text: str) -> Any:

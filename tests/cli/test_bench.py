@@ -80,6 +80,24 @@ def test_requests_that_failed_are_said_at_the_end(cli: Cli, built: Path, monkeyp
     assert "1: tp 4" in result.out  # the tables are there all the same
 
 
+def test_a_disk_that_is_full(cli: Cli, built: Path) -> None:
+    result = cli("bench", built, *SMALL, "--json", "/dev/full")
+    assert result.code == 1
+    assert "error: the figures cannot be written: [Errno 28] No space left on device" in result.err
+    assert "Traceback" not in result.err
+    assert "1: tp 4" in result.out  # the tables are there all the same
+
+
+def test_files_are_not_touched_before_there_are_figures(
+    built: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "new.png"
+    old.write_text("[]")
+    refused("bench", built, "--json", old, "--plot", new, "-pp", 40)
+    assert old.read_text() == "[]"
+    assert not new.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -87,6 +105,8 @@ def test_requests_that_failed_are_said_at_the_end(cli: Cli, built: Path, monkeyp
         (("--plot", "a.gif"), "found the suffix '.gif', expected one of .png"),
         (("--plot", "missing/a.png"), "missing does not exist; make it"),
         (("--json", "missing/a.json"), "missing does not exist; make it"),
+        (("--json", "."), ". cannot be written: Is a directory; give another file"),
+        (("--plot", "/proc/a.png"), "/proc/a.png cannot be written: No such file or directory; give another file"),
         (("-pp", "1,40"), "pp=40, but the artifact has"),
         (("--dataset", "no.jsonl"), "no.jsonl cannot be read"),
         (("--dataset", "no.jsonl", "--input-len", 4), "--dataset has prompts of its own; leave out --input-len"),

@@ -23,6 +23,7 @@ from furiosa_llm.cli.refused_options import REFUSED, REFUSED_FLAGS
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
 from tests.cli.conftest import Cli
+from tests.server.conftest import wait_for
 from tests.server.process import TIMEOUT, Process, started
 
 NAME = "tiny-llama-optimum"
@@ -51,6 +52,21 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
         assert server.wait() == 0
     assert "Traceback" not in server.output
     assert "POST /v1/completions" in server.output
+
+
+def test_a_second_ctrl_c_does_not_wait(built: Path) -> None:
+    with started(built, "--max-model-len", 512, "--shutdown-timeout", 600) as server:
+        wanted = body(500, n=16, stream=True)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=wanted, timeout=TIMEOUT) as stream:
+            events = stream.iter_lines()
+            next(events)
+            server.process.send_signal(signal.SIGINT)
+            wait_for(lambda: "Waiting for connections to close" in server.output)
+            server.process.send_signal(signal.SIGINT)
+            last = [line for line in events if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"
+        assert server.wait() == 0
+    assert "Traceback" not in server.output
 
 
 def answers_of(server: Process, bodies: list[dict[str, Any]]) -> tuple[list[threading.Thread], list[httpx.Response]]:
@@ -128,16 +144,16 @@ def test_the_time_that_requests_have_to_end_in() -> None:
 def test_options_of_the_server_arrive(built: Path, tmp_path: Path) -> None:
     template = tmp_path / "template"
     template.write_text("{{ messages[0].content }}?")
-    (tmp_path / "keys").write_text("k2\nk3\n")
+    (tmp_path / "keys").write_text("k2 with spaces\r\n\n  k3\n")
     options: list[object] = ["--api-key", "k1", "--api-key-file", tmp_path / "keys"]
     options += ["--served-model-name", "a", "--served-model-name", "b"]
     options += ["--chat-template", template, "--response-role", "bot", "--allowed-origins", '["https://a.example"]']
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-concurrency", 2]
     options += ["--max-body-nbytes", 3000, "--enable-payload-logging", "--disable-uvicorn-access-log"]
     with started(built, *options) as server, httpx.Client(base_url=server.url) as client:
-        for key, status in (("k0", 401), ("k1", 200), ("k2", 200), ("k3", 200)):
+        for key, status in (("k0", 401), ("k1", 200), ("k2", 401), ("k2 with spaces", 200), ("k3", 200)):
             assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == status
-        client.headers = httpx.Headers({"Authorization": "Bearer k2", "Origin": "https://a.example"})
+        client.headers = httpx.Headers({"Authorization": "Bearer k3", "Origin": "https://a.example"})
         models = client.get("/v1/models")
         assert [one["id"] for one in models.json()["data"]] == ["a", "b"]
         assert models.headers["access-control-allow-origin"] == "https://a.example"

@@ -288,6 +288,20 @@ def test_there_is_a_limit_of_connections(artifact: Path) -> None:
         wait_for(lambda: exchange(url, closing(HEALTH[:-2]) + b"\r\n").startswith(b"HTTP/1.1 200 "))
 
 
+def test_clients_that_were_turned_away_take_nobodys_place(artifact: Path) -> None:
+    with serving(load(artifact), ServerSettings(max_connections=2)) as url, contextlib.ExitStack() as stack:
+        staying, going = (stack.enter_context(connection_to(url)) for _ in range(2))
+        for one in (staying, going):
+            one.sendall(HEALTH)
+            assert one.recv(65536).startswith(b"HTTP/1.1 200 ")
+        refused = stack.enter_context(connection_to(url))
+        assert everything(refused).startswith(b"HTTP/1.1 503 ")
+        going.sendall(closing(HEALTH[:-2]) + b"\r\n")
+        everything(going)
+        # The refused one has not closed its end, and is still there.
+        assert exchange(url, closing(HEALTH[:-2]) + b"\r\n").startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_client_that_takes_nothing_of_a_whole_answer_is_given_up(artifact: Path) -> None:
     """The answer is larger than what the kernel keeps of it, and nothing else would notice."""
     nbytes = 24 * 2**20

@@ -177,9 +177,24 @@ def test_keys_are_in_no_log(artifact: Path, caplog: pytest.LogCaptureFixture) ->
     assert "secret" not in repr(settings)
 
 
+def test_bodies_are_one_line_of_the_log_each(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(load(artifact), ServerSettings(payload_logging=True)) as url:
+        listen(caplog)
+        headers = {"Content-Type": "application/json"}
+        content = '{"prompt":\r\n"fjörd"}\x1b[2J\u009b\u2028forged'.encode()
+        request = httpx.Request("GET", f"{url}/v1/models/%1Bx", headers=headers, content=content)
+        with httpx.Client() as client:
+            assert client.send(request).status_code == 404
+    [line] = [one.getMessage() for one in caplog.records if one.name == "furiosa_llm.server.payloads"]
+    assert line == r'GET /v1/models/\x1bx: {"prompt":\r\n"fjörd"}\x1b[2J\x9b\u2028forged'
+
+
 def test_keys_that_no_header_can_hold() -> None:
-    for key in ("", "ä", "a\nb"):
+    for key in ("", " ", "ä", "a\nb"):
         with pytest.raises(InputError, match="an API key is empty, or holds what a header cannot"):
+            ServerSettings(api_keys=[key])
+    for key in (" a", "a "):
+        with pytest.raises(InputError, match="an API key begins or ends with a space"):
             ServerSettings(api_keys=[key])
 
 
@@ -259,15 +274,15 @@ def test_a_failure_of_the_server_itself(artifact: Path, caplog: pytest.LogCaptur
     async def broken() -> None:
         raise RuntimeError("a secret of the machine")
 
-    with serving(load(artifact), ServerSettings(), lambda app: app.add_api_route("/broken", broken)) as url:
+    with serving(load(artifact), ServerSettings(), lambda app: app.add_api_route("/broken{_}", broken)) as url:
         listen(caplog)
-        response = httpx.get(f"{url}/broken")
-        other = httpx.get(f"{url}/broken")
+        response = httpx.get(f"{url}/broken%0Aforged")
+        other = httpx.get(f"{url}/broken2")
     error = error_of(response)
     assert response.status_code == 500
     assert "secret" not in error["message"]
     assert "a secret of the machine" in caplog.text
-    assert response.headers["x-request-id"] in caplog.text
+    assert rf"request {response.headers['x-request-id']}: GET /broken\nforged failed" in caplog.text
     assert other.headers["x-request-id"] != response.headers["x-request-id"]
 
 

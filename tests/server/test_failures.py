@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, connected, error_of, load, metric, serving, wait_for
+from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
 
 
 def kill_the_worker() -> None:
@@ -25,8 +25,9 @@ def kill_the_worker() -> None:
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])
-def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str) -> None:
+def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     with serving(load(artifact, workers=1), ServerSettings()) as url, connected(url) as client:
+        listen(caplog)
         stream: Iterator[Any]
         forever = {"ignore_eos": True}
         if kind == "chat":
@@ -42,13 +43,15 @@ def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str) -> None:
         kill_the_worker()
         with pytest.raises(openai.APIError, match="replica 0 failed while it had the request"):
             list(stream)
+        assert re.search("request [0-9a-f]{32} failed: .*replica 0 failed while it had the request", caplog.text)
         assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices[0].text
 
 
-def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path) -> None:
+def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
     body = {"model": NAME, "prompt": "x", "max_tokens": 500, "n": 16, "ignore_eos": True}
     answers: list[httpx.Response] = []
     with serving(load(artifact, workers=1), ServerSettings()) as url:
+        listen(caplog)
         thread = threading.Thread(
             target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
         )
@@ -57,6 +60,7 @@ def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path) -> None:
         kill_the_worker()
         thread.join()
         assert answers[0].status_code == 500
+        assert f"request {answers[0].headers['x-request-id']} failed: " in caplog.text
         assert "replica 0 failed" in error_of(answers[0])["message"]
         assert httpx.get(f"{url}/health").status_code == 200
         assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1}, timeout=60).status_code == 200

@@ -23,6 +23,10 @@ HERMES = [
     ('<tool_call>{"name": "h"}</tool_call>', '<tool_call>{"name": "h"}</tool_call>', []),
     ('<tool_call>{"name": "f", "arguments": "x"}</tool_call>', None, []),
     ("<<tool_call>", "<<tool_call>", []),
+    ('<tool_call>{"name": ["f"]}</tool_call>', None, []),
+    ('<tool_call>{"name": {"f": 1}, "arguments": {}}</tool_call>', None, []),
+    ('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', None, []),
+    ('<tool_call>{"name": "f", "arguments": {"x": -1e999}}</tool_call>', None, []),
 ]
 LLAMA3_JSON = [
     ("plain text", "plain text", []),
@@ -31,6 +35,8 @@ LLAMA3_JSON = [
     ('{"name": "f", "parameters": {}} and more', None, []),
     ('{"name": "f", "parameters": {}}; {"name": "Bob"}', None, []),
     ('{"answer": 42}', None, []),
+    ('{"name": []}', None, []),
+    ('{"name": "f", "parameters": {"x": Infinity}}', None, []),
     ('Use {"name": "f"}', None, []),
     ("<|pyth", None, []),
     ("", "", []),
@@ -59,6 +65,15 @@ def test_deep_nesting_is_text() -> None:
     text = "<tool_call>" + "[" * 100_000 + "</tool_call>"
     finder = TOOL_PARSERS["hermes"](["f"])
     assert finder.push(text).content == text
+
+
+@pytest.mark.parametrize("name", TOOL_PARSERS)
+def test_arguments_can_be_sent_whatever_they_hold(name: str) -> None:
+    written = r'{"x": "\ud800", "y": "ü"}'
+    finder = TOOL_PARSERS[name](["f"])
+    finder.push(f'{finder.syntax.trigger}{{"name": "f", "arguments": {written}}}')
+    [call] = finder.flush().calls
+    assert json.loads(call.function.arguments.encode()) == {"x": "\ud800", "y": "ü"}
 
 
 def test_an_unknown_parser() -> None:
