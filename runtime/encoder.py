@@ -218,6 +218,12 @@ class Encoder(Closing):
             for index, row in enumerate(rows)
         ]
 
+    @property
+    def dimensions(self) -> int | None:
+        """The length of a vector; None if the model does not say."""
+        width = self._output.shape[-1]
+        return width if isinstance(width, int) else None
+
     def machine(self, *, running: int = 0, waiting: int = 0) -> MachineSnapshot:
         """What lies on every PE, and what the model has done so far, as one replica of one stage.
 

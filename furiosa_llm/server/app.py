@@ -26,6 +26,7 @@ from furiosa_llm.server.state import ServerState
 from furiosa_llm.server.stats_log import log_stats
 from furiosa_llm.server.tools import tool_parser
 
+logger = logging.getLogger(__name__)
 _payloads = logging.getLogger("furiosa_llm.server.payloads")
 
 _CLIENT_GONE = 499
@@ -40,6 +41,8 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         tasks = [asyncio.create_task(watch(metrics.busy, model.kind.machine))]
         if settings.log_stats and isinstance(model.kind, Decoder):
             tasks.append(asyncio.create_task(log_stats(metrics, model.kind)))
+        for task in tasks:
+            task.add_done_callback(_log_end)
         yield
         for task in tasks:
             task.cancel()
@@ -91,6 +94,12 @@ def _surround(app: FastAPI, settings: ServerSettings) -> None:
         allow_headers=["*"],
         expose_headers=["x-request-id"],
     )
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    """Tasks beside the requests run until they are cancelled."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a task of the server has ended; its figures stay as they are", exc_info=error)
 
 
 async def _nobody_there(_: Request, __: Exception) -> Response:

@@ -26,12 +26,12 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, state: Sta
     prompts = listed(body.input)
     if not prompts:
         raise ApiError(400, "input is empty; give at least one text", param="input")
+    width = embedder.encoder.dimensions
+    if body.dimensions not in (None, width):
+        raise ApiError(400, f"the model's vectors have {width} dimensions, which cannot be cut", param="dimensions")
     with state.gate.admit(len(prompts)), state.metrics.counting(len(prompts)):
         work = embedder.embed(prompts, truncate_prompt_tokens=body.truncate_prompt_tokens)
         results = await until_disconnect(request.receive, work)
-    width = len(results[0].outputs.embedding)
-    if body.dimensions not in (None, width):
-        raise ApiError(400, f"the model's vectors have {width} dimensions, which cannot be cut", param="dimensions")
     num_tokens = sum(len(one.prompt_token_ids) for one in results)
     state.metrics.prompt_tokens.inc(num_tokens)
     return EmbeddingResponse(

@@ -28,6 +28,8 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 
 _INVALID = "invalid_request_error"
 _FAILED = "server_error"
+_FIELD = re.compile("(?!str$)[a-z_]+")
+"""A part of a location that is a field, and not the type that was tried."""
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
 """What messages about sampling parameters begin with, most of them."""
 
@@ -150,10 +152,11 @@ def _invalid(found: Any) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {'.'.join(map(str, where))[:200]}", param=param)
-    same = [
-        one["msg"].removeprefix("Value error, ")
-        for one in found
-        if [part for part in one["loc"] if part != "body"][:1] == where[:1]
-    ]
+    same = [one for one in found if [part for part in one["loc"] if part != "body"][:1] == where[:1]]
+    if param == "messages":
+        # Of an object within an object the complaint that is nearest to what is wrong says where that is.
+        same = [max(same, key=lambda one: len(one["loc"]))]
+        where = [part for part in same[0]["loc"] if isinstance(part, int) or _FIELD.fullmatch(part)][1:]
+    messages = dict.fromkeys(one["msg"].removeprefix("Value error, ") for one in same)
     path = ".".join(map(str, where))[:200] if len(same) == 1 else param
-    return ApiError(400, f"{path or 'the body'}: {'; or '.join(dict.fromkeys(same))[:500]}", param=param)
+    return ApiError(400, f"{path or 'the body'}: {'; or '.join(messages)[:500]}", param=param)

@@ -61,9 +61,9 @@ class Embedder:
         return self.encoder.machine(running=running, waiting=len(under_way) - running)
 
     def close(self) -> None:
-        """Ends the threads, behind the request that runs."""
-        self._thread.shutdown(cancel_futures=True)
+        """Ends the threads; a request that runs fails behind the batch of texts that it is at."""
         self.encoder.close()
+        self._thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Depends
 
 from furiosa_llm.runtime.prompts import check_token_ids
@@ -25,11 +27,14 @@ async def tokenize(body: TokenizeRequest, state: State) -> TokenizeResponse:
     # A template writes the special tokens that it wants.
     special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
     tokens = await state.encode(text, add_special_tokens=special)
+    strings = None
+    if body.return_token_strs:
+        strings = await asyncio.to_thread(lambda: [state.tokenizer.id_to_token(token) for token in tokens])
     return TokenizeResponse(
         tokens=tokens,
         count=len(tokens),
         max_model_len=state.model.max_length,
-        token_strs=[state.tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None,
+        token_strs=strings,
     )
 
 

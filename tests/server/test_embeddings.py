@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import pytest
 
 from furiosa_llm import LLM
 from furiosa_llm.runtime.encoder import Encoder
+from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.server.model import Embedder
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import connected, error_of, load, serving
+from tests.server.conftest import connected, error_of, load, metric, serving
 
 NAME = "tiny-bert-optimum"
 TEXTS = ["hello", "the quick brown fox", "x"]
@@ -104,3 +108,38 @@ def test_the_artifact_is_opened_once(encoder_artifact: Path, monkeypatch: pytest
     load(encoder_artifact).close()
     with LLM.load_artifact(encoder_artifact) as llm:
         assert len(llm.embed("x")) == 1
+
+
+def test_what_the_model_cannot_give_is_refused_before_it_runs(encoder_artifact: Path, vectors: list[Any]) -> None:
+    with serving(load(encoder_artifact), ServerSettings()) as url:
+        name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+        asked = {"model": name, "input": "x", "dimensions": 3}
+        assert httpx.post(f"{url}/v1/embeddings", json=asked).status_code == 400
+        assert metric(url, "request_received_total") == 0
+        asked["dimensions"] = len(vectors[0])
+        assert httpx.post(f"{url}/v1/embeddings", json=asked).status_code == 200
+
+
+def test_closing_does_not_wait_for_all_texts_of_a_request(encoder_artifact: Path) -> None:
+    model = load(encoder_artifact)
+    assert isinstance(model.kind, Embedder)
+    encoder, runs = model.kind.encoder, threading.Semaphore(0)
+    run = encoder._executor.run
+
+    def counted(inputs: Any) -> Any:
+        runs.release()
+        return run(inputs)
+
+    encoder._executor.run = counted  # type: ignore[method-assign] - to see that it runs
+
+    async def embed_and_close() -> None:
+        assert isinstance(model.kind, Embedder)
+        asked = asyncio.create_task(model.kind.embed([[5] * (1 + index % 400) for index in range(4000)]))
+        await asyncio.to_thread(runs.acquire)
+        await asyncio.to_thread(model.close)
+        with pytest.raises(ExecutionError, match="the executor is closed"):
+            await asked
+
+    asyncio.run(embed_and_close())
+    begun = 1 + sum(runs.acquire(blocking=False) for _ in range(4000))
+    assert begun < 400  # of as many as there are lengths

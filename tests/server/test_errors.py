@@ -77,6 +77,26 @@ def test_bad_requests(url: str, change: dict[str, Any], param: str | None, messa
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+         "messages.1.content.0.type: Input should be 'text'"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text"}]},
+         "messages.1.content.1.text: Field required"),
+        ({"role": "user", "content": 5}, "messages.1.content: Input should be a valid string"),
+        ({"content": "x"}, "messages.1.role: Field required"),
+        ("x", "messages.1: Input should be"),
+    ],
+)  # fmt: skip
+def test_a_message_that_is_none_is_named(url: str, message: Any, said: str) -> None:
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "x"}, message]}
+    response = httpx.post(f"{url}/v1/chat/completions", json=asked)
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, "messages")
+    assert said in error["message"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": 1e', b"[" * 100_000, b"9" * 5000])
 def test_bodies_that_are_no_requests(url: str, body: bytes) -> None:
     response = httpx.post(f"{url}/v1/completions", content=body, headers={"Content-Type": "application/json"})

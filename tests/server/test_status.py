@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
 from furiosa_llm import LLM, SamplingParams
+from furiosa_llm.server import app
 from furiosa_llm.server.generation import Gate, Generator, collect
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
@@ -223,3 +224,17 @@ def test_what_clients_need_to_know_of_the_tokenizer(artifact: Path, url: str, ll
     assert found["chat_template"] == llm.tokenizer.chat_template
     with serving(load(artifact), ServerSettings(chat_template="x")) as other:
         assert httpx.get(f"{other}/tokenizer_info").json()["chat_template"] == "x"
+
+
+def test_a_task_of_the_server_that_ends_is_logged(
+    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise OSError("the figures broke")
+
+    monkeypatch.setattr(app, "watch", broken)
+    with serving(load(artifact), ServerSettings()) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+    said = capsys.readouterr().err
+    assert "a task of the server has ended; its figures stay as they are" in said
+    assert "OSError: the figures broke" in said
