@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Protocol, Self
 
 from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.benchmarks import Benchmark
 from furiosa_llm.mlperf.scoring import Scores, score_completions, score_vectors
 from furiosa_llm.mlperf.sut import DecoderSystem, EncoderSystem, SystemUnderTest
 from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.engine import raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs
@@ -24,20 +24,16 @@ from furiosa_llm.runtime.sampling_params import SamplingParams
 _WARM_UP_SAMPLES = 4
 
 
-class Model(Protocol):
+class Model(Closing):
     """A loaded model and its samples."""
 
+    @abstractmethod
     def system(self, *, first_tokens: bool) -> SystemUnderTest:
         """A system under test on it; `first_tokens`: LoadGen is told when each one is there."""
 
+    @abstractmethod
     def score(self, answers: dict[int, bytes]) -> Scores:
         """The scores of what an accuracy run gave for each sample."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
 
 
 def load_model(
@@ -68,7 +64,7 @@ def load_model(
     return _DecoderModel(args, samples, max_output_tokens or benchmark.max_output_tokens)
 
 
-class _DecoderModel:
+class _DecoderModel(Model):
     def __init__(self, args: EngineArgs, samples: Sequence[Sample], max_output_tokens: int) -> None:
         plan = make_plan(args)
         self._samples, self._max_output_tokens = samples, max_output_tokens
@@ -95,16 +91,12 @@ class _DecoderModel:
     def score(self, answers: dict[int, bytes]) -> Scores:
         return score_completions(answers, self._samples, self._core.tokenizer)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Unloads the model."""
         self._core.close()
 
 
-class _EncoderModel:
+class _EncoderModel(Model):
     def __init__(self, args: EngineArgs, samples: Sequence[Sample]) -> None:
         self._samples = samples
         self._encoder = Encoder.load_artifact(
@@ -131,12 +123,8 @@ class _EncoderModel:
     def score(self, answers: dict[int, bytes]) -> Scores:
         return score_vectors(answers, self._samples)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Unloads the model."""
         self._encoder.close()
 
 

@@ -17,7 +17,7 @@ from furiosa_llm.mlperf.errors import RunError, RunInterruptedError
 from furiosa_llm.mlperf.loadgen import Mode, run_test
 from furiosa_llm.mlperf.model import Model
 from furiosa_llm.mlperf.run import run_mode
-from furiosa_llm.mlperf.scoring import read_answers
+from furiosa_llm.mlperf.scoring import Scores, read_answers
 from furiosa_llm.mlperf.sut import Query, SystemUnderTest
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.errors import ReplicaError
@@ -109,20 +109,20 @@ class _Failing(SystemUnderTest):
         self._finish(query)
 
 
-class _FailingModel:
+class _FailingModel(Model):
     """A model whose system fails."""
 
     def __init__(self, model: Model) -> None:
         self.made = _Failing()
-        self.score = model.score
+        self._model = model
 
     def system(self, *, first_tokens: bool) -> SystemUnderTest:
         return self.made
 
-    def __enter__(self) -> _FailingModel:
-        return self
+    def score(self, answers: dict[int, bytes]) -> Scores:
+        return self._model.score(answers)
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Nothing was loaded."""
 
 

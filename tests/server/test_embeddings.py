@@ -120,7 +120,9 @@ def test_what_the_model_cannot_give_is_refused_before_it_runs(encoder_artifact: 
         assert httpx.post(f"{url}/v1/embeddings", json=asked).status_code == 200
 
 
-def test_closing_does_not_wait_for_all_texts_of_a_request(encoder_artifact: Path) -> None:
+def test_closing_does_not_wait_for_all_texts_of_a_request(
+    encoder_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(encoder_artifact)
     assert isinstance(model.kind, Embedder)
     encoder, runs = model.kind.encoder, threading.Semaphore(0)
@@ -130,7 +132,7 @@ def test_closing_does_not_wait_for_all_texts_of_a_request(encoder_artifact: Path
         runs.release()
         return run(inputs)
 
-    encoder._executor.run = counted  # type: ignore[method-assign] - to see that it runs
+    monkeypatch.setattr(encoder._executor, "run", counted)
 
     async def embed_and_close() -> None:
         assert isinstance(model.kind, Embedder)
