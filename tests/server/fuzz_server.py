@@ -118,6 +118,10 @@ def running(artifact: Path, options: Sequence[str], log: list[str]) -> Iterator[
         process.stdout.close()
 
 
+_MOST_EVENTS = 1_000_000
+"""More than a stream has: schemathesis would else cut it behind 20, and its end would not be seen."""
+
+
 def configuration(folder: Path) -> Path:
     """The file that schemathesis is told by what the command line cannot say."""
     own = Path(__file__).with_name("schemathesis_hooks.py")
@@ -125,6 +129,7 @@ def configuration(folder: Path) -> Path:
     # Requests that keep to the schema may be refused as the hooks have it, with their own check.
     file.write_text(
         f"hooks = {json.dumps(str(own))}\n"
+        f"max-stream-events = {_MOST_EVENTS}\n"
         "[checks]\n"
         'positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 413, 429]\n'
         "negative_data_rejection.expected-statuses = [400, 401, 404, 405, 408, 413, 415]\n"
@@ -137,7 +142,8 @@ def command_of(url: str, config: Path, seconds: float | None, seed: int) -> list
     """How schemathesis is run; without `seconds`, on a few examples that follow from the seed."""
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", f"{url}/openapi.json"]
     command += ["--checks", "all", "--exclude-checks", ",".join(LEFT_OUT), "--seed", str(seed), "--no-color"]
-    command += ["--continue-on-failure", "--request-timeout", "60"]
+    # How long an answer takes is not what is tested: one request may ask for hundreds of completions.
+    command += ["--continue-on-failure", "--request-timeout", "60", "--max-response-time", "60"]
     command += ["--header", f"Authorization: Bearer {KEY}", "--warnings", "off"]
     if seconds is None:
         return [*command, "--max-examples", "6", "--generation-deterministic", "--phases", "examples,coverage,fuzzing"]
