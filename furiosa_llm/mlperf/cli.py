@@ -13,15 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from furiosa_llm import FuriosaLLMError, __version__
-from furiosa_llm.cli.options import (
-    ALLOW_SUBSET,
-    DATA_PARALLEL_SIZE,
-    DEVICES,
-    FULL_VERIFICATION,
-    NUM_BLOCKS_PER_PP_STAGE,
-    PIPELINE_PARALLEL_SIZE,
-    TENSOR_PARALLEL_SIZE,
-)
+from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.runtime.errors import UnsupportedError
 
@@ -38,12 +30,7 @@ _OPTIONS = (
     click.option(
         "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
     ),
-    DEVICES,
-    TENSOR_PARALLEL_SIZE,
-    PIPELINE_PARALLEL_SIZE,
-    DATA_PARALLEL_SIZE,
-    NUM_BLOCKS_PER_PP_STAGE,
-    ALLOW_SUBSET,
+    placement_options,
     click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another one than the artifact's."),
     click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]"),
     click.option(

@@ -13,10 +13,20 @@ import furiosa_llm
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 
 
+OF_EXTRAS = ("furiosa_llm.server.", "furiosa_llm.mlperf.")
+"""Whose modules need the extras `serve` and `mlperf`, which are not installed here, but for the command line's."""
+COMMAND_LINES = ("furiosa_llm.mlperf.cli",)
+
+
+def run(command: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run an installed command."""
+    program = Path(sysconfig.get_path("scripts")) / command
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+
+
 def furiosa(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the installed command."""
-    command = Path(sysconfig.get_path("scripts")) / "furiosa-llm"
-    return subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
+    """Run `furiosa-llm`."""
+    return run("furiosa-llm", *arguments)
 
 
 def test_every_module_imports_from_site_packages() -> None:
@@ -25,12 +35,11 @@ def test_every_module_imports_from_site_packages() -> None:
         modules
     )
     for name in modules:
-        # The server's modules need the extra `serve`, which is not installed here.
         spec = importlib.util.find_spec(name)
         assert spec is not None, name
         assert spec.origin is not None, name
         assert Path(spec.origin).is_relative_to(SITE_PACKAGES), name
-        if not name.startswith("furiosa_llm.server."):
+        if name in COMMAND_LINES or not name.startswith(OF_EXTRAS):
             importlib.import_module(name)
 
 
@@ -66,6 +75,21 @@ def test_serving_needs_its_extra() -> None:
     assert refused.returncode == 1
     assert "serve needs fastapi, prometheus_client, uvicorn" in refused.stderr
     assert "pip install 'furiosa-llm-onnx[serve]'" in refused.stderr
+
+
+def test_mlperf_needs_its_extra_and_has_its_datasets() -> None:
+    assert run("furiosa-mlperf", "--help").returncode == 0
+    refused = run("furiosa-mlperf", "llama-3.1-offline", "model.artifact", "logs")
+    assert refused.returncode == 1
+    assert "pip install 'furiosa-llm-onnx[mlperf]'" in refused.stderr
+    data = SITE_PACKAGES / "furiosa_llm" / "mlperf" / "data"
+    assert {path.name for path in data.iterdir()} == {"decoder.jsonl", "encoder.jsonl"}
+
+
+def test_plots_need_their_extra(tmp_path: Path) -> None:
+    refused = furiosa("bench", "model.artifact", "--plot", tmp_path / "a.png")
+    assert refused.returncode == 1
+    assert "pip install 'furiosa-llm-onnx[plots]'" in refused.stderr
 
 
 def test_build_then_generate(zoo: Path, tmp_path: Path) -> None:
