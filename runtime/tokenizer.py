@@ -21,8 +21,11 @@ from furiosa_llm.runtime.errors import InputError, TokenizerError
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
-_LONG_TEXT = 4096
-"""Characters, from which on encoding takes milliseconds."""
+_LONG = 4096
+"""Characters or tokens, from which on encoding or decoding them takes milliseconds.
+
+One text is encoded or decoded with the interpreter's lock held, which stops every other thread; a batch is not.
+"""
 
 Message = Mapping[str, Any]
 
@@ -140,15 +143,17 @@ class Tokenizer:
         return list(encoding.ids)
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        if len(text) < _LONG_TEXT:
+        if len(text) < _LONG:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        # A single text is encoded with the interpreter's lock held, which stops every other thread; a batch is not.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with or without special tokens; unknown ones have none."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        if len(token_ids) < _LONG:
+            return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        [text] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each of `token_ids` by itself, that of special tokens too."""

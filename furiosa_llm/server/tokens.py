@@ -57,4 +57,5 @@ async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeRespons
     if body.model is not None:
         state.check_model(body.model)
     check_token_ids(body.tokens, state.tokenizer.vocab_size)
-    return DetokenizeResponse(prompt=state.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return DetokenizeResponse(prompt=text)

@@ -359,7 +359,8 @@ def test_a_request_has_a_time_limit(artifact: Path, caplog: pytest.LogCaptureFix
     assert [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 
 
-def test_a_long_text_stops_no_other_thread(llm: LLM) -> None:
+@pytest.mark.parametrize("work", ["encode", "decode"])
+def test_a_long_text_stops_no_other_thread(llm: LLM, work: str) -> None:
     tokenizer = llm.core.tokenizer
     assert tokenizer is not None
     ticks, stop = 0, threading.Event()
@@ -372,11 +373,24 @@ def test_a_long_text_stops_no_other_thread(llm: LLM) -> None:
     thread = threading.Thread(target=tick)
     thread.start()
     before = ticks
-    tokenizer.encode("The quick brown fox jumps. " * 40_000)
+    if work == "encode":
+        tokenizer.encode("The quick brown fox jumps. " * 40_000)
+    else:
+        tokenizer.decode([300 + index % 700 for index in range(1_000_000)])
     during = ticks - before
     stop.set()
     thread.join()
     assert during > 20  # with the interpreter's lock held there would be one or two, at the call's ends
+
+
+def test_many_tokens_are_decoded_as_few_are(llm: LLM) -> None:
+    tokenizer = llm.core.tokenizer
+    assert tokenizer is not None
+    bare = tokenizers.Tokenizer.from_file(str(ZOO / NAME / "tokenizer.json"))
+    token_ids = [index % 1000 for index in range(5000)]
+    for skipped in (False, True):
+        expected = bare.decode(token_ids, skip_special_tokens=skipped)
+        assert tokenizer.decode(token_ids, skip_special_tokens=skipped) == expected
 
 
 def test_long_texts_are_encoded_as_short_ones_are(llm: LLM) -> None:
