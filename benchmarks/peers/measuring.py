@@ -21,11 +21,17 @@ _LEAST_AGREEING = 0.5
 class Asked(Protocol):
     """An engine's process; see `Worker`, whose methods these are."""
 
-    def load(self, prompt: Sequence[int]) -> Loaded: ...  # noqa: D102
+    def load(self, prompt: Sequence[int]) -> Loaded:
+        """Loads the model, up to the first token behind `prompt`."""
+        ...
 
-    def generate(self, prompts: Tokens, count: int) -> Generation: ...  # noqa: D102
+    def generate(self, prompts: Tokens, count: int) -> Generation:
+        """Completes each of `prompts` with `count` tokens."""
+        ...
 
-    def peak_nbytes(self) -> int: ...  # noqa: D102
+    def peak_nbytes(self) -> int:
+        """The most memory that it has had so far."""
+        ...
 
     def close(self) -> None:
         """May be called more than once."""
