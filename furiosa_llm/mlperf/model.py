@@ -11,6 +11,7 @@ from furiosa_llm.mlperf.benchmarks import Benchmark
 from furiosa_llm.mlperf.scoring import Scores, score_completions, score_vectors
 from furiosa_llm.mlperf.sut import DecoderSystem, EncoderSystem, SystemUnderTest
 from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.engine import raise_error
@@ -60,13 +61,13 @@ def load_model(
         only_of_one_replica(args, "an encoder")
         if max_output_tokens is not None:
             raise UnsupportedError("--max-output-tokens: an encoder generates no tokens; leave it out")
-        return _EncoderModel(args, samples)
-    return _DecoderModel(args, samples, max_output_tokens or benchmark.max_output_tokens)
+        return _EncoderModel(args, artifact, samples)
+    return _DecoderModel(args, artifact, samples, max_output_tokens or benchmark.max_output_tokens)
 
 
 class _DecoderModel(Model):
-    def __init__(self, args: EngineArgs, samples: Sequence[Sample], max_output_tokens: int) -> None:
-        plan = make_plan(args)
+    def __init__(self, args: EngineArgs, artifact: Artifact, samples: Sequence[Sample], max_output_tokens: int) -> None:
+        plan = make_plan(args, artifact)
         self._samples, self._max_output_tokens = samples, max_output_tokens
         self._prompts = [one.token_ids(plan.tokenizer, plan.limits.vocab_size) for one in samples]
         room = min(plan.limits.capacity, plan.limits.max_length or plan.limits.capacity)
@@ -97,14 +98,10 @@ class _DecoderModel(Model):
 
 
 class _EncoderModel(Model):
-    def __init__(self, args: EngineArgs, samples: Sequence[Sample]) -> None:
+    def __init__(self, args: EngineArgs, artifact: Artifact, samples: Sequence[Sample]) -> None:
         self._samples = samples
-        self._encoder = Encoder.load_artifact(
-            args.model,
-            tokenizer=args.tokenizer,
-            threads=args.threads,
-            mapped=args.mapped,
-            full_verification=args.full_verification,
+        self._encoder = Encoder.of_artifact(
+            artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped
         )
         try:
             self._prompts = [self._token_ids(sample) for sample in samples]
