@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.server.model import ServedModel
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, encoder_artifact, load, serving  # noqa: F401 - a fixture
+from tests.server.conftest import NAME, load, serving
 
 CHROMIUM = "chromium"
 ARGUMENTS = (

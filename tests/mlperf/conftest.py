@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,16 +41,6 @@ def artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mlperf") / "decoder"
     ArtifactBuilder(zoo / NAME / "model.onnx", tensor_parallel_size=4).build(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def encoder_artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BERT with a tokenizer of another model, which knows as many tokens."""
-    folder = tmp_path_factory.mktemp("mlperf-encoder") / "model"
-    shutil.copytree(zoo / "tiny-bert-optimum", folder)
-    shutil.copy(zoo / NAME / "tokenizer.json", folder)
-    ArtifactBuilder(folder / "model.onnx", tensor_parallel_size=4).build(folder.parent / "artifact")
-    return folder.parent / "artifact"
 
 
 @pytest.fixture

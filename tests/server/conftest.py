@@ -96,16 +96,6 @@ def artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def encoder_artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BERT with a tokenizer of another model, which knows as many tokens."""
-    folder = tmp_path_factory.mktemp("encoder") / "model"
-    shutil.copytree(zoo / "tiny-bert-optimum", folder)
-    shutil.copy(zoo / NAME / "tokenizer.json", folder)
-    ArtifactBuilder(folder / "model.onnx", tensor_parallel_size=4).build(folder.parent / "artifact")
-    return folder.parent / "artifact"
-
-
-@pytest.fixture(scope="session")
 def llm(artifact: Path) -> Iterator[LLM]:
     """The same model without a server, to compare with."""
     with LLM.load_artifact(artifact) as loaded:
