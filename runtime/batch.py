@@ -20,6 +20,21 @@ WantedLogits = Literal["none", "last", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Companions:
+    """Which rows are computed beside a copy of themselves that nobody reads: their bits do not depend on others then.
+
+    `lone`: a sequence that is alone in a step of one token, through the whole model. `doubled`: every row, through the
+    ops of these types alone: in a mixture of experts, an expert then has several rows whenever it has one.
+    """
+
+    lone: bool = False
+    doubled: tuple[str, ...] = ()
+
+
+NO_COMPANIONS = Companions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """The first `length` positions of slot `source` are copied to slot `target`, before the batch runs."""
 

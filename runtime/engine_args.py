@@ -84,6 +84,7 @@ _TYPES = {
     "is_offline": bool,
     "allow_subset": bool,
     "enable_prefix_caching": bool,
+    "batch_invariant": bool,
     "mapped": bool,
     "full_verification": bool,
     "bucket_config": BucketConfig,
@@ -117,6 +118,8 @@ class EngineArgs:
     scheduler_config: see there.
     workers: processes that the PEs are spread over; None: all run in this one.
     threads: that step the PEs; None: one for each core that this process may use.
+    batch_invariant: give every request the bits that it has alone, whoever else is served, at the price of slower
+        steps where this machine's kernels make them depend on the batch; refused where that is not possible.
     mapped: leave the weights in their file: starts faster, runs slower.
     full_verification: compare the weights with their digests; None: if they are below a gigabyte.
     step_timeout: seconds after which a batch that is not back counts as hung.
@@ -147,6 +150,7 @@ class EngineArgs:
     scheduler_config: SchedulerConfig | None = None
     workers: int | None = None
     threads: int | None = None
+    batch_invariant: bool = False
     mapped: bool = False
     full_verification: bool | None = None
     step_timeout: float = 300.0
@@ -265,6 +269,7 @@ _OPTIONS = (
 _SWITCHES = (
     ("is_offline", "No effect: all requests are scheduled alike."),
     ("allow_subset", "Leave PEs of the devices unused instead of refusing them."),
+    ("batch_invariant", "Give every request the bits that it has alone, whoever else is served."),
     ("mapped", "Leave the weights in their file: starts faster, runs slower."),
     ("full_verification", "Compare the weights with their digests, however large they are."),
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from furiosa_llm.runtime.accounting import Workload, check_weights, kv_pages, stage_memory
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.block_reads import block_starts
 from furiosa_llm.runtime.engine_args import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE, EngineArgs
 from furiosa_llm.runtime.engine_core import EngineCore, ModelLimits
@@ -20,6 +22,7 @@ from furiosa_llm.runtime.model_runner import Host
 from furiosa_llm.runtime.process_runner import ProcessHost
 from furiosa_llm.runtime.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.scheduler import SchedulerLimits
+from furiosa_llm.runtime.slots import LEAST_CHUNK
 from furiosa_llm.runtime.stages import Stage, choose_stages
 from furiosa_llm.runtime.tokenizer import Tokenizer
 from furiosa_llm.runtime.topology import Topology, make_topology
@@ -36,6 +39,7 @@ _UNLIMITED_LENGTH = 2048
 _OF_DECODERS = (
     *("devices", "pipeline_parallel_size", "data_parallel_size", "num_blocks_per_pp_stage", "workers"),
     *("paged_attention_num_blocks", "max_batch_size", "max_model_len", "max_prompt_len", "prefill_chunk_size"),
+    "batch_invariant",
 )
 """Options that only a model with an engine has."""
 
@@ -50,6 +54,7 @@ class Plan:
     stages: of a replica.
     limits: what requests have to keep to.
     scheduling: the same limits as a replica's scheduler sees them.
+    batch_invariance: what was found of this machine's kernels, if `batch_invariant` asks for it.
     """
 
     artifact: Artifact
@@ -58,6 +63,13 @@ class Plan:
     stages: tuple[Stage, ...]
     limits: ModelLimits
     scheduling: SchedulerLimits
+    batch_invariance: BatchInvariance | None
+
+    @property
+    def companions(self) -> Companions:
+        """Which rows are computed beside a copy of themselves."""
+        found = None if self.batch_invariance is None else self.batch_invariance.companions
+        return found or NO_COMPANIONS
 
 
 def open_model(args: EngineArgs) -> Artifact:
@@ -85,7 +97,7 @@ def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
 
 def only_of_one_replica(args: EngineArgs, what: str) -> None:
     """Raises UnsupportedError if `args` ask of `what`, which runs as one replica of one stage, for more than that."""
-    given = [name for name in _OF_DECODERS if getattr(args, name) not in (None, 1, False)]
+    given = [name for name in _OF_DECODERS if (value := getattr(args, name)) is True or value not in (None, 1, False)]
     if given:
         raise UnsupportedError(f"{what} runs as one replica of one stage, without a KV cache; leave out {given[0]}")
 
@@ -113,7 +125,11 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
         max_pipeline_parallel_size=len(block_starts(artifact)),
     )
     check_weights(artifact, topology, stages)
+    invariance = _invariance(artifact, args) if args.batch_invariant else None
     limits, scheduling = _limits(artifact, topology, stages, args)
+    if invariance is not None and not (invariance.chunks and scheduling.prefill_chunk_size > LEAST_CHUNK):
+        # What is left of a prompt behind a prefix that is found would have other bits than in the whole prompt.
+        scheduling = replace(scheduling, prefix_caching=False)
     return Plan(
         artifact=artifact,
         tokenizer=tokenizer_of(artifact, args.tokenizer),
@@ -121,7 +137,18 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
         stages=stages,
         limits=limits,
         scheduling=scheduling,
+        batch_invariance=invariance,
     )
+
+
+def _invariance(artifact: Artifact, args: EngineArgs) -> BatchInvariance:
+    """What `batch_invariant` takes on this machine; raises UnsupportedError if nothing helps."""
+    found = probe_batch_invariance(artifact, mapped=args.mapped)
+    if found.companions is None:
+        raise UnsupportedError(
+            f"batch_invariant is not possible for {artifact.folder} on this machine: {found}; leave it out"
+        )
+    return found
 
 
 def start(plan: Plan, args: EngineArgs) -> EngineCore:
@@ -148,10 +175,10 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
 
 def _open_host(plan: Plan, args: EngineArgs) -> Host | ProcessHost:
     if args.workers is None:
-        return Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped)
+        return Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped, companions=plan.companions)
     if args.threads is not None:
         raise InputError(f"workers={args.workers} and threads={args.threads} exclude each other: leave one out")
-    return ProcessHost(plan.artifact, plan.stages, workers=args.workers, mapped=args.mapped)
+    return ProcessHost(plan.artifact, plan.stages, workers=args.workers, mapped=args.mapped, companions=plan.companions)
 
 
 def load_engine(args: EngineArgs) -> EngineCore:
@@ -213,6 +240,7 @@ def _limits(
         # Of states that are appended to, not every position need be kept: a window may have cut some off.
         prefix_caching=scheduler.enable_prefix_caching
         and all(state.mode == "in_place" for state in artifact.manifest.states),
+        batch_invariant=args.batch_invariant,
     )
     return limits, scheduling
 

@@ -15,14 +15,15 @@ from typing import Any, Literal, NoReturn, Self, cast, overload
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.chat import Conversation, check_tools, conversations_of, render
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
 from furiosa_llm.runtime.engine import LLMEngine, raise_error
 from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, ModelLimits, params_for_each, with_kind
+from furiosa_llm.runtime.engine_core import EngineCore, Handle, params_for_each, with_kind
 from furiosa_llm.runtime.errors import EngineDeadError, InputError, TokenizerError, UnsupportedError
-from furiosa_llm.runtime.launch import make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.launch import Plan, make_plan, only_of_one_replica, open_model, start
 from furiosa_llm.runtime.machine import MachineSnapshot
 from furiosa_llm.runtime.outputs import RequestOutput
 from furiosa_llm.runtime.prompts import Prompt, paired, with_tokenizer_kwargs
@@ -50,7 +51,8 @@ class LLM(Closing):
     def __init__(self, model: str | os.PathLike[str], *, skip_engine: bool = False, **options: Any) -> None:
         args = EngineArgs(model, **refuse_foreign_options(options))
         self.topology: Topology | None = None
-        self._limits: ModelLimits | None = None
+        self._plan: Plan | None = None
+        self._mapped = args.mapped
         self._core: EngineCore | None = None
         self._encoder: Encoder | None = None
         self._seq2seq: Seq2Seq | None = None
@@ -71,9 +73,9 @@ class LLM(Closing):
             self._tokenizer = self._encoder.tokenizer
             return
         plan = make_plan(args, artifact)
+        self._plan = plan
         self._tokenizer = plan.tokenizer
         self.topology = plan.topology
-        self._limits = plan.limits
         self._core = None if skip_engine else start(plan, args)
 
     @classmethod
@@ -123,6 +125,16 @@ class LLM(Closing):
         return self.core.machine() if self._encoder is None else self._encoder.machine()
 
     @cached_property
+    def batch_invariance(self) -> BatchInvariance:
+        """Whether a decoder's bits depend on how many sequences are in a batch, on this machine, and which ops do that.
+
+        Probed when it is first asked for; raises UnsupportedError for other models, which run one request at a time.
+        """
+        if self._plan is None:
+            raise UnsupportedError("batch_invariance: only a decoder runs several requests in one batch")
+        return self._plan.batch_invariance or probe_batch_invariance(self._plan.artifact, mapped=self._mapped)
+
+    @cached_property
     def engine(self) -> LLMEngine:
         """An `LLMEngine` on this model, the same each time; `LLMEngine.from_llm` makes others."""
         return LLMEngine.from_llm(self)
@@ -142,7 +154,7 @@ class LLM(Closing):
             return self._encoder.max_length
         if self._seq2seq is not None:
             return self._seq2seq.max_completion_length
-        return self._limits.max_length if self._limits is not None else None
+        return self._plan.limits.max_length if self._plan is not None else None
 
     @property
     def max_seq_len_to_capture(self) -> int | None:
@@ -156,7 +168,7 @@ class LLM(Closing):
             return self._encoder.max_length
         if self._seq2seq is not None:
             return self._seq2seq.max_prompt_length
-        return self._limits.prompt_limit if self._limits is not None else None
+        return self._plan.limits.prompt_limit if self._plan is not None else None
 
     @overload
     def generate(

@@ -6,7 +6,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from onnx import ModelProto
+
+from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.batch import NO_COMPANIONS, Companions
 from furiosa_llm.runtime.decoder import DecoderInterface, check_interface, interface_of
 from furiosa_llm.runtime.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.ort import SessionSettings
@@ -50,13 +54,14 @@ class Traits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A decoder's stages, loaded; `own` are the lanes whose sessions there are."""
+    """A decoder's stages, loaded; `own` are the lanes whose sessions there are, `companions` the rows that get one."""
 
     artifact: Artifact
     interface: DecoderInterface
     programs: tuple[StageProgram, ...]
     traits: Traits
     own: tuple[int, ...]
+    companions: Companions = NO_COMPANIONS
 
     @property
     def logits(self) -> str:
@@ -72,6 +77,7 @@ def load_model(
     threads: int,
     mapped: bool = False,
     own: Collection[int] | None = None,
+    companions: Companions = NO_COMPANIONS,
 ) -> LoadedModel:
     """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
 
@@ -81,7 +87,7 @@ def load_model(
     manifest = artifact.manifest
     interface = interface_of(manifest)
     check_interface(interface)
-    serving, traits = _serving(artifact)
+    serving, traits = serving_of(artifact, companions.doubled)
     graphs = cut_stages(
         serving.model,
         [_start(artifact, stage) for stage in stages],
@@ -102,21 +108,31 @@ def load_model(
         programs=tuple(programs),
         traits=traits,
         own=tuple(range(count)) if own is None else tuple(own),
+        companions=companions,
     )
 
 
-def _serving(artifact: Artifact) -> tuple[ServingGraph, Traits]:
+def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[ServingGraph, Traits]:
+    """The program of `artifact`, a decoder, as an engine runs it, and what its steps may be; see `Companions`."""
     manifest = artifact.manifest
-    serving = serving_graph(artifact.program, manifest)
+    serving = serving_graph(artifact.program, manifest, doubled=doubled)
     longest = min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
     if serving.ragged and not rows_are_alone(serving, artifact, longest=longest):
-        serving = serving_graph(artifact.program, manifest, ragged=False)
+        serving = serving_graph(artifact.program, manifest, ragged=False, doubled=doubled)
     traits = Traits(
         rows="ragged" if serving.ragged else "equal",
         in_place=all(state.mode == "in_place" for state in manifest.states),
         selects=serving.selects,
     )
     return serving, traits
+
+
+def rank_lanes(artifact: Artifact, model: ModelProto) -> Lanes:
+    """All of a serving program as rank 0 has it, for whoever looks at its segments: what ranks exchange is not sent."""
+    manifest = artifact.manifest
+    program = cut_program(model, manifest.collectives, size_names(manifest) | {"wanted"})
+    alone = Mesh((1,) * len(manifest.mesh.shape))
+    return lanes_of(program, alone, 1, shard_axes=shard_axes(manifest), inputs={})
 
 
 def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram], count: int) -> Lanes:

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.batch import Batch
+from furiosa_llm.runtime.batch import NO_COMPANIONS, Batch, Companions
 from furiosa_llm.runtime.binding import BoundProgram
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.counters import Counters, merged, new_counters, stage_counts
@@ -33,14 +33,23 @@ class Host(Closing):
     """An artifact's stages loaded into this process, for any number of replicas.
 
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files.
+    The rows that `companions` names are computed beside a copy of themselves.
     Close it, or use it as a context manager, to end its threads.
     """
 
     def __init__(
-        self, artifact: Artifact, stages: Sequence[Stage], *, threads: int | None = None, mapped: bool = False
+        self,
+        artifact: Artifact,
+        stages: Sequence[Stage],
+        *,
+        threads: int | None = None,
+        mapped: bool = False,
+        companions: Companions = NO_COMPANIONS,
     ) -> None:
         self.threads = cores_for(threads)
-        self.model = load_model(artifact, stages, lanes=self.threads, threads=self.threads, mapped=mapped)
+        self.model = load_model(
+            artifact, stages, lanes=self.threads, threads=self.threads, mapped=mapped, companions=companions
+        )
         self.crew = Crew(self.threads)
 
     def runner(self, *, slots_per_group: int) -> LocalRunner:

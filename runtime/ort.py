@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +49,10 @@ class RawTensor(Protocol):
 
     def shape(self) -> list[int]:
         """The tensor's shape."""
+        ...
+
+    def element_type(self) -> int:
+        """The tensor's type, as `TensorProto.DataType` numbers them."""
         ...
 
 
@@ -121,6 +125,16 @@ class Session:
         """A new binding with nothing bound."""
         binding: RawBinding = _state.SessionIOBinding(self._session._sess)
         return binding
+
+    def run(self, inputs: Mapping[str, RawTensor], outputs: Sequence[str]) -> dict[str, RawTensor]:
+        """Runs once on `inputs`, and has onnxruntime allocate the `outputs`; for whoever runs it seldom."""
+        binding = self.binding()
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, tensor)
+        for name in outputs:
+            let_allocate(binding, name)
+        self.run_binding(binding, None)
+        return dict(zip(outputs, binding.get_outputs(), strict=True))
 
 
 class Tensor(NamedTuple):

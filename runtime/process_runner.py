@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.batch import Batch
+from furiosa_llm.runtime.batch import NO_COMPANIONS, Batch, Companions
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.counters import Counters, merged
 from furiosa_llm.runtime.errors import InputError, WorkerError
@@ -36,7 +36,15 @@ class ProcessHost(Closing):
     Nothing is shared between replicas but the pages of weights that are `mapped`.
     """
 
-    def __init__(self, artifact: Artifact, stages: Sequence[Stage], *, workers: int, mapped: bool = False) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        stages: Sequence[Stage],
+        *,
+        workers: int,
+        mapped: bool = False,
+        companions: Companions = NO_COMPANIONS,
+    ) -> None:
         size = artifact.manifest.mesh.size
         if not 1 <= workers <= size:
             raise InputError(f"workers must be between 1 and the {size} PEs of a stage, got {workers}")
@@ -44,6 +52,7 @@ class ProcessHost(Closing):
         self._stages = tuple(stages)
         self._workers = workers
         self._mapped = mapped
+        self._companions = companions
 
     def runner(self, *, slots_per_group: int) -> ProcessRunner:
         """A replica in processes of its own; raises what a worker raises that cannot load its lane."""
@@ -53,6 +62,7 @@ class ProcessHost(Closing):
             workers=self._workers,
             slots_per_group=slots_per_group,
             mapped=self._mapped,
+            companions=self._companions,
         )
 
     def close(self) -> None:
@@ -75,7 +85,14 @@ class ProcessRunner:
     """
 
     def __init__(
-        self, folder: str, stages: Sequence[Stage], *, workers: int, slots_per_group: int, mapped: bool = False
+        self,
+        folder: str,
+        stages: Sequence[Stage],
+        *,
+        workers: int,
+        slots_per_group: int,
+        mapped: bool = False,
+        companions: Companions = NO_COMPANIONS,
     ) -> None:
         self._on_failure: Callable[[Exception], None] | None = None
         self._groups = len(stages)
@@ -100,6 +117,7 @@ class ProcessRunner:
                     lanes=workers,
                     slots_per_group=slots_per_group,
                     mapped=mapped,
+                    companions=companions,
                     arena=arena,
                     barriers=tuple(tuple(tuple(row) for row in rows) for rows in barriers),
                 )

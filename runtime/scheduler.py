@@ -24,6 +24,8 @@ class SchedulerLimits:
         max_length: Tokens of one sequence, prompt and completion.
         prefill_chunk_size: The greatest number of tokens in a prefill batch.
         prefix_caching: Whether prompts find the KV of earlier ones that begin alike.
+        batch_invariant: Whether KV is always computed in the same steps, whoever else is served: what was generated is
+            computed again token by token after a preemption, and not found by other prompts.
     """
 
     num_groups: int
@@ -33,11 +35,12 @@ class SchedulerLimits:
     max_length: int
     prefill_chunk_size: int
     prefix_caching: bool = True
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for limit in fields(self):
             value = getattr(self, limit.name)
-            if limit.name != "prefix_caching" and value < 1:
+            if not isinstance(value, bool) and value < 1:
                 raise CapacityError(f"{limit.name} is {value}: expected at least 1")
 
 
@@ -59,7 +62,7 @@ class Scheduler:
         limits = self.limits
         self._pages = Pages(limits.num_pages, limits.page_size)
         self._groups = [
-            Group(index, limits.slots_per_group, self._pages, limits.prefix_caching)
+            Group(index, limits.slots_per_group, self._pages, limits.prefix_caching, limits.batch_invariant)
             for index in range(limits.num_groups)
         ]
         self._sequences: dict[int, SequenceState] = {}
@@ -120,6 +123,7 @@ class Scheduler:
             tokens=list(prompt),
             prompt_length=len(prompt),
             prompt_logits=prompt_logits,
+            batch_invariant=self.limits.batch_invariant,
         )
         self._sequences[sequence_id] = sequence
         self._waiting.append(sequence)

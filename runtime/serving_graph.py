@@ -11,7 +11,9 @@ Both are changes to a copy of program.onnx, each made where the graph's structur
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -34,6 +36,10 @@ _ATTENTION = "GroupQueryAttention"
 _SEQLENS, _TOTAL, _BIAS = 5, 6, 10
 """Operands of GroupQueryAttention: last position of each row, length of the longest row, what scores are added to."""
 _PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul", "MatMulBnb4"})
+_TWICE = "furiosa_llm.twice"
+"""The first part of the names of values that have every row twice."""
+_SPLIT_COUNTS = 18
+"""From this opset on Split is told the number of equal parts; before it follows from the number of outputs."""
 _ELEMENTWISE = frozenset({"Add", "Mul", "Div", "Sub", "Cast", "Tanh", "Identity", "Neg"})
 
 
@@ -51,8 +57,13 @@ class ServingGraph:
     biases: tuple[str, ...]
 
 
-def serving_graph(program: ModelProto, manifest: Manifest, *, ragged: bool = True) -> ServingGraph:
-    """`program` for an engine; it is itself left as it is. `ragged`: rows of unequal lengths are wanted."""
+def serving_graph(
+    program: ModelProto, manifest: Manifest, *, ragged: bool = True, doubled: Collection[str] = ()
+) -> ServingGraph:
+    """`program` for an engine; it is itself left as it is.
+
+    `ragged`: rows of unequal lengths are wanted. `doubled` are the types of ops that get every row twice.
+    """
     model = ModelProto()
     model.CopyFrom(program)
     logits = [info.name for info in manifest.outputs if info.role == "logits"]
@@ -65,6 +76,7 @@ def serving_graph(program: ModelProto, manifest: Manifest, *, ragged: bool = Tru
         for node in nodes:
             node.input[_SEQLENS] = LAST_POSITIONS
         model.graph.input.append(helper.make_tensor_value_info(LAST_POSITIONS, TensorProto.INT32, ["batch"]))
+    _double(model, doubled)
     _remove_dead(model)
     return ServingGraph(model=model, selects=selects, ragged=ragged, biases=tuple(b for b in biases if b))
 
@@ -202,15 +214,13 @@ def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -
     """
     if not serving.biases:
         return True
-    model, inputs = _bias_model(serving, artifact)
-    if any(node.domain == COLLECTIVE_DOMAIN for node in model.graph.node):
+    part = part_of_graph(serving.model, artifact, serving.biases)
+    if part is None:
         return False
-    session = onnxruntime.InferenceSession(model.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
+    infos = [info for info in artifact.manifest.inputs if info.name in part.inputs]
 
     def biases(lengths: list[int]) -> list[Array]:
-        feeds = {info.name: _feed(info, lengths) for info in inputs}
-        found: list[Array] = session.run(None, feeds)
-        return found
+        return list(part.run({info.name: _feed(info, lengths) for info in infos}).values())
 
     lengths = sorted({0, 1, 2, longest // 3, longest // 2, longest - 2, longest - 1} & set(range(longest)))
     together = biases(lengths)
@@ -222,22 +232,38 @@ def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -
     return True
 
 
-def _bias_model(serving: ServingGraph, artifact: Artifact) -> tuple[ModelProto, list[InputInfo]]:
-    """The part of the graph that makes the biases, and those of the manifest's inputs that it reads."""
-    source = serving.model
-    live = set(serving.biases)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartOfGraph:
+    """The part of a program that makes some values from its inputs, as rank 0 has it, ready to run."""
+
+    session: onnxruntime.InferenceSession
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The values by name; `feeds` has all of `inputs`, and may have more."""
+        made: list[Array] = self.session.run(None, {name: feeds[name] for name in self.inputs})
+        return dict(zip(self.outputs, made, strict=True))
+
+
+def part_of_graph(source: ModelProto, artifact: Artifact, names: Sequence[str]) -> PartOfGraph | None:
+    """What makes the values `names` in the program `source`; None if they wait for a collective."""
+    live = set(names)
     nodes: list[NodeProto] = []
     for node in reversed(source.graph.node):
         if live.intersection(node.output):
+            if node.domain == COLLECTIVE_DOMAIN:
+                return None
             nodes.append(node)
             live.update(used_names(node))
-    graph = GraphProto(name="biases", node=reversed(nodes))
+    graph = GraphProto(name="part", node=reversed(nodes))
     graph.initializer.extend(_inline(tensor, artifact) for tensor in source.graph.initializer if tensor.name in live)
     graph.input.extend(value for value in source.graph.input if value.name in live)
-    graph.output.extend(ValueInfoProto(name=name) for name in serving.biases)
+    graph.output.extend(ValueInfoProto(name=name) for name in names)
     model = ModelProto(ir_version=source.ir_version, graph=graph, functions=source.functions)
     model.opset_import.extend(source.opset_import)
-    return model, [info for info in artifact.manifest.inputs if info.name in live]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
+    return PartOfGraph(session=session, inputs=tuple(value.name for value in graph.input), outputs=tuple(names))
 
 
 def _inline(tensor: TensorProto, artifact: Artifact) -> TensorProto:
@@ -265,6 +291,32 @@ def _quiet() -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     return options
+
+
+def _double(model: ModelProto, op_types: Collection[str]) -> None:
+    """Gives the nodes of `op_types` every row twice, and takes the first half of what they make of it."""
+    if not op_types:
+        return
+    graph = model.graph
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    halves: dict[str, Any] = {"num_outputs": 2} if opset >= _SPLIT_COUNTS else {}
+    constants = _constants(graph)
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type not in op_types:
+            continue
+        for index, name in enumerate(node.input):
+            if name and name not in constants:
+                node.input[index] = f"{_TWICE}/{node.output[0]}/{index}"
+                nodes.insert(-1, helper.make_node("Concat", [name, name], [node.input[index]], axis=0))
+        for index, name in enumerate(node.output):
+            if name:
+                node.output[index] = f"{_TWICE}/{name}"
+                made = [name, f"{_TWICE}/{name}/companions"]
+                nodes.append(helper.make_node("Split", [node.output[index]], made, axis=0, **halves))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _remove_dead(model: ModelProto) -> None:

@@ -32,17 +32,11 @@ def create_sessions(
 
     `threads` sessions are made at a time. Raises ExecutionError, naming segment and ranks, if onnxruntime refuses one.
     """
-    flexible = {
-        name: state.sequence_dim
-        for state in artifact.manifest.states
-        if state.mode == "in_place"
-        for name in (state.input, state.output)
-    }
-    loader = _Loader(artifact, lanes, settings, flexible)
+    loader = SegmentLoader(artifact, lanes, settings)
     with ThreadPoolExecutor(threads, thread_name_prefix="furiosa-load") as pool:
         rows: list[list[Future[Session] | None]] = [
             [
-                pool.submit(loader.load, segment, index, lane)
+                pool.submit(loader.load, segment, f"segment {index} of {ranks_text(lanes.ranks[lane])}")
                 if segment is not None and (own is None or lane in own)
                 else None
                 for lane, segment in enumerate(step.segments)
@@ -60,13 +54,15 @@ def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) 
     """`segment` as a model of its own, whose initializers are still the program's.
 
     `flexible` names values of the program whose given dimension is left open, because a buffer longer than the program
-    says may be bound to them.
+    says may be bound to them. A value inside of a segment, which crosses no step, has no type: onnxruntime infers it.
     """
     model = program_part(lanes.program, segment.nodes)
     for names, values in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
         for name in names:
             value = values.add(name=name)
-            kind, open_dim = lanes.types[name], flexible.get(name.partition("/")[2])
+            kind, open_dim = lanes.types.get(name), flexible.get(name.partition("/")[2])
+            if kind is None:
+                continue
             value.type.tensor_type.elem_type = TensorProto.DataType.Value(kind.dtype)
             if kind.shape is None:
                 continue
@@ -82,20 +78,23 @@ def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) 
     return model
 
 
-class _Loader:
-    """Makes the sessions of one program's segments."""
+class SegmentLoader:
+    """Makes the sessions of one program's segments, or of parts of them."""
 
-    def __init__(
-        self, artifact: Artifact, lanes: Lanes, settings: SessionSettings, flexible: Mapping[str, int]
-    ) -> None:
+    def __init__(self, artifact: Artifact, lanes: Lanes, settings: SessionSettings) -> None:
         self._artifact = artifact
         self._lanes = lanes
         self._settings = settings
-        self._flexible = flexible
+        self._flexible = {
+            name: state.sequence_dim
+            for state in artifact.manifest.states
+            if state.mode == "in_place"
+            for name in (state.input, state.output)
+        }
         self._stored = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
 
-    def load(self, segment: LaneSegment, index: int, lane: int) -> Session:
-        """The session of `segment`, that of step `index` on `lane`."""
+    def load(self, segment: LaneSegment, what: str = "a part of a segment") -> Session:
+        """The session of `segment`; raises ExecutionError, naming it by `what`, if onnxruntime refuses it."""
         model = lane_model(self._lanes, segment, self._flexible)
         for name, (original, rank) in segment.initializers.items():
             own = model.graph.initializer.add()
@@ -105,10 +104,7 @@ class _Loader:
         try:
             return Session(model.SerializeToString(), self._artifact.folder, self._settings)
         except ORT_ERRORS as error:
-            where = ranks_text(self._lanes.ranks[lane])
-            raise ExecutionError(
-                f"onnxruntime cannot load segment {index} of {where} of {self._artifact.folder}: {error}"
-            ) from error
+            raise ExecutionError(f"onnxruntime cannot load {what} of {self._artifact.folder}: {error}") from error
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

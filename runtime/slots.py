@@ -13,7 +13,7 @@ LEAST_CHUNK = 2
 """The least number of tokens of a prompt that are computed behind others, where the limits allow it.
 
 onnxruntime multiplies a single row by other kernels than several, in which a sum has another order: so a prompt gives
-the same bits however it is cut, and whatever of it is found.
+the same bits however it is cut, and whatever of it is found, if the processor's kernels have no other reason to differ.
 """
 
 
@@ -27,6 +27,8 @@ class Slot:
     length: int = 0
     """How many tokens have their KV here, once every batch has run that was scheduled and has returned."""
     owner: SequenceState | None = None
+    prompt_length: int = 0
+    """How many of these were computed as a prompt, in chunks; the others one by one, as they were generated."""
     last_used: int = 0
     """When its last owner left it or it was copied from, in steps of the scheduler's own count; 0 if it is empty."""
 
@@ -41,6 +43,8 @@ class SequenceState:
     """Prompt and completion. While it decodes, all but the last one are in its slot."""
     prompt_length: int
     prompt_logits: bool
+    batch_invariant: bool = False
+    """Whether what it generated is computed again as it was at first, one token at a time."""
     delivered: int = 0
     """How many of the prompt's tokens had their logits computed already, where `prompt_logits` asks for them."""
     group: Group | None = None
@@ -62,17 +66,23 @@ class SequenceState:
     def reusable(self) -> int:
         """How many of its first tokens need not be computed if their KV is found: no logits are wanted behind them."""
         if self.prompt_logits and self.delivered < self.prompt_length:
-            return self.delivered
-        return reusable_length(len(self.tokens))
+            return 0 if self.batch_invariant else self.delivered
+        return reusable_length(self.prompt_length if self.batch_invariant else len(self.tokens))
 
     def chunk(self, start: int, size: int) -> tuple[int, WantedLogits]:
         """Where the prefill batch ends that begins at `start`, and which logits it wants."""
-        end = min(start + size, len(self.tokens))
-        if end == len(self.tokens) - 1 and end - start > LEAST_CHUNK:
-            end -= 1
+        behind_prompt = self.batch_invariant and start >= self.prompt_length
+        whole = self.prompt_length if self.batch_invariant and not behind_prompt else len(self.tokens)
+        end = start + 1 if behind_prompt else cut(start, size, whole)
         if self.prompt_logits and self.delivered < self.prompt_length:
             return (min(end, self.delivered), "none") if start < self.delivered else (end, "all")
         return end, "last" if end == len(self.tokens) else "none"
+
+
+def cut(start: int, size: int, whole: int) -> int:
+    """Where a chunk of at most `size` tokens ends that begins at `start`, in a prompt of `whole` tokens."""
+    end = min(start + size, whole)
+    return end - 1 if end == whole - 1 and end - start > LEAST_CHUNK else end
 
 
 def reusable_length(length: int) -> int:
@@ -128,7 +138,9 @@ class Group:
     and what is known of the slots is what holds behind the last of them.
     """
 
-    def __init__(self, index: int, num_slots: int, pages: Pages, prefix_caching: bool) -> None:
+    def __init__(
+        self, index: int, num_slots: int, pages: Pages, prefix_caching: bool, batch_invariant: bool = False
+    ) -> None:
         self.index = index
         self.slots = [Slot(index=number) for number in range(num_slots)]
         self.prefilling: SequenceState | None = None
@@ -139,6 +151,7 @@ class Group:
         self._pages = pages
         pages.slots += self.slots
         self._prefix_caching = prefix_caching
+        self._batch_invariant = batch_invariant
 
     @property
     def load(self) -> int:
@@ -205,7 +218,7 @@ class Group:
         if source is None or match < WORTH_A_COPY:
             self._pages.evict(sequence.pages)
             target = min(places, key=_age)
-            match = common_prefix(target.tokens, tokens, min(target.length, limit))
+            match = common_prefix(target.tokens, tokens, min(self._offered(target), limit))
             self._overwrite(target, match, sequence.pages)
         elif target is not None and match_in_place == match:
             self._pages.evict(sequence.pages - self._pages.needed(target.length), but_not=target)
@@ -218,7 +231,17 @@ class Group:
             self._note_use(source, match, now)
             self._pages.evict(sequence.pages)
         target.tokens, target.length, target.owner = tokens, match, sequence
+        target.prompt_length = sequence.prompt_length
         sequence.seat = target
+
+    def _offered(self, slot: Slot) -> int:
+        """How many of a slot's tokens a sequence may take over, if they are its own prompt's.
+
+        Where bits must not depend on who else is served, generated tokens are not among them, nor is a prompt of one.
+        """
+        if not self._batch_invariant:
+            return slot.length
+        return min(slot.length, slot.prompt_length) if slot.prompt_length >= LEAST_CHUNK else 0
 
     def _overwrite(self, target: Slot, kept: int, pages: int, but_not: Slot | None = None) -> None:
         """Gives up a free slot from its first `kept` tokens on; the rest goes elsewhere if `pages` are free."""
@@ -247,6 +270,7 @@ class Group:
             left = sequence.slot
             self._copies.append(Copy(source=left.index, target=hole.index, length=left.length))
             hole.tokens, hole.length, hole.owner = left.tokens, left.length, sequence
+            hole.prompt_length = left.prompt_length
             left.tokens, left.length, left.owner, left.last_used = [], 0, None, 0
             sequence.seat = hole
         self.decoding.sort(key=_slot_index)
@@ -265,6 +289,7 @@ class Group:
         self._pages.keep_only(spare, 0)
         self._copies.append(Copy(source=slot.index, target=spare.index, length=slot.length))
         spare.tokens, spare.length, spare.last_used = slot.tokens, slot.length, slot.last_used
+        spare.prompt_length = slot.prompt_length
         self._pages.cached += self._pages.needed(spare.length)
 
     def leave(self, sequence: SequenceState, now: int) -> None:
@@ -281,12 +306,12 @@ class Group:
             self._pages.keep_only(slot, 0)
         sequence.seat, sequence.group, sequence.pages = None, None, 0
 
-    @staticmethod
-    def _longest_match(tokens: list[int], limit: int, slots: list[Slot]) -> tuple[Slot | None, int]:
+    def _longest_match(self, tokens: list[int], limit: int, slots: list[Slot]) -> tuple[Slot | None, int]:
         best, longest = None, 0
         for slot in slots:
-            if min(slot.length, limit) > longest:
-                length = common_prefix(slot.tokens, tokens, min(slot.length, limit))
+            most = min(self._offered(slot), limit)
+            if most > longest:
+                length = common_prefix(slot.tokens, tokens, most)
                 if length > longest:
                     best, longest = slot, length
         return best, longest

@@ -73,6 +73,10 @@ class StateBuffers:
         return wrap(flat[: math.prod(shape)].reshape(shape), self._dtype)
 
 
+Overwritten = Sequence[tuple[Array, Array]]
+"""Places in buffers, and what was there."""
+
+
 class BindsStates(Protocol):
     """What states are bound to; see `BoundProgram`."""
 
@@ -141,9 +145,23 @@ class SlotStates:
                 buffer = self._buffers[rank, state.input]
                 buffer[target][where] = buffer[source][where]
 
+    def touch(self, count: int) -> None:
+        """Takes note that the first `count` slots may have something to keep from now on."""
+        self._used = max(self._used, count)
+
+    def kept_of(self, slot: int, position: int) -> Overwritten:
+        """What `slot` has at `position`; nothing, if no sequence has touched it."""
+        if slot >= self._used:
+            return ()
+        found: list[tuple[Array, Array]] = []
+        for state in self._states:
+            where = (slice(None),) * (state.sequence_dim - 1) + (slice(position, position + 1),)
+            places = [self._buffers[rank, state.input][slot][where] for rank in self._ranks]
+            found += [(place, place.copy()) for place in places]
+        return found
+
     def bind(self, bound: BindsStates, first: int, count: int) -> None:
         """Binds the rows of slots [first, first + count) as past and present."""
-        self._used = max(self._used, first + count)
         for rank, state, tensor in self._rows(first, count):
             bound.bind_input(rank, state.input, tensor)
             bound.bind_output(rank, state.output, tensor)
@@ -196,7 +214,6 @@ class StagedStates(SlotStates):
                 for row, slot in enumerate(slots):
                     taken[row] = buffer[slot][where]
                 bound.bind_input(rank, state.input, wrap(taken, self._dtypes[state.input]))
-        self._used = max(self._used, *(slot + 1 for slot in slots))
 
     def finish(self, bound: BindsStates, slots: Sequence[int], past: int, total: int) -> None:
         """Keeps what a step from `past` to `total` positions has added, as far as it gives it."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from furiosa_llm.runtime.artifact.dimensions import GROWING
-from furiosa_llm.runtime.batch import Batch, Decode, Prefill
+from furiosa_llm.runtime.batch import NO_COMPANIONS, Batch, Companions, Decode, Prefill
 from furiosa_llm.runtime.binding import Allocate, BoundProgram, RunsLanes, private_block
 from furiosa_llm.runtime.counters import Counters, count_run, count_send, rows_of
 from furiosa_llm.runtime.feeds import StepFeeds, TokenIds
@@ -19,7 +19,7 @@ from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.program import growing_values
 from furiosa_llm.runtime.serving_graph import LAST_POSITIONS, WANTED
-from furiosa_llm.runtime.states import SlotStates, StagedStates
+from furiosa_llm.runtime.states import Overwritten, SlotStates, StagedStates
 
 Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 """`occupy(stage, bound)` is entered while a batch runs on a stage."""
@@ -29,7 +29,8 @@ Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 class Step:
     """One run of the model: `token_ids` [sequences, new tokens] behind `starts` tokens, of sequences in `slots`.
 
-    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted.
+    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted. If it is `twice`,
+    `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
     """
 
     slots: tuple[int, ...]
@@ -37,6 +38,7 @@ class Step:
     token_ids: TokenIds
     starts: tuple[int, ...]
     wanted: tuple[int, ...]
+    twice: bool = False
 
     def sizes(self, cached: int) -> dict[str, int]:
         """The sizes of the step's dynamic dimensions, behind `cached` positions."""
@@ -50,8 +52,19 @@ class Step:
         }
 
 
-def steps_of(batch: Batch, traits: Traits) -> list[Step]:
+def steps_of(batch: Batch, traits: Traits, companions: Companions = NO_COMPANIONS) -> list[Step]:
     """The runs of the model that make up `batch`."""
+    return [_with_companions(step, companions) for step in _steps(batch, traits)]
+
+
+def _with_companions(step: Step, companions: Companions) -> Step:
+    """`step` with the companion that a lone sequence gets in a step of one token, as all decode steps are."""
+    if not companions.lone or step.token_ids.size > 1:
+        return step
+    return replace(step, token_ids=np.concatenate([step.token_ids] * 2), starts=step.starts * 2, twice=True)
+
+
+def _steps(batch: Batch, traits: Traits) -> list[Step]:
     if isinstance(batch, Prefill):
         count = len(batch.tokens)
         wanted = tuple(range(count)) if batch.logits == "all" else (count - 1,)
@@ -152,8 +165,9 @@ class StageMemory:
             {info.name: info.dtype for info in model.interface.inputs},
             model.interface.state_shapes,
             ranks=own_ranks(model, program),
-            slots=slots,
+            slots=slots + model.companions.lone,
         )
+        self._overwritten: Overwritten = ()
         self._uses: dict[tuple[int, bool], _Use] = {}
         self._blocks: dict[int, Block] = {}
 
@@ -171,9 +185,10 @@ class StageMemory:
         use = self._uses[key]
         past = max(step.starts)
         grown = self._states.reserve(past + sequence)
+        self._states.touch(max(step.slots) + 1)
         if isinstance(self._states, StagedStates):
             use.prepare(step, self._states.cached(past), earlier)
-            self._states.stage(use.bound, step.slots, past)
+            self._states.stage(use.bound, step.slots * (2 if step.twice else 1), past)
             return use
         use.prepare(step, None, earlier)
         if grown:
@@ -181,6 +196,8 @@ class StageMemory:
             for other in self._uses.values():
                 if other.states_bound is not None:
                     self._states.bind(other.bound, *other.states_bound)
+        if step.twice:
+            self._overwritten = self._states.kept_of(step.slots[0] + 1, step.starts[0])
         place = (step.slots[0], rows)
         if use.states_bound != place:
             self._states.bind(use.bound, *place)
@@ -195,7 +212,10 @@ class StageMemory:
         return block
 
     def finish(self, step: Step, use: _Use) -> None:
-        """Keeps what `step`, which has run, has added to the states."""
+        """Keeps what `step`, which has run, has added to the states, and takes back what its companion has."""
+        for place, kept in self._overwritten:
+            place[...] = kept
+        self._overwritten = ()
         if isinstance(self._states, StagedStates):
             past = step.starts[0]
             self._states.finish(use.bound, step.slots, past, past + step.token_ids.shape[1])
@@ -226,7 +246,7 @@ class Group:
         """
         for memory in self._memory:
             memory.copy(batch)
-        steps = steps_of(batch, self._model.traits)
+        steps = steps_of(batch, self._model.traits, self._model.companions)
         if len(steps) == 1:
             logits = self._step(steps[0], occupy)
             return logits[:0] if isinstance(batch, Prefill) and batch.logits == "none" else logits
@@ -256,7 +276,7 @@ class Group:
             uses.append(use)
         if 0 not in self._model.own:
             return np.empty((0, 0), dtype=np.float32)
-        logits = uses[-1].bound.array(0, self._model.logits)
+        logits = uses[-1].bound.array(0, self._model.logits)[: len(step.slots)]
         if not self._model.traits.selects:
             logits = logits[:, list(step.wanted)]
         return logits.reshape(-1, logits.shape[-1])

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.batch import Batch
+from furiosa_llm.runtime.batch import Batch, Companions
 from furiosa_llm.runtime.binding import BoundProgram
 from furiosa_llm.runtime.errors import WorkerError
 from furiosa_llm.runtime.loading import LoadedModel, load_model
@@ -43,6 +43,7 @@ class Assignment:
     lanes: int
     slots_per_group: int
     mapped: bool
+    companions: Companions
     arena: int
     barriers: tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -88,6 +89,7 @@ def main(descriptor: int) -> None:
             threads=1,
             mapped=assignment.mapped,
             own=(assignment.lane,),
+            companions=assignment.companions,
         )
     except Exception as error:  # noqa: BLE001 - the parent raises it
         connection.send(_sendable(error))

@@ -19,6 +19,7 @@ from furiosa_llm.bench.sweep import Run, Workload, loads_of, machine, plans_of, 
 from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
 from furiosa_llm.cli.options import (
     ALLOW_SUBSET,
+    BATCH_INVARIANT,
     DEVICES,
     FULL_VERIFICATION,
     TENSOR_PARALLEL_SIZE,
@@ -93,6 +94,7 @@ class Objective(click.ParamType[tuple[str, float]]):
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
+@BATCH_INVARIANT
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 @click.option(
     "--json",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
+from furiosa_llm.cli.options import BATCH_INVARIANT, FULL_VERIFICATION, placement_options
 from furiosa_llm.runtime import LLM, SamplingParams
 
 
@@ -30,6 +30,7 @@ from furiosa_llm.runtime import LLM, SamplingParams
 @click.option("--workers", type=int, help="Processes that the PEs are spread over.  [default: this one alone]")
 @click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
 @FULL_VERIFICATION
+@BATCH_INVARIANT
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 def generate(
     artifact: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -18,6 +19,9 @@ from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.runtime.artifact.composite import KIND, is_composite, open_composite
 from furiosa_llm.runtime.artifact.inspection import BlockSummary, Inspection, ReplicatedTensor, alike, inspect_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.errors import InputError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -32,20 +36,40 @@ _SHOWN_LENGTH = 60
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--this-machine", is_flag=True, help="Probe also whether bits depend on the batch, with this machine's kernels."
+)
+@click.option("--mapped", is_flag=True, help="With --this-machine: for weights that are left in their file.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(artifact: Path, as_json: bool) -> None:
+def inspect(artifact: Path, this_machine: bool, mapped: bool, as_json: bool) -> None:
     """Show what ARTIFACT holds: the model, the split, memory, collectives, files, origin, and whether it is verified.
 
-    Its structure is checked, its weights are not read.
+    Its structure is checked, its weights are not read, but for --this-machine, which runs one layer of each kind.
     """
+    if mapped and not this_machine:
+        raise InputError("--mapped goes with --this-machine; give both, or none")
     if is_composite(artifact):
+        if this_machine:
+            raise UnsupportedError(
+                f"--this-machine: {artifact} is an encoder-decoder, which runs one request at a time"
+            )
         _inspect_composite(artifact, as_json=as_json)
         return
     found = inspect_artifact(artifact)
+    probed = _probe(artifact, found, mapped) if this_machine else None
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        shown = found.to_json()
+        if probed is not None:
+            shown["this_machine"] = dataclasses.asdict(probed) | {"invariant": probed.invariant}
+        click.echo(json.dumps(shown, indent=1, ensure_ascii=False))
     else:
-        _print(found)
+        _print(found, probed)
+
+
+def _probe(folder: Path, found: Inspection, mapped: bool) -> BatchInvariance:
+    if found.model.task != "decoder":
+        raise UnsupportedError(f"--this-machine: {folder} is an encoder, which runs one request at a time")
+    return probe_batch_invariance(open_artifact(folder), mapped=mapped)
 
 
 def _inspect_composite(folder: Path, *, as_json: bool) -> None:
@@ -70,14 +94,27 @@ def _inspect_composite(folder: Path, *, as_json: bool) -> None:
         _print(found)
 
 
-def _print(found: Inspection) -> None:
+def _print(found: Inspection, probed: BatchInvariance | None = None) -> None:
     title = f"{found.model.name}: {found.model.task}, over {math.prod(found.mesh)} PEs {list(found.mesh)}"
     table = Table(title=_text(title), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in _rows(found):
         table.add_row(_text(key), _text(value))
+    for key, value in _on_this_machine(probed) if probed is not None else ():
+        table.add_row(_text(key), _text(value))
     Console().print(table, crop=False)
+
+
+def _on_this_machine(probed: BatchInvariance) -> Iterator[tuple[str, str]]:
+    yield "bits here", str(probed)
+    for one in probed.differences:
+        rows = ", ".join(map(str, one.rows))
+        yield "differs", f"{one.op}, {counted(one.nodes, 'node')}, most in {_shortened(one.node)}: rows {rows}"
+    cut = "as the whole" if probed.chunks else "not quite as the whole: prefix caching may change last bits"
+    yield "chunks here", f"a prompt that is cut is computed {cut}"
+    if not probed.invariant:
+        yield "remedy", "none" if probed.companions is None else "batch_invariant=True, --batch-invariant"
 
 
 def _text(value: str) -> Text:

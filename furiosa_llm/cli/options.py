@@ -61,6 +61,12 @@ FULL_VERIFICATION = click.option(
     help="Compare the weights with their digests as they are loaded.  [default: below 1 GB]",
 )
 
+BATCH_INVARIANT = click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="Give every request the bits that it has alone, whoever else is served; docs/determinism.md has the price.",
+)
+
 DEVICES = click.option(
     "--devices",
     help='PEs to simulate: "npu:0,npu:1", "npu:0:*", "npu:0:0-3".  [default: as many as the sizes need]',

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
+from furiosa_llm.cli.options import BATCH_INVARIANT, FULL_VERIFICATION, placement_options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.topology import show_topology
 from furiosa_llm.runtime.accounting import Workload
@@ -20,6 +20,7 @@ from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedEr
 from furiosa_llm.runtime.launch import Plan
 
 if TYPE_CHECKING:
+    from furiosa_llm.server.model import Decoder
     from furiosa_llm.server.settings import ServerSettings
 
 _NEEDED = ("fastapi", "prometheus_client", "uvicorn")
@@ -104,6 +105,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]")
+@BATCH_INVARIANT
 @click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
 @FULL_VERIFICATION
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
@@ -117,7 +119,7 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     _check_installed()
     # The server's packages are an extra, and take a second to import.
     from furiosa_llm.server.app import make_app
-    from furiosa_llm.server.model import load_served, open_served
+    from furiosa_llm.server.model import Decoder, load_served, open_served
     from furiosa_llm.server.run import check_address, make_server
 
     settings = _settings(options)
@@ -131,11 +133,25 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     else:
         _show_plan(plan)
     model = load_served(args, opened, plan, settings.served_model_names, int(time.time()))
+    if isinstance(model.kind, Decoder):
+        show_batch_invariance(model.kind)
     shown = host if ":" not in host else f"[{host}]"
     if port:
         click.echo(f"{', '.join(model.names)} at http://{shown}:{port}/v1")
     app = make_app(model, settings)
     make_server(app, settings, host=host, port=port, log_level=log_level, access_log=access_log).run()
+
+
+def show_batch_invariance(model: Decoder) -> None:
+    """Says what this machine's kernels make of a batch, and what can be done about it."""
+    found = model.batch_invariance
+    if found.invariant:
+        remedy = ""
+    elif model.batch_invariant:
+        remedy = "; --batch-invariant keeps it the same"
+    else:
+        remedy = "; --batch-invariant would keep it the same" if found.companions is not None else ""
+    click.echo(f"Bits on this machine: {found}{remedy}.")
 
 
 def _check_installed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Literal
 
@@ -85,6 +86,27 @@ class MachineCollective(BaseModel):
     seconds: float = Field(description="What was spent on it, waiting included.")
 
 
+class MachineDifference(BaseModel):
+    """An op whose kernel gives a row other last bits in one batch than in another."""
+
+    op: str
+    node: str
+    nodes: int
+    rows: list[int] = Field(description="Numbers of rows among which a row has other bits than among many.")
+    relative: float = Field(description="The largest difference, relative to the largest element of the result.")
+
+
+class MachineBatchInvariance(BaseModel):
+    """Whether a request's bits depend on how many others run, as probed on this machine."""
+
+    enabled: bool = Field(description="Whether --batch-invariant keeps them from it.")
+    invariant: bool = Field(description="Whether they do not depend on it anyway.")
+    possible: bool = Field(description="Whether --batch-invariant can do it.")
+    chunks: bool = Field(description="Whether a prompt has the same bits however it is cut, as prefix caching does.")
+    text: str = Field(description="The same in words.")
+    differences: list[MachineDifference]
+
+
 class MachineTokens(BaseModel):
     """Tokens of prompts, and those that were generated."""
 
@@ -109,6 +131,7 @@ class MachineResponse(BaseModel):
     time: float = Field(description="Seconds since 1970.")
     uptime_seconds: float
     parallelism: Parallelism
+    batch_invariance: MachineBatchInvariance | None = Field(description="null: requests run one after another.")
     cards: list[MachineCard]
     replicas: list[MachineReplica]
     stages: list[MachineStage]
@@ -128,12 +151,25 @@ async def machine(state: State) -> MachineResponse:
         time=time.time(),
         uptime_seconds=time.monotonic() - state.started,
         parallelism=_parallelism(found.topology),
+        batch_invariance=_batch_invariance(model.kind) if isinstance(model.kind, Decoder) else None,
         cards=[MachineCard(npu=card.npu, pes=[_pe(one) for one in card.pes]) for card in found.cards],
         replicas=[_replica(one) for one in found.replicas],
         stages=_stages(found),
         collectives=_collectives(found),
         tokens=_tokens(state.metrics),
         requests=_requests(state.metrics),
+    )
+
+
+def _batch_invariance(model: Decoder) -> MachineBatchInvariance:
+    found = model.batch_invariance
+    return MachineBatchInvariance(
+        enabled=model.batch_invariant,
+        invariant=found.invariant,
+        possible=found.companions is not None,
+        chunks=found.chunks,
+        text=str(found),
+        differences=[MachineDifference(**dataclasses.asdict(one)) for one in found.differences],
     )
 
 

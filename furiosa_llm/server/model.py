@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.devices import format_pes
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
 from furiosa_llm.runtime.engine_args import EngineArgs
@@ -28,9 +29,13 @@ class Decoder:
     """A model that generates.
 
     engine: what runs its requests.
+    batch_invariance: whether its bits depend on how many requests run at once, on this machine.
+    batch_invariant: whether they are kept from doing so.
     """
 
     engine: AsyncLLMEngine
+    batch_invariance: BatchInvariance
+    batch_invariant: bool
 
     def machine(self) -> MachineSnapshot:
         """What lies on every PE, and what was done so far."""
@@ -140,7 +145,11 @@ def load_served(
     return ServedModel(
         names=shown,
         artifact=artifact,
-        kind=Decoder(engine=AsyncLLMEngine(start(plan, args))),
+        kind=Decoder(
+            engine=AsyncLLMEngine(start(plan, args)),
+            batch_invariance=plan.batch_invariance or probe_batch_invariance(artifact, mapped=args.mapped),
+            batch_invariant=args.batch_invariant,
+        ),
         max_length=plan.limits.max_length,
         max_prompt_length=plan.limits.prompt_limit,
         parallelism=_parallelism(plan.topology),

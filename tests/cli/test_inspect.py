@@ -15,6 +15,9 @@ from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.inspection import inspect_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.batch import Companions
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference, probe_batch_invariance
 from tests.cli.conftest import Cli
 from tests.tampering import edit_manifest
 
@@ -130,6 +133,41 @@ def test_names_cannot_steer_the_terminal(artifact: Path, cli: Cli) -> None:
     result = cli("inspect", artifact)
     assert "\x1b" not in result.out
     assert result.out.startswith("\\x1b[2J[bold]x\\n: decoder")
+
+
+def test_the_kernels_of_this_machine(artifact: Path, cli: Cli) -> None:
+    found = json.loads(cli("inspect", artifact, "--this-machine", "--json").out)["this_machine"]
+    assert found.keys() == {"differences", "companions", "chunks", "unprobed", "invariant"}
+    assert "this_machine" not in json.loads(cli("inspect", artifact, "--json").out)
+    rows = lines(cli("inspect", artifact, "--this-machine").out)
+    assert rows["bits here"] == str(probe_batch_invariance(open_artifact(artifact)))
+    assert rows["chunks here"].startswith("a prompt that is cut is computed ")
+    assert ("remedy" in rows) == (not found["invariant"])
+
+
+def test_what_differs_is_named(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    difference = KernelDifference(op="MatMul", node="q", nodes=2, rows=(1,), relative=2.5e-7)
+    probed = BatchInvariance(differences=(difference,), companions=Companions(lone=True), chunks=False, unprobed=())
+    asked: list[bool] = []
+
+    def probe(_: Artifact, *, mapped: bool) -> BatchInvariance:
+        asked.append(mapped)
+        return probed
+
+    monkeypatch.setattr("furiosa_llm.cli.inspect.probe_batch_invariance", probe)
+    rows = lines(cli("inspect", artifact, "--this-machine", "--mapped").out)
+    assert rows["bits here"] == str(probed)
+    assert rows["differs"] == "MatMul, 2 nodes, most in q: rows 1"
+    assert rows["remedy"] == "batch_invariant=True, --batch-invariant"
+    assert "prefix caching may change last bits" in rows["chunks here"]
+    assert asked == [True]
+
+
+def test_models_without_batches_are_not_probed(
+    artifact: Path, encoder_artifact: Path, refused: Callable[..., str]
+) -> None:
+    assert "--mapped goes with --this-machine" in refused("inspect", artifact, "--mapped")
+    assert "is an encoder, which runs one request at a time" in refused("inspect", encoder_artifact, "--this-machine")
 
 
 def test_what_is_no_artifact(tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -20,6 +20,11 @@ from fastapi import FastAPI
 
 from furiosa_llm.cli import serve as command
 from furiosa_llm.cli.refused_options import REFUSED, REFUSED_FLAGS
+from furiosa_llm.cli.serve import show_batch_invariance
+from furiosa_llm.runtime.async_engine import AsyncLLMEngine
+from furiosa_llm.runtime.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference
+from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
 from tests.cli.conftest import Cli
@@ -42,6 +47,7 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
             "replica 1, stage 1",
             "one PE of each stage, for 16 sequences of 64 tokens",
             "memory of the cards",
+            "Bits on this machine: ",
         ):
             assert words in server.output
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
@@ -52,6 +58,28 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
         assert server.wait() == 0
     assert "Traceback" not in server.output
     assert "POST /v1/completions" in server.output
+
+
+@pytest.mark.parametrize(
+    ("companions", "enabled", "end"),
+    [
+        (NO_COMPANIONS, False, "a row has the same bits alone and in every batch."),
+        (Companions(lone=True), False, "; --batch-invariant would keep it the same."),
+        (Companions(lone=True), True, "; --batch-invariant keeps it the same."),
+        (None, False, "(by 2.5e-07 of its largest element)."),
+    ],
+)
+def test_what_the_kernels_give_is_said(
+    companions: Companions | None, enabled: bool, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    difference = KernelDifference(op="MatMul", node="q", nodes=2, rows=(1,), relative=2.5e-7)
+    differences = () if companions == NO_COMPANIONS else (difference,)
+    probed = BatchInvariance(differences=differences, companions=companions, chunks=True, unprobed=())
+    engine = cast(AsyncLLMEngine, None)
+    show_batch_invariance(Decoder(engine=engine, batch_invariance=probed, batch_invariant=enabled))
+    said = capsys.readouterr().out
+    assert said.startswith("Bits on this machine: a row ")
+    assert said.endswith(f"{end}\n")
 
 
 def test_a_second_ctrl_c_does_not_wait(built: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from furiosa_llm.runtime.batch import Batch, Copy, Decode, Prefill
 from furiosa_llm.runtime.scheduler import Scheduler, SchedulerLimits
-from furiosa_llm.runtime.slots import SequenceState
+from furiosa_llm.runtime.slots import LEAST_CHUNK, SequenceState
 
 MakeScheduler = Callable[[SchedulerLimits], Scheduler]
 
@@ -45,11 +45,15 @@ class Client:
     """How often it was answered or aborted; once, in the end."""
 
 
+Position = tuple[int, bool]
+"""A token in a slot, and whether it was computed alone: in a batch that has one token of its sequence."""
+
+
 class SlotStore:
-    """The tokens in every slot: what a runner's KV would be computed from."""
+    """The tokens in every slot: what a runner's KV would be computed from, and how."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
-        self.slots: list[list[list[int]]] = [
+        self.slots: list[list[list[Position]]] = [
             [[] for _ in range(limits.slots_per_group)] for _ in range(limits.num_groups)
         ]
 
@@ -64,15 +68,15 @@ class SlotStore:
             self._write(slots, index, row.start, (row.token,))
 
     @staticmethod
-    def _copy(slots: list[list[int]], copy: Copy) -> None:
+    def _copy(slots: list[list[Position]], copy: Copy) -> None:
         expect(copy.source != copy.target, f"{copy} copies a slot to itself")
         expect(0 < copy.length <= len(slots[copy.source]), f"{copy} of a slot that has {len(slots[copy.source])}")
         slots[copy.target] = slots[copy.source][: copy.length]
 
     @staticmethod
-    def _write(slots: list[list[int]], slot: int, start: int, tokens: tuple[int, ...]) -> None:
+    def _write(slots: list[list[Position]], slot: int, start: int, tokens: tuple[int, ...]) -> None:
         expect(start <= len(slots[slot]), f"slot {slot} has {len(slots[slot])} tokens, and {start} are built on")
-        slots[slot] = slots[slot][:start] + list(tokens)
+        slots[slot] = slots[slot][:start] + [(token, len(tokens) == 1) for token in tokens]
 
 
 class Machine:
@@ -134,7 +138,7 @@ class Machine:
             prompt = self.random.choice(list(self.clients.values())).prompt
         if self.left and self.random.random() < 0.2:
             prompt = tuple(self.random.choice(self.left).tokens) + self._random_tokens(2)
-        prompt = prompt[: self.random.choice([limit - 1, limit // 2])] or (0,)
+        prompt = prompt[: self.random.choice([limit - 1, limit - 1, limit // 2, 1 + limit // 20])] or (0,)
         client = Client(
             sequence_id=self.next_id,
             prompt=prompt,
@@ -227,12 +231,18 @@ class Machine:
         expect(self.restarts <= self.scheduler.num_preemptions, "a sequence starts again that was not preempted")
         end = batch.start + len(batch.tokens)
         expect(list(batch.tokens) == client.tokens[batch.start : end], "other tokens than the sequence's")
+        if self.limits.prefill_chunk_size > LEAST_CHUNK and not self._is_replay(client, batch):
+            expect(len(batch.tokens) >= LEAST_CHUNK or batch.start == 0, f"a single token behind {batch.start}")
         client.stepped, client.group = end, batch.group
         if batch.logits == "all":
             client.delivered += range(batch.start, end)
             expect(client.prompt_logits and end <= len(client.prompt), "logits behind tokens that are not the prompt's")
         else:
             expect((batch.logits == "last") == (end == len(client.tokens)), f"{batch.logits} of the logits")
+
+    def _is_replay(self, client: Client, batch: Prefill) -> bool:
+        """Whether the batch has one of the tokens that the sequence generated, and no more."""
+        return self.limits.batch_invariant and len(client.prompt) <= batch.start == batch.start + len(batch.tokens) - 1
 
     def _check_order(self, client: Client) -> None:
         """First come, first served: at most one earlier sequence for each other group may be about to start."""
@@ -309,7 +319,17 @@ class Machine:
         for sequence_id, index in seats.items():
             client = self.clients.get(sequence_id)
             if client is not None:
-                expect(slots[index] == client.tokens[: client.stepped], f"slot {index} is not sequence {sequence_id}")
+                found = [token for token, _ in slots[index]]
+                expect(found == client.tokens[: client.stepped], f"slot {index} is not sequence {sequence_id}")
+                if self.limits.batch_invariant:
+                    self._check_steps(client, [alone for _, alone in slots[index]])
+
+    def _check_steps(self, client: Client, alone: list[bool]) -> None:
+        """Each token was computed as it is if nobody else is served: the prompt in chunks, the others one by one."""
+        length = len(client.prompt)
+        expect(all(alone[length:]), f"generated tokens of sequence {client.sequence_id} were computed together")
+        if length >= LEAST_CHUNK < self.limits.prefill_chunk_size:
+            expect(not any(alone[:length]), f"a token of the prompt of sequence {client.sequence_id} came alone")
 
     def check_accounts(self) -> None:
         """Pages are those of the sequences that run and of what free slots keep, neither more nor fewer."""
@@ -371,7 +391,7 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
     page_size = rng.choice([1, 2, 3, 4, 8, 16])
     max_length = rng.choice([3, 12, 40, 64, 64])
     least = -(-max_length // page_size)
-    return SchedulerLimits(
+    limits = SchedulerLimits(
         num_groups=rng.choice([1, 1, 2, 3]),
         slots_per_group=rng.choice([1, 2, 3, 4, 6]),
         num_pages=rng.choice([max(1, least - 1), least, least + 1, 3 * least // 2, 2 * least, 3 * least, 20 * least]),
@@ -380,6 +400,8 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
         prefill_chunk_size=rng.choice([1, 3, 7, 16, 64]),
         prefix_caching=rng.random() < 0.8,
     )
+    bits_matter = rng.random() < 0.4 and (limits.prefill_chunk_size > LEAST_CHUNK or not limits.prefix_caching)
+    return replace(limits, batch_invariant=bits_matter)
 
 
 def run_trace(seed: int, make: MakeScheduler = Scheduler) -> Machine:

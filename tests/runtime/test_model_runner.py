@@ -19,7 +19,17 @@ from furiosa_llm.runtime import Executor, states
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.batch import Copy, Decode, Prefill, Row, Runner, WantedLogits
+from furiosa_llm.runtime.batch import (
+    NO_COMPANIONS,
+    Companions,
+    Copy,
+    Decode,
+    Prefill,
+    Row,
+    Runner,
+    WantedLogits,
+)
+from furiosa_llm.runtime.batch_invariance import probe_batch_invariance
 from furiosa_llm.runtime.decoder import DecoderSession
 from furiosa_llm.runtime.driver import Body
 from furiosa_llm.runtime.errors import ExecutionError, InputError
@@ -27,6 +37,7 @@ from furiosa_llm.runtime.loading import Traits
 from furiosa_llm.runtime.memory import Block
 from furiosa_llm.runtime.model_runner import Host, LocalRunner
 from furiosa_llm.runtime.reference import ReferenceModel
+from furiosa_llm.runtime.slots import cut
 from furiosa_llm.runtime.stages import choose_stages
 from furiosa_llm.runtime.states import CAPACITY_STEP
 from furiosa_llm.runtime.steps import steps_of
@@ -73,10 +84,9 @@ ROWS = {
 The exporter of Gemma counts positions from the cache's size, that of Mistral cuts the cache to its window.
 """
 
-OTHER_KERNELS = {"tiny-gptoss-genai-fp32-fullkv": 5e-6}
-"""Models with products whose right operand is not packed ahead: experts. onnxruntime multiplies one row by another
-kernel than several, which adds in another order. See docs/determinism.md.
-"""
+APART = 1e-5
+"""How far a row alone and the same row in a batch may be apart, relative to the largest logit, where kernels add in
+another order: docs/determinism.md has what was measured, 4e-7 at most."""
 
 
 @dataclass
@@ -102,11 +112,12 @@ def prefill(
     copies: Sequence[Copy] = (),
     wanted: WantedLogits = "last",
 ) -> Array:
-    """Runs the tokens of `one` that are not in its slot, in chunks of two tokens or more; returns the last logits."""
+    """Runs the tokens of `one` that are not in its slot, cut as the scheduler cuts them; returns the last logits."""
     found = np.empty((0, 0))
-    stops = [*range(one.stepped + chunk, len(one.tokens) - 1, chunk), len(one.tokens)]
-    for stop in stops:
-        last = stop == stops[-1]
+    last = False
+    while not last:
+        stop = cut(one.stepped, chunk, len(one.tokens))
+        last = stop == len(one.tokens)
         batch = Prefill(
             group=group,
             copies=tuple(copies),
@@ -171,9 +182,10 @@ def alone(artifact: Artifact, prompts: Sequence[Sequence[int]], steps: int) -> l
 
 @contextmanager
 def runner_of(
-    artifact: Artifact, *, stages: int = 1, threads: int = 1, slots: int = 4
+    artifact: Artifact, *, stages: int = 1, threads: int = 1, slots: int = 4, companions: Companions = NO_COMPANIONS
 ) -> Iterator[tuple[Host, LocalRunner]]:
-    with Host(artifact, choose_stages(artifact, pipeline_parallel_size=stages), threads=threads) as host:
+    placed = choose_stages(artifact, pipeline_parallel_size=stages)
+    with Host(artifact, placed, threads=threads, companions=companions) as host:
         runner = host.runner(slots_per_group=slots)
         try:
             yield host, runner
@@ -213,21 +225,34 @@ def expected(artifact: Artifact) -> list[list[Array]]:
 def test_the_zoo_in_stages_chunks_and_batches_gives_the_bits_of_sequences_alone(
     name: str, zoo_artifact: ZooArtifact
 ) -> None:
-    """Each rank in a graph of its own, against all ranks in one graph."""
+    """Each rank in a graph of its own, against all ranks in one graph.
+
+    Where this machine's kernels give a row other bits in a batch, with the companions that make them the same. Where
+    they give a token others in a chunk, with whole prompts. Otherwise they are nearly the same.
+    """
     artifact = zoo_artifact(name)
     vocabulary = min(artifact.manifest.model.vocab_size or 90, 90)
     prompts = random_prompts([5, 9, 3], vocabulary)
+    probed = probe_batch_invariance(artifact)
+    assert probed.companions is not None, str(probed)
+    chunk = 3 if probed.chunks else 1000
     reference = alone(artifact, prompts, 4)
     with runner_of(artifact, stages=2, threads=4) as (host, runner):
         assert (host.model.traits.rows, host.model.traits.selects) == (ROWS[name], True)
         found = serve(runner, prompts, 4, chunk=3)
-    if name not in OTHER_KERNELS:
-        assert same_bits(found, reference)
-        return
-    assert not same_bits(found, reference), "the kernels are the same by now: remove the model from the table"
+        if probed.invariant:
+            assert same_bits(serve(runner, prompts, 4, chunk=chunk), reference)
     for ours, theirs in zip(found, reference, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=OTHER_KERNELS[name])
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=APART * np.abs(theirs).max())
         assert [row.argmax() for row in ours] == [row.argmax() for row in theirs]
+    if probed.invariant:
+        return
+    singly: list[list[Array]] = []
+    for prompt in prompts:
+        with runner_of(artifact, companions=probed.companions) as (_, runner):
+            singly += serve(runner, [prompt], 4)
+    with runner_of(artifact, stages=2, threads=4, companions=probed.companions) as (_, runner):
+        assert same_bits(serve(runner, prompts, 4, chunk=chunk), singly)
 
 
 def test_every_decoder_of_the_zoo_is_in_the_table(zoo: Path) -> None:
@@ -243,7 +268,8 @@ def test_stages_threads_and_chunks_do_not_change_a_bit(
     with runner_of(artifact, stages=stages, threads=threads) as (_, runner):
         assert runner.num_groups == stages
         assert same_bits(serve(runner, PROMPTS, 5), expected)
-        assert same_bits(serve(runner, PROMPTS, 5, chunk=2, group=stages - 1), expected)
+        if probe_batch_invariance(artifact).chunks:
+            assert same_bits(serve(runner, PROMPTS, 5, chunk=3, group=stages - 1), expected)
 
 
 @pytest.mark.parametrize("mode", ["in_place", "append"])
@@ -283,8 +309,9 @@ def test_logits_of_no_the_last_and_all_tokens(artifact: Artifact) -> None:
         for length in range(1, 8):
             last = prefill(runner, Stepped(2, prompt[:length]))
             assert last.shape == (1, SIZE.vocab)
-            if length > 1:
+            if length > 1 and probe_batch_invariance(artifact).chunks:
                 assert np.array_equal(last[0], everything[length - 1])
+            np.testing.assert_allclose(last[0], everything[length - 1], rtol=0, atol=1e-5)
 
 
 def test_logits_of_a_program_that_makes_all_of_them(tmp_path: Path) -> None:

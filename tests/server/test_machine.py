@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
+from furiosa_llm.runtime.batch import Companions
+from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.machine import MachineSnapshot
 from furiosa_llm.server.machine_metrics import BusyShares, watch
+from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, load, serving, wait_for
 
 KEYS = {
     "": {
         *("model", "task", "version", "time", "uptime_seconds", "parallelism", "cards", "replicas", "stages"),
-        *("collectives", "tokens", "requests"),
+        *("collectives", "tokens", "requests", "batch_invariance"),
     },
     "parallelism": {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "devices"},
     "pes": {"pe", "replica", "stage", "rank", "memory_nbytes", "weights_nbytes", "kv_nbytes", "kv_used_nbytes"},
@@ -50,6 +54,24 @@ def machine(url: str) -> dict[str, Any]:
         assert [one["pe"] for one in card["pes"]] == list(range(8))
         assert all(set(one) == KEYS["pes"] for one in card["pes"])
     return found
+
+
+def test_what_was_probed(artifact: Path) -> None:
+    """What another machine's kernels would give, with what the engine does about it."""
+    difference = KernelDifference(op="MatMul", node="q", nodes=2, rows=(1,), relative=2.5e-7)
+    model = load(artifact, batch_invariant=True)
+    assert isinstance(model.kind, Decoder)
+    probed = BatchInvariance(differences=(difference,), companions=Companions(lone=True), chunks=False, unprobed=())
+    kind = dataclasses.replace(model.kind, batch_invariance=probed)
+    with serving(dataclasses.replace(model, kind=kind), ServerSettings()) as url:
+        assert machine(url)["batch_invariance"] == {
+            "enabled": True,
+            "invariant": False,
+            "possible": True,
+            "chunks": False,
+            "text": "a row alone has other last bits than in a batch: MatMul (by 2.5e-07 of its largest element)",
+            "differences": [{"op": "MatMul", "node": "q", "nodes": 2, "rows": [1], "relative": 2.5e-07}],
+        }
 
 
 def families(url: str) -> dict[str, Metric]:
@@ -80,6 +102,9 @@ def test_a_decoder(artifact: Path) -> None:
             "data_parallel_size": 2,
             "devices": "npu:0,npu:2",
         }
+        assert before["batch_invariance"]["enabled"] is False
+        assert before["batch_invariance"]["possible"] is True
+        assert before["batch_invariance"]["invariant"] == (before["batch_invariance"]["differences"] == [])
         assert before["tokens"] == {"prompt": 0, "generation": 0}
         client.completions.create(model=NAME, prompt=[5] * 40, max_tokens=7, extra_body={"ignore_eos": True})
         with pytest.raises(openai.BadRequestError, match="maximum input context length"):
@@ -170,7 +195,7 @@ def test_an_encoder(encoder_artifact: Path) -> None:
         with pytest.raises(openai.BadRequestError, match="takes at most 512"):
             client.embeddings.create(model=name, input=[[5] * 10_000])
         found, metrics = machine(url), families(url)
-    assert (found["model"], found["task"]) == (name, "encoder")
+    assert (found["model"], found["task"], found["batch_invariance"]) == (name, "encoder", None)
     assert found["parallelism"]["devices"] == "npu:0:0-3"
     [card] = found["cards"]
     assert [one["rank"] for one in card["pes"]] == [0, 1, 2, 3, None, None, None, None]
