@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from furiosa_llm import LLM, ArtifactBuilder, SamplingParams
+from furiosa_llm import LLM, SamplingParams
+from tests.artifacts import artifact_of
 from tests.server.process import started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,16 +18,8 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 
 @pytest.fixture(scope="module")
-def artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("examples")
-    source = zoo / "tiny-llama-optimum"
-    model = folder / "model"
-    model.mkdir()
-    for file in source.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    ArtifactBuilder(model / "model.onnx", tensor_parallel_size=4).build(folder / "artifact")
-    return folder / "artifact"
+def artifact() -> Path:
+    return artifact_of("tiny-llama-optimum", beside={"chat_template.jinja": TEMPLATE})
 
 
 def run(name: str, *arguments: object) -> list[str]:
@@ -85,11 +77,8 @@ def test_parallel(artifact: Path) -> None:
     assert "\n".join(lines[2:]) == "\n".join(f"{one.prompt!r} -> {one.outputs[0].text!r}" for one in outputs)
 
 
-def test_embeddings(zoo: Path, tmp_path: Path) -> None:
-    shutil.copytree(zoo / "tiny-bert-optimum", tmp_path / "model")
-    shutil.copy(zoo / "tiny-llama-optimum" / "tokenizer.json", tmp_path / "model")
-    ArtifactBuilder(tmp_path / "model" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
-    same, *others = (line.split()[0] for line in run("embeddings.py", tmp_path / "artifact"))
+def test_embeddings(encoder_artifact: Path) -> None:
+    same, *others = (line.split()[0] for line in run("embeddings.py", encoder_artifact))
     assert same == "1.000"
     assert [float(cosine) < 1 for cosine in others] == [True, True]
 

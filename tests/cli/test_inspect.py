@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.inspection import inspect_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 from tests.tampering import edit_manifest
 
@@ -56,9 +56,8 @@ def test_one_screen(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     assert rows["verification"] == "none; run `furiosa-llm verify`"
 
 
-def test_padding_and_what_is_replicated(zoo: Path, tmp_path: Path, cli: Cli) -> None:
-    ArtifactBuilder(zoo / "tiny-llama-9-3-optimum" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
-    rows = lines(cli("inspect", tmp_path / "artifact").out)
+def test_padding_and_what_is_replicated(cli: Cli) -> None:
+    rows = lines(cli("inspect", artifact_of("tiny-llama-9-3-optimum")).out)
     assert "of them padding" in rows["stored, all PEs"]
     assert "padded to 4" in rows["split"]
 

@@ -34,12 +34,12 @@ from pathlib import Path
 
 import numpy as np
 
-from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh, global_size, index_map
 from furiosa_llm.runtime.artifact.manifest import Manifest, OriginalInitializer
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from tests.artifacts import artifact_of
 from tests.runtime.artifact_damage import DAMAGES
 from tests.runtime.models import LlamaSize, llama, mlp
 
@@ -76,10 +76,9 @@ def small(folder: Path) -> object:
 
 def built(name: str) -> Callable[[Path], object]:
     """A model of the zoo over 4 PEs."""
-    return lambda folder: ArtifactBuilder(ZOO / name / "model.onnx").build(folder)
+    return lambda folder: shutil.copytree(artifact_of(name), folder)
 
 
-ZOO = Path(__file__).resolve().parents[2] / "fixtures" / "zoo"
 MODELS: Mapping[str, Callable[[Path], object]] = {
     "small": small,
     "decoder": lambda folder: llama(Mesh((2, 2)), LlamaSize(layers=1, vocab=32, max_length=8)).write(folder),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm.runtime.artifact import files, parse, reader
-from tests.conftest import ROOT
+from tests.artifacts import ROOT
 from tests.runtime import fuzz_artifact
 from tests.runtime.fuzz_artifact import Fuzzer, Result, campaign
 

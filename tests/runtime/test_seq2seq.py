@@ -23,6 +23,7 @@ from furiosa_llm.runtime.errors import (
 )
 from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.seq2seq import Seq2Seq
+from tests.artifacts import artifact_of
 from tests.runtime.bracketed import bracketed_tokenizer
 from tests.runtime.seq2seq_reference import CachedReference, WholeReference, generate
 
@@ -37,11 +38,8 @@ def t5(zoo: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(t5: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    folder = tmp_path_factory.mktemp("t5")
-    for size in (4, 8):
-        ArtifactBuilder(t5, tensor_parallel_size=size).build(folder / str(size))
-    return {size: folder / str(size) for size in (4, 8)}
+def built() -> dict[int, Path]:
+    return {size: artifact_of("tiny-t5-optimum", size) for size in (4, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +218,9 @@ def test_the_models_limits(t5: Path, tmp_path: Path) -> None:
 
 
 def test_a_part_is_not_loaded_for_the_whole(built: dict[int, Path]) -> None:
-    with pytest.raises(UnsupportedError, match=r"4/decoder is a part of the encoder-decoder in .*4; load that one"):
+    with pytest.raises(
+        UnsupportedError, match=r"artifact/decoder is a part of the encoder-decoder in .*artifact; load that one"
+    ):
         LLM.load_artifact(built[4] / "decoder")
 
 
