@@ -26,6 +26,7 @@ from tests.builder.conftest import Built
 from tests.builder.graphs import model, random
 from tests.builder.parity import DECODE, PREFILL, feeds_of
 from tests.builder.stitching import Array, SplitModel, session, stitch
+from tests.tiers import tiered
 
 MODELS = [
     "tiny-llama-optimum",
@@ -41,6 +42,12 @@ MODELS = [
     "tiny-llama-genai-int8",
     "tiny-mixtral-dynamo-tf5",
 ]
+FAST = {
+    *(("tiny-llama-optimum", 4), ("tiny-qwen2-14-2-optimum", 8), ("tiny-llama-9-3-optimum", 8)),
+    *(("tiny-phi3-optimum", 8), ("tiny-bert-optimum", 4), ("tiny-llama-genai-fp16-cuda", 4)),
+    *(("tiny-llama-genai-int4", 4), ("tiny-llama-genai-int4-qdq", 8), ("tiny-mixtral-dynamo-tf5", 4)),
+}
+ROWS = tiered([(name, tp) for name in MODELS for tp in (4, 8)], FAST)
 
 
 def build(path: Path, tp: int, folder: Path) -> tuple[BuildReport, Artifact]:
@@ -90,8 +97,7 @@ def bits(array: Array) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "tp"), ROWS)
 def test_every_initializer_is_there_bit_for_bit(name: str, tp: int, built: Built, zoo: Path) -> None:
     _, artifact = built(name, tp)
     originals = {i.name: i for i in onnx.load(zoo / name / "model.onnx").graph.initializer}
@@ -112,7 +118,7 @@ def test_every_initializer_is_there_bit_for_bit(name: str, tp: int, built: Built
         assert bits(found) == bits(expected.numpy()), initializer_name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, {name for name, tp in FAST if tp == 4}))
 def test_source_is_the_original_graph(name: str, built: Built, zoo: Path) -> None:
     _, artifact = built(name, 4)
     source = onnx.load(artifact.folder / "source.onnx", load_external_data=False)
@@ -121,8 +127,7 @@ def test_source_is_the_original_graph(name: str, built: Built, zoo: Path) -> Non
     assert source == original
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "tp"), ROWS)
 def test_nothing_is_stored_twice(name: str, tp: int, built: Built) -> None:
     """2 % for what every layer repeats; and padding, which is declared."""
     report, artifact = built(name, tp)
@@ -357,7 +362,7 @@ def test_a_weight_in_two_layouts(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, {name for name, tp in FAST if tp == 8}))
 def test_programs_pass_the_checker(name: str, built: Built, tmp_path: Path) -> None:
     """The collectives' domain is declared, and the weights are where ONNX says that external data may be.
 

@@ -23,9 +23,8 @@ from tests.builder.plans import prepare, prepare_proto, random_assignment
 from tests.builder.produced import produced
 from tests.builder.proofs import assignments
 from tests.builder.test_partial_sums import PASSES, STOPS
-from tests.builder.test_zoo import MODELS
-
-ARTIFACTS = [(row.path, tp) for row in MODELS for tp in (4, 8)]
+from tests.builder.test_zoo import ROWS
+from tests.tiers import MECHANISMS, tiered
 
 Make = Callable[[], onnx.ModelProto]
 SMALL: dict[str, Make] = {case.name: case.model for case in CASES}
@@ -40,7 +39,7 @@ def check(subject: Subject) -> None:
     assert check_program(subject.program, subject.manifest, subject.constants).faults == ()
 
 
-@pytest.mark.parametrize(("path", "tp"), ARTIFACTS, ids=[f"{path.replace('/', '-')}-{tp}" for path, tp in ARTIFACTS])
+@pytest.mark.parametrize(("path", "tp"), tiered(ROWS, MECHANISMS))
 def test_no_artifact_of_the_zoo_has_a_fault(path: str, tp: int, built: Built) -> None:
     _, artifact = built(path, tp)
     report = prove(artifact.folder)
