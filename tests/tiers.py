@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import TypeVar
 
 import pytest
 from _pytest.mark import ParameterSet
-
-Row = TypeVar("Row", str, tuple[str, int])
 
 MECHANISMS: dict[tuple[str, int], str] = {
     ("tiny-llama-optimum", 4): "attention that was fused",
@@ -35,15 +32,11 @@ MECHANISMS: dict[tuple[str, int], str] = {
 """The rows of the zoo that `make test` runs from end to end, model and PEs, and what each has that no other has."""
 
 
-def tiered(rows: Iterable[Row], fast: Collection[Row]) -> list[ParameterSet]:
-    """Parameters of a test, of which those not in `fast` are slow; a tuple has several parameters."""
-    rows = list(rows)
-    assert set(fast) <= set(rows), f"no rows: {set(fast) - set(rows)}"
+def tiered(rows: Iterable[object], fast: Collection[object]) -> list[ParameterSet]:
+    """Parameters of a test, of which those not in `fast` are slow; a row that is a tuple has several."""
+    values = {row: row if isinstance(row, tuple) else (row,) for row in rows}
+    assert set(fast) <= values.keys(), f"no rows: {set(fast) - values.keys()}"
     return [
-        pytest.param(
-            *(row if isinstance(row, tuple) else (row,)),
-            id="-".join(map(str, row)) if isinstance(row, tuple) else row,
-            marks=() if row in fast else pytest.mark.slow,
-        )
-        for row in rows
+        pytest.param(*row, id="-".join(map(str, row)), marks=() if key in fast else pytest.mark.slow)
+        for key, row in values.items()
     ]
