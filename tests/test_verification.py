@@ -27,6 +27,7 @@ from furiosa_llm.verification import ParityOptions, verify_artifact
 from tests.artifacts import artifact_of
 from tests.runtime.test_verify import image, save
 from tests.tampering import alter_tensor, flip_bit, reseal
+from tests.tiers import tiered
 
 LLAMA, UNEVEN, BERT = "tiny-llama-optimum", "tiny-llama-9-3-optimum", "tiny-bert-optimum"
 FEW = ParityOptions(max_tokens=2, prompts=("hello",), threads=1)
@@ -66,15 +67,18 @@ def faults(record: Verification, name: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("model", "size"),
-    [
-        (LLAMA, 8),
-        (UNEVEN, 4),
-        (BERT, 4),
-        ("tiny-phi3-optimum", 8),  # packed weights in parts
-        ("tiny-llama-genai-int4", 4),
-        ("tiny-llama-tied-genai-int4-shared", 8),
-        ("tiny-llama-genai-fp16-cuda", 4),
-    ],
+    tiered(
+        [
+            (LLAMA, 8),
+            (UNEVEN, 4),
+            (BERT, 4),
+            ("tiny-phi3-optimum", 8),  # packed weights in parts
+            ("tiny-llama-genai-int4", 4),
+            ("tiny-llama-tied-genai-int4-shared", 8),
+            ("tiny-llama-genai-fp16-cuda", 4),
+        ],
+        [(BERT, 4), ("tiny-phi3-optimum", 8), ("tiny-llama-genai-int4", 4)],
+    ),
 )
 def test_a_sound_artifact_passes_everything(model: str, size: int, build: Build, zoo: Path) -> None:
     folder = build(model, size)

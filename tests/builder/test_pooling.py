@@ -15,6 +15,7 @@ from furiosa_llm.builder.pooling import pooling_json
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.pooling import Pooling, parse_pooling, pooling_of
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.artifacts import artifact_of
 
 TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
 POOLING = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
@@ -82,8 +83,7 @@ def test_builds_carry_it(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "pooling.json").write_bytes(Pooling(pooling="last").to_bytes())
     ArtifactBuilder(model).build(tmp_path / "own")
     assert pooling_of(open_artifact(tmp_path / "own")) == Pooling(pooling="last")
-    ArtifactBuilder(zoo / "tiny-bert-optimum" / "model.onnx").build(tmp_path / "none")
-    assert pooling_of(open_artifact(tmp_path / "none")) == Pooling(pooling="mean", normalize=True)
+    assert pooling_of(open_artifact(artifact_of("tiny-bert-optimum"))) == Pooling(pooling="mean", normalize=True)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
+import math
 import multiprocessing
 import random
 import resource
@@ -226,6 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Damage artifacts, open them, and look for anything but refusal.")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--cases", type=int, help="end after so many, however long they take")
     parser.add_argument("--case", type=int, help="this case only")
     arguments = parser.parse_args()
     kinds, findings = collections.Counter[str](), 0
@@ -234,7 +237,8 @@ def main() -> int:
             result = Fuzzer(Path(folder)).case(arguments.case)
         sys.stdout.write(f"{json.dumps(dataclasses.asdict(result), indent=1)}\n")
         return 1 if result.finding else 0
-    for result in campaign(arguments.seconds, arguments.seed):
+    seconds = arguments.seconds if arguments.cases is None else math.inf
+    for result in itertools.islice(campaign(seconds, arguments.seed), arguments.cases):
         kinds[result.kind] += 1
         findings += result.finding is not None
         if result.finding is not None:

@@ -23,6 +23,7 @@ from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.process_runner import ProcessHost, ProcessRunner
 from furiosa_llm.runtime.stages import Stage, choose_stages
 from tests.runtime.models import LlamaSize, llama, mlp
+from tests.tiers import tiered
 
 SIZE = LlamaSize()
 PROMPTS = ((3, 1, 4), (1, 5, 9, 2, 6), (5,))
@@ -71,7 +72,7 @@ def runner(artifact: Artifact) -> Iterator[ProcessRunner]:
         made.close()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", tiered([1, 2, 4], [2]))
 def test_processes_give_the_bits_of_threads(workers: int, artifact: Artifact) -> None:
     with Host(artifact, stages_of(artifact), threads=2) as threads:
         local = threads.runner(slots_per_group=4)

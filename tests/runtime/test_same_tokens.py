@@ -21,6 +21,7 @@ from tests.runtime.same_tokens import (
     every_setting,
     unsplit_answers,
 )
+from tests.tiers import tiered
 
 TOKENIZER = "tiny-llama-genai-fp32"
 SETTINGS = _table(
@@ -34,7 +35,13 @@ SETTINGS = _table(
 VOCAB = 1000
 
 
-@pytest.fixture(scope="module", params=["tiny-llama-genai-fp32", "tiny-gemma-optimum", "tiny-mistral-dynamo-tf5"])
+@pytest.fixture(
+    scope="module",
+    params=tiered(
+        ["tiny-llama-genai-fp32", "tiny-gemma-optimum", "tiny-mistral-dynamo-tf5"],
+        ["tiny-llama-genai-fp32", "tiny-mistral-dynamo-tf5"],
+    ),
+)
 def model(request: pytest.FixtureRequest, zoo: Path) -> tuple[Path, list[Answered]]:
     """An artifact, and what the model it was made of answers."""
     source = zoo / request.param / "model.onnx"
@@ -46,7 +53,7 @@ def model(request: pytest.FixtureRequest, zoo: Path) -> tuple[Path, list[Answere
     )  # the decoder that the answers come from is not told of windows: one is of 64
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", tiered(SETTINGS, SETTINGS[1:3]))
 def test_tokens_are_the_unsplit_models(setting: Setting, model: tuple[Path, list[Answered]], zoo: Path) -> None:
     folder, expected = model
     if any(state.mode == "append" for state in open_artifact(folder).manifest.states):

@@ -26,6 +26,7 @@ from furiosa_llm.runtime.seq2seq import Seq2Seq
 from tests.artifacts import artifact_of
 from tests.runtime.bracketed import bracketed_tokenizer
 from tests.runtime.seq2seq_reference import CachedReference, WholeReference, generate
+from tests.tiers import tiered
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 START = 0
@@ -59,7 +60,7 @@ def prompts() -> list[list[int]]:
     return [random.integers(3, 1024, length).tolist() for length in LENGTHS]
 
 
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", tiered([4, 8], [8]))
 def test_greedy_tokens_are_those_of_the_unsplit_model(
     size: int, built: dict[int, Path], reference: CachedReference, prompts: list[list[int]]
 ) -> None:
@@ -72,7 +73,7 @@ def test_greedy_tokens_are_those_of_the_unsplit_model(
     assert {one.outputs[0].finish_reason for one in found} == {"length"}
 
 
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", tiered([4, 8], [4]))
 def test_logits_are_those_of_the_unsplit_model(
     size: int, built: dict[int, Path], reference: CachedReference, prompts: list[list[int]]
 ) -> None:
@@ -86,7 +87,7 @@ def test_logits_are_those_of_the_unsplit_model(
                 np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("size", tiered([4, 8], [4]))
 def test_a_decoder_without_a_past_gives_the_same_tokens(
     size: int, t5: Path, tmp_path: Path, reference: CachedReference, prompts: list[list[int]]
 ) -> None:
