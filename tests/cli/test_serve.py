@@ -55,6 +55,7 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
     assert "POST /v1/completions" in server.output
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(built: Path) -> None:
     with started(built, "--max-model-len", 512, "--shutdown-timeout", 600) as server:
         wanted = body(500, n=16, stream=True)

@@ -116,7 +116,7 @@ def dims(depth: int = 2) -> st.SearchStrategy[Dim]:
 
 
 @given(dims())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100)
 def test_runs_are_the_index_map(dim: Dim) -> None:
     for rank in range(MESH.size):
         extent = extent_of(dim, MESH, rank)

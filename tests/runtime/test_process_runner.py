@@ -98,7 +98,7 @@ def test_a_killed_process_is_noticed_at_once(runner: ProcessRunner) -> None:
 
     runner.watch(on_failure)
     os.kill(runner.process_ids[1], signal.SIGKILL)
-    assert noticed.wait(5)
+    assert noticed.wait(DEADLINE)
     assert isinstance(failures[0], WorkerError)
     runner.watch(on_failure)
     runner.close()
@@ -116,7 +116,7 @@ def test_what_is_under_way_fails_when_a_process_is_killed(runner: ProcessRunner)
     assert "last collective done: none" in runner.progress()
     os.kill(runner.process_ids[0], signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"worker 0, .* has ended by SIGKILL"):
-        future.result(5)
+        future.result(DEADLINE)
 
 
 def test_no_process_is_left_behind(artifact: Artifact) -> None:
@@ -148,7 +148,7 @@ def test_workers_end_with_their_parent(artifact: Artifact) -> None:
         ids = [int(word) for word in parent.stdout.readline().split()]
         parent.kill()
     assert len(ids) == 2
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + DEADLINE
     while any(Path(f"/proc/{pid}/exe").exists() for pid in ids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in ids)
