@@ -131,6 +131,7 @@ def test_options_about_one_graph(options: Any, name: str, t5: Path) -> None:
         ArtifactBuilder(t5, **options)
 
 
+@pytest.mark.slow
 def test_the_current_folder_has_a_name(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copy)
     ArtifactBuilder(".").build(tmp_path / "artifact")

@@ -156,6 +156,7 @@ def test_embed_prints_a_line_for_each_text(zoo: Path, tmp_path: Path, cli: Cli, 
     assert "no tokenizer.json" in refused("embed", artifact, "--text", "hello")
 
 
+@pytest.mark.slow
 def test_the_documentation_s_commands(tmp_path: Path, zoo: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
