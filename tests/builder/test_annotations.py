@@ -51,7 +51,7 @@ MODELS = (
     "tiny-mixtral-dynamo-tf5",
     "tiny-llama-9-3-optimum",
 )
-FAST = ("tiny-llama-genai-fp32", "tiny-mixtral-dynamo-tf5", "tiny-llama-9-3-optimum")
+FAST = ("tiny-llama-genai-fp32", "tiny-llama-9-3-optimum")
 DECODE = SizeSet(batch=2, sequence=1, past=9, encoder=6, others=(3, 5, 7, 11))
 
 

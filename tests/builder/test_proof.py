@@ -31,7 +31,7 @@ from tests.tiers import MECHANISMS, tiered
 Make = Callable[[], onnx.ModelProto]
 SMALL: dict[str, Make] = {case.name: case.model for case in CASES}
 SMALL |= {f"partial sum, {name}": case.model for name, case in {**PASSES, **STOPS}.items()}
-PLANS = 3
+PLANS = 2
 """Assignments of each small model."""
 
 RANDOM = ("tiny-qwen2-14-2-optimum", "tiny-gpt2-dynamo-tf5", "tiny-llama-genai-int4", "tiny-bloom-optimum")
@@ -72,7 +72,7 @@ def test_no_rule_gives_a_fault(name: str) -> None:
         check(subject)
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", tiered(RANDOM, RANDOM[:1]))
 def test_no_random_plan_has_a_fault(name: str) -> None:
     prepared = prepare(ZOO / name / "model.onnx")
     leaves = candidates(prepared.analysis, prepared.states)

@@ -26,9 +26,9 @@ from tests.builder.test_mutations import padded_quotient
 
 ARTIFACTS = [
     ("tiny-llama-optimum", 4),
-    ("tiny-qwen2-14-2-optimum", 4),
+    ("tiny-qwen2-14-2-optimum", 8),
     ("tiny-gptoss-genai-fp32-fullkv", 4),
-    ("tiny-qwen2-genai-int4", 4),
+    ("tiny-llama-genai-int4", 4),
     ("tiny-llama-genai-int4-qdq", 8),
     ("tiny-gpt2-optimum", 4),
     ("tiny-t5-optimum/decoder_with_past_model.onnx", 4),

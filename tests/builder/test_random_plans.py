@@ -5,7 +5,7 @@ import pytest
 from tests.builder.fuzz_plans import campaign, zoo_models
 
 FAST = (
-    *("tiny-llama-9-3-optimum/model.onnx", "tiny-phi3-optimum/model.onnx", "tiny-mixtral-dynamo-tf5/model.onnx"),
+    *("tiny-llama-9-3-optimum/model.onnx", "tiny-phi3-optimum/model.onnx"),
     *("tiny-llama-genai-int4/model.onnx", "tiny-t5-optimum/decoder_with_past_model.onnx"),
 )
 """Models of which `make test` tries a few plans; `make test-all` tries more, of every model."""

@@ -111,7 +111,8 @@ def answers(engine: LLMEngine, count: int) -> list[list[int]]:
     return [outputs[number].outputs[0].token_ids for number in range(count)]
 
 
-@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 2])
 def test_a_worker_that_is_killed(replicas: int, load: Load, tokens: list[list[int]]) -> None:
     """While requests run, then while none does."""
     engine = load(workers=2, data_parallel_size=replicas)

@@ -170,4 +170,4 @@ def test_as_many_workers_as_a_stage_has_pes(workers: int, artifact: Artifact) ->
 def test_what_a_worker_cannot_load_is_raised_here(tmp_path: Path) -> None:
     artifact = open_artifact(mlp(Mesh((2,))).write(tmp_path))
     with pytest.raises(UnsupportedError, match="the model is not a decoder"):
-        ProcessHost(artifact, stages_of(artifact), workers=2).runner(slots_per_group=1)
+        ProcessHost(artifact, stages_of(artifact), workers=1).runner(slots_per_group=1)
