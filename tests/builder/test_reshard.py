@@ -22,11 +22,8 @@ from tests.builder.test_streaming import digests
 from tests.builder.test_zoo import MODELS
 from tests.tiers import tiered
 
-FEW = (
-    *(("tiny-qwen2-14-2-optimum", 4, 8), ("tiny-phi3-optimum", 8, 4)),
-    *(("tiny-llama-genai-int4-qdq", 4, 8), ("tiny-bert-optimum", 8, 4)),
-)
-"""Padded heads, a packed weight in parts, elements below one byte, and no states."""
+FEW = (("tiny-phi3-optimum", 8, 4), ("tiny-llama-genai-int4-qdq", 8, 4))
+"""A packed weight in parts, and elements below one byte."""
 
 
 @pytest.mark.parametrize(

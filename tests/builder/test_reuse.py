@@ -41,7 +41,7 @@ def tuned(path: Path, target: Path) -> Path:
     return target / "model.onnx"
 
 
-@pytest.mark.parametrize("name", tiered(ZOO, ["tiny-phi3-optimum", "tiny-llama-genai-int4-qdq"]))
+@pytest.mark.parametrize("name", tiered(ZOO, ["tiny-llama-genai-int4-qdq"]))
 def test_the_bytes_are_those_of_a_fresh_build(
     name: str, zoo: Path, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
