@@ -1,5 +1,6 @@
 """What every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ settings.load_profile("any machine")
 
 # tests/wheel tests an installed wheel, from outside the checkout: `make test-wheel`.
 collect_ignore = ["wheel"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A home that can be written to: where it cannot, onnxruntime says so on standard error in every process."""
+    if not os.access(Path.home(), os.W_OK):
+        os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")
