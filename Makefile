@@ -26,13 +26,16 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## split SmolLM2 over 4, then 8 PEs, and let it answer a question
 	scripts/demo.sh $(BIN)
 
-.PHONY: test
-test: $(INSTALLED) ## the fast tests
-	$(BIN)/pytest -m "not real_model and not slow and not browser" --numprocesses auto --dist worksteal
+# Tests start many interpreters: without compiled files each of them would compile this project again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: test-real
-test-real: $(INSTALLED) ## the tests that `make test` leaves out: on the real model, in chromium, and the slow ones
-	$(BIN)/pytest -m "real_model or slow or browser"
+.PHONY: test
+test: $(INSTALLED) ## the fast tests: every mechanism on a few models, in two minutes
+	$(PYTEST) -m "not real_model and not slow and not browser"
+
+.PHONY: test-all
+test-all: $(INSTALLED) ## all tests: every model of the zoo, the real one, long campaigns, and the page in chromium
+	$(PYTEST)
 
 .PHONY: test-wheel
 test-wheel: $(INSTALLED) ## build sdist and wheel, and test the wheel outside the checkout
@@ -148,7 +151,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test test-wheel test-real fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-wheel fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

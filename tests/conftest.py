@@ -1,35 +1,42 @@
 """What every test may use."""
 
-import shutil
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-from furiosa_llm import ArtifactBuilder
+from tests.artifacts import ZOO, artifact_of
 
-ROOT = Path(__file__).resolve().parent.parent
+# No test fails because a machine is slow or busy.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
+settings.load_profile("any machine")
 
 # tests/wheel tests an installed wheel, from outside the checkout: `make test-wheel`.
 collect_ignore = ["wheel"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A home that can be written to: where it cannot, onnxruntime says so on standard error in every process."""
+    if not os.access(Path.home(), os.W_OK):
+        os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture(scope="session")
 def zoo() -> Path:
     """The folder of small exported models, one folder each."""
-    return ROOT / "fixtures" / "zoo"
+    return ZOO
 
 
 @pytest.fixture(scope="session")
 def graphs() -> Path:
     """The folder of full-size graphs without weights, one folder each."""
-    return ROOT / "fixtures" / "graphs"
+    return ZOO.parent / "graphs"
 
 
 @pytest.fixture(scope="session")
-def encoder_artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BERT with a tokenizer of another model, which knows as many tokens."""
-    folder = tmp_path_factory.mktemp("encoder") / "model"
-    shutil.copytree(zoo / "tiny-bert-optimum", folder)
-    shutil.copy(zoo / "tiny-llama-optimum" / "tokenizer.json", folder)
-    ArtifactBuilder(folder / "model.onnx", tensor_parallel_size=4).build(folder.parent / "artifact")
-    return folder.parent / "artifact"
+def encoder_artifact(zoo: Path) -> Path:
+    """BERT with a tokenizer of another model, which knows as many tokens; not to be changed."""
+    tokenizer = (zoo / "tiny-llama-optimum" / "tokenizer.json").read_text(encoding="utf-8")
+    return artifact_of("tiny-bert-optimum", beside={"tokenizer.json": tokenizer})

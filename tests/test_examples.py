@@ -1,16 +1,16 @@
-"""Every program in examples/ runs, on a small model."""
+"""Every program in examples/ runs, on a small model; one of them in `make test`."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from furiosa_llm import LLM, ArtifactBuilder, SamplingParams
+from furiosa_llm import LLM, SamplingParams
+from tests.artifacts import artifact_of
 from tests.server.process import started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,16 +18,8 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 
 @pytest.fixture(scope="module")
-def artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("examples")
-    source = zoo / "tiny-llama-optimum"
-    model = folder / "model"
-    model.mkdir()
-    for file in source.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    (model / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    ArtifactBuilder(model / "model.onnx", tensor_parallel_size=4).build(folder / "artifact")
-    return folder / "artifact"
+def artifact() -> Path:
+    return artifact_of("tiny-llama-optimum", beside={"chat_template.jinja": TEMPLATE})
 
 
 def run(name: str, *arguments: object) -> list[str]:
@@ -48,6 +40,7 @@ def test_all_are_run_here() -> None:
     assert [path.name for path in EXAMPLES.glob("*.py") if f'run("{path.name}"' not in text] == []
 
 
+@pytest.mark.slow
 def test_offline_batch(artifact: Path) -> None:
     lines = run("offline_batch.py", artifact, "npu:0:0-3")
     assert [line.partition(" -> ")[0] for line in lines] == [
@@ -57,12 +50,14 @@ def test_offline_batch(artifact: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_chat(artifact: Path) -> None:
     alone, again, other = run("chat.py", artifact)
     assert alone == again
     assert alone != other
 
 
+@pytest.mark.slow
 def test_llm_engine(artifact: Path) -> None:
     lines = run("llm_engine.py", "--model", artifact, "--devices", "npu:0", "--data-parallel-size", 2)
     assert sorted(line[:10] for line in lines) == ["request 0:", "request 1:", "request 2:"]
@@ -73,6 +68,7 @@ def test_async_llm_engine(artifact: Path) -> None:
     assert [line.partition(" -> ")[0] for line in lines] == ["'The sun is'", "'Two and two make'", "'Once upon a time'"]
 
 
+@pytest.mark.slow
 def test_parallel(artifact: Path) -> None:
     lines = run("parallel.py", artifact)
     assert lines[:2] == [
@@ -85,24 +81,25 @@ def test_parallel(artifact: Path) -> None:
     assert "\n".join(lines[2:]) == "\n".join(f"{one.prompt!r} -> {one.outputs[0].text!r}" for one in outputs)
 
 
-def test_embeddings(zoo: Path, tmp_path: Path) -> None:
-    shutil.copytree(zoo / "tiny-bert-optimum", tmp_path / "model")
-    shutil.copy(zoo / "tiny-llama-optimum" / "tokenizer.json", tmp_path / "model")
-    ArtifactBuilder(tmp_path / "model" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
-    same, *others = (line.split()[0] for line in run("embeddings.py", tmp_path / "artifact"))
+@pytest.mark.slow
+def test_embeddings(encoder_artifact: Path) -> None:
+    same, *others = (line.split()[0] for line in run("embeddings.py", encoder_artifact))
     assert same == "1.000"
     assert [float(cosine) < 1 for cosine in others] == [True, True]
 
 
+@pytest.mark.slow
 def test_stream_generate(artifact: Path) -> None:
     assert "".join(run("stream_generate.py", artifact)).strip()
 
 
+@pytest.mark.slow
 def test_structured_output(artifact: Path) -> None:
     [line] = run("structured_output.py", artifact)
     assert re.fullmatch("(Oslo|Seoul) (yes|no) [0-9]{4}-[0-9]{2}", line)
 
 
+@pytest.mark.slow
 def test_openai_client(artifact: Path) -> None:
     with started(artifact) as server:
         [line] = run("openai_client.py", f"{server.url}/v1", "What is a fjord?")

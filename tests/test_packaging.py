@@ -1,6 +1,7 @@
 """What is installed is what is in the tree, and the folders know of each other only what they may."""
 
 import ast
+import itertools
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import furiosa_llm
+from tests.tiers import tiered
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -100,8 +102,13 @@ def test_every_file_that_is_no_module_is_package_data() -> None:
     assert listed == found
 
 
-@pytest.mark.parametrize("folder", ["builder", "runtime"])
-@pytest.mark.parametrize("first", ["folder", "package"])
+@pytest.mark.parametrize(
+    ("folder", "first"),
+    tiered(
+        itertools.product(["builder", "runtime"], ["folder", "package"]),
+        [("builder", "folder"), ("runtime", "package")],
+    ),
+)
 def test_the_folders_name_gives_the_packages_own_objects(folder: str, first: str) -> None:
     names = [folder, f"furiosa_llm.{folder}"]
     program = f"""

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from furiosa_llm import ArtifactBuilder, verification
+from furiosa_llm import verification
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.identity import check_identity
 from furiosa_llm.runtime import lanes
@@ -24,8 +24,10 @@ from furiosa_llm.runtime.artifact.verification import CHECKS, Verification, pars
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.verify import OutputError, Subject, TokenComparison
 from furiosa_llm.verification import ParityOptions, verify_artifact
+from tests.artifacts import artifact_of
 from tests.runtime.test_verify import image, save
 from tests.tampering import alter_tensor, flip_bit, reseal
+from tests.tiers import tiered
 
 LLAMA, UNEVEN, BERT = "tiny-llama-optimum", "tiny-llama-9-3-optimum", "tiny-bert-optimum"
 FEW = ParityOptions(max_tokens=2, prompts=("hello",), threads=1)
@@ -34,17 +36,11 @@ Build = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def build(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A fresh copy of the artifact of a model; each is built once."""
-    known: dict[tuple[str, int], Path] = {}
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A fresh copy of the artifact of a model."""
 
     def copy(model: str = LLAMA, size: int = 4) -> Path:
-        if (model, size) not in known:
-            known[model, size] = tmp_path_factory.mktemp("built") / "artifact"
-            ArtifactBuilder(zoo / model / "model.onnx", tensor_parallel_size=size).build(known[model, size])
-        folder = tmp_path_factory.mktemp("copy") / "artifact"
-        shutil.copytree(known[model, size], folder)
-        return folder
+        return Path(shutil.copytree(artifact_of(model, size), tmp_path_factory.mktemp("copy") / "artifact"))
 
     return copy
 
@@ -71,15 +67,18 @@ def faults(record: Verification, name: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("model", "size"),
-    [
-        (LLAMA, 8),
-        (UNEVEN, 4),
-        (BERT, 4),
-        ("tiny-phi3-optimum", 8),  # packed weights in parts
-        ("tiny-llama-genai-int4", 4),
-        ("tiny-llama-tied-genai-int4-shared", 8),
-        ("tiny-llama-genai-fp16-cuda", 4),
-    ],
+    tiered(
+        [
+            (LLAMA, 8),
+            (UNEVEN, 4),
+            (BERT, 4),
+            ("tiny-phi3-optimum", 8),  # packed weights in parts
+            ("tiny-llama-genai-int4", 4),
+            ("tiny-llama-tied-genai-int4-shared", 8),
+            ("tiny-llama-genai-fp16-cuda", 4),
+        ],
+        [(BERT, 4), ("tiny-phi3-optimum", 8), ("tiny-llama-genai-int4", 4)],
+    ),
 )
 def test_a_sound_artifact_passes_everything(model: str, size: int, build: Build, zoo: Path) -> None:
     folder = build(model, size)

@@ -12,6 +12,8 @@ import pytest
 
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import verify_against
+from tests.artifacts import built_model
+from tests.tiers import MECHANISMS, tiered
 
 FP32, FP16 = 1e-5, 5e-3
 L = 2
@@ -51,6 +53,7 @@ COUNTS: dict[str, tuple[int, int]] = {
 }
 """Model -> AllReduce and AllGather per forward pass, the same for 4 and 8 PEs."""
 
+ROWS = tiered([(name, size) for name in COUNTS for size in (4, 8)], MECHANISMS)
 SIZES = {"encoder": 6}
 
 
@@ -58,14 +61,13 @@ def _model(zoo: Path, name: str) -> Path:
     return zoo / name if name.endswith(".onnx") else zoo / name / "model.onnx"
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [4, 8])
-@pytest.mark.parametrize("name", COUNTS)
-def test_split_model_equals_the_whole(name: str, tensor_parallel_size: int, zoo: Path, tmp_path: Path) -> None:
-    model = _model(zoo, name)
-    report = ArtifactBuilder(model, tensor_parallel_size=tensor_parallel_size).build(tmp_path / "artifact")
+@pytest.mark.parametrize(("name", "tensor_parallel_size"), ROWS)
+def test_split_model_equals_the_whole(name: str, tensor_parallel_size: int, zoo: Path) -> None:
+    model, built = _model(zoo, name), built_model(name, tensor_parallel_size)
+    report = built.report
     assert (report.collectives.get("AllReduce", 0), report.collectives.get("AllGather", 0)) == COUNTS[name]
     assert report.weight_nbytes < report.model_nbytes
-    found = verify_against(tmp_path / "artifact", model, sizes=SIZES, max_tokens=4)
+    found = verify_against(built.folder, model, sizes=SIZES, max_tokens=4)
     cases = {error.case for error in found.outputs}
     is_step = any("past" in name for name in _input_names(model))
     assert cases == ({"prefill", "decode", "chunk"} if is_step else {"forward"})
@@ -76,7 +78,10 @@ def test_split_model_equals_the_whole(name: str, tensor_parallel_size: int, zoo:
     assert all(comparison.identical for comparison in found.tokens)
 
 
-@pytest.mark.parametrize("name", ["tiny-llama-9-3-optimum", "tiny-bloom-optimum", "tiny-llama-dynamo-op23-tf5"])
+@pytest.mark.parametrize(
+    "name",
+    tiered(["tiny-llama-9-3-optimum", "tiny-bloom-optimum", "tiny-llama-dynamo-op23-tf5"], ["tiny-llama-9-3-optimum"]),
+)
 def test_split_model_without_fused_attention(name: str, zoo: Path, tmp_path: Path) -> None:
     model = _model(zoo, name)
     report = ArtifactBuilder(model, fuse_attention=False).build(tmp_path / "artifact")

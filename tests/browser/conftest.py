@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
 
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.server.model import ServedModel
 from furiosa_llm.server.settings import ServerSettings
+from tests.artifacts import artifact_of
 from tests.server.conftest import NAME, load, serving
 
 CHROMIUM = "chromium"
@@ -97,15 +97,12 @@ def open_page(context_of: Callable[..., tuple[BrowserContext, Watched]]) -> Iter
 
 
 @pytest.fixture(scope="session")
-def chat_artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_artifact() -> Path:
     """A decoder with a chat template. It speaks at random."""
-    folder = tmp_path_factory.mktemp("chatting") / NAME
-    shutil.copytree(zoo / NAME, folder)
-    (folder / "chat_template.jinja").write_text(
+    template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     )
-    ArtifactBuilder(folder / "model.onnx", tensor_parallel_size=4).build(folder.parent / "artifact")
-    return folder.parent / "artifact"
+    return artifact_of(NAME, beside={"chat_template.jinja": template})
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,18 @@ class Proof:
     """Why a leaf could not be split alone over two ranks, for every one that could not."""
 
 
-def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False, until_wrong: bool = False) -> Proof:
-    """Try the feasible assignments of a model's factors on small meshes; all of them, or until one is wrong."""
+def prove(
+    proto: onnx.ModelProto,
+    seed: int = 0,
+    *,
+    simplified: bool = False,
+    until_wrong: bool = False,
+    most_plans: int = MOST_PLANS,
+) -> Proof:
+    """Try the feasible assignments of a model's factors on small meshes; all of them, or until one is wrong.
+
+    Each factor alone is tried, and then others, until there are `most_plans` for a mesh.
+    """
     prepared = prepare_proto(proto, simplified=simplified)
     plans, wrong, refused = 0, [], []
     for mesh in MESHES:
@@ -54,7 +64,7 @@ def prove(proto: onnx.ModelProto, seed: int = 0, *, simplified: bool = False, un
             if not error < TOLERANCE:
                 wrong.append(f"{mesh.shape} {describe(prepared, assignment)}: {error:.1e}")
             tried += 1
-            if tried == MOST_PLANS or (until_wrong and wrong):
+            if tried >= max(most_plans, len(leaves)) or (until_wrong and wrong):
                 break
         plans += tried
     return Proof(plans, tuple(wrong), tuple(refused))

@@ -40,6 +40,7 @@ from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, axes_of, index_m
 from tests.builder.plans import Prepared, prepare, random_assignment
 from tests.builder.sharding_specs import spec
 from tests.builder.stitching import session
+from tests.tiers import tiered
 
 MESHES = {2: Mesh((2,)), 4: Mesh((2, 2)), 8: Mesh((2, 2, 2))}
 MODELS = (
@@ -50,6 +51,7 @@ MODELS = (
     "tiny-mixtral-dynamo-tf5",
     "tiny-llama-9-3-optimum",
 )
+FAST = ("tiny-llama-genai-fp32", "tiny-llama-9-3-optimum")
 DECODE = SizeSet(batch=2, sequence=1, past=9, encoder=6, others=(3, 5, 7, 11))
 
 
@@ -96,7 +98,7 @@ def annotated(zoo: Path) -> Make:
 # -- the standard ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, FAST))
 def test_annotated_models_are_sound_and_compute_the_same(annotated: Make, name: str, tmp_path: Path) -> None:
     made = annotated(name, 4)
     folder = tmp_path / "model"
@@ -201,14 +203,16 @@ def real_indices(dim: Dim, mesh: Mesh, rank: int) -> npt.NDArray[np.int64]:
     return indices[indices >= 0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, FAST))
 def test_specs_say_what_the_plan_says(annotated: Make, name: str) -> None:
     made = annotated(name, 8)
     plan = (made.plan.assignment, made.plan.outcome)
     assert check_against_plan(made.proto, made.prepared, plan, made.mesh) > 50
 
 
-@pytest.mark.parametrize("name", ["tiny-llama-optimum", "tiny-llama-genai-fp32", "tiny-bloom-optimum"])
+@pytest.mark.parametrize(
+    "name", tiered(["tiny-llama-optimum", "tiny-llama-genai-fp32", "tiny-bloom-optimum"], ["tiny-llama-genai-fp32"])
+)
 def test_random_plans_are_said_right_and_checked_sound(annotated: Make, name: str) -> None:
     made = annotated(name, 8)
     prepared, mesh = made.prepared, made.mesh
@@ -297,8 +301,10 @@ def test_nodes_without_a_stage_run_where_they_are_needed_first(tmp_path: Path) -
 # -- constraints -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [4, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel_size"),
+    tiered([(name, size) for name in MODELS for size in (4, 8)], [(name, 4) for name in FAST]),
+)
 def test_constraints_are_the_whole_plan(annotated: Make, name: str, tensor_parallel_size: int, tmp_path: Path) -> None:
     made = annotated(name, tensor_parallel_size)
     analysis, mesh = made.prepared.analysis, made.mesh
@@ -330,7 +336,10 @@ def test_an_annotated_model_is_built_like_any_other(annotated: Make, tmp_path: P
     assert not is_annotated(onnx.load(tmp_path / "artifact" / "program.onnx", load_external_data=False))
 
 
-@pytest.mark.parametrize("name", ["tiny-llama-optimum", "tiny-qwen2-14-2-optimum", "tiny-mixtral-dynamo-tf5"])
+@pytest.mark.parametrize(
+    "name",
+    tiered(["tiny-llama-optimum", "tiny-qwen2-14-2-optimum", "tiny-mixtral-dynamo-tf5"], ["tiny-qwen2-14-2-optimum"]),
+)
 def test_the_plan_of_an_annotated_model_is_the_one_in_it(annotated: Make, name: str, tmp_path: Path) -> None:
     made = annotated(name, 8)
     write_annotated(made.proto, made.prepared.source, tmp_path / "annotated.onnx")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import shutil
@@ -22,10 +21,13 @@ from furiosa_llm.runtime.artifact.manifest import StoredTensor
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.executor import Executor
+from tests.artifacts import artifact_of
 from tests.builder.conftest import Built
 from tests.builder.graphs import model, random
 from tests.builder.parity import DECODE, PREFILL, feeds_of
 from tests.builder.stitching import Array, SplitModel, session, stitch
+from tests.builder.test_streaming import digests
+from tests.tiers import tiered
 
 MODELS = [
     "tiny-llama-optimum",
@@ -41,6 +43,12 @@ MODELS = [
     "tiny-llama-genai-int8",
     "tiny-mixtral-dynamo-tf5",
 ]
+FAST = {
+    *(("tiny-llama-optimum", 4), ("tiny-qwen2-14-2-optimum", 8), ("tiny-llama-9-3-optimum", 8)),
+    *(("tiny-phi3-optimum", 8), ("tiny-bert-optimum", 4), ("tiny-llama-genai-fp16-cuda", 4)),
+    *(("tiny-llama-genai-int4", 4), ("tiny-llama-genai-int4-qdq", 8), ("tiny-mixtral-dynamo-tf5", 4)),
+}
+ROWS = tiered([(name, tp) for name in MODELS for tp in (4, 8)], FAST)
 
 
 def build(path: Path, tp: int, folder: Path) -> tuple[BuildReport, Artifact]:
@@ -90,8 +98,7 @@ def bits(array: Array) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "tp"), ROWS)
 def test_every_initializer_is_there_bit_for_bit(name: str, tp: int, built: Built, zoo: Path) -> None:
     _, artifact = built(name, tp)
     originals = {i.name: i for i in onnx.load(zoo / name / "model.onnx").graph.initializer}
@@ -112,7 +119,7 @@ def test_every_initializer_is_there_bit_for_bit(name: str, tp: int, built: Built
         assert bits(found) == bits(expected.numpy()), initializer_name
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, {name for name, tp in FAST if tp == 4}))
 def test_source_is_the_original_graph(name: str, built: Built, zoo: Path) -> None:
     _, artifact = built(name, 4)
     source = onnx.load(artifact.folder / "source.onnx", load_external_data=False)
@@ -121,8 +128,7 @@ def test_source_is_the_original_graph(name: str, built: Built, zoo: Path) -> Non
     assert source == original
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "tp"), ROWS)
 def test_nothing_is_stored_twice(name: str, tp: int, built: Built) -> None:
     """2 % for what every layer repeats; and padding, which is declared."""
     report, artifact = built(name, tp)
@@ -169,16 +175,13 @@ def test_names_that_look_like_ours(tmp_path: Path) -> None:
 
 
 def test_two_builds_are_the_same_bytes(zoo: Path, tmp_path: Path) -> None:
+    """In two processes, whose hashes of names differ."""
     program = (
         "import sys; from furiosa_llm.builder import ArtifactBuilder; ArtifactBuilder(sys.argv[1]).build(sys.argv[2])"
     )
-    digests = []
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        command = [sys.executable, "-c", program, str(zoo / "tiny-qwen2-14-2-optimum" / "model.onnx"), str(folder)]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, cwd=tmp_path)
-        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()})
-    assert digests[0] == digests[1]
+    command = [sys.executable, "-c", program, str(zoo / "tiny-qwen2-14-2-optimum" / "model.onnx"), "again"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"}, cwd=tmp_path)
+    assert digests(tmp_path / "again") == digests(artifact_of("tiny-qwen2-14-2-optimum"))
 
 
 def test_manifest_is_read_as_it_was_written(built: Built) -> None:
@@ -293,12 +296,14 @@ def test_safetensors_opens_the_weights(name: str, built: Built) -> None:
                 assert shard.tobytes() == artifact.read_window(artifact.window(tensor.name, rank)).tobytes()
 
 
-@pytest.mark.parametrize("name", ["tiny-bert-optimum", "tiny-llama-genai-int4-qdq", "tiny-llama-genai-fp16-cuda"])
-def test_every_window_is_aligned_to_its_elements(name: str, built: Built) -> None:
-    _, artifact = built(name, 8)
+@pytest.mark.parametrize(
+    ("name", "tp"), [("tiny-bert-optimum", 4), ("tiny-llama-genai-int4-qdq", 8), ("tiny-llama-genai-fp16-cuda", 4)]
+)
+def test_every_window_is_aligned_to_its_elements(name: str, tp: int, built: Built) -> None:
+    _, artifact = built(name, tp)
     for tensor in artifact.manifest.tensors:
         size = max(1, ir.DataType[tensor.dtype].bitwidth // 8)
-        assert [artifact.window(tensor.name, rank).offset % size for rank in range(8)] == [0] * 8
+        assert [artifact.window(tensor.name, rank).offset % size for rank in range(tp)] == [0] * tp
 
 
 def test_weights_files_have_a_greatest_size(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +362,7 @@ def test_a_weight_in_two_layouts(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiered(MODELS, {name for name, tp in FAST if tp == 8}))
 def test_programs_pass_the_checker(name: str, built: Built, tmp_path: Path) -> None:
     """The collectives' domain is declared, and the weights are where ONNX says that external data may be.
 

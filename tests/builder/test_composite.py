@@ -18,6 +18,7 @@ from furiosa_llm.builder.generation_tokens import end_tokens, start_token
 from furiosa_llm.builder.tactics import Tactics
 from furiosa_llm.runtime.artifact.composite import open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
+from tests.artifacts import built_model
 
 TOKENIZER = {
     "padding": {"pad_id": 7},
@@ -72,8 +73,9 @@ def test_a_folder_without_the_first_decoder(tmp_path: Path, copy: Path) -> None:
 
 
 def test_resharding_gives_what_a_build_gives(t5: Path, tmp_path: Path) -> None:
-    report = ArtifactBuilder(t5, tensor_parallel_size=4).build(tmp_path / "4")
-    ArtifactBuilder(t5, tensor_parallel_size=8).build(tmp_path / "8")
+    report = built_model(t5.name, 4).report
+    for size in (4, 8):
+        shutil.copytree(built_model(t5.name, size).folder, tmp_path / str(size))
     again = reshard(tmp_path / "4", tmp_path / "resharded", tensor_parallel_size=8)
     assert content(tmp_path / "8") == content(tmp_path / "resharded")
     assert content(tmp_path / "4") != content(tmp_path / "8")
@@ -129,6 +131,7 @@ def test_options_about_one_graph(options: Any, name: str, t5: Path) -> None:
         ArtifactBuilder(t5, **options)
 
 
+@pytest.mark.slow
 def test_the_current_folder_has_a_name(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(copy)
     ArtifactBuilder(".").build(tmp_path / "artifact")

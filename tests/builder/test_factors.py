@@ -82,7 +82,7 @@ def equations(draw: st.DrawFn) -> tuple[list[Equation], list[Factor]]:
     return found, everything
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(equations(), st.data())
 def test_both_sides_of_every_equation_have_one_index_map(
     drawn: tuple[list[Equation], list[Factor]], data: st.DataObject
@@ -96,7 +96,7 @@ def test_both_sides_of_every_equation_have_one_index_map(
         assert global_size(to_dim(factor, axes)) == factor.find().size
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(equations(), st.data())
 def test_shards_make_up_the_whole(drawn: tuple[list[Equation], list[Factor]], data: st.DataObject) -> None:
     _, everything = drawn
@@ -115,7 +115,7 @@ def test_shards_make_up_the_whole(drawn: tuple[list[Equation], list[Factor]], da
             assert len(covered) == global_size(dim)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(st.data())
 def test_a_segment_is_that_run_of_indices(data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([6, 8, 12, 18, 24]))

@@ -31,6 +31,7 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.attention import KV, LOWEST, SIZE, VOCAB, Attention, fused, prepared
 from tests.builder.conftest import Built
 from tests.builder.stitching import session
+from tests.tiers import MECHANISMS, tiered
 
 Array = npt.NDArray[Any]
 EXACT = 1e-5
@@ -295,9 +296,10 @@ ZOO = {
     "tiny-llama-genai-fp32": (0, 0),
 }
 """Model -> attentions that are fused, and that are left alone; attention across to an encoder has no growing cache."""
+FAST = {name for name, tp in MECHANISMS if tp == 4 and name in ZOO}
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", tiered(ZOO, FAST))
 def test_every_decoder_of_the_zoo_is_fused(name: str, built: Built) -> None:
     report, _ = built(name, 4)
     assert (report.fused_attentions, len(report.attentions_left)) == ZOO[name]
@@ -329,7 +331,10 @@ def test_fusion_can_be_turned_off(zoo: Path, tmp_path: Path) -> None:
     assert artifact.manifest.provenance.options["fuse_attention"] is False
 
 
-@pytest.mark.parametrize(("option", "told"), [("--fuse-attention", True), ("--no-fuse-attention", False)])
+@pytest.mark.parametrize(
+    ("option", "told"),
+    tiered([("--fuse-attention", True), ("--no-fuse-attention", False)], [("--fuse-attention", True)]),
+)
 def test_the_command_line_tells_what_was_fused(option: str, *, told: bool, zoo: Path, tmp_path: Path) -> None:
     model = zoo / "tiny-t5-optimum" / "decoder_with_past_model.onnx"
     result = CliRunner().invoke(cli, ["build", option, str(model), str(tmp_path / "artifact")])

@@ -24,10 +24,10 @@ from tests.runtime.shards import Original, Shards, shape_of, write
 ROOT = Path(__file__).parents[2]
 MODELS = [
     ("tiny-llama-9-3-optimum", 8),  # 9 heads and 3 key heads
-    ("tiny-phi3-optimum", 4),  # packed query, key and value in parts
-    ("tiny-gptoss-genai-fp32-fullkv", 8),  # experts, and parts of biases
-    ("tiny-llama-genai-int4", 8),  # packed bytes, prefixes of blocks
-    ("tiny-llama-genai-int4-qdq", 4),  # elements below a byte
+    ("tiny-phi3-optimum", 8),  # packed query, key and value in parts
+    ("tiny-gptoss-genai-fp32-fullkv", 4),  # experts, and parts of biases
+    ("tiny-llama-genai-int4", 4),  # packed bytes, prefixes of blocks
+    ("tiny-llama-genai-int4-qdq", 8),  # elements below a byte
 ]
 
 

@@ -10,8 +10,9 @@ import pytest
 from furiosa_llm.builder import ArtifactBuilder
 from tests.builder.kill_campaign import MOMENTS, Campaign, campaign
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_killed_builds_leave_nothing_wrong(tmp_path: Path) -> None:
     tally = campaign(tmp_path, "build", seed=0).run(3)
     assert tally.violations == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import shutil
@@ -10,7 +12,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder, OptionError, plan_model
+from furiosa_llm.builder import OptionError, plan_model
 from furiosa_llm.builder.compile import analyse_model
 from furiosa_llm.builder.explain import Explained
 from furiosa_llm.builder.hardware import PE_NBYTES
@@ -18,7 +20,9 @@ from furiosa_llm.builder.memory import Memory, Workload
 from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
 from furiosa_llm.builder.program import INLINE_NBYTES
 from furiosa_llm.builder.tensor_parallel import mesh_of
+from tests.artifacts import built_model
 from tests.builder.stacks import stack
+from tests.tiers import tiered
 
 LAYERS = {
     "gemma-2-9b-genai-bf16-cuda": 42,
@@ -32,10 +36,11 @@ LAYERS = {
     "qwen3-30b-a3b-dynamo-op21-bf16": 48,
     "smollm2-135m-optimum-fp32": 30,
 }
-FAST = {"llama-3.1-405b-genai-bf16-cuda", "qwen2.5-0.5b-dynamo-op21-fp32"}
+FAST = {"qwen2.5-0.5b-dynamo-op21-fp32"}
 """The others, a few seconds each, run with the slow tests."""
 
 
+@functools.cache
 def plan_of(path: Path, tp: int, context: int | None = None, batch: int = 1) -> SizePlan:
     found, _ = plan_model(path, tensor_parallel_sizes=(tp,), context=context, batch=batch)
     return found.plans[0]
@@ -46,9 +51,7 @@ def choice(plan: SizePlan, role: str, size: int | None = None) -> Explained:
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in sorted(LAYERS)]
-)
+@pytest.mark.parametrize("name", tiered(sorted(LAYERS), FAST))
 def test_collectives_of_full_size_graphs_equal_the_plan_by_hand(name: str, graphs: Path) -> None:
     """2L+1 AllReduces (two a layer and one for the embedding) and one AllGather of the scores."""
     found, _ = plan_model(graphs / name / "model.onnx")
@@ -60,12 +63,19 @@ def test_collectives_of_full_size_graphs_equal_the_plan_by_hand(name: str, graph
         assert plan.replicated_nbytes < 0.02 * found.nbytes
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("name", ["tiny-llama-genai-fp32", "tiny-qwen2-14-2-optimum", "tiny-t5-optimum"])
-def test_a_plan_says_what_the_build_does(name: str, tp: int, zoo: Path, tmp_path: Path) -> None:
-    model = zoo / name / ("decoder_with_past_model.onnx" if "t5" in name else "model.onnx")
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    tiered(
+        itertools.product(
+            ["tiny-llama-genai-fp32", "tiny-qwen2-14-2-optimum", "tiny-t5-optimum/decoder_with_past_model.onnx"], [4, 8]
+        ),
+        [("tiny-qwen2-14-2-optimum", 8), ("tiny-t5-optimum/decoder_with_past_model.onnx", 4)],
+    ),
+)
+def test_a_plan_says_what_the_build_does(name: str, tp: int, zoo: Path) -> None:
+    model = zoo / name if name.endswith(".onnx") else zoo / name / "model.onnx"
     plan = plan_of(model, tp, context=16, batch=3)
-    report = ArtifactBuilder(model, tensor_parallel_size=tp).build(tmp_path / "artifact")
+    report = built_model(name, tp).report
     assert plan.weight_nbytes == report.weight_nbytes
     assert plan.replicated_nbytes == report.replicated_nbytes
     assert plan.padding_nbytes == report.padding_nbytes
@@ -84,7 +94,11 @@ def test_weights_need_not_be_there(graphs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny-llama-genai-fp32", "tiny-llama-genai-int4-qdq", "tiny-gptoss-genai-fp32-fullkv"]
+    "name",
+    tiered(
+        ["tiny-llama-genai-fp32", "tiny-llama-genai-int4-qdq", "tiny-gptoss-genai-fp32-fullkv"],
+        ["tiny-llama-genai-int4-qdq"],
+    ),
 )
 def test_without_its_data_a_graph_has_the_same_plan(name: str, zoo: Path, tmp_path: Path) -> None:
     shutil.copy(zoo / name / "model.onnx", tmp_path)
@@ -120,7 +134,7 @@ def test_why_heads_are_as_they_are(zoo: Path) -> None:
 
 
 def test_every_alternative_is_refused_with_a_price_or_a_reason(zoo: Path) -> None:
-    plan = plan_of(zoo / "tiny-gptoss-genai-fp32-fullkv" / "model.onnx", 8)
+    plan = plan_of(zoo / "tiny-llama-9-3-optimum" / "model.onnx", 8)
     for explained in plan.choices:
         parts = {a.parts for a in explained.alternatives}
         assert parts == {p for p in (1, 2, 4, 8) if p > explained.parts or (p == 1 < explained.parts)}

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,10 +193,8 @@ def test_a_disk_that_fills_up(tmp_path: Path) -> None:
 def test_waiting_does_not_block(tmp_path: Path) -> None:
     """A pipe in place of the temporary folder is not opened and waited for."""
     os.mkfifo(tmp_path / ".artifact.building")
-    started = time.monotonic()
     with pytest.raises(OutputError, match="is not a folder"):
         write(tmp_path / "artifact", "x")
-    assert time.monotonic() - started < 5
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -20,14 +22,20 @@ from furiosa_llm.builder.tensor_parallel import mesh_of
 from furiosa_llm.runtime.artifact.layout import local_size
 from tests.builder.graphs import model
 from tests.builder.plans import Prepared, prepare, prepare_proto
+from tests.tiers import tiered
 
 
 def plan_of(prepared: Prepared, tp: int, max_padding: float = MAX_PADDING) -> Plan:
     return Planning(prepared.analysis, prepared.states, prepared.probes).plan(mesh_of(tp), max_padding)
 
 
+prepared_file = functools.cache(prepare)
+"""A model up to its analysis, which planning leaves as it is."""
+
+
+@functools.cache
 def zoo_plan(zoo: Path, name: str, tp: int, max_padding: float = MAX_PADDING) -> Plan:
-    return plan_of(prepare(zoo / name / "model.onnx"), tp, max_padding)
+    return plan_of(prepared_file(zoo / name / "model.onnx"), tp, max_padding)
 
 
 def axes_by_size(plan: Plan, size: int) -> list[tuple[int, ...]]:
@@ -54,8 +62,13 @@ def test_three_key_heads_over_eight_ranks(zoo: Path) -> None:
     assert sorted(plan.mesh.parts(axes) for axes in found) == [2, 4]
 
 
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("name", ["tiny-qwen2-14-2-optimum", "tiny-llama-9-3-optimum", "tiny-llama-optimum"])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    tiered(
+        itertools.product(["tiny-qwen2-14-2-optimum", "tiny-llama-9-3-optimum", "tiny-llama-optimum"], [4, 8]),
+        [("tiny-qwen2-14-2-optimum", 8), ("tiny-llama-9-3-optimum", 4)],
+    ),
+)
 @pytest.mark.parametrize("limit", [1.0, 1.2, 1.34])
 def test_padding_stays_within_its_limit(name: str, tp: int, limit: float, zoo: Path) -> None:
     plan = zoo_plan(zoo, name, tp, limit)
@@ -79,7 +92,9 @@ def test_attention_and_feed_forward_side_by_side_make_one_sum(zoo: Path) -> None
     )
 
 
-@pytest.mark.parametrize("name", ["tiny-llama-optimum", "tiny-bloom-optimum", "tiny-gpt2-dynamo-tf5"])
+@pytest.mark.parametrize(
+    "name", tiered(["tiny-llama-optimum", "tiny-bloom-optimum", "tiny-gpt2-dynamo-tf5"], ["tiny-llama-optimum"])
+)
 def test_every_alternative_that_was_not_taken_has_its_reason(name: str, zoo: Path) -> None:
     plan = zoo_plan(zoo, name, 8)
     assert plan.refused
@@ -100,7 +115,7 @@ def test_a_plan_is_cheaper_than_none(tp: int, zoo: Path) -> None:
 
 def test_layers_are_split_alike(zoo: Path) -> None:
     """A group has a leaf of each layer; what is alike in both is not two groups."""
-    prepared = prepare(zoo / "tiny-llama-genai-fp32" / "model.onnx")
+    prepared = prepared_file(zoo / "tiny-llama-genai-fp32" / "model.onnx")
     plan = plan_of(prepared, 4)
     layers = {group.size: len(group.leaves) for group in plan.choices if group.size in (2, 176)}
     assert layers == {2: 2, 176: 2}
@@ -125,12 +140,17 @@ def payload(plan: Plan, collective: Collective, step: PricedStep, prepared: Prep
     return size / step.positions
 
 
-@pytest.mark.parametrize("tp", [4, 8])
 @pytest.mark.parametrize(
-    "name", ["tiny-llama-optimum", "tiny-bloom-optimum", "tiny-phi3-optimum", "tiny-llama-genai-fp32"]
+    ("name", "tp"),
+    tiered(
+        itertools.product(
+            ["tiny-llama-optimum", "tiny-bloom-optimum", "tiny-phi3-optimum", "tiny-llama-genai-fp32"], [4, 8]
+        ),
+        [("tiny-llama-optimum", 8), ("tiny-llama-genai-fp32", 4)],
+    ),
 )
 def test_no_collective_grows_with_the_context(name: str, tp: int, zoo: Path) -> None:
-    prepared = prepare(zoo / name / "model.onnx")
+    prepared = prepared_file(zoo / name / "model.onnx")
     plan = plan_of(prepared, tp)
     for collective in plan.outcome.collectives:
         short, long = (payload(plan, collective, s, prepared) for s in (prepared.probes.decode, prepared.probes.longer))
@@ -176,7 +196,7 @@ def test_head_vectors_and_inputs_that_are_no_state_are_no_candidates() -> None:
 
 def test_scales_are_no_matrices_of_their_own(zoo: Path) -> None:
     """A collective must save a share of the median matrix: the codes of gate and up, 176 x 2 x 16 bytes."""
-    prepared = prepare(zoo / "tiny-llama-genai-int4" / "model.onnx")
+    prepared = prepared_file(zoo / "tiny-llama-genai-int4" / "model.onnx")
     probes = prepared.probes
     subject = Subject(analysis=prepared.analysis, states=prepared.states, decode=probes.decode, longer=probes.longer)
     pricer = Pricer(subject, mesh_of(8), candidates(prepared.analysis, prepared.states))
@@ -186,7 +206,7 @@ def test_scales_are_no_matrices_of_their_own(zoo: Path) -> None:
     assert all(name.endswith("scales") for name in names)
 
 
-@pytest.mark.parametrize("tp", [4, 8])
+@pytest.mark.parametrize("tp", tiered([4, 8], [4]))
 def test_blocks_are_split_as_wholes(tp: int, zoo: Path) -> None:
     """176 are 5.5 blocks of 32: 6 over 4 are two each, over 8 one each; a limit below 8/6 refuses that."""
     plan = zoo_plan(zoo, "tiny-llama-genai-int4", tp)

@@ -15,6 +15,7 @@ from furiosa_llm.builder.pooling import pooling_json
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.pooling import Pooling, parse_pooling, pooling_of
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.artifacts import artifact_of
 
 TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
 POOLING = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
@@ -70,11 +71,20 @@ def test_what_an_artifact_cannot_stand_for(modules: Any, pooling: Any, expected:
 
 
 def test_builds_carry_it(zoo: Path, tmp_path: Path) -> None:
+    assert pooling_of(open_artifact(artifact_of("tiny-bert-optimum"))) == Pooling(pooling="mean", normalize=True)
     shutil.copytree(zoo / "tiny-bert-optimum", tmp_path / "model")
     model = write(tmp_path / "model", [TRANSFORMER, POOLING], None, 99)
     ArtifactBuilder(model).build(tmp_path / "4")
     expected = Pooling(pooling="cls", normalize=False, max_sequence_length=99)
     assert pooling_of(open_artifact(tmp_path / "4")) == expected
+
+
+@pytest.mark.slow
+def test_other_sizes_and_own_files_carry_it(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo / "tiny-bert-optimum", tmp_path / "model")
+    model = write(tmp_path / "model", [TRANSFORMER, POOLING], None, 99)
+    ArtifactBuilder(model).build(tmp_path / "4")
+    expected = Pooling(pooling="cls", normalize=False, max_sequence_length=99)
     reshard(tmp_path / "4", tmp_path / "8", tensor_parallel_size=8)
     assert pooling_of(open_artifact(tmp_path / "8")) == expected
     for own in ("modules.json", "sentence_bert_config.json"):
@@ -82,8 +92,6 @@ def test_builds_carry_it(zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "model" / "pooling.json").write_bytes(Pooling(pooling="last").to_bytes())
     ArtifactBuilder(model).build(tmp_path / "own")
     assert pooling_of(open_artifact(tmp_path / "own")) == Pooling(pooling="last")
-    ArtifactBuilder(zoo / "tiny-bert-optimum" / "model.onnx").build(tmp_path / "none")
-    assert pooling_of(open_artifact(tmp_path / "none")) == Pooling(pooling="mean", normalize=True)
 
 
 @pytest.mark.parametrize(

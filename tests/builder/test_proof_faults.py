@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,9 +26,9 @@ from tests.builder.test_mutations import padded_quotient
 
 ARTIFACTS = [
     ("tiny-llama-optimum", 4),
-    ("tiny-qwen2-14-2-optimum", 4),
+    ("tiny-qwen2-14-2-optimum", 8),
     ("tiny-gptoss-genai-fp32-fullkv", 4),
-    ("tiny-qwen2-genai-int4", 4),
+    ("tiny-llama-genai-int4", 4),
     ("tiny-llama-genai-int4-qdq", 8),
     ("tiny-gpt2-optimum", 4),
     ("tiny-t5-optimum/decoder_with_past_model.onnx", 4),
@@ -36,7 +37,7 @@ ARTIFACTS = [
 """Attention that was fused, padded heads, experts, short blocks, biases, decomposed attention, no states."""
 
 FEW = 1
-"""Places of each kind in each artifact that `make test` tries; `make test-real` tries all."""
+"""Places of each kind in each artifact that are tried; `make test` ends at the second artifact that has one."""
 
 
 def a_mean_of_parts() -> onnx.ModelProto:
@@ -120,10 +121,14 @@ def seeded(kind: str, subject: Subject, limit: int | None) -> Iterator[tuple[int
     return itertools.islice(places, limit)
 
 
-def missed(kind: str, subjects: dict[str, Subject], limit: int | None) -> tuple[int, list[str]]:
-    """How many places a kind has, and those in which it is not found."""
+def missed(
+    kind: str, subjects: dict[str, Subject], limit: int | None, enough: float = math.inf
+) -> tuple[int, list[str]]:
+    """How many places of a kind were tried, and those in which it is not found."""
     tried, found = 0, []
     for name, subject in subjects.items():
+        if tried >= enough:
+            break
         if (name in HANDMADE) is not kind.startswith(ONLY_HANDMADE):
             continue
         for number, altered in seeded(kind, subject, limit):
@@ -145,7 +150,7 @@ def test_what_is_seeded_has_no_fault_by_itself(subjects: dict[str, Subject]) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeded_fault_is_found(kind: str, subjects: dict[str, Subject]) -> None:
-    tried, found = missed(kind, subjects, FEW)
+    tried, found = missed(kind, subjects, FEW, enough=2)
     assert tried, "the kind can be made nowhere"
     assert found == []
 

@@ -13,6 +13,7 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.parity import cases_of, feeds_of
 from tests.builder.quantized_models import QuantizedModel
 from tests.builder.stitching import SplitModel, session
+from tests.tiers import tiered
 
 TOLERANCE = 1e-5
 
@@ -50,22 +51,23 @@ ROWS = {
 FAST = ("eight bits and zero points", "one scale and zero point per channel", "DequantizeLinear with zero points")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
-def test_quantised_decoder_is_split_exactly(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "tp"), tiered([(name, tp) for name in ROWS for tp in (4, 8)], [(name, 4) for name in FAST])
+)
+def test_quantised_decoder_is_split_exactly(name: str, tp: int, tmp_path: Path) -> None:
     model, all_reduces, all_gathers = ROWS[name]
     (tmp_path / "model").mkdir()
     path = model.write(tmp_path / "model")
     proto = onnx.load(path)
     reference = session(proto)
     names = [value.name for value in reference.get_outputs()]
-    for tp in (4, 8):
-        report = ArtifactBuilder(path, tensor_parallel_size=tp).build(tmp_path / f"tp{tp}")
-        assert report.collectives == {"AllReduce": all_reduces, "AllGather": all_gathers}
-        artifact = open_artifact(tmp_path / f"tp{tp}", full=True)
-        split = SplitModel.of_artifact(artifact)
-        stitched = split.session()
-        for case in cases_of(proto):
-            feeds = feeds_of(artifact.manifest.inputs, case, artifact.manifest.model.vocab_size)
-            expected = dict(zip(names, reference.run(names, feeds), strict=True))
-            errors = split.greatest_error(split.run(stitched, feeds), expected)
-            assert {n: e for n, e in errors.items() if not e <= TOLERANCE} == {}, (tp, case.name)
+    report = ArtifactBuilder(path, tensor_parallel_size=tp).build(tmp_path / "artifact")
+    assert report.collectives == {"AllReduce": all_reduces, "AllGather": all_gathers}
+    artifact = open_artifact(tmp_path / "artifact", full=True)
+    split = SplitModel.of_artifact(artifact)
+    stitched = split.session()
+    for case in cases_of(proto):
+        feeds = feeds_of(artifact.manifest.inputs, case, artifact.manifest.model.vocab_size)
+        expected = dict(zip(names, reference.run(names, feeds), strict=True))
+        errors = split.greatest_error(split.run(stitched, feeds), expected)
+        assert {n: e for n, e in errors.items() if not e <= TOLERANCE} == {}, case.name

@@ -15,18 +15,20 @@ from furiosa_llm.builder import ArtifactBuilder, OptionError, read_tactics, resh
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.artifacts import artifact_of
 from tests.builder.conftest import Built
 from tests.builder.graphs import model, random
 from tests.builder.test_streaming import digests
 from tests.builder.test_zoo import MODELS
+from tests.tiers import tiered
 
-SLOW = pytest.mark.slow
-FEW = ("tiny-qwen2-14-2-optimum", "tiny-phi3-optimum", "tiny-llama-genai-int4-qdq", "tiny-bert-optimum")
-"""Padded heads, a packed weight in parts, elements below one byte, and no states."""
+FEW = (("tiny-phi3-optimum", 8, 4), ("tiny-llama-genai-int4-qdq", 8, 4))
+"""A packed weight in parts, and elements below one byte."""
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
-@pytest.mark.parametrize("name", [pytest.param(row.path, marks=[] if row.path in FEW else SLOW) for row in MODELS])
+@pytest.mark.parametrize(
+    ("name", "before", "after"), tiered([(row.path, *way) for row in MODELS for way in ((4, 8), (8, 4))], FEW)
+)
 def test_the_bytes_are_those_of_a_fresh_build(name: str, before: int, after: int, built: Built, tmp_path: Path) -> None:
     _, start = built(name, before)
     _, expected = built(name, after)
@@ -85,8 +87,8 @@ def test_how_the_source_holds_its_tensors_does_not_matter(tmp_path: Path) -> Non
     assert artifacts[inline] == artifacts[typed] == artifacts[external]
 
 
-def test_a_damaged_artifact_is_not_carried_on(zoo: Path, tmp_path: Path) -> None:
-    ArtifactBuilder(zoo / "tiny-llama-optimum" / "model.onnx").build(tmp_path / "a")
+def test_a_damaged_artifact_is_not_carried_on(tmp_path: Path) -> None:
+    shutil.copytree(artifact_of("tiny-llama-optimum"), tmp_path / "a")
     weights = tmp_path / "a" / "weights-00001.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
@@ -96,17 +98,17 @@ def test_a_damaged_artifact_is_not_carried_on(zoo: Path, tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_size_that_is_not_supported(zoo: Path, tmp_path: Path) -> None:
-    ArtifactBuilder(zoo / "tiny-llama-optimum" / "model.onnx").build(tmp_path / "a")
+def test_a_size_that_is_not_supported(tmp_path: Path) -> None:
+    shutil.copytree(artifact_of("tiny-llama-optimum"), tmp_path / "a")
     with pytest.raises(OptionError, match="5"):
         reshard(tmp_path / "a", tmp_path / "b", tensor_parallel_size=5)
     with pytest.raises(OptionError, match="16"):
         reshard(tmp_path / "a", tmp_path / "b", tensor_parallel_size=16)
 
 
-def test_a_file_that_the_manifest_does_not_know(zoo: Path, tmp_path: Path) -> None:
+def test_a_file_that_the_manifest_does_not_know(tmp_path: Path) -> None:
     """A configuration that somebody put there would steer the build."""
-    ArtifactBuilder(zoo / "tiny-llama-9-3-optimum" / "model.onnx").build(tmp_path / "a")
+    shutil.copytree(artifact_of("tiny-llama-9-3-optimum"), tmp_path / "a")
     listed = {entry.path for entry in open_artifact(tmp_path / "a").manifest.files}
     assert "vocab.txt" not in listed
     (tmp_path / "a" / "vocab.txt").write_text("x")

@@ -19,6 +19,7 @@ from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.conftest import Built
 from tests.builder.test_streaming import digests
+from tests.tiers import tiered
 
 ZOO = ("tiny-llama-optimum", "tiny-phi3-optimum", "tiny-qwen3-optimum", "tiny-llama-genai-int4-qdq")
 
@@ -40,7 +41,7 @@ def tuned(path: Path, target: Path) -> Path:
     return target / "model.onnx"
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", tiered(ZOO, ["tiny-llama-genai-int4-qdq"]))
 def test_the_bytes_are_those_of_a_fresh_build(
     name: str, zoo: Path, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,16 +6,28 @@ import pytest
 
 from tests.builder.op_case import OpCase
 from tests.builder.op_cases import CASES
-from tests.builder.proofs import prove
+from tests.builder.proofs import Proof, prove
 
 BY_THE_INTERFACE = re.compile(r'input ".*" would be split|state ".*" (would come out split otherwise|may hold).*')
 """Splits that these small models refuse, and not the rule: indices are no state, nor is what comes out of Log."""
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.runs], ids=lambda case: case.name)
-def test_every_feasible_split_is_right(case: OpCase) -> None:
-    """And every dimension that the rule speaks of is split, or its sizes would let a case prove nothing."""
-    proof = prove(case.model())
+RUNNING = pytest.mark.parametrize("case", [case for case in CASES if case.runs], ids=lambda case: case.name)
+
+
+def check(proof: Proof) -> None:
     assert proof.wrong == ()
     assert proof.plans > 0
     assert [reason for reason in proof.refused if not BY_THE_INTERFACE.search(reason)] == []
+
+
+@RUNNING
+def test_a_few_splits_are_right(case: OpCase) -> None:
+    """And every dimension that the rule speaks of is split, or its sizes would let a case prove nothing."""
+    check(prove(case.model(), most_plans=4))
+
+
+@pytest.mark.slow
+@RUNNING
+def test_every_feasible_split_is_right(case: OpCase) -> None:
+    check(prove(case.model()))

@@ -16,6 +16,7 @@ from tests.builder.conftest import Built
 from tests.builder.parity import Case, cases_of, feeds_of
 from tests.builder.plans import without_accuracy_level
 from tests.builder.stitching import Array, SplitModel, session
+from tests.tiers import MECHANISMS, tiered
 
 EXACT = 1e-5
 HALF = 5e-3
@@ -57,15 +58,13 @@ MODELS = [
 ]
 """The same number of collectives at 4 and 8: 2L+1 sums and one gathering of the logits, L+1 in parallel blocks."""
 
-ROWS = [
-    pytest.param(row, tp, id=f"{row.path.partition('/')[0]}-{Path(row.path).stem}-{tp}")
-    for row in MODELS
-    for tp in (4, 8)
-]
+BY_PATH = {row.path: row for row in MODELS}
+ROWS = [(path, tp) for path in BY_PATH for tp in (4, 8)]
 
 
-@pytest.mark.parametrize(("row", "tp"), ROWS)
-def test_split_model_gives_the_unsplit_models_results(row: Row, tp: int, zoo: Path, built: Built) -> None:
+@pytest.mark.parametrize(("path", "tp"), tiered(ROWS, MECHANISMS))
+def test_split_model_gives_the_unsplit_models_results(path: str, tp: int, zoo: Path, built: Built) -> None:
+    row = BY_PATH[path]
     _, artifact = built(row.path, tp)
     kinds = [collective.kind for collective in artifact.manifest.collectives]
     assert (kinds.count("AllReduce"), kinds.count("AllGather")) == (row.all_reduces, row.all_gathers)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm.cli.main import main
+from tests.artifacts import artifact_of
 
 OPTIMUM = "tiny-llama-optimum"
 
@@ -55,11 +56,7 @@ def refused(cli: Cli) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture(scope="module")
-def built(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def built() -> Path:
     """One artifact that tests may read."""
-    from furiosa_llm import ArtifactBuilder
-
-    folder = tmp_path_factory.mktemp("built") / "artifact"
-    ArtifactBuilder(zoo / OPTIMUM / "model.onnx", tensor_parallel_size=4).build(folder)
-    return folder
+    return artifact_of(OPTIMUM)

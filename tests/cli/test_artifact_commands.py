@@ -14,16 +14,14 @@ import pytest
 
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.cli.diff import _dim, _layouts
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 
 
 @pytest.fixture(scope="module")
-def artifacts(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def artifacts() -> dict[int, Path]:
     """Packed query, key and value over 4 and over 8 ranks."""
-    folder = tmp_path_factory.mktemp("artifacts")
-    for size in (4, 8):
-        ArtifactBuilder(zoo / "tiny-phi3-optimum" / "model.onnx", tensor_parallel_size=size).build(folder / str(size))
-    return {size: folder / str(size) for size in (4, 8)}
+    return {size: artifact_of("tiny-phi3-optimum", size) for size in (4, 8)}
 
 
 def test_unbuild(artifacts: dict[int, Path], tmp_path: Path, cli: Cli, zoo: Path) -> None:

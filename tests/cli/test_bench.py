@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.bench import sweep
 from furiosa_llm.bench.load import Observed, run_load
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 
 SMALL = ("--num-requests", 6, "--input-len", 5, "--output-len", 4, "--num-warmups", 1)
@@ -138,12 +138,11 @@ def test_options_of_no_sense(cli: Cli, built: Path, options: tuple[object, ...],
     ("model", "message"),
     [
         (
-            "tiny-bert-optimum/model.onnx",
+            "tiny-bert-optimum",
             "does not generate, which is what bench measures; `furiosa-mlperf bert-offline`",
         ),
         ("tiny-t5-optimum", "is an encoder-decoder, which runs without an engine: it is not measured here"),
     ],
 )
-def test_what_has_no_engine(zoo: Path, tmp_path: Path, refused: Callable[..., str], model: str, message: str) -> None:
-    ArtifactBuilder(zoo / model).build(tmp_path / "artifact")
-    assert message in refused("bench", tmp_path / "artifact")
+def test_what_has_no_engine(refused: Callable[..., str], model: str, message: str) -> None:
+    assert message in refused("bench", artifact_of(model))

@@ -13,13 +13,17 @@ import pytest
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.runtime import open_artifact
+from tests.artifacts import artifact_of
 from tests.cli.conftest import OPTIMUM, Cli
+from tests.tiers import tiered
 
 DYNAMO, GENAI = "tiny-llama-dynamo-op23-tf5", "tiny-llama-genai-fp32"
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [4, 8])
-@pytest.mark.parametrize("name", [OPTIMUM, DYNAMO, GENAI])
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel_size"),
+    tiered([(name, size) for name in (OPTIMUM, DYNAMO, GENAI) for size in (4, 8)], [(OPTIMUM, 4)]),
+)
 def test_build_and_verify(name: str, tensor_parallel_size: int, zoo: Path, tmp_path: Path, cli: Cli) -> None:
     model, artifact = zoo / name / "model.onnx", tmp_path / "artifact"
     result = cli("build", "-tp", tensor_parallel_size, model, artifact)
@@ -34,7 +38,9 @@ def test_build_and_verify(name: str, tensor_parallel_size: int, zoo: Path, tmp_p
         assert case in verified.out
 
 
-@pytest.mark.parametrize("option", ["-tp", "--tensor-parallel-size", "--tensor_parallel_size"])
+@pytest.mark.parametrize(
+    "option", tiered(["-tp", "--tensor-parallel-size", "--tensor_parallel_size"], ["--tensor_parallel_size"])
+)
 def test_spellings_of_the_size(option: str, zoo: Path, tmp_path: Path, cli: Cli) -> None:
     assert cli("build", option, 8, zoo / GENAI / "model.onnx", tmp_path / "artifact").code == 0
     assert open_artifact(tmp_path / "artifact").manifest.mesh.size == 8
@@ -47,12 +53,10 @@ def test_default_size_and_output(zoo: Path, tmp_path: Path, cli: Cli, monkeypatc
     assert default_output(Path("some/llama.onnx"), 8) == Path("llama-tp8.artifact")
 
 
-def test_generate_gives_the_same_tokens_for_every_size(zoo: Path, tmp_path: Path, cli: Cli) -> None:
+def test_generate_gives_the_same_tokens_for_every_size(cli: Cli) -> None:
     texts = set()
     for size in (4, 8):
-        artifact = tmp_path / str(size)
-        assert cli("build", "-tp", size, zoo / OPTIMUM / "model.onnx", artifact).code == 0
-        result = cli("generate", artifact, "--prompt", "hello", "--max-tokens", 12)
+        result = cli("generate", artifact_of(OPTIMUM, size), "--prompt", "hello", "--max-tokens", 12)
         assert result.code == 0
         assert "12 tokens" in result.err
         texts.add(result.out)
@@ -62,11 +66,12 @@ def test_generate_gives_the_same_tokens_for_every_size(zoo: Path, tmp_path: Path
 
 def test_run_gives_the_model_s_outputs(zoo: Path, tmp_path: Path, cli: Cli) -> None:
     model = zoo / "tiny-bert-optimum" / "model.onnx"
-    assert cli("build", "-tp", 8, model, tmp_path / "artifact").code == 0
     ids = np.arange(10, dtype=np.int64)[None, :]
     mask, types = np.ones_like(ids), np.zeros_like(ids)
     np.savez(tmp_path / "in.npz", input_ids=ids, attention_mask=mask, token_type_ids=types)
-    result = cli("run", tmp_path / "artifact", "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz")
+    result = cli(
+        "run", artifact_of("tiny-bert-optimum", 8), "--inputs", tmp_path / "in.npz", "--outputs", tmp_path / "out.npz"
+    )
     assert result.code == 0, result.err
     assert result.out == "logits: float32 [1, 10, 1024]\n"
     import onnxruntime
@@ -88,7 +93,7 @@ def test_wrong_size(zoo: Path, tmp_path: Path, refused: Callable[..., str]) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize("size", tiered([1, 2, 16], [2]))
 def test_experimental_sizes(size: int, zoo: Path, tmp_path: Path, cli: Cli) -> None:
     model, artifact = zoo / "tiny-llama-mha-tied-optimum" / "model.onnx", tmp_path / "artifact"
     assert cli("build", "--experimental-tp", "-tp", size, model, artifact).code == 0

@@ -15,11 +15,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime import SamplingParams
 from furiosa_llm.runtime.artifact.composite import open_composite
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.seq2seq import Seq2Seq
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,7 @@ def t5(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built_t5(t5: Path) -> Path:
-    ArtifactBuilder(t5).build(t5.parent / "artifact")
-    return t5.parent / "artifact"
+    return artifact_of("tiny-t5-optimum", beside={"tokenizer.json": (t5 / "tokenizer.json").read_text("utf-8")})
 
 
 @pytest.fixture
@@ -157,6 +156,7 @@ def test_embed_prints_a_line_for_each_text(zoo: Path, tmp_path: Path, cli: Cli, 
     assert "no tokenizer.json" in refused("embed", artifact, "--text", "hello")
 
 
+@pytest.mark.slow
 def test_the_documentation_s_commands(tmp_path: Path, zoo: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.inspection import inspect_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
@@ -18,6 +17,7 @@ from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.batch import Companions
 from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference, probe_batch_invariance
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 from tests.tampering import edit_manifest
 
@@ -59,9 +59,8 @@ def test_one_screen(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     assert rows["verification"] == "none; run `furiosa-llm verify`"
 
 
-def test_padding_and_what_is_replicated(zoo: Path, tmp_path: Path, cli: Cli) -> None:
-    ArtifactBuilder(zoo / "tiny-llama-9-3-optimum" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
-    rows = lines(cli("inspect", tmp_path / "artifact").out)
+def test_padding_and_what_is_replicated(cli: Cli) -> None:
+    rows = lines(cli("inspect", artifact_of("tiny-llama-9-3-optimum")).out)
     assert "of them padding" in rows["stored, all PEs"]
     assert "padded to 4" in rows["split"]
 

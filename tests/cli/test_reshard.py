@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder
+from tests.artifacts import artifact_of
 from tests.builder.test_streaming import digests
 from tests.cli.conftest import Cli
 
 
 @pytest.fixture(scope="module")
-def folder(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resharded")
     for size in (4, 8):
-        ArtifactBuilder(zoo / "tiny-llama-optimum" / "model.onnx", tensor_parallel_size=size).build(folder / str(size))
+        shutil.copytree(artifact_of("tiny-llama-optimum", size), folder / str(size))
     return folder
 
 

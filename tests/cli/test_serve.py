@@ -27,6 +27,7 @@ from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifferen
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 from tests.server.conftest import wait_for
 from tests.server.process import TIMEOUT, Process, started
@@ -82,6 +83,7 @@ def test_what_the_kernels_give_is_said(
     assert said.endswith(f"{end}\n")
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(built: Path) -> None:
     with started(built, "--max-model-len", 512, "--shutdown-timeout", 600) as server:
         wanted = body(500, n=16, stream=True)
@@ -273,6 +275,6 @@ def test_the_command_line_needs_none_of_it() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_an_encoder_decoder_is_refused(zoo: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
-    assert cli("build", zoo / "tiny-t5-optimum", tmp_path / "t5").code == 0
-    assert "is an encoder-decoder, which runs without an engine" in refused("serve", tmp_path / "t5", "--port", 0)
+def test_an_encoder_decoder_is_refused(refused: Refused) -> None:
+    message = refused("serve", artifact_of("tiny-t5-optimum"), "--port", 0)
+    assert "is an encoder-decoder, which runs without an engine" in message

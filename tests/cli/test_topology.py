@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.accounting import Workload, card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.block_reads import read_blocks
 from furiosa_llm.runtime.devices import PE_NBYTES
 from furiosa_llm.runtime.stages import choose_stages
 from furiosa_llm.runtime.topology import make_topology
+from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 
 TIED = "tiny-llama-tied-genai-int4-shared"
@@ -88,21 +88,21 @@ def test_the_object(built: Path, cli: Cli) -> None:
     assert found["kv_tokens"] == spared // (2 * 4 * 128)
 
 
-def test_blocks_counted_out(zoo: Path, tmp_path: Path, cli: Cli) -> None:
+def test_blocks_counted_out(cli: Cli) -> None:
     """An encoder of seven blocks, which keeps no cache."""
-    ArtifactBuilder(zoo / "tiny-bert-optimum" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "bert")
-    found = shown(cli, tmp_path / "bert", "--num-blocks-per-pp-stage", "1, 4,2")
+    bert = artifact_of("tiny-bert-optimum")
+    found = shown(cli, bert, "--num-blocks-per-pp-stage", "1, 4,2")
     assert [(one["first_block"], one["num_blocks"]) for one in found["stages"]] == [(0, 1), (1, 4), (5, 2)]
     assert found["kv_tokens"] is None
-    text = cli("topology", tmp_path / "bert", "-pp", 3).out
+    text = cli("topology", bert, "-pp", 3).out
     assert "The model keeps no KV cache." in text
     assert [row[1] for row in rows(text)[-6:-3]] == ["0-2", "3-5", "6"]
 
 
-def test_a_tied_embedding_is_kept_in_two_stages(zoo: Path, tmp_path: Path, cli: Cli) -> None:
-    ArtifactBuilder(zoo / TIED / "model.onnx", tensor_parallel_size=4).build(tmp_path / "tied")
-    artifact = open_artifact(tmp_path / "tied")
-    whole, halves = shown(cli, tmp_path / "tied"), shown(cli, tmp_path / "tied", "-pp", 2)
+def test_a_tied_embedding_is_kept_in_two_stages(cli: Cli) -> None:
+    tied = artifact_of(TIED)
+    artifact = open_artifact(tied)
+    whole, halves = shown(cli, tied), shown(cli, tied, "-pp", 2)
     (table,) = {
         name
         for node in artifact.program.graph.node

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks.artifacts import artifact
@@ -12,6 +14,14 @@ pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 FEW = 4
 """Prompts where one sequence of a replica runs at a time; the campaign runs all there are."""
 OPTIMUM = Setting(tp=4, pp=2, dp=1, batch=16, chunk=7, preempted=True, caching=True, workers=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Artifacts are built anew: not where another worker reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.artifacts.FOLDER", tmp_path_factory.mktemp("same-tokens"))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ from pathlib import Path
 import mlperf_loadgen
 import pytest
 
-from furiosa_llm import ArtifactBuilder, EngineArgs
+from furiosa_llm import EngineArgs
 from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.mlperf.model import Model, load_model
+from tests.artifacts import artifact_of
 
 NAME = "tiny-llama-optimum"
 MAX_OUTPUT_TOKENS = 5
@@ -37,10 +38,8 @@ def samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="session")
-def artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mlperf") / "decoder"
-    ArtifactBuilder(zoo / NAME / "model.onnx", tensor_parallel_size=4).build(folder)
-    return folder
+def artifact() -> Path:
+    return artifact_of(NAME)
 
 
 @pytest.fixture

@@ -24,7 +24,13 @@ from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from tests.mlperf.conftest import MAX_OUTPUT_TOKENS
 
 SMOKE = Path(__file__).resolve().parents[2] / "fixtures" / "mlperf" / "smoke.conf"
-COMMAND = [sys.executable, "-c", "from furiosa_llm.mlperf.cli import main; main()"]
+MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+from furiosa_llm.mlperf.cli import main
+main()
+"""
+COMMAND = [sys.executable, "-c", MAIN]
 TIMEOUT = 120.0
 
 

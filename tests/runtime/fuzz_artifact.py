@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
+import math
 import multiprocessing
 import random
 import resource
@@ -34,12 +36,12 @@ from pathlib import Path
 
 import numpy as np
 
-from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh, global_size, index_map
 from furiosa_llm.runtime.artifact.manifest import Manifest, OriginalInitializer
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from tests.artifacts import artifact_of
 from tests.runtime.artifact_damage import DAMAGES
 from tests.runtime.models import LlamaSize, llama, mlp
 
@@ -76,10 +78,9 @@ def small(folder: Path) -> object:
 
 def built(name: str) -> Callable[[Path], object]:
     """A model of the zoo over 4 PEs."""
-    return lambda folder: ArtifactBuilder(ZOO / name / "model.onnx").build(folder)
+    return lambda folder: shutil.copytree(artifact_of(name), folder)
 
 
-ZOO = Path(__file__).resolve().parents[2] / "fixtures" / "zoo"
 MODELS: Mapping[str, Callable[[Path], object]] = {
     "small": small,
     "decoder": lambda folder: llama(Mesh((2, 2)), LlamaSize(layers=1, vocab=32, max_length=8)).write(folder),
@@ -227,6 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Damage artifacts, open them, and look for anything but refusal.")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--cases", type=int, help="end after so many, however long they take")
     parser.add_argument("--case", type=int, help="this case only")
     arguments = parser.parse_args()
     kinds, findings = collections.Counter[str](), 0
@@ -235,7 +237,8 @@ def main() -> int:
             result = Fuzzer(Path(folder)).case(arguments.case)
         sys.stdout.write(f"{json.dumps(dataclasses.asdict(result), indent=1)}\n")
         return 1 if result.finding else 0
-    for result in campaign(arguments.seconds, arguments.seed):
+    seconds = arguments.seconds if arguments.cases is None else math.inf
+    for result in itertools.islice(campaign(seconds, arguments.seed), arguments.cases):
         kinds[result.kind] += 1
         findings += result.finding is not None
         if result.finding is not None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.composite import (
     CompositeManifest,
     is_composite,
@@ -23,6 +22,7 @@ from furiosa_llm.runtime.artifact.composite import (
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.artifacts import artifact_of
 from tests.runtime.hostile import drop, put
 
 MANIFEST = "manifest.json"
@@ -38,12 +38,9 @@ class Bases:
 
 
 @pytest.fixture(scope="module")
-def bases(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    folder = tmp_path_factory.mktemp("composite")
-    for size in (4, 8):
-        ArtifactBuilder(zoo / "tiny-t5-optimum", tensor_parallel_size=size).build(folder / str(size))
-    ArtifactBuilder(zoo / "tiny-bert-optimum" / "model.onnx").build(folder / "bert")
-    return Bases(four=folder / "4", eight=folder / "8", bert=folder / "bert")
+def bases() -> Bases:
+    four, eight = (artifact_of("tiny-t5-optimum", size) for size in (4, 8))
+    return Bases(four=four, eight=eight, bert=artifact_of("tiny-bert-optimum"))
 
 
 @pytest.fixture

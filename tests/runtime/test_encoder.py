@@ -20,6 +20,7 @@ from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.prompts import Prompt
 from furiosa_llm.runtime.tokenizer import Tokenizer
+from tests.artifacts import artifact_of
 from tests.runtime.bracketed import bracketed_tokenizer
 
 LENGTHS = (7, 3, 7, 12, 3, 1, 7)
@@ -31,11 +32,8 @@ def bert(zoo: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    folder = tmp_path_factory.mktemp("bert")
-    for size in (4, 8):
-        ArtifactBuilder(bert, tensor_parallel_size=size).build(folder / str(size))
-    return {size: folder / str(size) for size in (4, 8)}
+def built() -> dict[int, Path]:
+    return {size: artifact_of("tiny-bert-optimum", size) for size in (4, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +156,12 @@ def test_the_models_own_pooling_is_the_default(built: dict[int, Path], encoder: 
             loaded.embed([[1] * 5])
 
 
-def test_models_that_make_no_vectors_of_tokens(zoo: Path, tmp_path: Path) -> None:
-    for model, use in (("tiny-vit-optimum/model.onnx", "run"), ("tiny-llama-genai-fp32/model.onnx", "generate")):
-        ArtifactBuilder(zoo / model).build(tmp_path / use)
+def test_models_that_make_no_vectors_of_tokens() -> None:
+    for model, use in (("tiny-vit-optimum", "run"), ("tiny-llama-genai-fp32", "generate")):
         with pytest.raises(UnsupportedError, match=f"for encoders;.*furiosa-llm {use}"):
-            Encoder.load_artifact(tmp_path / use)
-    ArtifactBuilder(zoo / "tiny-t5-optimum" / "decoder_model.onnx").build(tmp_path / "decoder")
+            Encoder.load_artifact(artifact_of(model))
     with pytest.raises(UnsupportedError, match=r"'encoder_attention_mask'.*cannot be made from token ids"):
-        Encoder.load_artifact(tmp_path / "decoder")
+        Encoder.load_artifact(artifact_of("tiny-t5-optimum/decoder_model.onnx"))
 
 
 def test_options_out_of_range(built: dict[int, Path]) -> None:

@@ -111,6 +111,7 @@ def answers(engine: LLMEngine, count: int) -> list[list[int]]:
     return [outputs[number].outputs[0].token_ids for number in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_worker_that_is_killed(replicas: int, load: Load, tokens: list[list[int]]) -> None:
     """While requests run, then while none does."""
@@ -209,7 +210,14 @@ def test_a_thread_that_hangs(load: Load, tokens: list[list[int]], monkeypatch: p
     assert answers(engine, 2) == tokens[:2]
 
 
-@pytest.mark.parametrize("error", [SystemExit("out"), MemoryError("no more"), ZeroDivisionError("ours")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit("out"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (MemoryError("no more"), ZeroDivisionError("ours"))),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("where", ["runner", "core"])
 def test_a_thread_that_is_ended(
     where: str, error: BaseException, load: Load, tokens: list[list[int]], monkeypatch: pytest.MonkeyPatch

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.artifacts import artifact_of
 from tests.runtime import hostile_files, hostile_layouts, hostile_manifest, hostile_models, hostile_sources
 from tests.runtime.hostile import Copy, Hostile
 from tests.runtime.models import LlamaSize, llama, mlp
@@ -23,28 +23,24 @@ KINDS = tuple(
     for kind in module.KINDS
 )
 MESH = Mesh((2, 2))
-BASES: dict[str, Callable[[Path, Path], object]] = {
-    "mlp": lambda folder, _: mlp(MESH).write(folder),
-    "llama": lambda folder, _: llama(MESH, LlamaSize(layers=1)).write(folder),
-    "parts": lambda folder, zoo: _build(zoo / "tiny-llama-genai-fp16-cuda", folder, 8),
-    "padded": lambda folder, zoo: _build(zoo / "tiny-llama-9-3-optimum", folder, 4),
-    "int4": lambda folder, zoo: _build(zoo / "tiny-llama-genai-int4-qdq", folder, 4),
+BASES: dict[str, Callable[[Path], object]] = {
+    "mlp": lambda folder: mlp(MESH).write(folder),
+    "llama": lambda folder: llama(MESH, LlamaSize(layers=1)).write(folder),
+    "parts": lambda folder: shutil.copytree(artifact_of("tiny-llama-genai-fp16-cuda", 8), folder),
+    "padded": lambda folder: shutil.copytree(artifact_of("tiny-llama-9-3-optimum"), folder),
+    "int4": lambda folder: shutil.copytree(artifact_of("tiny-llama-genai-int4-qdq"), folder),
 }
 """What is damaged: small programs written by hand; built ones with weights in parts, padded heads, and packed INT4."""
 
 
-def _build(model: Path, folder: Path, tensor_parallel_size: int) -> None:
-    ArtifactBuilder(model / "model.onnx", tensor_parallel_size=tensor_parallel_size).build(folder)
-
-
 @pytest.fixture(scope="session")
-def bases(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def base(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp("hostile") / name
-            BASES[name](made[name], zoo)
+            BASES[name](made[name])
         return made[name]
 
     return base

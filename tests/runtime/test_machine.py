@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -48,6 +49,7 @@ from tests.runtime.cores import ZOO, make_core
 from tests.runtime.models import LlamaSize, mlp
 from tests.runtime.runners import CountingRunner
 from tests.runtime.test_executor import random, unknown_shape
+from tests.tiers import tiered
 
 MESH = Mesh((2, 2))
 SIZE = LlamaSize(layers=3, vocab=1024)
@@ -119,9 +121,15 @@ def expected(stages: int, rounds: int = 1) -> list[dict[str, tuple[int, int]]]:
 # -- runners -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-@pytest.mark.parametrize("how", [{"threads": 1}, {"threads": 2}, {"threads": 3}, {"workers": 2}], ids=str)
-def test_what_runs_is_counted(artifact: Artifact, stages: int, how: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("stages", "name", "count"),
+    tiered(
+        itertools.product([1, 2], ["threads", "workers"], [1, 2, 3]),
+        [(1, "threads", 1), (1, "threads", 2), (2, "threads", 3), (2, "workers", 2)],
+    ),
+)
+def test_what_runs_is_counted(artifact: Artifact, stages: int, name: str, count: int) -> None:
+    how = {name: count}
     with runner_of(artifact, stages, **how) as runner:
         assert numbers(counted(runner)) == [dict.fromkeys(one, (0, 0)) for one in expected(stages)]
         serve(runner)

@@ -45,6 +45,7 @@ from tests.runtime.blocks import llama_blocks, with_blocks
 from tests.runtime.conftest import ZooArtifact
 from tests.runtime.models import LlamaSize, llama
 from tests.runtime.test_serving_graph import end_with, normalized
+from tests.tiers import tiered
 
 Array = npt.NDArray[Any]
 MESH = Mesh((2, 2))
@@ -83,6 +84,10 @@ ROWS = {
 
 The exporter of Gemma counts positions from the cache's size, that of Mistral cuts the cache to its window.
 """
+FAST = {
+    *("tiny-gemma-optimum", "tiny-gptoss-genai-fp32-fullkv", "tiny-llama-9-3-optimum", "tiny-llama-dynamo-op23-tf5"),
+    *("tiny-llama-genai-int4", "tiny-llama-genai-int4-qdq", "tiny-mistral-dynamo-tf5", "tiny-mixtral-dynamo-tf5"),
+}
 
 APART = 1e-5
 """How far a row alone and the same row in a batch may be apart, relative to the largest logit, where kernels add in
@@ -221,7 +226,7 @@ def expected(artifact: Artifact) -> list[list[Array]]:
 # -- the bits of a sequence alone ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", tiered(ROWS, FAST))
 def test_the_zoo_in_stages_chunks_and_batches_gives_the_bits_of_sequences_alone(
     name: str, zoo_artifact: ZooArtifact
 ) -> None:

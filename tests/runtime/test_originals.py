@@ -116,7 +116,7 @@ def dims(depth: int = 2) -> st.SearchStrategy[Dim]:
 
 
 @given(dims())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100)
 def test_runs_are_the_index_map(dim: Dim) -> None:
     for rank in range(MESH.size):
         extent = extent_of(dim, MESH, rank)
@@ -215,6 +215,7 @@ def test_an_entry_that_its_tensors_do_not_make_up(tmp_path: Path) -> None:
             read_original(altered, "w")
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_original(tmp_path: Path) -> None:
     """40 MB in columns over 4 ranks: the original, and pieces of the shards."""
     original = Original("w", "FLOAT", np.ones((2500, 4000, 4), dtype=np.uint8), ("w",))

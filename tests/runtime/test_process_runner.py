@@ -23,6 +23,7 @@ from furiosa_llm.runtime.ort import Array
 from furiosa_llm.runtime.process_runner import ProcessHost, ProcessRunner
 from furiosa_llm.runtime.stages import Stage, choose_stages
 from tests.runtime.models import LlamaSize, llama, mlp
+from tests.tiers import tiered
 
 SIZE = LlamaSize()
 PROMPTS = ((3, 1, 4), (1, 5, 9, 2, 6), (5,))
@@ -71,7 +72,7 @@ def runner(artifact: Artifact) -> Iterator[ProcessRunner]:
         made.close()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("workers", tiered([1, 2, 4], [2]))
 def test_processes_give_the_bits_of_threads(workers: int, artifact: Artifact) -> None:
     with Host(artifact, stages_of(artifact), threads=2) as threads:
         local = threads.runner(slots_per_group=4)
@@ -97,7 +98,7 @@ def test_a_killed_process_is_noticed_at_once(runner: ProcessRunner) -> None:
 
     runner.watch(on_failure)
     os.kill(runner.process_ids[1], signal.SIGKILL)
-    assert noticed.wait(5)
+    assert noticed.wait(DEADLINE)
     assert isinstance(failures[0], WorkerError)
     runner.watch(on_failure)
     runner.close()
@@ -115,7 +116,7 @@ def test_what_is_under_way_fails_when_a_process_is_killed(runner: ProcessRunner)
     assert "last collective done: none" in runner.progress()
     os.kill(runner.process_ids[0], signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"worker 0, .* has ended by SIGKILL"):
-        future.result(5)
+        future.result(DEADLINE)
 
 
 def test_no_process_is_left_behind(artifact: Artifact) -> None:
@@ -147,7 +148,7 @@ def test_workers_end_with_their_parent(artifact: Artifact) -> None:
         ids = [int(word) for word in parent.stdout.readline().split()]
         parent.kill()
     assert len(ids) == 2
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + DEADLINE
     while any(Path(f"/proc/{pid}/exe").exists() for pid in ids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(Path(f"/proc/{pid}/exe").exists() for pid in ids)
@@ -169,4 +170,4 @@ def test_as_many_workers_as_a_stage_has_pes(workers: int, artifact: Artifact) ->
 def test_what_a_worker_cannot_load_is_raised_here(tmp_path: Path) -> None:
     artifact = open_artifact(mlp(Mesh((2,))).write(tmp_path))
     with pytest.raises(UnsupportedError, match="the model is not a decoder"):
-        ProcessHost(artifact, stages_of(artifact), workers=2).runner(slots_per_group=1)
+        ProcessHost(artifact, stages_of(artifact), workers=1).runner(slots_per_group=1)

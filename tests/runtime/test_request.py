@@ -128,7 +128,7 @@ def test_outputs_do_not_change_when_tokens_follow() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_pieces_add_up_to_the_whole(kind: str, data: st.DataObject) -> None:
     tokenizer = KINDS[kind]

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.artifacts import artifact_of
 from tests.runtime.same_tokens import (
     FACTORS,
     PAIRWISE,
@@ -21,6 +21,7 @@ from tests.runtime.same_tokens import (
     every_setting,
     unsplit_answers,
 )
+from tests.tiers import tiered
 
 TOKENIZER = "tiny-llama-genai-fp32"
 SETTINGS = _table(
@@ -34,14 +35,17 @@ SETTINGS = _table(
 VOCAB = 1000
 
 
-@pytest.fixture(scope="module", params=["tiny-llama-genai-fp32", "tiny-gemma-optimum", "tiny-mistral-dynamo-tf5"])
-def model(
-    request: pytest.FixtureRequest, zoo: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[Answered]]:
+@pytest.fixture(
+    scope="module",
+    params=tiered(
+        ["tiny-llama-genai-fp32", "tiny-gemma-optimum", "tiny-mistral-dynamo-tf5"],
+        ["tiny-llama-genai-fp32", "tiny-mistral-dynamo-tf5"],
+    ),
+)
+def model(request: pytest.FixtureRequest, zoo: Path) -> tuple[Path, list[Answered]]:
     """An artifact, and what the model it was made of answers."""
     source = zoo / request.param / "model.onnx"
-    folder = tmp_path_factory.mktemp("same") / "artifact"
-    ArtifactBuilder(source, tensor_parallel_size=4).build(folder)
+    folder = artifact_of(request.param)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, VOCAB, length).tolist() for length in (3, 22, 8, 17, 5, 20)]
     return folder, unsplit_answers(
@@ -49,7 +53,7 @@ def model(
     )  # the decoder that the answers come from is not told of windows: one is of 64
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", tiered(SETTINGS, SETTINGS[1:3]))
 def test_tokens_are_the_unsplit_models(setting: Setting, model: tuple[Path, list[Answered]], zoo: Path) -> None:
     folder, expected = model
     if any(state.mode == "append" for state in open_artifact(folder).manifest.states):

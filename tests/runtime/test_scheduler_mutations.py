@@ -12,6 +12,7 @@ import pytest
 from furiosa_llm.runtime import scheduler as right_scheduler
 from furiosa_llm.runtime import slots as right_slots
 from tests.runtime.scheduler_model import MakeScheduler, WrongScheduleError, run_trace
+from tests.tiers import tiered
 
 FOUND_OUT = (WrongScheduleError, AssertionError, ValueError, LookupError)
 SEEDS = (53, 155, *range(1060, 1300))
@@ -135,7 +136,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("modules")
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", tiered(MUTATIONS, list(MUTATIONS)[::6]))
 def test_a_wrong_scheduler_is_found_out(name: str) -> None:
     file, old, new = MUTATIONS[name]
     changed(right_slots, *((old, new) if file == "slots" else ("", "")))

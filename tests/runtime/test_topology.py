@@ -208,7 +208,7 @@ MACHINES = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=100)
 @given(
     cards=st.one_of(MACHINES, st.integers(1, 4).map(lambda n: [(npu, "npu:{}") for npu in range(n)])),
     tensor=st.sampled_from([1, 2, 4, 8]),

@@ -16,11 +16,12 @@ import httpx
 import openai
 import pytest
 
-from furiosa_llm import LLM, ArtifactBuilder, EngineArgs
+from furiosa_llm import LLM, EngineArgs
 from furiosa_llm.server.app import make_app
 from furiosa_llm.server.model import ServedModel, load_served, open_served
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
+from tests.artifacts import artifact_of
 
 NAME = "tiny-llama-optimum"
 TIMEOUT = 60.0
@@ -89,10 +90,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def artifact(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "artifact"
-    ArtifactBuilder(zoo / NAME / "model.onnx", tensor_parallel_size=4).build(folder)
-    return folder
+def artifact() -> Path:
+    return artifact_of(NAME)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import pytest
 
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
+from tests.tiers import tiered
 
 
 def kill_the_worker() -> None:
@@ -24,7 +25,7 @@ def kill_the_worker() -> None:
     os.kill(int(worker), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kind", ["completion", "chat"])
+@pytest.mark.parametrize("kind", tiered(["completion", "chat"], ["chat"]))
 def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     with serving(load(artifact, workers=1), ServerSettings()) as url, connected(url) as client:
         listen(caplog)
@@ -66,6 +67,7 @@ def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path, caplog: p
         assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1}, timeout=60).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_middle_of_a_constrained_answer(artifact: Path) -> None:
     """The next one gets the same grammar, which is kept, from its beginning."""
     messages: list[Any] = [{"role": "user", "content": "x"}]

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 import furiosa_llm.server
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.server.settings import ServerSettings
+from tests.artifacts import artifact_of
 from tests.server.conftest import error_of, load, serving
 
 FOLDER = Path(furiosa_llm.server.__path__[0]) / "page"
@@ -109,9 +109,8 @@ def test_the_page_learns_what_a_decoder_is_for(artifact: Path) -> None:
             assert box(url) == expected
 
 
-def test_the_page_learns_what_an_encoder_is_for(zoo: Path, encoder_artifact: Path, tmp_path: Path) -> None:
+def test_the_page_learns_what_an_encoder_is_for(encoder_artifact: Path) -> None:
     with serving(load(encoder_artifact), ServerSettings()) as url:
         assert box(url) == "embedding"
-    ArtifactBuilder(zoo / "tiny-bert-optimum" / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
-    with serving(load(tmp_path / "artifact"), ServerSettings()) as url:  # it has no tokenizer
+    with serving(load(artifact_of("tiny-bert-optimum")), ServerSettings()) as url:  # it has no tokenizer
         assert box(url) is None

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 from furiosa_llm.runtime import grammar
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, load, serving
+from tests.tiers import tiered
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT: dict[str, Any] = {"model": NAME, "messages": MESSAGES, "max_tokens": 200, "temperature": 2.0, "seed": 3}
@@ -60,7 +61,7 @@ def tokenizer(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=PARSERS)
+@pytest.fixture(scope="module", params=tiered(PARSERS, PARSERS[:2]))
 def parsing(request: pytest.FixtureRequest, artifact: Path, tokenizer: Path) -> Iterator[openai.OpenAI]:
     """A client of a server with each of the parsers of calls, and with none."""
     settings = ServerSettings(tool_call_parser=request.param)
@@ -181,7 +182,7 @@ def test_completions_have_formats_too(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_call_is_required(parsing: openai.OpenAI, parallel: bool) -> None:
     counts = set()
-    for seed in range(4):
+    for seed in range(2):
         asked: dict[str, Any] = {**CHAT, "seed": seed, "tools": [WEATHER, NOW], "tool_choice": "required"}
         asked["logit_bias"] = {str(EOS): 9}
         [choice] = parsing.chat.completions.create(**asked, parallel_tool_calls=parallel).choices
