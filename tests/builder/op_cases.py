@@ -135,6 +135,8 @@ def moves() -> Iterator[OpCase]:
     yield case("Transpose", "a b c -> c a b", x, y, "present_y = Transpose<perm=[2, 0, 1]>(past_x)")
     x, y = "float[1, 5] past_x", "float[3, 6, 5] present_y"
     yield case("Expand", "1 c, * -> . . c", x, y, "present_y = Expand(past_x, t)", t=ints(3, 6, 1))
+    x, y = "float[6, 1, 5] past_x", "float[6, 3, 5] present_y"
+    yield case("Expand", "a 1 c, * -> a . c", x, y, "present_y = Expand(past_x, t)", "by fewer sizes", t=ints(3, 1))
     nodes = "c = ConstantOfShape<value=float[1] {2.5}>(t) present_y = Add(past_x, c)"
     yield case("ConstantOfShape", "* -> . .", X, Y, nodes, t=ints(6, 5))
     y = "float[6, 5] present_y, int64[2] s"

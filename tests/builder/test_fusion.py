@@ -23,7 +23,7 @@ from furiosa_llm.builder.fusion.matching import match
 from furiosa_llm.builder.fusion.nodes import Sizes
 from furiosa_llm.builder.fusion.proof import prove
 from furiosa_llm.builder.fusion.rewriting import replace
-from furiosa_llm.builder.fusion.structure import LeftAloneError
+from furiosa_llm.builder.fusion.structure import LeftAloneError, Match
 from furiosa_llm.builder.fusion.tracing import anchors
 from furiosa_llm.cli.main import cli
 from furiosa_llm.runtime import verify_against
@@ -363,6 +363,25 @@ def test_layers_of_one_structure_are_proved_once(zoo: Path, monkeypatch: pytest.
     assert len(proved) == 1
 
 
+@pytest.fixture
+def prove_with(written: Callable[[Attention], Path]) -> Callable[[Callable[[Match], Match]], None]:
+    """Proves the replacement of a match that was altered, for the one that was found."""
+    model, probes = prepared(written(Attention()))
+    facts = (probes.facts, probes.others)
+    (anchor,) = anchors(model.graph)
+    found = match(anchor, facts)
+    sizes = Sizes(model.graph, probes.kinds)
+    for past in (found.key.past, found.value.past):
+        sizes.replace_shape_of(past)
+    model.graph.opset_imports["com.microsoft"] = 1
+
+    def with_change(change: Callable[[Match], Match]) -> None:
+        prove(found, replace(change(found), facts, sizes), model.graph, probes.kinds, probes.facts)
+
+    with_change(lambda found: found)
+    return with_change
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -372,19 +391,15 @@ def test_layers_of_one_structure_are_proved_once(zoo: Path, monkeypatch: pytest.
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_the_proof_finds_a_wrong_replacement(wrong: dict[str, Any], written: Callable[[Attention], Path]) -> None:
-    model, probes = prepared(written(Attention()))
-    facts = (probes.facts, probes.others)
-    (anchor,) = anchors(model.graph)
-    found = match(anchor, facts)
-    sizes = Sizes(model.graph, probes.kinds)
-    for past in (found.key.past, found.value.past):
-        sizes.replace_shape_of(past)
-    model.graph.opset_imports["com.microsoft"] = 1
-    prove(found, replace(found, facts, sizes), model.graph, probes.kinds, probes.facts)
-    mistaken = replace(dataclasses.replace(found, **wrong), facts, sizes)
+def test_the_proof_finds_a_wrong_replacement(wrong: dict[str, Any], prove_with: Callable[..., None]) -> None:
     with pytest.raises(LeftAloneError, match="differs by"):
-        prove(found, mistaken, model.graph, probes.kinds, probes.facts)
+        prove_with(lambda found: dataclasses.replace(found, **wrong))
+
+
+@pytest.mark.parametrize(("name", "by"), [("key", "value"), ("value", "key")])
+def test_the_proof_compares_both_caches(name: str, by: str, prove_with: Callable[..., None]) -> None:
+    with pytest.raises(LeftAloneError, match="gives another cache"):
+        prove_with(lambda found: dataclasses.replace(found, **{name: getattr(found, by)}))
 
 
 @pytest.mark.real_model

@@ -139,6 +139,14 @@ def test_zero_by_chance_is_not_zero() -> None:
     check("float[batch, 6] past_x", "float[batch, 4] y", nodes, weights)
 
 
+def test_shapes_of_ops_that_differ_in_an_attribute() -> None:
+    """What ops do alike to equal inputs is inferred once."""
+    nodes = "y = Transpose<perm=[0, 2, 1]>(past_x) z = Transpose<perm=[1, 0, 2]>(past_x)"
+    proto = model("float[2, 3, 4] past_x", "float[2, 4, 3] y, float[3, 2, 4] z", nodes)
+    facts = prepare_proto(proto).analysis.facts
+    assert [facts[value].shape for value in facts if value.name in ("y", "z")] == [(2, 4, 3), (3, 2, 4)]
+
+
 # -- padding that only looks like a weight's -----------------------------------------------------------------------
 
 

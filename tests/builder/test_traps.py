@@ -333,6 +333,15 @@ def test_contraction_of_padding_needs_zeros() -> None:
         sweep(prepared, {leaf(prepared, "past_x", 1): (0,)})
 
 
+def test_a_number_added_to_padding_leaves_no_zeros() -> None:
+    """Trap 15: a scalar, which has no padding, is added to that of the other operand."""
+    nodes = "h = MatMul(past_x, a) s = Add(h, one) y = ReduceSum(s, axis1)"
+    weights = {"a": (6, 5), "one": np.array(1, np.float32), "axis1": ints(1)}
+    prepared = prepare_proto(check("float[4, 6] past_x", "float[4, 1] y", nodes, weights))
+    with pytest.raises(InfeasibleError, match="holds no zeros"):
+        sweep(prepared, {leaf(prepared, "a", 1): (0,)})
+
+
 def test_mean_over_padding_is_refused() -> None:
     """Trap 15: the zeros would count."""
     nodes = "m = ReduceMean(w, axis1) y = Mul(past_x, m)"

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from furiosa_llm import LLM, SamplingParams
 from tests.cli.conftest import Cli
+
+
+def test_the_text_is_that_of_the_engine(built: Path, cli: Cli) -> None:
+    result = cli("generate", built, "--prompt", "hello", "--max-tokens", 8)
+    with LLM.load_artifact(built) as llm:
+        expected = llm.generate("hello", SamplingParams(temperature=0.0, max_tokens=8))
+    assert result.out == f"{expected.outputs[0].text}\n"
 
 
 def test_the_same_text_for_every_parallelism(built: Path, cli: Cli) -> None:

@@ -153,6 +153,12 @@ FILES: list[Hostile] = [
         full=True,
     ),
     Hostile(
+        name="bytes behind the last tensor",
+        base="mlp",
+        apply=lambda copy: copy.write(WEIGHTS, (copy.folder / WEIGHTS).read_bytes() + bytes(8)),
+        message=rf"{WEIGHTS}: found \d+ bytes, expected \d+, where the last tensor ends",
+    ),
+    Hostile(
         name="the header's padding",
         base="int4",
         apply=_flip_padding,

@@ -94,6 +94,10 @@ _FIELDS: list[tuple[Edit, str]] = [
     ),
     (put(7, "states", 0, "sequence_dim"), r"\$\.states\[0\]\.sequence_dim: found 7, expected a dimension below 4"),
     (
+        put(8, "outputs", 1, "layout", 1),
+        r"\$\.states\[0\]: found .*, expected an input and an output that differ in their sequence dimension only",
+    ),
+    (
         put(3, "states", 0, "sequence_dim"),
         r"expected an input and an output that differ in their sequence dimension only",
     ),

@@ -14,7 +14,7 @@ from furiosa_llm.runtime import LLM
 from furiosa_llm.runtime.artifact import reader
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.files import open_regular
-from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.errors import TokenizerError
 from tests.runtime.models import LlamaSize, llama, mlp
@@ -40,6 +40,20 @@ def test_windows_are_the_ranks_own(program: Spmd, folder: Path) -> None:
             local = weight.local(MESH, rank)
             data = artifact.read_window(artifact.window(name, rank))
             assert np.array_equal(data.view(np.float32).reshape(local.shape), local)
+
+
+def test_windows_of_a_shard_that_several_ranks_have(tmp_path: Path) -> None:
+    program = Spmd(MESH)
+    program.input("x", ["batch", 6])
+    weight = np.arange(36, dtype=np.float32).reshape(6, 6)
+    program.weight("w", weight, 6, Leaf(6, (1,)))
+    program.node("MatMul", ["x", "w"], "h")
+    program.all_gather("h", "g", (1,), 1, ["batch", 3])
+    program.node("Identity", ["g"], "y")
+    program.output("y", ["batch", 6])
+    artifact = open_artifact(program.write(tmp_path / "artifact"))
+    for rank, columns in enumerate((weight[:, :3], weight[:, 3:]) * 2):
+        assert np.array_equal(artifact.read_window(artifact.window("w", rank)).view(np.float32).reshape(6, 3), columns)
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_no_cut_is_better(costs: list[int], stages: int) -> None:
         ([1] * 8, 4, (2, 2, 2, 2)),
         ([1] * 6 + [6], 2, (6, 1)),
         ([9, 1, 1, 1, 1, 1], 3, (1, 2, 3)),  # 9 is the largest anyhow: the others share evenly
+        ([1, 1, 1, 3, 5], 3, (3, 1, 1)),  # 3, 3, 5, though 2, 4, 5 are nearer in blocks
         ([0, 0, 0, 0], 2, (2, 2)),
         ([1] * 128, 32, (4,) * 32),
     ],

@@ -130,6 +130,14 @@ def test_copies_survive_growing() -> None:
     assert not rows(states, 3, 1).inputs[0, "past.key"].array[:, :, 2:].any()
 
 
+def test_a_slot_behind_unused_ones_survives_growing() -> None:
+    states = slots(4, (0,))
+    states.reserve(1)
+    rows(states, 2, 1).inputs[0, "past.key"].array[...] = 5
+    states.reserve(CAPACITY_STEP + 1)
+    assert (rows(states, 2, 1).inputs[0, "past.key"].array[:, :, :CAPACITY_STEP] == 5).all()
+
+
 def test_slots_that_nobody_uses_take_no_memory() -> None:
     shapes: dict[str, Shape] = {"past.key": ("batch", 64, "past", 64)}
     before = resident_nbytes()

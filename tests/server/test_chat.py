@@ -148,8 +148,10 @@ def test_parallel_calls_can_be_switched_off(talking: str) -> None:
 
 
 def test_a_call_of_what_was_not_offered_is_text(talking: str) -> None:
+    extra = {"stop_token_ids": [OTHER_CALL], "include_stop_str_in_output": True}
     with connected(talking) as client:
-        [choice] = client.chat.completions.create(**say(OTHER_CALL)).choices
+        [choice] = client.chat.completions.create(**say(OTHER_CALL, extra_body=extra)).choices
+    assert choice.finish_reason == "stop"
     assert choice.message.tool_calls is None
     assert choice.message.content == '<tool_call>{"name": "delete", "arguments": {}}</tool_call>'
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import pytest
 
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 from furiosa_llm.runtime.tokenizer import Tokenizer
-from furiosa_llm.server.errors import api_error
+from furiosa_llm.server.errors import ApiError, api_error
+from furiosa_llm.server.middleware import BodyLimits
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
 
@@ -238,6 +240,24 @@ def test_bodies_that_are_too_large(strict: str) -> None:
             assert response.status_code == 413
         exact = json.dumps(COMPLETION).ljust(2000).encode()
         assert client.post("/v1/completions", content=exact, headers=headers).status_code == 200
+
+
+def test_every_piece_of_a_body_counts() -> None:
+    pieces = [{"type": "http.request", "body": bytes(700), "more_body": more} for more in (True, True, False)]
+
+    async def receive() -> dict[str, Any]:
+        return pieces.pop(0)
+
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    limited = BodyLimits(read, max_nbytes=2000, timeout=5)
+    with pytest.raises(ApiError, match="larger than the 2000 bytes"):
+        asyncio.run(limited({"type": "http", "headers": []}, receive, send))
 
 
 def test_bodies_that_do_not_arrive(strict: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import httpx
 import openai
 import pytest
 
+from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.server.events import events_of
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
 from tests.tiers import tiered
@@ -46,6 +49,20 @@ def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str, caplog: 
             list(stream)
         assert re.search("request [0-9a-f]{32} failed: .*replica 0 failed while it had the request", caplog.text)
         assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices[0].text
+
+
+def test_nothing_follows_the_event_of_a_failure() -> None:
+    async def outputs() -> AsyncGenerator[int, None]:
+        yield 1
+        raise ExecutionError("it broke")
+
+    async def events() -> list[bytes]:
+        found = outputs()
+        return [one async for one in events_of(found, await anext(found), lambda number: b"%d" % number, lambda: b"2")]
+
+    first, second = asyncio.run(events())
+    assert first == b"1"
+    assert b"it broke" in second
 
 
 def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
