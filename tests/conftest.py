@@ -1,13 +1,33 @@
 """What every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from fixtures.processor import kernels
 from tests.artifacts import ZOO, artifact_of
 
 # tests/wheel tests an installed wheel, from outside the checkout: `make test-wheel`.
 collect_ignore = ["wheel"]
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {kernels()}"
+
+
+def pytest_configure() -> None:
+    refuse_other_kernels()
+
+
+def refuse_other_kernels() -> None:
+    """Ends a run under qemu that is none: a process that an emulated one starts is not emulated."""
+    expected = os.environ.get("EXPECTED_KERNELS")
+    if expected not in (None, kernels()):
+        raise pytest.UsageError(
+            f"onnxruntime chooses {kernels()} here, and EXPECTED_KERNELS says {expected}: run `make test-kernels`, "
+            "which starts one process of pytest under qemu, without workers"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ import pytest
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import verify_against
 
+pytestmark = pytest.mark.kernels
+
 FP32, FP16 = 1e-5, 5e-3
 L = 2
 
