@@ -37,6 +37,10 @@ test: $(INSTALLED) ## the fast tests: every mechanism on a few models, in two mi
 test-all: $(INSTALLED) ## all tests: every model of the zoo, the real one, long campaigns, and the page in chromium
 	$(PYTEST)
 
+.PHONY: test-kernels
+test-kernels: $(INSTALLED) ## the tests that depend on onnxruntime's kernels, on those for AVX2 and SSE, by qemu (FILES=)
+	scripts/test-kernels.sh $(BIN) $(FILES)
+
 .PHONY: test-wheel
 test-wheel: $(INSTALLED) ## build sdist and wheel, and test the wheel outside the checkout
 	scripts/test-wheel.sh $(BIN)

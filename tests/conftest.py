@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from fixtures.processor import kernels
 from tests.artifacts import ZOO, artifact_of
 
 # No test fails because a machine is slow or busy.
@@ -14,6 +15,24 @@ settings.load_profile("any machine")
 
 # tests/wheel tests an installed wheel, from outside the checkout: `make test-wheel`.
 collect_ignore = ["wheel"]
+
+
+def pytest_report_header() -> str:
+    return f"kernels: {kernels()}"
+
+
+def pytest_configure() -> None:
+    refuse_other_kernels()
+
+
+def refuse_other_kernels() -> None:
+    """Ends a run under qemu that is none: a process that an emulated one starts is not emulated."""
+    expected = os.environ.get("EXPECTED_KERNELS")
+    if expected not in (None, kernels()):
+        raise pytest.UsageError(
+            f"onnxruntime chooses {kernels()} here, and EXPECTED_KERNELS says {expected}: run `make test-kernels`, "
+            "which starts one process of pytest under qemu, without workers"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

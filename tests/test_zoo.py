@@ -15,6 +15,8 @@ from furiosa_llm.runtime import verify_against
 from tests.artifacts import built_model
 from tests.tiers import MECHANISMS, tiered
 
+pytestmark = pytest.mark.kernels
+
 FP32, FP16 = 1e-5, 5e-3
 L = 2
 

@@ -29,6 +29,8 @@ from furiosa_llm.runtime.sessions import create_sessions
 from tests.runtime.models import LlamaSize, llama
 from tests.runtime.spmd import Spmd
 
+pytestmark = pytest.mark.kernels
+
 Array = npt.NDArray[Any]
 MESHES = [Mesh((2,)), Mesh((3,)), Mesh((2, 2)), Mesh((2, 2, 2))]
 NUMPY: dict[str, Any] = {

@@ -47,6 +47,8 @@ from tests.runtime.models import LlamaSize, llama
 from tests.runtime.test_serving_graph import end_with, normalized
 from tests.tiers import tiered
 
+pytestmark = pytest.mark.kernels
+
 Array = npt.NDArray[Any]
 MESH = Mesh((2, 2))
 SIZE = LlamaSize(layers=4, max_length=600)
