@@ -63,6 +63,7 @@ def test_llm_engine(artifact: Path) -> None:
     assert sorted(line[:10] for line in lines) == ["request 0:", "request 1:", "request 2:"]
 
 
+@pytest.mark.slow
 def test_async_llm_engine(artifact: Path) -> None:
     lines = run("async_llm_engine.py", "--model", artifact, "--max-batch-size", 2)
     assert [line.partition(" -> ")[0] for line in lines] == ["'The sun is'", "'Two and two make'", "'Once upon a time'"]

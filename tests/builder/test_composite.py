@@ -72,6 +72,7 @@ def test_a_folder_without_the_first_decoder(tmp_path: Path, copy: Path) -> None:
         ArtifactBuilder(tmp_path).build(tmp_path / "artifact")
 
 
+@pytest.mark.slow
 def test_resharding_gives_what_a_build_gives(t5: Path, tmp_path: Path) -> None:
     report = built_model(t5.name, 4).report
     for size in (4, 8):

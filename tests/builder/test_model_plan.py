@@ -87,6 +87,7 @@ def test_a_plan_says_what_the_build_does(name: str, tp: int, zoo: Path) -> None:
         assert plan.state_nbytes == 16 * 3 * report.state_nbytes_per_token
 
 
+@pytest.mark.slow
 def test_weights_need_not_be_there(graphs: Path) -> None:
     folder = graphs / "qwen2.5-0.5b-dynamo-op21-fp32"
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "config.json"}

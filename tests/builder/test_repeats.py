@@ -142,6 +142,7 @@ def test_the_plan_is_the_one_of_the_whole_graph(proto: onnx.ModelProto) -> None:
     assert_same_plan(prepared.analysis, prepared.states, prepared.probes)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_full_size_graph_is_the_one_of_the_whole(graphs: Path) -> None:
     found = analyse_model(graphs / "qwen2.5-0.5b-dynamo-op21-fp32" / "model.onnx", {}, fuse=False, told=lambda _: None)
     assert_same_plan(found.analysis, found.states, found.probes)

@@ -37,6 +37,7 @@ def test_the_bytes_are_those_of_a_fresh_build(name: str, before: int, after: int
     assert (report.tensor_parallel_size, report.faults) == (after, built(name, after)[0].faults)
 
 
+@pytest.mark.slow
 def test_options_and_names_are_kept(zoo: Path, tmp_path: Path) -> None:
     """Everything that the first build was told, the second is told, too."""
     text = '[[tactic]]\nrole = "feed-forward"\nlayers = [-1]\nplace = "replicate"'

@@ -28,11 +28,11 @@ from tests.runtime.shards import Original, Shards, source_of, write
 
 FAST = {
     ("tiny-qwen2-14-2-optimum", 8),
-    ("tiny-phi3-optimum", 4),
-    ("tiny-llama-genai-int4", 8),
+    ("tiny-phi3-optimum", 8),
+    ("tiny-llama-genai-int4", 4),
     ("tiny-t5-optimum/decoder_model.onnx", 4),
     ("tiny-llama-genai-fp16-cuda", 4),
-    ("tiny-llama-tied-genai-int4-shared", 8),
+    ("tiny-llama-tied-genai-int4-shared", 4),
 }
 """Padded key heads, packed weights in parts, prefixes of blocks, small external ones; the others are slow."""
 

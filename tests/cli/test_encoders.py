@@ -76,6 +76,7 @@ def test_tokens_taken_from_the_tokenizer_are_said(t5: Path, tmp_path: Path, cli:
     assert "the end of a completion (5,) was taken" in result.out
 
 
+@pytest.mark.slow
 def test_verify_inspect_and_generate(t5: Path, copy: Path, cli: Cli) -> None:
     result = cli("verify", copy, "--against", t5, "--tolerance", "1e-5")
     assert result.code == 0, result.out

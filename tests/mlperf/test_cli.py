@@ -55,6 +55,7 @@ def refusal(arguments: Sequence[object]) -> BaseException | None:
     return CliRunner().invoke(cli, list(map(str, arguments))).exception
 
 
+@pytest.mark.slow
 def test_a_server_run_has_loadgens_own_settings_and_those_of_the_user(artifact: Path, tmp_path: Path) -> None:
     options = ["--user-conf", SMOKE, "--count", 8, "--max-output-tokens", MAX_OUTPUT_TOKENS]
     with start(["llama-3.1-server", *options, artifact, tmp_path / "logs"]) as process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.runtime.conftest import ZooArtifact
 from tests.runtime.models import LlamaSize, llama
 from tests.runtime.spmd import Spmd
 from tests.runtime.test_model_runner import begin, decode, prefill, random_prompts, same_bits, serve
+from tests.tiers import tiered
 
 Array = npt.NDArray[Any]
 MESH = Mesh((2, 2))
@@ -151,8 +153,15 @@ def test_a_prompt_that_is_cut_is_compared_with_the_whole(zoo_artifact: ZooArtifa
     assert not odd.chunks
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("name", ["tiny-llama-genai-fp32", "tiny-llama-genai-int4", "tiny-gptoss-genai-fp32-fullkv"])
+@pytest.mark.parametrize(
+    ("name", "mapped"),
+    tiered(
+        itertools.product(
+            ["tiny-llama-genai-fp32", "tiny-llama-genai-int4", "tiny-gptoss-genai-fp32-fullkv"], [False, True]
+        ),
+        [("tiny-llama-genai-int4", False), ("tiny-gptoss-genai-fp32-fullkv", False), ("tiny-llama-genai-fp32", True)],
+    ),
+)
 def test_the_probe_says_what_happens(name: str, mapped: bool, zoo_artifact: ZooArtifact) -> None:
     """On this machine, whatever its kernels are: the bits are the same where it says so, and with what it says."""
     artifact = zoo_artifact(name)

@@ -138,6 +138,7 @@ def test_a_worker_that_is_killed(replicas: int, load: Load, tokens: list[list[in
     assert answers(engine, replicas) == tokens[:replicas]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs(load: Load, tokens: list[list[int]]) -> None:
     engine = load(workers=2, step_timeout=3.0)
     begin(engine, 0)

@@ -27,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return llama(Mesh((2,)), LlamaSize(layers=1, vocab=1024)).write(tmp_path_factory.mktemp("soak"))
 
 
+@pytest.mark.slow
 def test_every_request_is_accounted_for(folder: Path) -> None:
     result = soak(folder, ZOO, requests=120, seed=5)
     assert result.problems == []

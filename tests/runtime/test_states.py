@@ -47,6 +47,7 @@ def slots(count: int, ranks: Sequence[int] = (0, 1)) -> SlotStates:
 
 def rows(states: SlotStates, first: int, count: int) -> Bound:
     bound = Bound()
+    states.touch(first + count)
     states.bind(bound, first, count)
     return bound
 
@@ -145,6 +146,7 @@ def test_slots_that_nobody_uses_take_no_memory() -> None:
     row_nbytes = 64 * 64 * 4 * CAPACITY_STEP
     states.reserve(1)
     bound = Bound()
+    states.touch(1)
     states.bind(bound, 0, 1)
     bound.inputs[0, "past.key"].array[...] = 1
     states.reserve(CAPACITY_STEP + 1)
@@ -161,6 +163,7 @@ def step(states: StagedStates, slots: Sequence[int], past: int, total: int, wind
     """The past that a step reads; it makes a present whose new positions hold their slots' numbers."""
     bound = Bound()
     states.reserve(total)
+    states.touch(max(slots) + 1)
     states.stage(bound, slots, past)
     given = bound.inputs[0, "past.key"].array
     cached = min(past, window)

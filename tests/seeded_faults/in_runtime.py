@@ -128,8 +128,8 @@ EXECUTION = (
     Fault(
         name="growing forgets later slots",
         file="runtime/states.py",
-        old="self._used = max(self._used, first + count)",
-        new="self._used = max(self._used, count)",
+        old="self._used = max(self._used, count)",
+        new="self._used = max(self._used, 1)",
         effect="when the cache grows, sequences in the last slots lose their KV",
         hints=("tests/runtime/test_states.py",),
     ),

@@ -15,7 +15,7 @@ from tests.seeded_faults.fault import Fault
 ROOT = Path(__file__).resolve().parents[2]
 
 FAST = "not real_model and not slow and not browser"
-"""What `make test` runs; the rest is in `make test-real`."""
+"""What `make test` runs; `make test-all` runs the rest too."""
 REST = "real_model or slow or browser"
 
 _MADE_BY_TESTS = ("build", ".pytest_cache", ".hypothesis")
