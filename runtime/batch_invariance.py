@@ -390,6 +390,7 @@ class _Feeds:
         self._derived = part_of_graph(program.model, artifact, derived) if derived else None
         self._known = {*program.inputs, *shapes, *derived}
         self._steps: dict[_Span, dict[str, Array]] = {}
+        self._made: dict[tuple[str, int, tuple[int, ...]], Array] = {}
         caches = {state.input for state in artifact.manifest.states}
         self.from_caches = _behind(program, caches) - waiting
         """Values that follow from what is in the caches, before any collective."""
@@ -427,17 +428,29 @@ class _Feeds:
     def _numbers(self, name: str, span: _Span) -> Array:
         """Random numbers of the value's shape, in which each row and each token has its own."""
         shape = self._random[name]
-        dtype = np.dtype(DTYPES[self._program.types[name].dtype].numpy)
         one, two = (shape_of(shape, replace(span, rows=count).sizes) for count in (1, 2))
-        dims = [dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
+        dim = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
+        if span.rows > 1 and dim is None:
+            return self._whole(name, 1, one)[0]
         most = shape_of(shape, _Span(rows=1, last=_TOKENS).sizes)
-        random = np.random.default_rng([*name.encode()])
-        size = (_MOST if dims else 1, *map(max, one, most))
-        whole = random.integers(0, 4, size) if dtype.kind in "iu" else random.standard_normal(size, dtype=np.float32)
+        if span.last == 1:
+            rows = self._whole(name, _MOST, one)[: span.rows]
+            return np.ascontiguousarray(np.concatenate(list(rows), axis=dim or 0))
         # Tokens are along the dimension that is longer in the longest step; caches, which are not, begin at 0.
+        whole = self._whole(name, 1, tuple(map(max, one, most)))[0]
         places = [slice(span.first, span.first + n) if n < m else slice(n) for n, m in zip(one, most, strict=True)]
-        rows = [row[tuple(places)].astype(dtype) for row in whole[: span.rows]]
-        return np.ascontiguousarray(np.concatenate(rows, axis=dims[0]) if dims else rows[0])
+        return np.ascontiguousarray(whole[tuple(places)])
+
+    def _whole(self, name: str, rows: int, shape: tuple[int, ...]) -> Array:
+        """Random numbers for so many rows of `shape`, always the same."""
+        key = (name, rows, shape)
+        if key not in self._made:
+            dtype = np.dtype(DTYPES[self._program.types[name].dtype].numpy)
+            random, size = np.random.default_rng([*name.encode()]), (rows, *shape)
+            numbers = random.integers(0, 4, size) if dtype.kind in "iu" else random.standard_normal(size, np.float32)
+            self._made[key] = numbers.astype(dtype)
+        made: Array = self._made[key]
+        return made
 
 
 def _behind(program: Program, names: Collection[str]) -> set[str]:
