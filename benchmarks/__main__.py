@@ -8,7 +8,19 @@ from collections.abc import Callable, Iterator
 import click
 from rich.console import Console
 
-from benchmarks import artifact, building, fusion, page, parallelism, parity, planning, serve, serving, speed
+from benchmarks import (
+    artifact,
+    building,
+    fusion,
+    invariance,
+    page,
+    parallelism,
+    parity,
+    planning,
+    serve,
+    serving,
+    speed,
+)
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
@@ -20,6 +32,7 @@ SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "speed": speed.bars,
     "prefill": speed.prefill_bars,
     "serving": serving.bars,
+    "invariance": invariance.bars,
     "serve": serve.bars,
     "parallelism": parallelism.bars,
     "page": page.bars,

@@ -430,8 +430,8 @@ class _Feeds:
         shape = self._random[name]
         one, two = (shape_of(shape, replace(span, rows=count).sizes) for count in (1, 2))
         dim = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
-        if span.rows > 1 and dim is None:
-            return self._whole(name, 1, one)[0]
+        if dim is None and span.rows > 1:
+            span = replace(span, rows=1)
         most = shape_of(shape, _Span(rows=1, last=_TOKENS).sizes)
         if span.last == 1:
             rows = self._whole(name, _MOST, one)[: span.rows]
