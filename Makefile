@@ -68,40 +68,40 @@ PLANS ?= 3000
 
 .PHONY: fuzz
 fuzz: $(INSTALLED) ## random feasible plans over the zoo, checked against the unsplit models (PLANS=3000)
-	$(BIN)/python -m tests.builder.fuzz_plans --plans $(PLANS)
+	$(BIN)/python -m tests.campaigns.fuzz_plans --plans $(PLANS)
 
 SECONDS ?= 600
 
 .PHONY: fuzz-loader
 fuzz-loader: $(INSTALLED) ## damaged models: refused by name, or built and compared with the unsplit ones (SECONDS=600)
-	$(BIN)/python -m tests.builder.fuzz_loader --seconds $(SECONDS)
+	$(BIN)/python -m tests.campaigns.fuzz_loader --seconds $(SECONDS)
 
 .PHONY: fuzz-artifact
 fuzz-artifact: $(INSTALLED) ## damaged artifacts: refused by name, or the same as before (SECONDS=600)
-	$(BIN)/python -m tests.runtime.fuzz_artifact --seconds $(SECONDS)
+	$(BIN)/python -m tests.campaigns.fuzz_artifact --seconds $(SECONDS)
 
 TRACES ?= 10000
 
 .PHONY: fuzz-scheduler
 fuzz-scheduler: $(INSTALLED) ## random traces of the scheduler against a simulated KV store (TRACES=10000)
-	$(BIN)/python -m tests.runtime.fuzz_scheduler --traces $(TRACES)
+	$(BIN)/python -m tests.campaigns.fuzz_scheduler --traces $(TRACES)
 
 REQUESTS ?= 2000
 
 .PHONY: soak
 soak: $(INSTALLED) ## random requests and aborts with little memory: each answered once, nothing leaks (REQUESTS=2000)
-	$(BIN)/python -m tests.runtime.soak --requests $(REQUESTS)
+	$(BIN)/python -m tests.campaigns.soak --requests $(REQUESTS)
 
 .PHONY: same-tokens
 same-tokens: $(INSTALLED) ## SmolLM2's tokens in every combination of sizes, chunks, caches, preemptions and processes
-	$(BIN)/python -m tests.runtime.same_tokens --all
+	$(BIN)/python -m tests.campaigns.same_tokens --all
 
 KILLS ?= 50
 
 .PHONY: kill-campaign
 kill-campaign: $(INSTALLED) ## builds and reshards killed at random moments: whole or not there (KILLS=50)
-	$(BIN)/python -m tests.builder.kill_campaign --kills $(KILLS)
-	$(BIN)/python -m tests.builder.kill_campaign --kills $(KILLS) --command reshard
+	$(BIN)/python -m tests.campaigns.kill_campaign --kills $(KILLS)
+	$(BIN)/python -m tests.campaigns.kill_campaign --kills $(KILLS) --command reshard
 
 .PHONY: bench-artifact
 bench-artifact: $(INSTALLED) ## what artifacts of 2, 8 and 16 GB cost to write and to check; takes 50 GB of disk
@@ -126,7 +126,7 @@ COUNT ?= 1000
 
 .PHONY: server-campaign
 server-campaign: $(INSTALLED) ## hostile clients beside honest ones, against the real server (COUNT=1000 of each kind)
-	$(BIN)/python -m tests.server.campaign --count $(COUNT)
+	$(BIN)/python -m tests.campaigns.server_campaign --count $(COUNT)
 
 LOCUST ?= build/locust/bin/locust
 STREAMS ?= 64
@@ -138,11 +138,11 @@ $(LOCUST):
 .PHONY: server-load
 server-load: SECONDS = 180
 server-load: $(INSTALLED) $(LOCUST) ## streams of SmolLM2, each compared with the offline answer (STREAMS=64 SECONDS=180)
-	$(BIN)/python -m tests.server.load --locust $(LOCUST) --streams $(STREAMS) --seconds $(SECONDS)
+	$(BIN)/python -m tests.campaigns.server_load --locust $(LOCUST) --streams $(STREAMS) --seconds $(SECONDS)
 
 .PHONY: fuzz-server
 fuzz-server: $(INSTALLED) ## requests from the server's OpenAPI document: no server error, no answer against it (SECONDS=600)
-	$(BIN)/python -m tests.server.fuzz_server --seconds $(SECONDS)
+	$(BIN)/python -m tests.campaigns.fuzz_server --seconds $(SECONDS)
 
 # lm-eval in an environment of its own: it brings much along that nothing else here needs.
 LM_EVAL := build/lm-eval/venv

@@ -15,16 +15,16 @@ import onnx_ir as ir
 
 from benchmarks.artifacts import FOLDER, model, run_measured
 from benchmarks.bars import Bar
-from furiosa_llm.builder import configuration
-from furiosa_llm.builder.fusion import fuse_attention
-from furiosa_llm.builder.load import load
-from furiosa_llm.builder.normalize import normalize
-from furiosa_llm.builder.probe import probe
-from furiosa_llm.builder.simplify import simplify
+from furiosa_llm.builder.factors.probe import probe
+from furiosa_llm.builder.rewrite.fusion import fuse_attention
+from furiosa_llm.builder.rewrite.normalize import normalize
+from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.source import companions
+from furiosa_llm.builder.source.load import load
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.reference import ReferenceModel
+from furiosa_llm.runtime.execution.decoder import DecoderSession
+from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.verification.reference import ReferenceModel
 
 MODEL = "optimum-fp32"
 CONTEXTS = (128, 2048)
@@ -149,7 +149,7 @@ def _fused_model() -> Path:
     """The model after the passes that a build runs in front of the split."""
     source = load(model(MODEL))
     fused = normalize(source)
-    config = configuration.read_json(source.path, "config.json")
+    config = companions.read_json(source.path, "config.json")
     probes = probe(fused, {}, config)
     if simplify(fused, probes):
         probes = probe(fused, {}, config)

@@ -10,10 +10,10 @@ from benchmarks.artifacts import artifact
 from benchmarks.bars import Bar
 from benchmarks.stepping import PAST, THREADS, Served, alternate, decode_milliseconds, ratio
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.batch import NO_COMPANIONS, Companions
-from furiosa_llm.runtime.batch_invariance import probe_batch_invariance
-from furiosa_llm.runtime.model_runner import Host
-from furiosa_llm.runtime.stages import choose_stages
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.runners.batch_invariance import probe_batch_invariance
+from furiosa_llm.runtime.runners.local_runner import Host
 
 _ROUNDS = 20
 _LIMIT = 1.3

@@ -13,19 +13,12 @@ from benchmarks import many_pes, second_replica
 from benchmarks.artifacts import artifact
 from benchmarks.bars import Bar
 from benchmarks.parity import PROMPTS
-from benchmarks.stepping import (
-    PAST,
-    Served,
-    alternate,
-    decode_milliseconds,
-    ratio,
-    replicas,
-)
+from benchmarks.stepping import PAST, Served, alternate, decode_milliseconds, ratio, replicas
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.batch import Decode, Prefill, Row, Runner
-from furiosa_llm.runtime.process_runner import ProcessHost
-from furiosa_llm.runtime.stages import choose_stages
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.batch import Decode, Prefill, Row, Runner
+from furiosa_llm.runtime.runners.process_runner import ProcessHost
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 MODEL = "genai-fp32"
 _ROUNDS = 20

@@ -11,8 +11,8 @@ from benchmarks.bars import Bar
 from fixtures.perplexity import excerpt_tokens, perplexity
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.verify import verify_against
+from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.verification.parity import verify_against
 
 REFERENCE_PERPLEXITY = 16.52
 PROMPTS = (

@@ -15,11 +15,11 @@ from benchmarks.stepping import PAST, THREADS, Served
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.decoder import interface_of
-from furiosa_llm.runtime.memory import array_nbytes
-from furiosa_llm.runtime.model_runner import Host
-from furiosa_llm.runtime.stages import choose_stages
-from furiosa_llm.runtime.states import grown_capacity
+from furiosa_llm.runtime.execution.decoder import interface_of
+from furiosa_llm.runtime.execution.memory import array_nbytes
+from furiosa_llm.runtime.execution.states import grown_capacity
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.local_runner import Host
 
 _LIMIT = 0.02
 

@@ -19,7 +19,7 @@ from benchmarks.parity import PROMPTS
 from benchmarks.stepping import THREADS, alternate
 from benchmarks.stream_client import connect, read_stream, request
 from furiosa_llm import LLM, SamplingParams
-from furiosa_llm.runtime.engine import LLMEngine
+from furiosa_llm.runtime.llm_engine import LLMEngine
 
 _TOKENS = 64
 _ROUNDS = 3

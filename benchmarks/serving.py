@@ -15,14 +15,14 @@ from benchmarks.bars import Bar
 from benchmarks.parity import PROMPTS
 from benchmarks.stepping import THREADS, alternate
 from furiosa_llm import LLM, SamplingParams
-from furiosa_llm.runtime.batch import Batch, Decode
-from furiosa_llm.runtime.engine_core import EngineCore, ModelLimits
-from furiosa_llm.runtime.ort import Array
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.replica import Replica
-from furiosa_llm.runtime.sampling_params import RequestOutputKind
-from furiosa_llm.runtime.scheduler import SchedulerLimits
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
+from furiosa_llm.runtime.engine.replica import Replica
+from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.runners.batch import Batch, Decode
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 _TOKENS = 64
 _ROUNDS = 3

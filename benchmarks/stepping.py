@@ -13,14 +13,14 @@ import numpy as np
 
 from benchmarks.artifacts import BuiltArtifact
 from benchmarks.bars import Bar
+from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.batch import Decode, Prefill, Row, Runner, WantedLogits
-from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.engine_args import DEFAULT_CHUNK_SIZE
-from furiosa_llm.runtime.model_runner import Host, LocalRunner
-from furiosa_llm.runtime.ort import Array
-from furiosa_llm.runtime.reference import ReferenceModel
-from furiosa_llm.runtime.stages import choose_stages
+from furiosa_llm.runtime.engine.engine_args import DEFAULT_CHUNK_SIZE
+from furiosa_llm.runtime.execution.decoder import DecoderSession
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.batch import Decode, Prefill, Row, Runner, WantedLogits
+from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
+from furiosa_llm.runtime.verification.reference import ReferenceModel
 
 THREADS = 2
 PAST = 128

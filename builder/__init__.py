@@ -11,10 +11,10 @@ from furiosa_llm.builder.errors import (
     UnsupportedModelError,
 )
 from furiosa_llm.builder.model_plan import ModelPlan, plan_model
-from furiosa_llm.builder.report import BuildReport, Decision
+from furiosa_llm.builder.plan.tactics import Tactics, read_tactics
 from furiosa_llm.builder.reshard import reshard
 from furiosa_llm.builder.reuse import build_by_plan_of
-from furiosa_llm.builder.tactics import Tactics, read_tactics
+from furiosa_llm.builder.write.report import BuildReport, Decision
 
 __all__ = [
     "ArtifactBuilder",

@@ -6,15 +6,15 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from furiosa_llm.builder.assemble import Assembly, Progress, default_name
-from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.compile import Analysed, Stage
 from furiosa_llm.builder.composite import build_composite, check_options, find_encoder_decoder
+from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.builder.planner import MAX_PADDING
-from furiosa_llm.builder.report import BuildReport
-from furiosa_llm.builder.sources import load_with_weights
-from furiosa_llm.builder.tactics import Tactics
+from furiosa_llm.builder.pipeline import Analysed, Stage
+from furiosa_llm.builder.plan.search import MAX_PADDING
+from furiosa_llm.builder.plan.tactics import Tactics
+from furiosa_llm.builder.source.from_artifact import load_with_weights
+from furiosa_llm.builder.write.artifact import Assembly, Progress, default_name
+from furiosa_llm.builder.write.report import BuildReport
 
 
 class ArtifactBuilder:

@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from furiosa_llm.builder.errors import ModelLoadError, OptionError, UnsupportedModelError
-from furiosa_llm.builder.generation_tokens import end_tokens, start_token
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.builder.output import output_folder
-from furiosa_llm.builder.report import BuildReport
-from furiosa_llm.runtime.artifact.composite import (
+from furiosa_llm.builder.source.generation_tokens import end_tokens, start_token
+from furiosa_llm.builder.write.output_folder import output_folder
+from furiosa_llm.builder.write.report import BuildReport
+from furiosa_llm.runtime.artifact.composite import open_composite
+from furiosa_llm.runtime.artifact.composite_manifest import (
     PART_NAMES,
     CompositeManifest,
     HiddenLink,
     PartEntry,
     PartName,
     StateLink,
-    open_composite,
 )
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, OutputInfo

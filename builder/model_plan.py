@@ -10,19 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from furiosa_llm.builder import configuration
-from furiosa_llm.builder.annotations import annotate, write_annotated
-from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.compile import analyse_model
 from furiosa_llm.builder.errors import OptionError
-from furiosa_llm.builder.explain import Explained, explain
-from furiosa_llm.builder.hardware import PE_BYTES_PER_S, PE_NBYTES, PES_PER_CARD
-from furiosa_llm.builder.layouts import Layouts
-from furiosa_llm.builder.memory import Memory, Workload
-from furiosa_llm.builder.planner import MAX_PADDING
-from furiosa_llm.builder.report import notes, padding_nbytes, state_nbytes_per_token
-from furiosa_llm.builder.tactics import Tactics
-from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size, mesh_of
+from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.layouts import Layouts
+from furiosa_llm.builder.lower.pe_memory import Memory, Workload
+from furiosa_llm.builder.pipeline import analyse_model
+from furiosa_llm.builder.plan.annotations import annotate, write_annotated
+from furiosa_llm.builder.plan.explain import Explained, explain
+from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size, mesh_of
+from furiosa_llm.builder.plan.search import MAX_PADDING
+from furiosa_llm.builder.plan.tactics import Tactics
+from furiosa_llm.builder.source import companions
+from furiosa_llm.builder.write.report import notes, padding_nbytes, state_nbytes_per_token
+from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES, PES_PER_CARD
 
 CARDS = (1, 2, 4, 8, 16, 32)
 """How many cards are tried."""
@@ -138,7 +138,7 @@ def plan_model(
             raise OptionError(f"{name} must be at least 1, got {number}.")
     path = Path(model)
     analysed = analyse_model(path, dims or {}, fuse=fuse_attention, told=lambda _: None)
-    limit = configuration.max_sequence_length(path)
+    limit = companions.max_sequence_length(path)
     workload = Workload(context=context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), batch=batch, chunk=chunk)
     builds = tuple(
         analysed.lowered_for(mesh_of(size), max_padding=max_padding, tactics=tactics, told=lambda _: None)

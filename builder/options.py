@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from furiosa_llm.builder.errors import OptionError
-from furiosa_llm.builder.planner import MAX_PADDING
-from furiosa_llm.builder.tactics import Tactic, Tactics
-from furiosa_llm.builder.tensor_parallel import check_tensor_parallel_size, mesh_of
+from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size, mesh_of
+from furiosa_llm.builder.plan.search import MAX_PADDING
+from furiosa_llm.builder.plan.tactics import Tactic, Tactics
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.layout import Mesh

@@ -6,13 +6,13 @@ import dataclasses
 import os
 from pathlib import Path
 
-from furiosa_llm.builder.assemble import Assembly, Progress
-from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.compile import Analysed, Stage
 from furiosa_llm.builder.composite import build_parts
+from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.options import recorded_options
-from furiosa_llm.builder.report import BuildReport
-from furiosa_llm.builder.sources import source_of
+from furiosa_llm.builder.pipeline import Analysed, Stage
+from furiosa_llm.builder.source.from_artifact import source_of
+from furiosa_llm.builder.write.artifact import Assembly, Progress
+from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import Manifest

@@ -9,19 +9,19 @@ from typing import NoReturn
 
 import onnx
 
-from furiosa_llm.builder.assemble import Assembly, Progress, default_name
-from furiosa_llm.builder.assignment import recorded_assignment
-from furiosa_llm.builder.build import Build
-from furiosa_llm.builder.compile import Analysed, Stage
 from furiosa_llm.builder.errors import PlanError
-from furiosa_llm.builder.load import Source
+from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.options import recorded_options
-from furiosa_llm.builder.report import BuildReport
-from furiosa_llm.builder.sources import load_with_weights
-from furiosa_llm.builder.writer import source_proto
+from furiosa_llm.builder.pipeline import Analysed, Stage
+from furiosa_llm.builder.plan.assignment_json import recorded_assignment
+from furiosa_llm.builder.source.from_artifact import load_with_weights
+from furiosa_llm.builder.source.load import Source
+from furiosa_llm.builder.write.artifact import Assembly, Progress, default_name
+from furiosa_llm.builder.write.onnx_files import source_proto
+from furiosa_llm.builder.write.report import BuildReport
+from furiosa_llm.runtime.artifact.graphs import attribute_graphs
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
-from furiosa_llm.runtime.artifact.program_checks import attribute_graphs
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.source import read_source
 

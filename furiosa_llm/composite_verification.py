@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from furiosa_llm.builder.composite import find_encoder_decoder
-from furiosa_llm.runtime.artifact.composite import PartName, open_composite, parse_composite
+from furiosa_llm.runtime.artifact.composite import open_composite, parse_composite
+from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.reader import manifest_bytes
 from furiosa_llm.runtime.errors import InputError

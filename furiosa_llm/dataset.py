@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.runtime.errors import InputError
-from furiosa_llm.runtime.prompts import Prompt, read_prompt
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.requests.prompts import Prompt, read_prompt
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 _PROMPTS: dict[str, str] = {
     "prompt": "a text that is not empty",

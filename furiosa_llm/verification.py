@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from furiosa_llm.builder.identity import check_identity
 from furiosa_llm.builder.proof import check_program, constants_of
+from furiosa_llm.builder.source.identity import check_identity
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
-from furiosa_llm.runtime.artifact.integrity import check_originals, check_padding, check_weights
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manifest_digest
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
-from furiosa_llm.runtime.artifact.unbuild import unbuild
-from furiosa_llm.runtime.artifact.verification import Check, Verification
+from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
+from furiosa_llm.runtime.artifact.tools.record import Check, Verification
+from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
 from furiosa_llm.runtime.errors import ExecutionError, InputError
-from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, OutputError, Parity, Subject, TokenComparison
+from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, OutputError, Parity, Subject, TokenComparison
 
 TOLERANCE = 1e-4
 HALF_TOLERANCE = 5e-3

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from furiosa_llm.runtime.engine import Engine, raise_error
-from furiosa_llm.runtime.engine_core import EngineCore, check_params, check_request_id
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.prompts import Prompt
-from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.engine.core import EngineCore, check_params, check_request_id
+from furiosa_llm.runtime.llm_engine import Engine, raise_error
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.requests.prompts import Prompt
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 
 class _Mailbox:

@@ -11,21 +11,20 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from furiosa_llm.runtime.artifact.composite_checks import PROMPT_SHAPES
+from furiosa_llm.runtime.artifact.checks.composite import PROMPT_SHAPES
+from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
-from furiosa_llm.runtime.counters import ReplicaCounts
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
+from furiosa_llm.runtime.engine.replica import ReplicaUsage
+from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.launch import tokenizer_of
-from furiosa_llm.runtime.machine import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
-from furiosa_llm.runtime.ort import Array
-from furiosa_llm.runtime.prompt_feeds import prompt_feeds
-from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
-from furiosa_llm.runtime.replica import ReplicaUsage
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 
 Vector = npt.NDArray[np.float32]
 

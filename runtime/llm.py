@@ -15,22 +15,22 @@ from typing import Any, Literal, NoReturn, Self, cast, overload
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
-from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
-from furiosa_llm.runtime.chat import Conversation, check_tools, conversations_of, render
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
-from furiosa_llm.runtime.engine import LLMEngine, raise_error
-from furiosa_llm.runtime.engine_args import EngineArgs, refuse_foreign_options
-from furiosa_llm.runtime.engine_core import EngineCore, Handle, params_for_each, with_kind
+from furiosa_llm.runtime.engine.core import EngineCore, Handle, params_for_each, with_kind
+from furiosa_llm.runtime.engine.engine_args import EngineArgs, refuse_foreign_options
+from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import EngineDeadError, InputError, TokenizerError, UnsupportedError
-from furiosa_llm.runtime.launch import Plan, make_plan, only_of_one_replica, open_model, start
-from furiosa_llm.runtime.machine import MachineSnapshot
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.prompts import Prompt, paired, with_tokenizer_kwargs
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.llm_engine import LLMEngine, raise_error
+from furiosa_llm.runtime.placement.topology import Topology
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.requests.prompts import Prompt, paired, with_tokenizer_kwargs
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.seq2seq import Seq2Seq
-from furiosa_llm.runtime.tokenizer import Tokenizer
-from furiosa_llm.runtime.topology import Topology
+from furiosa_llm.runtime.tokens.chat import Conversation, check_tools, conversations_of, render
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 _DEFAULT_PARAMS = SamplingParams()
 

@@ -10,21 +10,22 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Self
 
-from furiosa_llm.runtime.artifact.composite import Composite, PartName, open_composite
+from furiosa_llm.runtime.artifact.composite import Composite, open_composite
+from furiosa_llm.runtime.artifact.composite_manifest import PartName
+from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.grammar import Grammars
-from furiosa_llm.runtime.launch import check_tensor_parallel_size, tokenizer_of
-from furiosa_llm.runtime.ort import Array
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.prompt_feeds import prompt_feeds
-from furiosa_llm.runtime.prompts import Prompt, listed, read_prompt
-from furiosa_llm.runtime.request import Request
-from furiosa_llm.runtime.sampler import derived_seed, sample_rows
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
-from furiosa_llm.runtime.seq2seq_decoder import CachedSteps, Steps, WholeSteps
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.execution.seq2seq_decoder import CachedSteps, Steps, WholeSteps
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
+from furiosa_llm.runtime.requests.request import Request
+from furiosa_llm.runtime.tokens.grammar import Grammars
+from furiosa_llm.runtime.tokens.sampler import derived_seed, sample_rows
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 
 _DEFAULT_PARAMS = SamplingParams()
 

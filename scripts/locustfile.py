@@ -1,6 +1,6 @@
 """Users of the load tool locust: each streams completions, and compares them with the model's without a server.
 
-Runs in an environment that has locust and nothing of ours; tests/server/load.py starts it. The file that the
+Runs in an environment that has locust and nothing of ours; tests/campaigns/server_load.py starts it. The file that the
 environment variable EXPECTED names has the model's name, the number of tokens, and for each prompt the text that has to
 come.
 """

@@ -1,14 +1,20 @@
 """What every test may use."""
 
+import functools
 import gc
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from fixtures.processor import kernels
-from tests.artifacts import ZOO, artifact_of
+from furiosa_llm.builder import BuildReport
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from tests.support.artifacts import ZOO, artifact_of, built_model
+
+Built = Callable[[str, int], tuple[BuildReport, Artifact]]
 
 # No test fails because a machine is slow or busy.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=50)
@@ -63,3 +69,15 @@ def encoder_artifact(zoo: Path) -> Path:
     """BERT with a tokenizer of another model, which knows as many tokens; not to be changed."""
     tokenizer = (zoo / "tiny-llama-optimum" / "tokenizer.json").read_text(encoding="utf-8")
     return artifact_of("tiny-bert-optimum", beside={"tokenizer.json": tokenizer})
+
+
+@pytest.fixture(scope="session")
+def built() -> Built:
+    """The report and the artifact of a model (its path in the zoo) at a tensor parallel size; not to be changed."""
+
+    @functools.cache
+    def build(model: str, tensor_parallel_size: int) -> tuple[BuildReport, Artifact]:
+        found = built_model(model, tensor_parallel_size)
+        return found.report, open_artifact(found.folder, full=True)
+
+    return build

@@ -16,15 +16,15 @@ from benchmarks.parallelism import Bubbles, greedy_tokens, pipelined_millisecond
 from benchmarks.second_replica import capacity, kv_nbytes
 from benchmarks.serving import InstantRunner
 from benchmarks.stepping import PAST, Served, alternate, ratio
+from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.batch import Batch, Decode, Prefill, Row
-from furiosa_llm.runtime.model_runner import Host
-from furiosa_llm.runtime.ort import Array
-from furiosa_llm.runtime.stages import choose_stages
-from furiosa_llm.runtime.states import SlotStates
-from tests.runtime.models import LlamaSize, llama
-from tests.runtime.runners import VOCAB, CountingRunner
+from furiosa_llm.runtime.execution.states import SlotStates
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.local_runner import Host
+from tests.support.runtime.models import LlamaSize, llama
+from tests.support.runtime.runners import VOCAB, CountingRunner
 
 ROOT = Path(__file__).parent.parent
 _PROGRAM = """

@@ -11,7 +11,7 @@ from fixtures.mlperf import as_lines, decoder_samples, encoder_samples
 from furiosa_llm.dataset import read_dataset
 from furiosa_llm.mlperf.benchmarks import default_dataset
 from furiosa_llm.runtime.errors import InputError
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 
 @pytest.fixture

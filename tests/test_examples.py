@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm import LLM, SamplingParams
-from tests.artifacts import artifact_of
-from tests.server.process import started
+from tests.support.artifacts import artifact_of
+from tests.support.server.process import started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"

@@ -14,20 +14,20 @@ import pytest
 
 from furiosa_llm import verification
 from furiosa_llm.builder.errors import ModelLoadError
-from furiosa_llm.builder.identity import check_identity
-from furiosa_llm.runtime import lanes
+from furiosa_llm.builder.source.identity import check_identity
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.manifest import StoredTensor
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.artifact.verification import CHECKS, Verification, parse_verification
+from furiosa_llm.runtime.artifact.tools.record import CHECKS, Verification, parse_verification
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.verify import OutputError, Subject, TokenComparison
+from furiosa_llm.runtime.program import lanes
+from furiosa_llm.runtime.verification.parity import OutputError, Subject, TokenComparison
 from furiosa_llm.verification import ParityOptions, verify_artifact
-from tests.artifacts import artifact_of
-from tests.runtime.test_verify import image, save
-from tests.tampering import alter_tensor, flip_bit, reseal
-from tests.tiers import tiered
+from tests.runtime.verification.test_parity import image, save
+from tests.support.artifacts import artifact_of
+from tests.support.tampering import alter_tensor, flip_bit, reseal
+from tests.support.tiers import tiered
 
 LLAMA, UNEVEN, BERT = "tiny-llama-optimum", "tiny-llama-9-3-optimum", "tiny-bert-optimum"
 FEW = ParityOptions(max_tokens=2, prompts=("hello",), threads=1)

@@ -12,8 +12,8 @@ import pytest
 
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime import verify_against
-from tests.artifacts import built_model
-from tests.tiers import MECHANISMS, tiered
+from tests.support.artifacts import built_model
+from tests.support.tiers import MECHANISMS, tiered
 
 pytestmark = pytest.mark.kernels
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.pieces import Dim, Size
 from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
-from furiosa_llm.builder.rule import DimExpr, Operand, Rule, Signature
+from furiosa_llm.builder.rules.rule import DimExpr, Operand, Rule, Signature
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Symbols = dict[str, Dim]

@@ -24,9 +24,9 @@ from furiosa_llm.builder.proof.contents import check_contraction, check_position
 from furiosa_llm.builder.proof.interpretation import LocalFacts, global_fact
 from furiosa_llm.builder.proof.pieces import Dim
 from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Held, Placement, RankFunction, Rows
-from furiosa_llm.builder.rule import Rule, Signature, parse
 from furiosa_llm.builder.rules import NodeView, rule_of
-from furiosa_llm.builder.shapes import Facts
+from furiosa_llm.builder.rules.rule import Rule, Signature, parse
+from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 _TOLD_SIZES = {"Resize": 3}

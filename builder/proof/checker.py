@@ -11,7 +11,6 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from furiosa_llm.builder.control_flow import graphs_within, nodes_within
 from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.proof import collectives, stored
 from furiosa_llm.builder.proof.by_rule import RuleTransfer
@@ -34,10 +33,11 @@ from furiosa_llm.builder.proof.placement import (
     whole,
 )
 from furiosa_llm.builder.proof.ranks import Constants, RankTransfer, restored, sub_dimensions
+from furiosa_llm.builder.shapes.closures import graphs_within, nodes_within
 from furiosa_llm.runtime.artifact import layout
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.manifest import Manifest
-from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 
 _RANDOM = frozenset(

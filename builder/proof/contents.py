@@ -10,7 +10,7 @@ from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.pieces import Dim, Place
 from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
-from furiosa_llm.builder.rule import Rule
+from furiosa_llm.builder.rules.rule import Rule
 
 
 def content_of(placement: Placement, place: Place) -> Content | None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.control_flow import is_control_flow
 from furiosa_llm.builder.proof.pieces import Size, local_size, of_layout
 from furiosa_llm.builder.rules import SHAPES
-from furiosa_llm.builder.shapes import Fact, Facts, Interpreter, Shape, ShapeRule
+from furiosa_llm.builder.shapes.closures import is_control_flow
+from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape, ShapeRule
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
-from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
 
 _SIZES = {"batch": (5, 3), "sequence": (7, 5), "past": (11, 17), "encoder": (13, 29), "encoder_sequence": (13, 29)}
 _OTHERS = ((19, 53), (23, 59), (29, 61), (31, 67), (37, 71), (41, 73), (43, 79), (47, 83))

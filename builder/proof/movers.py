@@ -12,14 +12,7 @@ from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.by_rule import check_axes
 from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.pieces import ONE, Copies, Dim, Size
-from furiosa_llm.builder.proof.placement import (
-    REBUILD,
-    ContradictionError,
-    Held,
-    LocalSizes,
-    Placement,
-    whole,
-)
+from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Held, LocalSizes, Placement, whole
 from furiosa_llm.builder.proof.regroup import candidates
 
 Choose = Callable[[ir.Node, object, Sequence[tuple[Dim, ...]]], tuple[Dim, ...]]

@@ -28,7 +28,7 @@ from furiosa_llm.builder.proof.placement import (
     Rows,
     whole,
 )
-from furiosa_llm.builder.values import EVALUATORS
+from furiosa_llm.builder.shapes.evaluate import EVALUATORS
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Array = npt.NDArray[Any]

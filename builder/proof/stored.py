@@ -13,9 +13,9 @@ from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionE
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import LayoutError
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import Collective, Manifest, OriginalInitializer, OutputInfo, StoredTensor
-from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
 
 
 def fault(where: str, what: str, expected: str) -> Fault:

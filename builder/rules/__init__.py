@@ -11,11 +11,11 @@ from furiosa_llm.builder.rules import (
     indexing,
     integers,
     linear_algebra,
+    movement,
     quantization,
     recurrent,
     reduction,
     replicated,
-    structure,
 )
 from furiosa_llm.builder.rules.registry import RULES, SHAPES, WEIGHT_MOVERS, NodeView, rule_of
 
@@ -34,10 +34,10 @@ __all__ = [
     "indexing",
     "integers",
     "linear_algebra",
+    "movement",
     "quantization",
     "recurrent",
     "reduction",
     "replicated",
     "rule_of",
-    "structure",
 ]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
-from furiosa_llm.builder.shapes import Fact, SizeMismatchError, attributes_of
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact, SizeMismatchError, attributes_of
 
 _HEADS = "(kv g)"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from furiosa_llm.builder.control_flow import CLOSURE_DOMAIN
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import NodeView, rule, whole
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN
 
 
 @rule("If", "Loop", "Scan", domain=CLOSURE_DOMAIN)

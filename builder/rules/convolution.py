@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rule import Padding, Rule, ShapeOperand
 from furiosa_llm.builder.rules.integers import offsets, per_channel
 from furiosa_llm.builder.rules.registry import (
     MICROSOFT,
@@ -21,7 +20,8 @@ from furiosa_llm.builder.rules.registry import (
     whole,
     words,
 )
-from furiosa_llm.builder.shapes import Fact, attributes_of
+from furiosa_llm.builder.rules.rule import Padding, Rule, ShapeOperand
+from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
 
 
 def _groups(view: NodeView, weight: int) -> dict[str, int]:

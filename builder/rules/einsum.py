@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import NodeView, rule, shape_rule, spell
-from furiosa_llm.builder.shapes import Fact
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact
 
 _ELLIPSIS = "..."
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Padding, Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
-from furiosa_llm.builder.shapes import Fact
+from furiosa_llm.builder.rules.rule import Padding, Rule
+from furiosa_llm.builder.shapes.interpreter import Fact
 
 # fmt: off
 _PADDING: dict[Padding, tuple[str, ...]] = {

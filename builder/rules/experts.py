@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
-from furiosa_llm.builder.shapes import Fact
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact
 
 _PAIRED = {1: "(i u)", 2: "[i|i]"}
 """How gate and up projections share fc1, by the attribute swiglu_fusion: interleaved, or one after the other."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
-from furiosa_llm.builder.shapes import Fact, attributes_of
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
 
 
 def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:

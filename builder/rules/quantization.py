@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import (
     MICROSOFT,
     NodeView,
@@ -17,7 +16,8 @@ from furiosa_llm.builder.rules.registry import (
     whole,
     words,
 )
-from furiosa_llm.builder.shapes import Fact, attributes_of
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
 
 
 @rule("MatMulNBits", domain=MICROSOFT)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Padding, Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
-from furiosa_llm.builder.shapes import Fact, attributes_of
+from furiosa_llm.builder.rules.rule import Padding, Rule
+from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
 
 
 def _tail(view: NodeView) -> list[list[str] | None]:

@@ -13,8 +13,8 @@ import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rule import Rule
-from furiosa_llm.builder.shapes import Fact, Facts, ShapeRule, attributes_of
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact, Facts, ShapeRule, attributes_of
 
 MICROSOFT = "com.microsoft"
 _STANDARD_OPSET = 21

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rule import Rule
 from furiosa_llm.builder.rules.registry import MICROSOFT, RULES, NodeView, RuleFunction, shape_rule, whole
-from furiosa_llm.builder.shapes import Fact
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.shapes.interpreter import Fact
 
 _POSITIONS = "integers that every rank computes"
 _RECURRENT = "its gates are stacked and every step needs the whole state of the step before"

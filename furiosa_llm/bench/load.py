@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 from furiosa_llm.bench.workload import Job
-from furiosa_llm.runtime.engine_core import EngineCore, Handle
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.engine.core import EngineCore, Handle
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,12 +17,12 @@ from furiosa_llm.bench.load import Observed, run_load
 from furiosa_llm.bench.metrics import Figures, figures_of, latencies
 from furiosa_llm.bench.workload import Job, arrivals
 from furiosa_llm.runtime.artifact.composite import is_composite
-from furiosa_llm.runtime.devices import format_pes
-from furiosa_llm.runtime.engine_args import EngineArgs
-from furiosa_llm.runtime.engine_core import EngineCore
+from furiosa_llm.runtime.engine.core import EngineCore
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.launch import Plan, make_plan, open_model, start
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.launch import Plan, make_plan, open_model, start
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.placement.devices import format_pes
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

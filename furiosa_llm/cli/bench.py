@@ -29,8 +29,8 @@ from furiosa_llm.cli.options import (
 from furiosa_llm.dataset import read_dataset
 from furiosa_llm.runtime import EngineArgs, SamplingParams
 from furiosa_llm.runtime.artifact.errors import OutputFileError
+from furiosa_llm.runtime.engine.launch import Plan
 from furiosa_llm.runtime.errors import InputError, ReplicaError
-from furiosa_llm.runtime.launch import Plan
 
 _DEFAULT_REQUESTS = 64
 _DEFAULT_INPUT_LEN = 128

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from furiosa_llm.builder.annotations import Finding, check_sharding, is_annotated
-from furiosa_llm.builder.load import load
+from furiosa_llm.builder.plan.annotations import Finding, check_sharding, is_annotated
+from furiosa_llm.builder.source.load import load
 
 _MOST_ROWS = 50
 

@@ -16,12 +16,19 @@ from rich.table import Table
 from rich.text import Text
 
 from furiosa_llm.builder.units import counted, nbytes
-from furiosa_llm.runtime.artifact.composite import KIND, is_composite, open_composite
-from furiosa_llm.runtime.artifact.inspection import BlockSummary, Inspection, ReplicatedTensor, alike, inspect_artifact
+from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
+from furiosa_llm.runtime.artifact.composite_manifest import KIND
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.artifact.tools.inspection import (
+    BlockSummary,
+    Inspection,
+    ReplicatedTensor,
+    alike,
+    inspect_artifact,
+)
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 
 T = TypeVar("T")
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
-from furiosa_llm.builder.explain import Explained
-from furiosa_llm.builder.hardware import PE_NBYTES
 from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
+from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import Sizes, parallel_size
+from furiosa_llm.runtime.artifact.card import PE_NBYTES
 
 _SHOWN_WEIGHTS = 3
 

@@ -15,7 +15,8 @@ from rich.text import Text
 from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.cli.options import placement_options
 from furiosa_llm.runtime import Artifact, open_artifact
-from furiosa_llm.runtime.accounting import (
+from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.engine.capacity import (
     CardMemory,
     StageMemory,
     Workload,
@@ -24,12 +25,12 @@ from furiosa_llm.runtime.accounting import (
     kv_pages,
     stage_memory,
 )
-from furiosa_llm.runtime.block_reads import block_starts
-from furiosa_llm.runtime.devices import PE_NBYTES, PES_PER_CARD, format_pes
+from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
-from furiosa_llm.runtime.launch import check_tensor_parallel_size
-from furiosa_llm.runtime.stages import Stage, choose_stages
-from furiosa_llm.runtime.topology import Topology, make_topology
+from furiosa_llm.runtime.placement.block_reads import block_starts
+from furiosa_llm.runtime.placement.devices import format_pes
+from furiosa_llm.runtime.placement.stages import Stage, choose_stages
+from furiosa_llm.runtime.placement.topology import Topology, make_topology
 
 _DEFAULT_LENGTH = 2048
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.runtime import open_artifact
-from furiosa_llm.runtime.artifact import unbuild as library
+from furiosa_llm.runtime.artifact.tools import unbuild as library
 
 
 @click.command()

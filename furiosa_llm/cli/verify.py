@@ -14,8 +14,8 @@ from furiosa_llm.cli.options import Sizes
 from furiosa_llm.composite_verification import verify_composite
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
-from furiosa_llm.runtime.artifact.verification import CHECKS, Check, write_verification
-from furiosa_llm.runtime.verify import DEFAULT_PROMPTS, Parity, TokenComparison
+from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verification
+from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity, TokenComparison
 from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, Report, verify_artifact
 
 _COUNTED = {

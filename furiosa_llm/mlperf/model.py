@@ -14,13 +14,13 @@ from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import Encoder
-from furiosa_llm.runtime.engine import raise_error
-from furiosa_llm.runtime.engine_args import EngineArgs
-from furiosa_llm.runtime.engine_core import EngineCore
+from furiosa_llm.runtime.engine.core import EngineCore
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.launch import make_plan, only_of_one_replica, open_model, start
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.launch import make_plan, only_of_one_replica, open_model, start
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.llm_engine import raise_error
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 _WARM_UP_SAMPLES = 4
 

@@ -22,7 +22,7 @@ from furiosa_llm.mlperf.summary import interrupted, summarise, write_latencies
 from furiosa_llm.mlperf.sut import SystemUnderTest
 from furiosa_llm.mlperf.user_conf import check_user_conf
 from furiosa_llm.runtime.artifact.errors import OutputFileError
-from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
 
 TestMode = Literal["performance-only", "accuracy-only", "submission"]
 

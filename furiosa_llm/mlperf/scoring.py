@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.errors import RunError
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 ACCURACY_LOG = "mlperf_log_accuracy.json"
 _ROUGE = ("rouge1", "rouge2", "rougeL")

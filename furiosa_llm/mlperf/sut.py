@@ -14,9 +14,9 @@ from queue import Empty, SimpleQueue
 import mlperf_loadgen as loadgen
 
 from furiosa_llm.runtime.encoder import MAX_BATCH_SIZE, Encoder
-from furiosa_llm.runtime.engine_core import EngineCore, Handle
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.engine.core import EngineCore, Handle
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 
 MIN_TOKENS = 2
 """Of a completion: LoadGen divides by the tokens behind the first, and calls less an error."""

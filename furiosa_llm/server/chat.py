@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from furiosa_llm.runtime.chat import conversations_of, render
-from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
+from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput
+from furiosa_llm.runtime.tokens.chat import conversations_of, render
 from furiosa_llm.server.completions import usage_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect

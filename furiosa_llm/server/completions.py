@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from furiosa_llm.runtime.outputs import RequestOutput, TokenLogprobs
-from furiosa_llm.runtime.prompts import Prompt
+from furiosa_llm.runtime.requests.outputs import RequestOutput, TokenLogprobs
+from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import CompletionLogprobsMaker

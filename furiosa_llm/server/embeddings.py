@@ -7,7 +7,7 @@ import base64
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 
-from furiosa_llm.runtime.prompts import listed
+from furiosa_llm.runtime.requests.prompts import listed
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import until_disconnect
 from furiosa_llm.server.model import EmbeddingResult

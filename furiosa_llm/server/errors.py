@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, SamplingParamsError
-from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from furiosa_llm.runtime.engine_core import with_kind
+from furiosa_llm.runtime.engine.core import with_kind
 from furiosa_llm.runtime.errors import SamplingParamsError
-from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from furiosa_llm.runtime.prompts import Prompt
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from furiosa_llm.runtime.requests.prompts import Prompt
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.server.errors import ApiError, blamed
 from furiosa_llm.server.metrics import Metrics, RequestMeter
 from furiosa_llm.server.model import Decoder

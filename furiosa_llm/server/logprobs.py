@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from furiosa_llm.runtime.outputs import Logprob, TokenLogprobs
+from furiosa_llm.runtime.requests.outputs import Logprob, TokenLogprobs
 from furiosa_llm.server.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
 _LEAST = -9999.0

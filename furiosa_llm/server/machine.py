@@ -10,10 +10,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 import furiosa_llm
-from furiosa_llm.runtime.counters import TransferKind
-from furiosa_llm.runtime.devices import format_pes
-from furiosa_llm.runtime.machine import MachineSnapshot, PESnapshot, ReplicaSnapshot
-from furiosa_llm.runtime.topology import Topology
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot, ReplicaSnapshot
+from furiosa_llm.runtime.execution.counters import TransferKind
+from furiosa_llm.runtime.placement.devices import format_pes
+from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.state import State

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from furiosa_llm.runtime.devices import format_pes
-from furiosa_llm.runtime.machine import MachineSnapshot, PESnapshot
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot
+from furiosa_llm.runtime.placement.devices import format_pes
 
 WINDOW = 10.0
 """Seconds over which the busy share of a stage is taken."""

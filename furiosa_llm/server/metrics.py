@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from furiosa_llm.runtime.outputs import RequestOutput
-from furiosa_llm.runtime.sampling_params import SamplingParams
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 from furiosa_llm.server.machine_metrics import BusyShares, MachineCollector
 from furiosa_llm.server.model import Decoder, ServedModel
 

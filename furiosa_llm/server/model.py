@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
-from furiosa_llm.runtime.batch_invariance import BatchInvariance, probe_batch_invariance
-from furiosa_llm.runtime.devices import format_pes
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
-from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.launch import Plan, make_plan, only_of_one_replica, open_model, start
-from furiosa_llm.runtime.machine import MachineSnapshot
-from furiosa_llm.runtime.prompts import Prompt
-from furiosa_llm.runtime.tokenizer import Tokenizer
-from furiosa_llm.runtime.topology import Topology
+from furiosa_llm.runtime.placement.devices import format_pes
+from furiosa_llm.runtime.placement.topology import Topology
+from furiosa_llm.runtime.requests.prompts import Prompt
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
 

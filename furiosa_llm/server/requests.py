@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
-from furiosa_llm.runtime.prompts import Prompt, listed
-from furiosa_llm.runtime.sampling_params import SamplingParams
-from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.runtime.requests.prompts import Prompt, listed
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
+from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server import fields
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.fields import Body, refused

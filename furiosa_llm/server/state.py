@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel
 
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Gate, Generator
 from furiosa_llm.server.metrics import Metrics

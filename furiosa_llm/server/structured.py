@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from furiosa_llm.runtime.errors import SamplingParamsError
-from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.forms import ResponseFormat, StructuredOutputs
 from furiosa_llm.server.requests import Tool

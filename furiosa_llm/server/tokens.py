@@ -6,7 +6,7 @@ import asyncio
 
 from fastapi import APIRouter, Depends
 
-from furiosa_llm.runtime.prompts import check_token_ids
+from furiosa_llm.runtime.requests.prompts import check_token_ids
 from furiosa_llm.server.chat import prompt_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import DetokenizeRequest, TokenizeRequest

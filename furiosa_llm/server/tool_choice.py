@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import ChatCompletionRequest, NamedToolChoice
 from furiosa_llm.server.structured import forced, optional, structured_outputs

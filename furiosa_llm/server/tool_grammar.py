@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from furiosa_llm.runtime.structured_outputs import embedded_schema, literal_pattern
+from furiosa_llm.runtime.tokens.structured_outputs import embedded_schema, literal_pattern
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,81 +10,24 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import cast
 
-from furiosa_llm.runtime.artifact.composite_checks import check_fit
+from furiosa_llm.runtime.artifact.checks.composite import check_fit
+from furiosa_llm.runtime.artifact.composite_manifest import (
+    COMPOSITE_VERSION,
+    KIND,
+    PART_NAMES,
+    CompositeManifest,
+    HiddenLink,
+    PartEntry,
+    PartName,
+    StateLink,
+)
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, check_unique, parse_json
-from furiosa_llm.runtime.artifact.manifest import (
-    COMPOSITE_FORMAT_NAME,
-    MANIFEST_NAME,
-    manifest_digest,
-    seal,
-)
+from furiosa_llm.runtime.artifact.manifest import COMPOSITE_FORMAT_NAME, MANIFEST_NAME, manifest_digest
 from furiosa_llm.runtime.artifact.parse import check_digest, digest_of
 from furiosa_llm.runtime.artifact.reader import Artifact, manifest_bytes, open_artifact
-
-COMPOSITE_VERSION = 1
-KIND = "encoder-decoder"
-
-PartName = Literal["encoder", "decoder_first", "decoder"]
-PART_NAMES: tuple[PartName, ...] = get_args(PartName)
-"""The parts, in the order of the manifest and of their work; `decoder_first` is there if `decoder` has a past."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartEntry:
-    """One part: the folder it lies in, and the digest of the manifest there."""
-
-    name: PartName
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HiddenLink:
-    """The encoder's output that the decoders read as the input of this name, if they have it."""
-
-    output: str
-    input: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateLink:
-    """A state of the decoder: its `input`, and the output of the first step's decoder that it begins with.
-
-    `output` is the decoder's own output that it is in the next step; None: it stays as it is (what attention to the
-    encoder's states takes from them).
-    """
-
-    input: str
-    first: str
-    output: str | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompositeManifest:
-    """manifest.json of a composite artifact.
-
-    A generation begins with `decoder_start_token_id` and ends with one of `eos_token_ids`. `states` is empty for a
-    decoder without a past, which reads the whole completion again in every step.
-    """
-
-    name: str
-    tool: str
-    decoder_start_token_id: int
-    eos_token_ids: tuple[int, ...]
-    parts: tuple[PartEntry, ...]
-    hidden: HiddenLink
-    states: tuple[StateLink, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The manifest as plain JSON values, without its digest, keys in the order of the specification."""
-        head = {"format": {"name": COMPOSITE_FORMAT_NAME, "version": COMPOSITE_VERSION}, "kind": KIND}
-        return head | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-
-    def to_bytes(self) -> bytes:
-        """The bytes of manifest.json: equal manifests give equal bytes."""
-        return seal(self.to_json())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,9 +152,3 @@ def _check_parts(field: Field, found: Sequence[str], *, has_states: bool) -> Non
     expected = [name for name in PART_NAMES if name != "decoder_first" or has_states]
     if list(found) != expected:
         field.fail(f"the parts {', '.join(expected)}, in this order", f"{', '.join(found) or 'none'}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PartEntry | HiddenLink | StateLink):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

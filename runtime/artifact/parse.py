@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
-from furiosa_llm.runtime.artifact.coverage import check_coverage, fault_of
+from furiosa_llm.runtime.artifact.checks.coverage import check_coverage, fault_of
+from furiosa_llm.runtime.artifact.checks.parse import check_references
 from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError, LayoutError
@@ -38,7 +39,6 @@ from furiosa_llm.runtime.artifact.manifest import (
     Task,
     manifest_digest,
 )
-from furiosa_llm.runtime.artifact.parse_checks import check_references
 
 _SECTIONS = (
     *("digest", "format", "provenance", "model", "mesh", "files", "tensors", "initializers"),

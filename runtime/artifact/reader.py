@@ -19,6 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from furiosa_llm.runtime.artifact.checks.model import parse_model
+from furiosa_llm.runtime.artifact.checks.program import check_program
+from furiosa_llm.runtime.artifact.checks.source import check_source
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.files import open_regular, size_of
@@ -33,11 +36,8 @@ from furiosa_llm.runtime.artifact.manifest import (
     StoredTensor,
     manifest_digest,
 )
-from furiosa_llm.runtime.artifact.model_checks import parse_model
 from furiosa_llm.runtime.artifact.parse import parse_manifest
-from furiosa_llm.runtime.artifact.program_checks import check_program
 from furiosa_llm.runtime.artifact.safetensors_header import StoredArray, parse_header
-from furiosa_llm.runtime.artifact.source_checks import check_source
 
 FULL_BELOW_NBYTES = 10**9
 """Weights that are fewer bytes altogether are compared with their digests unless it is asked not to."""

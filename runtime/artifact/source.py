@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from furiosa_llm.runtime.artifact.checks.model import parse_model
+from furiosa_llm.runtime.artifact.checks.source import check_source
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.files import open_regular
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME
-from furiosa_llm.runtime.artifact.model_checks import parse_model
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.artifact.source_checks import check_source
 
 
 def read_source(artifact: Artifact) -> ModelProto:

@@ -11,9 +11,9 @@ import pytest
 from furiosa_llm import ReplicaError, SamplingParams
 from furiosa_llm.bench.load import Observed, run_load
 from furiosa_llm.bench.workload import Job
-from furiosa_llm.runtime.engine_core import EngineCore
-from furiosa_llm.runtime.outputs import CompletionOutput, RequestOutput
-from furiosa_llm.runtime.request_table import Sink
+from furiosa_llm.runtime.engine.core import EngineCore
+from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput
+from furiosa_llm.runtime.requests.request_table import Sink
 
 JOBS = [Job(prompt_token_ids=(1,) * length, max_tokens=length) for length in (1, 2, 3, 4, 5)]
 

@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, R
 
 from furiosa_llm.server.model import ServedModel
 from furiosa_llm.server.settings import ServerSettings
-from tests.artifacts import artifact_of
 from tests.server.conftest import NAME, load, serving
+from tests.support.artifacts import artifact_of
 
 CHROMIUM = "chromium"
 ARGUMENTS = (

@@ -14,11 +14,11 @@ import pytest
 from furiosa_llm.builder import ArtifactBuilder, reshard
 from furiosa_llm.builder.composite import find_encoder_decoder
 from furiosa_llm.builder.errors import ModelLoadError, OptionError, OutputError, UnsupportedModelError
-from furiosa_llm.builder.generation_tokens import end_tokens, start_token
-from furiosa_llm.builder.tactics import Tactics
+from furiosa_llm.builder.plan.tactics import Tactics
+from furiosa_llm.builder.source.generation_tokens import end_tokens, start_token
 from furiosa_llm.runtime.artifact.composite import open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from tests.artifacts import built_model
+from tests.support.artifacts import built_model
 
 TOKENIZER = {
     "padding": {"pad_id": 7},

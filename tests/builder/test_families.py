@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from furiosa_llm.builder.interface import SizeSet
-from furiosa_llm.builder.planning import Planning
-from furiosa_llm.builder.tensor_parallel import mesh_of
-from tests.builder.graphs import Array, model, random
-from tests.builder.op_case import codes, ints, number, positive
-from tests.builder.plans import prepare_proto
+from furiosa_llm.builder.plan.mesh import mesh_of
+from furiosa_llm.builder.plan.plan import Planning
+from furiosa_llm.builder.shapes.interface import SizeSet
+from tests.support.builder.graphs import Array, model, random
+from tests.support.builder.op_case import codes, ints, number, positive
+from tests.support.builder.plans import prepare_proto
 
 PREFILL = SizeSet(batch=2, sequence=5, past=0, encoder=6, others=(7,) * 8)
 DECODE = SizeSet(batch=2, sequence=1, past=6, encoder=6, others=(7,) * 8)

@@ -13,16 +13,16 @@ import onnx
 import pytest
 
 from furiosa_llm.builder import OptionError, plan_model
-from furiosa_llm.builder.compile import analyse_model
-from furiosa_llm.builder.explain import Explained
-from furiosa_llm.builder.hardware import PE_NBYTES
-from furiosa_llm.builder.memory import Memory, Workload
+from furiosa_llm.builder.lower.pe_memory import Memory, Workload
+from furiosa_llm.builder.lower.program_builder import INLINE_NBYTES
 from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
-from furiosa_llm.builder.program import INLINE_NBYTES
-from furiosa_llm.builder.tensor_parallel import mesh_of
-from tests.artifacts import built_model
-from tests.builder.stacks import stack
-from tests.tiers import tiered
+from furiosa_llm.builder.pipeline import analyse_model
+from furiosa_llm.builder.plan.explain import Explained
+from furiosa_llm.builder.plan.mesh import mesh_of
+from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from tests.support.artifacts import built_model
+from tests.support.builder.stacks import stack
+from tests.support.tiers import tiered
 
 LAYERS = {
     "gemma-2-9b-genai-bf16-cuda": 42,

@@ -12,16 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from furiosa_llm.builder import ArtifactBuilder, plan_model
 from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
-from furiosa_llm.builder.interface import SizeSet
-from furiosa_llm.builder.outcome import InfeasibleError
+from furiosa_llm.builder.plan.outcome import InfeasibleError
+from furiosa_llm.builder.shapes.interface import SizeSet
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.executor import Executor
-from tests.builder.graphs import model, random
-from tests.builder.plans import Prepared, prepare_proto
-from tests.builder.proofs import TOLERANCE, prove
-from tests.builder.stitching import session
+from furiosa_llm.runtime.execution.executor import Executor
 from tests.builder.test_traps import TWO, check, error_of, ints, leaf, merged, sweep
+from tests.support.builder.graphs import model, random
+from tests.support.builder.plans import Prepared, prepare_proto
+from tests.support.builder.proofs import TOLERANCE, prove
+from tests.support.builder.stitching import session
 
 
 def test_contraction_without_a_common_refinement_is_not_partial() -> None:

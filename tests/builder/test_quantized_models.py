@@ -10,10 +10,10 @@ import pytest
 
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from tests.builder.parity import cases_of, feeds_of
-from tests.builder.quantized_models import QuantizedModel
-from tests.builder.stitching import SplitModel, session
-from tests.tiers import tiered
+from tests.support.builder.parity import cases_of, feeds_of
+from tests.support.builder.quantized_models import QuantizedModel
+from tests.support.builder.stitching import SplitModel, session
+from tests.support.tiers import tiered
 
 TOLERANCE = 1e-5
 

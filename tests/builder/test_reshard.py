@@ -15,12 +15,12 @@ from furiosa_llm.builder import ArtifactBuilder, OptionError, read_tactics, resh
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from tests.artifacts import artifact_of
-from tests.builder.conftest import Built
-from tests.builder.graphs import model, random
-from tests.builder.test_streaming import digests
 from tests.builder.test_zoo import MODELS
-from tests.tiers import tiered
+from tests.builder.write.test_streaming import digests
+from tests.conftest import Built
+from tests.support.artifacts import artifact_of
+from tests.support.builder.graphs import model, random
+from tests.support.tiers import tiered
 
 FEW = (("tiny-phi3-optimum", 8, 4), ("tiny-llama-genai-int4-qdq", 8, 4))
 """A packed weight in parts, and elements below one byte."""

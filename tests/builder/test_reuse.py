@@ -13,13 +13,13 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 from furiosa_llm.builder import ArtifactBuilder, PlanError, build_by_plan_of, read_tactics
-from furiosa_llm.builder.planner import Planner
+from furiosa_llm.builder.plan.search import Planner
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from tests.builder.conftest import Built
-from tests.builder.test_streaming import digests
-from tests.tiers import tiered
+from tests.builder.write.test_streaming import digests
+from tests.conftest import Built
+from tests.support.tiers import tiered
 
 ZOO = ("tiny-llama-optimum", "tiny-phi3-optimum", "tiny-qwen3-optimum", "tiny-llama-genai-int4-qdq")
 

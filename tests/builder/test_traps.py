@@ -8,15 +8,15 @@ import numpy as np
 import onnx
 import pytest
 
-from furiosa_llm.builder.factors import Factor
-from furiosa_llm.builder.groups import candidates
-from furiosa_llm.builder.outcome import InfeasibleError, Outcome
-from furiosa_llm.builder.planning import Planning
-from furiosa_llm.builder.sweep import Sweeper
+from furiosa_llm.builder.factors.factor import Factor
+from furiosa_llm.builder.plan.groups import candidates
+from furiosa_llm.builder.plan.outcome import InfeasibleError, Outcome
+from furiosa_llm.builder.plan.plan import Planning
+from furiosa_llm.builder.plan.sweep import Sweeper
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
-from tests.builder.graphs import Weights, model
-from tests.builder.plans import Assignment, Prepared, prepare, prepare_proto
-from tests.builder.proofs import SIZES, TOLERANCE, prove
+from tests.support.builder.graphs import Weights, model
+from tests.support.builder.plans import Assignment, Prepared, prepare, prepare_proto
+from tests.support.builder.proofs import SIZES, TOLERANCE, prove
 
 TWO = Mesh((2,))
 
@@ -313,7 +313,7 @@ def test_short_block_taken_for_a_whole_one_is_wrong(monkeypatch: pytest.MonkeyPa
     def leaves_alone(factor: Factor, _: object, uneven: set[Factor]) -> list[Factor]:
         return [leaf for leaf in factor.leaves() if leaf in uneven]
 
-    monkeypatch.setattr("furiosa_llm.builder.sweep_pass.padded_places", leaves_alone)
+    monkeypatch.setattr("furiosa_llm.builder.plan.sweep_pass.padded_places", leaves_alone)
     assert prove(short_block("24", SHORT_BLOCK.format("past_x"), {})).wrong != ()
 
 

@@ -12,11 +12,11 @@ import pytest
 from furiosa_llm.builder import ArtifactBuilder, UnsupportedModelError
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.reader import Artifact
-from tests.builder.conftest import Built
-from tests.builder.parity import Case, cases_of, feeds_of
-from tests.builder.plans import without_accuracy_level
-from tests.builder.stitching import Array, SplitModel, session
-from tests.tiers import MECHANISMS, tiered
+from tests.conftest import Built
+from tests.support.builder.parity import Case, cases_of, feeds_of
+from tests.support.builder.plans import without_accuracy_level
+from tests.support.builder.stitching import Array, SplitModel, session
+from tests.support.tiers import MECHANISMS, tiered
 
 EXACT = 1e-5
 HALF = 5e-3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm.cli.main import main
-from tests.artifacts import artifact_of
+from tests.support.artifacts import artifact_of
 
 OPTIMUM = "tiny-llama-optimum"
 

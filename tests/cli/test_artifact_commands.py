@@ -14,8 +14,8 @@ import pytest
 
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.cli.diff import _dim, _layouts
-from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
+from tests.support.artifacts import artifact_of
 
 
 @pytest.fixture(scope="module")

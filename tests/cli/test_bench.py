@@ -11,8 +11,8 @@ import pytest
 
 from furiosa_llm.bench import sweep
 from furiosa_llm.bench.load import Observed, run_load
-from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
+from tests.support.artifacts import artifact_of
 
 SMALL = ("--num-requests", 6, "--input-len", 5, "--output-len", 4, "--num-warmups", 1)
 

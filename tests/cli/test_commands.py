@@ -13,9 +13,9 @@ import pytest
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.runtime import open_artifact
-from tests.artifacts import artifact_of
 from tests.cli.conftest import OPTIMUM, Cli
-from tests.tiers import tiered
+from tests.support.artifacts import artifact_of
+from tests.support.tiers import tiered
 
 DYNAMO, GENAI = "tiny-llama-dynamo-op23-tf5", "tiny-llama-genai-fp32"
 

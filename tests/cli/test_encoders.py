@@ -19,8 +19,8 @@ from furiosa_llm.runtime import SamplingParams
 from furiosa_llm.runtime.artifact.composite import open_composite
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.seq2seq import Seq2Seq
-from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
+from tests.support.artifacts import artifact_of
 
 ROOT = Path(__file__).resolve().parents[2]
 Refused = Callable[..., str]

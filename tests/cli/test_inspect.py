@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from furiosa_llm.runtime import open_artifact
-from furiosa_llm.runtime.artifact.inspection import inspect_artifact
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
-from furiosa_llm.runtime.artifact.program_checks import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.batch import Companions
-from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference, probe_batch_invariance
-from tests.artifacts import artifact_of
+from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
+from furiosa_llm.runtime.runners.batch import Companions
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, KernelDifference, probe_batch_invariance
 from tests.cli.conftest import Cli
-from tests.tampering import edit_manifest
+from tests.support.artifacts import artifact_of
+from tests.support.tampering import edit_manifest
 
 
 @pytest.fixture

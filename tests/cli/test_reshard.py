@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.artifacts import artifact_of
-from tests.builder.test_streaming import digests
+from tests.builder.write.test_streaming import digests
 from tests.cli.conftest import Cli
+from tests.support.artifacts import artifact_of
 
 
 @pytest.fixture(scope="module")

@@ -22,15 +22,15 @@ from furiosa_llm.cli import serve as command
 from furiosa_llm.cli.refused_options import REFUSED, REFUSED_FLAGS
 from furiosa_llm.cli.serve import show_batch_invariance
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
-from furiosa_llm.runtime.batch import NO_COMPANIONS, Companions
-from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, KernelDifference
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
-from tests.artifacts import artifact_of
 from tests.cli.conftest import Cli
 from tests.server.conftest import wait_for
-from tests.server.process import TIMEOUT, Process, started
+from tests.support.artifacts import artifact_of
+from tests.support.server.process import TIMEOUT, Process, started
 
 NAME = "tiny-llama-optimum"
 

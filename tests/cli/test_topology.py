@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from furiosa_llm.runtime import open_artifact
-from furiosa_llm.runtime.accounting import Workload, card_memory, check_weights, stage_memory
-from furiosa_llm.runtime.block_reads import read_blocks
-from furiosa_llm.runtime.devices import PE_NBYTES
-from furiosa_llm.runtime.stages import choose_stages
-from furiosa_llm.runtime.topology import make_topology
-from tests.artifacts import artifact_of
+from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.runtime.engine.capacity import Workload, card_memory, check_weights, stage_memory
+from furiosa_llm.runtime.placement.block_reads import read_blocks
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.topology import make_topology
 from tests.cli.conftest import Cli
+from tests.support.artifacts import artifact_of
 
 TIED = "tiny-llama-tied-genai-int4-shared"
 

@@ -12,9 +12,9 @@ import pytest
 from furiosa_llm.cli import verify as command
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
-from furiosa_llm.runtime.artifact.verification import RecordError, read_verification
+from furiosa_llm.runtime.artifact.tools.record import RecordError, read_verification
 from tests.cli.conftest import OPTIMUM, Cli
-from tests.tampering import alter_tensor, flip_bit
+from tests.support.tampering import alter_tensor, flip_bit
 
 SHORT = ("--max-tokens", 2, "--prompt", "hello")
 

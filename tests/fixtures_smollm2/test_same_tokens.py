@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.artifacts import artifact
-from tests.runtime.same_tokens import PAIRWISE, Answered, Setting, compare, smollm2_answers
+from tests.campaigns.same_tokens import PAIRWISE, Answered, Setting, compare, smollm2_answers
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 

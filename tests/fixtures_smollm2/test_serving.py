@@ -11,7 +11,16 @@ from rich.console import Console
 from fixtures.smollm2 import ensure
 from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from tests.runtime.test_model_runner import Array, Stepped, alone, prefill, random_prompts, runner_of, same_bits, serve
+from tests.runtime.runners.test_local_runner import (
+    Array,
+    Stepped,
+    alone,
+    prefill,
+    random_prompts,
+    runner_of,
+    same_bits,
+    serve,
+)
 
 pytestmark = pytest.mark.real_model
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from fixtures.smollm2 import ensure
 from furiosa_llm import LLM, ArtifactBuilder, SamplingParams, StructuredOutputsParams
-from furiosa_llm.runtime.grammar import Grammars
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.tokens.grammar import Grammars
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.real_model
 

@@ -12,7 +12,7 @@ from furiosa_llm import EngineArgs
 from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.mlperf.model import Model, load_model
-from tests.artifacts import artifact_of
+from tests.support.artifacts import artifact_of
 
 NAME = "tiny-llama-optimum"
 MAX_OUTPUT_TOKENS = 5

@@ -11,7 +11,7 @@ import pytest
 from furiosa_llm.dataset import Sample
 from furiosa_llm.mlperf.errors import RunError
 from furiosa_llm.mlperf.scoring import read_answers, score_completions, score_vectors
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 
 @pytest.fixture

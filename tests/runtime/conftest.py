@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from tests.artifacts import artifact_of
+from tests.support.artifacts import artifact_of
 
 ZooArtifact = Callable[[str], Artifact]
 """The artifact of a model of the zoo, for 4 PEs, by the name of its folder."""

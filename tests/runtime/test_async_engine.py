@@ -9,10 +9,10 @@ import pytest
 
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine, _Mailbox
 from furiosa_llm.runtime.errors import ContextLengthError, ExecutionError, InputError, ReplicaError
-from furiosa_llm.runtime.sampling_params import SamplingParams
-from tests.runtime.cores import make_core
-from tests.runtime.runners import CountingRunner
-from tests.runtime.test_replica import TIMEOUT, Gate, failing
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
+from tests.runtime.engine.test_replica import TIMEOUT, Gate, failing
+from tests.support.runtime.cores import make_core
+from tests.support.runtime.runners import CountingRunner
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
 LONG = SamplingParams(temperature=0.0, max_tokens=60)

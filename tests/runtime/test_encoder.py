@@ -18,10 +18,10 @@ from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
-from furiosa_llm.runtime.prompts import Prompt
-from furiosa_llm.runtime.tokenizer import Tokenizer
-from tests.artifacts import artifact_of
-from tests.runtime.bracketed import bracketed_tokenizer
+from furiosa_llm.runtime.requests.prompts import Prompt
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+from tests.support.artifacts import artifact_of
+from tests.support.runtime.bracketed import bracketed_tokenizer
 
 LENGTHS = (7, 3, 7, 12, 3, 1, 7)
 

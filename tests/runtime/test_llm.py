@@ -17,9 +17,9 @@ import pytest
 from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
 from furiosa_llm.runtime import llm as llm_module
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.buckets import Bucket, BucketConfig
-from furiosa_llm.runtime.decoder import DecoderSession
-from furiosa_llm.runtime.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.buckets import Bucket, BucketConfig
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.launch import make_plan
 from furiosa_llm.runtime.errors import (
     CapacityError,
     ContextLengthError,
@@ -32,11 +32,11 @@ from furiosa_llm.runtime.errors import (
     TopologyError,
     UnsupportedError,
 )
-from furiosa_llm.runtime.executor import Executor
-from furiosa_llm.runtime.launch import make_plan
-from furiosa_llm.runtime.outputs import RequestOutput
-from tests.runtime.bracketed import bracketed_tokenizer
-from tests.runtime.models import LlamaSize, llama, mlp
+from furiosa_llm.runtime.execution.decoder import DecoderSession
+from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from tests.support.runtime.bracketed import bracketed_tokenizer
+from tests.support.runtime.models import LlamaSize, llama, mlp
 
 ZOO = Path(__file__).parents[2] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
 SIZE = LlamaSize(layers=1, vocab=1024, max_length=64)

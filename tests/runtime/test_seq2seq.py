@@ -21,12 +21,12 @@ from furiosa_llm.runtime.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from furiosa_llm.runtime.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.seq2seq import Seq2Seq
-from tests.artifacts import artifact_of
-from tests.runtime.bracketed import bracketed_tokenizer
-from tests.runtime.seq2seq_reference import CachedReference, WholeReference, generate
-from tests.tiers import tiered
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
+from tests.support.artifacts import artifact_of
+from tests.support.runtime.bracketed import bracketed_tokenizer
+from tests.support.runtime.seq2seq_reference import CachedReference, WholeReference, generate
+from tests.support.tiers import tiered
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 START = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.seeded_faults.fault import Fault
 
-_HOSTILE = "tests/runtime/test_hostile.py"
+_HOSTILE = "tests/runtime/artifact/test_hostile.py"
 
 FAULTS = (
     Fault(
@@ -13,7 +13,7 @@ FAULTS = (
         old="outer * size + inner).reshape(-1)",
         new="outer * part.size + inner).reshape(-1)",
         effect="ranks hold other rows than the plan says where heads are split inside a dimension",
-        hints=("tests/runtime/test_layout.py",),
+        hints=("tests/runtime/artifact/test_layout.py",),
     ),
     Fault(
         name="the last axis is most significant",
@@ -21,7 +21,7 @@ FAULTS = (
         old="        for axis in axes:\n            position =",
         new="        for axis in reversed(axes):\n            position =",
         effect="meshes of several axes exchange their shards",
-        hints=("tests/runtime/test_layout.py",),
+        hints=("tests/runtime/artifact/test_layout.py",),
     ),
     Fault(
         name="padding beyond a prefix is data",
@@ -29,7 +29,7 @@ FAULTS = (
         old="np.arange(dim.size, dtype=np.int64)\n        return np.where(indices < dim.size, indices, -1)",
         new="np.arange(dim.size, dtype=np.int64)\n        return indices",
         effect="the short last block of a quantised weight reads past its end",
-        hints=("tests/runtime/test_layout.py",),
+        hints=("tests/runtime/artifact/test_layout.py",),
     ),
     Fault(
         name="a window for each rank",
@@ -37,7 +37,7 @@ FAULTS = (
         old="shard = self.manifest.mesh.position(rank, tensor.shard_axes)",
         new="shard = rank",
         effect="tensors that several ranks share are read past their end",
-        hints=("tests/runtime/test_reader.py::test_windows_of_a_shard_that_several_ranks_have",),
+        hints=("tests/runtime/artifact/test_reader.py::test_windows_of_a_shard_that_several_ranks_have",),
     ),
     Fault(
         name="small weights are not hashed",
@@ -45,23 +45,23 @@ FAULTS = (
         old="if _is_weights(entry)) < FULL_BELOW_NBYTES",
         new="if _is_weights(entry)) > FULL_BELOW_NBYTES",
         effect="a flipped bit in a small model's weights is not noticed when it is loaded",
-        hints=("tests/runtime/test_reader.py::test_small_weights_are_always_compared_with_their_digests",),
+        hints=("tests/runtime/artifact/test_reader.py::test_small_weights_are_always_compared_with_their_digests",),
     ),
     Fault(
         name="padding of one rank only",
-        file="runtime/artifact/originals.py",
+        file="runtime/artifact/tools/originals.py",
         old="        for rank in _ranks(tensor, mesh)\n    )",
         new="        for rank in _ranks(tensor, mesh)[:1]\n    )",
         effect="`verify --full` passes an artifact whose padding is not zero",
-        hints=("tests/runtime/test_originals.py::test_every_bit_of_padding_is_looked_at",),
+        hints=("tests/runtime/artifact/tools/test_originals.py::test_every_bit_of_padding_is_looked_at",),
     ),
     Fault(
         name="a second layout in parts is not checked",
-        file="runtime/artifact/integrity.py",
+        file="runtime/artifact/tools/integrity.py",
         old="    yield from ((origin, tuple(names)) for origin, names in parts.items())\n",
         new="",
         effect="`verify --full` passes an artifact of which one layout has other weights",
-        hints=("tests/runtime/test_integrity.py::test_a_sound_one_passes",),
+        hints=("tests/runtime/artifact/tools/test_integrity.py::test_a_sound_one_passes",),
     ),
     Fault(
         name="true is an integer",
@@ -69,7 +69,9 @@ FAULTS = (
         old="if not isinstance(value, int) or isinstance(value, bool) or not minimum",
         new="if not isinstance(value, int) or not minimum",
         effect="a manifest with `true` for a size is taken, and fails somewhere else",
-        hints=("tests/runtime/test_hostile.py::test_it_is_refused[llama manifest: model.eos_token_ids = [true]]",),
+        hints=(
+            "tests/runtime/artifact/test_hostile.py::test_it_is_refused[llama manifest: model.eos_token_ids = [true]]",
+        ),
     ),
     Fault(
         name="the last of two equal keys counts",
@@ -77,7 +79,7 @@ FAULTS = (
         old="if len(members) != len(pairs):",
         new="if len(members) > len(pairs):",
         effect="two readers of one manifest may see two different models",
-        hints=("tests/runtime/test_hostile.py::test_it_is_refused[header: a name twice]",),
+        hints=("tests/runtime/artifact/test_hostile.py::test_it_is_refused[header: a name twice]",),
     ),
     Fault(
         name="a file above the folder",
@@ -85,7 +87,7 @@ FAULTS = (
         old="any(separator in path for separator in",
         new="all(separator in path for separator in",
         effect="an artifact from elsewhere has this machine's files read",
-        hints=('tests/runtime/test_hostile.py::test_it_is_refused[llama manifest: files.0.path = "../x"]',),
+        hints=('tests/runtime/artifact/test_hostile.py::test_it_is_refused[llama manifest: files.0.path = "../x"]',),
     ),
     Fault(
         name="links are followed",
@@ -93,7 +95,7 @@ FAULTS = (
         old="flags | os.O_NOFOLLOW | os.O_NONBLOCK",
         new="flags | os.O_NONBLOCK",
         effect="a file that is exchanged for a link while it is opened leads out of the folder",
-        hints=("tests/runtime/test_reader.py::test_a_file_that_becomes_a_link_is_not_followed",),
+        hints=("tests/runtime/artifact/test_reader.py::test_a_file_that_becomes_a_link_is_not_followed",),
     ),
     Fault(
         name="bytes behind the last tensor",
@@ -101,22 +103,22 @@ FAULTS = (
         old="    if position != file_nbytes:",
         new="    if position > file_nbytes:",
         effect="a weights file with something appended is taken",
-        hints=("tests/runtime/test_hostile.py::test_it_is_refused[bytes behind the last tensor]",),
+        hints=("tests/runtime/artifact/test_hostile.py::test_it_is_refused[bytes behind the last tensor]",),
     ),
     Fault(
         name="states may change their layout",
-        file="runtime/artifact/parse_checks.py",
+        file="runtime/artifact/checks/parse.py",
         old="any(before.layout[i] != after.layout[i] or before.shape[i] != after.shape[i] for i in others)",
         new="any(before.shape[i] != after.shape[i] for i in others)",
         effect="a decoder that hands its cache to other ranks is run, and computes nonsense",
-        hints=("tests/runtime/test_hostile.py::test_it_is_refused[llama manifest: outputs.1.layout.1 = 8]",),
+        hints=("tests/runtime/artifact/test_hostile.py::test_it_is_refused[llama manifest: outputs.1.layout.1 = 8]",),
     ),
     Fault(
         name="collectives of other axes",
-        file="runtime/artifact/program_checks.py",
+        file="runtime/artifact/checks/program.py",
         old="if (node.op_type, attributes) != (collective.kind, wanted):",
         new="if node.op_type != collective.kind:",
         effect="a program that sums over other ranks than the manifest says is run",
-        hints=("tests/runtime/test_hostile.py::test_it_is_refused[mlp manifest: collectives.0.axes = [0]]",),
+        hints=("tests/runtime/artifact/test_hostile.py::test_it_is_refused[mlp manifest: collectives.0.axes = [0]]",),
     ),
 )

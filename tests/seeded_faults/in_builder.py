@@ -11,7 +11,7 @@ RULES = (
         old="replace(broadcast(view), padding=_POINTWISE[view.node.op_type])",
         new="replace(broadcast(view), linear=(0,), padding=_POINTWISE[view.node.op_type])",
         effect="ranks apply Relu to their parts of a sum before it is added up: wrong outputs",
-        hints=("tests/builder/test_partial_sums.py::test_sums_are_made_where_they_must_be[Relu]",),
+        hints=("tests/builder/plan/test_sweep.py::test_sums_are_made_where_they_must_be[Relu]",),
     ),
     Fault(
         name="an old softmax over one axis",
@@ -19,7 +19,7 @@ RULES = (
         old="return _along_axis(view, range(_axis(view, 1), view.rank(0)))",
         new="return _along_axis(view, [_axis(view, 1)])",
         effect="models of opset 12 and before normalise each rank's part by itself",
-        hints=("tests/builder/test_rule_texts.py::test_text[Softmax opset 11]",),
+        hints=("tests/builder/rules/test_texts.py::test_text[Softmax opset 11]",),
     ),
     Fault(
         name="a mean of parts is a mean",
@@ -27,7 +27,7 @@ RULES = (
         old="return _reduction(view, summed=exact, average=exact)",
         new="return _reduction(view, summed=exact, average=False)",
         effect="a mean over a split dimension is as many times too large as there are ranks",
-        hints=("tests/builder/test_rule_proofs.py::test_every_feasible_split_is_right[ReduceMean]",),
+        hints=("tests/builder/rules/test_proofs.py::test_every_feasible_split_is_right[ReduceMean]",),
     ),
     Fault(
         name="every rank adds the bias",
@@ -35,7 +35,7 @@ RULES = (
         old='masked=(2,) if view.has(2) else (), padding="product"',
         new='padding="product"',
         effect="a Gemm whose contraction is split adds its bias once for each rank",
-        hints=("tests/builder/test_rule_proofs.py::test_every_feasible_split_is_right[Gemm 00]",),
+        hints=("tests/builder/rules/test_proofs.py::test_every_feasible_split_is_right[Gemm 00]",),
     ),
     Fault(
         name="a table may be split where it is no table",
@@ -43,11 +43,11 @@ RULES = (
         old='    if not is_table:\n        data[axis] = "*"\n',
         new="",
         effect="Gather takes positions of the whole from a rank's part: wrong rows, or none",
-        hints=("tests/builder/test_rule_proofs.py::test_every_feasible_split_is_right[Gather]",),
+        hints=("tests/builder/rules/test_proofs.py::test_every_feasible_split_is_right[Gather]",),
     ),
     Fault(
         name="zeros and numbers make zeros",
-        file="builder/padding.py",
+        file="builder/plan/padding.py",
         old='case "sum" if len(found) == len(data):',
         new='case "sum" if found:',
         effect="what is added to padding is taken for zero, and contracted: wrong outputs",
@@ -58,23 +58,23 @@ RULES = (
 PLANNING = (
     Fault(
         name="collectives may grow with the context",
-        file="builder/pricing.py",
+        file="builder/plan/pricing.py",
         old="self._payload(collective, assignment, self._subject.longer)",
         new="self._payload(collective, assignment, self._subject.decode)",
         effect="a plan exchanges the whole KV cache for every token",
-        hints=("tests/builder/test_planner.py::test_what_would_grow_with_the_context_is_refused_with_that_reason",),
+        hints=("tests/builder/plan/test_search.py::test_what_would_grow_with_the_context_is_refused_with_that_reason",),
     ),
     Fault(
         name="scales count as matrices",
-        file="builder/pricing.py",
+        file="builder/plan/pricing.py",
         old=" and value not in beside\n",
         new="\n",
         effect="a collective costs a quantised model too little, so that plans have too many",
-        hints=("tests/builder/test_planner.py::test_scales_are_no_matrices_of_their_own",),
+        hints=("tests/builder/plan/test_search.py::test_scales_are_no_matrices_of_their_own",),
     ),
     Fault(
         name="dead values are freed too soon",
-        file="builder/memory.py",
+        file="builder/lower/pe_memory.py",
         old="        peak = max(peak, alive)\n        alive -= ends.pop(i, 0)\n",
         new="        alive -= ends.pop(i, 0)\n        peak = max(peak, alive)\n",
         effect="`plan` says that a model fits where its activations do not",
@@ -82,18 +82,18 @@ PLANNING = (
     ),
     Fault(
         name="a segment is the first one",
-        file="builder/factors.py",
+        file="builder/factors/factor.py",
         old="return kids[1 if start else 0]",
         new="return kids[0]",
         effect="a slice of a packed projection is tied to its neighbour's rows",
-        hints=("tests/builder/test_factors.py",),
+        hints=("tests/builder/factors/test_factor.py",),
     ),
 )
 
 LOWERING = (
     Fault(
         name="the first element is padding",
-        file="builder/lower.py",
+        file="builder/lower/emit.py",
         old="shards = np.stack([indices >= 0 for",
         new="shards = np.stack([indices > 0 for",
         effect="clearing padding clears element 0 of the dimension with it",
@@ -104,42 +104,42 @@ LOWERING = (
     ),
     Fault(
         name="gathered parts in the inverse order",
-        file="builder/lower.py",
+        file="builder/lower/emit.py",
         old="positions[order[valid]] = valid",
         new="positions[valid] = order[valid]",
         effect="a gathered packed dimension comes out permuted",
-        hints=("tests/builder/test_rule_proofs.py::test_every_feasible_split_is_right[Conv groups]",),
+        hints=("tests/builder/rules/test_proofs.py::test_every_feasible_split_is_right[Conv groups]",),
     ),
     Fault(
         name="targets are aligned from the left",
-        file="builder/lower_sizes.py",
+        file="builder/lower/sizes.py",
         old="i = d - (len(layout) - len(raw))",
         new="i = d",
         effect="an Expand to fewer dimensions than its output has is told a global size for a local one",
-        hints=("tests/builder/test_rule_proofs.py::test_every_feasible_split_is_right[Expand by fewer sizes]",),
+        hints=("tests/builder/rules/test_proofs.py::test_every_feasible_split_is_right[Expand by fewer sizes]",),
     ),
     Fault(
         name="every part begins at the beginning",
-        file="builder/weights.py",
+        file="builder/write/shards.py",
         old="np.where(maps[d] < 0, -1, maps[d] + tensor.part.start)",
         new="np.where(maps[d] < 0, -1, maps[d])",
         effect="keys and values of a packed weight get the query's rows",
-        hints=("tests/builder/test_weights.py::test_shards_of_a_part",),
+        hints=("tests/builder/write/test_shards.py::test_shards_of_a_part",),
     ),
     Fault(
         name="the high half of a byte comes first",
-        file="builder/weights.py",
+        file="builder/write/shards.py",
         old="codes = (data[:, None] >> shifts)",
         new="codes = (data[:, None] >> shifts[::-1])",
         effect="4-bit weights whose shards share bytes are stored with neighbours swapped",
-        hints=("tests/builder/test_weights.py::test_shards",),
+        hints=("tests/builder/write/test_shards.py::test_shards",),
     ),
 )
 
 READING = (
     Fault(
         name="shapes are kept for ops of other attributes",
-        file="builder/shapes.py",
+        file="builder/shapes/interpreter.py",
         old="tuple(v is None for v in node.inputs), attributes)",
         new="tuple(v is None for v in node.inputs), ())",
         effect="a Transpose has the shape of an earlier one: models are refused, or split wrongly",
@@ -147,27 +147,27 @@ READING = (
     ),
     Fault(
         name="data may begin at the end of the file",
-        file="builder/external_data.py",
+        file="builder/source/external_data.py",
         old="if start + expected > size:",
         new="if start > size:",
         effect="a model whose weights were copied in part is not refused by name",
-        hints=("tests/builder/test_external_data.py::test_data_past_the_end",),
+        hints=("tests/builder/source/test_external_data.py::test_data_past_the_end",),
     ),
     Fault(
         name="a divisor multiplies the scores",
-        file="builder/fusion/matching.py",
+        file="builder/rewrite/fusion/matching.py",
         old='return 1 / number if node.op_type == "Div" else number',
         new="return number",
         effect="attention that divides by the square root of its size is not fused: slow decoding",
-        hints=("tests/builder/test_fusion.py::test_attention_is_fused_and_gives_the_same[division]",),
+        hints=("tests/builder/rewrite/fusion/test_fuse.py::test_attention_is_fused_and_gives_the_same[division]",),
     ),
     Fault(
         name="a fused cache is not compared",
-        file="builder/fusion/proof.py",
+        file="builder/rewrite/fusion/trial.py",
         old="zip(fused[1:3], original[1:3], strict=True)",
         new="zip(fused[1:2], original[1:2], strict=True)",
         effect="a fused attention that spoils the values' cache passes its proof",
-        hints=("tests/builder/test_fusion.py::test_the_proof_compares_both_caches",),
+        hints=("tests/builder/rewrite/fusion/test_fuse.py::test_the_proof_compares_both_caches",),
     ),
 )
 
@@ -178,7 +178,7 @@ PROOF = (
         old="if data.partial != frozenset(axes) or not axes",
         new="if not data.partial <= frozenset(axes) or not axes",
         effect="`verify` calls a program right that counts copies twice",
-        hints=("tests/builder/test_proof_faults.py::test_seeded_fault_is_found[a sum made twice]",),
+        hints=("tests/builder/proof/test_faults.py::test_seeded_fault_is_found[a sum made twice]",),
     ),
 )
 

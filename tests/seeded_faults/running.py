@@ -22,7 +22,7 @@ _MADE_BY_TESTS = ("build", ".pytest_cache", ".hypothesis")
 """Not copied on: what tests keep for the next run was made by other sources."""
 _NOT_NEEDED = ("-p", "no:schemathesis")
 """A plugin that takes as long to load as many tests take to fail."""
-NO_JUDGES = ("tests/test_seeded_faults.py", "tests/runtime/test_scheduler_mutations.py")
+NO_JUDGES = ("tests/test_seeded_faults.py", "tests/runtime/engine/test_scheduler_mutations.py")
 """They look for the text that a fault replaces, and would fail for that alone."""
 _PASSED, _NONE_SELECTED = 0, 5
 

@@ -21,7 +21,7 @@ from furiosa_llm.server.app import make_app
 from furiosa_llm.server.model import ServedModel, load_served, open_served
 from furiosa_llm.server.run import make_server
 from furiosa_llm.server.settings import ServerSettings
-from tests.artifacts import artifact_of
+from tests.support.artifacts import artifact_of
 
 NAME = "tiny-llama-optimum"
 TIMEOUT = 60.0

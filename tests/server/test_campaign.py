@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.attacks import judge, mutated
-from tests.server.campaign import campaign, expected_of
-from tests.server.load import slope_of, write_expected
+from tests.campaigns.server_attacks import judge, mutated
+from tests.campaigns.server_campaign import campaign, expected_of
+from tests.campaigns.server_load import slope_of, write_expected
 
 ERROR = b'{"error":{"message":"m"}}'
 
@@ -28,7 +28,7 @@ def test_a_completion_that_is_another_one_is_noticed(artifact: Path, monkeypatch
     expected = expected_of(artifact)
     [first, *_] = expected
     wrong = {**expected, first: (expected[first][0] + "!", expected[first][1])}
-    monkeypatch.setattr("tests.server.campaign.expected_of", lambda _: wrong)
+    monkeypatch.setattr("tests.campaigns.server_campaign.expected_of", lambda _: wrong)
     problems = campaign(artifact, count=1, seed=0).problems
     assert problems
     assert {problem.partition(" gave ")[0] for problem in problems} == {repr(first)}

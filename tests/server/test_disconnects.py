@@ -15,7 +15,7 @@ import pytest
 from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, TIMEOUT, listen, load, metric, serving, wait_for
-from tests.tiers import tiered
+from tests.support.tiers import tiered
 
 LENGTH, WIDTH = 500, 32
 LONG: dict[str, Any] = {"model": NAME, "prompt": "x", "max_tokens": LENGTH, "n": WIDTH, "ignore_eos": True}

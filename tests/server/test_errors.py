@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from furiosa_llm.runtime.errors import InputError, ReplicaError
-from furiosa_llm.runtime.tokenizer import Tokenizer
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.errors import ApiError, api_error
 from furiosa_llm.server.middleware import BodyLimits
 from furiosa_llm.server.settings import ServerSettings

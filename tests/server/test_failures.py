@@ -19,12 +19,14 @@ from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.server.events import events_of
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, listen, load, metric, serving, wait_for
-from tests.tiers import tiered
+from tests.support.tiers import tiered
 
 
 def kill_the_worker() -> None:
     children = [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    [worker] = [pid for pid in children if b"furiosa_llm.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    [worker] = [
+        pid for pid in children if b"furiosa_llm.runtime.runners.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(int(worker), signal.SIGKILL)
 
 

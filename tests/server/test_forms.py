@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from furiosa_llm.runtime.errors import SamplingParamsError
-from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.fields import Body
 from furiosa_llm.server.forms import ResponseFormat, StructuredOutputs

@@ -15,10 +15,10 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
-from furiosa_llm.runtime.batch import Companions
-from furiosa_llm.runtime.batch_invariance import BatchInvariance, KernelDifference
 from furiosa_llm.runtime.encoder import Encoder
-from furiosa_llm.runtime.machine import MachineSnapshot
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
+from furiosa_llm.runtime.runners.batch import Companions
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, KernelDifference
 from furiosa_llm.server.machine_metrics import BusyShares, watch
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.settings import ServerSettings

@@ -10,8 +10,8 @@ import pytest
 
 import furiosa_llm.server
 from furiosa_llm.server.settings import ServerSettings
-from tests.artifacts import artifact_of
 from tests.server.conftest import error_of, load, serving
+from tests.support.artifacts import artifact_of
 
 FOLDER = Path(furiosa_llm.server.__path__[0]) / "page"
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.name != "index.html")

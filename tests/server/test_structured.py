@@ -14,10 +14,10 @@ import pytest
 from llguidance import LLParserLimits
 from pydantic import BaseModel, Field
 
-from furiosa_llm.runtime import grammar
+from furiosa_llm.runtime.tokens import grammar
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import NAME, connected, error_of, load, serving
-from tests.tiers import tiered
+from tests.support.tiers import tiered
 
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT: dict[str, Any] = {"model": NAME, "messages": MESSAGES, "max_tokens": 200, "temperature": 2.0, "seed": 3}

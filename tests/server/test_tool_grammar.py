@@ -8,11 +8,11 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken
 
-from furiosa_llm.runtime.grammar import Grammars
-from furiosa_llm.runtime.structured_outputs import StructuredOutputsParams
+from furiosa_llm.runtime.tokens.grammar import Grammars
+from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
 from furiosa_llm.server.tools import TOOL_PARSERS
-from tests.runtime import tokenizer_kinds
+from tests.support.runtime import tokenizer_kinds
 
 DAYS = {
     "type": "object",

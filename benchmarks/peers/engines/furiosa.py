@@ -8,8 +8,8 @@ from importlib.metadata import version
 
 from benchmarks.peers.protocol import Generation, Tokens, serve
 from furiosa_llm import LLM, SamplingParams
-from furiosa_llm.runtime.engine import raise_error
-from furiosa_llm.runtime.sampling_params import RequestOutputKind
+from furiosa_llm.runtime.llm_engine import raise_error
+from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind
 
 
 class Furiosa:

@@ -1,0 +1,1 @@
+"""Which dimensions run over the same indices: probes, the rules applied, states, repeated layers."""

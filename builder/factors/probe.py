@@ -1,0 +1,124 @@
+"""Run the abstract interpreter at the sizes that the analysis and the planner need."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
+from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, SizeMismatchError
+
+SMALL = SizeSet(batch=2, sequence=1, past=1, encoder=2, others=(3, 5, 7, 11))
+LARGE = SizeSet(batch=2, sequence=1031, past=2053, encoder=1033, others=(1039, 1049, 1051, 1061))
+"""Beyond the other sizes at both ends: a size that is bounded (by a window, or by a table) is not constant here."""
+
+DimensionKinds = dict[str, tuple[int | str, ...]]
+
+CONTEXTS = ((511, 575), (127, 143), (31, 39), (11, 13))
+"""Past lengths to price at, a shorter and a longer one; models with a window take only the small ones."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """Facts of a graph at several sizes."""
+
+    kinds: DimensionKinds
+    """What each dimension of each input is: a size, or the name of a dynamic dimension."""
+    facts: Facts
+    others: Facts
+    """At other sizes of every dynamic dimension."""
+    decode: PricedStep
+    longer: PricedStep
+    extremes: tuple[Facts, ...]
+    """At very small and very large sizes, which tell a size that is constant from one that is merely bounded; those
+    that the model does not take are left out."""
+
+    @property
+    def all_facts(self) -> tuple[Facts, ...]:
+        """Facts at every size set."""
+        return (self.facts, self.others, self.decode.facts, self.longer.facts, *self.extremes)
+
+
+def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object], *, lenient: bool = False) -> Probes:
+    """Interpret `model`; sizes of inputs that follow from the graph are found on the way.
+
+    If `lenient`, the branches of an If need not agree where its condition is known at some sizes.
+    """
+    kinds = dimension_kinds(model.graph, given, config)
+    interpreter = Interpreter(model, SHAPES, lenient=lenient)
+    facts, kinds = _first_run(interpreter, kinds)
+    others = interpreter.run(concrete(kinds, SECOND_PROBE))
+    decode, longer = _priced_steps(interpreter, kinds)
+    extremes = tuple(_extreme_runs(interpreter, kinds))
+    return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer, extremes=extremes)
+
+
+def _extreme_runs(interpreter: Interpreter, kinds: DimensionKinds) -> Iterator[Facts]:
+    for sizes in (SMALL, LARGE):
+        with contextlib.suppress(ShapeError):
+            yield interpreter.run(concrete(kinds, sizes))
+
+
+def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+    """The facts, and the kinds with the sizes that follow from the graph.
+
+    What one layer's cache turns out to be is guessed of every dimension of the same unknown name, so that the number
+    of runs does not grow with the number of layers; a guess that proves wrong is corrected.
+    """
+    found: dict[tuple[str, int], int] = {}
+    guessed: dict[str, int] = {}
+    while True:
+        tried = {
+            name: tuple(_size(name, d, kind, found, guessed) for d, kind in enumerate(dims))
+            for name, dims in kinds.items()
+        }
+        try:
+            return interpreter.run(concrete(tried, PROBE)), tried
+        except SizeMismatchError as error:
+            name = str(error.value.name)
+            kind = kinds[name][error.dim] if name in kinds else 0
+            if isinstance(kind, int) or (name, error.dim) in found:
+                raise
+            found[name, error.dim] = error.expected
+            if not hasattr(PROBE, kind):
+                guessed.setdefault(kind, error.expected)
+
+
+def _size(
+    name: str, d: int, kind: int | str, found: Mapping[tuple[str, int], int], guessed: Mapping[str, int]
+) -> int | str:
+    if isinstance(kind, int):
+        return kind
+    return found.get((name, d), guessed.get(kind, kind))
+
+
+def _priced_steps(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:
+    """One new position after two contexts; for models without a past, one and two positions."""
+    names = {kind for dims in kinds.values() for kind in dims}
+    positions = 2 if "sequence" in names and "past" not in names else 1
+    failure: ShapeError | None = None
+    for shorter, longer in CONTEXTS:
+        sizes = SizeSet(batch=1, sequence=1, past=shorter, encoder=shorter + 1, others=(64,))
+        more = SizeSet(batch=1, sequence=positions, past=longer, encoder=longer + 1, others=(64,))
+        try:
+            first = interpreter.run(concrete(kinds, sizes))
+            second = interpreter.run(concrete(kinds, more))
+        except ShapeError as error:
+            failure = error
+            continue
+        return PricedStep(first, 1), PricedStep(second, positions)
+    assert failure is not None
+    raise failure
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PricedStep:
+    """The shapes of one step of the model, and how many new positions it has."""
+
+    facts: Facts
+    positions: int

@@ -1,5 +1,0 @@
-"""Attention recognised by structure: decomposed attention with a growing cache becomes one GroupQueryAttention."""
-
-from furiosa_llm.builder.fusion.fuse import Fusion, fuse_attention
-
-__all__ = ["Fusion", "fuse_attention"]

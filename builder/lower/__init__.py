@@ -1,0 +1,1 @@
+"""The SPMD program of a plan: its nodes, shapes, blocks and memory."""

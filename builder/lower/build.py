@@ -1,0 +1,103 @@
+"""What is known about one build once its program is lowered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.factors.analysis import Analysis
+from furiosa_llm.builder.factors.probe import Probes
+from furiosa_llm.builder.factors.states import States
+from furiosa_llm.builder.lower.emit import Lowered
+from furiosa_llm.builder.lower.program_builder import ShardedTensor
+from furiosa_llm.builder.plan.plan import Plan
+from furiosa_llm.builder.rewrite.fusion import Fusion
+from furiosa_llm.builder.shapes.interface import role_of
+from furiosa_llm.builder.source.load import Source
+from furiosa_llm.runtime.artifact.manifest import Task
+
+_OLDEST_IR_VERSION = 8
+"""What the graph in memory is written as, at least."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """The source, what was found out about it, and the program made of it."""
+
+    source: Source
+    model: ir.Model
+    """The source, normalised."""
+    probes: Probes
+    states: States
+    fusion: Fusion
+    analysis: Analysis
+    plan: Plan
+    lowered: Lowered
+
+    @property
+    def ir_version(self) -> int:
+        """The program's IR version."""
+        return max(self.source.model.ir_version, _OLDEST_IR_VERSION)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether token ids are among the inputs."""
+        return any(role_of(value) == "token_ids" for value in self.model.graph.inputs)
+
+    @property
+    def task(self) -> Task:
+        """`decoder` if the model carries state from token to token, `encoder` if it reads tokens, else `other`."""
+        if self.states.pairs and self.logits is not None:
+            return "decoder"
+        return "encoder" if self.reads_tokens else "other"
+
+    @property
+    def logits(self) -> ir.Value | None:
+        """The output that holds next-token scores, if the model takes tokens."""
+        if not self.reads_tokens:
+            return None
+        scores = [v for v in self.model.graph.outputs if v not in self.states.values and self._is_floating_point(v)]
+        named = [v for v in scores if v.name == "logits"]
+        return next(iter(named or (scores if self.states.pairs else [])), None)
+
+    def _is_floating_point(self, value: ir.Value) -> bool:
+        return self.probes.facts[value].dtype.is_floating_point()
+
+    def tensors(self) -> list[ShardedTensor]:
+        """Stored tensors in the order in which they are written.
+
+        Those with the largest elements come first, so that every window of a file is aligned to its elements; then in
+        the order in which the program first reads their sources, unused ones last. All of one source follow each
+        other, so that it is read once.
+        """
+        reads = (str(value.name) for node in self.lowered.graph for value in node.inputs if value is not None)
+        order = {name: position for position, name in enumerate(dict.fromkeys(reads))}
+        first: dict[int, int] = {}
+
+        def own_place(tensor: ShardedTensor) -> int:
+            return order.get(tensor.name, len(order))
+
+        for tensor in self.lowered.tensors.values():
+            key = id(tensor.source)
+            first[key] = min(first.get(key, len(order)), own_place(tensor))
+
+        def place(tensor: ShardedTensor) -> tuple[int, int, int, int]:
+            group = own_place(tensor) if tensor.source is None else first[id(tensor.source)]
+            return -tensor.dtype.bitwidth, group, sources.setdefault(id(tensor.source), len(sources)), own_place(tensor)
+
+        sources: dict[int, int] = {}
+        return sorted(self.lowered.tensors.values(), key=place)
+
+    def stored_initializers(self) -> dict[str, tuple[str, ...]]:
+        """Original initializer -> the stored tensors that make it up; those are absent whose data source.onnx keeps."""
+        by_source: dict[int, dict[object, list[str]]] = {}
+        for tensor in self.lowered.tensors.values():
+            if tensor.source is not None:
+                by_layout = by_source.setdefault(id(tensor.source), {})
+                by_layout.setdefault(tensor.whole_layout, []).append(tensor.name)
+        return {
+            name: tuple(next(iter(by_source[id(value.const_value)].values())))
+            for name, value in self.source.model.graph.initializers.items()
+            if id(value.const_value) in by_source
+        }

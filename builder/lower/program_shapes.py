@@ -1,0 +1,65 @@
+"""The local types and shapes in a program, with the names of dynamic dimensions."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.lower.blocks import levels
+from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.check_shapes import check_shapes, interpreter, local_shape
+from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
+from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete
+from furiosa_llm.builder.shapes.interpreter import Facts
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
+
+ValueShape = tuple[ir.DataType, tuple[int | str | None, ...]]
+"""A type, and for each dimension its size, its expression, or None where no expression is known."""
+
+
+def global_shape(build: Build, value: ir.Value) -> tuple[int | str, ...]:
+    """The shape of an input or output of the source; a dimension without an expression is named after its place."""
+    names = names_of_sizes(build.probes.kinds)
+    pairs = zip(build.probes.facts[value].shape, build.probes.others[value].shape, strict=True)
+    dims = [dimension(sizes, names) for sizes in pairs]
+    return tuple(f"{value.name}.{d}" if dim is None else dim for d, dim in enumerate(dims))
+
+
+def program_shapes(build: Build) -> dict[str, ValueShape]:
+    """Local shapes of inputs, outputs and all values that a collective touches or that cross one.
+
+    The program is interpreted on the way, and every value compared with what the plan says.
+    """
+    interpret = interpreter(ir.Model(build.lowered.graph, ir_version=build.ir_version), build.plan.mesh).run
+    first, second = (interpret(_local_inputs(build, sizes)) for sizes in (PROBE, SECOND_PROBE))
+    check_shapes(build.lowered, first)
+    names = names_of_sizes(build.probes.kinds)
+    return {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}
+
+
+def _local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
+    layouts = build.lowered.input_layouts
+    shapes = concrete(build.probes.kinds, sizes)
+    return {name: local_shape(layouts[name], shape, build.plan.mesh) for name, shape in shapes.items()}
+
+
+def _named(
+    value: ir.Value, first: Facts, second: Facts, names: dict[tuple[int, int], str]
+) -> tuple[int | str | None, ...]:
+    return tuple(dimension(sizes, names) for sizes in zip(first[value].shape, second[value].shape, strict=True))
+
+
+def _values_to_describe(build: Build) -> dict[ir.Value, None]:
+    graph = build.lowered.graph
+    level = levels(list(graph))
+    wanted = dict.fromkeys((*graph.inputs, *graph.outputs))
+    for node in graph:
+        collective = node.domain == COLLECTIVE_DOMAIN
+        for value in node.inputs:
+            if value is None or value.is_initializer():
+                continue
+            made = level.get(value, 0)
+            if collective or (made >= 0 and made != level[node.outputs[0]]):
+                wanted[value] = None
+        if collective:
+            wanted.update(dict.fromkeys(node.outputs))
+    return wanted

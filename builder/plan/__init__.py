@@ -1,0 +1,1 @@
+"""What to split over which mesh axes, at what price, under which constraints."""

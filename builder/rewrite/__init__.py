@@ -1,0 +1,1 @@
+"""Any exporter's graph as plain nodes: functions, control flow, size arithmetic, attention."""

@@ -1,0 +1,143 @@
+"""Inline the branches of an If: the one that is always taken, or both where they are cheap and cannot fail.
+
+What follows an inlined branch is split like anything else; an If that stays is run whole by every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.factors.analysis import analyse
+from furiosa_llm.builder.factors.probe import Probes, probe
+from furiosa_llm.builder.rewrite.control_flow import constant_condition, replace_outputs, splice, take_branch
+from furiosa_llm.builder.rewrite.dead_code import remove_unused
+from furiosa_llm.builder.rewrite.size_folding import proven_conditions
+from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.shapes.closures import BRANCHES, CLOSURE_DOMAIN, nodes_within
+from furiosa_llm.builder.shapes.facts import Facts
+from furiosa_llm.builder.shapes.interpreter import Interpreter
+
+_MOST_NODES = 64
+"""Of one branch; both are computed in every run."""
+_OLDEST_WHERE = 9
+"""The opset that brought it."""
+# fmt: off
+_TOTAL = frozenset((
+    "Abs", "Add", "And", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Gemm",
+    "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization",
+    "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mish", "Mul", "Neg", "Not", "Or",
+    "Reciprocal", "Relu", "RMSNormalization", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus",
+    "Softsign", "Sqrt", "Sub", "Sum", "Tanh", "ThresholdedRelu", "Transpose", "Where",
+))
+_TOTAL_ON_FLOATS = frozenset(("Div", "Pow"))
+# fmt: on
+"""Ops that give something for whatever elements: computing the branch that is not taken does no harm."""
+_SELECTABLE = frozenset(
+    (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.INT32, ir.DataType.INT64)
+)
+"""The types that kernels of Where take."""
+
+
+def settle_branches(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object]) -> Probes:
+    """Inline what can be inlined of the Ifs of a normalised model, in place, and probe the result.
+
+    Raises UnsupportedModelError for an If that stays and whose branches give different types or shapes.
+    """
+    while any(_is_if(node) for node in model.graph):
+        probes = probe(model, given, config, lenient=True)
+        if not _inline_decided(model, probes) and not _inline_both(model, probes):
+            break
+        remove_unused(model)
+    return probe(model, given, config)
+
+
+def _is_if(node: ir.Node) -> bool:
+    return node.op_type == "If" and node.domain == CLOSURE_DOMAIN
+
+
+def _inline_decided(model: ir.Model, probes: Probes) -> bool:
+    """Inline the branches that are taken whatever the sizes are; returns whether there are any."""
+    analysis = analyse(model.graph, probes.facts, probes.others)
+    proven = proven_conditions(model, analysis, probes.kinds, probes.all_facts)
+    found = False
+    for node in list(model.graph):
+        condition = node.inputs[0] if _is_if(node) else None
+        decided = None if condition is None else proven.get(condition, constant_condition(node))
+        if decided is not None:
+            take_branch(model.graph, node, condition=decided)
+            found = True
+    return found
+
+
+def _inline_both(model: ir.Model, probes: Probes) -> bool:
+    """Inline both branches where that is safe, and select between what they give; returns whether it is anywhere."""
+    if model.graph.opset_imports.get("", 1) < _OLDEST_WHERE:
+        return False
+    interpreter = Interpreter(model, SHAPES)
+    found = False
+    for node in list(model.graph):
+        if _is_if(node) and all(_may_select(node, facts, interpreter) for facts in probes.all_facts):
+            _select(model.graph, node)
+            found = True
+    return found
+
+
+def _may_select(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
+    """Whether both branches may be computed at these sizes: total, cheap, and of one shape."""
+    own, captured = node.inputs[0], [facts[_present(value)] for value in node.inputs[1:]]
+    around = {_present(own): facts[_present(own)]}
+    branches = [node.attributes[name].as_graph() for name in BRANCHES]
+    if len(list(nodes_within(node))) > _MOST_NODES:
+        return False
+    for branch in branches:
+        around.update(zip(branch.inputs, captured, strict=True))
+    return _are_total(node, branches, around, interpreter)
+
+
+def _are_total(node: ir.Node, branches: Sequence[ir.Graph], facts: Facts, interpreter: Interpreter) -> bool:
+    """Whether the branches of an If give the same shapes, for whatever elements; their facts are added to `facts`."""
+    for branch in branches:
+        try:
+            interpreter.interpret(branch, facts)
+        except (ShapeError, UnsupportedModelError):
+            return False  # at these sizes it is only right not to take it
+        if not all(_is_total(inner, facts, interpreter) for inner in branch):
+            return False
+    rank = len(facts[_present(node.inputs[0])].shape)
+    then, other = ([(facts[v].dtype, facts[v].shape) for v in branch.outputs] for branch in branches)
+    return then == other and all(dtype in _SELECTABLE and len(shape) >= rank for dtype, shape in then)
+
+
+def _is_total(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
+    if node.domain:
+        return False
+    if node.op_type == "If":  # which will be inlined, too, in the next round
+        return _are_total(node, [node.attributes[name].as_graph() for name in BRANCHES], facts, interpreter)
+    if node.op_type in _TOTAL_ON_FLOATS:
+        return all(value is None or facts[value].dtype.is_floating_point() for value in node.inputs)
+    return node.op_type in _TOTAL
+
+
+def _select(graph: ir.Graph, node: ir.Node) -> None:
+    condition = node.inputs[0]
+    then, other = (splice(graph, node, node.attributes[n].as_graph()) for n in BRANCHES)
+    chosen: Sequence[ir.Value] = [
+        _where(graph, node, [condition, a, b], f"{node.name}/select{number}")
+        for number, (a, b) in enumerate(zip(then, other, strict=True))
+    ]
+    replace_outputs(graph, node, chosen)
+
+
+def _where(graph: ir.Graph, before: ir.Node, inputs: Sequence[ir.Value | None], name: str) -> ir.Value:
+    select = ir.Node("", "Where", inputs, name=name)
+    select.outputs[0].name = name
+    graph.insert_before(before, select)
+    return select.outputs[0]
+
+
+def _present(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value

@@ -1,0 +1,315 @@
+"""Ops that move data without computing: Reshape, Transpose, Concat, Split, Slice, Expand and their kin."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules.registry import (
+    MICROSOFT,
+    NodeView,
+    rule,
+    shape_rule,
+    spell,
+    standard_shape,
+    whole,
+    words,
+)
+from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
+from furiosa_llm.builder.shapes.interpreter import Fact
+
+_END = 2**31 - 1
+"""What exporters write, at least, for a slice that goes on to the end."""
+
+
+def _others(view: NodeView) -> list[list[str] | None]:
+    """Every input but the first, as operands that must be whole (they are small integers)."""
+    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
+
+
+def regroup(before: Sequence[int], after: Sequence[int]) -> tuple[list[str], list[str], dict[str, int]]:
+    """The dimensions of a row-major reshape in common symbols: (6, 4) -> (3, 8) is `(a b) c -> a (b c)`.
+
+    Returns the words of both sides and the symbols' sizes. Dimensions without a common refinement become `*`.
+    """
+    sizes: dict[str, int] = {}
+    left, right = ["1"] * len(before), ["1"] * len(after)
+    for dims_before, dims_after in _groups(before, after):
+        pieces = _common_pieces([before[d] for d in dims_before], [after[d] for d in dims_after])
+        symbols = words(len(sizes) + len(pieces))[len(sizes) :]
+        sizes |= dict(zip(symbols, pieces, strict=True))
+        for side, dims, shape in ((left, dims_before, before), (right, dims_after, after)):
+            queue = list(symbols)
+            for d in dims:
+                own = _take_symbols(queue, shape[d], sizes)
+                side[d] = "*" if not own else own[0] if len(own) == 1 else f"({' '.join(own)})"
+    return left, right, sizes
+
+
+def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of dimensions (those of size 1 left out) that hold equally many elements on both sides."""
+    groups: list[tuple[list[int], list[int]]] = []
+    rest_before = [d for d, size in enumerate(before) if size != 1]
+    rest_after = [d for d, size in enumerate(after) if size != 1]
+    while rest_before:
+        these, those = [rest_before.pop(0)], [rest_after.pop(0)]
+        while (a := math.prod(before[d] for d in these)) != (b := math.prod(after[d] for d in those)):
+            if a < b:
+                these.append(rest_before.pop(0))
+            else:
+                those.append(rest_after.pop(0))
+        groups.append((these, those))
+    return groups
+
+
+def _common_pieces(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    """Sizes whose runs make up both `a` and `b`; empty if there are none."""
+    cuts = sorted({*itertools.accumulate(a, operator.mul), *itertools.accumulate(b, operator.mul)})
+    pairs = list(itertools.pairwise([1, *cuts]))
+    return [] if any(high % low for low, high in pairs) else [high // low for low, high in pairs]
+
+
+def _take_symbols(queue: list[str], size: int, sizes: dict[str, int]) -> list[str]:
+    taken: list[str] = []
+    while queue and math.prod(sizes[s] for s in taken) < size:
+        taken.append(queue.pop(0))
+    return taken
+
+
+def _reshape(view: NodeView, operands: tuple[ShapeOperand, ...]) -> Rule:
+    before, after = view.shape(0), view.out()
+    if math.prod(before) == 0 or (operands and not view.has(1)):  # nothing to split, or the target is an attribute
+        return whole(view)
+    left, right, sizes = regroup(before, after)
+    if operands and any(left[d] != right[d] for d in _copied_dims(view)):
+        return whole(view, note="Reshape that copies the size of another dimension: replicated")
+    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
+
+
+def _copied_dims(view: NodeView) -> list[int]:
+    """The dimensions that a target of 0 copies from the input."""
+    target = view.fact(1).value if view.has(1) and not view.attribute("allowzero", 0) else None
+    return [] if target is None else [d for d, size in enumerate(target) if size == 0]
+
+
+@rule("Reshape")
+def reshape(view: NodeView) -> Rule:
+    """Groups of dimensions with equal products."""
+    return _reshape(view, (ShapeOperand(1, "dims"),))
+
+
+@rule("Flatten", "Squeeze", "Unsqueeze")
+def flatten(view: NodeView) -> Rule:
+    """Reshapes whose target follows from the input."""
+    return _reshape(view, ())
+
+
+@rule("Transpose")
+def transpose(view: NodeView) -> Rule:
+    """A permutation."""
+    names = words(view.rank(0))
+    order = view.attribute("perm") or tuple(reversed(range(view.rank(0))))
+    return Rule(text=f"{spell(names)} -> {spell([names[i] for i in order])}", linear=(0,), padding="moves")
+
+
+@rule("Expand")
+def expand(view: NodeView) -> Rule:
+    """Equal dimensions pass; what is broadcast is free to be split on the output side."""
+    before, after = view.shape(0), view.out()
+    names = words(len(after))
+    tail = names[len(names) - len(before) :]
+    offset = len(after) - len(before)
+    left = [name if size != 1 else "1" for name, size in zip(tail, before, strict=True)]
+    right = [name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)]
+    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),), padding="moves")
+
+
+@rule("ConstantOfShape")
+def constant_of_shape(view: NodeView) -> Rule:
+    """Any dimension of the output may be split."""
+    text = f"* -> {spell(['.'] * len(view.out()))}"
+    return Rule(text=text, shape_operands=(ShapeOperand(0, "dims"),), padding="finite")
+
+
+@rule("Shape")
+def shape(view: NodeView) -> Rule:
+    """Sizes are global everywhere in the program: the value of Shape is restored where the input is split."""
+    return Rule(text=f"{spell(['.'] * view.rank(0))} -> *", ignores_values=True)
+
+
+def _axis(view: NodeView, default: int = 0) -> int:
+    return int(view.attribute("axis", default)) % len(view.out())
+
+
+@rule("Concat")
+def concat(view: NodeView) -> Rule:
+    """The axis is the concatenation of the inputs' axes."""
+    axis, count = _axis(view), len(view.node.inputs)
+    names = words(len(view.out()))
+    parts = [f"p{i}" for i in range(count)]
+    operands = [[part if d == axis else name for d, name in enumerate(names)] for part in parts]
+    joined = "[" + "|".join(parts) + "]"
+    out = [joined if d == axis else name for d, name in enumerate(names)]
+    return Rule(text=f"{spell(*operands)} -> {spell(out)}", linear=tuple(range(count)), axis=axis, padding="moves")
+
+
+@rule("Split")
+def split(view: NodeView) -> Rule:
+    """The axis is the concatenation of the outputs' axes."""
+    axis = int(view.attribute("axis", 0)) % view.rank(0)
+    names = words(view.rank(0))
+    parts = [f"p{i}" for i in range(len(view.node.outputs))]
+    left = ["[" + "|".join(parts) + "]" if d == axis else name for d, name in enumerate(names)]
+    outputs = [[part if d == axis else name for d, name in enumerate(names)] for part in parts]
+    text = f"{spell(left, *_others(view))} -> {spell(*outputs)}"
+    operands = (ShapeOperand(1, "split"),)
+    return Rule(text=text, linear=(0,), axis=axis, shape_operands=operands, padding="moves")
+
+
+@rule("Slice")
+def slice_(view: NodeView) -> Rule:
+    """An axis that is cut at constant places, one by one, is a concatenation; any other cut needs the axis whole."""
+    rank = view.rank(0)
+    bounds = _slice_bounds(view)
+    left, right = words(rank), words(rank)
+    sizes: dict[str, int] = {}
+    for d in range(rank):
+        size, found = view.shape(0)[d], bounds.get(d) if bounds is not None else None
+        if bounds is None or found == "unknown":
+            left[d] = right[d] = "*"
+        elif isinstance(found, tuple) and found != (0, size):
+            start, stop = found
+            kept = [(f"x{d}", start), (f"y{d}", stop - start), (f"z{d}", size - stop)]
+            sizes |= {name: n for name, n in kept if n}
+            left[d] = "[" + "|".join(name for name, n in kept if n) + "]"
+            right[d] = f"y{d}"
+        elif size == 1:
+            left[d] = right[d] = "1"
+    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    operands = (ShapeOperand(1, "starts"), ShapeOperand(2, "ends")) if view.has(1) else ()
+    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
+
+
+def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
+    """[start, stop) for each sliced axis, or "unknown"; None if not even the axes are known."""
+    if not view.has(1):
+        return None
+    axes_value = view.static_value(3)
+    if view.has(3) and axes_value is None:
+        return None
+    count = view.shape(1)[0]
+    axes = list(range(count)) if axes_value is None else [int(a) % view.rank(0) for a in axes_value]
+    starts, ends, steps = view.static_value(1), view.static_value(2), view.static_value(4)
+    bounds: dict[int, tuple[int, int] | str] = {}
+    for i, axis in enumerate(axes):
+        size = view.shape(0)[axis]
+        step = 1 if not view.has(4) else (None if steps is None else int(steps[i]))
+        if starts is None or ends is None or step != 1:
+            bounds[axis] = "unknown"
+            continue
+        start, stop, _ = slice(int(starts[i]), int(ends[i])).indices(size)
+        # What is all of a dynamic dimension at these sizes need not be so at larger ones.
+        all_of_it = int(starts[i]) == 0 and int(ends[i]) >= _END
+        if stop <= start or (view.is_dynamic(0, axis) and not all_of_it):
+            bounds[axis] = "unknown"
+        else:
+            bounds[axis] = (start, stop)
+    return bounds
+
+
+@rule("Tile")
+def tile(view: NodeView) -> Rule:
+    """An axis a that is repeated r times is (r a) behind it; where it was 1, any part of it may be made."""
+    shape, known = view.shape(0), view.static_value(1)
+    repeats = view.fact(1).value if known is None else known
+    left, right = words(view.rank(0)), words(view.rank(0))
+    sizes: dict[str, int] = {}
+    for d, size in enumerate(shape):
+        count = None if repeats is None else int(repeats[d])
+        if count == 1:
+            continue
+        if known is None or not count or view.is_dynamic(0, d):
+            left[d] = right[d] = "*"
+        elif size == 1:
+            left[d], right[d] = "1", "."
+        else:
+            right[d] = f"(r{d} {left[d]})"
+            sizes |= {f"r{d}": count, left[d]: size}
+    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=(ShapeOperand(1, "repeats"),), padding="moves")
+
+
+@rule("Trilu")
+def trilu(view: NodeView) -> Rule:
+    """The two last dimensions are compared with each other."""
+    return _trilu(view)
+
+
+@rule("Trilu", domain=MICROSOFT)
+def trilu_microsoft(view: NodeView) -> Rule:
+    """The same op, before it was ONNX's."""
+    return _trilu(view)
+
+
+@rule("ExpandDims", domain=MICROSOFT)
+def expand_dims(view: NodeView) -> Rule:
+    """Unsqueeze by one axis."""
+    left, right, sizes = regroup(view.shape(0), view.out())
+    return Rule(text=f"{spell(left, [])} -> {spell(right)}", sizes=sizes, linear=(0,), padding="moves")
+
+
+def _trilu(view: NodeView) -> Rule:
+    names = [*words(view.rank(0))[:-2], "*", "*"]
+    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
+
+
+@rule("Pad")
+def pad(view: NodeView) -> Rule:
+    """Axes that are not padded pass; linear where zeros, or elements that are there already, are put around."""
+    return _pad(view)
+
+
+@rule("Pad", domain=MICROSOFT)
+def pad_microsoft(view: NodeView) -> Rule:
+    """The same op, before ONNX took the pads as an input."""
+    return _pad(view)
+
+
+def _pad(view: NodeView) -> Rule:
+    pads = view.static_value(1) if view.has(1) else np.asarray(view.attribute("pads", ()), dtype=np.int64)
+    axes = view.static_value(3)
+    if pads is None or not pads.size or (view.has(3) and axes is None):
+        return whole(view, note="Pad by sizes that are not constant: replicated")
+    places = range(view.rank(0)) if axes is None else [int(axis) % view.rank(0) for axis in axes]
+    padded = {d for d, ends in zip(places, np.asarray(pads).reshape(2, -1).T, strict=True) if ends.any()}
+    dims = ["*" if d in padded else name for d, name in enumerate(words(view.rank(0)))]
+    zeros = not float(view.attribute("value", 0.0)) and (not view.has(2) or view.fact(2).zero)
+    linear = zeros or view.attribute("mode", "constant") != "constant"
+    return Rule(
+        text=f"{spell(dims, *_others(view))} -> {spell(dims)}",
+        linear=(0,) if linear else (),
+        padding="moves" if linear else "finite",
+        padding_ports=(0,),
+    )
+
+
+shape_rule("Trilu")(standard_shape("Trilu"))
+shape_rule("Pad")(standard_shape("Pad"))
+
+
+@shape_rule("ExpandDims")
+def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    data, axis = inputs[0], inputs[1]
+    assert data is not None
+    if axis is None or axis.value is None:
+        raise ShapeError(f'ExpandDims "{node.name}" needs a constant axis; export the model with Unsqueeze.')
+    place = int(axis.value.item()) % (len(data.shape) + 1)
+    return [(data.dtype, (*data.shape[:place], 1, *data.shape[place:]))]

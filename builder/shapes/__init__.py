@@ -1,0 +1,1 @@
+"""The abstract interpreter: types, shapes and small tensors at concrete sizes."""

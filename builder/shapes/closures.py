@@ -1,0 +1,54 @@
+"""If, Loop and Scan as closures: what is captured, and the graphs inside a node.
+
+In ONNX a branch or a body may read any value around it, which is no input of the node. In a closure, a node of the
+domain CLOSURE_DOMAIN, captured values are inputs of the node and of its graphs: `rewrite.control_flow.close` makes
+one, `write.closures.open_closures` writes it back as ONNX has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+CLOSURE_DOMAIN = "furiosa_llm.closure"
+CAPTURED = "captured"
+"""The attribute of a closure that says how many of its last inputs, and of each of its graphs, are captured values."""
+BRANCHES = ("then_branch", "else_branch")
+"""Of an If: taken if the condition holds, and if not."""
+CONTROL_FLOW = frozenset(("If", "Loop", "Scan"))
+
+
+def is_control_flow(node: ir.Node) -> bool:
+    """Whether a node is an If, Loop or Scan, closed or not."""
+    return node.op_type in CONTROL_FLOW and node.domain in ("", CLOSURE_DOMAIN)
+
+
+def graphs_of(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that are attributes of a node."""
+    graphs: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            graphs.append(attribute.as_graph())
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            graphs.extend(attribute.as_graphs())
+    return graphs
+
+
+def num_captured(node: ir.Node) -> int:
+    """How many of the last inputs of a node are captured values."""
+    return node.attributes[CAPTURED].as_int() if node.domain == CLOSURE_DOMAIN else 0
+
+
+def nodes_within(node: ir.Node) -> Iterator[ir.Node]:
+    """Every node in the graphs of `node`, at any depth."""
+    for graph in graphs_of(node):
+        yield from ir.traversal.RecursiveGraphIterator(graph)
+
+
+def graphs_within(node: ir.Node) -> Iterator[ir.Graph]:
+    """Every graph in `node`, at any depth."""
+    for graph in graphs_of(node):
+        yield graph
+        for inner in graph:
+            yield from graphs_within(inner)

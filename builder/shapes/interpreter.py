@@ -1,0 +1,328 @@
+"""Abstract shape interpreter: run the graph on shapes and on the few small tensors that shapes depend on.
+
+Concrete sizes stand for the dynamic dimensions; running twice, at two sets of distinct primes, tells which dimensions
+are dynamic. No weight is ever read. Types and shapes of standard ops come from `onnx.shape_inference`, those of
+onnxruntime's own ops from `builder.rules` (see `furiosa_llm.builder.rules.registry.SHAPES`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx.shape_inference import infer_node_outputs
+
+from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.shapes.closures import is_control_flow
+from furiosa_llm.builder.shapes.control_flow import SIBLINGS, ControlFlow
+from furiosa_llm.builder.shapes.evaluate import EVALUATORS
+from furiosa_llm.builder.shapes.facts import Fact as Fact
+from furiosa_llm.builder.shapes.facts import Facts as Facts
+from furiosa_llm.builder.shapes.facts import Shape as Shape
+from furiosa_llm.builder.shapes.operand_checks import operand_fault, result_fault
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+
+_MAX_KNOWN_ELEMENTS = 4096
+_MAX_READ_NBYTES = 1024
+"""Constants larger than this are weights to the interpreter: their values are never looked at."""
+
+
+ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Sequence[tuple[ir.DataType, Shape]]]
+
+_ZERO_PRESERVING = {"Cast", "Expand", "Flatten", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """The node's attributes as plain Python values."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+class SizeMismatchError(ShapeError):
+    """A graph input has a dimension whose size follows from the graph; the prober takes it over and tries again."""
+
+    def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
+        super().__init__(
+            f'dimension {dim} of "{value.name}" must be {expected} for node {node.op_type} "{node.name}"; '
+            "export the model again, its inputs contradict its weights."
+        )
+        self.value, self.dim, self.expected = value, dim, expected
+
+
+class Interpreter:
+    """Interprets one graph at any number of input size sets.
+
+    If `lenient`, the branches of an If need not agree where its condition is known.
+    """
+
+    def __init__(
+        self, model: ir.Model, shape_rules: Mapping[tuple[str, str], ShapeRule], *, lenient: bool = False
+    ) -> None:
+        self._model = model
+        self._shape_rules = shape_rules
+        self._opsets = dict(model.graph.opset_imports)
+        self._protos: dict[ir.Node, onnx.NodeProto] = {}
+        self._runs = 0
+        self._fresh: Iterator[int] = iter(())
+        self._interned: dict[object, Fact] = {}
+        self._known: set[int] = set()
+        self._signatures: dict[object, int] = {}
+        self._inferred: dict[tuple[int, ...], list[Fact]] = {}
+        self._numbers: dict[ir.Node, int] = {}
+        self._control_flow = ControlFlow(self.interpret, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
+        self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
+
+    def run(self, sizes: Mapping[str, Shape]) -> Facts:
+        """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict."""
+        facts: Facts = dict(self._constants)
+        self._runs += 1
+        self._fresh = itertools.count(101 + self._runs, 10)
+        for value in self._model.graph.inputs:
+            assert value.name is not None
+            assert value.dtype is not None
+            facts[value] = self._intern(Fact(dtype=value.dtype, shape=sizes[value.name]))
+        self.interpret(self._model.graph, facts)
+        return facts
+
+    def interpret(self, graph: ir.Graph, facts: Facts) -> None:
+        """Add the facts of what the nodes of `graph` give to `facts`, which holds those of all that they read."""
+        for node in graph:
+            inputs = [None if v is None else facts[v] for v in node.inputs]
+            if is_control_flow(node):
+                found = self._control_flow.infer(node, inputs, facts)
+            else:
+                found = self._infer_once(node, inputs)
+            if len(found) != len(node.outputs):
+                raise ShapeError(_contradiction(node, inputs, f"it gives {len(found)} outputs"))
+            facts.update(zip(node.outputs, map(self._intern, found), strict=True))
+
+    def _number(self, node: ir.Node) -> int:
+        """A number that nodes share if they do the same to the same inputs."""
+        if node not in self._numbers:
+            attributes = tuple(sorted((name, attribute_key(a)) for name, a in node.attributes.items()))
+            key = (node.domain, node.op_type, len(node.outputs), tuple(v is None for v in node.inputs), attributes)
+            self._numbers[node] = self._signatures.setdefault(key, len(self._signatures))
+        return self._numbers[node]
+
+    def _intern(self, fact: Fact) -> Fact:
+        """The first fact that says the same, so that equal facts are one object."""
+        if id(fact) in self._known:
+            return fact
+        content = None if fact.value is None else (fact.value.dtype.str, fact.value.tobytes())
+        found = self._interned.setdefault((fact.dtype, fact.shape, content, fact.zero), fact)
+        self._known.add(id(found))
+        return found
+
+    def _infer_once(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
+        """The outputs' facts. What many layers do alike is inferred once: only NonZero gives other sizes each time."""
+        if node.op_type == "NonZero" and not node.domain:
+            assert inputs[0] is not None
+            unknown = [Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh)))]
+            return self._evaluate(node, inputs) or unknown
+        key = (self._number(node), *(id(None if f is None else self._intern(f)) for f in inputs))
+        if key not in self._inferred:
+            self._inferred[key] = [self._intern(fact) for fact in self._infer(node, inputs)]
+        return self._inferred[key]
+
+    def _infer(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
+        shapes = [None if f is None else f.shape for f in inputs]
+        reason = operand_fault(node, shapes)
+        if reason is not None:
+            raise ShapeError(_contradiction(node, inputs, reason))
+        evaluated = self._evaluate(node, inputs)
+        if evaluated is not None:
+            return evaluated
+        rule = self._shape_rules.get((node.domain, node.op_type))
+        if rule is not None:
+            try:
+                pairs = rule(node, inputs)
+            except (ArithmeticError, LookupError, TypeError, ValueError, onnx.checker.ValidationError) as error:
+                raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        elif _ELEMENTWISE.get(node.op_type) is not None and node.domain == "":
+            pairs = self._elementwise(node, inputs)
+        else:
+            pairs = self._infer_with_onnx(node, inputs)
+        zero = _is_zero(node, inputs)
+        reason = result_fault(node, shapes, [shape for _, shape in pairs])
+        if reason is not None:
+            raise ShapeError(_contradiction(node, inputs, reason))
+        return [Fact(dtype=dtype, shape=shape, zero=zero) for dtype, shape in pairs]
+
+    def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
+        """The outputs' elements, if they follow from the shapes alone and are few."""
+        if node.domain:
+            return None
+        if node.op_type in ("Shape", "Size") and inputs[0] is not None:
+            shape = np.array(inputs[0].shape, dtype=np.int64)
+            attributes = attributes_of(node)
+            part = shape[attributes.get("start", 0) : attributes.get("end")]
+            return [_known(part if node.op_type == "Shape" else np.array(shape.prod()), zero=False)]
+        evaluator = EVALUATORS.get(node.op_type)
+        if evaluator is None or any(f is not None and f.value is None for f in inputs):
+            return None
+        arguments = [None if f is None else f.value for f in inputs]
+        if (
+            node.op_type in ("Expand", "ConstantOfShape", "OneHot", "Pad", "Range", "Tile")
+            and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS
+        ):
+            return None
+        try:
+            result = evaluator(attributes_of(node), arguments)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        zero = _is_zero(node, inputs)
+        return [_known(np.asarray(r), zero=zero) for r in (result if isinstance(result, tuple) else (result,))]
+
+    def _elementwise(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
+        present = [f for f in inputs if f is not None]
+        try:
+            shape = np.broadcast_shapes(*(f.shape for f in present))
+        except ValueError as error:
+            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        kind = _ELEMENTWISE[node.op_type]
+        if kind == "bool":
+            dtype = ir.DataType.BOOL
+        elif kind == "cast":
+            dtype = ir.DataType(node.attributes["to"].as_int())
+        else:
+            dtype = present[1 if kind == "second" else 0].dtype
+        return [(dtype, shape)]
+
+    def _infer_with_onnx(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self._opsets.get(node.domain, 1), node.domain)
+        except onnx.defs.SchemaError as error:
+            raise UnsupportedModelError(
+                f'node "{node.name}" is the op {node.domain or "ai.onnx"}::{node.op_type} (opset '
+                f"{self._opsets.get(node.domain)}), which is not known here; export the model with standard ops, or "
+                "with the function that defines it."
+            ) from error
+        proto = self._protos.get(node)
+        if proto is None:
+            proto = self._protos[node] = ir.to_proto(node)
+        types: dict[str, onnx.TypeProto] = {}
+        data: dict[str, onnx.TensorProto] = {}
+        for name, fact in zip(proto.input, inputs, strict=True):
+            if fact is not None:
+                types[name] = onnx.helper.make_tensor_type_proto(int(fact.dtype), fact.shape)
+                if fact.value is not None and fact.value.dtype.kind in "iub":
+                    data[name] = onnx.numpy_helper.from_array(fact.value, name)
+        imports = [onnx.helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
+        try:
+            outputs = infer_node_outputs(schema, proto, types, data, opset_imports=imports)
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+        return [_from_type(outputs.get(name), node, inputs) for name in proto.output]
+
+
+def attribute_key(attribute: ir.Attr) -> object:
+    """What an attribute says, to compare it; a tensor is compared by its elements."""
+    if attribute.type is ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
+    value = attribute.value
+    return str(attribute.type), tuple(value) if isinstance(value, list) else value
+
+
+def _constant_fact(value: ir.Value) -> Fact:
+    tensor = value.const_value
+    assert tensor is not None
+    if tensor.dtype.name not in DTYPES:
+        raise UnsupportedModelError(
+            f'constant "{value.name}" has elements of type {tensor.dtype.name}, expected one of {", ".join(DTYPES)}; '
+            "export the model without them."
+        )
+    shape = tuple(tensor.shape.numpy())
+    known = _read(tensor) if tensor.nbytes <= _MAX_READ_NBYTES else None
+    zero = known is not None and not known.astype(bool).any()
+    return Fact(dtype=tensor.dtype, shape=shape, value=known, zero=zero)
+
+
+def _read(tensor: ir.TensorProtocol) -> npt.NDArray[Any] | None:
+    """The elements of a small constant; None where planning goes on without its data file."""
+    try:
+        return tensor.numpy()
+    except FileNotFoundError:
+        return None
+
+
+def _known(value: npt.NDArray[Any], *, zero: bool) -> Fact:
+    known = value if value.size <= _MAX_KNOWN_ELEMENTS else None
+    return Fact(dtype=ir.DataType.from_numpy(value.dtype), shape=value.shape, value=known, zero=zero)
+
+
+def _is_zero(node: ir.Node, inputs: Sequence[Fact | None]) -> bool:
+    """Whether a node gives zeros at any sizes: what happens to be zero at these sizes is not meant."""
+    first = inputs[0] if inputs else None
+    if node.op_type == "ConstantOfShape":
+        return not _fill_value(node)
+    return first is not None and first.zero and node.op_type in _ZERO_PRESERVING
+
+
+def _fill_value(node: ir.Node) -> bool:
+    value = node.attributes.get("value")
+    return value is not None and bool(value.as_tensor().numpy().any())
+
+
+def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) -> float:
+    if node.op_type == "Range":
+        start, limit, delta = (float(a.item()) for a in arguments if a is not None)
+        return abs((limit - start) / delta) if delta else 0.0
+    data, *rest = (a.astype(np.float64) for a in arguments if a is not None)
+    match node.op_type:
+        case "OneHot":
+            return float(data.size * rest[0].item())
+        case "Pad":
+            return float((data.size + 1) * np.prod(1 + np.abs(rest[0])) if rest else data.size)
+        case "Tile":
+            return float(data.size * np.prod(rest[0]))
+    return float(np.prod(rest[-1] if rest else data))
+
+
+def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]) -> tuple[ir.DataType, Shape]:
+    kind = None if proto is None else proto.WhichOneof("value")
+    if kind not in (None, "tensor_type"):
+        raise UnsupportedModelError(
+            f'node {node.op_type} "{node.name}" gives a value of type {str(kind).removesuffix("_type")}, '
+            "expected a tensor; export the model without sequences, optionals and maps."
+        )
+    if proto is None or kind is None or not proto.tensor_type.HasField("shape"):
+        raise ShapeError(_contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes"))
+    dims = proto.tensor_type.shape.dim
+    if not all(dim.HasField("dim_value") for dim in dims):
+        raise ShapeError(_contradiction(node, inputs, "an output's size depends on the inputs' elements"))
+    return ir.DataType(proto.tensor_type.elem_type), tuple(dim.dim_value for dim in dims)
+
+
+def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) -> str:
+    found = ", ".join("-" if f is None else f"{f.dtype.name}{list(f.shape)}" for f in inputs)
+    first_line = reason.strip().partition("\n")[0][:300].rstrip(".")
+    return (
+        f'node {node.op_type} "{node.name}" does not fit its inputs ({found:.300}): {first_line}. '
+        "Expected sizes that the model accepts together; if an input has a size of its own, say it with "
+        "--dim NAME=SIZE (for instance --dim height=224)."
+    )
+
+
+# fmt: off
+_AS_FIRST = (
+    "Abs", "Acos", "Add", "Asin", "Atan", "BitShift", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Erf",
+    "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mod",
+    "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
+    "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "ThresholdedRelu",
+)
+_AS_BOOL = (
+    "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor",
+)
+# fmt: on
+_ELEMENTWISE: dict[str, str] = {
+    **dict.fromkeys(_AS_FIRST, "first"),
+    **dict.fromkeys(_AS_BOOL, "bool"),
+    "Cast": "cast",
+    "Where": "second",
+}
+"""Elementwise ops and where their output's type comes from."""

@@ -1,0 +1,81 @@
+"""What lies beside a model: its configuration, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.builder.source.beside import find_beside
+
+COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "genai_config.json",
+    "generation_config.json",
+    "merges.txt",
+    "pooling.json",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files that go into the artifact as they are."""
+
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def companions(model: Path) -> list[Path]:
+    """The files beside `model` that belong to it; raises ModelLoadError for a link that leads out of its folder."""
+    return [path for name in COMPANIONS if (path := _companion(model, name)) is not None]
+
+
+def _companion(model: Path, name: str) -> Path | None:
+    return find_beside(model, name, f"{model.parent / name} goes with the model")
+
+
+def read_json(model: Path, name: str) -> dict[str, Any]:
+    """A JSON object beside the model; empty if there is none."""
+    path = _companion(model, name)
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelLoadError(f"{path} is not JSON: {error}; mend it or remove it.") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path} holds a {type(content).__name__}, expected a JSON object; mend it or remove it.")
+    return content
+
+
+def max_sequence_length(model: Path) -> int | None:
+    """The longest sequence that the configuration allows, in tokens."""
+    config = read_json(model, "config.json")
+    genai = read_json(model, "genai_config.json").get("model", {})
+    found = [config.get(key) for key in _LENGTH_KEYS]
+    found.append(genai.get("context_length") if isinstance(genai, Mapping) else None)
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    return min(sizes) if sizes else None
+
+
+def eos_token_ids(model: Path) -> tuple[int, ...]:
+    """The tokens that end a generation, from the most specific file that names any."""
+    genai = read_json(model, "genai_config.json").get("model", {})
+    places = (
+        read_json(model, "generation_config.json"),
+        genai if isinstance(genai, Mapping) else {},
+        read_json(model, "config.json"),
+    )
+    for place in places:
+        value = place.get("eos_token_id")
+        if isinstance(value, int):
+            return (value,)
+        if isinstance(value, list) and value and all(isinstance(v, int) for v in value):
+            return tuple(value)
+    return ()

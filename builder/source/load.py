@@ -1,0 +1,91 @@
+"""Read an ONNX model lazily: the graph into memory, the weights left where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.builder.source.external_data import bind_external_data, check_regions
+from furiosa_llm.builder.source.guard import SourceGuard
+from furiosa_llm.builder.source.protobuf_scan import Lean, read_lean
+from furiosa_llm.builder.source.validate import validate
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A model file as it was found."""
+
+    path: Path
+    """The file itself; its folder is where external data, the tokenizer and the configuration are looked for."""
+    model: ir.Model
+    """The graph; tensors with external data, and large ones of the file's own, are `SourceTensor`s: read when asked."""
+    proto: onnx.ModelProto
+    """The file's content; large initializers refer to their bytes in the file as external data. Not to be changed."""
+    sha256: str = ""
+    """Of the file without what was passed over in it, so of all of it if all its large initializers are external; empty
+    for a model that comes from no file."""
+    guard: SourceGuard = dataclasses.field(default_factory=SourceGuard)
+    """Knows the model's files as they were."""
+
+
+def load(path: str | os.PathLike[str]) -> Source:
+    """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model."""
+    file = Path(path)
+    if file.is_dir():
+        candidates = sorted(p.name for p in file.glob("*.onnx"))
+        hint = f"; it holds {', '.join(candidates)}: name one of them" if candidates else "; it holds no .onnx file"
+        raise ModelLoadError(f"{file} is a folder, expected an ONNX file{hint}.")
+    if not file.exists():
+        raise ModelLoadError(f"{file} does not exist; give the path of an .onnx file.")
+    if not file.is_file():
+        raise ModelLoadError(f"{file} is a pipe, socket or device, expected an ONNX file; save the model as a file.")
+    guard = SourceGuard()
+    guard.remember([file])
+    lean = _read(file)
+    validate(lean.proto, file.name, lean.left_out)
+    try:
+        model = ir.from_proto(lean.proto)
+    except ir.serde.SerdeError as error:
+        raise ModelLoadError(
+            f"{file.name} is not a valid graph: {root_cause(error)}; the file is damaged, export the model again."
+        ) from error
+    left_out = {lean.proto.graph.initializer[index].name for index in lean.left_out}
+    guard.remember(bind_external_data(model, file, left_out))
+    return Source(path=file, model=model, proto=lean.proto, sha256=lean.sha256, guard=guard)
+
+
+def _read(file: Path) -> Lean:
+    try:
+        lean = read_lean(file)
+    except OSError as error:
+        raise ModelLoadError(f"{file} cannot be read: {error.strerror}; check the rights of the file.") from error
+    except (DecodeError, ValueError) as error:
+        raise ModelLoadError(
+            f"{file} is not an ONNX model: {error}. Expected the protobuf file that an exporter writes; "
+            "if it was downloaded, check that the download is complete and not a pointer to large-file storage."
+        ) from error
+    if not lean.proto.graph.node and not lean.proto.graph.output:
+        raise ModelLoadError(
+            f"{file} is not an ONNX model: it has no nodes and no outputs ({file.stat().st_size} bytes); "
+            "check that the download is complete and not a pointer to large-file storage."
+        )
+    return lean
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of the error that others were raised from, without a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
+
+
+def check_external_data(source: Source) -> None:
+    """Raise ModelLoadError unless every external tensor lies inside a file that is there, to itself."""
+    check_regions(source.model, source.path)

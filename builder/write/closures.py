@@ -1,0 +1,77 @@
+"""Write closures back as ONNX has them, and find the tensors inside nodes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+from furiosa_llm.builder.shapes.closures import CAPTURED, CLOSURE_DOMAIN
+
+
+def open_closures(model: ModelProto) -> None:
+    """Write the closures of `model` as ONNX has them, in place: graphs read captured values by their names."""
+    taken = {name for node in model.graph.node for name in node.output}
+    taken |= {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    for node in model.graph.node:
+        if node.domain == CLOSURE_DOMAIN:
+            _open(node, taken)
+
+
+def _open(node: NodeProto, taken: set[str]) -> None:
+    count = next(attribute.i for attribute in node.attribute if attribute.name == CAPTURED)
+    own = len(node.input) - count
+    captured = list(node.input[own:])
+    del node.input[own:]
+    while node.input and not node.input[-1]:
+        del node.input[-1]
+    node.domain = ""
+    kept = [attribute for attribute in node.attribute if attribute.name != CAPTURED]
+    for attribute in kept:
+        if attribute.type == AttributeProto.GRAPH:
+            placeholders = [value.name for value in attribute.g.input[len(attribute.g.input) - count :]]
+            del attribute.g.input[len(attribute.g.input) - count :]
+            names = dict(zip(placeholders, captured, strict=True))
+            _rename(attribute.g, names, f"{node.name}/{attribute.name}", taken)
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def _rename(graph: GraphProto, outer: Mapping[str, str], prefix: str, taken: set[str]) -> None:
+    """Give the values of a graph names that are used nowhere else; `outer` are the new names of those around it."""
+    names = dict(outer)
+
+    def fresh(name: str) -> str:
+        candidates = (f"{prefix}/{name}" + (f".{n}" if n else "") for n in itertools.count())
+        names[name] = next(candidate for candidate in candidates if candidate not in taken)
+        taken.add(names[name])
+        return names[name]
+
+    del graph.value_info[:]
+    for value in graph.input:
+        value.name = fresh(value.name)
+    for node in graph.node:
+        inputs = [names[name] if name else "" for name in node.input]
+        outputs = [fresh(name) if name else "" for name in node.output]
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _rename(attribute.g, names, f"{prefix}/{node.name}/{attribute.name}", taken)
+        del node.input[:], node.output[:]
+        node.input.extend(inputs)
+        node.output.extend(outputs)
+    for value in graph.output:
+        value.name = names[value.name]
+
+
+def tensors_in_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    """Every tensor that is an attribute of a node, or an initializer or attribute in a graph inside of one."""
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
+            for graph in graphs:
+                yield from graph.initializer
+                yield from tensors_in_nodes(graph.node)

@@ -1,0 +1,177 @@
+"""Put a build's manifest together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.lower.blocks import find_blocks
+from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shape
+from furiosa_llm.builder.shapes.interface import role_of
+from furiosa_llm.builder.write.streaming import Placement, WrittenWeights
+from furiosa_llm.runtime.artifact.dimensions import Shape
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
+from furiosa_llm.runtime.artifact.layout import Dim
+from furiosa_llm.runtime.artifact.manifest import (
+    Block,
+    Collective,
+    CollectiveKind,
+    FileEntry,
+    InputInfo,
+    InputRole,
+    Manifest,
+    ModelInfo,
+    OriginalInitializer,
+    OutputInfo,
+    OutputRole,
+    Provenance,
+    State,
+    StoredTensor,
+)
+
+
+def manifest_of(
+    build: Build,
+    *,
+    info: ModelInfo,
+    provenance: Provenance,
+    weights: WrittenWeights,
+    shapes: Mapping[str, ValueShape],
+    files: Sequence[FileEntry],
+    plan: Mapping[str, Any],
+) -> Manifest:
+    """The manifest of a build whose weights are written and whose program has the local `shapes`."""
+    return Manifest(
+        provenance=provenance,
+        model=info,
+        mesh=build.plan.mesh,
+        files=tuple(sorted(files, key=lambda file: file.path)),
+        tensors=_tensors(build, weights.placements),
+        initializers=_initializers(build, weights.source_digests),
+        inputs=_inputs(build),
+        outputs=_outputs(build),
+        states=_states(build),
+        collectives=_collectives(build, shapes),
+        blocks=_blocks(build),
+        plan=plan,
+    )
+
+
+def _tensors(build: Build, placements: Mapping[str, Placement]) -> tuple[StoredTensor, ...]:
+    originals = build.source.model.graph.initializers.items()
+    origins = {id(value.const_value): name for name, value in reversed(list(originals))}
+    return tuple(
+        StoredTensor(
+            name=tensor.name,
+            file=placements[tensor.name].file,
+            dtype=tensor.dtype.name,
+            local_shape=tensor.local_shape,
+            shard_axes=tensor.shard_axes,
+            layout=tensor.layout,
+            part=tensor.part,
+            origin=None if tensor.source is None else origins.get(id(tensor.source)),
+            sha256=placements[tensor.name].sha256,
+        )
+        for tensor in build.tensors()
+    )
+
+
+def _initializers(build: Build, digests: Mapping[int, str]) -> tuple[OriginalInitializer, ...]:
+    stored = build.stored_initializers()
+    found = []
+    for name, value in build.source.model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        shape = tuple(tensor.shape.numpy())
+        parts = stored.get(name, ())
+        digest = digests[id(tensor)] if parts else None
+        found.append(OriginalInitializer(name=name, dtype=tensor.dtype.name, shape=shape, stored=parts, sha256=digest))
+    return tuple(found)
+
+
+def _inputs(build: Build) -> tuple[InputInfo, ...]:
+    found = []
+    for value in build.model.graph.inputs:
+        shape = global_shape(build, value)
+        found.append(
+            InputInfo(
+                name=str(value.name),
+                dtype=build.probes.facts[value].dtype.name,
+                shape=shape,
+                layout=_static_layouts(shape, build.lowered.input_layouts[str(value.name)]),
+                role=cast(InputRole, role_of(value)),
+            )
+        )
+    return tuple(found)
+
+
+def _outputs(build: Build) -> tuple[OutputInfo, ...]:
+    logits = build.logits
+    found = []
+    for value in build.model.graph.outputs:
+        shape = global_shape(build, value)
+        role: OutputRole = "logits" if value is logits else "state" if value in build.states.values else "other"
+        found.append(
+            OutputInfo(
+                name=str(value.name),
+                dtype=build.probes.facts[value].dtype.name,
+                shape=shape,
+                layout=_static_layouts(shape, build.lowered.output_layouts[str(value.name)]),
+                role=role,
+            )
+        )
+    return tuple(found)
+
+
+def _static_layouts(shape: Shape, layouts: tuple[Dim, ...]) -> tuple[Dim | None, ...]:
+    return tuple(None if isinstance(size, str) else dim for size, dim in zip(shape, layouts, strict=True))
+
+
+def _states(build: Build) -> tuple[State, ...]:
+    return tuple(
+        State(
+            input=str(pair.input.name),
+            output=str(pair.output.name),
+            sequence_dim=pair.sequence_dim,
+            mode="in_place" if pair.in_place else "append",
+        )
+        for pair in build.states.pairs
+    )
+
+
+def _collectives(build: Build, shapes: Mapping[str, ValueShape]) -> tuple[Collective, ...]:
+    nodes = (node for node in build.lowered.graph if node.domain == COLLECTIVE_DOMAIN)
+    return tuple(_collective(node, shapes) for node in nodes)
+
+
+def _collective(node: ir.Node, shapes: Mapping[str, ValueShape]) -> Collective:
+    value = node.inputs[0]
+    assert value is not None
+    dtype, dims = shapes[str(value.name)]
+    return Collective(
+        id=str(node.name),
+        kind=cast(CollectiveKind, node.op_type),
+        axes=tuple(node.attributes["axes"].as_ints()),
+        dim=node.attributes["dim"].as_int() if "dim" in node.attributes else None,
+        dtype=dtype.name,
+        shape=tuple(f"{node.name}.{d}" if dim is None else dim for d, dim in enumerate(dims)),
+    )
+
+
+def _blocks(build: Build) -> tuple[Block, ...]:
+    spans = find_blocks(
+        build.lowered.graph, [str(pair.input.name) for pair in build.states.pairs], build.lowered.tensors
+    )
+    return tuple(
+        Block(
+            name=f"block.{number}",
+            first_node=span.first_node,
+            collectives=span.collectives,
+            weight_nbytes=span.weight_nbytes,
+            crossing=span.crossing,
+        )
+        for number, span in enumerate(spans)
+    )

@@ -1,0 +1,206 @@
+"""What a build did, for people (the closing table) and for programs (`plan` in the manifest)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.factors.analysis import Analysis
+from furiosa_llm.builder.factors.states import StatePair
+from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.program_builder import ShardedTensor
+from furiosa_llm.builder.plan.assignment_json import assignment_json
+from furiosa_llm.builder.plan.plan import Plan
+from furiosa_llm.builder.write.shards import num_shards
+from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, global_size, local_size
+from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """How one group of factors is split."""
+
+    role: str
+    """What they are to people, as `furiosa-llm plan` names them."""
+    size: int
+    count: int
+    """How many factors (usually one per layer) play this part."""
+    axes: tuple[int, ...]
+    parts: int
+    padded_size: int
+    where: str
+    """The weights that the factors occur in."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BuildReport:
+    """The result of a build. Bytes are of one rank and one decoded token unless said otherwise."""
+
+    artifact: str
+    """Path of the folder that was written."""
+    tensor_parallel_size: int
+    weight_nbytes: int
+    """What each rank reads."""
+    replicated_nbytes: int
+    """Of those, what every rank has alike."""
+    padding_nbytes: int
+    """Of all ranks together: zeros that are stored for padding."""
+    model_nbytes: int
+    """The original model's initializers."""
+    stored_nbytes: int
+    """The weights files."""
+    state_nbytes_per_token: int
+    """KV cache, per rank and position."""
+    collectives: Mapping[str, int]
+    collective_nbytes: int
+    """Payload that one rank receives for a decoded token."""
+    decisions: tuple[Decision, ...]
+    replicated: tuple[str, ...]
+    """Weights that are on every rank, largest first, and why."""
+    notes: tuple[str, ...]
+    """Ops that were replicated for want of a better rule."""
+    fused_attentions: int
+    """How many attentions became one op with its cache."""
+    attentions_left: tuple[str, ...]
+    """A line for each attention that was left as it is, and why."""
+    faults: tuple[str, ...]
+    """Where program and manifest alone do not show that the split model is the unsplit one; empty: they do."""
+    num_nodes: int
+    seconds: float
+    peak_rss_nbytes: int
+    parts: tuple[BuildReport, ...] = ()
+    """Of a composite artifact: the reports of its parts, which this one sums up."""
+
+
+def report_of(
+    build: Build, manifest: Manifest, *, artifact: str, seconds: float, faults: tuple[str, ...]
+) -> BuildReport:
+    """The report of a build whose artifact has been written."""
+    mesh = build.plan.mesh
+    tensors = list(build.lowered.tensors.values())
+    read = {value.name for node in build.lowered.graph for value in node.inputs if value is not None}
+    replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
+    originals = {id(value.const_value): value for value in build.source.model.graph.initializers.values()}
+    return BuildReport(
+        artifact=artifact,
+        tensor_parallel_size=mesh.size,
+        weight_nbytes=sum(t.local_nbytes for t in tensors if t.name in read),
+        replicated_nbytes=sum(t.local_nbytes for t in replicated),
+        padding_nbytes=padding_nbytes(tensors, mesh),
+        model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
+        stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
+        state_nbytes_per_token=state_nbytes_per_token(build),
+        collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
+        collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
+        decisions=decisions(build.plan),
+        replicated=tuple(f"{t.name} {list(t.local_shape)} ({_why_whole(t, build)})" for t in replicated),
+        notes=notes(build.analysis),
+        fused_attentions=build.fusion.fused,
+        attentions_left=build.fusion.left,
+        faults=faults,
+        num_nodes=len(build.lowered.graph),
+        seconds=seconds,
+        peak_rss_nbytes=_peak_rss_nbytes(),
+    )
+
+
+def _why_whole(tensor: ShardedTensor, build: Build) -> str:
+    """Which ops read a replicated weight; they need it whole, or splitting it is not worth its collectives."""
+    readers = {
+        node.op_type
+        for node in build.lowered.graph
+        if any(value is not None and value.name == tensor.name for value in node.inputs)
+    }
+    return f"read by {', '.join(sorted(readers))}" if readers else "not used"
+
+
+def padding_nbytes(tensors: Iterable[ShardedTensor], mesh: Mesh) -> int:
+    """Zeros in the weights files that no original element stands for."""
+    return sum(_padding_nbytes(tensor, mesh) for tensor in tensors)
+
+
+def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
+    """Zeros in the stored tensor that no original element stands for."""
+    if tensor.layout is None:
+        return 0
+    elements = math.prod(tensor.local_shape) * num_shards(tensor, mesh)
+    return (elements - math.prod(global_size(dim) for dim in tensor.layout)) * tensor.dtype.bitwidth // 8
+
+
+def state_nbytes_per_token(build: Build) -> int:
+    """Bytes that one rank keeps of all states for one position."""
+    return sum(_state_nbytes(build, pair) for pair in build.states.pairs)
+
+
+def _state_nbytes(build: Build, pair: StatePair) -> int:
+    """Bytes that one rank keeps of a state for one position."""
+    mesh = build.plan.mesh
+    layout = build.lowered.input_layouts[str(pair.input.name)]
+    fact = build.probes.decode.facts[pair.input]
+    sizes = [local_size(dim, mesh) if axes_of(dim) else n for dim, n in zip(layout, fact.shape, strict=True)]
+    return math.prod(n for d, n in enumerate(sizes) if d != pair.sequence_dim) * fact.dtype.bitwidth // 8
+
+
+def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:
+    """Bytes that a rank receives for one decoded token."""
+    local = math.prod(n if isinstance(n, int) else 1 for n in collective.shape)
+    parts = mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
+    return local * parts * ir.DataType[collective.dtype].bitwidth // 8
+
+
+def _peak_rss_nbytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def decisions(plan: Plan) -> tuple[Decision, ...]:
+    """The plan's choices, largest group first."""
+    found = []
+    for group, axes in plan.choices.items():
+        parts = plan.mesh.parts(axes)
+        found.append(
+            Decision(
+                role=group.role,
+                size=group.size,
+                count=len(group.leaves),
+                axes=axes,
+                parts=parts,
+                padded_size=-(-group.size // parts) * parts,
+                where=group.description,
+            )
+        )
+    return tuple(found)
+
+
+def notes(analysis: Analysis) -> tuple[str, ...]:
+    """Each reason why an op was replicated, with the number of nodes."""
+    counts: dict[str, int] = {}
+    for info in analysis.nodes:
+        if info.rule.note is not None:
+            counts[info.rule.note] = counts.get(info.rule.note, 0) + 1
+    return tuple(f"{note} ({count} nodes)" for note, count in counts.items())
+
+
+def plan_json(build: Build) -> dict[str, Any]:
+    """The manifest's `plan`: what was split, at what price, and what was not taken."""
+    plan = build.plan
+    return {
+        "padding_nbytes": padding_nbytes(build.lowered.tensors.values(), plan.mesh),
+        "assignment": assignment_json(build.analysis, plan.assignment),
+        "choices": [dataclasses.asdict(d) for d in decisions(plan)],
+        "price": {"nbytes": plan.price.nbytes, "collectives": plan.price.collectives},
+        "unsplit_price": {"nbytes": plan.unsplit.nbytes, "collectives": plan.unsplit.collectives},
+        "refused": [
+            {"size": r.group.size, "where": r.group.description, "axes": list(r.axes), "reason": r.reason}
+            for r in plan.refused
+        ],
+        "notes": list(notes(build.analysis)),
+        "attention": {"fused": build.fusion.fused, "left": list(build.fusion.left)},
+    }

@@ -1,0 +1,1 @@
+"""Inspect, compare, take apart and vouch for artifacts."""

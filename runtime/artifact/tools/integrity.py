@@ -1,0 +1,120 @@
+"""Checks of an artifact's weights against its digests: file by file, tensor by tensor, and original by original."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.manifest import FileEntry, StoredTensor
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.originals import padding_is_zero, read_original, read_whole
+from furiosa_llm.runtime.artifact.tools.record import Check
+
+_WEIGHTS_SUFFIX = ".safetensors"
+_CHUNK_NBYTES = 16 * 2**20
+
+
+def check_weights(artifact: Artifact) -> Check:
+    """Compares the digest of every weights file and of every tensor in it; each file is read once.
+
+    Raises ArtifactError if a file cannot be read.
+    """
+    files = [entry for entry in artifact.manifest.files if entry.path.endswith(_WEIGHTS_SUFFIX)]
+    faults = [fault for entry in files for fault in _file_faults(artifact, entry)]
+    return Check(name="weights", checked=len(files) + len(artifact.manifest.tensors), faults=tuple(faults))
+
+
+def _file_faults(artifact: Artifact, entry: FileEntry) -> Iterator[str]:
+    tensors = [tensor for tensor in artifact.manifest.tensors if tensor.file == entry.path]
+    tensors.sort(key=lambda tensor: (artifact.offsets[tensor.name], _nbytes(artifact, tensor)))
+    whole = hashlib.sha256()
+    try:
+        with (artifact.folder / entry.path).open("rb") as file:
+            for tensor in tensors:
+                _update(file, artifact.offsets[tensor.name] - file.tell(), [whole])
+                own = hashlib.sha256()
+                _update(file, _nbytes(artifact, tensor), [whole, own])
+                if own.hexdigest() != tensor.sha256:
+                    yield _differs(f"{entry.path}: stored tensor {tensor.name!r:.80}", own.hexdigest(), tensor.sha256)
+            _update(file, entry.nbytes - file.tell(), [whole])
+    except OSError as error:
+        raise ArtifactError(f"{artifact.folder / entry.path} cannot be read: {error.strerror}") from error
+    if whole.hexdigest() != entry.sha256:
+        yield _differs(entry.path, whole.hexdigest(), entry.sha256)
+
+
+def _nbytes(artifact: Artifact, tensor: StoredTensor) -> int:
+    """Of all shards."""
+    return DTYPES[tensor.dtype].nbytes(tensor.local_shape) * artifact.manifest.mesh.parts(tensor.shard_axes)
+
+
+def _update(file: BinaryIO, nbytes: int, digests: Sequence[hashlib._Hash]) -> None:
+    while nbytes > 0:
+        chunk = file.read(min(nbytes, _CHUNK_NBYTES))
+        if not chunk:
+            raise ArtifactError(f"{file.name} was cut short while it was read; copy the artifact again")
+        for digest in digests:
+            digest.update(chunk)
+        nbytes -= len(chunk)
+
+
+def check_originals(artifact: Artifact) -> Check:
+    """Puts every original together from its shards, in each layout that is stored, and compares its digest.
+
+    Memory is that of the largest original and some tens of megabytes.
+    """
+    found: dict[tuple[str, ...], str] = {}
+    faults: list[str] = []
+    checked = 0
+    for entry in artifact.manifest.initializers:
+        if not entry.stored:
+            continue
+        checked += 1
+        if entry.stored not in found:  # others may be made of the same tensors
+            found[entry.stored] = hashlib.sha256(read_original(artifact, entry.name).data).hexdigest()
+        if found[entry.stored] != entry.sha256:
+            faults.append(_differs(f"original {entry.name!r:.80}", found[entry.stored], entry.sha256))
+    digests = {entry.name: entry.sha256 for entry in artifact.manifest.initializers}
+    for origin, stored in _other_layouts(artifact):
+        checked += 1
+        digest = hashlib.sha256(read_whole(artifact, stored).data).hexdigest()
+        if digest != digests[origin]:
+            what = f"original {origin!r:.80} as {', '.join(stored)!r:.120} store it"
+            faults.append(_differs(what, digest, digests[origin]))
+    return Check(name="originals", checked=checked, faults=tuple(faults))
+
+
+def _other_layouts(artifact: Artifact) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The originals that are stored in more than one layout, and the tensors of each further one, parts in order."""
+    named = {name for entry in artifact.manifest.initializers for name in entry.stored}
+    parts: dict[str, list[str]] = {}
+    for tensor in artifact.manifest.tensors:
+        if tensor.origin is None or tensor.name in named:
+            continue
+        if tensor.part is None:
+            yield tensor.origin, (tensor.name,)
+            continue
+        begun = parts.setdefault(tensor.origin, [])
+        if tensor.part.start == 0 and begun:
+            yield tensor.origin, tuple(begun)
+            begun.clear()
+        begun.append(tensor.name)
+    yield from ((origin, tuple(names)) for origin, names in parts.items())
+
+
+def check_padding(artifact: Artifact) -> Check:
+    """Whether the padding of every stored tensor is zero."""
+    names = [tensor.name for tensor in artifact.manifest.tensors]
+    faults = [
+        f"stored tensor {name!r:.80} has padding that is not zero"
+        for name in names
+        if not padding_is_zero(artifact, name)
+    ]
+    return Check(name="padding", checked=len(names), faults=tuple(faults))
+
+
+def _differs(what: str, found: str, expected: str | None) -> str:
+    return f"{what}: found sha256 {found[:16]}..., expected {(expected or 'none')[:16]}..."

@@ -1,0 +1,1 @@
+"""Which request runs when and where: core, router, replicas, scheduler, slots, capacity."""

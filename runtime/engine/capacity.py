@@ -1,0 +1,272 @@
+"""What lies in the memory of PEs and cards: weights, KV cache and activations of every stage, and how many pages fit.
+
+Everything is computed from the artifact, nothing is measured: the memory is that of the simulated cards, not the
+host's. The PEs of a card share its memory, so replicas on one card keep each shard once; on different cards each keeps
+its own. KV caches and activations are each replica's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.graphs import used_names
+from furiosa_llm.runtime.artifact.layout import local_size
+from furiosa_llm.runtime.artifact.manifest import State
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.engine.engine_args import DEFAULT_CHUNK_SIZE
+from furiosa_llm.runtime.errors import CapacityError
+from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
+from furiosa_llm.runtime.placement.stages import Stage, choose_stages
+from furiosa_llm.runtime.placement.topology import Topology
+from furiosa_llm.runtime.program.segments import Program, ValueType, cut_program, size_names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a replica is to hold at once: `max_batch_size` sequences of up to `max_model_len` tokens.
+
+    Prompts are prefilled one at a time, `prefill_chunk_size` tokens in a step.
+    """
+
+    max_batch_size: int = 1
+    max_model_len: int = 2048
+    prefill_chunk_size: int = DEFAULT_CHUNK_SIZE
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_model_len", "prefill_chunk_size"):
+            if getattr(self, name) < 1:
+                raise CapacityError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """What one stage of one replica keeps on each of its PEs, in bytes.
+
+    `kv_nbytes_per_token` are those of one position of one sequence. `activation_nbytes` is the block that values
+    between the segments take in the larger of a decode and a prefill step; kernels' own scratch memory is not known.
+    None: it cannot be told from the artifact. `received_nbytes_per_token` is what comes from earlier stages for one
+    position; None: the program does not declare it.
+    """
+
+    weight_nbytes: int
+    kv_nbytes_per_token: int
+    activation_nbytes: int | None
+    received_nbytes_per_token: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardMemory:
+    """What is kept on the PEs of the card `npu` that are used, in bytes; `capacity_nbytes` is the share of those PEs.
+
+    `kv_nbytes` is for the workload, and activations that are not known count nothing.
+    """
+
+    npu: int
+    num_pes: int
+    capacity_nbytes: int
+    weight_nbytes: int
+    kv_nbytes: int
+    activation_nbytes: int
+
+    @property
+    def free_nbytes(self) -> int:
+        """What is left; negative if it does not fit."""
+        return self.capacity_nbytes - self.weight_nbytes - self.kv_nbytes - self.activation_nbytes
+
+
+def stage_memory(artifact: Artifact, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
+    """What each of `stages`, which are all of `artifact`, keeps on each PE."""
+    program = cut_program(artifact.program, artifact.manifest.collectives, size_names(artifact.manifest))
+    made_at = {name: at for at, node in enumerate(artifact.program.graph.node) for name in node.output}
+    life = _lifetimes(program)
+    kv = {state.output: _position_nbytes(artifact, state) for state in artifact.manifest.states}
+    return tuple(
+        StageMemory(
+            weight_nbytes=stage.weight_nbytes,
+            kv_nbytes_per_token=sum(
+                nbytes for output, nbytes in kv.items() if stage.first_node <= made_at.get(output, 0) < stage.stop_node
+            ),
+            activation_nbytes=_activation_nbytes(artifact, program, life, stage, workload),
+            received_nbytes_per_token=_received_nbytes(artifact, program, stage),
+        )
+        for stage in stages
+    )
+
+
+def _lifetimes(program: Program) -> dict[str, Lifetime]:
+    """The lifetime of every value that a segment or a collective makes, as one rank has it; outputs live to the end."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, step in enumerate(program.steps):
+        made = [call.output for call in step.collectives]
+        read = [call.input for call in step.collectives]
+        if step.segment is not None:
+            made.extend(step.segment.outputs)
+            read.extend(step.segment.inputs)
+        first.update(dict.fromkeys(made, index))
+        last.update({name: index for name in (*made, *read) if name in first})
+    last.update(dict.fromkeys(program.outputs, len(program.steps)))
+    return {name: Lifetime(first=first[name], last=last[name]) for name in first}
+
+
+def card_memory(
+    topology: Topology, stages: Sequence[StageMemory], workload: Workload, *, pe_nbytes: int = PE_NBYTES
+) -> tuple[CardMemory, ...]:
+    """What every used card keeps for `workload`; `stages` are those of a replica, `pe_nbytes` the memory of a PE."""
+    tokens = workload.max_batch_size * workload.max_model_len
+    return tuple(
+        CardMemory(
+            npu=npu,
+            num_pes=len(held) * topology.tensor_parallel_size,
+            capacity_nbytes=len(held) * topology.tensor_parallel_size * pe_nbytes,
+            weight_nbytes=topology.tensor_parallel_size * sum(stages[stage].weight_nbytes for stage in set(held)),
+            kv_nbytes=topology.tensor_parallel_size * tokens * sum(stages[s].kv_nbytes_per_token for s in held),
+            activation_nbytes=topology.tensor_parallel_size * sum(stages[s].activation_nbytes or 0 for s in held),
+        )
+        for npu, held in _held(topology).items()
+    )
+
+
+def kv_pages(
+    topology: Topology, stages: Sequence[StageMemory], *, page_size: int, pe_nbytes: int = PE_NBYTES
+) -> int | None:
+    """How many pages of `page_size` tokens each replica has room for, on the card that has least; None without a cache.
+
+    All replicas get equally many. Raises CapacityError where weights and activations leave no room for a page.
+    """
+    if page_size < 1:
+        raise CapacityError(f"page_size must be at least 1 token, got {page_size}")
+    nothing = Workload(max_batch_size=1, max_model_len=1)
+    counts: list[int] = []
+    for card in card_memory(topology, stages, nothing, pe_nbytes=pe_nbytes):
+        free = card.free_nbytes + card.kv_nbytes
+        if free < 0:
+            raise CapacityError(_over(card, -free))
+        if card.kv_nbytes:
+            counts.append(free // (card.kv_nbytes * page_size))
+            if not counts[-1]:
+                raise CapacityError(
+                    f"npu:{card.npu} has {_shown(free)} left beside weights and activations, but a page of {page_size} "
+                    f"tokens takes {_shown(card.kv_nbytes * page_size)}; use smaller pages or more stages"
+                )
+    return min(counts, default=None)
+
+
+def check_weights(
+    artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, pe_nbytes: int = PE_NBYTES
+) -> None:
+    """Raises CapacityError, which says by how much and which number of stages would do, if weights alone do not fit."""
+    weights = [
+        StageMemory(
+            weight_nbytes=stage.weight_nbytes,
+            kv_nbytes_per_token=0,
+            activation_nbytes=0,
+            received_nbytes_per_token=None,
+        )
+        for stage in stages
+    ]
+    for card in card_memory(topology, weights, Workload(), pe_nbytes=pe_nbytes):
+        if card.free_nbytes < 0:
+            raise CapacityError(f"{_over(card, -card.free_nbytes)}; {_remedy(artifact, len(stages), pe_nbytes)}")
+
+
+def _held(topology: Topology) -> dict[int, list[int]]:
+    """Card -> the stages that it holds, one entry for every replica."""
+    held: dict[int, list[int]] = {}
+    for replica in topology.replicas:
+        for stage, group in enumerate(replica):
+            held.setdefault(group[0].npu, []).append(stage)
+    return dict(sorted(held.items()))
+
+
+def _position_nbytes(artifact: Artifact, state: State) -> int:
+    """The bytes of one position of one sequence in `state`, on one PE."""
+    info = next(info for info in artifact.manifest.inputs if info.name == state.input)
+    sizes = {name: 1 for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
+    local = [
+        size if layout is None else local_size(layout, artifact.manifest.mesh)
+        for size, layout in zip(info.shape, info.layout, strict=True)
+    ]
+    return DTYPES[info.dtype].nbytes(shape_of(local, sizes))
+
+
+# -- activations ---------------------------------------------------------------------------------------------------
+
+
+def _activation_nbytes(
+    artifact: Artifact, program: Program, life: Mapping[str, Lifetime], stage: Stage, workload: Workload
+) -> int | None:
+    nodes = artifact.program.graph.node[stage.first_node : stage.stop_node]
+    states = {state.output for state in artifact.manifest.states}
+    touched = {name for node in nodes for name in (*used_names(node), *node.output)} - states
+    lives = {name: life[name] for name in life if name in touched}
+    peaks: list[int] = []
+    for sizes in _steps(workload):
+        values = [(name, _nbytes(program.types[name], sizes), alive) for name, alive in lives.items()]
+        known = [(name, nbytes, alive) for name, nbytes, alive in values if nbytes is not None]
+        if len(known) < len(values):
+            return None
+        peaks.append(place(known)[1])
+    return max(peaks)
+
+
+def _steps(workload: Workload) -> tuple[dict[str, int], ...]:
+    """The sizes of the largest decode step and of the last prefill step of the longest prompt."""
+    longest = workload.max_model_len
+    chunk = min(workload.prefill_chunk_size, longest)
+    decode = {"batch": workload.max_batch_size, "sequence": 1, "past": longest - 1}
+    return known_sizes(decode), known_sizes({"batch": 1, "sequence": chunk, "past": longest - chunk})
+
+
+def _crossing(artifact: Artifact, stage: Stage) -> tuple[str, ...]:
+    return artifact.manifest.blocks[stage.first_block].crossing if stage.first_block else ()
+
+
+def _received_nbytes(artifact: Artifact, program: Program, stage: Stage) -> int | None:
+    one = {"batch": 1, "sequence": 1}
+    sizes = [
+        _nbytes(kind, one) if (kind := program.types.get(name)) is not None else None
+        for name in _crossing(artifact, stage)
+    ]
+    known = [nbytes for nbytes in sizes if nbytes is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def _nbytes(kind: ValueType, sizes: Mapping[str, int]) -> int | None:
+    """The bytes of a value; None if a size is not known."""
+    names = [name for dim in kind.shape or () if isinstance(dim, str) for name in parse_dimension(dim).names]
+    if kind.shape is None or not sizes.keys() >= set(names):
+        return None
+    return array_nbytes(kind.dtype, shape_of(kind.shape, sizes))
+
+
+# -- messages ------------------------------------------------------------------------------------------------------
+
+
+def _over(card: CardMemory, nbytes: int) -> str:
+    activations = f" and {_shown(card.activation_nbytes)} of activations" if card.activation_nbytes else ""
+    return (
+        f"npu:{card.npu} is to hold {_shown(card.weight_nbytes)} of weights{activations} on {card.num_pes} PEs, which "
+        f"is {_shown(nbytes)} more than their {_shown(card.capacity_nbytes)}"
+    )
+
+
+def _remedy(artifact: Artifact, stages: int, pe_nbytes: int) -> str:
+    """The least number of stages with which every PE has room for its own shards."""
+    for more in range(stages + 1, len(artifact.manifest.blocks) + 1):
+        cut = choose_stages(artifact, pipeline_parallel_size=more)
+        if max(stage.weight_nbytes for stage in cut) <= pe_nbytes:
+            return f"use pp={more}, which fits"
+    return "no number of stages fits; build for a larger tensor parallel size, or with smaller weights"
+
+
+def _shown(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} GB"

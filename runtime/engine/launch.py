@@ -1,0 +1,270 @@
+"""From an artifact's folder to an engine that runs it: topology, stages, limits, then a runner for every replica."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+from furiosa_llm.runtime.artifact.composite import whole_of_part
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.engine.capacity import Workload, check_weights, kv_pages, stage_memory
+from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
+from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE, EngineArgs
+from furiosa_llm.runtime.engine.machine_snapshot import layout_of
+from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
+from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
+from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
+from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.placement.block_reads import block_starts
+from furiosa_llm.runtime.placement.stages import Stage, choose_stages
+from furiosa_llm.runtime.placement.topology import Topology, make_topology
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.runners.local_runner import Host
+from furiosa_llm.runtime.runners.process_runner import ProcessHost
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+PAGE_SIZE = 16
+"""Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
+
+_UNLIMITED_LENGTH = 2048
+"""What the KV cache has room for in each slot if neither the model nor the caller limits a sequence's length."""
+
+
+_OF_DECODERS = (
+    *("devices", "pipeline_parallel_size", "data_parallel_size", "num_blocks_per_pp_stage", "workers"),
+    *("paged_attention_num_blocks", "max_batch_size", "max_model_len", "max_prompt_len", "prefill_chunk_size"),
+    "batch_invariant",
+)
+"""Options that only a model with an engine has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is going to run, before anything is loaded to run it.
+
+    artifact: whose manifest and program are checked.
+    tokenizer: the artifact's, or the one that was given; None if there is none, and prompts have to be token ids.
+    topology: which PEs the ranks of each replica's stages are.
+    stages: of a replica.
+    limits: what requests have to keep to.
+    scheduling: the same limits as a replica's scheduler sees them.
+    batch_invariance: what was found of this machine's kernels, if `batch_invariant` asks for it.
+    """
+
+    artifact: Artifact
+    tokenizer: Tokenizer | None
+    topology: Topology
+    stages: tuple[Stage, ...]
+    limits: ModelLimits
+    scheduling: SchedulerLimits
+    batch_invariance: BatchInvariance | None
+
+    @property
+    def companions(self) -> Companions:
+        """Which rows are computed beside a copy of themselves."""
+        found = None if self.batch_invariance is None else self.batch_invariance.companions
+        return found or NO_COMPANIONS
+
+
+def open_model(args: EngineArgs) -> Artifact:
+    """The artifact that `args` name, which is a model by itself.
+
+    Raises ArtifactError for a damaged one, and InputError for one of another tensor parallel size than asked for.
+    """
+    whole = whole_of_part(args.model)
+    if whole is not None:
+        raise UnsupportedError(f"{args.model} is a part of the encoder-decoder in {whole}; load that one")
+    artifact = open_artifact(args.model, full=args.full_verification)
+    check_tensor_parallel_size(artifact, args.tensor_parallel_size)
+    return artifact
+
+
+def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
+    """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
+    found = artifact.manifest.mesh.size
+    if wanted not in (None, found):
+        raise InputError(
+            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={found}; leave it out, or make the "
+            f"other artifact: furiosa-llm reshard -tp {wanted}"
+        )
+
+
+def only_of_one_replica(args: EngineArgs, what: str) -> None:
+    """Raises UnsupportedError if `args` ask of `what`, which runs as one replica of one stage, for more than that."""
+    given = [name for name in _OF_DECODERS if (value := getattr(args, name)) is True or value not in (None, 1, False)]
+    if given:
+        raise UnsupportedError(f"{what} runs as one replica of one stage, without a KV cache; leave out {given[0]}")
+
+
+def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
+    """Reads the artifact, if it is not given, and decides how it will run.
+
+    Raises ArtifactError for a damaged artifact, UnsupportedError for one that does not generate, TokenizerError,
+    TopologyError if sizes and devices do not go together, CapacityError if the weights do not fit the PEs, and
+    InputError for an artifact of another tensor parallel size than asked for.
+    """
+    artifact = open_model(args) if artifact is None else artifact
+    _check_generates(artifact)
+    stages = choose_stages(
+        artifact,
+        pipeline_parallel_size=args.pipeline_parallel_size,
+        num_blocks_per_pp_stage=args.num_blocks_per_pp_stage,
+    )
+    topology = make_topology(
+        artifact.manifest.mesh.size,
+        pipeline_parallel_size=len(stages),
+        data_parallel_size=args.data_parallel_size,
+        devices=args.devices,
+        allow_subset=args.allow_subset,
+        max_pipeline_parallel_size=len(block_starts(artifact)),
+    )
+    check_weights(artifact, topology, stages)
+    invariance = _invariance(artifact, args) if args.batch_invariant else None
+    limits, scheduling = _limits(artifact, topology, stages, args)
+    if invariance is not None and not (invariance.chunks and scheduling.prefill_chunk_size > LEAST_CHUNK):
+        # What is left of a prompt behind a prefix that is found would have other bits than in the whole prompt.
+        scheduling = replace(scheduling, prefix_caching=False)
+    return Plan(
+        artifact=artifact,
+        tokenizer=tokenizer_of(artifact, args.tokenizer),
+        topology=topology,
+        stages=stages,
+        limits=limits,
+        scheduling=scheduling,
+        batch_invariance=invariance,
+    )
+
+
+def _invariance(artifact: Artifact, args: EngineArgs) -> BatchInvariance:
+    """What `batch_invariant` takes on this machine; raises UnsupportedError if nothing helps."""
+    found = probe_batch_invariance(artifact, mapped=args.mapped)
+    if found.companions is None:
+        raise UnsupportedError(
+            f"batch_invariant is not possible for {artifact.folder} on this machine: {found}; leave it out"
+        )
+    return found
+
+
+def start(plan: Plan, args: EngineArgs) -> EngineCore:
+    """Loads the weights, once for all replicas, and starts the replicas."""
+    policy = FaultPolicy(step_timeout=args.step_timeout)
+    with ExitStack() as opened:
+        host = _open_host(plan, args)
+        opened.callback(host.close)
+        make_runner = partial(host.runner, slots_per_group=plan.scheduling.slots_per_group)
+        replicas: list[Replica] = []
+        for index in range(plan.topology.data_parallel_size):
+            replicas.append(Replica(index, make_runner, plan.scheduling, policy))
+            opened.callback(replicas[-1].close)
+        opened.pop_all()
+    return EngineCore(
+        replicas=replicas,
+        tokenizer=plan.tokenizer,
+        limits=plan.limits,
+        seed=args.seed,
+        layout=layout_of(plan.artifact, plan.topology, plan.stages, page_size=PAGE_SIZE),
+        close_model=host.close,
+    )
+
+
+def _open_host(plan: Plan, args: EngineArgs) -> Host | ProcessHost:
+    if args.workers is None:
+        return Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped, companions=plan.companions)
+    if args.threads is not None:
+        raise InputError(f"workers={args.workers} and threads={args.threads} exclude each other: leave one out")
+    return ProcessHost(plan.artifact, plan.stages, workers=args.workers, mapped=args.mapped, companions=plan.companions)
+
+
+def load_engine(args: EngineArgs) -> EngineCore:
+    """`make_plan`, then `start`."""
+    return start(make_plan(args), args)
+
+
+def _check_generates(artifact: Artifact) -> None:
+    model = artifact.manifest.model
+    if model.task != "decoder":
+        raise UnsupportedError(
+            f"generate API can only be used for generative models; {model.name!r:.80} is of the task {model.task!r}: "
+            f"use `furiosa-llm run`"
+        )
+
+
+def _limits(
+    artifact: Artifact, topology: Topology, stages: tuple[Stage, ...], args: EngineArgs
+) -> tuple[ModelLimits, SchedulerLimits]:
+    model, scheduler, buckets = artifact.manifest.model, args.scheduler(), args.bucket_config
+    max_length = _max_length(model.max_sequence_length, args)
+    max_prompt = args.max_prompt_len or (buckets.max_prompt_len if buckets else None)
+    batch = args.max_batch_size or (buckets.max_batch_size if buckets else DEFAULT_BATCH_SIZE)
+    batch = min(batch, scheduler.max_processing_samples)
+    workload = Workload(
+        max_batch_size=batch,
+        max_model_len=max_length or _UNLIMITED_LENGTH,
+        prefill_chunk_size=scheduler.prefill_chunk_size or DEFAULT_CHUNK_SIZE,
+    )
+    num_pages = _num_pages(artifact, topology, stages, workload, args)
+    capacity = num_pages * PAGE_SIZE
+    if max_length is not None and capacity < max_length:
+        logger.warning(
+            "the KV cache has room for %d tokens: no sequence can be as long as the limit of %d", capacity, max_length
+        )
+    limits = ModelLimits(
+        max_length=max_length,
+        max_prompt_length=max_prompt,
+        capacity=capacity,
+        vocab_size=model.vocab_size or _num_logits(artifact),
+        eos_token_ids=frozenset(model.eos_token_ids),
+    )
+    scheduling = SchedulerLimits(
+        num_groups=len(stages),
+        slots_per_group=-(-batch // len(stages)),
+        num_pages=num_pages,
+        page_size=PAGE_SIZE,
+        max_length=min(max_length or capacity, capacity),
+        prefill_chunk_size=workload.prefill_chunk_size,
+        # Of states that are appended to, not every position need be kept: a window may have cut some off.
+        prefix_caching=scheduler.enable_prefix_caching
+        and all(state.mode == "in_place" for state in artifact.manifest.states),
+        batch_invariant=args.batch_invariant,
+    )
+    return limits, scheduling
+
+
+def _num_logits(artifact: Artifact) -> int | None:
+    """How many tokens the model chooses between, by the shape of its logits."""
+    size = next(info.shape[-1] for info in artifact.manifest.outputs if info.role == "logits")
+    return size if isinstance(size, int) else None
+
+
+def _max_length(of_model: int | None, args: EngineArgs) -> int | None:
+    """The limit of prompt and completion together: the model's, or a lower one that was asked for."""
+    wanted = args.max_model_len or (args.bucket_config.max_model_len if args.bucket_config else None)
+    if wanted is None or of_model is None:
+        return wanted or of_model
+    if wanted > of_model:
+        raise ContextLengthError(
+            f"`max_model_len` is larger than the model's max number of positions: {wanted} > {of_model}; "
+            f"give at most {of_model}"
+        )
+    return wanted
+
+
+def _num_pages(
+    artifact: Artifact, topology: Topology, stages: tuple[Stage, ...], workload: Workload, args: EngineArgs
+) -> int:
+    """The pages asked for, or those that a full batch of the longest sequences takes, if they fit the PEs."""
+    fitting = kv_pages(topology, stage_memory(artifact, stages, workload), page_size=PAGE_SIZE)
+    wanted = args.paged_attention_num_blocks
+    if wanted is not None and fitting is not None and wanted > fitting:
+        raise CapacityError(
+            f"paged_attention_num_blocks={wanted}, but the PEs have room for {fitting} pages of {PAGE_SIZE} tokens "
+            f"beside the weights; give at most that, or use more stages"
+        )
+    full = workload.max_batch_size * -(-workload.max_model_len // PAGE_SIZE)
+    pages = wanted or (full if fitting is None else min(full, fitting))
+    return max(1, int(pages * (1.0 - args.scheduler().spare_blocks_ratio)))

@@ -1,0 +1,199 @@
+"""`MachineSnapshot`: what lies on every PE of a running model, and what its replicas and stages have done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.engine.capacity import Workload, stage_memory
+from furiosa_llm.runtime.engine.replica import Replica, ReplicaUsage
+from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
+from furiosa_llm.runtime.execution.counters import StageCounts
+from furiosa_llm.runtime.placement.devices import PE
+from furiosa_llm.runtime.placement.stages import Stage, choose_stages
+from furiosa_llm.runtime.placement.topology import Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineLayout:
+    """What does not change while a model runs.
+
+    topology: which PEs the ranks of each replica's stages are.
+    stages: of a replica.
+    page_nbytes: what a page of KV takes on each PE, for each stage.
+    """
+
+    topology: Topology
+    stages: tuple[Stage, ...]
+    page_nbytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PESnapshot:
+    """A PE of a card that is used, and what lies in its memory.
+
+    pe: its card and number.
+    replica, stage, rank: what it is; None if it is not used.
+    memory_nbytes: its even share of the card's memory.
+    weights_nbytes: what it reads; what several PEs of a card read is there once, and counts an equal part for each.
+    kv_nbytes, kv_used_nbytes: room for KV, and what of it is in use, prefix cache included.
+    """
+
+    pe: PE
+    replica: int | None = None
+    stage: int | None = None
+    rank: int | None = None
+    memory_nbytes: int = PE_NBYTES
+    weights_nbytes: int = 0
+    kv_nbytes: int = 0
+    kv_used_nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardSnapshot:
+    """A card that is used, with all of its PEs."""
+
+    npu: int
+    pes: tuple[PESnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSnapshot:
+    """A stage of a replica: its blocks, and what it has done."""
+
+    stage: Stage
+    counts: StageCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSnapshot:
+    """A replica.
+
+    replica: its index.
+    alive: whether it was not given up.
+    ready: whether it has a runner at the moment.
+    usage: its sequences and pages.
+    counts: what it has done, on all the runners that it has had.
+    stages: what each stage has done.
+    """
+
+    replica: int
+    alive: bool
+    ready: bool
+    usage: ReplicaUsage
+    counts: ReplicaCounts
+    stages: tuple[StageSnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSnapshot:
+    """A running model at one moment; what is counted only grows, over restarts of replicas too.
+
+    topology: which PEs the ranks of each replica's stages are.
+    cards: those that are used, in order.
+    replicas: in order.
+    """
+
+    topology: Topology
+    cards: tuple[CardSnapshot, ...]
+    replicas: tuple[ReplicaSnapshot, ...]
+
+
+def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, page_size: int) -> MachineLayout:
+    """What `artifact` lays on the PEs of `topology`, with pages of `page_size` tokens."""
+    memory = stage_memory(artifact, stages, Workload())
+    return MachineLayout(
+        topology=topology,
+        stages=tuple(stages),
+        page_nbytes=tuple(stage.kv_nbytes_per_token * page_size for stage in memory),
+    )
+
+
+def layout_of_one(artifact: Artifact) -> MachineLayout:
+    """That of a model which runs by itself, as one replica of one stage: its ranks are the first PEs there are."""
+    size = artifact.manifest.mesh.size
+    ranks = tuple(PE(npu=rank // PES_PER_CARD, index=rank % PES_PER_CARD) for rank in range(size))
+    topology = Topology(tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((ranks,),))
+    return layout_of(artifact, topology, choose_stages(artifact), page_size=1)
+
+
+def machine_of(layout: MachineLayout, replicas: Sequence[Replica]) -> MachineSnapshot:
+    """The machine at this moment."""
+    return snapshot(
+        layout,
+        [
+            replica_snapshot(
+                layout,
+                index,
+                usage=one.usage,
+                counts=one.counts,
+                alive=one.death is None,
+                ready=one.death is None and one.ready,
+            )
+            for index, one in enumerate(replicas)
+        ],
+    )
+
+
+def replica_snapshot(
+    layout: MachineLayout, index: int, *, usage: ReplicaUsage, counts: ReplicaCounts, alive: bool, ready: bool
+) -> ReplicaSnapshot:
+    """A replica, whose stages are told which blocks they are."""
+    return ReplicaSnapshot(
+        replica=index,
+        alive=alive,
+        ready=ready,
+        usage=usage,
+        counts=counts,
+        stages=tuple(
+            StageSnapshot(stage=stage, counts=done) for stage, done in zip(layout.stages, counts.stages, strict=True)
+        ),
+    )
+
+
+def snapshot(layout: MachineLayout, replicas: Sequence[ReplicaSnapshot]) -> MachineSnapshot:
+    """The machine with `replicas`."""
+    used = {one.pe: one for one in _used(layout, [replica.usage for replica in replicas])}
+    return MachineSnapshot(
+        topology=layout.topology,
+        cards=tuple(
+            CardSnapshot(
+                npu=npu,
+                pes=tuple(
+                    used.get(pe) or PESnapshot(pe=pe)
+                    for pe in (PE(npu=npu, index=index) for index in range(PES_PER_CARD))
+                ),
+            )
+            for npu in sorted({pe.npu for pe in used})
+        ),
+        replicas=tuple(replicas),
+    )
+
+
+def _used(layout: MachineLayout, usages: Sequence[ReplicaUsage]) -> Iterator[PESnapshot]:
+    """The PEs that are used."""
+    sharing: dict[tuple[int, int, int], list[int]] = {}
+    for replica, groups in enumerate(layout.topology.replicas):
+        for stage, group in enumerate(groups):
+            for rank, pe in enumerate(group):
+                sharing.setdefault((pe.npu, stage, rank), []).append(replica)
+    for replica, (groups, usage) in enumerate(zip(layout.topology.replicas, usages, strict=True)):
+        for stage, group in enumerate(groups):
+            for rank, pe in enumerate(group):
+                on_card = sharing[pe.npu, stage, rank]
+                yield PESnapshot(
+                    pe=pe,
+                    replica=replica,
+                    stage=stage,
+                    rank=rank,
+                    weights_nbytes=_part(layout.stages[stage].weight_nbytes, on_card.index(replica), len(on_card)),
+                    kv_nbytes=layout.page_nbytes[stage] * usage.num_pages,
+                    kv_used_nbytes=layout.page_nbytes[stage] * usage.used_pages,
+                )
+
+
+def _part(whole: int, index: int, count: int) -> int:
+    """One of `count` parts of `whole`, as equal as can be."""
+    return whole * (index + 1) // count - whole * index // count

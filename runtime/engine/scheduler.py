@@ -1,0 +1,383 @@
+"""The scheduler: which batch a replica runs next, of all the sequences that it was given; no clock, no chance."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from furiosa_llm.runtime.engine.slots import WORTH_A_COPY, Group, Pages, SequenceState, reusable_length
+from furiosa_llm.runtime.errors import CapacityError, SchedulingError
+from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What a replica has room for. Every number is at least 1.
+
+    Attributes:
+        num_groups: Batches that may be under way at once; as many as the pipeline has stages.
+        slots_per_group: Sequences of one group that may have KV at once.
+        num_pages: Pages of KV in the whole replica. A page is a unit of account: nothing lies in pages.
+        page_size: Tokens of one page.
+        max_length: Tokens of one sequence, prompt and completion.
+        prefill_chunk_size: The greatest number of tokens in a prefill batch.
+        prefix_caching: Whether prompts find the KV of earlier ones that begin alike.
+        batch_invariant: Whether KV is always computed in the same steps, whoever else is served: what was generated is
+            computed again token by token after a preemption, and not found by other prompts.
+    """
+
+    num_groups: int
+    slots_per_group: int
+    num_pages: int
+    page_size: int
+    max_length: int
+    prefill_chunk_size: int
+    prefix_caching: bool = True
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not isinstance(value, bool) and value < 1:
+                raise CapacityError(f"{limit.name} is {value}: expected at least 1")
+
+
+class Scheduler:
+    """Sequences in, batches out: `add`, then `schedule` and `complete` in turn, with a batch of every group under way.
+
+    First come, first served. A sequence stays in one group from its admission until it leaves or is preempted. Where
+    the groups are, who sits in which slot, and which copies that takes is for `runtime/engine/slots.py`.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.num_preemptions = 0
+        """How often a sequence lost its place to an earlier one, since the scheduler was made."""
+        self._arrivals = itertools.count()
+        self._reset()
+
+    def _reset(self) -> None:
+        limits = self.limits
+        self._pages = Pages(limits.num_pages, limits.page_size)
+        self._groups = [
+            Group(index, limits.slots_per_group, self._pages, limits.prefix_caching, limits.batch_invariant)
+            for index in range(limits.num_groups)
+        ]
+        self._sequences: dict[int, SequenceState] = {}
+        self._waiting: list[SequenceState] = []
+        self._next_group = 0
+        self._uses = itertools.count(1)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that one sequence may have, prompt and completion: the limit, or what fits into all pages if fewer.
+
+        Whoever samples finishes a sequence that has as many.
+        """
+        return min(self.limits.max_length, self.limits.num_pages * self.limits.page_size)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether anything waits or runs, aborted sequences whose batch is under way included."""
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._sequences) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that have none yet, or lost it."""
+        return len(self._waiting)
+
+    @property
+    def used_pages(self) -> int:
+        """Pages held by sequences, and by tokens that free slots keep."""
+        return self._pages.held + self._pages.cached
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages held by tokens that free slots keep; they are given up as soon as a sequence needs them."""
+        return self._pages.cached
+
+    def add(self, sequence_id: int, prompt: Sequence[int], *, prompt_logits: bool = False) -> None:
+        """Takes a sequence in, behind those that are waiting.
+
+        `prompt_logits`: its prefill batches want the logits behind every token of the prompt, each once.
+
+        Raises:
+            CapacityError: It can never run, since the prompt leaves no room for a completion.
+            SchedulingError: There is a sequence of this id already, or the prompt is empty.
+        """
+        if sequence_id in self._sequences:
+            raise SchedulingError(f"sequence {sequence_id} is there already: expected an id that no other has")
+        if not prompt:
+            raise SchedulingError(f"sequence {sequence_id} has an empty prompt: expected at least one token")
+        self._refuse_if_too_long(sequence_id, len(prompt))
+        sequence = SequenceState(
+            sequence_id=sequence_id,
+            arrival=next(self._arrivals),
+            tokens=list(prompt),
+            prompt_length=len(prompt),
+            prompt_logits=prompt_logits,
+            batch_invariant=self.limits.batch_invariant,
+        )
+        self._sequences[sequence_id] = sequence
+        self._waiting.append(sequence)
+
+    def abort(self, sequence_id: int) -> None:
+        """Drops a sequence: at once, or when the batch returns that it is in. One that is not there is no error."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            return
+        if sequence.group is None:
+            self._waiting.remove(sequence)
+            del self._sequences[sequence_id]
+        elif sequence_id in _members(sequence.group.under_way):
+            sequence.aborted = True
+        else:
+            self._leave(sequence)
+
+    def clear(self) -> tuple[int, ...]:
+        """Forgets everything: sequences, batches under way, and what the slots hold.
+
+        Returns:
+            The ids of the sequences that had neither finished nor been aborted, in the order of their arrival.
+        """
+        unfinished = tuple(sequence.sequence_id for sequence in self._sequences.values() if not sequence.aborted)
+        self._reset()
+        return unfinished
+
+    def num_cached_tokens(self, sequence_id: int) -> int:
+        """How many tokens of its prompt a sequence found in a slot when it was first admitted; 0 before.
+
+        Raises:
+            SchedulingError: There is no such sequence, or it has left.
+        """
+        if sequence_id not in self._sequences:
+            raise SchedulingError(f"sequence {sequence_id} is not known: expected one that has not left")
+        return self._sequences[sequence_id].cached_tokens or 0
+
+    def cached_prefix(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a new prompt would be found in a slot at this moment."""
+        prompt = list(tokens)
+        return max(group.match(prompt, reusable_length(len(prompt))) for group in self._groups)
+
+    def schedule(self) -> Batch | None:
+        """The next batch, of a group that has none under way; None if nothing can run before a batch returns."""
+        order = self._groups[self._next_group :] + self._groups[: self._next_group]
+        idle = [group for group in order if group.under_way is None]
+        self._admit()
+        for group in idle:
+            batch = self._next_batch(group)
+            if batch is not None:
+                group.under_way = batch
+                group.last_was_prefill = isinstance(batch, Prefill)
+                self._next_group = (group.index + 1) % len(self._groups)
+                return batch
+        return None
+
+    def sequences_to_sample(self, batch: Batch) -> tuple[int, ...]:
+        """The sequences whose next token `complete` expects: those of a decode, or the one whose prefill ends.
+
+        Sequences that were aborted meanwhile are left out.
+
+        Raises:
+            SchedulingError: The batch is not under way.
+        """
+        self._group_of(batch)
+        members = (self._sequences[sequence_id] for sequence_id in _members(batch))
+        if isinstance(batch, Prefill):
+            end = batch.start + len(batch.tokens)
+            members = (sequence for sequence in members if end == len(sequence.tokens))
+        return tuple(sequence.sequence_id for sequence in members if not sequence.aborted)
+
+    def complete(self, batch: Batch, tokens: Mapping[int, int], finished: Collection[int] = ()) -> None:
+        """Takes note that a batch under way has run.
+
+        Args:
+            batch: As it came from `schedule`.
+            tokens: The token sampled for each of `sequences_to_sample`. Those of aborted sequences are dropped.
+            finished: The sequences of the batch that leave. What was sampled for them is not stepped.
+
+        Raises:
+            SchedulingError: The batch is not under way, a token is missing, or something is not of this batch.
+            CapacityError: A sequence has as many tokens as it may have, and is not finished.
+        """
+        group = self._group_of(batch)
+        self._check_result(batch, tokens, finished)
+        to_sample = self.sequences_to_sample(batch)
+        group.under_way = None
+        self._note_computed(group, batch)
+        for sequence_id in to_sample:
+            if sequence_id not in finished:
+                self._sequences[sequence_id].tokens.append(tokens[sequence_id])
+        for sequence_id in _members(batch):
+            sequence = self._sequences[sequence_id]
+            if sequence.aborted or sequence_id in finished:
+                self._leave(sequence)
+
+    def _group_of(self, batch: Batch) -> Group:
+        group = self._groups[batch.group] if batch.group < len(self._groups) else None
+        if group is None or group.under_way is not batch:
+            raise SchedulingError(
+                f"the batch of group {batch.group} is not under way: expected what schedule() gave, once"
+            )
+        return group
+
+    def _check_result(self, batch: Batch, tokens: Mapping[int, int], finished: Collection[int]) -> None:
+        members = _members(batch)
+        for sequence_id in itertools.chain(tokens, finished):
+            if sequence_id not in members:
+                raise SchedulingError(f"sequence {sequence_id} is not in the batch: expected only {sorted(members)}")
+        for sequence_id in self.sequences_to_sample(batch):
+            if sequence_id in finished:
+                continue
+            if sequence_id not in tokens:
+                raise SchedulingError(f"no token of sequence {sequence_id}: expected one, or that it is finished")
+            self._refuse_if_too_long(sequence_id, len(self._sequences[sequence_id].tokens) + 1)
+
+    def _refuse_if_too_long(self, sequence_id: int, length: int) -> None:
+        """Refuses a sequence that may not have another token."""
+        if length < self.max_length:
+            return
+        limits = self.limits
+        if self.max_length == limits.max_length:
+            reason = f"max_length is {limits.max_length}"
+        else:
+            reason = f"the KV cache has {limits.num_pages} pages of {limits.page_size}"
+        raise CapacityError(
+            f"sequence {sequence_id} has {length} tokens, and {reason}: expected at most {self.max_length - 1}, so that"
+            " one more can follow"
+        )
+
+    def _note_computed(self, group: Group, batch: Batch) -> None:
+        if isinstance(batch, Decode):
+            for row in batch.rows:
+                self._sequences[row.sequence_id].slot.length += 1
+            return
+        sequence = self._sequences[batch.sequence_id]
+        end = batch.start + len(batch.tokens)
+        sequence.slot.length = end
+        sequence.delivered = max(sequence.delivered, min(end, sequence.prompt_length))
+        if end == len(sequence.tokens):
+            group.prefilling = None
+            group.decoding.append(sequence)
+
+    def _leave(self, sequence: SequenceState) -> None:
+        if sequence.group is not None:
+            sequence.group.leave(sequence, next(self._uses))
+        del self._sequences[sequence.sequence_id]
+
+    def _admit(self) -> None:
+        """Admits sequences in order while there is a group that could prefill one at once.
+
+        A sequence may still go to another group that suits it better, and wait there for its turn.
+        """
+        while self._waiting:
+            sequence = self._waiting[0]
+            needed = self._pages.needed(len(sequence.tokens) + 1)
+            ready = any(group.is_ready_for_a_prompt for group in self._groups)
+            if not ready or self._pages.held + needed > self._pages.total:
+                return
+            del self._waiting[0]
+            group = self._choose_group(sequence)
+            group.admit(sequence, self.limits.prefill_chunk_size, next(self._uses))
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = sequence.slot.length
+
+    def _choose_group(self, sequence: SequenceState) -> Group:
+        """The group with the longest match, of those that are as little loaded as any or have one sequence more.
+
+        No match is worth leaving a group empty beside one that is not: a stage would have nothing to do.
+        """
+        open_groups = [group for group in self._groups if group.takes_a_prompt]
+        least = min(group.load for group in open_groups)
+        suitable = [group for group in open_groups if group.load <= least + min(least, 1)]
+
+        def rank(group: Group) -> tuple[int, int, bool]:
+            match = group.match(sequence.tokens, sequence.reusable)
+            return (-match if match >= WORTH_A_COPY else 0, group.load, not group.is_ready_for_a_prompt)
+
+        return min(suitable, key=rank)
+
+    def _next_batch(self, group: Group) -> Batch | None:
+        """The batch whose turn it is, or the other kind if there is none of it."""
+        if group.prefilling is not None and group.prefill_is_next:
+            return self._prefill(group, group.prefilling)
+        decode = self._decode(group)
+        if decode is None and group.prefilling is not None:
+            return self._prefill(group, group.prefilling)
+        return decode
+
+    def _prefill(self, group: Group, sequence: SequenceState) -> Prefill:
+        start = sequence.slot.length
+        end, logits = sequence.chunk(start, self.limits.prefill_chunk_size)
+        return Prefill(
+            group=group.index,
+            copies=group.take_copies(),
+            sequence_id=sequence.sequence_id,
+            slot=sequence.slot.index,
+            start=start,
+            tokens=tuple(sequence.tokens[start:end]),
+            logits=logits,
+        )
+
+    def _decode(self, group: Group) -> Decode | None:
+        if not self._make_room_for_next_tokens(group) or not group.decoding:
+            return None
+        group.compact()
+        rows = tuple(
+            Row(sequence_id=sequence.sequence_id, start=sequence.slot.length, token=sequence.tokens[-1])
+            for sequence in group.decoding
+        )
+        return Decode(group=group.index, copies=group.take_copies(), rows=rows)
+
+    def _make_room_for_next_tokens(self, group: Group) -> bool:
+        """Gives each decoding sequence the page of its next token, the earliest first; False if it has to wait.
+
+        When pages run out, the latest of the sequences that have no batch under way gives up its own. It may be the one
+        that needs the page.
+        """
+        in_need = [sequence for sequence in group.decoding if len(sequence.tokens) > sequence.pages * self._pages.size]
+        for sequence in sorted(in_need, key=_arrival):
+            while sequence.group is group and not self._pages.evict(1):
+                running = list(self._running_in_idle_groups())
+                if running == [sequence]:
+                    assert any(other.under_way for other in self._groups), "a sequence by itself always fits"
+                    return False
+                self._preempt(max(running, key=_arrival))
+            if sequence.group is group:
+                sequence.pages += 1
+                self._pages.held += 1
+        return True
+
+    def _running_in_idle_groups(self) -> Iterator[SequenceState]:
+        for group in self._groups:
+            if group.under_way is None:
+                yield from group.decoding
+                if group.prefilling is not None:
+                    yield group.prefilling
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        """Sends a sequence back to its place among the waiting ones. It will compute again what is not found then."""
+        assert sequence.group is not None, f"sequence {sequence.sequence_id} waits"
+        sequence.group.leave(sequence, next(self._uses))
+        insort(self._waiting, sequence, key=_arrival)
+        self.num_preemptions += 1
+
+
+def _members(batch: Batch | None) -> Collection[int]:
+    """The ids of the sequences in a batch."""
+    if batch is None:
+        return ()
+    if isinstance(batch, Prefill):
+        return (batch.sequence_id,)
+    return {row.sequence_id: None for row in batch.rows}
+
+
+def _arrival(sequence: SequenceState) -> int:
+    return sequence.arrival

@@ -1,0 +1,1 @@
+"""One run of a program: sessions, bindings, memory, states, collectives, threads."""

@@ -1,0 +1,153 @@
+"""Counters of what runs: each stage's runs, busy time and transfers, and each replica's tokens.
+
+A runner has rows of counters, each written by one thread alone and read by anybody: no lock, and each counter only
+grows. Times are kept in nanoseconds, so that every counter is a whole number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.manifest import CollectiveKind
+
+TransferKind = Literal["AllReduce", "AllGather", "Send"]
+"""Send is the transfer of what crosses into a stage from earlier ones."""
+
+TRANSFERS: tuple[TransferKind, ...] = ("AllReduce", "AllGather", "Send")
+WIDTH = 2 + 3 * len(TRANSFERS)
+"""Counters of a row: runs, busy time, then calls, bytes and time of each kind of transfer."""
+
+Counters: TypeAlias = npt.NDArray[np.int64]
+"""Counters; the last dimension has `WIDTH` of them."""
+
+Row: TypeAlias = "memoryview[int]"
+"""One row of counters, to be written."""
+
+_COLLECTIVES: tuple[CollectiveKind, ...] = ("AllReduce", "AllGather")
+_AT = [2 + 3 * index for index in range(len(TRANSFERS))]
+"""Where the counters of each kind of transfer begin."""
+_TIMES = [1, *(at + 2 for at in _AT)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCounts:
+    """What one kind of transfer did in a stage.
+
+    kind: a collective, or what the stage gets of earlier ones.
+    calls: how often: for each collective of the program, or for each run that got something.
+    nbytes: what each PE of the stage received: of a sum its size, of a gathered value the size of the whole.
+    seconds: what the stage's threads or processes spent on it, in the mean, waiting for each other included.
+    """
+
+    kind: TransferKind
+    calls: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCounts:
+    """What a stage of a replica has done.
+
+    runs: one for each batch, or several where rows of unequal lengths cannot be stepped together.
+    busy_seconds: how long these took.
+    transfers: of every kind that the stage can have.
+    """
+
+    runs: int
+    busy_seconds: float
+    transfers: tuple[TransferCounts, ...]
+
+
+class CollectiveMeter:
+    """Measures the collectives in the runs of one program, whose steps have collectives of the kinds `steps`.
+
+    The time of a step that has both kinds is that of the kind of which it has more.
+    """
+
+    def __init__(self, steps: Sequence[Sequence[CollectiveKind]]) -> None:
+        self.kinds = [_most(step) if step else None for step in steps]
+        """For each step the place of its kind in what `begin` gives; None: it has no collectives."""
+        calls = [sum(step.count(kind) for step in steps) for kind in _COLLECTIVES]
+        self._present = [(kind, _AT[kind], count) for kind, count in enumerate(calls) if count]
+        self._spent: list[list[int]] = []
+
+    def reset(self) -> None:
+        """Forgets the threads of the run before."""
+        self._spent = []
+
+    def begin(self) -> list[int]:
+        """Nanoseconds by kind, for a thread of the run to add to what it spends."""
+        spent = [0] * len(_COLLECTIVES)
+        self._spent.append(spent)
+        return spent
+
+    def count(self, row: Row, nbytes: Sequence[int]) -> None:
+        """Adds calls, bytes by kind and times of the run that has ended; a time is the mean of the run's threads."""
+        for kind, at, calls in self._present:
+            row[at] += calls
+            row[at + 1] += nbytes[kind]
+            row[at + 2] += sum([spent[kind] for spent in self._spent]) // len(self._spent)
+
+
+def _most(kinds: Sequence[CollectiveKind]) -> int:
+    return max(range(len(_COLLECTIVES)), key=lambda index: kinds.count(_COLLECTIVES[index]))
+
+
+def kind_index(kind: CollectiveKind) -> int:
+    """The place of a collective's kind in what is counted."""
+    return _COLLECTIVES.index(kind)
+
+
+def new_counters(*shape: int) -> Counters:
+    """Rows of counters, all 0, in private memory."""
+    return np.zeros((*shape, WIDTH), dtype=np.int64)
+
+
+def rows_of(counters: Counters) -> list[Row]:
+    """The rows of `[stages, WIDTH]` counters, to be written: several times faster than through numpy."""
+    return [row.data for row in counters]
+
+
+def count_run(row: Row, started: int) -> None:
+    """Counts a run that began at `started` (nanoseconds of `perf_counter_ns`) and has ended just now."""
+    row[0] += 1
+    row[1] += time.perf_counter_ns() - started
+
+
+def count_send(row: Row, nbytes: int, nanoseconds: int) -> None:
+    """Counts what came from earlier stages for one run."""
+    at = _AT[-1]
+    row[at] += 1
+    row[at + 1] += nbytes
+    row[at + 2] += nanoseconds
+
+
+def merged(counters: Counters) -> Counters:
+    """`[stages, WIDTH]` of `[groups, stages, workers, WIDTH]`: workers count alike, their times are averaged."""
+    of_workers: Counters = counters.sum(axis=0)
+    found = of_workers[:, 0].copy()
+    found[:, _TIMES] = of_workers[:, :, _TIMES].sum(axis=1) // counters.shape[2]
+    return found
+
+
+def stage_counts(counters: Counters) -> tuple[StageCounts, ...]:
+    """What `[stages, WIDTH]` counters say."""
+    return tuple(
+        StageCounts(runs=row[0], busy_seconds=row[1] / 1e9, transfers=_transfers(row, first=stage == 0))
+        for stage, row in enumerate(counters.tolist())
+    )
+
+
+def _transfers(row: Sequence[int], *, first: bool) -> tuple[TransferCounts, ...]:
+    return tuple(
+        TransferCounts(kind=kind, calls=row[2 + 3 * index], nbytes=row[3 + 3 * index], seconds=row[4 + 3 * index] / 1e9)
+        for index, kind in enumerate(TRANSFERS)
+        if not (first and kind == "Send")
+    )

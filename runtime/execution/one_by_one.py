@@ -1,0 +1,48 @@
+"""Runs that a kernel takes one sequence at a time: the batch taken apart and its results put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from onnx import ModelProto
+
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
+
+_BATCH = "batch"
+
+
+def takes_chunks_singly(program: ModelProto) -> bool:
+    """Whether the program takes several tokens behind a past in a batch of one only: GroupQueryAttention does."""
+    return any(node.op_type == "GroupQueryAttention" for node in program.graph.node)
+
+
+def is_chunk_of_many(sizes: Mapping[str, int]) -> bool:
+    """Whether a step of these sizes has several sequences with several new tokens behind a past."""
+    return all(sizes.get(name, 0) >= least for name, least in ((_BATCH, 2), ("sequence", 2), ("past", 1)))
+
+
+def run_singly(
+    run: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+    inputs: Mapping[str, Array],
+    *,
+    infos: Sequence[InputInfo],
+    outputs: Sequence[OutputInfo],
+    batch: int,
+) -> dict[str, Array]:
+    """The outputs of `run` for a batch, run sequence by sequence; what has no dimension of the batch is the first's."""
+    shapes = {info.name: info.shape for info in infos} | {info.name: info.shape for info in outputs}
+    dims = {name: shape.index(_BATCH) for name, shape in shapes.items() if _BATCH in shape}
+    rows = []
+    for row in range(batch):
+        one = {
+            name: np.take(array, [row], axis=dims[name]) if name in dims else array for name, array in inputs.items()
+        }
+        rows.append(run(one))
+    return {
+        info.name: np.concatenate([found[info.name] for found in rows], axis=dims[info.name])
+        if info.name in dims
+        else rows[0][info.name]
+        for info in outputs
+    }

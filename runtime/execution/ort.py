@@ -1,0 +1,165 @@
+"""The few calls of onnxruntime that execution needs, with types: sessions, bindings, and tensors over numpy memory.
+
+The raw classes behind `InferenceSession.io_binding()` are used, because the wrapper's bookkeeping costs three times the
+call itself. They keep no reference to the numpy memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    *(_state.EPFail, _state.EngineError, _state.Fail, _state.InvalidArgument, _state.InvalidGraph),
+    *(_state.InvalidProtobuf, _state.ModelRequiresCompilation, _state.NoModel, _state.NoSuchFile, _state.NotFound),
+    *(_state.NotImplemented, _state.RuntimeException),
+)
+"""What onnxruntime raises: its exceptions have no common base of their own."""
+
+_CPU = _state.OrtDevice(_state.OrtDevice.cpu(), _state.OrtDevice.default_memory(), 0)
+_SILENT = 4
+
+
+class RawTensor(Protocol):
+    """onnxruntime's own handle of a tensor."""
+
+    def numpy(self) -> Array:
+        """The tensor's memory as an array, without a copy; raises RuntimeError for types that numpy has not."""
+        ...
+
+    def data_ptr(self) -> int:
+        """The address of the tensor's memory."""
+        ...
+
+    def shape(self) -> list[int]:
+        """The tensor's shape."""
+        ...
+
+    def element_type(self) -> int:
+        """The tensor's type, as `TensorProto.DataType` numbers them."""
+        ...
+
+
+class RawBinding(Protocol):
+    """onnxruntime's own binding of a session's inputs and outputs."""
+
+    def bind_ortvalue_input(self, name: str, value: RawTensor) -> None:
+        """Binds an input."""
+        ...
+
+    def bind_ortvalue_output(self, name: str, value: RawTensor) -> None:
+        """Binds an output to memory of the caller."""
+        ...
+
+    def bind_output(self, name: str, device: object) -> None:
+        """Binds an output to memory that onnxruntime allocates in the next run."""
+        ...
+
+    def get_outputs(self) -> list[RawTensor]:
+        """The outputs of the last run, in the order in which they were bound first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """How sessions are made: `intra_op_threads` of each, and whether weights are packed for speed.
+
+    `prepack` copies each MatMul weight into the kernel's own order when the session is made; without it weights stay
+    mapped from their file, shared between sessions and processes, and decoding is slower. `exact` keeps onnxruntime
+    from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul. Without `optimize` every node is run
+    as it is written.
+    """
+
+    intra_op_threads: int = 1
+    prepack: bool = True
+    exact: bool = False
+    optimize: bool = True
+
+
+class Session:
+    """One onnxruntime session and what it takes to run it without Python overhead."""
+
+    __slots__ = ("_session", "run_binding")
+
+    def __init__(self, model: bytes, weights_folder: os.PathLike[str], settings: SessionSettings) -> None:
+        """Loads the serialised `model`, whose external data lies in `weights_folder`; raises one of ORT_ERRORS."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = settings.intra_op_threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = _SILENT
+        if not settings.optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # One pattern is kept for each input shape ever seen, and a growing context gives a new shape every step.
+        options.enable_mem_pattern = False
+        entries = {
+            "session.intra_op.allow_spinning": "0",
+            "session.inter_op.allow_spinning": "0",
+            "session.model_external_initializers_file_folder_path": os.fspath(weights_folder),
+            "session.disable_prepacking": "0" if settings.prepack else "1",
+        }
+        if settings.exact:
+            entries["session.qdq_matmulnbits_accuracy_level"] = "0"
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.run_binding: Callable[[RawBinding, None], None] = self._session._sess.run_with_iobinding
+
+    def binding(self) -> RawBinding:
+        """A new binding with nothing bound."""
+        binding: RawBinding = _state.SessionIOBinding(self._session._sess)
+        return binding
+
+    def run(self, inputs: Mapping[str, RawTensor], outputs: Sequence[str]) -> dict[str, RawTensor]:
+        """Runs once on `inputs`, and has onnxruntime allocate the `outputs`; for whoever runs it seldom."""
+        binding = self.binding()
+        for name, tensor in inputs.items():
+            binding.bind_ortvalue_input(name, tensor)
+        for name in outputs:
+            let_allocate(binding, name)
+        self.run_binding(binding, None)
+        return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+
+class Tensor(NamedTuple):
+    """An array and onnxruntime's handle of the same memory; whoever binds the handle keeps the array."""
+
+    array: Array
+    raw: RawTensor
+
+
+def wrap(array: Array, dtype: str) -> Tensor:
+    """A tensor of ONNX type `dtype` over the memory of the C-contiguous `array`."""
+    if array.dtype.isbuiltin != 1:
+        code = TensorProto.DataType.Value(dtype)
+        same_size = array.view(np.dtype(f"u{array.dtype.itemsize}"))
+        return Tensor(array, _state.OrtValue.ortvalue_from_numpy_with_onnx_type(same_size, code))
+    return Tensor(array, _state.OrtValue.ortvalue_from_numpy(array, _CPU))
+
+
+def unwrap(raw: RawTensor, dtype: str) -> Tensor:
+    """The tensor of ONNX type `dtype` that onnxruntime has allocated, its array over the same memory."""
+    kind = np.dtype(DTYPES[dtype].numpy)
+    if kind.isbuiltin == 1:
+        return Tensor(raw.numpy(), raw)
+    shape = raw.shape()
+    memory = (ctypes.c_uint8 * (math.prod(shape) * kind.itemsize)).from_address(raw.data_ptr())
+    return Tensor(np.ctypeslib.as_array(memory).view(kind).reshape(shape), raw)
+
+
+def let_allocate(binding: RawBinding, name: str) -> None:
+    """Has onnxruntime allocate the output `name` of the next run."""
+    binding.bind_output(name, _CPU)

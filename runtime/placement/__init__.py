@@ -1,0 +1,1 @@
+"""Which PE is which rank, stage and replica."""

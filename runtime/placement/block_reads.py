@@ -1,0 +1,165 @@
+"""Which stored tensors each block of a program reads, and how much of them for a decoded token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from onnx import NodeProto
+
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.layout import axes_of
+from furiosa_llm.runtime.artifact.manifest import StoredTensor
+from furiosa_llm.runtime.artifact.reader import Artifact
+
+RECOMPUTED_NBYTES = 2**20
+"""What follows from the inputs alone (masks, rotary tables) is computed again in every stage that reads it, unless a
+stored tensor above this size is needed for it."""
+
+_MICROSOFT = "com.microsoft"
+
+_LOOKED_UP: Mapping[tuple[str, str], tuple[tuple[int, ...], int]] = {
+    ("", "Gather"): ((0,), 1),
+    ("", "RotaryEmbedding"): ((1, 2), 3),
+    (_MICROSOFT, "GatherBlockQuantized"): ((0, 2, 3), 1),
+    (_MICROSOFT, "GroupQueryAttention"): ((7, 8), 5),
+    (_MICROSOFT, "RotaryEmbedding"): ((2, 3), 1),
+}
+"""Op -> its inputs that are tables, of which a token reads some rows, and the input that says which."""
+
+_EXPERTS = {(_MICROSOFT, "MoE"): 2, (_MICROSOFT, "QMoE"): 2}
+"""Op -> its first input that has something for each expert; a token reads those of `k` experts."""
+
+
+class _Origin(IntEnum):
+    """What a value follows from: initializers alone, graph inputs too, or what ranks have exchanged as well."""
+
+    INITIALIZERS = 0
+    INPUTS = 1
+    COLLECTIVES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReads:
+    """What a block reads on one rank.
+
+    `decoded` are the bytes of stored tensors that a decoded token of one sequence reads, by name: tables that are only
+    looked up by token or position count nothing, and of experts that share is counted which a token is routed to.
+    `kept` are all stored tensors that must be there, tables and what is computed again included.
+    """
+
+    decoded: Mapping[str, int]
+    kept: frozenset[str]
+
+
+def shard_nbytes(tensor: StoredTensor) -> int:
+    """The bytes of a stored tensor that one rank holds."""
+    return DTYPES[tensor.dtype].nbytes(tensor.local_shape)
+
+
+def block_starts(artifact: Artifact) -> tuple[int, ...]:
+    """The positions of the nodes that blocks begin at; an artifact without blocks is one block."""
+    return tuple(block.first_node for block in artifact.manifest.blocks) or (0,)
+
+
+def read_blocks(artifact: Artifact) -> tuple[BlockReads, ...]:
+    """What each block of `artifact` reads, in order."""
+    return _Reading(artifact).blocks()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A node reads the value `name`: some rows only, or what belongs to so many `experts` for each token."""
+
+    name: str
+    rows_only: bool = False
+    experts: int | None = None
+
+
+class _Reading:
+    """`origin` is every value's; `behind` the stored tensors whose elements a value follows from, but collectives."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._nodes: Sequence[NodeProto] = artifact.program.graph.node
+        graph = artifact.program.graph
+        self.origin = {value.name: _Origin.INPUTS for value in graph.input}
+        self.origin |= {tensor.name: _Origin.INITIALIZERS for tensor in graph.initializer}
+        self.behind = {name: frozenset((name,)) for name in artifact.tensors}
+        self._made_at: dict[str, int] = {}
+        for position, node in enumerate(self._nodes):
+            self._follow(position, node)
+
+    def _follow(self, position: int, node: NodeProto) -> None:
+        used = list(used_names(node))
+        origin = max((self.origin[name] for name in used), default=_Origin.INITIALIZERS)
+        if node.domain == COLLECTIVE_DOMAIN:
+            origin = _Origin.COLLECTIVES
+        behind: frozenset[str] = frozenset()
+        if origin is not _Origin.COLLECTIVES and node.op_type != "Shape":
+            behind = behind.union(*(self.behind.get(name, frozenset()) for name in used))
+        for name in filter(None, node.output):
+            self.origin[name] = origin
+            self.behind[name] = behind
+            self._made_at[name] = position
+
+    def blocks(self) -> tuple[BlockReads, ...]:
+        starts = block_starts(self._artifact)
+        stops = [*starts[1:], len(self._nodes)]
+        return tuple(self._block(start, stop) for start, stop in zip(starts, stops, strict=True))
+
+    def _block(self, start: int, stop: int) -> BlockReads:
+        decoded: dict[str, int] = {}
+        kept: set[str] = set()
+        for node in self._nodes[start:stop]:
+            # What follows from initializers alone is computed where it is read, wherever it is written.
+            if all(self.origin[name] is _Origin.INITIALIZERS for name in node.output if name):
+                continue
+            for read in self._reads(node):
+                if self.origin[read.name] is _Origin.INITIALIZERS:
+                    tensors = self.behind.get(read.name, frozenset())
+                    kept |= tensors
+                    for tensor in tensors:
+                        decoded[tensor] = max(self._decoded_nbytes(tensor, read), decoded.get(tensor, 0))
+                elif self.origin[read.name] is _Origin.INPUTS and self._made_at.get(read.name, start) < start:
+                    kept |= self._for_recomputing(read.name)
+        return BlockReads(decoded=decoded, kept=frozenset(kept))
+
+    def _reads(self, node: NodeProto) -> Iterator[_Read]:
+        """What `node` reads elements of."""
+        if node.op_type == "Shape":
+            return
+        op = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+        tables, rows = _LOOKED_UP.get(op, ((), 0))
+        looked_up = len(node.input) > rows and self.origin.get(node.input[rows]) is _Origin.INPUTS
+        experts = _EXPERTS.get(op, len(node.input))
+        for position, name in enumerate(node.input):
+            if not name:
+                continue
+            if position in tables and looked_up:
+                yield _Read(name=name, rows_only=True)
+            elif position >= experts:
+                yield _Read(name=name, experts=next((a.i for a in node.attribute if a.name == "k"), 1))
+            else:
+                yield _Read(name=name)
+        inputs = set(node.input)
+        yield from (_Read(name=name) for name in used_names(node) if name not in inputs)
+
+    def _decoded_nbytes(self, name: str, read: _Read) -> int:
+        if read.rows_only:
+            return 0
+        tensor = self._artifact.tensors[name]
+        nbytes = shard_nbytes(tensor)
+        if read.experts is None or not tensor.local_shape:
+            return nbytes
+        split = tensor.shard_axes if tensor.layout is None else axes_of(tensor.layout[0])
+        experts = tensor.local_shape[0] * self._artifact.manifest.mesh.parts(split)
+        return min(nbytes, -(-nbytes * read.experts // experts))
+
+    def _for_recomputing(self, name: str) -> frozenset[str]:
+        """The stored tensors for computing `name` again; none if it is sent."""
+        tensors = self.behind[name]
+        small = all(shard_nbytes(self._artifact.tensors[tensor]) <= RECOMPUTED_NBYTES for tensor in tensors)
+        return tensors if small else frozenset()

@@ -1,0 +1,151 @@
+"""Cuts an artifact's blocks into pipeline stages: so that the slowest is as fast as can be, or as the user says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.errors import TopologyError
+from furiosa_llm.runtime.placement.block_reads import block_starts, read_blocks, shard_nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A run of blocks that one group of PEs computes. Bytes are of one PE.
+
+    `index` counts stages from 0. The stage has `num_blocks` blocks from `first_block` on, which are the nodes
+    [`first_node`, `stop_node`) of program.onnx. `cost_nbytes` are the bytes of stored tensors that one decoded token
+    reads, which is what stages are balanced by; `weight_nbytes` those that are kept in memory, embedding tables
+    included. A tensor that two stages read is kept in both.
+    """
+
+    index: int
+    first_block: int
+    num_blocks: int
+    first_node: int
+    stop_node: int
+    cost_nbytes: int
+    weight_nbytes: int
+
+
+def choose_stages(
+    artifact: Artifact,
+    *,
+    pipeline_parallel_size: int | None = None,
+    num_blocks_per_pp_stage: Sequence[int] | None = None,
+) -> tuple[Stage, ...]:
+    """The stages of `artifact`: `pipeline_parallel_size` of them, or those that `num_blocks_per_pp_stage` counts out.
+
+    The largest `cost_nbytes` of a stage is as small as it can be, and costs are as even as that allows. With neither
+    argument there is one stage. Raises TopologyError if both are given, or do not go with the artifact's blocks.
+    """
+    reads = read_blocks(artifact)
+    costs = [sum(block.decoded.values()) for block in reads]
+    if num_blocks_per_pp_stage is not None:
+        counts = _block_counts(num_blocks_per_pp_stage)
+        _check_counts(counts, len(costs), pipeline_parallel_size)
+    else:
+        stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
+        _check_stages(stages, len(costs))
+        counts = balance(costs, stages)
+    starts = [*block_starts(artifact), len(artifact.program.graph.node)]
+    return tuple(
+        Stage(
+            index=index,
+            first_block=first,
+            num_blocks=stop - first,
+            first_node=starts[first],
+            stop_node=starts[stop],
+            cost_nbytes=sum(costs[first:stop]),
+            weight_nbytes=sum(
+                shard_nbytes(artifact.tensors[name])
+                for name in frozenset[str]().union(*(block.kept for block in reads[first:stop]))
+            ),
+        )
+        for index, (first, stop) in enumerate(pairwise(accumulate(counts, initial=0)))
+    )
+
+
+def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
+    """How many consecutive blocks each of `stages` stages gets, at least one; `costs` are the blocks'.
+
+    The largest sum of a stage is minimal; among such cuts the sum of squares of costs is (which is least where they are
+    most even), then that of block counts.
+    """
+    sums = [0, *accumulate(costs)]
+    limit = _least_limit(sums, stages)
+    # best[i]: of the cuts of the first i blocks into so many stages, the one with the least squares.
+    best: list[tuple[int, int, tuple[int, ...]] | None] = [(0, 0, ()), *([None] * len(costs))]
+    for _ in range(stages):
+        longer: list[tuple[int, int, tuple[int, ...]] | None] = [None] * (len(costs) + 1)
+        for stop in range(1, len(costs) + 1):
+            options = [
+                (
+                    before[0] + (sums[stop] - sums[start]) ** 2,
+                    before[1] + (stop - start) ** 2,
+                    (*before[2], stop - start),
+                )
+                for start in range(stop)
+                if (before := best[start]) is not None and sums[stop] - sums[start] <= limit
+            ]
+            longer[stop] = min(options, default=None)
+        best = longer
+    found = best[-1]
+    assert found is not None  # the limit can be kept
+    return found[2]
+
+
+def _least_limit(sums: Sequence[int], stages: int) -> int:
+    """The least that the largest of `stages` stages can cost."""
+    count = len(sums) - 1
+    # least[i]: the smallest possible maximum when the first i blocks are so many stages.
+    least: list[int | None] = [0, *([None] * count)]
+    for _ in range(stages):
+        least = [
+            min(
+                (max(most, sums[stop] - sums[start]) for start in range(stop) if (most := least[start]) is not None),
+                default=None,
+            )
+            for stop in range(count + 1)
+        ]
+    limit = least[-1]
+    assert limit is not None  # there are as many blocks as stages, or more
+    return limit
+
+
+def _check_stages(stages: int, blocks: int) -> None:
+    if stages < 1:
+        raise TopologyError(f"pipeline_parallel_size must be at least 1, got {stages}")
+    if stages > blocks == 1:
+        raise TopologyError(
+            f"pp={stages}, but the artifact is one block: its program has no place where a stage could begin; use pp=1"
+        )
+    if stages > blocks:
+        raise TopologyError(
+            f"pp={stages}, but the artifact has {blocks} blocks and a stage is one or more; use at most that"
+        )
+
+
+def _block_counts(given: object) -> tuple[int, ...]:
+    if not isinstance(given, Sequence) or not all(
+        isinstance(count, int) and not isinstance(count, bool) for count in given
+    ):
+        raise TopologyError(f"num_blocks_per_pp_stage is a list of integers such as [10, 20], got {given!r:.80}")
+    return tuple(given)
+
+
+def _check_counts(counts: Sequence[int], blocks: int, stages: int | None) -> None:
+    if stages is not None:
+        raise TopologyError(
+            "Only one of `pipeline_parallel_size` or `num_blocks_per_pp_stage` should be given as input, not both: got "
+            f"pp={stages} and {len(counts)} stages of {list(counts)} blocks; leave one out"
+        )
+    if not counts or min(counts) < 1:
+        raise TopologyError(f"num_blocks_per_pp_stage is one positive number for each stage, got {list(counts)}")
+    if sum(counts) != blocks:
+        raise TopologyError(
+            f"num_blocks_per_pp_stage {list(counts)} has {sum(counts)} blocks in all, but the artifact has {blocks}; "
+            f"give numbers that add up to {blocks}"
+        )

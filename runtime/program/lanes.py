@@ -1,0 +1,332 @@
+"""Lanes: the ranks that one thread steps, side by side in one graph, so that a segment of theirs is one call.
+
+Each rank's nodes are there as the program has them. What several ranks would compute from the same operands is there
+once: norms, masks and rotary tables are alike on all ranks. The partial sums of a lane's ranks are added in its graph,
+neighbours first, so that a sum has the same order, and the same bits, for any number of lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from onnx import NodeProto, TensorProto, helper
+
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs, used_names
+from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
+from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Segment, Step, ValueType
+
+_NARROW = frozenset({"FLOAT16", "BFLOAT16"})
+"""Types whose partial sums are added in 32 bits and rounded once."""
+_ADDED_IN_GRAPH = frozenset({"FLOAT", "DOUBLE", "INT32", "INT64", *_NARROW})
+"""Types that onnxruntime's Add has a kernel for, here or after a Cast to FLOAT."""
+
+Alike = Mapping[tuple[int, str], int]
+"""(rank, value) -> the first rank on which the value is the same; a value that is not there is a rank's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A value of one lane, by the lane's name for it."""
+
+    lane: int
+    name: str
+
+
+Sum = Part | tuple["Sum", "Sum"]
+"""In which order parts are added: the two sums of a pair, then both."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """A collective over one group of ranks, between lanes.
+
+    `total` is what an AllReduce adds up, None for an AllGather, whose `parts` are in the order of the group. `out` is
+    the result's name, the same in each of the `lanes` that want it.
+    """
+
+    call: CollectiveCall
+    total: Sum | None
+    parts: tuple[Part, ...]
+    out: str
+    lanes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneSegment:
+    """A segment of one lane: nodes, inputs and outputs under the lane's names.
+
+    `initializers` are by the lane's name the program's, and a rank whose shard it is.
+    """
+
+    nodes: tuple[NodeProto, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    initializers: Mapping[str, tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStep:
+    """The segment of every lane (None: nothing to compute), then the exchanges behind them."""
+
+    segments: tuple[LaneSegment | None, ...]
+    exchanges: tuple[Exchange, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """A program on all lanes of a mesh. `types` has the values that cross steps, by the lanes' names."""
+
+    program: Program
+    mesh: Mesh
+    ranks: tuple[tuple[int, ...], ...]
+    steps: tuple[LaneStep, ...]
+    types: Mapping[str, ValueType]
+    alike: Alike
+
+    def name(self, rank: int, value: str) -> str:
+        """The name of the program's `value` of `rank` in the rank's lane."""
+        return _named(self.alike, rank, value)
+
+    def lane_of(self, rank: int) -> int:
+        """The lane of `rank`."""
+        return rank * len(self.ranks) // self.mesh.size
+
+
+def lanes_of(
+    program: Program, mesh: Mesh, count: int, *, shard_axes: Mapping[str, tuple[int, ...]], inputs: Alike
+) -> Lanes:
+    """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
+
+    `shard_axes` are the mesh axes that tell the shards of a stored initializer apart. `inputs` says of graph inputs on
+    which ranks they are alike.
+    """
+    ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
+    return _Laying(program, mesh, ranks, find_alike(program, mesh, shard_axes, inputs)).run()
+
+
+def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """The mesh axes that tell the shards of each stored tensor apart."""
+    return {tensor.name: tensor.shard_axes for tensor in manifest.tensors}
+
+
+def alike_inputs(manifest: Manifest) -> Alike:
+    """On which ranks the graph inputs are alike: all of those that are not split; a state is every rank's own."""
+    return {
+        (rank, info.name): 0
+        for info in manifest.inputs
+        if info.role != "state" and not any(layout is not None and axes_of(layout) for layout in info.layout)
+        for rank in range(manifest.mesh.size)
+    }
+
+
+def ranks_of(lane: int, ranks: int, lanes: int) -> tuple[int, ...]:
+    """The ranks of `lane`, ascending."""
+    return tuple(rank for rank in range(ranks) if rank * lanes // ranks == lane)
+
+
+def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int, ...]], inputs: Alike) -> Alike:
+    """On which ranks each value is the same: computed by the same node from the same operands.
+
+    A collective gives the same to all ranks of a group. Weights that are dequantised are each rank's own even where
+    they are the same: onnxruntime fuses that with the one product that reads them, and if there are several it neither
+    fuses nor rounds as it would.
+    """
+    alike = dict(inputs)
+    stored = {tensor.name for tensor in program.model.graph.initializer}
+    fused: set[str] = set()
+    for tensor in program.model.graph.initializer:
+        axes = shard_axes.get(tensor.name, ())
+        positions = [mesh.position(rank, axes) for rank in range(mesh.size)]
+        alike.update({(rank, tensor.name): positions.index(position) for rank, position in enumerate(positions)})
+    groups = {call.output: mesh.groups(call.collective.axes) for step in program.steps for call in step.collectives}
+    for node in program.model.graph.node:
+        if node.domain == COLLECTIVE_DOMAIN:
+            for group in groups[node.output[0]]:
+                alike.update({(rank, node.output[0]): group[0] for rank in group})
+            continue
+        read = tuple(dict.fromkeys(used_names(node)))
+        if node.op_type == "DequantizeLinear" and stored.issuperset(read):
+            fused.update((*read, *node.output))
+        first: dict[tuple[int, ...], int] = {}
+        for rank in range(mesh.size):
+            owner = first.setdefault(tuple(alike.get((rank, name), rank) for name in read), rank)
+            alike.update({(rank, name): owner for name in node.output if name})
+    return {(rank, name): owner for (rank, name), owner in alike.items() if name not in fused}
+
+
+def _named(alike: Alike, rank: int, value: str) -> str:
+    return f"{alike.get((rank, value), rank)}/{value}"
+
+
+class _Laying:
+    """Lays a program out on lanes, step by step."""
+
+    def __init__(self, program: Program, mesh: Mesh, ranks: tuple[tuple[int, ...], ...], alike: Alike) -> None:
+        self._program = program
+        self._mesh = mesh
+        self._ranks = ranks
+        self._alike = alike
+        self._lane_of = {rank: lane for lane, own in enumerate(ranks) for rank in own}
+        self._read = {name for step in program.steps if step.segment for name in step.segment.inputs}
+        self._initializers = {tensor.name for tensor in program.model.graph.initializer}
+        self._types = {
+            self._name(rank, name): kind for name, kind in program.types.items() for rank in range(mesh.size)
+        }
+
+    def run(self) -> Lanes:
+        """See `lanes_of`."""
+        steps = tuple(self._step(step) for step in self._program.steps)
+        return Lanes(
+            program=self._program,
+            mesh=self._mesh,
+            ranks=self._ranks,
+            steps=steps,
+            types=self._types,
+            alike=self._alike,
+        )
+
+    def _name(self, rank: int, value: str) -> str:
+        return _named(self._alike, rank, value)
+
+    def _step(self, step: Step) -> LaneStep:
+        sums: list[list[NodeProto]] = [[] for _ in self._ranks]
+        exchanges = tuple(
+            self._exchange(call, group, sums)
+            for call in step.collectives
+            for group in self._mesh.groups(call.collective.axes)
+        )
+        parts = [{p.name for e in exchanges for p in parts_of(e) if p.lane == lane} for lane in range(len(self._ranks))]
+        segments = tuple(
+            self._segment(step.segment, ranks, sums[lane], parts[lane]) for lane, ranks in enumerate(self._ranks)
+        )
+        return LaneStep(segments=segments, exchanges=exchanges)
+
+    # -- collectives -------------------------------------------------------------------------------------------
+
+    def _exchange(self, call: CollectiveCall, group: Sequence[int], sums: Sequence[list[NodeProto]]) -> Exchange:
+        lanes = tuple(dict.fromkeys(self._lane_of[rank] for rank in group))
+        out = self._name(group[0], call.output)
+        if call.collective.kind == "AllReduce":
+            return Exchange(call=call, total=self._sum(call, group, sums), parts=(), out=out, lanes=lanes)
+        parts = tuple(Part(lane=self._lane_of[rank], name=self._name(rank, call.input)) for rank in group)
+        return Exchange(call=call, total=None, parts=parts, out=out, lanes=lanes)
+
+    def _sum(self, call: CollectiveCall, group: Sequence[int], sums: Sequence[list[NodeProto]]) -> Sum:
+        """The sum over `group`: what one lane has of it is added in the lane's graph."""
+        lane, dtype = self._lane_of[group[0]], self._program.types[call.input].dtype
+        whole = all(self._lane_of[rank] == lane for rank in group)
+        if len(group) == 1 or (whole and dtype in _ADDED_IN_GRAPH):
+            return Part(lane=lane, name=self._added(call, group, sums[lane]))
+        return (self._sum(call, _first(group), sums), self._sum(call, _rest(group), sums))
+
+    def _added(self, call: CollectiveCall, group: Sequence[int], nodes: list[NodeProto]) -> str:
+        """Appends to `nodes` what adds the parts of `group`, and returns the name of their sum."""
+        kind = self._program.types[call.input]
+        if len(group) > 1:
+            operands = [self._added(call, part, nodes) for part in (_first(group), _rest(group))]
+            name = f"sum/{group[0]}-{group[-1]}/{call.output}"
+            nodes.append(helper.make_node("Add", operands, [name]))
+        elif kind.dtype in _NARROW:
+            part = self._name(group[0], call.input)
+            name = f"wide/{group[0]}/{call.output}"
+            nodes.append(helper.make_node("Cast", [part], [name], to=TensorProto.FLOAT))
+        else:
+            return self._name(group[0], call.input)
+        self._types[name] = ValueType(dtype="FLOAT" if kind.dtype in _NARROW else kind.dtype, shape=kind.shape)
+        return name
+
+    # -- segments ----------------------------------------------------------------------------------------------
+
+    def _segment(
+        self, segment: Segment | None, ranks: Sequence[int], sums: Sequence[NodeProto], parts: Collection[str]
+    ) -> LaneSegment | None:
+        """What one lane computes; it leaves what later segments, the caller and the exchanges read."""
+        leaving = set(parts)
+        if segment is not None:
+            wanted = [name for name in segment.outputs if name in self._read or name in self._program.outputs]
+            leaving.update(self._name(rank, name) for name in wanted for rank in ranks)
+        nodes = _needed([*(self._nodes(segment, ranks) if segment is not None else ()), *sums], leaving)
+        if not nodes:
+            return None
+        initializers = {
+            self._name(rank, name): (name, rank)
+            for name in (segment.initializers if segment is not None else ())
+            for rank in reversed(ranks)
+        }
+        made = dict.fromkeys(name for node in nodes for name in node.output if name)
+        read = dict.fromkeys(name for node in nodes for name in used_names(node))
+        return LaneSegment(
+            nodes=tuple(nodes),
+            inputs=tuple(name for name in read if name not in made and name not in initializers),
+            outputs=tuple(name for name in made if name in leaving),
+            initializers=initializers,
+        )
+
+    def _nodes(self, segment: Segment, ranks: Sequence[int]) -> Iterator[NodeProto]:
+        """The nodes of the ranks, but for those that would compute what another rank's has."""
+        for position in segment.nodes:
+            node = self._program.model.graph.node[position]
+            made = next(name for name in node.output if name)
+            owners: set[int] = set()
+            for rank in ranks:
+                owner = self._alike.get((rank, made), rank)
+                if owner not in owners:
+                    owners.add(owner)
+                    yield self._renamed(node, rank)
+
+    def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
+        own = NodeProto()
+        own.CopyFrom(node)
+        own.name = f"{rank}/{node.name}" if node.name else ""
+        _rename(own, {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name})
+        return own
+
+
+def parts_of(exchange: Exchange) -> tuple[Part, ...]:
+    """The values that go into `exchange`."""
+    return exchange.parts if exchange.total is None else tuple(_leaves(exchange.total))
+
+
+def _needed(nodes: Sequence[NodeProto], leaving: Collection[str]) -> list[NodeProto]:
+    """The nodes on the way to what is `leaving`."""
+    wanted, found = set(leaving), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            found.append(node)
+            wanted.update(used_names(node))
+    return found[::-1]
+
+
+def _leaves(total: Sum) -> Iterator[Part]:
+    if isinstance(total, Part):
+        yield total
+    else:
+        for side in total:
+            yield from _leaves(side)
+
+
+def _first(group: Sequence[int]) -> Sequence[int]:
+    """The greatest power of two of ranks that is less than all of them: these are added first."""
+    return group[: 1 << ((len(group) - 1).bit_length() - 1)]
+
+
+def _rest(group: Sequence[int]) -> Sequence[int]:
+    return group[len(_first(group)) :]
+
+
+def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Gives what `node` and the graphs in it read of the outside the names in `names`."""
+    for values in (node.input, node.output):
+        renamed = [names.get(name, name) for name in values]
+        del values[:]
+        values.extend(renamed)
+    for graph in attribute_graphs(node):
+        own = {given.name for given in (*graph.input, *graph.initializer)}
+        own.update(name for inner in graph.node for name in inner.output)
+        outside = {name: new for name, new in names.items() if name not in own}
+        for inner in graph.node:
+            _rename(inner, outside)
+        for value in graph.output:
+            value.name = outside.get(value.name, value.name)

@@ -1,0 +1,331 @@
+"""The program as an engine runs it: logits of wanted positions only, and rows of unequal lengths in one step.
+
+Both are changes to a copy of program.onnx, each made where the graph's structure shows that it is safe:
+
+* The hidden states of wanted positions are gathered in front of the product that makes the logits, because a prefill
+  needs those of the last position alone.
+* GroupQueryAttention is told each row's own last position. The graph tells it that of the longest row, if a build has
+  fused attention, and what the mask adds up to, if the exporter wrote it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from furiosa_llm.runtime.artifact.dimensions import GROWING, parse_dimension
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
+from furiosa_llm.runtime.artifact.reader import Artifact
+
+WANTED = "furiosa_llm.wanted"
+"""The graph input, INT64 `[wanted]`, of the positions in a step whose logits are wanted."""
+LAST_POSITIONS = "furiosa_llm.last_positions"
+"""The graph input, INT32 `[batch]`, of the cache position that each row's last new token goes to."""
+
+_ATTENTION = "GroupQueryAttention"
+_SEQLENS, _TOTAL, _BIAS = 5, 6, 10
+"""Operands of GroupQueryAttention: last position of each row, length of the longest row, what scores are added to."""
+_PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul", "MatMulBnb4"})
+_TWICE = "furiosa_llm.twice"
+"""The first part of the names of values that have every row twice."""
+_SPLIT_COUNTS = 18
+"""From this opset on Split is told the number of equal parts; before it follows from the number of outputs."""
+_ELEMENTWISE = frozenset({"Add", "Mul", "Div", "Sub", "Cast", "Tanh", "Identity", "Neg"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingGraph:
+    """A program made for an engine.
+
+    `selects`: it has the input `WANTED`. `ragged`: it has the input `LAST_POSITIONS`, and rows of a step may have
+    unequal lengths, if what `biases` names is for each row as it is for the row alone.
+    """
+
+    model: ModelProto
+    selects: bool
+    ragged: bool
+    biases: tuple[str, ...]
+
+
+def serving_graph(
+    program: ModelProto, manifest: Manifest, *, ragged: bool = True, doubled: Collection[str] = ()
+) -> ServingGraph:
+    """`program` for an engine; it is itself left as it is.
+
+    `ragged`: rows of unequal lengths are wanted. `doubled` are the types of ops that get every row twice.
+    """
+    model = ModelProto()
+    model.CopyFrom(program)
+    logits = [info.name for info in manifest.outputs if info.role == "logits"]
+    selects = len(logits) == 1 and _select(model, logits[0])
+    ragged = ragged and _is_ragged(model, manifest)
+    biases: tuple[str, ...] = ()
+    if ragged:
+        nodes = [node for node in model.graph.node if node.op_type == _ATTENTION]
+        biases = tuple(dict.fromkeys(node.input[_BIAS] for node in nodes if len(node.input) > _BIAS))
+        for node in nodes:
+            node.input[_SEQLENS] = LAST_POSITIONS
+        model.graph.input.append(helper.make_tensor_value_info(LAST_POSITIONS, TensorProto.INT32, ["batch"]))
+    _double(model, doubled)
+    _remove_dead(model)
+    return ServingGraph(model=model, selects=selects, ragged=ragged, biases=tuple(b for b in biases if b))
+
+
+# -- logits of wanted positions ------------------------------------------------------------------------------------
+
+
+def _select(model: ModelProto, logits: str) -> bool:
+    """Gathers the wanted positions in front of the last product; whether the graph's end has a form that allows it."""
+    graph = model.graph
+    declared = {value.name: value for value in (*graph.value_info, *graph.output)}
+    found = _end_of(graph, logits)
+    if found is None:
+        return False
+    product, behind = found
+    if any(_dims(declared[name]) != ["batch", "sequence"] for name in behind if name in declared):
+        return False
+    chosen = f"{WANTED}/{product.input[0]}"
+    gather = helper.make_node("Gather", [product.input[0], WANTED], [chosen], name=WANTED, axis=1)
+    product.input[0] = chosen
+    graph.node.insert(next(i for i, other in enumerate(graph.node) if other is product), gather)
+    graph.input.append(helper.make_tensor_value_info(WANTED, TensorProto.INT64, ["wanted"]))
+    for name in behind:
+        if name in declared:
+            declared[name].type.tensor_type.shape.dim[1].dim_param = "wanted"
+    return True
+
+
+def _end_of(graph: GraphProto, logits: str) -> tuple[NodeProto, list[str]] | None:
+    """The last product with a matrix on the way to `logits`, and the values from its output on; None if there is none.
+
+    Behind it are only nodes that take each position by itself, and nothing else reads what is between.
+    """
+    producer = {name: node for node in graph.node for name in node.output if name}
+    constants = _constants(graph)
+    readers = Counter(name for node in graph.node for name in used_names(node))
+    behind: list[str] = []
+    name = logits
+    while (node := producer.get(name)) is not None and readers[name] == bool(behind):
+        behind.append(name)
+        moving = [given for given in node.input if given and given not in constants]
+        if len(moving) != 1 or len([made for made in node.output if made]) != 1:
+            return None
+        if node.op_type in _PRODUCTS and node.input[0] == moving[0]:
+            return None if _transposes(node) else (node, behind)
+        if not _is_by_position(node):
+            return None
+        name = moving[0]
+    return None
+
+
+def _constants(graph: GraphProto) -> set[str]:
+    """Initializers, and what follows from them alone."""
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if constants.issuperset(used_names(node)):
+            constants.update(name for name in node.output if name)
+    return constants
+
+
+def _is_by_position(node: NodeProto) -> bool:
+    """Whether `node` makes of each position of `[batch, sequence, n]` what it would make of it alone."""
+    if node.domain == COLLECTIVE_DOMAIN:
+        dim = next((attribute.i for attribute in node.attribute if attribute.name == "dim"), None)
+        return node.op_type == "AllReduce" or dim == 2
+    return node.op_type in _ELEMENTWISE
+
+
+def _transposes(node: NodeProto) -> bool:
+    """Whether a product turns its first operand before it takes it: positions are then not where they seem to be."""
+    return any(attribute.name in ("transA", "transBatchA") and attribute.i for attribute in node.attribute)
+
+
+def _dims(value: ValueInfoProto) -> list[str]:
+    """The names of the first two of three dimensions, empty for any other value."""
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_param for dim in dims[:2]] if len(dims) == 3 else []
+
+
+# -- rows of unequal lengths ---------------------------------------------------------------------------------------
+
+
+def _is_ragged(model: ModelProto, manifest: Manifest) -> bool:
+    """Whether the length of the longest row matters nowhere but where attention is told it, and in its bias.
+
+    What follows from an input whose shape grows from step to step is marked, through every node but those that take
+    other sizes of it. Attention itself stops the marks, because it reads no more of a row than it is told the row has.
+    """
+    states = manifest.states
+    if not states or any(state.mode != "in_place" for state in states):
+        return False
+    caches = {state.input for state in states}
+    declared = {value.name: value for value in model.graph.input}
+    marked = {name for name, value in declared.items() if _grows(value, 0, None)}
+    for node in model.graph.node:
+        read = set(used_names(node))
+        if node.op_type == _ATTENTION and len(node.input) > _TOTAL and caches.issuperset(node.input[3:5]):
+            others = {name for i, name in enumerate(node.input) if i not in (3, 4, _SEQLENS, _TOTAL, _BIAS)}
+            if marked & others:
+                return False
+            continue
+        if node.op_type == "Shape" and node.input[0] in declared:
+            limits = {attribute.name: attribute.i for attribute in node.attribute}
+            if not _grows(declared[node.input[0]], limits.get("start", 0), limits.get("end")):
+                continue
+        if marked & read:
+            if node.domain == COLLECTIVE_DOMAIN:
+                return False
+            marked.update(name for name in node.output if name)
+    return not marked.intersection(info.name for info in manifest.outputs)
+
+
+def _grows(value: ValueInfoProto, start: int, end: int | None) -> bool:
+    """Whether one of the dimensions [start, end) of `value` may grow from step to step."""
+    for dim in list(value.type.tensor_type.shape.dim)[start:end]:
+        if dim.HasField("dim_value"):
+            continue
+        try:
+            names = parse_dimension(dim.dim_param).names
+        except ArtifactError:
+            return True
+        if GROWING.intersection(names):
+            return True
+    return False
+
+
+# -- the bias of each row ------------------------------------------------------------------------------------------
+
+
+def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -> bool:
+    """Whether what rows of unequal lengths add to their scores is, for each row, what it would be for the row alone.
+
+    The part of the graph that makes it is run as rank 0 has it, for rows of up to `longest` positions: a window that is
+    counted from the end of the longest row is found out if it is shorter than that.
+    """
+    if not serving.biases:
+        return True
+    part = part_of_graph(serving.model, artifact, serving.biases)
+    if part is None:
+        return False
+    infos = [info for info in artifact.manifest.inputs if info.name in part.inputs]
+
+    def biases(lengths: list[int]) -> list[Array]:
+        return list(part.run({info.name: _feed(info, lengths) for info in infos}).values())
+
+    lengths = sorted({0, 1, 2, longest // 3, longest // 2, longest - 2, longest - 1} & set(range(longest)))
+    together = biases(lengths)
+    for row, length in enumerate(lengths):
+        for ours, alone in zip(together, biases([length]), strict=True):
+            own = ours[min(row, ours.shape[0] - 1)]
+            if not np.array_equal(own[..., : length + 1], alone[0]):
+                return False
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartOfGraph:
+    """The part of a program that makes some values from its inputs, as rank 0 has it, ready to run."""
+
+    session: onnxruntime.InferenceSession
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The values by name; `feeds` has all of `inputs`, and may have more."""
+        made: list[Array] = self.session.run(None, {name: feeds[name] for name in self.inputs})
+        return dict(zip(self.outputs, made, strict=True))
+
+
+def part_of_graph(source: ModelProto, artifact: Artifact, names: Sequence[str]) -> PartOfGraph | None:
+    """What makes the values `names` in the program `source`; None if they wait for a collective."""
+    live = set(names)
+    nodes: list[NodeProto] = []
+    for node in reversed(source.graph.node):
+        if live.intersection(node.output):
+            if node.domain == COLLECTIVE_DOMAIN:
+                return None
+            nodes.append(node)
+            live.update(used_names(node))
+    graph = GraphProto(name="part", node=reversed(nodes))
+    graph.initializer.extend(_inline(tensor, artifact) for tensor in source.graph.initializer if tensor.name in live)
+    graph.input.extend(value for value in source.graph.input if value.name in live)
+    graph.output.extend(ValueInfoProto(name=name) for name in names)
+    model = ModelProto(ir_version=source.ir_version, graph=graph, functions=source.functions)
+    model.opset_import.extend(source.opset_import)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
+    return PartOfGraph(session=session, inputs=tuple(value.name for value in graph.input), outputs=tuple(names))
+
+
+def _inline(tensor: TensorProto, artifact: Artifact) -> TensorProto:
+    """`tensor` with the data of rank 0 in it."""
+    if tensor.name not in artifact.tensors:
+        return tensor
+    data = artifact.read_window(artifact.window(tensor.name, 0)).tobytes()
+    return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
+
+
+def _feed(info: InputInfo, lengths: list[int]) -> Array:
+    """What a decode step feeds the input: one new token for rows that have `lengths` tokens already."""
+    sizes = {"batch": len(lengths), "sequence": 1, "past": max(lengths), "total": max(lengths) + 1}
+    shape = tuple(dim if isinstance(dim, int) else parse_dimension(dim).value(sizes) for dim in info.shape)
+    array = np.zeros(shape, dtype=DTYPES[info.dtype].numpy)
+    if info.role == "attention_mask":
+        array[...] = np.arange(shape[1]) <= np.array(lengths)[:, None]
+    elif info.role == "position_ids":
+        array[...] = np.array(lengths)[:, None]
+    return array
+
+
+def _quiet() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return options
+
+
+def _double(model: ModelProto, op_types: Collection[str]) -> None:
+    """Gives the nodes of `op_types` every row twice, and takes the first half of what they make of it."""
+    if not op_types:
+        return
+    graph = model.graph
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    halves: dict[str, Any] = {"num_outputs": 2} if opset >= _SPLIT_COUNTS else {}
+    constants = _constants(graph)
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type not in op_types:
+            continue
+        for index, name in enumerate(node.input):
+            if name and name not in constants:
+                node.input[index] = f"{_TWICE}/{node.output[0]}/{index}"
+                nodes.insert(-1, helper.make_node("Concat", [name, name], [node.input[index]], axis=0))
+        for index, name in enumerate(node.output):
+            if name:
+                node.output[index] = f"{_TWICE}/{name}"
+                made = [name, f"{_TWICE}/{name}/companions"]
+                nodes.append(helper.make_node("Split", [node.output[index]], made, axis=0, **halves))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _remove_dead(model: ModelProto) -> None:
+    """Removes the nodes that nothing reads any more."""
+    graph = model.graph
+    live = {value.name for value in graph.output}
+    kept: list[NodeProto] = []
+    for node in reversed(graph.node):
+        if live.intersection(node.output):
+            kept.append(node)
+            live.update(used_names(node))
+    del graph.node[:]
+    graph.node.extend(reversed(kept))

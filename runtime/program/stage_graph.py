@@ -1,0 +1,211 @@
+"""Cuts a program into pipeline stages: the nodes of each, what crosses between them, and what each computes anew.
+
+A value that follows from the step's inputs alone (a mask, a rotary table) is computed anew in each stage that reads
+it, unless that takes a stored tensor of some size, or a state that another stage keeps: then it is sent. The size of a
+state can be told from any other of the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.json_reader import REBUILD
+from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
+from furiosa_llm.runtime.errors import UnsupportedError
+from furiosa_llm.runtime.placement.block_reads import RECOMPUTED_NBYTES, shard_nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageGraph:
+    """One stage of a program, as a model of its own.
+
+    `received` are by name the stage that each value comes from; `sent` leave for later stages; `collectives` are those
+    of the collective nodes in order; `states` are kept by this stage.
+    """
+
+    index: int
+    model: ModelProto
+    collectives: tuple[Collective, ...]
+    states: tuple[State, ...]
+    received: Mapping[str, int]
+    sent: tuple[str, ...]
+
+
+def cut_stages(
+    model: ModelProto,
+    starts: Sequence[str | None],
+    *,
+    collectives: Sequence[Collective],
+    states: Sequence[State],
+    tensors: Mapping[str, StoredTensor],
+) -> tuple[StageGraph, ...]:
+    """The stages of `model`, the first of which begins at the first node and each other one behind a collective.
+
+    `starts` gives for each stage the output of the collective that it begins behind, None for the first. Raises
+    ArtifactError if a value that must be sent has no type in the program.
+    """
+    return _Cutting(model, starts, collectives, states, tensors).run()
+
+
+class _Cutting:
+    def __init__(
+        self,
+        model: ModelProto,
+        starts: Sequence[str | None],
+        collectives: Sequence[Collective],
+        states: Sequence[State],
+        tensors: Mapping[str, StoredTensor],
+    ) -> None:
+        graph = model.graph
+        self._model = model
+        self._states = states
+        self._tensors = tensors
+        self._nodes = list(graph.node)
+        self._producer = {name: at for at, node in enumerate(self._nodes) for name in node.output if name}
+        self._declared: dict[str, ValueInfoProto] = {
+            value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
+        }
+        self._collectives = dict(
+            zip((n.output[0] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN), collectives, strict=True)
+        )
+        self._first = [0 if start is None else self._producer[start] + 1 for start in starts]
+        self._waits = self._behind_collectives()
+        inputs = {value.name: value.type.tensor_type.shape.SerializeToString() for value in graph.input}
+        self._state_shapes = {state.input: inputs[state.input] for state in states}
+
+    def run(self) -> tuple[StageGraph, ...]:
+        """See `cut_stages`."""
+        stages = range(len(self._first))
+        parts = [self._part(stage) for stage in stages]
+        made_by = {name: stage for stage in stages for at in self._own(stage) for name in self._nodes[at].output}
+        sent: list[dict[str, None]] = [{} for _ in self._first]
+        received: list[dict[str, int]] = []
+        for _, names in parts:
+            received.append({name: made_by[name] for name in names})
+            for name in names:
+                sent[made_by[name]][name] = None
+        return tuple(
+            self._stage(index, positions, received[index], tuple(sent[index]))
+            for index, (positions, _) in enumerate(parts)
+        )
+
+    def _own(self, stage: int) -> range:
+        ends = [*self._first[1:], len(self._nodes)]
+        return range(self._first[stage], ends[stage])
+
+    def _behind_collectives(self) -> set[str]:
+        """The values on whose way there is a collective."""
+        waiting: set[str] = set()
+        for node in self._nodes:
+            if node.domain == COLLECTIVE_DOMAIN or any(name in waiting for name in used_names(node)):
+                waiting.update(name for name in node.output if name)
+        return waiting
+
+    def _part(self, stage: int) -> tuple[list[int], list[str]]:
+        """The positions of the nodes of a stage, those that it computes anew among them, and what it receives."""
+        own = self._own(stage)
+        positions = set(own)
+        received: dict[str, None] = {}
+        made = {name for at in own for name in self._nodes[at].output}
+        states = {state.input for state in self._states if state.output in made}
+        pending = [name for at in own for name in used_names(self._nodes[at])]
+        seen: set[str] = set()
+        while pending:
+            name = pending.pop()
+            if name in seen or name not in self._producer or self._producer[name] in own:
+                continue
+            seen.add(name)
+            anew = None if name in self._waits else self._computed_anew(name, states)
+            if anew is None:
+                received[name] = None
+            else:
+                positions |= anew
+        return sorted(positions), sorted(received, key=lambda name: self._producer[name])
+
+    def _computed_anew(self, name: str, states: set[str]) -> set[int] | None:
+        """The nodes that `name` follows from, None if it is better sent by a stage that has other than `states`."""
+        positions: set[int] = set()
+        read: set[str] = set()
+        pending = [name]
+        while pending:
+            value = pending.pop()
+            if value in read:
+                continue
+            read.add(value)
+            if value in self._producer:
+                positions.add(self._producer[value])
+                pending.extend(used_names(self._with_own_states(self._nodes[self._producer[value]], states)))
+        if read & ({state.input for state in self._states} - states):
+            return None
+        largest = max((shard_nbytes(self._tensors[value]) for value in read & self._tensors.keys()), default=0)
+        return positions if largest <= RECOMPUTED_NBYTES else None
+
+    def _stage(
+        self, index: int, positions: Sequence[int], received: Mapping[str, int], sent: tuple[str, ...]
+    ) -> StageGraph:
+        source = self._model
+        own = {name for at in self._own(index) for name in self._nodes[at].output}
+        outputs = [value.name for value in source.graph.output if value.name in own]
+        states = tuple(state for state in self._states if state.output in own)
+        kept = {state.input for state in states}
+        nodes = [self._with_own_states(node, kept) for node in self._needed(positions, {*outputs, *sent})]
+        read = {name for node in nodes for name in used_names(node)}
+        received = {name: stage for name, stage in received.items() if name in read}
+        foreign = {state.input for state in self._states if state not in states} & read
+        if foreign:
+            raise UnsupportedError(
+                f"stage {index} reads {min(foreign)!r:.80}, a state that another stage keeps; choose other stages"
+            )
+        graph = GraphProto(name=f"stage {index}", node=nodes)
+        graph.input.extend(self._typed(name) for name in received)
+        graph.input.extend(value for value in source.graph.input if value.name in read)
+        graph.output.extend(self._typed(name) for name in outputs)
+        graph.output.extend(self._typed(name) for name in sent if name not in outputs)
+        graph.initializer.extend(tensor for tensor in source.graph.initializer if tensor.name in read)
+        graph.value_info.extend(source.graph.value_info)
+        model = ModelProto(ir_version=source.ir_version, graph=graph, functions=source.functions)
+        model.opset_import.extend(source.opset_import)
+        return StageGraph(
+            index=index,
+            model=model,
+            collectives=tuple(self._collectives[n.output[0]] for n in nodes if n.domain == COLLECTIVE_DOMAIN),
+            states=states,
+            received=received,
+            sent=sent,
+        )
+
+    def _needed(self, positions: Sequence[int], wanted: set[str]) -> list[NodeProto]:
+        """The nodes that make what is `wanted`, and collectives, which every rank takes part in."""
+        nodes: list[NodeProto] = []
+        wanted = set(wanted)
+        for at in reversed(positions):
+            node = self._nodes[at]
+            if node.domain == COLLECTIVE_DOMAIN or wanted.intersection(node.output):
+                nodes.append(node)
+                wanted.update(used_names(node))
+        return nodes[::-1]
+
+    def _with_own_states(self, node: NodeProto, kept: set[str]) -> NodeProto:
+        """`node`, or if it takes the shape of a state that is not in `kept`, that of one that is and has the same."""
+        if node.op_type != "Shape" or node.input[0] in kept or node.input[0] not in self._state_shapes:
+            return node
+        shape = self._state_shapes[node.input[0]]
+        twin = min((name for name in kept if self._state_shapes[name] == shape), default=None)
+        if twin is None:
+            return node
+        own = NodeProto()
+        own.CopyFrom(node)
+        own.input[0] = twin
+        return own
+
+    def _typed(self, name: str) -> ValueInfoProto:
+        if name not in self._declared:
+            raise ArtifactError(
+                f"{PROGRAM_NAME}: value_info has no type for {name!r:.80}, which crosses between stages; {REBUILD}"
+            )
+        return self._declared[name]

@@ -1,0 +1,211 @@
+"""The requests that one replica has: what the logits of a batch mean for them, and what goes to those who wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.requests.outputs import FinishReason, RequestOutput
+from furiosa_llm.runtime.requests.request import Request, SequenceRequest
+from furiosa_llm.runtime.runners.batch import Batch, Prefill, Row
+from furiosa_llm.runtime.tokens.sampler import sample_rows
+
+Sink = Callable[[Sequence[tuple[int, RequestOutput]]], None]
+"""Takes the outputs that a step made for it, each with its submission's key, on a replica's thread: it must return at
+once, and not raise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Submission:
+    """A request on its way. `key` is its own in the engine, whatever its id is; its outputs go to `sink`."""
+
+    key: int
+    request: Request
+    sink: Sink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What a batch gave. The ids are those of sequences.
+
+    tokens: the token sampled for each sequence that goes on or has just finished.
+    finished: those of `tokens` that have finished with it.
+    failed: those that ended because their request failed.
+    """
+
+    tokens: dict[int, int]
+    finished: list[int]
+    failed: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A sequence that has not ended; `length` counts the tokens of its prompt and its completion so far."""
+
+    submission: Submission
+    sequence: SequenceRequest
+    length: int
+
+
+class RequestTable:
+    """The requests of one replica, from `announce` until their last output is delivered.
+
+    `announce`, `load` and `count` may be used from any thread, the rest by the replica's own only.
+    """
+
+    def __init__(self) -> None:
+        self._submissions: dict[int, Submission] = {}
+        self._running: dict[int, _Running] = {}
+        self._begun: set[int] = set()
+        self._touched: dict[int, Submission] = {}
+        self._errors: dict[int, FuriosaLLMError] = {}
+        self._lock = threading.Lock()
+        self._loads: dict[int, int] = {}
+        self._load = 0
+
+    @property
+    def load(self) -> int:
+        """The tokens of all requests: of their prompts, once for each sequence, and of their completions so far."""
+        return self._load
+
+    @property
+    def count(self) -> int:
+        """The requests that have not ended."""
+        return len(self._loads)
+
+    def announce(self, submission: Submission) -> None:
+        """Counts a request that is on its way to the replica."""
+        request = submission.request
+        tokens = len(request.prompt_token_ids) * len(request.sequences)
+        with self._lock:
+            self._loads[submission.key] = tokens
+            self._load += tokens
+
+    def admit(self, submission: Submission) -> None:
+        """Takes a request in; its sequences are known from now on."""
+        self._submissions[submission.key] = submission
+        length = len(submission.request.prompt_token_ids)
+        for sequence in submission.request.sequences:
+            self._running[sequence.sequence_id] = _Running(submission, sequence, length)
+
+    def unfinished(self) -> list[int]:
+        """The keys of the requests that were admitted and have not ended."""
+        return list(self._submissions)
+
+    def begun(self) -> list[int]:
+        """The keys of the requests of which a sequence has been in a batch."""
+        return [key for key in self._submissions if key in self._begun]
+
+    def waiting(self) -> list[Submission]:
+        """The requests of which none has been in a batch, in the order in which they came."""
+        return [submission for key, submission in self._submissions.items() if key not in self._begun]
+
+    def begin(self, sequence_id: int, cached: int) -> None:
+        """Notes that a sequence is in a batch, and for the outputs how many of its tokens were not computed again."""
+        one = self._running.get(sequence_id)
+        if one is None:
+            return
+        self._begun.add(one.submission.key)
+        if one.sequence is one.submission.request.sequences[0]:
+            one.submission.request.num_cached_tokens = cached
+
+    def accept(self, batch: Batch, logits: Array) -> Accepted:
+        """Samples what `batch` was run for, and shows the tokens to their sequences.
+
+        Sequences that ended meanwhile get no token. One whose logits cannot be sampled ends its own request alone.
+        """
+        rows = self._prefilled(batch, logits) if isinstance(batch, Prefill) else self._decoded(batch.rows)
+        sampled, failed = self._sample(rows, logits)
+        tokens: dict[int, int] = {}
+        finished: list[int] = []
+        for (index, one), token in zip(rows, sampled, strict=True):
+            sequence_id = one.sequence.sequence_id
+            if token is None or sequence_id not in self._running:
+                continue
+            one.sequence.accept(token, logits[index])
+            one.length += 1
+            tokens[sequence_id] = token
+            self._touched[one.submission.key] = one.submission
+            if one.sequence.finished:
+                finished.append(sequence_id)
+                del self._running[sequence_id]
+        with self._lock:
+            for _, one in rows:
+                if one.sequence.sequence_id in tokens:
+                    self._loads[one.submission.key] += 1
+                    self._load += 1
+        return Accepted(tokens=tokens, finished=finished, failed=failed)
+
+    def end(self, key: int, reason: FinishReason, error: FuriosaLLMError | None = None) -> list[int]:
+        """Ends a request before its time; the ids of its sequences that ran, none if it has ended already."""
+        submission = self._submissions.get(key)
+        if submission is None:
+            return []
+        submission.request.abort(reason)
+        self._touched[key] = submission
+        if error is not None:
+            self._errors[key] = error
+        ended = [one.sequence_id for one in submission.request.sequences if one.sequence_id in self._running]
+        for sequence_id in ended:
+            del self._running[sequence_id]
+        return ended
+
+    def deliver(self) -> None:
+        """Hands out what is new, all outputs for one sink at once, and forgets the requests that have ended."""
+        outputs: dict[Sink, list[tuple[int, RequestOutput]]] = {}
+        touched, self._touched = self._touched, {}
+        for key, submission in touched.items():
+            output = submission.request.output()
+            error = self._errors.pop(key, None)
+            if output is not None:
+                shown = output if error is None else replace(output, error=error)
+                outputs.setdefault(submission.sink, []).append((key, shown))
+            if submission.request.finished:
+                del self._submissions[key]
+                self._begun.discard(key)
+                with self._lock:
+                    self._load -= self._loads.pop(key)
+        for sink, several in outputs.items():
+            sink(several)
+
+    def _prefilled(self, batch: Prefill, logits: Array) -> list[tuple[int, _Running]]:
+        """The row of `logits` to sample from, if there is one."""
+        one = self._running.get(batch.sequence_id)
+        if one is None or batch.logits == "none":
+            return []
+        if batch.logits == "all":
+            one.sequence.accept_prompt_logits(batch.start, logits)
+            if batch.start + len(batch.tokens) < one.length:
+                return []
+        return [(len(logits) - 1, one)]
+
+    def _decoded(self, rows: Iterable[Row]) -> list[tuple[int, _Running]]:
+        known = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
+        return [(index, one) for index, one in known if one is not None]
+
+    def _sample(self, rows: Sequence[tuple[int, _Running]], logits: Array) -> tuple[Sequence[int | None], list[int]]:
+        """A token for each row, None for those that have none, and the sequences that have failed over it."""
+        if not rows:
+            return (), []
+        indices = [index for index, _ in rows]
+        chosen = logits if len(indices) == len(logits) else logits[indices]
+        try:
+            return sample_rows([one.sequence.sampler for _, one in rows], chosen), []
+        except FuriosaLLMError:
+            return self._sample_one_by_one(rows, logits)
+
+    def _sample_one_by_one(
+        self, rows: Sequence[tuple[int, _Running]], logits: Array
+    ) -> tuple[Sequence[int | None], list[int]]:
+        tokens: list[int | None] = []
+        failed: list[int] = []
+        for index, one in rows:
+            try:
+                tokens += sample_rows([one.sequence.sampler], logits[index : index + 1])
+            except FuriosaLLMError as error:
+                tokens.append(None)
+                failed += self.end(one.submission.key, "error", error)
+        return tokens, failed

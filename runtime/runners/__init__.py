@@ -1,0 +1,1 @@
+"""A replica's batches, on threads or on worker processes."""

@@ -1,0 +1,130 @@
+"""What a replica runs at once: a piece of a prompt, or the next token of several sequences, and the slots of their KV.
+
+The KV cache of a replica lies in slots. Slots belong to a group, and one batch of a group is under way at a time; a
+pipeline of several stages has as many groups, so that every stage has something to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.dtypes import Array
+
+WantedLogits = Literal["none", "last", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companions:
+    """Which rows are computed beside a copy of themselves that nobody reads: their bits do not depend on others then.
+
+    `lone`: a sequence that is alone in a step of one token, through the whole model. `doubled`: every row, through the
+    ops of these types alone: in a mixture of experts, an expert then has several rows whenever it has one.
+    """
+
+    lone: bool = False
+    doubled: tuple[str, ...] = ()
+
+
+NO_COMPANIONS = Companions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """The first `length` positions of slot `source` are copied to slot `target`, before the batch runs."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """`tokens` of one sequence, whose first `start` tokens are in its `slot` already.
+
+    `logits`: behind which of these tokens they are wanted: none, the last one, or all of them.
+    """
+
+    group: int
+    copies: tuple[Copy, ...]
+    sequence_id: int
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    logits: WantedLogits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One sequence in a decode batch: `token` is stepped behind the `start` tokens that are in its slot."""
+
+    sequence_id: int
+    start: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decode:
+    """One token of each of several sequences: `rows[i]` is in slot i, so that their slots are consecutive in memory."""
+
+    group: int
+    copies: tuple[Copy, ...]
+    rows: tuple[Row, ...]
+
+
+Batch = Prefill | Decode
+
+
+class Runner(Protocol):
+    """The stages of one replica with their KV cache.
+
+    Batches of one group are run in the order in which they are submitted. The result is the logits, `[rows,
+    vocabulary]` in float32 or the model's own type, in memory that belongs to the group and is overwritten by its next
+    batch: a row for every token whose logits a prefill wants, or for every row of a decode. A future that fails has a
+    FuriosaLLMError; the runner is of no use then, but to be closed.
+    """
+
+    @property
+    def num_groups(self) -> int:
+        """How many batches may be under way at once, each of a group of its own."""
+        ...
+
+    def submit(self, batch: Batch) -> Future[Array]:
+        """Starts `batch` and returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Ends the runner's threads or processes; what is under way fails."""
+        ...
+
+
+@runtime_checkable
+class ReportsProgress(Protocol):
+    """A runner that can say what it is doing, for the message about a batch that does not return."""
+
+    def progress(self) -> str:
+        """For instance "rank 3, segment 17, last collective allreduce_12"."""
+        ...
+
+
+@runtime_checkable
+class ReportsFailure(Protocol):
+    """A runner that can fail while nothing is under way, such as one with processes."""
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Has `on_failure` called with the error when the runner fails, at once if it has failed already."""
+        ...
+
+
+@runtime_checkable
+class ReportsCounts(Protocol):
+    """A runner that counts what its stages do."""
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """A row of counters for each stage, since the runner was made; see `runtime/execution/counters.py`."""
+        ...

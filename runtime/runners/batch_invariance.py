@@ -1,0 +1,462 @@
+"""Whether a sequence's bits depend on its batch, or on how its prompt is cut, on this machine: probed, not assumed.
+
+onnxruntime chooses kernels by the processor and by the number of rows, and not all of them add in one order. So each
+kind of segment in the program is run as rank 0 has it, for several numbers of rows and of tokens, on the kernels that
+will serve, and the bits are compared. Where those of a row differ, the segment's nodes are run one by one to find the
+ops to blame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension, shape_of
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.execution.decoder import interface_of
+from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.execution.ort import Session, SessionSettings, unwrap, wrap
+from furiosa_llm.runtime.execution.sessions import SegmentLoader
+from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
+from furiosa_llm.runtime.program.segments import Program, ValueType
+from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED, part_of_graph
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.runners.loaded_model import rank_lanes, serving_of
+
+_ROWS = (1, 2, 3, 5, 16)
+"""Numbers of rows whose bits are compared with those of the same rows among `_MOST`."""
+_MOST = 64
+_CUTS = (2, 3, 4, 5, 6, 7, 9, 11, 14, 16, 19)
+"""Behind so many of `_TOKENS` tokens a prompt is cut in two, whose bits are compared with those of the whole."""
+_TOKENS = 21
+_PAST = 7
+"""Positions that are in the cache before the step that is probed."""
+_FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
+_MOST_TOKENS = 1000
+"""Token ids of probes are below this number, and below the size of the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelDifference:
+    """An op whose kernel gives a row other bits in one batch than in another."""
+
+    op: str
+    """The op's type, with its domain if that is not ONNX's own; or `fused nodes`, if no node differs by itself."""
+    node: str
+    """The name of the node that differs most."""
+    nodes: int
+    """How many nodes of this type differ, of those that were probed: layers that are alike are probed once."""
+    rows: tuple[int, ...]
+    """Numbers of rows among which a row has other bits than among 64."""
+    relative: float
+    """The largest difference, relative to the largest element of the result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchInvariance:
+    """What was found of one artifact on this machine."""
+
+    differences: tuple[KernelDifference, ...]
+    """The ops to blame, those that differ most first; empty if the bits never differ."""
+    companions: Companions | None
+    """The companions that give a row the same bits in every batch; None if none do, or if not all could be probed."""
+    chunks: bool
+    """Whether a prompt has the same bits however it is cut, into pieces of two tokens or more."""
+    unprobed: tuple[str, ...]
+    """Values that no probe can be made for, because they are neither numbers nor known before a collective."""
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a row has the same bits in every batch as it is."""
+        return self.companions == NO_COMPANIONS
+
+    def __str__(self) -> str:
+        """One sentence for logs and reports."""
+        if self.invariant:
+            return "a row has the same bits alone and in every batch"
+        if self.unprobed:
+            return f"not known whether a row has the same bits in every batch: no probe for {self.unprobed[0]!r:.80}"
+        blamed = ", ".join(f"{one.op} (by {one.relative:.1e} of its largest element)" for one in self.differences)
+        alone = all(one.rows == (1,) for one in self.differences)
+        where = "a row alone has other last bits than in a batch" if alone else "a row's last bits depend on its batch"
+        return f"{where}: {blamed}"
+
+
+def probe_batch_invariance(artifact: Artifact, *, mapped: bool = False) -> BatchInvariance:
+    """Runs the decode step of `artifact`, a decoder, for several numbers of rows and compares the bits.
+
+    `mapped` is for weights that are left in their file, which other kernels multiply. Costs about what it takes to load
+    one layer, the embedding and the head of one rank. Raises what `load_model` does.
+    """
+    found = _Probe(artifact, mapped).run()
+    doubled = tuple(sorted({one.op for one in found.differences if one.rows != (1,)}))
+    if found.companions is not None or found.unprobed or not doubled:
+        return found
+    types = tuple(op.rpartition(".")[2] for op in doubled)
+    again = _Probe(artifact, mapped, types).run()
+    return replace(found, companions=again.companions, chunks=again.chunks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Span:
+    """A step: tokens `first` to `last` - 1 of each of `rows` sequences, behind `_PAST` + `first` others."""
+
+    rows: int
+    first: int = 0
+    last: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the dynamic dimensions."""
+        sequence, past = self.last - self.first, _PAST + self.first
+        return {"batch": self.rows, "sequence": sequence, "past": past, "total": past + sequence, "wanted": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Values:
+    """The results of a run: arrays by name, with their types."""
+
+    arrays: Mapping[str, Array]
+    types: Mapping[str, ValueType]
+
+
+class _Probe:
+    """Probes the program of an artifact with some `doubled` ops; see `Companions`."""
+
+    def __init__(self, artifact: Artifact, mapped: bool, doubled: tuple[str, ...] = ()) -> None:
+        serving, _ = serving_of(artifact, doubled)
+        self._artifact = artifact
+        self._lanes = rank_lanes(artifact, serving.model)
+        self._settings = SessionSettings(prepack=not mapped)
+        self._loader = SegmentLoader(artifact, self._lanes, self._settings)
+        self._feeds = _Feeds(artifact, self._lanes.program)
+        self._doubled = doubled
+
+    def run(self) -> BatchInvariance:
+        """What differs, and the companions that are enough for it, if no more ops have to be doubled."""
+        differences: list[KernelDifference] = []
+        unprobed: dict[str, None] = {}
+        rows: set[int] = set()
+        chunks = True
+        for segment in self._distinct_segments():
+            unknown = [name for name in map(_original, segment.inputs) if not self._feeds.can_feed(name)]
+            unprobed.update(dict.fromkeys(unknown))
+            if not unknown and (found := self._differing_rows(segment)):
+                rows |= found
+                differences += self._blame(segment, found)
+            if not unknown and chunks:
+                chunks = self._chunks_are_alike(segment)
+        enough = not unprobed and rows <= {1}
+        return BatchInvariance(
+            differences=tuple(_merged(differences)),
+            companions=Companions(lone=bool(rows), doubled=self._doubled) if enough else None,
+            chunks=chunks and not unprobed,
+            unprobed=tuple(unprobed),
+        )
+
+    def _distinct_segments(self) -> Iterator[LaneSegment]:
+        """The segments of rank 0, and of those that are alike the first."""
+        seen: set[tuple[bytes, ...]] = set()
+        for step in self._lanes.steps:
+            segment = step.segments[0]
+            if segment is not None and (signature := _signature(segment, self._lanes)) not in seen:
+                seen.add(signature)
+                yield segment
+
+    def _differing_rows(self, segment: LaneSegment) -> set[int]:
+        """Of `_ROWS` those with which some row has other bits than among `_MOST`."""
+        session = self._loader.load(segment)
+        most = self._run(session, segment, _Span(rows=_MOST))
+        return {rows for rows in _ROWS if _difference(self._run(session, segment, _Span(rows=rows)), most) is not None}
+
+    def _chunks_are_alike(self, segment: LaneSegment) -> bool:
+        """Whether the tokens of a prompt have the same bits in either part of it, behind the other's caches."""
+        session = self._loader.load(segment)
+        whole = self._run(session, segment, _Span(rows=1, last=_TOKENS))
+        states = [one for one in self._artifact.manifest.states if f"0/{one.input}" in segment.inputs]
+        # Where other segments cut the caches to a window, those behind the first part are not known here.
+        known = all(f"0/{state.output}" in whole.arrays for state in states)
+        known &= not self._feeds.from_caches.intersection(map(_original, segment.inputs))
+        for cut in _CUTS:
+            head = self._run(session, segment, _Span(rows=1, last=cut))
+            if _difference(self._without_logits(head), whole) is not None:
+                return False
+            if not known:
+                continue
+            inputs = self._inputs(segment, _Span(rows=1, first=cut, last=_TOKENS))
+            for state in states:
+                cached = (slice(None),) * state.sequence_dim + (slice(_PAST + cut),)
+                inputs[f"0/{state.input}"] = np.ascontiguousarray(whole.arrays[f"0/{state.output}"][cached])
+            if _difference(_run(session, segment, inputs, self._lanes.types), whole, at_end=True) is not None:
+                return False
+        return True
+
+    def _without_logits(self, found: _Values) -> _Values:
+        """What does not belong to the last token alone, of which a part of a prompt has another."""
+        shapes = {name: self._lanes.types[name].shape or () for name in found.arrays}
+        return replace(found, arrays={name: a for name, a in found.arrays.items() if "wanted" not in shapes[name]})
+
+    def _run(self, session: Session, segment: LaneSegment, span: _Span) -> _Values:
+        return _run(session, segment, self._inputs(segment, span), self._lanes.types)
+
+    def _inputs(self, segment: LaneSegment, span: _Span) -> dict[str, Array]:
+        feeds = self._feeds.of(span, [_original(name) for name in segment.inputs])
+        return {name: feeds[_original(name)] for name in segment.inputs}
+
+    # -- the op to blame -----------------------------------------------------------------------------------------
+
+    def _blame(self, segment: LaneSegment, rows: set[int]) -> list[KernelDifference]:
+        """The nodes of `segment` that differ by themselves, given what the others give them among `_MOST` rows."""
+        constants = set(segment.initializers)
+        made = [node for node in segment.nodes if not _is_constant(node, constants)]
+        whole = replace(segment, outputs=tuple(name for node in made for name in node.output if name))
+        session = self._loader.load(whole)
+        known = {count: self._all_values(session, whole, count) for count in (*rows, _MOST)}
+        found = [one for node in made if (one := self._blame_node(segment, node, known)) is not None]
+        if found:
+            return found
+        few = {count: self._run(self._loader.load(segment), segment, _Span(rows=count)) for count in rows}
+        most = self._run(self._loader.load(segment), segment, _Span(rows=_MOST))
+        worst = max(_difference(values, most) or 0.0 for values in few.values())
+        name = _original(segment.outputs[0])
+        return [KernelDifference(op="fused nodes", node=name, nodes=1, rows=tuple(sorted(rows)), relative=worst)]
+
+    def _all_values(self, session: Session, whole: LaneSegment, count: int) -> _Values:
+        """The inputs and all other values of a segment with `count` rows."""
+        made = self._run(session, whole, _Span(rows=count))
+        return _Values(
+            arrays={**self._inputs(whole, _Span(rows=count)), **made.arrays},
+            types={**self._lanes.types, **made.types},
+        )
+
+    def _blame_node(
+        self, segment: LaneSegment, node: NodeProto, known: Mapping[int, _Values]
+    ) -> KernelDifference | None:
+        """Runs `node` on the values that it has among `_MOST` rows, and on the first rows of them."""
+        part, types = _alone(segment, node), known[_MOST].types
+        session = SegmentLoader(self._artifact, replace(self._lanes, types=types), self._settings).load(part)
+        whole = {name: known[_MOST].arrays[name] for name in part.inputs}
+        most = _run(session, part, whole, types)
+        found: dict[int, float] = {}
+        for count in known.keys() - {_MOST}:
+            inputs = {name: known[count].arrays[name] for name in part.inputs}
+            firsts = {name: whole[name][tuple(map(slice, array.shape))] for name, array in inputs.items()}
+            numbers = {name for name in inputs if types[name].dtype in _FLOATS}
+            if not all(np.array_equal(firsts[name], inputs[name]) for name in inputs.keys() - numbers):
+                continue  # a size, or rows that were sorted by what was computed: not the same rows as among `_MOST`
+            inputs.update({name: np.ascontiguousarray(firsts[name]) for name in numbers})
+            difference = _difference(_run(session, part, inputs, types), most)
+            if difference is not None:
+                found[count] = difference
+        if not found:
+            return None
+        domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
+        name = _original(node.name or node.output[0])
+        rows, worst = tuple(sorted(found)), max(found.values())
+        return KernelDifference(op=f"{domain}{node.op_type}", node=name, nodes=1, rows=rows, relative=worst)
+
+
+def _run(
+    session: Session, segment: LaneSegment, inputs: Mapping[str, Array], types: Mapping[str, ValueType]
+) -> _Values:
+    tensors = {name: wrap(array, types[name].dtype) for name, array in inputs.items()}
+    made = session.run({name: tensor.raw for name, tensor in tensors.items()}, segment.outputs)
+    dtypes = {name: TensorProto.DataType.Name(raw.element_type()) for name, raw in made.items()}
+    return _Values(
+        arrays={name: unwrap(raw, dtypes[name]).array.copy() for name, raw in made.items()},
+        types={name: ValueType(dtype=dtype, shape=None) for name, dtype in dtypes.items()},
+    )
+
+
+def _difference(few: _Values, most: _Values, *, at_end: bool = False) -> float | None:
+    """How far the rows of `few` differ from the first, or the last, of `most`, relative to the largest element.
+
+    None if every bit is the same. Rows are the outermost of whatever dimension they are in. Integers are sizes, places
+    and tokens, which are exact; what is longer in `few` is a part of the caches, and no row's.
+    """
+    worst: float | None = None
+    for name, ours in few.arrays.items():
+        same = tuple(slice(-size, None) if at_end else slice(size) for size in ours.shape)
+        theirs = most.arrays[name][same]
+        comparable = few.types[name].dtype in _FLOATS and ours.size and ours.shape == theirs.shape
+        if comparable and ours.tobytes() != theirs.tobytes():
+            gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max()
+            scale = np.abs(theirs.astype(np.float64)).max()
+            worst = max(worst or 0.0, float(gap / scale) if scale else float(gap))
+    return worst
+
+
+def _merged(differences: Sequence[KernelDifference]) -> list[KernelDifference]:
+    """One difference for each op, those that differ most first."""
+    by_op: dict[str, list[KernelDifference]] = {}
+    for one in differences:
+        by_op.setdefault(one.op, []).append(one)
+    merged = [
+        replace(
+            max(same, key=lambda one: one.relative),
+            nodes=len(same),
+            rows=tuple(sorted({rows for one in same for rows in one.rows})),
+        )
+        for same in by_op.values()
+    ]
+    return sorted(merged, key=lambda one: -one.relative)
+
+
+# -- parts of a segment --------------------------------------------------------------------------------------------
+
+
+def _original(name: str) -> str:
+    """The program's name of a lane's value."""
+    return name.partition("/")[2]
+
+
+def _signature(segment: LaneSegment, lanes: Lanes) -> tuple[bytes, ...]:
+    """The segment without its names: two that are alike have the same."""
+    stored = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
+    numbers: dict[str, str] = {}
+    parts: list[bytes] = []
+    for name in segment.inputs:
+        numbers[name] = str(len(numbers))
+        parts.append(repr(lanes.types[name]).encode())
+    for name, (original, _) in segment.initializers.items():
+        numbers.setdefault(name, f"{stored[original].data_type}{list(stored[original].dims)}")
+    for node in segment.nodes:
+        for name in node.output:
+            numbers.setdefault(name, str(len(numbers)))
+        bare = NodeProto()
+        bare.CopyFrom(node)
+        bare.ClearField("name")
+        del bare.input[:], bare.output[:]
+        parts.append(bare.SerializeToString(deterministic=True))
+        parts.append(repr([numbers.get(name, name) for name in (*used_names(node), *node.output)]).encode())
+    return tuple(parts)
+
+
+def _is_constant(node: NodeProto, constants: set[str]) -> bool:
+    """Whether `node` reads `constants` alone; then what it gives is added to them."""
+    if not constants.issuperset(used_names(node)):
+        return False
+    constants.update(node.output)
+    return True
+
+
+def _alone(segment: LaneSegment, node: NodeProto) -> LaneSegment:
+    """`node` as a segment of its own, with the nodes that make constants for it: onnxruntime fuses them with it."""
+    producer = {name: other for other in segment.nodes for name in other.output}
+    constants = set(segment.initializers)
+    constant = [other for other in segment.nodes if _is_constant(other, constants)]
+    wanted = set(used_names(node))
+    nodes = [node]
+    for other in reversed(constant):
+        if wanted.intersection(other.output):
+            nodes.insert(0, other)
+            wanted.update(used_names(other))
+    inside = {name for other in nodes for name in other.output}
+    read = dict.fromkeys(name for other in nodes for name in used_names(other))
+    assert all(name in producer or name in segment.inputs or name in segment.initializers for name in read)
+    return LaneSegment(
+        nodes=tuple(nodes),
+        inputs=tuple(name for name in read if name not in inside and name not in segment.initializers),
+        outputs=tuple(name for name in node.output if name),
+        initializers={name: segment.initializers[name] for name in read if name in segment.initializers},
+    )
+
+
+# -- what is fed ---------------------------------------------------------------------------------------------------
+
+
+class _Feeds:
+    """The inputs of a program's segments in a step: those of the step itself, what follows from them, random numbers.
+
+    A row and a token have the same values however many there are. What a collective has added up or gathered is random.
+    """
+
+    def __init__(self, artifact: Artifact, program: Program) -> None:
+        self._artifact = artifact
+        self._program = program
+        self._inputs = [info for info in artifact.manifest.inputs if info.name in program.inputs]
+        shapes: dict[str, Shape] = dict(interface_of(artifact.manifest).state_shapes)
+        waiting = _behind(program, set())
+        crossing = {name for step in program.steps if step.segment for name in step.segment.inputs} - {*program.inputs}
+        random = filter(self._is_number, crossing & waiting)
+        shapes.update({name: program.types[name].shape or () for name in random})
+        self._random = shapes
+        derived = sorted(crossing - waiting)
+        self._derived = part_of_graph(program.model, artifact, derived) if derived else None
+        self._known = {*program.inputs, *shapes, *derived}
+        self._steps: dict[_Span, dict[str, Array]] = {}
+        self._made: dict[tuple[str, int, tuple[int, ...]], Array] = {}
+        caches = {state.input for state in artifact.manifest.states}
+        self.from_caches = _behind(program, caches) - waiting
+        """Values that follow from what is in the caches, before any collective."""
+
+    def can_feed(self, name: str) -> bool:
+        """Whether the value can be made."""
+        return name in self._known
+
+    def of(self, span: _Span, names: Sequence[str]) -> dict[str, Array]:
+        """The values `names` of the program in a step."""
+        if span not in self._steps:
+            self._steps[span] = self._step(span)
+        step = self._steps[span]
+        return {name: step[name] if name in step else self._numbers(name, span) for name in names}
+
+    def _is_number(self, name: str) -> bool:
+        kind = self._program.types[name]
+        dims = [dim for dim in kind.shape or () if isinstance(dim, str)]
+        known = all(_Span(rows=1).sizes.keys() >= set(parse_dimension(dim).names) for dim in dims)
+        return kind.dtype in _FLOATS and kind.shape is not None and known
+
+    def _step(self, span: _Span) -> dict[str, Array]:
+        """The program's own inputs but for caches, and what follows from them."""
+        vocabulary = self._artifact.manifest.model.vocab_size or 2
+        tokens = np.random.default_rng(0).integers(0, min(vocabulary, _MOST_TOKENS), (_TOKENS, _MOST)).T
+        token_ids = tokens[: span.rows, span.first : span.last]
+        values = dict(StepFeeds(self._inputs).update(token_ids, [_PAST + span.first] * span.rows))
+        values[WANTED] = np.array([span.last - span.first - 1])
+        values[LAST_POSITIONS] = np.full(span.rows, _PAST + span.last - 1, dtype=np.int32)
+        if self._derived is not None:
+            caches = {name: self._numbers(name, span) for name in self._derived.inputs if name not in values}
+            values.update(self._derived.run(values | caches))
+        return values
+
+    def _numbers(self, name: str, span: _Span) -> Array:
+        """Random numbers of the value's shape, in which each row and each token has its own."""
+        shape = self._random[name]
+        one, two = (shape_of(shape, replace(span, rows=count).sizes) for count in (1, 2))
+        dim = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
+        if dim is None and span.rows > 1:
+            span = replace(span, rows=1)
+        most = shape_of(shape, _Span(rows=1, last=_TOKENS).sizes)
+        if span.last == 1:
+            rows = self._whole(name, _MOST, one)[: span.rows]
+            return np.ascontiguousarray(np.concatenate(list(rows), axis=dim or 0))
+        # Tokens are along the dimension that is longer in the longest step; caches, which are not, begin at 0.
+        whole = self._whole(name, 1, tuple(map(max, one, most)))[0]
+        places = [slice(span.first, span.first + n) if n < m else slice(n) for n, m in zip(one, most, strict=True)]
+        return np.ascontiguousarray(whole[tuple(places)])
+
+    def _whole(self, name: str, rows: int, shape: tuple[int, ...]) -> Array:
+        """Random numbers for so many rows of `shape`, always the same."""
+        key = (name, rows, shape)
+        if key not in self._made:
+            dtype = np.dtype(DTYPES[self._program.types[name].dtype].numpy)
+            random, size = np.random.default_rng([*name.encode()]), (rows, *shape)
+            numbers = random.integers(0, 4, size) if dtype.kind in "iu" else random.standard_normal(size, np.float32)
+            self._made[key] = numbers.astype(dtype)
+        made: Array = self._made[key]
+        return made
+
+
+def _behind(program: Program, names: Collection[str]) -> set[str]:
+    """The values that follow from collectives, or from what is in `names`, whose sizes do not count."""
+    waiting = set(names)
+    for node in program.model.graph.node:
+        if node.domain == COLLECTIVE_DOMAIN or (waiting.intersection(used_names(node)) and node.op_type != "Shape"):
+            waiting.update(name for name in node.output if name)
+    return waiting - {*names}

@@ -1,0 +1,155 @@
+"""Loads an artifact's stages as an engine runs them: graphs, lanes and sessions, for as many replicas as wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from onnx import ModelProto
+
+from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.execution.decoder import DecoderInterface, check_interface, interface_of
+from furiosa_llm.runtime.execution.ort import SessionSettings
+from furiosa_llm.runtime.execution.sessions import StepSessions, create_sessions
+from furiosa_llm.runtime.placement.stages import Stage
+from furiosa_llm.runtime.program.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
+from furiosa_llm.runtime.program.segments import cut_program, size_names
+from furiosa_llm.runtime.program.serving_graph import (
+    LAST_POSITIONS,
+    WANTED,
+    ServingGraph,
+    rows_are_alone,
+    serving_graph,
+)
+from furiosa_llm.runtime.program.stage_graph import StageGraph, cut_stages
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
+
+_LONGEST_CHECKED = 16384
+"""Rows of at most this many positions are compared when the masks of rows of unequal lengths are checked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageProgram:
+    """One stage, loaded: its graph, and its sessions on every lane."""
+
+    graph: StageGraph
+    lanes: Lanes
+    sessions: tuple[StepSessions, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a model's steps may be. `rows`: how rows of unequal lengths are decoded together.
+
+    "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal. `in_place`: states are
+    written where they are read. `selects`: logits are computed of wanted positions only.
+    """
+
+    rows: Literal["ragged", "equal"]
+    in_place: bool
+    selects: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A decoder's stages, loaded; `own` are the lanes whose sessions there are, `companions` the rows that get one."""
+
+    artifact: Artifact
+    interface: DecoderInterface
+    programs: tuple[StageProgram, ...]
+    traits: Traits
+    own: tuple[int, ...]
+    companions: Companions = NO_COMPANIONS
+
+    @property
+    def logits(self) -> str:
+        """The name of the output that has the logits."""
+        return next(info.name for info in self.interface.outputs if info.role == "logits")
+
+
+def load_model(
+    artifact: Artifact,
+    stages: Sequence[Stage],
+    *,
+    lanes: int,
+    threads: int,
+    mapped: bool = False,
+    own: Collection[int] | None = None,
+    companions: Companions = NO_COMPANIONS,
+) -> LoadedModel:
+    """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
+
+    `threads` sessions are made at a time; `mapped` leaves the weights in their files. Raises UnsupportedError for a
+    model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
+    """
+    manifest = artifact.manifest
+    interface = interface_of(manifest)
+    check_interface(interface)
+    serving, traits = serving_of(artifact, companions.doubled)
+    graphs = cut_stages(
+        serving.model,
+        [_start(artifact, stage) for stage in stages],
+        collectives=manifest.collectives,
+        states=manifest.states,
+        tensors=artifact.tensors,
+    )
+    settings = SessionSettings(prepack=not mapped)
+    count = min(lanes, manifest.mesh.size)
+    programs: list[StageProgram] = []
+    for graph in graphs:
+        laid = _lanes(artifact, graph, programs, count)
+        sessions = create_sessions(artifact, laid, settings, threads=threads, own=own)
+        programs.append(StageProgram(graph=graph, lanes=laid, sessions=sessions))
+    return LoadedModel(
+        artifact=artifact,
+        interface=interface,
+        programs=tuple(programs),
+        traits=traits,
+        own=tuple(range(count)) if own is None else tuple(own),
+        companions=companions,
+    )
+
+
+def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[ServingGraph, Traits]:
+    """The program of `artifact`, a decoder, as an engine runs it, and what its steps may be; see `Companions`."""
+    manifest = artifact.manifest
+    serving = serving_graph(artifact.program, manifest, doubled=doubled)
+    longest = min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
+    if serving.ragged and not rows_are_alone(serving, artifact, longest=longest):
+        serving = serving_graph(artifact.program, manifest, ragged=False, doubled=doubled)
+    traits = Traits(
+        rows="ragged" if serving.ragged else "equal",
+        in_place=all(state.mode == "in_place" for state in manifest.states),
+        selects=serving.selects,
+    )
+    return serving, traits
+
+
+def rank_lanes(artifact: Artifact, model: ModelProto) -> Lanes:
+    """All of a serving program as rank 0 has it, for whoever looks at its segments: what ranks exchange is not sent."""
+    manifest = artifact.manifest
+    program = cut_program(model, manifest.collectives, size_names(manifest) | {"wanted"})
+    alone = Mesh((1,) * len(manifest.mesh.shape))
+    return lanes_of(program, alone, 1, shard_axes=shard_axes(manifest), inputs={})
+
+
+def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram], count: int) -> Lanes:
+    """The lanes of a stage; what it receives is alike on the ranks on which its stage had it alike."""
+    manifest = artifact.manifest
+    alike: dict[tuple[int, str], int] = dict(alike_inputs(manifest))
+    for rank in range(manifest.mesh.size):
+        alike.update({(rank, name): 0 for name in (WANTED, LAST_POSITIONS)})
+        for name, stage in graph.received.items():
+            known: Alike = earlier[stage].lanes.alike
+            alike[rank, name] = known.get((rank, name), rank)
+    program = cut_program(graph.model, graph.collectives, size_names(manifest) | {"wanted"})
+    return lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike)
+
+
+def _start(artifact: Artifact, stage: Stage) -> str | None:
+    """The output of the collective behind which a stage begins."""
+    if stage.first_node == 0:
+        return None
+    return str(artifact.program.graph.node[stage.first_node - 1].output[0])

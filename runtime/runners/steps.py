@@ -1,0 +1,282 @@
+"""One group's batches as runs of the stages: what is fed, which slots are bound, and where the logits are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from furiosa_llm.runtime.artifact.dimensions import GROWING
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.execution.binding import Allocate, BoundProgram, RunsLanes, private_block
+from furiosa_llm.runtime.execution.counters import Counters, count_run, count_send, rows_of
+from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
+from furiosa_llm.runtime.execution.memory import Block
+from furiosa_llm.runtime.execution.states import Overwritten, SlotStates, StagedStates
+from furiosa_llm.runtime.program.segments import growing_values
+from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, Decode, Prefill
+from furiosa_llm.runtime.runners.loaded_model import LoadedModel, StageProgram, Traits
+
+Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
+"""`occupy(stage, bound)` is entered while a batch runs on a stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One run of the model: `token_ids` [sequences, new tokens] behind `starts` tokens, of sequences in `slots`.
+
+    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted. If it is `twice`,
+    `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
+    """
+
+    slots: tuple[int, ...]
+    rows: tuple[int, ...]
+    token_ids: TokenIds
+    starts: tuple[int, ...]
+    wanted: tuple[int, ...]
+    twice: bool = False
+
+    def sizes(self, cached: int) -> dict[str, int]:
+        """The sizes of the step's dynamic dimensions, behind `cached` positions."""
+        batch, sequence = self.token_ids.shape
+        return {
+            "batch": batch,
+            "sequence": sequence,
+            "past": cached,
+            "total": cached + sequence,
+            "wanted": len(self.wanted),
+        }
+
+
+def steps_of(batch: Batch, traits: Traits, companions: Companions = NO_COMPANIONS) -> list[Step]:
+    """The runs of the model that make up `batch`."""
+    return [_with_companions(step, companions) for step in _steps(batch, traits)]
+
+
+def _with_companions(step: Step, companions: Companions) -> Step:
+    """`step` with the companion that a lone sequence gets in a step of one token, as all decode steps are."""
+    if not companions.lone or step.token_ids.size > 1:
+        return step
+    return replace(step, token_ids=np.concatenate([step.token_ids] * 2), starts=step.starts * 2, twice=True)
+
+
+def _steps(batch: Batch, traits: Traits) -> list[Step]:
+    if isinstance(batch, Prefill):
+        count = len(batch.tokens)
+        wanted = tuple(range(count)) if batch.logits == "all" else (count - 1,)
+        token_ids = np.array([batch.tokens], dtype=np.int64)
+        return [Step(slots=(batch.slot,), rows=(), token_ids=token_ids, starts=(batch.start,), wanted=wanted)]
+    if traits.rows == "ragged":
+        return [_decode(batch, range(len(batch.rows)))]
+    by_start: dict[int, list[int]] = {}
+    for index, row in enumerate(batch.rows):
+        by_start.setdefault(row.start, []).append(index)
+    return [_decode(batch, run) for rows in by_start.values() for run in (_runs(rows) if traits.in_place else [rows])]
+
+
+def _decode(batch: Decode, rows: Sequence[int]) -> Step:
+    return Step(
+        slots=tuple(rows),
+        rows=tuple(rows),
+        token_ids=np.array([[batch.rows[row].token] for row in rows], dtype=np.int64),
+        starts=tuple(batch.rows[row].start for row in rows),
+        wanted=(0,),
+    )
+
+
+def _runs(rows: Sequence[int]) -> list[list[int]]:
+    """`rows`, ascending, as runs of consecutive ones."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and runs[-1][-1] == row - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def own_ranks(model: LoadedModel, program: StageProgram) -> tuple[int, ...]:
+    """The ranks whose lanes are in this process."""
+    return tuple(rank for lane in model.own for rank in program.lanes.ranks[lane])
+
+
+class _Use:
+    """One form of step (its number of rows, one token or several) on one stage: bindings and the memory of values."""
+
+    def __init__(self, model: LoadedModel, program: StageProgram, crew: RunsLanes, allocate: Allocate) -> None:
+        graph = program.graph
+        self.states_bound: tuple[int, int] | None = None
+        presents = frozenset(state.output for state in graph.states)
+        in_place = model.traits.in_place
+        # A window may cut what grows: then its shape is another than the program says, from some length on.
+        unknown = presents | growing_values(program.lanes.program, GROWING)
+        self.bound = BoundProgram(
+            program.lanes,
+            program.sessions,
+            crew,
+            external=presents if in_place else frozenset(),
+            unbound=frozenset() if in_place else unknown,
+            growing=GROWING,
+            own=model.own,
+            allocate=allocate,
+        )
+        self._read = {value.name for value in graph.model.graph.input}
+        self._feeds = StepFeeds([info for info in model.interface.inputs if info.name in self._read])
+        self._received = graph.received
+        self._ranks = own_ranks(model, program)
+
+    def prepare(self, step: Step, cached: int | None, earlier: Sequence[_Use]) -> None:
+        """Gives everything but the states its place for `step`, of whose past `cached` positions are there, or all."""
+        self.bound.resize(step.sizes(max(step.starts) if cached is None else cached))
+        for name, array in self._feeds.update(step.token_ids, step.starts, cached=cached):
+            self.bound.bind_shared(name, array)
+        if WANTED in self._read:
+            self.bound.bind_shared(WANTED, np.array(step.wanted, dtype=np.int64))
+        if LAST_POSITIONS in self._read:
+            last = np.array(step.starts, dtype=np.int32) + np.int32(step.token_ids.shape[1] - 1)
+            self.bound.bind_shared(LAST_POSITIONS, last)
+        for name, stage in self._received.items():
+            for rank in self._ranks:
+                self.bound.bind_input(rank, name, earlier[stage].bound.tensor(rank, name))
+
+    def received_nbytes(self, earlier: Sequence[_Use]) -> int:
+        """What each PE of the stage receives of earlier stages in a run."""
+        first = self._ranks[0]
+        return sum(earlier[stage].bound.tensor(first, name).array.nbytes for name, stage in self._received.items())
+
+
+class StageMemory:
+    """What one group has on one stage: its states, and its uses of the stage by the form of the step."""
+
+    def __init__(
+        self, model: LoadedModel, program: StageProgram, *, slots: int, crew: RunsLanes, allocate: Allocate
+    ) -> None:
+        self._model = model
+        self._program = program
+        self._crew = crew
+        self._allocate = allocate
+        kind = SlotStates if model.traits.in_place else StagedStates
+        self._states = kind(
+            program.graph.states,
+            {info.name: info.dtype for info in model.interface.inputs},
+            model.interface.state_shapes,
+            ranks=own_ranks(model, program),
+            slots=slots + model.companions.lone,
+        )
+        self._overwritten: Overwritten = ()
+        self._uses: dict[tuple[int, bool], _Use] = {}
+        self._blocks: dict[int, Block] = {}
+
+    def copy(self, batch: Batch) -> None:
+        """Makes the copies between slots that come before `batch`."""
+        for one in batch.copies:
+            self._states.copy(one.source, one.target, one.length)
+
+    def use(self, step: Step, earlier: Sequence[_Use]) -> _Use:
+        """What `step` runs on, all bound; `earlier` are what the stages before it ran on."""
+        rows, sequence = step.token_ids.shape
+        key = (rows, sequence == 1)
+        if key not in self._uses:
+            self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block)
+        use = self._uses[key]
+        past = max(step.starts)
+        grown = self._states.reserve(past + sequence)
+        self._states.touch(max(step.slots) + 1)
+        if isinstance(self._states, StagedStates):
+            use.prepare(step, self._states.cached(past), earlier)
+            self._states.stage(use.bound, step.slots * (2 if step.twice else 1), past)
+            return use
+        use.prepare(step, None, earlier)
+        if grown:
+            # Uses keep what is bound to them, and would keep the buffers that there were before.
+            for other in self._uses.values():
+                if other.states_bound is not None:
+                    self._states.bind(other.bound, *other.states_bound)
+        if step.twice:
+            self._overwritten = self._states.kept_of(step.slots[0] + 1, step.starts[0])
+        place = (step.slots[0], rows)
+        if use.states_bound != place:
+            self._states.bind(use.bound, *place)
+            use.states_bound = place
+        return use
+
+    def _shared_block(self, lane: int, nbytes: int) -> Block:
+        """The memory of a lane's values, the same for all uses: one of them runs at a time."""
+        block = self._blocks.get(lane)
+        if block is None or block.nbytes < nbytes:
+            block = self._blocks[lane] = self._allocate(lane, nbytes + nbytes // 2)
+        return block
+
+    def finish(self, step: Step, use: _Use) -> None:
+        """Keeps what `step`, which has run, has added to the states, and takes back what its companion has."""
+        for place, kept in self._overwritten:
+            place[...] = kept
+        self._overwritten = ()
+        if isinstance(self._states, StagedStates):
+            past = step.starts[0]
+            self._states.finish(use.bound, step.slots, past, past + step.token_ids.shape[1])
+
+
+class Group:
+    """The batches of one group, one after another, through all stages; `counters` has a row for each of these."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        slots: int,
+        crew: RunsLanes,
+        counters: Counters,
+        allocate: Allocate = private_block,
+    ) -> None:
+        self._model = model
+        self._rows = rows_of(counters)
+        self._memory = [
+            StageMemory(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
+        ]
+
+    def run(self, batch: Batch, occupy: Occupy) -> Array:
+        """The logits of `batch`, `[rows, vocabulary]`, in memory that the next one overwrites; see `Runner`.
+
+        A process that has not the first lane gives no rows.
+        """
+        for memory in self._memory:
+            memory.copy(batch)
+        steps = steps_of(batch, self._model.traits, self._model.companions)
+        if len(steps) == 1:
+            logits = self._step(steps[0], occupy)
+            return logits[:0] if isinstance(batch, Prefill) and batch.logits == "none" else logits
+        whole: Array | None = None
+        for step in steps:
+            logits = self._step(step, occupy)
+            if whole is None:
+                whole = np.empty((sum(len(one.rows) for one in steps), logits.shape[1]), dtype=logits.dtype)
+            if logits.size:
+                whole[list(step.rows)] = logits
+        assert whole is not None, "a batch of no step"
+        return whole
+
+    def _step(self, step: Step, occupy: Occupy) -> Array:
+        uses: list[_Use] = []
+        for stage, (memory, row) in enumerate(zip(self._memory, self._rows, strict=True)):
+            left = time.perf_counter_ns()
+            use = memory.use(step, uses)
+            with occupy(stage, use.bound):
+                started = time.perf_counter_ns()
+                use.bound.run()
+                count_run(row, started)
+            use.bound.count(row)
+            if stage:
+                count_send(row, use.received_nbytes(uses), started - left)
+            memory.finish(step, use)
+            uses.append(use)
+        if 0 not in self._model.own:
+            return np.empty((0, 0), dtype=np.float32)
+        logits = uses[-1].bound.array(0, self._model.logits)[: len(step.slots)]
+        if not self._model.traits.selects:
+            logits = logits[:, list(step.wanted)]
+        return logits.reshape(-1, logits.shape[-1])

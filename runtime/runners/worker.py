@@ -1,0 +1,175 @@
+"""A process that steps one lane of a replica.
+
+The parent sends an `Assignment`, then batches; the worker answers each with what it gave. It ends with the connection,
+so none outlives its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.errors import WorkerError
+from furiosa_llm.runtime.execution.binding import BoundProgram
+from furiosa_llm.runtime.placement.stages import Stage
+from furiosa_llm.runtime.runners.batch import Batch, Companions
+from furiosa_llm.runtime.runners.loaded_model import LoadedModel, load_model
+from furiosa_llm.runtime.runners.shared_memory import Arena, ProcessBarrier, ProcessLane
+from furiosa_llm.runtime.runners.steps import Group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a worker is to do: which lane of which artifact, and the descriptors it has inherited.
+
+    `barriers` are by group, each `[sender][receiver]`.
+    """
+
+    folder: str
+    stages: tuple[Stage, ...]
+    lane: int
+    lanes: int
+    slots_per_group: int
+    mapped: bool
+    companions: Companions
+    arena: int
+    barriers: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The worker has loaded its lane. `ranks` are its ranks; `collectives[stage][step]` names those behind a step."""
+
+    ranks: tuple[int, ...]
+    collectives: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InArena:
+    """Logits in the arena."""
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What became of batch `number`: logits, from the worker of the first lane alone, or an error."""
+
+    number: int
+    logits: InArena | Array | None = None
+    error: Exception | None = None
+
+
+def main(descriptor: int) -> None:
+    """Serves the parent at the other end of `descriptor` until it closes the connection."""
+    connection: Connection[Any, Any] = Connection(descriptor)
+    try:
+        assignment: Assignment = connection.recv()
+    except EOFError:
+        return
+    try:
+        model = load_model(
+            open_artifact(assignment.folder, full=False),
+            assignment.stages,
+            lanes=assignment.lanes,
+            threads=1,
+            mapped=assignment.mapped,
+            own=(assignment.lane,),
+            companions=assignment.companions,
+        )
+    except Exception as error:  # noqa: BLE001 - the parent raises it
+        connection.send(_sendable(error))
+        return
+    _Worker(connection, assignment, model).serve()
+
+
+class _Worker:
+    def __init__(self, connection: Connection[Any, Any], assignment: Assignment, model: LoadedModel) -> None:
+        groups, stages = len(assignment.barriers), len(model.programs)
+        self._connection = connection
+        self._lane = assignment.lane
+        self._model = model
+        self._arena = Arena(assignment.arena, groups)
+        self._positions = self._arena.positions(groups, stages, assignment.lanes)
+        self._counters = self._arena.counters(groups, stages, assignment.lanes)
+        self._sending = threading.Lock()
+        self._queues: list[SimpleQueue[tuple[int, Batch]]] = [SimpleQueue() for _ in range(groups)]
+        self._groups = [self._group(group, assignment) for group in range(groups)]
+
+    def serve(self) -> None:
+        """Takes batches until the parent closes the connection; then the process ends, whatever is under way."""
+        for group in range(len(self._groups)):
+            threading.Thread(target=self._serve_group, args=(group,), daemon=True).start()
+        programs = self._model.programs
+        ready = Ready(
+            ranks=programs[0].lanes.ranks[self._lane],
+            collectives=tuple(
+                tuple(tuple(e.call.collective.id for e in step.exchanges) for step in program.lanes.steps)
+                for program in programs
+            ),
+        )
+        self._connection.send(ready)
+        while True:
+            try:
+                number, batch = self._connection.recv()
+            except (EOFError, ConnectionResetError):
+                os._exit(0)
+            self._queues[batch.group].put((number, batch))
+
+    def _group(self, group: int, assignment: Assignment) -> Group:
+        barrier = ProcessBarrier(assignment.barriers[group], self._lane)
+        return Group(
+            self._model,
+            slots=assignment.slots_per_group,
+            crew=ProcessLane(barrier),
+            counters=self._counters[group, :, self._lane],
+            allocate=lambda _, nbytes: self._arena.allocate(group, nbytes),
+        )
+
+    def _serve_group(self, group: int) -> None:
+        positions = self._positions[group]
+
+        @contextmanager
+        def occupy(stage: int, bound: BoundProgram) -> Iterator[None]:
+            here: npt.NDArray[np.int64] = positions[stage]
+            bound.step_of_lane = here
+            yield
+            here[self._lane] = -1
+
+        while True:
+            number, batch = self._queues[group].get()
+            try:
+                logits = self._groups[group].run(batch, occupy)
+                answer = Answer(number=number, logits=self._shown(logits) if self._lane == 0 else None)
+            except Exception as error:  # noqa: BLE001 - the parent raises it
+                answer = Answer(number=number, error=_sendable(error))
+            with self._sending:
+                self._connection.send(answer)
+
+    def _shown(self, logits: Array) -> InArena | Array:
+        """Where the parent finds `logits`, or they themselves if they are not in the arena."""
+        offset = self._arena.place_of(logits)
+        if offset is None or logits.dtype.isbuiltin != 1:
+            return logits
+        return InArena(offset=offset, dtype=logits.dtype.str, shape=logits.shape)
+
+
+def _sendable(error: Exception) -> Exception:
+    """`error`, or its text in an error that can be sent."""
+    if isinstance(error, FuriosaLLMError) and len(error.args) == 1:
+        return error
+    return WorkerError(f"{type(error).__name__}: {error}")

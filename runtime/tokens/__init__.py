@@ -1,0 +1,1 @@
+"""Text to tokens and logits to tokens: tokenizer, chat templates, sampling, grammars."""

@@ -1,0 +1,58 @@
+"""Conversations as prompts: what `LLM.chat` does before it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.tokens.tokenizer import Message, Tokenizer
+
+Conversation = Sequence[Message]
+
+
+def conversations_of(messages: object) -> list[Conversation]:
+    """`messages` as a list of conversations: it is one, or several; raises InputError for anything else."""
+    single = _is_list(messages) and all(isinstance(one, Mapping) for one in messages)
+    several: Any = [messages] if single else messages
+    if not _is_list(several) or not all(_is_list(one) for one in several):
+        raise InputError(
+            "messages: expected a list of messages such as {'role': 'user', 'content': ...}, or a list of such lists"
+        )
+    for conversation in several:
+        for message in conversation:
+            _check_message(message)
+    return list(several)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple) and bool(value)
+
+
+def render(tokenizer: Tokenizer, conversation: Conversation, **options: Any) -> str:
+    """The prompt for a conversation; `options` are those of `Tokenizer.apply_chat_template`."""
+    plain = [{**message, "content": _text(message.get("content"))} for message in conversation]
+    return tokenizer.apply_chat_template(plain, tokenize=False, **options)
+
+
+def check_tools(tools: object) -> None:
+    """Raises InputError unless `tools` is a list of objects, or None."""
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise InputError(f"tools: found {tools!r:.80}, expected a list of objects that each describe a function")
+
+
+def _check_message(message: Any) -> None:
+    # An assistant that calls tools may say nothing beside that.
+    complete = isinstance(message, Mapping) and (message.get("content") is not None or message.get("tool_calls"))
+    if not complete or not isinstance(message.get("role"), str):
+        raise InputError(f"messages: found {message!r:.80}, expected an object with 'role' and 'content'")
+
+
+def _text(content: Any) -> str | None:
+    """The content of a message: text, parts of which each is text, or nothing."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise InputError(f"messages: found the content {content!r:.80}, expected text: nothing else is understood here")
+    return "\n".join(part["text"] for part in parts)

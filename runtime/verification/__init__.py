@@ -1,0 +1,1 @@
+"""A split model compared with the unsplit one."""

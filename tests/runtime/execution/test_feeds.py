@@ -1,0 +1,42 @@
+"""What a decoder's inputs are fed in a step, for rows of equal and of unequal lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.manifest import InputInfo, InputRole
+from furiosa_llm.runtime.execution.feeds import StepFeeds
+
+
+def info(role: InputRole, *shape: str) -> InputInfo:
+    return InputInfo(name=role, dtype="INT64", role=role, shape=shape, layout=(None,) * len(shape))
+
+
+INPUTS = [
+    info("token_ids", "batch", "sequence"),
+    info("attention_mask", "batch", "total"),
+    info("position_ids", "batch", "sequence"),
+]
+
+
+def fed(feeds: StepFeeds, token_ids: list[list[int]], past: int | list[int]) -> dict[str, Array]:
+    return dict(feeds.update(np.array(token_ids, dtype=np.int64), past))
+
+
+def test_rows_of_unequal_lengths() -> None:
+    found = fed(StepFeeds(INPUTS), [[7], [8], [9]], [2, 0, 4])
+    assert found["token_ids"].tolist() == [[7], [8], [9]]
+    assert found["position_ids"].tolist() == [[2], [0], [4]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
+
+
+def test_equal_shapes_reuse_memory() -> None:
+    feeds = StepFeeds(INPUTS)
+    first = fed(feeds, [[7, 8, 9]], 4)
+    assert first["position_ids"].tolist() == [[4, 5, 6]]
+    assert first["attention_mask"].tolist() == [[1] * 7]
+    assert set(fed(feeds, [[1, 2, 3]], 7)) == {"attention_mask"}
+    assert first["token_ids"].tolist() == [[1, 2, 3]]
+    assert first["position_ids"].tolist() == [[7, 8, 9]]
+    assert set(fed(feeds, [[1], [2]], [7, 3])) == {"token_ids", "position_ids", "attention_mask"}
