@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from furiosa_llm.builder.composite import build_composite, check_options, find_encoder_decoder
-from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.builder.pipeline import Analysed, Stage
+from furiosa_llm.builder.pipeline import Assembly, default_name
 from furiosa_llm.builder.plan.search import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source.from_artifact import load_with_weights
-from furiosa_llm.builder.write.artifact import Assembly, Progress, default_name
+from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
 
 
@@ -96,11 +95,6 @@ class ArtifactBuilder:
             options=self._options,
             name=name,
             load=lambda: load_with_weights(model),
-            lower=self._lower,
             check=lambda source, _: source.guard.check_unchanged(),
         )
         return assembly.build(folder, force=force, progress=progress, workers=workers)
-
-    def _lower(self, analysed: Analysed, told: Stage) -> Build:
-        options = self._options
-        return analysed.lowered_for(options.mesh, max_padding=options.max_padding, tactics=options.tactics, told=told)

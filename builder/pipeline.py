@@ -1,34 +1,128 @@
-"""The stages of compilation, in order: load to analysis once for each model, then plan and lower for each mesh."""
+"""A build from beginning to end: the one place where the order of its stages stands.
+
+`Assembly.build` reads top to bottom: load, `analyse_source` (normalize, rewrite, analyse), plan, lower, write, prove.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.factors.analysis import Analysis, analyse
-from furiosa_llm.builder.factors.probe import Probes, probe
+from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.states import States, find_states
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.emit import lower
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.annotations import constraints_of
+from furiosa_llm.builder.plan.assignment_json import recorded_assignment
 from furiosa_llm.builder.plan.constraints import leaf_parts
 from furiosa_llm.builder.plan.plan import Plan, Planning
 from furiosa_llm.builder.plan.search import MAX_PADDING, Pin
 from furiosa_llm.builder.plan.tactics import Tactics, add_pin
-from furiosa_llm.builder.rewrite.branches import settle_branches
-from furiosa_llm.builder.rewrite.fusion import Fusion, fuse_attention
+from furiosa_llm.builder.proof import prove
+from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.rewrite.normalize import normalize
-from furiosa_llm.builder.rewrite.simplify import simplify
-from furiosa_llm.builder.source import companions
+from furiosa_llm.builder.rewrite.passes import rewrite
+from furiosa_llm.builder.source.companions import read_json
 from furiosa_llm.builder.source.load import Source, load
+from furiosa_llm.builder.write.artifact import Progress, write_artifact
+from furiosa_llm.builder.write.output_folder import output_folder
+from furiosa_llm.builder.write.report import BuildReport, report_of
+from furiosa_llm.builder.write.streaming import MAX_WORKERS
+from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.manifest import Manifest
 
 Stage = Callable[[str], None]
 """Told the name of each stage as it begins."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """How an artifact is made, whatever it is built from."""
+
+    options: BuildOptions
+    name: str
+    """The artifact's."""
+    load: Callable[[], Source]
+    """Gives the source, its files checked."""
+    check: Callable[[Source, Manifest], None]
+    """Raises if what was written cannot be vouched for: the source has changed meanwhile, or was damaged."""
+    plan: Mapping[str, Any] | None = None
+    """The `plan` of a manifest that is followed; by default one is made."""
+
+    def build(self, destination: Path, *, force: bool, progress: Progress | None, workers: int | None) -> BuildReport:
+        """Write the artifact to `destination`, or nothing; see `ArtifactBuilder`."""
+        started = time.monotonic()
+        told = progress or (lambda *_: None)
+
+        def stage(name: str) -> None:
+            told(name, 0, 1)
+
+        threads = _checked_workers(workers)
+        with output_folder(destination, force=force) as folder:
+            stage("load")
+            source = self.load()
+            analysed = analyse_source(source, self.options.dims, fuse=self.options.fuse_attention, told=stage)
+            build = self._lowered(analysed, stage)
+            manifest = write_artifact(
+                folder, build, name=self.name, options=self.options, plan=self.plan, progress=told, workers=threads
+            )
+            self.check(source, manifest)
+            stage("prove")
+            faults = tuple(map(str, prove(folder).faults))
+        seconds = time.monotonic() - started
+        return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
+
+    def _lowered(self, analysed: Analysed, told: Stage) -> Build:
+        options = self.options
+        if self.plan is None:
+            return analysed.lowered_for(
+                options.mesh, max_padding=options.max_padding, tactics=options.tactics, told=told
+            )
+        told("lower")
+        plan = Field(self.plan, "manifest.json $.plan")
+        if "assignment" not in self.plan:
+            plan.fail("the key 'assignment'", "an object without it")
+        assignment = recorded_assignment(plan.child("assignment"), analysed.analysis, options.mesh)
+        return analysed.lowered_by(analysed.planning.follow(assignment, options.mesh))
+
+
+def analyse_model(path: Path, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
+    """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
+    told("load")
+    return analyse_source(load(path), dims, fuse=fuse, told=told)
+
+
+def analyse_source(source: Source, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
+    """Everything up to the analysis of a model.
+
+    Args:
+        source: The model.
+        dims: Sizes of dynamic input dimensions that do not follow from the model.
+        fuse: Whether attention that is written out in small ops is replaced by one op.
+        told: Told the name of each stage.
+    """
+    model = normalize(source)
+    told("analyse")
+    rewritten = rewrite(model, dims, read_json(source.path, "config.json"), fuse=fuse)
+    probes = rewritten.probes
+    return Analysed(
+        source=source,
+        model=model,
+        probes=probes,
+        states=find_states(model.graph, probes.facts),
+        fusion=rewritten.fusion,
+        analysis=analyse(model.graph, probes.facts, probes.others),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,35 +173,19 @@ class Analysed:
         )
 
 
-def analyse_model(path: Path, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
-    """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
-    told("load")
-    return analyse_source(load(path), dims, fuse=fuse, told=told)
+def default_name(model: Path) -> str:
+    """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`.
 
-
-def analyse_source(source: Source, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
-    """Everything up to the analysis of a model.
-
-    Args:
-        source: The model.
-        dims: Sizes of dynamic input dimensions that do not follow from the model.
-        fuse: Whether attention that is written out in small ops is replaced by one op.
-        told: Told the name of each stage.
+    A folder with a model of several files has its own name.
     """
-    model = normalize(source)
-    told("analyse")
-    config = companions.read_json(source.path, "config.json")
-    probes = settle_branches(model, dims, config)
-    if simplify(model, probes):
-        probes = probe(model, dims, config)
-    fusion = fuse_attention(model, probes) if fuse else Fusion()
-    if fusion.changed:
-        probes = probe(model, dims, config)
-    return Analysed(
-        source=source,
-        model=model,
-        probes=probes,
-        states=find_states(model.graph, probes.facts),
-        fusion=fusion,
-        analysis=analyse(model.graph, probes.facts, probes.others),
-    )
+    if model.is_dir():
+        return model.resolve().name
+    return model.stem if model.stem != "model" else model.parent.resolve().name
+
+
+def _checked_workers(workers: int | None) -> int:
+    if workers is None:
+        return MAX_WORKERS
+    if not 1 <= workers <= MAX_WORKERS:
+        raise OptionError(f"workers must be 1 to {MAX_WORKERS}, got {workers}.")
+    return workers

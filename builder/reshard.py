@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 from furiosa_llm.builder.composite import build_parts
-from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.options import recorded_options
-from furiosa_llm.builder.pipeline import Analysed, Stage
+from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.source.from_artifact import source_of
-from furiosa_llm.builder.write.artifact import Assembly, Progress
+from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -79,14 +78,10 @@ def _reshard(
     options = dataclasses.replace(recorded, tensor_parallel_size=tensor_parallel_size)
     options.check(experimental_tp=experimental_tp)
 
-    def lower(analysed: Analysed, told: Stage) -> Build:
-        return analysed.lowered_for(options.mesh, max_padding=options.max_padding, tactics=options.tactics, told=told)
-
     assembly = Assembly(
         options=options,
         name=opened.manifest.model.name,
         load=lambda: source_of(opened),
-        lower=lower,
         check=lambda _, manifest: _check_originals(opened, manifest),
     )
     return assembly.build(save_dir, force=force, progress=progress, workers=workers)

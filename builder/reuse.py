@@ -10,17 +10,14 @@ from typing import NoReturn
 import onnx
 
 from furiosa_llm.builder.errors import PlanError
-from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.options import recorded_options
-from furiosa_llm.builder.pipeline import Analysed, Stage
-from furiosa_llm.builder.plan.assignment_json import recorded_assignment
+from furiosa_llm.builder.pipeline import Assembly, default_name
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.source.load import Source
-from furiosa_llm.builder.write.artifact import Assembly, Progress, default_name
+from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.onnx_files import source_proto
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.graphs import attribute_graphs
-from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.source import read_source
@@ -68,14 +65,6 @@ def build_by_plan_of(
         _check_same_graph(source, opened)
         return source
 
-    def lower(analysed: Analysed, told: Stage) -> Build:
-        told("lower")
-        plan = Field(opened.manifest.plan, "manifest.json $.plan")
-        if "assignment" not in opened.manifest.plan:
-            plan.fail("the key 'assignment'", "an object without it")
-        assignment = recorded_assignment(plan.child("assignment"), analysed.analysis, options.mesh)
-        return analysed.lowered_by(analysed.planning.follow(assignment, options.mesh))
-
     def check(source: Source, manifest: Manifest) -> None:
         source.guard.check_unchanged()
         _check_same_layouts(opened.manifest, manifest)
@@ -84,7 +73,6 @@ def build_by_plan_of(
         options=options,
         name=name or default_name(Path(model)),
         load=load_same,
-        lower=lower,
         check=check,
         plan=opened.manifest.plan,
     )

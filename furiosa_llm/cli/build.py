@@ -22,9 +22,9 @@ from rich.table import Table
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, read_tactics
 from furiosa_llm.builder.errors import OptionError
+from furiosa_llm.builder.pipeline import default_name
 from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size
 from furiosa_llm.builder.units import nbytes
-from furiosa_llm.builder.write.artifact import default_name
 from furiosa_llm.cli.options import Sizes, parallel_size
 
 _STAGES = {

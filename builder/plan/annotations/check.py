@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.factors.analysis import Analysis, analyse
-from furiosa_llm.builder.factors.probe import Probes, probe
+from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.plan.annotations.check_neighbours import check_neighbours
 from furiosa_llm.builder.plan.annotations.check_operators import check_operators
 from furiosa_llm.builder.plan.annotations.check_specs import check_configurations, check_specs
@@ -19,7 +19,7 @@ from furiosa_llm.builder.plan.annotations.correspondence import Correspondence
 from furiosa_llm.builder.plan.annotations.finding import Finding, warning
 from furiosa_llm.builder.plan.annotations.nodes import DeclaredShape, annotations_of, declared_shapes, nodes_of
 from furiosa_llm.builder.rewrite.normalize import normalize
-from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.rewrite.passes import rewrite
 from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.source.external_data import bind_external_data
 from furiosa_llm.builder.source.load import Source
@@ -73,11 +73,10 @@ def _analysed(model: onnx.ModelProto, path: Path) -> tuple[Analysis, dict[str, D
         raise BuildError(f"the graph is damaged: {error}") from error
     bind_external_data(unsplit, path)
     normalized = normalize(Source(path=path, model=unsplit, proto=plain))
-    config = companions.read_json(path, "config.json")
-    probes = probe(normalized, {}, config)
-    shapes = dict(_inferred(model.graph, Correspondence(model.graph, normalized.graph), probes))
-    if simplify(normalized, probes):
-        probes = probe(normalized, {}, config)
+    whole = Correspondence(model.graph, normalized.graph)
+    rewritten = rewrite(normalized, {}, companions.read_json(path, "config.json"), fuse=False)
+    probes = rewritten.probes
+    shapes = dict(_inferred(model.graph, whole, rewritten.whole))
     return analyse(normalized.graph, probes.facts, probes.others), shapes
 
 

@@ -50,6 +50,22 @@ def test_nodes_in_branches_are_checked_too(sound: onnx.ModelProto) -> None:
     assert [f.node for f in unknown] == ['Identity "inner"'] * 2
 
 
+def test_branches_that_are_settled_in_a_build_are_settled_here_too(sound: onnx.ModelProto) -> None:
+    declared = "(float[2, 6, 64] z2)"
+    taken = onnx.parser.parse_graph(f"g () => {declared} {{ z2 = Identity(z) }}")
+    other = onnx.parser.parse_graph("g () => (float[2] z3) { z3 = ReduceSum<keepdims = 0>(z, last) }")
+    extra = onnx.parser.parse_graph("g () => (bool c) { s = Shape(x) n = Size(s) c = Equal(n, three) }")
+    chosen = onnx.helper.make_node("If", ["c"], ["chosen"], name="if", then_branch=taken, else_branch=other)
+    place = [n.name for n in sound.graph.node].index("soft")
+    for added in reversed([*extra.node, chosen]):
+        sound.graph.node.insert(place, added)
+    for name, array in (("three", np.array(3)), ("last", np.array([1, 2]))):
+        sound.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    node(sound, "soft").input[0] = "chosen"
+    spec_of(sound, "soft", "z").tensor_name = "chosen"
+    assert check_sharding(sound, HERE) == []
+
+
 def test_packed_projections_are_warned_of() -> None:
     proto = model(
         "float[2, 6, 16] x",

@@ -1,0 +1,34 @@
+"""The passes over a normalised graph, in order: the one list, for builds and for the checker of annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.factors.probe import Probes, probe
+from furiosa_llm.builder.rewrite.branches import settle_branches
+from furiosa_llm.builder.rewrite.fusion import Fusion, fuse_attention
+from furiosa_llm.builder.rewrite.simplify import simplify
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rewritten:
+    """What is known of a graph that all passes have been over."""
+
+    probes: Probes
+    whole: Probes
+    """Of the graph before any of its arithmetic was folded: more values, and the same facts."""
+    fusion: Fusion
+
+
+def rewrite(model: ir.Model, dims: Mapping[str, int], config: Mapping[str, object], *, fuse: bool) -> Rewritten:
+    """Rewrite a normalised model in place, probing it again after each pass that changed it; see `analyse_source`."""
+    probes = whole = settle_branches(model, dims, config)
+    if simplify(model, probes):
+        probes = probe(model, dims, config)
+    fusion = fuse_attention(model, probes) if fuse else Fusion()
+    if fusion.changed:
+        probes = probe(model, dims, config)
+    return Rewritten(probes=probes, whole=whole, fusion=fusion)
