@@ -186,7 +186,7 @@ def _size_plan(build: Build, workload: Workload) -> SizePlan:
         state_nbytes_per_token=state_nbytes_per_token(build),
         activation_nbytes=memory.activation_nbytes,
         collectives=tuple(_collectives(build)),
-        choices=explain(build),
+        choices=explain(build.plan, build.analysis),
         replicated=notes(build.analysis),
         num_blocks=len(memory.blocks),
         floor_us=weights / PE_BYTES_PER_S * 1e6,

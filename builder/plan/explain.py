@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.plan.groups import Group
 from furiosa_llm.builder.plan.outcome import Axes
 from furiosa_llm.builder.plan.plan import Plan
@@ -55,22 +55,22 @@ class Explained:
     alternatives: tuple[Alternative, ...]
 
 
-def explain(build: Build) -> tuple[Explained, ...]:
-    """Every group of `build`'s plan, the largest weights first."""
-    holdings = _Holdings(build)
-    return tuple(_explained(build.plan, group, holdings) for group in build.plan.groups)
+def explain(plan: Plan, analysis: Analysis) -> tuple[Explained, ...]:
+    """Every group of the plan of an analysed graph, the largest weights first."""
+    holdings = _Holdings(plan, analysis)
+    return tuple(_explained(plan, group, holdings) for group in plan.groups)
 
 
 class _Holdings:
     """What one PE holds of every weight."""
 
-    def __init__(self, build: Build) -> None:
-        self._plan = build.plan
-        self._analysis = build.analysis
+    def __init__(self, plan: Plan, analysis: Analysis) -> None:
+        self._plan = plan
+        self._analysis = analysis
         self._members: dict[Group, list[ir.Value]] = {}
-        groups = {leaf: group for group in build.plan.groups for leaf in group.leaves}
-        for value in build.analysis.graph.initializers.values():
-            leaves = {leaf for factor in build.analysis.dims[value] for leaf in factor.leaves()}
+        groups = {leaf: group for group in plan.groups for leaf in group.leaves}
+        for value in analysis.graph.initializers.values():
+            leaves = {leaf for factor in analysis.dims[value] for leaf in factor.leaves()}
             for group in {groups[leaf] for leaf in leaves if leaf in groups}:
                 self._members.setdefault(group, []).append(value)
 
