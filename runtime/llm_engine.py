@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.core import EngineCore, Handle, check_request_id
@@ -14,8 +14,14 @@ from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from furiosa_llm.runtime.llm import LLM
+
+class HasCore(Protocol):
+    """A loaded model that runs on an engine: an `LLM`."""
+
+    @property
+    def core(self) -> EngineCore:
+        """What runs its requests."""
+        ...
 
 
 class Engine(Closing):
@@ -26,7 +32,7 @@ class Engine(Closing):
         self._handles: dict[str, Handle] = {}
 
     @classmethod
-    def from_llm(cls, llm: LLM) -> Self:
+    def from_llm(cls, llm: HasCore) -> Self:
         """An engine on a model that is loaded already."""
         return cls(llm.core)
 
