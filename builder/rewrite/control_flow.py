@@ -1,9 +1,4 @@
-"""If, Loop and Scan as closures: nodes whose graphs read nothing but their own inputs.
-
-In ONNX a branch or a body may read any value around it, which is no input of the node: every pass that follows inputs
-(dead code, consumers, placements, segments) would miss it. `close` makes such captured values inputs of the node and of
-its graphs, and gives the node the domain CLOSURE_DOMAIN; `open_closures` writes it back as ONNX has it.
-"""
+"""Make closures of If, Loop and Scan, see `shapes.closures`, and put a branch in the place of its If."""
 
 from __future__ import annotations
 

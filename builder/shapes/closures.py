@@ -1,8 +1,8 @@
-"""If, Loop and Scan as closures: what is captured, and the graphs inside a node.
+"""If, Loop and Scan as closures: nodes whose graphs read nothing but their own inputs.
 
-In ONNX a branch or a body may read any value around it, which is no input of the node. In a closure, a node of the
-domain CLOSURE_DOMAIN, captured values are inputs of the node and of its graphs: `rewrite.control_flow.close` makes
-one, `write.closures.open_closures` writes it back as ONNX has it.
+In ONNX a branch or a body may read any value around it, which is no input of the node: every pass that follows inputs
+(dead code, consumers, placements, segments) would miss it. `rewrite.control_flow.close` makes such captured values
+inputs of the node and of its graphs, and gives the node CLOSURE_DOMAIN; `write.closures` writes it back as ONNX has it.
 """
 
 from __future__ import annotations
