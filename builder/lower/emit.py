@@ -15,6 +15,7 @@ from furiosa_llm.builder.lower.lookup import emit_lookup
 from furiosa_llm.builder.lower.program_builder import ProgramBuilder, ShardedTensor
 from furiosa_llm.builder.lower.sizes import SizeRewriter
 from furiosa_llm.builder.plan.outcome import Assignment, Outcome, Step
+from furiosa_llm.builder.shapes.facts import present
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
 
@@ -100,7 +101,7 @@ class _Lowering:
             self._sizes.localise(info, operand, inputs, attributes)
         names = self._raw_names(info, step)
         if step.lookup:
-            table = self._layouts.of(_present(node.inputs[0]))
+            table = self._layouts.of(present(node.inputs[0]))
             facts = self._analysis.facts
             arguments = (self._program, info, step.lookup, table, inputs, attributes, facts, names[0])
             outputs = [emit_lookup(*arguments)]
@@ -233,8 +234,3 @@ class _Lowering:
         emitted.type = ir.TensorType(self._analysis.facts[value].dtype)
         self._expected[emitted] = self._layouts.local_shape(value, whole)
         return emitted
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value

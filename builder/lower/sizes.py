@@ -16,6 +16,7 @@ from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.lower.layouts import Layouts
 from furiosa_llm.builder.lower.program_builder import ProgramBuilder
 from furiosa_llm.builder.rules.rule import ShapeOperand
+from furiosa_llm.builder.shapes.facts import present
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, Prod, axes_of, global_size, local_size
 
 _SPLIT_SIZES_ARE_INPUT = 13
@@ -36,7 +37,7 @@ class SizeRewriter:
 
     def globalise(self, node: ir.Node, emitted: ir.Value) -> ir.Value:
         """Restore the global sizes in the output of a Shape node."""
-        value = _present(node.inputs[0])
+        value = present(node.inputs[0])
         layout = self._layouts.of(value)
         part = slice(
             node.attributes["start"].as_int() if "start" in node.attributes else 0,
@@ -70,7 +71,7 @@ class SizeRewriter:
     # -- the sizes of an output ----------------------------------------------------------------------------------
 
     def _localise_dims(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
-        output, target = info.node.outputs[0], _present(info.node.inputs[port])
+        output, target = info.node.outputs[0], present(info.node.inputs[port])
         raw = self._analysis.facts[target].value
         layout = self._layouts.of(output)
         static: dict[int, int] = {}
@@ -88,12 +89,12 @@ class SizeRewriter:
         if static or divide:
             key = (target, tuple(static.items()), tuple(divide.items()))
             if key not in self._local:
-                self._local[key] = self._local_vector(_present(inputs[port]), target, static, divide)
+                self._local[key] = self._local_vector(present(inputs[port]), target, static, divide)
             inputs[port] = self._local[key]
 
     def _localise_repeats(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
         """How often this rank's part of the input is in its part of the output."""
-        data, repeats = _present(info.node.inputs[0]), _present(info.node.inputs[port])
+        data, repeats = present(info.node.inputs[0]), present(info.node.inputs[port])
         raw = self._analysis.facts[repeats].value
         before, after = self._layouts.of(data), self._layouts.of(info.node.outputs[0])
         mesh = self._layouts.mesh
@@ -106,7 +107,7 @@ class SizeRewriter:
             if local != int(raw[d]):
                 changed[d] = local
         if changed:
-            inputs[port] = self._local_vector(_present(inputs[port]), repeats, changed, {})
+            inputs[port] = self._local_vector(present(inputs[port]), repeats, changed, {})
 
     def _local_vector(
         self, vector: ir.Value, original: ir.Value, static: dict[int, int], divide: dict[int, int]
@@ -139,7 +140,7 @@ class SizeRewriter:
     ) -> None:
         axis = info.rule.axis
         assert axis is not None
-        if not axes_of(self._layouts.of(_present(info.node.inputs[0]))[axis]) or (0, axis) in info.full_inputs:
+        if not axes_of(self._layouts.of(present(info.node.inputs[0]))[axis]) or (0, axis) in info.full_inputs:
             return
         sizes = [local_size(self._layouts.of(value)[axis], self._layouts.mesh) for value in info.node.outputs]
         if self._program.opset < _SPLIT_SIZES_ARE_INPUT:
@@ -150,7 +151,7 @@ class SizeRewriter:
 
     def _localise_bounds(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
         node = info.node
-        data = _present(node.inputs[0])
+        data = present(node.inputs[0])
         raw = self._known(node, port)
         if raw is None:
             return
@@ -194,8 +195,3 @@ def local_prefix(dim: Dim, position: int, mesh: Mesh) -> int:
         return local
     assert not axes_of(dim), "a bound inside a split factor"
     return position
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value

@@ -19,6 +19,7 @@ from furiosa_llm.builder.plan.padding import (
     output_content,
     padded_places,
 )
+from furiosa_llm.builder.shapes.facts import present
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, simplify
 
 Split = list[tuple[int, list[Factor]]]
@@ -179,23 +180,23 @@ class SweepPass:
         passing = self._passing(info, ports, step)
         for port in ports:
             if port not in passing:
-                self._reduce(_present(node.inputs[port]), step)
+                self._reduce(present(node.inputs[port]), step)
         return self._partial_axes(node, passing)
 
     def _passing(self, info: NodeInfo, ports: list[int], step: Step) -> list[int]:
         node, rule = info.node, info.rule
-        single = all(self._ground.consumers.get(_present(node.inputs[p])) == 1 for p in ports)
+        single = all(self._ground.consumers.get(present(node.inputs[p])) == 1 for p in ports)
         if not single or any(p in step.gather for p in ports):
             return []
         if rule.bilinear:
             facts = self._analysis.facts
-            grows = facts[_present(node.inputs[ports[0]])].shape != facts[node.outputs[0]].shape
+            grows = facts[present(node.inputs[ports[0]])].shape != facts[node.outputs[0]].shape
             return [] if len(ports) > 1 or grows else ports
         if not rule.linear or any(p not in rule.linear for p in ports):
             return []
         others = [p for p in rule.linear if p < len(node.inputs) and node.inputs[p] is not None and p not in ports]
-        added = [p for p in others if not self._analysis.facts[_present(node.inputs[p])].zero]
-        constant = all(_present(node.inputs[p]).is_initializer() for p in added)
+        added = [p for p in others if not self._analysis.facts[present(node.inputs[p])].zero]
+        constant = all(present(node.inputs[p]).is_initializer() for p in added)
         if not constant and node.outputs[0] not in self._deferred:
             self._blocked.add(node.outputs[0])
             return []
@@ -209,7 +210,7 @@ class SweepPass:
     def _partial_axes(self, node: ir.Node, ports: Sequence[int]) -> Axes:
         axes: Axes = ()
         for port in ports:
-            axes = _union(axes, self._partial[_present(node.inputs[port])])
+            axes = _union(axes, self._partial[present(node.inputs[port])])
         return axes
 
     def _reduce(self, value: ir.Value, step: Step) -> None:
@@ -266,7 +267,7 @@ class SweepPass:
             found[ending[0]] = Content.ANY
         for port, content in found.items():
             if content is Content.ANY:
-                places = self._places(_present(info.node.inputs[port]), step.gather.get(port, ()))
+                places = self._places(present(info.node.inputs[port]), step.gather.get(port, ()))
                 dims = {d for other, at in places.items() if have_common_leaves(other, place) for d in at}
                 step.clear[port] = sorted({*step.clear.get(port, ()), *dims})
 
@@ -296,7 +297,7 @@ class SweepPass:
         inputs: list[Factor] = []
         for port, dims in split.items():
             whole = step.gather.get(port, ())
-            self._check_value(_present(node.inputs[port]), whole)
+            self._check_value(present(node.inputs[port]), whole)
             inputs += [leaf for d, leaves in dims if d not in whole for leaf in leaves]
         outputs: list[Factor] = []
         cut: list[Factor] = []
@@ -342,11 +343,6 @@ class SweepPass:
     def _layout(self, value: ir.Value, sequence_dim: int) -> list[Dim]:
         factors = [factor for d, factor in enumerate(self._analysis.dims[value]) if d != sequence_dim]
         return [simplify(to_dim(factor, self._axes)) for factor in factors]
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value
 
 
 def _union(a: Axes, b: Axes) -> Axes:

@@ -14,6 +14,7 @@ from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.pieces import ONE, Copies, Dim, Size
 from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Held, LocalSizes, Placement, whole
 from furiosa_llm.builder.proof.regroup import candidates
+from furiosa_llm.builder.shapes.facts import present
 
 Choose = Callable[[ir.Node, object, Sequence[tuple[Dim, ...]]], tuple[Dim, ...]]
 """Picks one of several readings of a node; the second argument tells like situations by being equal."""
@@ -88,7 +89,7 @@ class Movers:
         drop = (
             {a % len(dims) for a in axes}
             if axes is not None
-            else {d for d, size in enumerate(self._facts.shape(_present(node.inputs[0]))) if size == ONE}
+            else {d for d, size in enumerate(self._facts.shape(present(node.inputs[0]))) if size == ONE}
         )
         if any(pieces.axes_of(dims[d]) for d in drop):
             raise ContradictionError("a split dimension that is squeezed", "one of size 1", REBUILD)
@@ -123,7 +124,7 @@ class Movers:
         return [Placement(dims=tuple((Copies(size),) for size in sizes))]
 
     def _tile(self, node: ir.Node, operands: Sequence[Placement]) -> list[Held]:
-        data, out = self._facts.shape(_present(node.inputs[0])), self._facts.shape(node.outputs[0])
+        data, out = self._facts.shape(present(node.inputs[0])), self._facts.shape(node.outputs[0])
         dims: list[Dim] = []
         for dim, before, after in zip(operands[0].dims, data, out, strict=True):
             count = pieces.over(after, before)
@@ -143,7 +144,7 @@ class Movers:
 
     def _slice(self, node: ir.Node, operands: Sequence[Placement]) -> list[Held]:
         dims = list(operands[0].dims)
-        data, out = self._facts.shape(_present(node.inputs[0])), self._facts.shape(node.outputs[0])
+        data, out = self._facts.shape(present(node.inputs[0])), self._facts.shape(node.outputs[0])
         axes = self._slice_axes(node, len(dims))
         for i, d in enumerate(axes if axes is not None else range(len(dims))):
             if pieces.is_whole(dims[d]):
@@ -165,7 +166,7 @@ class Movers:
             given = node.attributes["axes"].as_ints() if "axes" in node.attributes else range(count)
             return [a % rank for a in given]
         if len(node.inputs) <= 3 or node.inputs[3] is None:
-            return list(range(self._facts.shape(_present(node.inputs[1]))[0][0]))
+            return list(range(self._facts.shape(present(node.inputs[1]))[0][0]))
         values = self._facts.values(node.inputs[3])
         return None if values is None else [int(a) % rank for a in values[0]]
 
@@ -222,8 +223,3 @@ class Movers:
 def _is_on_all_ranks(one: Placement) -> bool:
     """Whether every rank has the same sizes; those of a constant vector are copies of one."""
     return not one.partial and all(pieces.is_whole(dim) for dim in one.dims)
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value

@@ -29,6 +29,7 @@ from furiosa_llm.builder.proof.placement import (
     whole,
 )
 from furiosa_llm.builder.shapes.evaluate import EVALUATORS
+from furiosa_llm.builder.shapes.facts import present
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Array = npt.NDArray[Any]
@@ -73,7 +74,7 @@ class RankTransfer:
 
     def _masked(self, node: ir.Node, mask: RankConstant, held: Sequence[Held | None]) -> Held:
         """`Where(mask, x, 0)`: x on some ranks or in some places, zeros elsewhere."""
-        condition, kept, other = (_present(value) for value in node.inputs)
+        condition, kept, other = (present(value) for value in node.inputs)
         inverted = self._facts.is_zero(kept)
         data = held[2 if inverted else 1]
         if not (inverted or self._facts.is_zero(other)) or not isinstance(data, Placement):
@@ -123,7 +124,7 @@ class RankTransfer:
             raise ContradictionError("a table that differs between ranks", "a tensor of the unsplit model", REBUILD)
         axis = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0) % len(data.dims)
         axes_given = held[1].axes if isinstance(held[1], RankConstant) else ()
-        indices = self._of_ranks(_present(node.inputs[1]))
+        indices = self._of_ranks(present(node.inputs[1]))
         if not pieces.is_whole(data.dims[axis]) or indices[0].ndim != 1:
             raise ContradictionError("a split dimension of which ranks take parts", "a whole dimension", REBUILD)
         size = pieces.global_size(data.dims[axis])
@@ -176,7 +177,7 @@ class RankTransfer:
 
     def _looked_up(self, node: ir.Node, held: Sequence[Held | None]) -> Held:
         """`Where(here, rows, 0)`: every row on one rank, zeros on the others."""
-        here, _, other = (_present(value) for value in node.inputs)
+        here, _, other = (present(value) for value in node.inputs)
         rows = held[1]
         if not isinstance(rows, Rows) or not isinstance(held[0], RankFunction) or not self._facts.is_zero(other):
             raise ContradictionError("rows of a split table that are not masked", "Where(here, rows, 0)", REBUILD)
@@ -199,7 +200,7 @@ class RankTransfer:
                 raise ContradictionError(
                     "a mask of rows that is not aligned with them", f"{count} dimensions of 1 at its end", REBUILD
                 )
-            value = _present(producer.inputs[0])
+            value = present(producer.inputs[0])
         return value
 
     def _unsqueezed(self, node: ir.Node) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ class RankTransfer:
         if value.is_initializer():
             result = self._scalar(value, rank)
         elif node is not None and node.op_type in ELEMENTWISE and node.domain == "":
-            operands = [self._evaluate_one(_present(v), known, rank) for v in node.inputs]
+            operands = [self._evaluate_one(present(v), known, rank) for v in node.inputs]
             if all(one is not None for one in operands):
                 attributes: Mapping[str, Any] = {name: a.value for name, a in node.attributes.items()}
                 result = np.asarray(EVALUATORS[node.op_type](dict(attributes), operands))
@@ -328,8 +329,3 @@ def sub_dimensions(dims: Sequence[Dim]) -> list[Dim]:
                 if pieces.axes_of(own):
                     found[own] = None
     return list(found)
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value

@@ -17,7 +17,7 @@ from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.size_folding import proven_conditions
 from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes.closures import BRANCHES, CLOSURE_DOMAIN, nodes_within
-from furiosa_llm.builder.shapes.facts import Facts
+from furiosa_llm.builder.shapes.facts import Facts, present
 from furiosa_llm.builder.shapes.interpreter import Interpreter
 
 _MOST_NODES = 64
@@ -87,8 +87,8 @@ def _inline_both(model: ir.Model, probes: Probes) -> bool:
 
 def _may_select(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
     """Whether both branches may be computed at these sizes: total, cheap, and of one shape."""
-    own, captured = node.inputs[0], [facts[_present(value)] for value in node.inputs[1:]]
-    around = {_present(own): facts[_present(own)]}
+    own, captured = node.inputs[0], [facts[present(value)] for value in node.inputs[1:]]
+    around = {present(own): facts[present(own)]}
     branches = [node.attributes[name].as_graph() for name in BRANCHES]
     if len(list(nodes_within(node))) > _MOST_NODES:
         return False
@@ -106,7 +106,7 @@ def _are_total(node: ir.Node, branches: Sequence[ir.Graph], facts: Facts, interp
             return False  # at these sizes it is only right not to take it
         if not all(_is_total(inner, facts, interpreter) for inner in branch):
             return False
-    rank = len(facts[_present(node.inputs[0])].shape)
+    rank = len(facts[present(node.inputs[0])].shape)
     then, other = ([(facts[v].dtype, facts[v].shape) for v in branch.outputs] for branch in branches)
     return then == other and all(dtype in _SELECTABLE and len(shape) >= rank for dtype, shape in then)
 
@@ -136,8 +136,3 @@ def _where(graph: ir.Graph, before: ir.Node, inputs: Sequence[ir.Value | None], 
     select.outputs[0].name = name
     graph.insert_before(before, select)
     return select.outputs[0]
-
-
-def _present(value: ir.Value | None) -> ir.Value:
-    assert value is not None
-    return value

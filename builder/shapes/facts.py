@@ -24,3 +24,9 @@ class Fact:
 
 
 Facts = dict[ir.Value, Fact]
+
+
+def present(value: ir.Value | None) -> ir.Value:
+    """An input that is there: its op is none without it."""
+    assert value is not None
+    return value
