@@ -1,7 +1,4 @@
-"""The simulated machine: cards of eight PEs each, and the vendor's strings for them.
-
-Figures of a card are those of FuriosaAI's RNGD by its published specification: 48 GB of HBM3 for 8 PEs.
-"""
+"""The simulated machine: cards of eight PEs each, and the vendor's strings for them."""
 
 from __future__ import annotations
 
