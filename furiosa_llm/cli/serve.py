@@ -144,7 +144,7 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
 
 def show_batch_invariance(model: Decoder) -> None:
     """Says what this machine's kernels make of a batch, and what can be done about it."""
-    found = model.batch_invariance
+    found = model.probe()
     if found.invariant:
         remedy = ""
     elif model.batch_invariant:

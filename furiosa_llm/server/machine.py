@@ -162,7 +162,7 @@ async def machine(state: State) -> MachineResponse:
 
 
 def _batch_invariance(model: Decoder) -> MachineBatchInvariance:
-    found = model.batch_invariance
+    found = model.probe()
     return MachineBatchInvariance(
         enabled=model.batch_invariant,
         invariant=found.invariant,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -29,12 +30,12 @@ class Decoder:
     """A model that generates.
 
     engine: what runs its requests.
-    batch_invariance: whether its bits depend on how many requests run at once, on this machine.
+    probe: whether its bits depend on how many requests run at once, on this machine; probed in the first call.
     batch_invariant: whether they are kept from doing so.
     """
 
     engine: AsyncLLMEngine
-    batch_invariance: BatchInvariance
+    probe: Callable[[], BatchInvariance]
     batch_invariant: bool
 
     def machine(self) -> MachineSnapshot:
@@ -147,7 +148,7 @@ def load_served(
         artifact=artifact,
         kind=Decoder(
             engine=AsyncLLMEngine(start(plan, args)),
-            batch_invariance=plan.batch_invariance or probe_batch_invariance(artifact, mapped=args.mapped),
+            probe=cache(lambda: plan.batch_invariance or probe_batch_invariance(artifact, mapped=args.mapped)),
             batch_invariant=args.batch_invariant,
         ),
         max_length=plan.limits.max_length,

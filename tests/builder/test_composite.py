@@ -105,6 +105,7 @@ def test_what_exists_is_replaced_only_if_asked(copy: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "model"]
 
 
+@pytest.mark.slow
 def test_a_state_that_nothing_gives(copy: Path, tmp_path: Path) -> None:
     model = onnx.load(copy / "decoder_model.onnx")
     kept = [value for value in model.graph.output if value.name != "present.1.encoder.key"]
@@ -116,6 +117,7 @@ def test_a_state_that_nothing_gives(copy: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_fit_are_not_published(copy: Path, tmp_path: Path) -> None:
     config = json.loads((copy / "config.json").read_text()) | {"decoder_start_token_id": 5000}
     (copy / "config.json").write_text(json.dumps(config))

@@ -15,6 +15,7 @@ from tests.support.builder import branching
 CASES = 50
 
 
+@pytest.mark.slow
 def test_damaged_models_are_refused_or_right(tmp_path: Path) -> None:
     fuzzer = Fuzzer(tmp_path, models()[::4], branching.models())
     results = [fuzzer.case(seed) for seed in range(CASES)]

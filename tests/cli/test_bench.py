@@ -134,6 +134,7 @@ def test_options_of_no_sense(cli: Cli, built: Path, options: tuple[object, ...],
     assert message in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "message"),
     [

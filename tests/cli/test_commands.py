@@ -64,6 +64,7 @@ def test_generate_gives_the_same_tokens_for_every_size(cli: Cli) -> None:
     assert texts.pop().strip()
 
 
+@pytest.mark.slow
 def test_run_gives_the_model_s_outputs(zoo: Path, tmp_path: Path, cli: Cli) -> None:
     model = zoo / "tiny-bert-optimum" / "model.onnx"
     ids = np.arange(10, dtype=np.int64)[None, :]

@@ -99,6 +99,7 @@ def test_verify_inspect_and_generate(t5: Path, copy: Path, cli: Cli) -> None:
     assert "6 tokens" in generated.err
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_named(copy: Path, t5: Path, cli: Cli, refused: Refused) -> None:
     weights = copy / "decoder" / "weights-00001.safetensors"
     data = bytearray(weights.read_bytes())
@@ -139,6 +140,7 @@ def test_a_part_is_an_artifact(copy: Path, tmp_path: Path, cli: Cli, t5: Path) -
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_embed_prints_a_line_for_each_text(zoo: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
     artifact, tokenizer = tmp_path / "artifact", zoo / "tiny-llama-optimum"
     assert cli("build", zoo / "tiny-bert-optimum" / "model.onnx", artifact).code == 0

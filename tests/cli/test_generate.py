@@ -18,6 +18,7 @@ def test_the_text_is_that_of_the_engine(built: Path, cli: Cli) -> None:
     assert result.out == f"{expected.outputs[0].text}\n"
 
 
+@pytest.mark.slow
 def test_the_same_text_for_every_parallelism(built: Path, cli: Cli) -> None:
     texts = set()
     for options in (

@@ -77,7 +77,7 @@ def test_what_the_kernels_give_is_said(
     differences = () if companions == NO_COMPANIONS else (difference,)
     probed = BatchInvariance(differences=differences, companions=companions, chunks=True, unprobed=())
     engine = cast(AsyncLLMEngine, None)
-    show_batch_invariance(Decoder(engine=engine, batch_invariance=probed, batch_invariant=enabled))
+    show_batch_invariance(Decoder(engine=engine, probe=lambda: probed, batch_invariant=enabled))
     said = capsys.readouterr().out
     assert said.startswith("Bits on this machine: a row ")
     assert said.endswith(f"{end}\n")

@@ -70,6 +70,7 @@ def test_a_server_run_has_loadgens_own_settings_and_those_of_the_user(artifact: 
     assert output == (tmp_path / "logs" / "furiosa_summary.txt").read_text() + "\n"
 
 
+@pytest.mark.slow
 def test_a_submission_measures_and_scores_into_the_folders_of_a_submission(
     encoder_artifact: Path, tmp_path: Path
 ) -> None:

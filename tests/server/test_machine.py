@@ -62,7 +62,7 @@ def test_what_was_probed(artifact: Path) -> None:
     model = load(artifact, batch_invariant=True)
     assert isinstance(model.kind, Decoder)
     probed = BatchInvariance(differences=(difference,), companions=Companions(lone=True), chunks=False, unprobed=())
-    kind = dataclasses.replace(model.kind, batch_invariance=probed)
+    kind = dataclasses.replace(model.kind, probe=lambda: probed)
     with serving(dataclasses.replace(model, kind=kind), ServerSettings()) as url:
         assert machine(url)["batch_invariance"] == {
             "enabled": True,

@@ -76,6 +76,7 @@ def test_one_layer_of_many_is_planned_on_the_whole_graph(tmp_path: Path) -> None
     assert by_role(choices, "feed-forward") == [(1, 1), (4, 8)]
 
 
+@pytest.mark.slow
 def test_an_artifact_keeps_them_and_says_so(zoo: Path, tmp_path: Path) -> None:
     tactics = read_tactics(write(tmp_path, '[[tactic]]\nrole = "vocabulary"\nplace = "replicate"'))
     model = zoo / LLAMA / "model.onnx"

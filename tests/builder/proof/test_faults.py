@@ -138,6 +138,7 @@ def missed(
     return tried, found
 
 
+@pytest.mark.slow
 def test_what_is_seeded_has_no_fault_by_itself(subjects: dict[str, Subject]) -> None:
     for name, subject in subjects.items():
         assert faults_of(subject) == (), name

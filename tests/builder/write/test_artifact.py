@@ -215,7 +215,7 @@ def test_one_block_for_each_layer(name: str, built: Built) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny-llama-optimum", "tiny-bloom-optimum", "tiny-llama-genai-fp32", "tiny-qwen3moe-optimum"]
+    "name", ["tiny-llama-optimum", "tiny-bloom-optimum", "tiny-llama-genai-fp32", "tiny-mixtral-dynamo-tf5"]
 )
 def test_declared_shapes_are_those_of_onnxruntime(name: str, built: Built) -> None:
     """The shapes of what collectives take and give, against what runs."""

@@ -370,6 +370,7 @@ def test_pes_that_are_not_used(load: Callable[..., EngineCore], artifact: Artifa
     assert {pe.weights_nbytes for pe in pes[4:]} == {choose_stages(artifact)[0].weight_nbytes}
 
 
+@pytest.mark.slow
 def test_counters_survive_a_worker_that_is_killed(load: Callable[..., EngineCore]) -> None:
     core = load(workers=2)
     generate(core)

@@ -331,6 +331,7 @@ def test_fusion_can_be_turned_off(zoo: Path, tmp_path: Path) -> None:
     assert artifact.manifest.provenance.options["fuse_attention"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "told"),
     tiered([("--fuse-attention", True), ("--no-fuse-attention", False)], [("--fuse-attention", True)]),

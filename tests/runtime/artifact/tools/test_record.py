@@ -56,6 +56,7 @@ def test_one_fault_is_enough() -> None:
     assert PASSED.passed
 
 
+@pytest.mark.slow
 def test_many_faults_make_a_short_record() -> None:
     check = Check(name="weights", checked=1, faults=tuple("x" * 10_000 for _ in range(100_000)))
     record = Verification(manifest_digest=DIGEST, tool="t", libraries={}, checks=(check,))
