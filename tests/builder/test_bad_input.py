@@ -26,7 +26,7 @@ from furiosa_llm.builder import (
     UnsupportedModelError,
 )
 from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size
-from furiosa_llm.builder.write import onnx_files
+from furiosa_llm.builder.write import artifact as writing
 from tests.support.builder.graphs import model
 
 IDS, LOGITS = "int64[batch, sequence] input_ids", "float[batch, sequence, 32] logits"
@@ -282,7 +282,7 @@ def test_artifact_is_kept_if_its_replacement_fails(
 ) -> None:
     builder.build(tmp_path / "artifact")
     before = (tmp_path / "artifact" / "manifest.json").read_bytes()
-    monkeypatch.setattr(onnx_files, "write_manifest", full_disk)
+    monkeypatch.setattr(writing, "write_manifest", full_disk)
     with pytest.raises(OutputError, match="No space left on device; nothing was left behind"):
         builder.build(tmp_path / "artifact", force=True)
     assert (tmp_path / "artifact" / "manifest.json").read_bytes() == before
@@ -297,7 +297,7 @@ def full_disk(*_: object) -> None:
 def test_nothing_is_left_of_a_build_that_fails(
     step: str, builder: ArtifactBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_files, step, full_disk)
+    monkeypatch.setattr(writing, step, full_disk)
     with pytest.raises(OutputError, match=r"writing .*artifact failed: No space left on device"):
         builder.build(tmp_path / "artifact")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
@@ -309,7 +309,7 @@ def test_nothing_is_left_of_a_build_that_is_interrupted(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_files, "write_manifest", interrupt)
+    monkeypatch.setattr(writing, "write_manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         builder.build(tmp_path / "artifact")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
