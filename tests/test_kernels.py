@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from fixtures.processor import kernels
 pytestmark = pytest.mark.kernels
 
 Array = npt.NDArray[Any]
+ROOT = Path(__file__).resolve().parents[1]
+CANNOT = 75
 ROUNDING = {"float32": 2e-6, "float16": 2e-3}
 
 
@@ -27,6 +32,17 @@ def test_other_kernels_than_those_that_are_asked_for_are_refused(
     monkeypatch.setenv("EXPECTED_KERNELS", "vax")
     with pytest.raises(pytest.UsageError, match=f"chooses {kernels()} here, and EXPECTED_KERNELS says vax"):
         plugin.refuse_other_kernels()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", ["avx2", "sse"])
+def test_instruction_sets_are_hidden(wanted: str) -> None:
+    command = [ROOT / "scripts" / "with-kernels.sh", wanted, sys.executable, "-c"]
+    program = "from fixtures.processor import kernels; print(kernels())"
+    found = subprocess.run([*command, program], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode == CANNOT:
+        pytest.skip("this processor or kernel cannot fault on CPUID")
+    assert (found.returncode, found.stdout, found.stderr) == (0, f"{wanted}\n", "")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ MECHANISMS: dict[tuple[str, int], str] = {
     ("tiny-mixtral-dynamo-tf5", 4): "experts in a loop of indices",
     ("tiny-gptoss-genai-fp32-fullkv", 4): "experts in one op, attention sinks",
     ("tiny-mistral-dynamo-tf5", 4): "caches cut to a window",
-    ("tiny-llama-dynamo-op23-tf5", 4): "ONNX's Attention",
     ("tiny-llama-genai-fp16-cuda", 4): "float16",
     ("tiny-llama-genai-int4", 4): "MatMulNBits, short blocks",
     ("tiny-llama-genai-int4-qdq", 8): "DequantizeLinear of packed INT4",
