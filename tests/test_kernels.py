@@ -37,9 +37,9 @@ def test_other_kernels_than_those_that_are_asked_for_are_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["avx2", "sse"])
 def test_instruction_sets_are_hidden(wanted: str) -> None:
-    command = [ROOT / "scripts" / "with-kernels.sh", wanted, sys.executable, "-c"]
     program = "from fixtures.processor import kernels; print(kernels())"
-    found = subprocess.run([*command, program], cwd=ROOT, capture_output=True, text=True)
+    command = ["scripts/with-kernels.sh", wanted, sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if found.returncode == CANNOT:
         pytest.skip("this processor or kernel cannot fault on CPUID")
     assert (found.returncode, found.stdout, found.stderr) == (0, f"{wanted}\n", "")
