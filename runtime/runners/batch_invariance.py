@@ -20,7 +20,7 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.execution.decoder import interface_of
 from furiosa_llm.runtime.execution.feeds import StepFeeds
-from furiosa_llm.runtime.execution.ort import Session, SessionSettings, unwrap, wrap
+from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, unwrap, wrap
 from furiosa_llm.runtime.execution.sessions import SegmentLoader
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
 from furiosa_llm.runtime.program.segments import Program, ValueType
@@ -68,7 +68,8 @@ class BatchInvariance:
     chunks: bool
     """Whether a prompt has the same bits however it is cut, into pieces of two tokens or more."""
     unprobed: tuple[str, ...]
-    """Values that no probe can be made for, because they are neither numbers nor known before a collective."""
+    """Values that no probe can be made for, because they are neither numbers nor known before a collective; and those
+    whose segment onnxruntime could not run on random values, with its error."""
 
     @property
     def invariant(self) -> bool:
@@ -146,11 +147,15 @@ class _Probe:
         for segment in self._distinct_segments():
             unknown = [name for name in map(_original, segment.inputs) if not self._feeds.can_feed(name)]
             unprobed.update(dict.fromkeys(unknown))
-            if not unknown and (found := self._differing_rows(segment)):
-                rows |= found
-                differences += self._blame(segment, found)
-            if not unknown and chunks:
-                chunks = self._chunks_are_alike(segment)
+            if unknown:
+                continue
+            try:
+                if found := self._differing_rows(segment):
+                    rows |= found
+                    differences += self._blame(segment, found)
+                chunks = chunks and self._chunks_are_alike(segment)
+            except ORT_ERRORS as error:  # random values are not what the segment computes with
+                unprobed[f"{_original(segment.outputs[0])}: {type(error).__name__}: {error}"] = None
         enough = not unprobed and rows <= {1}
         return BatchInvariance(
             differences=tuple(_merged(differences)),
@@ -258,7 +263,8 @@ class _Probe:
         domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain}."
         name = _original(node.name or node.output[0])
         rows, worst = tuple(sorted(found)), max(found.values())
-        return KernelDifference(op=f"{domain}{node.op_type}", node=name, nodes=1, rows=rows, relative=worst)
+        op = f"{domain}{node.op_type}".encode("unicode_escape").decode("ascii")  # it is printed
+        return KernelDifference(op=op, node=name, nodes=1, rows=rows, relative=worst)
 
 
 def _run(

@@ -153,6 +153,18 @@ def test_a_prompt_that_is_cut_is_compared_with_the_whole(zoo_artifact: ZooArtifa
     assert not odd.chunks
 
 
+def test_what_does_not_run_on_random_values_is_not_promised(
+    zoo_artifact: ZooArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("index out of bounds")
+
+    monkeypatch.setattr("furiosa_llm.runtime.execution.ort.Session.run", fails)
+    found = probe_batch_invariance(zoo_artifact("tiny-llama-genai-fp32"))
+    assert (found.invariant, found.companions, found.chunks) == (False, None, False)
+    assert "RuntimeError: index out of bounds" in found.unprobed[0]
+
+
 @pytest.mark.parametrize(
     ("name", "mapped"),
     tiered(
