@@ -13,7 +13,7 @@ FAULTS = (
         old="outer * size + inner).reshape(-1)",
         new="outer * part.size + inner).reshape(-1)",
         effect="ranks hold other rows than the plan says where heads are split inside a dimension",
-        hints=("tests/runtime/artifact/test_layout.py",),
+        hints=("tests/runtime/artifact/test_layout.py", "tests/builder/test_zoo.py"),
     ),
     Fault(
         name="the last axis is most significant",
