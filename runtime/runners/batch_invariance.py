@@ -150,10 +150,11 @@ class _Probe:
             if unknown:
                 continue
             try:
-                if found := self._differing_rows(segment):
+                session = self._loader.load(segment)
+                if found := self._differing_rows(session, segment):
                     rows |= found
-                    differences += self._blame(segment, found)
-                chunks = chunks and self._chunks_are_alike(segment)
+                    differences += self._blame(session, segment, found)
+                chunks = chunks and self._chunks_are_alike(session, segment)
             except ORT_ERRORS as error:  # random values are not what the segment computes with
                 unprobed[f"{_original(segment.outputs[0])}: {type(error).__name__}: {error}"] = None
         enough = not unprobed and rows <= {1}
@@ -173,15 +174,13 @@ class _Probe:
                 seen.add(signature)
                 yield segment
 
-    def _differing_rows(self, segment: LaneSegment) -> set[int]:
+    def _differing_rows(self, session: Session, segment: LaneSegment) -> set[int]:
         """Of `_ROWS` those with which some row has other bits than among `_MOST`."""
-        session = self._loader.load(segment)
         most = self._run(session, segment, _Span(rows=_MOST))
         return {rows for rows in _ROWS if _difference(self._run(session, segment, _Span(rows=rows)), most) is not None}
 
-    def _chunks_are_alike(self, segment: LaneSegment) -> bool:
+    def _chunks_are_alike(self, session: Session, segment: LaneSegment) -> bool:
         """Whether the tokens of a prompt have the same bits in either part of it, behind the other's caches."""
-        session = self._loader.load(segment)
         whole = self._run(session, segment, _Span(rows=1, last=_TOKENS))
         states = [one for one in self._artifact.manifest.states if f"0/{one.input}" in segment.inputs]
         # Where other segments cut the caches to a window, those behind the first part are not known here.
@@ -215,19 +214,18 @@ class _Probe:
 
     # -- the op to blame -----------------------------------------------------------------------------------------
 
-    def _blame(self, segment: LaneSegment, rows: set[int]) -> list[KernelDifference]:
+    def _blame(self, session: Session, segment: LaneSegment, rows: set[int]) -> list[KernelDifference]:
         """The nodes of `segment` that differ by themselves, given what the others give them among `_MOST` rows."""
         constants = set(segment.initializers)
         made = [node for node in segment.nodes if not _is_constant(node, constants)]
         whole = replace(segment, outputs=tuple(name for node in made for name in node.output if name))
-        session = self._loader.load(whole)
-        known = {count: self._all_values(session, whole, count) for count in (*rows, _MOST)}
+        inner = self._loader.load(whole)
+        known = {count: self._all_values(inner, whole, count) for count in (*rows, _MOST)}
         found = [one for node in made if (one := self._blame_node(segment, node, known)) is not None]
         if found:
             return found
-        few = {count: self._run(self._loader.load(segment), segment, _Span(rows=count)) for count in rows}
-        most = self._run(self._loader.load(segment), segment, _Span(rows=_MOST))
-        worst = max(_difference(values, most) or 0.0 for values in few.values())
+        most = self._run(session, segment, _Span(rows=_MOST))
+        worst = max(_difference(self._run(session, segment, _Span(rows=count)), most) or 0.0 for count in rows)
         name = _original(segment.outputs[0])
         return [KernelDifference(op="fused nodes", node=name, nodes=1, rows=tuple(sorted(rows)), relative=worst)]
 
