@@ -36,10 +36,10 @@ MESH = Mesh((2, 2))
 PROMPTS = random_prompts([5, 9, 3])
 
 
-def rows_matter(below: int, mode: StateMode = "in_place", dim: int = 0) -> Spmd:
+def rows_matter(below: int, mode: StateMode = "in_place", dim: int = 0, comparison: str = "Less") -> Spmd:
     """A decoder that adds a little in front of a product if it has fewer than `below` rows, on any processor.
 
-    With `dim` 1, if it has fewer tokens of each.
+    With `dim` 1, if it has fewer tokens of each; with `comparison` Equal, if it has just as many.
     """
     program = llama(MESH, LlamaSize(layers=2), mode)
     program.constant("below", np.array([below], dtype=np.int64))
@@ -48,7 +48,7 @@ def rows_matter(below: int, mode: StateMode = "in_place", dim: int = 0) -> Spmd:
     program.nodes[at].output[0] = "product.even"
     program.nodes[at + 1 : at + 1] = [
         helper.make_node("Shape", ["product.even"], ["rows"], start=dim, end=dim + 1),
-        helper.make_node("Less", ["rows", "below"], ["few"]),
+        helper.make_node(comparison, ["rows", "below"], ["few"]),
         helper.make_node("Cast", ["few"], ["few.number"], to=1),
         helper.make_node("Mul", ["few.number", "little"], ["added"]),
         helper.make_node("Add", ["product.even", "added"], ["layer0.mlp.product"]),
@@ -150,6 +150,9 @@ def test_a_prompt_that_is_cut_is_compared_with_the_whole(zoo_artifact: ZooArtifa
     for part in parts:
         np.testing.assert_allclose(part, whole, rtol=0, atol=1e-5)
     odd = probe_batch_invariance(open_artifact(rows_matter(20, dim=1).write(tmp_path)))
+    assert not odd.chunks
+    # No first part that is tried has 18 tokens, but one that is left has.
+    odd = probe_batch_invariance(open_artifact(rows_matter(18, dim=1, comparison="Equal").write(tmp_path / "left")))
     assert not odd.chunks
 
 
