@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
 from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, SizeMismatchError
 
@@ -50,7 +49,7 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     If `lenient`, the branches of an If need not agree where its condition is known at some sizes.
     """
     kinds = dimension_kinds(model.graph, given, config)
-    interpreter = Interpreter(model, SHAPES, lenient=lenient)
+    interpreter = Interpreter(model, lenient=lenient)
     facts, kinds = _first_run(interpreter, kinds)
     others = interpreter.run(concrete(kinds, SECOND_PROBE))
     decode, longer = _priced_steps(interpreter, kinds)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.lower.emit import Lowered
-from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape, ShapeRule
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, local_size
@@ -29,7 +28,6 @@ def interpreter(program: ir.Model, mesh: Mesh) -> Interpreter:
         return [(data.dtype, tuple(n * parts if d == dim else n for d, n in enumerate(data.shape)))]
 
     rules: Mapping[tuple[str, str], ShapeRule] = {
-        **SHAPES,
         (COLLECTIVE_DOMAIN, "AllReduce"): all_reduce,
         (COLLECTIVE_DOMAIN, "AllGather"): all_gather,
     }

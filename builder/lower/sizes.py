@@ -15,8 +15,8 @@ import onnx_ir as ir
 from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.lower.layouts import Layouts
 from furiosa_llm.builder.lower.program_builder import ProgramBuilder
+from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.builder.rules.rule import ShapeOperand
-from furiosa_llm.builder.shapes.facts import present
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, Prod, axes_of, global_size, local_size
 
 _SPLIT_SIZES_ARE_INPUT = 13

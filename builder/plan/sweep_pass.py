@@ -19,7 +19,7 @@ from furiosa_llm.builder.plan.padding import (
     output_content,
     padded_places,
 )
-from furiosa_llm.builder.shapes.facts import present
+from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, simplify
 
 Split = list[tuple[int, list[Factor]]]

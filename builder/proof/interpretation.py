@@ -10,7 +10,6 @@ from typing import Any
 import onnx_ir as ir
 
 from furiosa_llm.builder.proof.pieces import Size, local_size, of_layout
-from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes.closures import is_control_flow
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape, ShapeRule
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
@@ -43,7 +42,7 @@ class RankInterpreter(Interpreter):
 
     def __init__(self, model: ir.Model, mesh: Mesh, fresh: int) -> None:
         """`fresh` is where sizes begin that depend on elements, those of NonZero."""
-        super().__init__(model, {**SHAPES, **_collective_shapes(mesh)})
+        super().__init__(model, _collective_shapes(mesh))
         self._fresh = itertools.count(fresh, 10)
 
     @property

@@ -15,9 +15,8 @@ from furiosa_llm.builder.factors.probe import Probes, probe
 from furiosa_llm.builder.rewrite.control_flow import constant_condition, replace_outputs, splice, take_branch
 from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.size_folding import proven_conditions
-from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.rules.facts import Facts, present
 from furiosa_llm.builder.shapes.closures import BRANCHES, CLOSURE_DOMAIN, nodes_within
-from furiosa_llm.builder.shapes.facts import Facts, present
 from furiosa_llm.builder.shapes.interpreter import Interpreter
 
 _MOST_NODES = 64
@@ -76,7 +75,7 @@ def _inline_both(model: ir.Model, probes: Probes) -> bool:
     """Inline both branches where that is safe, and select between what they give; returns whether it is anywhere."""
     if model.graph.opset_imports.get("", 1) < _OLDEST_WHERE:
         return False
-    interpreter = Interpreter(model, SHAPES)
+    interpreter = Interpreter(model)
     found = False
     for node in list(model.graph):
         if _is_if(node) and all(_may_select(node, facts, interpreter) for facts in probes.all_facts):

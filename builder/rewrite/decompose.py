@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT
+from furiosa_llm.builder.rules.view import MICROSOFT
 
 _AXES_ARE_INPUT = 13
 """Since this opset, ReduceSum takes its axes as an input."""

@@ -21,7 +21,7 @@ from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.factor import Factor, Kind
 from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.polynomial import _BEYOND_INT64, Polynomial
-from furiosa_llm.builder.shapes.evaluate import EVALUATORS
+from furiosa_llm.builder.rules import evaluate, op_of
 from furiosa_llm.builder.shapes.interpreter import Facts, attributes_of
 
 _MAX_ELEMENTS = 64
@@ -181,7 +181,10 @@ class _Folder:
         arguments = [inputs[0], *(_numbers(i) for i in inputs[1:])] if node.op_type in _INDEXED else inputs
         if any(v is not None and a is None for v, a in zip(node.inputs, arguments, strict=True)):
             return ()
-        result = EVALUATORS[node.op_type](attributes_of(node), arguments)
+        entry = op_of(node)
+        assert entry is not None
+        assert entry.value is not None
+        result = entry.value(attributes_of(node), arguments)
         outputs = result if isinstance(result, tuple) else (result,)
         return tuple(o if o.size <= _MAX_ELEMENTS else _NOTHING for o in map(np.asarray, outputs))
 
@@ -203,7 +206,7 @@ class _Folder:
         numbers = _numbers(shape)
         if numbers is None or np.prod(numbers) > _MAX_ELEMENTS:
             return ()
-        filled = EVALUATORS["ConstantOfShape"](attributes_of(node), [numbers])
+        filled = evaluate.constant_of_shape(attributes_of(node), [numbers])
         array = np.asarray(filled)
         if array.dtype.kind not in "iu":
             return ()

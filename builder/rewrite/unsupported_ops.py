@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import UnsupportedModelError
-from furiosa_llm.builder.rules.registry import MICROSOFT
+from furiosa_llm.builder.rules.view import MICROSOFT
 from furiosa_llm.builder.source.load import Source
 
 _FOR_CPU = "export the model for CPU"

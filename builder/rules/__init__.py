@@ -1,4 +1,4 @@
-"""What the partitioner knows of each op, one small file per kind of op; `registry` is the one table of all of them."""
+"""What is known of each op, one small file for each kind of op; `registry` is the one table of all of them."""
 
 from furiosa_llm.builder.rules import (
     attention,
@@ -17,13 +17,14 @@ from furiosa_llm.builder.rules import (
     reduction,
     replicated,
 )
-from furiosa_llm.builder.rules.registry import RULES, SHAPES, WEIGHT_MOVERS, NodeView, rule_of
+from furiosa_llm.builder.rules.registry import OPS, WEIGHT_MOVERS, Op, op_of, rule_of
+from furiosa_llm.builder.rules.view import NodeView
 
 __all__ = [
-    "RULES",
-    "SHAPES",
+    "OPS",
     "WEIGHT_MOVERS",
     "NodeView",
+    "Op",
     "attention",
     "attention_microsoft",
     "control_flow",
@@ -35,6 +36,7 @@ __all__ = [
     "integers",
     "linear_algebra",
     "movement",
+    "op_of",
     "quantization",
     "recurrent",
     "reduction",

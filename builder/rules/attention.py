@@ -9,9 +9,15 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, SizeMismatchError, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    SizeMismatchError,
+    attributes_of,
+)
 
 _HEADS = "(kv g)"
 
@@ -27,7 +33,6 @@ def _mask(view: NodeView, port: int) -> list[str]:
     return [n if s != 1 else "1" for n, s in zip(names, shape, strict=True)]
 
 
-@rule("GroupQueryAttention", domain=MICROSOFT)
 def group_query_attention(view: NodeView) -> Rule:
     """Query, key and value apart or packed in the query; caches are `b kv s d`."""
     heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
@@ -59,7 +64,6 @@ def group_query_attention(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GroupQueryAttention")
 def _group_query_attention_shape(
     node: ir.Node, inputs: Sequence[Fact | None]
 ) -> list[tuple[ir.DataType, tuple[int, ...]]]:
@@ -83,7 +87,6 @@ def _group_query_attention_shape(
     return [output, cache, cache, (query.dtype, (batch, heads, sequence, length))][: len(node.outputs)]
 
 
-@rule("Attention")
 def attention(view: NodeView) -> Rule:
     """ONNX Attention (opset 23 and later), on 4-D heads or on 3-D packed ones."""
     flat = view.rank(0) == 3
@@ -117,7 +120,6 @@ def attention(view: NodeView) -> Rule:
     )
 
 
-@rule("RotaryEmbedding")
 def rotary_embedding(view: NodeView) -> Rule:
     """Heads pass, the head vector is whole; caches are of positions, or of each sequence."""
     rest = _rest(view, 1)
@@ -127,7 +129,6 @@ def rotary_embedding(view: NodeView) -> Rule:
     return _rotary(view, rest)
 
 
-@rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding_microsoft(view: NodeView) -> Rule:
     """Onnxruntime's op: positions (of each sequence, or the first of all) before the caches."""
     rest = _rest(view, 1)
@@ -136,7 +137,6 @@ def rotary_embedding_microsoft(view: NodeView) -> Rule:
     return _rotary(view, rest)
 
 
-@rule("MRotaryEmbedding", domain=MICROSOFT)
 def multimodal_rotary_embedding(view: NodeView) -> Rule:
     """RotaryEmbedding with three positions for each token."""
     if view.attribute("is_packed_batching", 0):
@@ -159,8 +159,8 @@ def _rotary(view: NodeView, rest: list[list[str] | None]) -> Rule:
     return Rule(text=text, sizes=sizes, attributes={"num_heads": "h"}, padding="moves")
 
 
-@shape_rule("RotaryEmbedding", "MRotaryEmbedding")
-def _rotary_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+op("GroupQueryAttention", domain=MICROSOFT, rule=group_query_attention, shape=_group_query_attention_shape)
+op("Attention", rule=attention)
+op("RotaryEmbedding", rule=rotary_embedding)
+op("RotaryEmbedding", domain=MICROSOFT, rule=rotary_embedding_microsoft, shape=as_input)
+op("MRotaryEmbedding", domain=MICROSOFT, rule=multimodal_rotary_embedding, shape=as_input)

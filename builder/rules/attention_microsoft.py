@@ -9,10 +9,15 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.facts import Fact
 from furiosa_llm.builder.rules.integers import per_channel
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.rules.registry import op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    attributes_of,
+)
 
 _Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
 _Operand = list[str] | None
@@ -53,7 +58,6 @@ def _hidden_sizes(heads: int, width: int, given: Sequence[int] | None) -> tuple[
     return sizes[0] // heads, sizes[2] // heads
 
 
-@rule("Attention", domain=MICROSOFT)
 def attention_microsoft(view: NodeView) -> Rule:
     """The projections of query, key and value lie side by side in one weight."""
     if view.attribute("past_present_share_buffer", 0):
@@ -81,7 +85,6 @@ def attention_microsoft(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("Attention")
 def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     data, weights, past = inputs[0], inputs[1], inputs[4] if len(inputs) > 4 else None
     assert weights is not None
@@ -102,7 +105,6 @@ def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fa
     return shapes[: len(node.outputs)]
 
 
-@rule("QAttention", domain=MICROSOFT)
 def quantized_attention(view: NodeView) -> Rule:
     """Attention on codes, with one scale for the input and one scale, or one for each column, for the weight."""
     if view.attribute("past_present_share_buffer", 0):
@@ -122,7 +124,6 @@ def quantized_attention(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("QAttention")
 def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     data, weights, past = inputs[0], inputs[1], inputs[8] if len(inputs) > 8 else None
     assert weights is not None
@@ -148,7 +149,6 @@ def _query_key_value(view: NodeView, b: str, heads: int) -> tuple[list[_Operand]
     return [[b, "*", "(h d)"], [b, "*", "(h d)"], [b, "*", "(h e)"]], size, view.shape(2)[2] // heads
 
 
-@rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(view: NodeView) -> Rule:
     """Query, key and value apart or packed; the projections' biases lie side by side in one vector."""
     if view.has(8) or view.has(9):
@@ -163,7 +163,6 @@ def multi_head_attention(view: NodeView) -> Rule:
     return _heads_rule(view, b, operands, {"h": heads, "d": size, "e": value_size})
 
 
-@rule("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def decoder_attention(view: NodeView) -> Rule:
     """MultiHeadAttention of one new position, its biases behind everything else.
 
@@ -191,12 +190,10 @@ def _heads_rule(view: NodeView, b: str, operands: list[_Operand], sizes: dict[st
     return Rule(text=f"{text}; pin {' '.join(pins)}", sizes=sizes, attributes={"num_heads": "h"}, padding="finite")
 
 
-@shape_rule("MultiHeadAttention")
 def _multi_head_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     return _heads_shape(node, inputs, inputs[6] if len(inputs) > 6 else None)
 
 
-@shape_rule("DecoderMaskedMultiHeadAttention")
 def _decoder_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     return _heads_shape(node, inputs, inputs[5] if len(inputs) > 5 else None)
 
@@ -229,3 +226,9 @@ def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None
         (kind, (batch, heads, sequence, length)),
     ]
     return shapes[: len(node.outputs)]
+
+
+op("Attention", domain=MICROSOFT, rule=attention_microsoft, shape=_attention_shape)
+op("QAttention", domain=MICROSOFT, rule=quantized_attention, shape=_quantized_attention_shape)
+op("MultiHeadAttention", domain=MICROSOFT, rule=multi_head_attention, shape=_multi_head_attention_shape)
+op("DecoderMaskedMultiHeadAttention", domain=MICROSOFT, rule=decoder_attention, shape=_decoder_attention_shape)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from furiosa_llm.builder.rules.registry import NodeView, rule, whole
+from furiosa_llm.builder.rules.registry import op, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN
+from furiosa_llm.builder.rules.view import (
+    NodeView,
+)
+
+CLOSURE_DOMAIN = "furiosa_llm.closure"
+"""The domain of an If, Loop or Scan whose graphs read nothing but their own inputs: see shapes/closures.py."""
 
 
-@rule("If", "Loop", "Scan", domain=CLOSURE_DOMAIN)
 def control_flow(view: NodeView) -> Rule:
     """Inputs, captured values and outputs are whole: nothing inside is known to the analysis."""
     return whole(view, note=f"{view.node.op_type}: replicated, with all that it reads")
+
+
+op("If", "Loop", "Scan", domain=CLOSURE_DOMAIN, rule=control_flow)

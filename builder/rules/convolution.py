@@ -9,19 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules.facts import Fact
 from furiosa_llm.builder.rules.integers import offsets, per_channel
-from furiosa_llm.builder.rules.registry import (
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, words
+from furiosa_llm.builder.rules.rule import Padding, Rule, ShapeOperand
+from furiosa_llm.builder.rules.view import (
     MICROSOFT,
     NodeView,
-    rule,
-    shape_rule,
-    spell,
-    standard_shape,
-    whole,
-    words,
+    attributes_of,
 )
-from furiosa_llm.builder.rules.rule import Padding, Rule, ShapeOperand
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
 
 
 def _groups(view: NodeView, weight: int) -> dict[str, int]:
@@ -35,7 +31,6 @@ def _space(view: NodeView) -> list[str]:
     return ["*"] * (view.rank(0) - 2)
 
 
-@rule("Conv")
 def conv(view: NodeView) -> Rule:
     """Groups, the output channels of a group, and its input channels, which are contracted."""
     space = _space(view)
@@ -51,7 +46,6 @@ def conv(view: NodeView) -> Rule:
     )
 
 
-@rule("FusedConv", domain=MICROSOFT)
 def fused_conv(view: NodeView) -> Rule:
     """Conv with a sum and an activation behind it, which need the whole sum over input channels."""
     space = _space(view)
@@ -64,10 +58,6 @@ def fused_conv(view: NodeView) -> Rule:
     return Rule(text=text, sizes=_groups(view, 1), attributes={"group": "g"}, padding="finite")
 
 
-shape_rule("FusedConv")(standard_shape("Conv", drop_inputs_from=3))
-
-
-@rule("ConvTranspose")
 def conv_transpose(view: NodeView) -> Rule:
     """Conv with the weight's channels the other way round."""
     space = _space(view)
@@ -85,7 +75,6 @@ def conv_transpose(view: NodeView) -> Rule:
     )
 
 
-@rule("ConvInteger")
 def conv_integer(view: NodeView) -> Rule:
     """Sums of products of codes less their zero points: exact in int32, whole or in parts."""
     space = _space(view)
@@ -105,7 +94,6 @@ def conv_integer(view: NodeView) -> Rule:
     )
 
 
-@rule("QLinearConv")
 def quantized_conv(view: NodeView) -> Rule:
     """Output channels alone: the sum over input channels is rounded to 8 bits inside the op, so it must be whole."""
     space = _space(view)
@@ -131,13 +119,11 @@ def _positions_whole(view: NodeView, padding: Padding = "finite") -> Rule:
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding=padding)
 
 
-@rule("AveragePool", "GlobalAveragePool")
 def average_pool(view: NodeView) -> Rule:
     """Linear."""
     return dataclasses.replace(_positions_whole(view, "moves"), linear=(0,))
 
 
-@rule("MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool")
 def max_pool(view: NodeView) -> Rule:
     """Positions of maxima are counted through all channels of all images."""
     if len(view.node.outputs) > 1:
@@ -145,7 +131,6 @@ def max_pool(view: NodeView) -> Rule:
     return _positions_whole(view)
 
 
-@rule("Resize", "Upsample")
 def resize(view: NodeView) -> Rule:
     """Dimensions that keep their size pass; linear in the data, whatever the interpolation."""
     names = words(view.rank(0))
@@ -170,7 +155,6 @@ def resize(view: NodeView) -> Rule:
 _resize_shape = standard_shape("Resize")
 
 
-@shape_rule("Resize", "Upsample", domain="")
 def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     if len(inputs) > 2:
         return list(_resize_shape(node, inputs))
@@ -182,7 +166,6 @@ def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir
     return [(data.dtype, tuple(int(size * float(f)) for size, f in zip(data.shape, factors, strict=True)))]
 
 
-@rule("DepthToSpace")
 def depth_to_space(view: NodeView) -> Rule:
     """Channels hold a p by q block of pixels each, in front of or behind what they become."""
     block = int(view.attribute("blocksize"))
@@ -190,7 +173,6 @@ def depth_to_space(view: NodeView) -> Rule:
     return _blocks(["b", packed, "h", "w"], ["b", "c", "(h p)", "(w q)"], block)
 
 
-@rule("SpaceToDepth")
 def space_to_depth(view: NodeView) -> Rule:
     """The other way round."""
     block = int(view.attribute("blocksize"))
@@ -205,7 +187,6 @@ def _blocks(left: list[str], right: list[str], block: int) -> Rule:
 # -- normalisation by channels -----------------------------------------------------------------------------------
 
 
-@rule("BatchNormalization")
 def batch_normalization(view: NodeView) -> Rule:
     """In inference an affine map of each channel; training is not for here."""
     if view.attribute("training_mode", 0):
@@ -215,7 +196,6 @@ def batch_normalization(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names, *[['c']] * 4)} -> {spell(names)}", padding=padding)
 
 
-@rule("InstanceNormalization")
 def instance_normalization(view: NodeView) -> Rule:
     """Statistics of each channel."""
     names = ["b", "c", *_space(view)]
@@ -223,7 +203,6 @@ def instance_normalization(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names, ['c'], ['c'])} -> {spell(names)}", padding=padding)
 
 
-@rule("GroupNormalization")
 def group_normalization(view: NodeView) -> Rule:
     """Statistics of each group of channels; before opset 21 a scale for each group, then one for each channel."""
     groups = int(view.attribute("num_groups"))
@@ -238,23 +217,31 @@ def group_normalization(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GroupNormalization", "MeanVarianceNormalization", domain="")
-def _as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
-
-
-@rule("LRN")
 def local_response_normalization(view: NodeView) -> Rule:
     """Neighbouring channels are needed."""
     names = ["b", "*", *words(view.rank(0) - 2, "x")]
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding="finite")
 
 
-@rule("MeanVarianceNormalization")
 def mean_variance_normalization(view: NodeView) -> Rule:
     """Statistics over some axes."""
     axes = [int(axis) % view.rank(0) for axis in np.atleast_1d(view.attribute("axes", (0, 2, 3)))]
     names = ["*" if d in axes else n for d, n in enumerate(words(view.rank(0)))]
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding="lost")
+
+
+op("Conv", rule=conv)
+op("FusedConv", domain=MICROSOFT, rule=fused_conv, shape=standard_shape("Conv", drop_inputs_from=3))
+op("ConvTranspose", rule=conv_transpose)
+op("ConvInteger", rule=conv_integer)
+op("QLinearConv", rule=quantized_conv)
+op("AveragePool", "GlobalAveragePool", rule=average_pool)
+op("MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool", rule=max_pool)
+op("Resize", "Upsample", rule=resize, shape=_scaled_shape)
+op("DepthToSpace", rule=depth_to_space)
+op("SpaceToDepth", rule=space_to_depth)
+op("BatchNormalization", rule=batch_normalization)
+op("InstanceNormalization", rule=instance_normalization)
+op("GroupNormalization", rule=group_normalization, shape=as_input)
+op("LRN", rule=local_response_normalization)
+op("MeanVarianceNormalization", rule=mean_variance_normalization, shape=as_input)

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.registry import NodeView, rule, shape_rule, spell
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import op, spell
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact
+from furiosa_llm.builder.rules.view import (
+    NodeView,
+)
 
 _ELLIPSIS = "..."
 
 
-@rule("Einsum")
 def einsum(view: NodeView) -> Rule:
     """`bhqd,bhkd->bhqk` is `b h q d, b h k d -> b h q k; reduce d`.
 
@@ -37,7 +39,6 @@ def einsum(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,) if len(operands) == 1 else (), padding="product")
 
 
-@shape_rule("Einsum", domain="")
 def _einsum_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     facts = [fact for fact in inputs if fact is not None]
     operands, out = _letters_of(node, [len(fact.shape) for fact in facts])
@@ -97,3 +98,6 @@ def _letters(term: str) -> list[str]:
 def _spread(letters: Sequence[str], names: Sequence[str]) -> list[str]:
     """The letters with `names` in place of the ellipsis."""
     return [name for letter in letters for name in (names if letter == _ELLIPSIS else [letter])]
+
+
+op("Einsum", rule=einsum, shape=_einsum_shape)

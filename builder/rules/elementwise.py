@@ -8,28 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
-from furiosa_llm.builder.shapes.interpreter import Fact
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    RuleFunction,
+    ShapeRule,
+)
 
-# fmt: off
-_PADDING: dict[Padding, tuple[str, ...]] = {
-    "moves": (
-        "Abs", "Asinh", "Atan", "Ceil", "Celu", "Elu", "Erf", "Floor", "Gelu", "HardSwish", "LeakyRelu", "Mish",
-        "PRelu", "Relu", "Round", "Selu", "Sign", "Sin", "Sinh", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
-    ),
-    "sum": ("Max", "Min"),
-    "finite": (
-        "And", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Clip", "Cos",
-        "Cosh", "Equal", "Exp", "Greater", "GreaterOrEqual", "HardSigmoid", "IsInf", "IsNaN", "Less", "LessOrEqual",
-        "Not", "Or", "Shrink", "Sigmoid", "Softplus", "Xor",
-    ),
-    "product": ("SwiGLU",),
-    "fragile": ("Asin", "Atanh", "Sqrt", "Tan"),
-    "lost": ("Acos", "Acosh", "Log", "Reciprocal"),
-}
-# fmt: on
-_POINTWISE: dict[str, Padding] = {op_type: padding for padding, op_types in _PADDING.items() for op_type in op_types}
 _FLOAT_BITS = {"FLOAT16": 16, "BFLOAT16": 16, "FLOAT": 32, "DOUBLE": 64}
 
 
@@ -46,13 +35,25 @@ def broadcast(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*inputs)} -> {spell(*[names for _ in view.node.outputs])}")
 
 
-@rule(*_POINTWISE)
-def pointwise(view: NodeView) -> Rule:
+def pointwise(padding: Padding) -> RuleFunction:
     """Not linear: a partial sum must be added up first."""
-    return dataclasses.replace(broadcast(view), padding=_POINTWISE[view.node.op_type])
+    return lambda view: dataclasses.replace(broadcast(view), padding=padding)
 
 
-@rule("Pow")
+def _of_all(dtype: ir.DataType | int = 0) -> ShapeRule:
+    """The shape to which all inputs are broadcast, of one type or of that of an input."""
+
+    def infer(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+        present = [fact for fact in inputs if fact is not None]
+        kind = dtype if isinstance(dtype, ir.DataType) else present[dtype].dtype
+        return [(kind, np.broadcast_shapes(*(fact.shape for fact in present)))]
+
+    return infer
+
+
+_BROADCAST, _COMPARED = _of_all(), _of_all(ir.DataType.BOOL)
+
+
 def power(view: NodeView) -> Rule:
     """A constant positive exponent keeps zeros, and an integer one keeps everything finite."""
     exponent = view.static_value(1)
@@ -62,13 +63,11 @@ def power(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), padding=padding, padding_ports=(0,))
 
 
-@rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "ScaledSiLU", domain=MICROSOFT)
 def activation(view: NodeView) -> Rule:
     """Activations of onnxruntime's, with an optional bias."""
     return dataclasses.replace(broadcast(view), padding="sum")
 
 
-@rule("GatedAdd", domain=MICROSOFT)
 def gated_add(view: NodeView) -> Rule:
     """`x + y * gate`, one gate for each row; a gate that is projected inside the op contracts what it is made of."""
     if view.has(3):
@@ -76,51 +75,37 @@ def gated_add(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), padding="sum")
 
 
-@shape_rule("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "ScaledSiLU", "GatedAdd", "QLinearSigmoid", "QLinearLeakyRelu")
-def _activation_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
-
-
-@rule("Identity", "Neg")
 def negate(view: NodeView) -> Rule:
     """Linear in the only input."""
     return dataclasses.replace(broadcast(view), linear=(0,), padding="moves")
 
 
-@rule("Add", "Sub", "Sum", "Mean")
 def add(view: NodeView) -> Rule:
     """Jointly linear in all inputs."""
     return dataclasses.replace(broadcast(view), linear=tuple(range(len(view.node.inputs))), padding="sum")
 
 
-@rule("Mul")
 def multiply(view: NodeView) -> Rule:
     """Linear in either input."""
     return dataclasses.replace(broadcast(view), bilinear=True, padding="product")
 
 
-@rule("Div")
 def divide(view: NodeView) -> Rule:
     """Linear in the dividend (of floating point numbers); padding divides nothing."""
     linear = (0,) if view.fact(0).dtype.name in _FLOAT_BITS else ()
     return dataclasses.replace(broadcast(view), linear=linear, padding="moves", divisor=1)
 
 
-@rule("Mod")
 def modulo(view: NodeView) -> Rule:
     """Padding divides nothing."""
     return dataclasses.replace(broadcast(view), padding="moves", divisor=1)
 
 
-@rule("Where")
 def where(view: NodeView) -> Rule:
     """Jointly linear in the two values."""
     return dataclasses.replace(broadcast(view), linear=(1, 2), padding="finite")
 
 
-@rule("Cast")
 def cast(view: NodeView) -> Rule:
     """Linear where no precision is lost."""
     source, target = view.fact(0).dtype, view.facts[view.node.outputs[0]].dtype
@@ -129,7 +114,10 @@ def cast(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), linear=linear, padding="moves")
 
 
-@rule("CastLike")
+def _cast_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    return [(ir.DataType(node.attributes["to"].as_int()), present(inputs[0]).shape)]
+
+
 def cast_like(view: NodeView) -> Rule:
     """A Cast that takes its type from the second input, of which nothing else matters."""
     names = words(view.rank(0))
@@ -138,7 +126,6 @@ def cast_like(view: NodeView) -> Rule:
     )
 
 
-@rule("Dropout")
 def dropout(view: NodeView) -> Rule:
     """The identity in inference (training is refused), with a mask of ones."""
     names = words(view.rank(0))
@@ -149,13 +136,11 @@ def dropout(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,) if alone else (), padding="moves" if alone else "finite", padding_ports=(0,))
 
 
-@rule("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
 def quantized_elementwise(view: NodeView) -> Rule:
     """Codes with one scale for all of them: each element is computed alone."""
     return dataclasses.replace(broadcast(view), padding="finite")
 
 
-@shape_rule("QLinearAdd", "QLinearMul")
 def _quantized_elementwise_shape(
     _: ir.Node, inputs: Sequence[Fact | None]
 ) -> list[tuple[ir.DataType, tuple[int, ...]]]:
@@ -165,16 +150,86 @@ def _quantized_elementwise_shape(
     return [(a.dtype, np.broadcast_shapes(a.shape, b.shape))]
 
 
-@rule("QLinearWhere", domain=MICROSOFT)
 def quantized_where(view: NodeView) -> Rule:
     """Where of codes, which are brought to one scale."""
     return dataclasses.replace(broadcast(view), padding="finite")
 
 
-@shape_rule("QLinearWhere")
 def _quantized_where_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     condition, a, b = inputs[0], inputs[1], inputs[4]
     assert condition is not None
     assert a is not None
     assert b is not None
     return [(a.dtype, np.broadcast_shapes(condition.shape, a.shape, b.shape))]
+
+
+op("Abs", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.abs))
+op("Acos", rule=pointwise("lost"), shape=_BROADCAST)
+op("Acosh", rule=pointwise("lost"))
+op("And", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_and))
+op("Asin", "Tan", rule=pointwise("fragile"), shape=_BROADCAST)
+op("Asinh", "Swish", rule=pointwise("moves"))
+op(
+    "Atan",
+    "Celu",
+    "Elu",
+    "Erf",
+    "Gelu",
+    "HardSwish",
+    "LeakyRelu",
+    "Mish",
+    "PRelu",
+    "Relu",
+    "Selu",
+    "Sin",
+    "Sinh",
+    "Softsign",
+    "Tanh",
+    "ThresholdedRelu",
+    rule=pointwise("moves"),
+    shape=_BROADCAST,
+)
+op("Atanh", rule=pointwise("fragile"))
+op("BitCast", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Shrink", rule=pointwise("finite"))
+op("BitShift", "Cos", "Cosh", "HardSigmoid", "Sigmoid", "Softplus", rule=pointwise("finite"), shape=_BROADCAST)
+op("Ceil", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.ceil))
+op("Clip", rule=pointwise("finite"), shape=_BROADCAST, value=evaluate.clip)
+op("Equal", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.equal))
+op("Exp", rule=pointwise("finite"), shape=_BROADCAST, value=evaluate.unary(np.exp))
+op("Floor", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.floor))
+op("Greater", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.greater))
+op("GreaterOrEqual", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.greater_equal))
+op("IsInf", rule=pointwise("finite"), shape=_COMPARED)
+op("IsNaN", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.is_nan)
+op("Less", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.less))
+op("LessOrEqual", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.less_equal))
+op("Log", rule=pointwise("lost"), shape=_BROADCAST, value=evaluate.unary(np.log))
+op("Max", rule=pointwise("sum"), shape=_BROADCAST, value=evaluate.variadic(np.maximum))
+op("Min", rule=pointwise("sum"), shape=_BROADCAST, value=evaluate.variadic(np.minimum))
+op("Not", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.unary(np.logical_not))
+op("Or", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_or))
+op("Reciprocal", rule=pointwise("lost"), shape=_BROADCAST, value=evaluate.unary(np.reciprocal))
+op("Round", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.round))
+op("Sign", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.sign))
+op("Sqrt", rule=pointwise("fragile"), shape=_BROADCAST, value=evaluate.unary(np.sqrt))
+op("SwiGLU", rule=pointwise("product"))
+op("Xor", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_xor))
+op("Pow", rule=power, shape=_BROADCAST, value=evaluate.power)
+op("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input)
+op("GatedAdd", domain=MICROSOFT, rule=gated_add, shape=as_input)
+op("Identity", rule=negate, value=evaluate.unary(np.asarray))
+op("Neg", rule=negate, shape=_BROADCAST, value=evaluate.unary(np.negative))
+op("Add", rule=add, shape=_BROADCAST, value=evaluate.binary(np.add))
+op("Sub", rule=add, shape=_BROADCAST, value=evaluate.binary(np.subtract))
+op("Sum", rule=add, shape=_BROADCAST, value=evaluate.variadic(np.add))
+op("Mean", rule=add, shape=_BROADCAST, value=evaluate.mean)
+op("Mul", rule=multiply, shape=_BROADCAST, value=evaluate.binary(np.multiply))
+op("Div", rule=divide, shape=_BROADCAST, value=evaluate.divide)
+op("Mod", rule=modulo, shape=_BROADCAST, value=evaluate.mod)
+op("Where", rule=where, shape=_of_all(1), value=evaluate.where)
+op("Cast", rule=cast, shape=_cast_shape, value=evaluate.cast)
+op("CastLike", rule=cast_like, value=evaluate.cast_like)
+op("Dropout", rule=dropout)
+op("QLinearAdd", "QLinearMul", domain=MICROSOFT, rule=quantized_elementwise, shape=_quantized_elementwise_shape)
+op("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT, rule=quantized_elementwise, shape=as_input)
+op("QLinearWhere", domain=MICROSOFT, rule=quantized_where, shape=_quantized_where_shape)

@@ -7,15 +7,18 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+)
 
 _PAIRED = {1: "(i u)", 2: "[i|i]"}
 """How gate and up projections share fc1, by the attribute swiglu_fusion: interleaved, or one after the other."""
 
 
-@rule("MoE", domain=MICROSOFT)
 def mixture_of_experts(view: NodeView) -> Rule:
     """The experts' inner dimension i is split; every rank holds a part of every expert."""
     inner = view.shape(4)[2]
@@ -43,7 +46,6 @@ def mixture_of_experts(view: NodeView) -> Rule:
     )
 
 
-@rule("QMoE", domain=MICROSOFT)
 def quantized_mixture_of_experts(view: NodeView) -> Rule:
     """MoE with integer codes: blocks of the inner dimension are contracted, and neither a block nor a byte is cut."""
     bits, block = int(view.attribute("expert_weight_bits", 4)), int(view.attribute("block_size", 0))
@@ -104,7 +106,6 @@ _PAIRED_BLOCKS = {1: "(k u v w s)", 2: "[k u v w|k u v w]"}
 """How gate and up projections share the first product, by the attribute swiglu_fusion."""
 
 
-@rule("MoEGroupRouter", domain=MICROSOFT)
 def group_router(view: NodeView) -> Rule:
     """Scores of all experts are compared for each token."""
     rows = words(view.rank(0) - 1)
@@ -116,7 +117,6 @@ def group_router(view: NodeView) -> Rule:
     return Rule(text=f"{spell([*rows, '*'], *rest)} -> {spell(*outputs)}", padding="finite")
 
 
-@shape_rule("MoEGroupRouter")
 def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data, bias = inputs[0], inputs[1]
     assert data is not None
@@ -126,8 +126,6 @@ def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
     return [(kind, shape if value.name else ()) for kind, value in zip(kinds, node.outputs, strict=False)]
 
 
-@shape_rule("MoE", "QMoE")
-def _moe_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+op("MoE", domain=MICROSOFT, rule=mixture_of_experts, shape=as_input)
+op("QMoE", domain=MICROSOFT, rule=quantized_mixture_of_experts, shape=as_input)
+op("MoEGroupRouter", domain=MICROSOFT, rule=group_router, shape=_group_router_shape)

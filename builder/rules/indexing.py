@@ -7,12 +7,17 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, standard_shape, words
+from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import is_weight, op, spell, standard_shape, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    attributes_of,
+)
 
 
-@rule("Gather")
 def gather(view: NodeView) -> Rule:
     """A table (an initializer) may be split along the axis that is looked up; data must be whole there.
 
@@ -23,7 +28,7 @@ def gather(view: NodeView) -> Rule:
     data, indices = words(rank), words(view.rank(1), "i")
     kind = view.fact(0).dtype
     of_numbers = kind.is_floating_point() or kind in (ir.DataType.UINT8, ir.DataType.INT8)
-    is_table = view.is_weight(0) and rank > 1 and view.static_value(1) is None and of_numbers
+    is_table = is_weight(view, 0) and rank > 1 and view.static_value(1) is None and of_numbers
     out = [*data[:axis], *indices, *data[axis + 1 :]]
     if not is_table:
         data[axis] = "*"
@@ -32,7 +37,6 @@ def gather(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), axis=axis, padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("GatherElements")
 def gather_elements(view: NodeView) -> Rule:
     """Dimensions of equal size pass, but for the axis."""
     rank = view.rank(0)
@@ -45,7 +49,6 @@ def gather_elements(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("ScatterElements", "Scatter")
 def scatter_elements(view: NodeView) -> Rule:
     """Dimensions of equal size pass, but for the axis; jointly linear in data and updates."""
     rank = view.rank(0)
@@ -57,19 +60,8 @@ def scatter_elements(view: NodeView) -> Rule:
     return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
-@rule("GatherND")
 def gather_nd(view: NodeView) -> Rule:
     """Indexed dimensions must be whole, the slices' dimensions pass."""
-    return _gather_nd(view)
-
-
-@rule("GatherND", domain=MICROSOFT)
-def gather_nd_microsoft(view: NodeView) -> Rule:
-    """The same op, before it was ONNX's."""
-    return _gather_nd(view)
-
-
-def _gather_nd(view: NodeView) -> Rule:
     batch = int(view.attribute("batch_dims", 0))
     depth = view.shape(1)[-1]
     data, indices = words(view.rank(0)), words(view.rank(1) - 1, "i")
@@ -80,7 +72,6 @@ def _gather_nd(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("ScatterND")
 def scatter_nd(view: NodeView) -> Rule:
     """Indexed dimensions must be whole, the slices' dimensions pass; jointly linear in data and updates."""
     depth = view.shape(1)[-1]
@@ -93,7 +84,6 @@ def scatter_nd(view: NodeView) -> Rule:
     return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
-@rule("TensorScatter")
 def tensor_scatter(view: NodeView) -> Rule:
     """New positions are written into a cache on one axis; everything else passes. Jointly linear in both."""
     rank = view.rank(0)
@@ -104,7 +94,6 @@ def tensor_scatter(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0, 1), padding="moves", padding_ports=(0, 1), indices=2)
 
 
-@rule("Compress")
 def compress(view: NodeView) -> Rule:
     """A constant selection along one axis; without an axis, of all elements."""
     axis = view.attribute("axis")
@@ -114,7 +103,6 @@ def compress(view: NodeView) -> Rule:
     return Rule(text=f"{spell(dims, ['*'])} -> {spell(out)}", linear=(0,), padding="moves", padding_ports=(0,))
 
 
-@shape_rule("Compress", domain="")
 def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data, condition = inputs[0], inputs[1]
     assert data is not None
@@ -131,7 +119,6 @@ def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[
     return [(data.dtype, tuple(shape))]
 
 
-@rule("ReverseSequence")
 def reverse_sequence(view: NodeView) -> Rule:
     """The first positions of each sequence, as many as its length, are turned round."""
     time = int(view.attribute("time_axis", 0)) % view.rank(0)
@@ -142,7 +129,6 @@ def reverse_sequence(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(view: NodeView) -> Rule:
     """A quantised table, split along the axis that is looked up."""
     indices = words(view.rank(1), "i")
@@ -151,17 +137,13 @@ def gather_block_quantized(view: NodeView) -> Rule:
     if view.has(3):
         operands.append(["v", *["*"] * (view.rank(3) - 1)])
     out = [*indices, *["*"] * (view.rank(0) - 1)]
-    if view.attribute("gather_axis", 0) != 0 or view.attribute("quantize_axis", 1) == 0 or not view.is_weight(0):
+    if view.attribute("gather_axis", 0) != 0 or view.attribute("quantize_axis", 1) == 0 or not is_weight(view, 0):
         operands[0] = ["*"] * view.rank(0)
         operands[2:] = [["*"] * view.rank(p) for p in range(2, len(operands))]
         return Rule(text=f"{spell(*operands)} -> {spell(out)}", padding="finite", indices=1)
     return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0, padding="finite", indices=1)
 
 
-shape_rule("GatherND")(standard_shape("GatherND"))
-
-
-@shape_rule("GatherBlockQuantized")
 def _gather_block_quantized_shape(
     node: ir.Node, inputs: Sequence[Fact | None]
 ) -> list[tuple[ir.DataType, tuple[int, ...]]]:
@@ -174,3 +156,16 @@ def _gather_block_quantized_shape(
     packed = 8 // attributes.get("bits", 4) if data.dtype is ir.DataType.UINT8 else 1
     rest = (*data.shape[axis + 1 : -1], data.shape[-1] * packed)
     return [(scales.dtype, (*data.shape[:axis], *indices.shape, *rest))]
+
+
+op("Gather", rule=gather, value=evaluate.gather)
+op("GatherElements", rule=gather_elements, value=evaluate.gather_elements)
+op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements)
+op("Scatter", rule=scatter_elements)
+op("GatherND", rule=gather_nd, value=evaluate.gather_nd)
+op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"))
+op("ScatterND", rule=scatter_nd, value=evaluate.scatter_nd)
+op("TensorScatter", rule=tensor_scatter)
+op("Compress", rule=compress, shape=_compress_shape, value=evaluate.compress)
+op("ReverseSequence", rule=reverse_sequence)
+op("GatherBlockQuantized", domain=MICROSOFT, rule=gather_block_quantized, shape=_gather_block_quantized_shape)

@@ -12,10 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.facts import Fact
 from furiosa_llm.builder.rules.linear_algebra import matmul_text
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    attributes_of,
+)
 
 _Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
 
@@ -32,7 +37,6 @@ def per_channel(view: NodeView, port: int, channel: str) -> list[str] | None:
     return ["1" if size == 1 else channel for size in view.shape(port)]
 
 
-@rule("DynamicQuantizeLinear")
 def dynamic_quantize(view: NodeView) -> Rule:
     """One scale for all elements, from the greatest and the least of them; the codes are each rank's part again."""
     dims = words(view.rank(0))
@@ -41,24 +45,13 @@ def dynamic_quantize(view: NodeView) -> Rule:
     return Rule(text=f"{spell(dims)} -> {spell(dims, [], [])}{clause}", padding="finite", note=note)
 
 
-@rule("QuantizeLinear")
 def quantize(view: NodeView) -> Rule:
     """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
-    return _quantize(view, 1)
-
-
-@rule("QuantizeLinear", domain=MICROSOFT)
-def quantize_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op for codes that ONNX did not have."""
-    return _quantize(view, 1)
-
-
-def _quantize(view: NodeView, default_axis: int) -> Rule:
     data = words(view.rank(0))
     out, scale = list(data), list(data)
     clause, sizes = "", {}
     block = int(view.attribute("block_size", 0))
-    axis = int(view.attribute("axis", default_axis)) % len(data) if data else 0
+    axis = int(view.attribute("axis", 1)) % len(data) if data else 0
     if not block:
         scale = [] if view.rank(1) == 0 else ["1"] if view.shape(1) == (1,) else [data[axis]]
     elif view.shape(0)[axis] % block:
@@ -103,14 +96,12 @@ def _product(
     )
 
 
-@rule("MatMulInteger")
 def matmul_integer(view: NodeView) -> Rule:
     """Sums of products of codes less their zero points: exact in int32, whole or in parts."""
     found = _product(view, 0, 1, (2,), (3,), {0: 2, 1: 3})
     return found or whole(view, note="MatMulInteger with zero points for each matrix: replicated")
 
 
-@rule("MatMulIntegerToFloat", domain=MICROSOFT)
 def matmul_integer_to_float(view: NodeView) -> Rule:
     """MatMulInteger with its scales and a bias, which one rank alone adds where the contraction is split."""
     found = _product(view, 0, 1, (2, 4), (3, 5, 6), {0: 4, 1: 5})
@@ -119,12 +110,10 @@ def matmul_integer_to_float(view: NodeView) -> Rule:
     return dataclasses.replace(found, masked=(6,) if view.has(6) else ())
 
 
-@shape_rule("MatMulIntegerToFloat")
 def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     return _product_shape(inputs[0], inputs[1], inputs[2])
 
 
-@rule("QLinearMatMul")
 def qlinear_matmul(view: NodeView) -> Rule:
     """Columns alone: the sum is rounded to 8 bits inside the op, so it must be whole."""
     found = _product(view, 0, 3, (1, 2), (4, 5), {0: 2, 3: 5})
@@ -137,7 +126,6 @@ def qlinear_matmul(view: NodeView) -> Rule:
     return Rule(text=text, padding="finite", note=note)
 
 
-@rule("QGemm", domain=MICROSOFT)
 def qgemm(view: NodeView) -> Rule:
     """Gemm of codes; where it rounds its sum to 8 bits, the sum must be whole."""
     k = "*" if view.has(7) else "k"
@@ -164,7 +152,6 @@ def qgemm(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("QGemm")
 def _qgemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     a, b, scale = inputs[0], inputs[3], inputs[1]
     assert a is not None
@@ -183,7 +170,6 @@ def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> _Shapes
     return [(kind.dtype, (*a.shape[:-1], b.shape[-1]))]
 
 
-@rule("MatMulBnb4", domain=MICROSOFT)
 def matmul_bnb4(view: NodeView) -> Rule:
     """Rows of 4-bit codes, two in a byte, in blocks that are never cut; all rows one behind the other."""
     size, columns, block = (int(view.attribute(name)) for name in ("K", "N", "block_size"))
@@ -200,7 +186,6 @@ def matmul_bnb4(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("MatMulBnb4")
 def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     data, attributes = inputs[0], attributes_of(node)
     assert data is not None
@@ -210,7 +195,6 @@ def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
 # -- what else onnxruntime computes on codes ---------------------------------------------------------------------
 
 
-@rule("QLinearSoftmax", domain=MICROSOFT)
 def quantized_softmax(view: NodeView) -> Rule:
     """Softmax of codes; before opset 13 it took everything from the axis on for one."""
     rank = view.rank(0)
@@ -221,7 +205,6 @@ def quantized_softmax(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names, *rest)} -> {spell(names)}", padding="finite")
 
 
-@rule("QLinearConcat", domain=MICROSOFT)
 def quantized_concat(view: NodeView) -> Rule:
     """Triples of codes, scale and zero point behind the result's scale and zero point; the axis is a concatenation."""
     axis = int(view.attribute("axis")) % len(view.out())
@@ -235,7 +218,6 @@ def quantized_concat(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(out)}", axis=axis, padding="finite")
 
 
-@shape_rule("QLinearConcat")
 def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     data = [fact for fact in inputs[2::3] if fact is not None]
     axis = attributes_of(node)["axis"] % len(data[0].shape)
@@ -244,8 +226,13 @@ def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sh
     return [(data[0].dtype, tuple(shape))]
 
 
-@shape_rule("QLinearSoftmax")
-def _quantized_softmax_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+op("DynamicQuantizeLinear", rule=dynamic_quantize)
+op("QuantizeLinear", rule=quantize)
+op("QuantizeLinear", domain=MICROSOFT, rule=quantize, shape=standard_shape("QuantizeLinear"))
+op("MatMulInteger", rule=matmul_integer)
+op("MatMulIntegerToFloat", domain=MICROSOFT, rule=matmul_integer_to_float, shape=_matmul_integer_to_float_shape)
+op("QLinearMatMul", rule=qlinear_matmul)
+op("QGemm", domain=MICROSOFT, rule=qgemm, shape=_qgemm_shape)
+op("MatMulBnb4", domain=MICROSOFT, rule=matmul_bnb4, shape=_matmul_bnb4_shape)
+op("QLinearSoftmax", domain=MICROSOFT, rule=quantized_softmax, shape=as_input)
+op("QLinearConcat", domain=MICROSOFT, rule=quantized_concat, shape=_quantized_concat_shape)

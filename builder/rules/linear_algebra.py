@@ -7,9 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    attributes_of,
+)
 
 
 def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
@@ -33,13 +38,11 @@ def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     return f"{spell(left, right)} -> {spell(out)}; reduce k"
 
 
-@rule("MatMul")
 def matmul(view: NodeView) -> Rule:
     """Batched matrix product."""
     return Rule(text=matmul_text(view.shape(0), view.shape(1)), padding="product")
 
 
-@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(view: NodeView) -> Rule:
     """MatMul with transposed operands and a factor."""
     if view.attribute("transBatchA", 0) or view.attribute("transBatchB", 0):
@@ -56,7 +59,6 @@ def fused_matmul(view: NodeView) -> Rule:
     return Rule(text=f"{left}, {right} -> {tail}", padding="product")
 
 
-@shape_rule("FusedMatMul", "TransposeMatMul")
 def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     a, b = inputs[0], inputs[1]
     assert a is not None
@@ -68,7 +70,6 @@ def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
     return [(a.dtype, (*batch, left[-2], right[-1]))]
 
 
-@rule("Gemm")
 def gemm(view: NodeView) -> Rule:
     """Matrix product plus a bias, which one rank alone adds where the contraction is split."""
     operands = _gemm_operands(view, "k")
@@ -76,13 +77,11 @@ def gemm(view: NodeView) -> Rule:
     return Rule(text=text, masked=(2,) if view.has(2) else (), padding="product", padding_ports=(0, 1))
 
 
-@rule("FusedGemm", domain=MICROSOFT)
 def fused_gemm(view: NodeView) -> Rule:
     """Gemm with an activation behind it, which needs the whole sum: what is contracted is whole."""
     return Rule(text=f"{spell(*_gemm_operands(view, '*'))} -> m n", padding="finite")
 
 
-@shape_rule("FusedGemm")
 def _fused_gemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     a, b = inputs[0], inputs[1]
     assert a is not None
@@ -100,3 +99,9 @@ def _gemm_operands(view: NodeView, contracted: str) -> list[list[str] | None]:
         names = ["m", "n"][2 - view.rank(2) :]
         operands.append([n if s != 1 else "1" for n, s in zip(names, view.shape(2), strict=True)])
     return operands
+
+
+op("MatMul", rule=matmul)
+op("FusedMatMul", "TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape)
+op("Gemm", rule=gemm)
+op("FusedGemm", domain=MICROSOFT, rule=fused_gemm, shape=_fused_gemm_shape)

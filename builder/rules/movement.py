@@ -11,18 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.registry import (
+from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
+from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
+from furiosa_llm.builder.rules.view import (
     MICROSOFT,
     NodeView,
-    rule,
-    shape_rule,
-    spell,
-    standard_shape,
-    whole,
-    words,
 )
-from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
-from furiosa_llm.builder.shapes.interpreter import Fact
 
 _END = 2**31 - 1
 """What exporters write, at least, for a slice that goes on to the end."""
@@ -99,19 +95,16 @@ def _copied_dims(view: NodeView) -> list[int]:
     return [] if target is None else [d for d, size in enumerate(target) if size == 0]
 
 
-@rule("Reshape")
 def reshape(view: NodeView) -> Rule:
     """Groups of dimensions with equal products."""
     return _reshape(view, (ShapeOperand(1, "dims"),))
 
 
-@rule("Flatten", "Squeeze", "Unsqueeze")
 def flatten(view: NodeView) -> Rule:
     """Reshapes whose target follows from the input."""
     return _reshape(view, ())
 
 
-@rule("Transpose")
 def transpose(view: NodeView) -> Rule:
     """A permutation."""
     names = words(view.rank(0))
@@ -119,7 +112,6 @@ def transpose(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names)} -> {spell([names[i] for i in order])}", linear=(0,), padding="moves")
 
 
-@rule("Expand")
 def expand(view: NodeView) -> Rule:
     """Equal dimensions pass; what is broadcast is free to be split on the output side."""
     before, after = view.shape(0), view.out()
@@ -132,14 +124,12 @@ def expand(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),), padding="moves")
 
 
-@rule("ConstantOfShape")
 def constant_of_shape(view: NodeView) -> Rule:
     """Any dimension of the output may be split."""
     text = f"* -> {spell(['.'] * len(view.out()))}"
     return Rule(text=text, shape_operands=(ShapeOperand(0, "dims"),), padding="finite")
 
 
-@rule("Shape")
 def shape(view: NodeView) -> Rule:
     """Sizes are global everywhere in the program: the value of Shape is restored where the input is split."""
     return Rule(text=f"{spell(['.'] * view.rank(0))} -> *", ignores_values=True)
@@ -149,7 +139,6 @@ def _axis(view: NodeView, default: int = 0) -> int:
     return int(view.attribute("axis", default)) % len(view.out())
 
 
-@rule("Concat")
 def concat(view: NodeView) -> Rule:
     """The axis is the concatenation of the inputs' axes."""
     axis, count = _axis(view), len(view.node.inputs)
@@ -161,7 +150,6 @@ def concat(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(out)}", linear=tuple(range(count)), axis=axis, padding="moves")
 
 
-@rule("Split")
 def split(view: NodeView) -> Rule:
     """The axis is the concatenation of the outputs' axes."""
     axis = int(view.attribute("axis", 0)) % view.rank(0)
@@ -174,7 +162,6 @@ def split(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), axis=axis, shape_operands=operands, padding="moves")
 
 
-@rule("Slice")
 def slice_(view: NodeView) -> Rule:
     """An axis that is cut at constant places, one by one, is a concatenation; any other cut needs the axis whole."""
     rank = view.rank(0)
@@ -225,7 +212,6 @@ def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
     return bounds
 
 
-@rule("Tile")
 def tile(view: NodeView) -> Rule:
     """An axis a that is repeated r times is (r a) behind it; where it was 1, any part of it may be made."""
     shape, known = view.shape(0), view.static_value(1)
@@ -247,43 +233,20 @@ def tile(view: NodeView) -> Rule:
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=(ShapeOperand(1, "repeats"),), padding="moves")
 
 
-@rule("Trilu")
 def trilu(view: NodeView) -> Rule:
     """The two last dimensions are compared with each other."""
-    return _trilu(view)
+    names = [*words(view.rank(0))[:-2], "*", "*"]
+    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
 
 
-@rule("Trilu", domain=MICROSOFT)
-def trilu_microsoft(view: NodeView) -> Rule:
-    """The same op, before it was ONNX's."""
-    return _trilu(view)
-
-
-@rule("ExpandDims", domain=MICROSOFT)
 def expand_dims(view: NodeView) -> Rule:
     """Unsqueeze by one axis."""
     left, right, sizes = regroup(view.shape(0), view.out())
     return Rule(text=f"{spell(left, [])} -> {spell(right)}", sizes=sizes, linear=(0,), padding="moves")
 
 
-def _trilu(view: NodeView) -> Rule:
-    names = [*words(view.rank(0))[:-2], "*", "*"]
-    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
-
-
-@rule("Pad")
 def pad(view: NodeView) -> Rule:
     """Axes that are not padded pass; linear where zeros, or elements that are there already, are put around."""
-    return _pad(view)
-
-
-@rule("Pad", domain=MICROSOFT)
-def pad_microsoft(view: NodeView) -> Rule:
-    """The same op, before ONNX took the pads as an input."""
-    return _pad(view)
-
-
-def _pad(view: NodeView) -> Rule:
     pads = view.static_value(1) if view.has(1) else np.asarray(view.attribute("pads", ()), dtype=np.int64)
     axes = view.static_value(3)
     if pads is None or not pads.size or (view.has(3) and axes is None):
@@ -301,11 +264,6 @@ def _pad(view: NodeView) -> Rule:
     )
 
 
-shape_rule("Trilu")(standard_shape("Trilu"))
-shape_rule("Pad")(standard_shape("Pad"))
-
-
-@shape_rule("ExpandDims")
 def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data, axis = inputs[0], inputs[1]
     assert data is not None
@@ -313,3 +271,22 @@ def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tup
         raise ShapeError(f'ExpandDims "{node.name}" needs a constant axis; export the model with Unsqueeze.')
     place = int(axis.value.item()) % (len(data.shape) + 1)
     return [(data.dtype, (*data.shape[:place], 1, *data.shape[place:]))]
+
+
+op("Reshape", rule=reshape, value=evaluate.reshape)
+op("Flatten", rule=flatten, value=evaluate.flatten)
+op("Squeeze", rule=flatten, value=evaluate.squeeze)
+op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze)
+op("Transpose", rule=transpose, value=evaluate.transpose)
+op("Expand", rule=expand, value=evaluate.expand)
+op("ConstantOfShape", rule=constant_of_shape, value=evaluate.constant_of_shape)
+op("Shape", rule=shape)
+op("Concat", rule=concat, value=evaluate.concat)
+op("Split", rule=split, value=evaluate.split)
+op("Slice", rule=slice_, value=evaluate.slice_)
+op("Tile", rule=tile, value=evaluate.tile)
+op("Trilu", rule=trilu, value=evaluate.trilu)
+op("Trilu", domain=MICROSOFT, rule=trilu, shape=standard_shape("Trilu"))
+op("ExpandDims", domain=MICROSOFT, rule=expand_dims, shape=_expand_dims_shape)
+op("Pad", rule=pad, value=evaluate.pad)
+op("Pad", domain=MICROSOFT, rule=pad, shape=standard_shape("Pad"))

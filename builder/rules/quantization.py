@@ -6,21 +6,16 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import (
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
+from furiosa_llm.builder.rules.rule import Rule
+from furiosa_llm.builder.rules.view import (
     MICROSOFT,
     NodeView,
-    rule,
-    shape_rule,
-    spell,
-    standard_shape,
-    whole,
-    words,
+    attributes_of,
 )
-from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
 
 
-@rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(view: NodeView) -> Rule:
     """`n` output columns; the contraction is (bytes, blocks, block), and neither a block nor a byte is ever cut.
 
@@ -58,30 +53,14 @@ def _zero_points(view: NodeView, symbols: str) -> list[str]:
     return ["n", f"({symbols})"] if view.rank(3) == 2 else [f"(n {symbols})"]
 
 
-@shape_rule("MatMulNBits")
 def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data = inputs[0]
     assert data is not None
     return [(data.dtype, (*data.shape[:-1], attributes_of(node)["N"]))]
 
 
-@rule("DequantizeLinear")
 def dequantize(view: NodeView) -> Rule:
     """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
-    return _dequantize(view)
-
-
-@rule("DequantizeLinear", domain=MICROSOFT)
-def dequantize_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op for codes that ONNX did not have."""
-    return _dequantize(view)
-
-
-shape_rule("DequantizeLinear")(standard_shape("DequantizeLinear"))
-shape_rule("QuantizeLinear")(standard_shape("QuantizeLinear"))
-
-
-def _dequantize(view: NodeView) -> Rule:
     data = words(view.rank(0))
     out, scale = list(data), list(data)
     clause, sizes = "", {}
@@ -99,3 +78,8 @@ def _dequantize(view: NodeView) -> Rule:
     # Zero is not a zero of the data if it has a zero point, but it is one wherever the scale is zero.
     ports = (1,) if view.has(2) else (0, 1)
     return Rule(text=text, sizes=sizes, padding="product", padding_ports=ports)
+
+
+op("MatMulNBits", domain=MICROSOFT, rule=matmul_nbits, shape=_matmul_nbits_shape)
+op("DequantizeLinear", rule=dequantize)
+op("DequantizeLinear", domain=MICROSOFT, rule=dequantize, shape=standard_shape("DequantizeLinear"))

@@ -10,26 +10,23 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    attributes_of,
+)
 
 _Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
 
 
-@rule("LinearAttention")
 def linear_attention(view: NodeView) -> Rule:
-    """Packed heads; g query heads share the state of each key head."""
-    return _linear_attention(view)
+    """Packed heads; g query heads share the state of each key head.
 
-
-@rule("LinearAttention", domain=MICROSOFT)
-def linear_attention_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op: also g value heads, each with a state, for each query head, and a window of states."""
-    return _linear_attention(view)
-
-
-def _linear_attention(view: NodeView) -> Rule:
+    Onnxruntime's op: also g value heads, each with a state, for each query head, and a window of states.
+    """
     queries, states = int(view.attribute("q_num_heads")), int(view.attribute("kv_num_heads"))
     size, value_size = view.shape(0)[2] // queries, view.shape(2)[2] // states
     shared = queries >= states  # else the other way round: several states for each query head
@@ -55,7 +52,6 @@ def _gate(width: int, heads: int, kv: str) -> str:
     return "1" if width == 1 and heads > 1 else f"({kv})" if width == heads else f"({kv} d)"
 
 
-@shape_rule("LinearAttention")
 def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     query, value, past = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
     assert query is not None
@@ -69,7 +65,6 @@ def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sh
     return [(query.dtype, (*query.shape[:2], max(queries, states) * value_size)), (kind, state)]
 
 
-@rule("LinearAttentionGate", domain=MICROSOFT)
 def linear_attention_gate(view: NodeView) -> Rule:
     """Elementwise, with numbers for each head."""
     dims = ["a", "b", "h"]
@@ -77,14 +72,12 @@ def linear_attention_gate(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(*[dims] * len(view.node.outputs))}", padding="finite")
 
 
-@shape_rule("LinearAttentionGate")
 def _linear_attention_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     data = inputs[0]
     assert data is not None
     return [(data.dtype, data.shape)] * len(node.outputs)
 
 
-@rule("GatedDeltaNet", domain=MICROSOFT)
 def gated_delta_net(view: NodeView) -> Rule:
     """Heads apart or packed in the query; each of q query heads has g value heads with a state each."""
     if len(view.node.outputs) > 2:
@@ -123,7 +116,6 @@ def gated_delta_net(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GatedDeltaNet")
 def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     query, value, lengths = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
     state = inputs[6] if len(inputs) > 6 else None
@@ -142,13 +134,11 @@ def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sha
 # -- convolutions with a state -----------------------------------------------------------------------------------
 
 
-@rule("CausalConvWithState")
 def causal_conv(view: NodeView) -> Rule:
     """Channels are convolved each for itself."""
     return _causal_conv(view)
 
 
-@rule("CausalConvWithState", domain=MICROSOFT)
 def causal_conv_microsoft(view: NodeView) -> Rule:
     """Onnxruntime's op: channels also last, and a window of states."""
     if len(view.node.outputs) > 2 or view.attribute("input_channels", 0):
@@ -167,7 +157,6 @@ def _causal_conv(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(data, state)}", padding="finite")
 
 
-@shape_rule("CausalConvWithState")
 def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
     data, weight, past = inputs[0], inputs[1], inputs[3] if len(inputs) > 3 else None
     assert data is not None
@@ -185,7 +174,6 @@ def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
 # -- norms with a gate -------------------------------------------------------------------------------------------
 
 
-@rule("GatedRMSNorm", domain=MICROSOFT)
 def gated_rms_norm(view: NodeView) -> Rule:
     """Groups of as many elements as there are scales are normalised each for itself."""
     rows, size = [f"r{i}" for i in range(view.rank(0) - 1)], math.prod(view.shape(1))
@@ -197,8 +185,10 @@ def gated_rms_norm(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GatedRMSNorm")
-def _gated_rms_norm_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+op("LinearAttention", rule=linear_attention)
+op("LinearAttention", domain=MICROSOFT, rule=linear_attention, shape=_linear_attention_shape)
+op("LinearAttentionGate", domain=MICROSOFT, rule=linear_attention_gate, shape=_linear_attention_gate_shape)
+op("GatedDeltaNet", domain=MICROSOFT, rule=gated_delta_net, shape=_gated_delta_net_shape)
+op("CausalConvWithState", rule=causal_conv)
+op("CausalConvWithState", domain=MICROSOFT, rule=causal_conv_microsoft, shape=_causal_conv_shape)
+op("GatedRMSNorm", domain=MICROSOFT, rule=gated_rms_norm, shape=as_input)

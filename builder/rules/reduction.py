@@ -5,11 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import (
+    MICROSOFT,
+    NodeView,
+    attributes_of,
+)
 
 
 def _tail(view: NodeView) -> list[list[str] | None]:
@@ -46,32 +53,27 @@ def _reduction(
     return Rule(text=text, linear=(0,) if summed and linear else (), average=average, padding=padding)
 
 
-@rule("ReduceSum")
 def reduce_sum(view: NodeView) -> Rule:
     """Local sums add up."""
     return _reduction(view, summed=True)
 
 
-@rule("ReduceMean")
 def reduce_mean(view: NodeView) -> Rule:
     """Local means, divided by the number of parts, add up; means of integers are rounded, and do not."""
     exact = view.fact(0).dtype.is_floating_point()
     return _reduction(view, summed=exact, average=exact)
 
 
-@rule("ReduceL1", "ReduceSumSquare")
 def reduce_magnitude(view: NodeView) -> Rule:
     """Sums of what is not linear in the elements: local sums add up, partial ones do not pass."""
     return _reduction(view, summed=True, linear=False)
 
 
-@rule("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
 def reduce_other(view: NodeView) -> Rule:
     """Reduced axes must be whole; zeros give zero."""
     return _reduction(view, summed=False)
 
 
-@rule("ReduceLogSum", "ReduceLogSumExp")
 def reduce_logarithm(view: NodeView) -> Rule:
     """Reduced axes must be whole; zeros may give minus infinity."""
     return _reduction(view, summed=False, padding="lost")
@@ -88,7 +90,6 @@ def _axis(view: NodeView, default: int) -> int:
     return int(view.attribute("axis", default)) % view.rank(0)
 
 
-@rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(view: NodeView) -> Rule:
     """Everything along the axis is needed; before opset 13, everything from the axis on, which was 1."""
     if view.opset < 13:
@@ -96,19 +97,16 @@ def softmax(view: NodeView) -> Rule:
     return _along_axis(view, [_axis(view, -1)])
 
 
-@rule("LpNormalization")
 def lp_normalization(view: NodeView) -> Rule:
     """Everything along the axis is needed; zeros are divided by their norm."""
     return _along_axis(view, [_axis(view, -1)], padding="lost")
 
 
-@rule("TopK")
 def top_k(view: NodeView) -> Rule:
     """Values and indices along the axis."""
     return _along_axis(view, [_axis(view, -1)])
 
 
-@rule("CumSum")
 def cumulative_sum(view: NodeView) -> Rule:
     """The axis, an input, must be whole; if it is not constant, everything must."""
     axis = view.static_value(1)
@@ -117,7 +115,6 @@ def cumulative_sum(view: NodeView) -> Rule:
     return dataclasses.replace(_along_axis(view, [int(axis.item()) % view.rank(0)], padding="moves"), linear=(0,))
 
 
-@rule("CumProd")
 def cumulative_product(view: NodeView) -> Rule:
     """The axis, an input, must be whole; if it is not constant, everything must."""
     axis = view.static_value(1)
@@ -126,7 +123,6 @@ def cumulative_product(view: NodeView) -> Rule:
     return _along_axis(view, [int(axis.item()) % view.rank(0)])
 
 
-@rule("ArgMax", "ArgMin")
 def arg_max(view: NodeView) -> Rule:
     """The axis must be whole and is dropped or kept as 1."""
     axis = _axis(view, 0)
@@ -135,7 +131,6 @@ def arg_max(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names)} -> {spell(out)}", padding="finite")
 
 
-@rule("OneHot")
 def one_hot(view: NodeView) -> Rule:
     """The indices' dimensions pass, the new axis is whole."""
     rank = len(view.out())
@@ -145,7 +140,6 @@ def one_hot(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names, *_tail(view))} -> {spell(out)}", padding="finite")
 
 
-@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def layer_normalization(view: NodeView) -> Rule:
     """Dimensions from the axis on must be whole; the statistics have 1 there."""
     axis = _axis(view, -1)
@@ -161,7 +155,6 @@ def _padding_of_norm(view: NodeView) -> Padding:
     return "finite" if view.attribute("epsilon", 1e-5) > 0 else "lost"
 
 
-@shape_rule("LayerNormalization", "SimplifiedLayerNormalization", domain="")
 def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     """Also for opsets in which ONNX had none of these ops, and onnxruntime had."""
     data = inputs[0]
@@ -171,7 +164,6 @@ def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.D
     return [(data.dtype, data.shape), *[statistics] * (len(node.outputs) - 1)]
 
 
-@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
 def skip_layer_normalization(view: NodeView) -> Rule:
     """Two inputs are added, then normalised; output 3 is their sum."""
     names = words(view.rank(0))
@@ -183,10 +175,36 @@ def skip_layer_normalization(view: NodeView) -> Rule:
     return Rule(text=f"{spell(dims, skip, *rest)} -> {spell(*outputs)}", padding=_padding_of_norm(view))
 
 
-@shape_rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 def _skip_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
     data = inputs[0]
     assert data is not None
     statistics = (ir.DataType.FLOAT, (*data.shape[:-1], 1))
     shapes = [(data.dtype, data.shape), statistics, statistics, (data.dtype, data.shape)]
     return shapes[: len(node.outputs)]
+
+
+op("ReduceSum", rule=reduce_sum, value=evaluate.reduce(np.sum))
+op("ReduceMean", rule=reduce_mean, value=evaluate.reduce(np.mean))
+op("ReduceL1", "ReduceSumSquare", rule=reduce_magnitude)
+op("ReduceMax", rule=reduce_other, value=evaluate.reduce(np.max))
+op("ReduceMin", rule=reduce_other, value=evaluate.reduce(np.min))
+op("ReduceProd", rule=reduce_other, value=evaluate.reduce(np.prod))
+op("ReduceL2", rule=reduce_other)
+op("ReduceLogSum", "ReduceLogSumExp", rule=reduce_logarithm)
+op("Softmax", "LogSoftmax", "Hardmax", rule=softmax)
+op("LpNormalization", rule=lp_normalization)
+op("TopK", rule=top_k)
+op("CumSum", rule=cumulative_sum, value=evaluate.cumulative_sum)
+op("CumProd", rule=cumulative_product)
+op("ArgMax", rule=arg_max, value=evaluate.arg(np.argmax))
+op("ArgMin", rule=arg_max, value=evaluate.arg(np.argmin))
+op("OneHot", rule=one_hot, value=evaluate.one_hot)
+op("LayerNormalization", "SimplifiedLayerNormalization", rule=layer_normalization, shape=_norm_shape)
+op("RMSNormalization", rule=layer_normalization)
+op(
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    domain=MICROSOFT,
+    rule=skip_layer_normalization,
+    shape=_skip_shape,
+)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-CLOSURE_DOMAIN = "furiosa_llm.closure"
+from furiosa_llm.builder.rules.control_flow import CLOSURE_DOMAIN as CLOSURE_DOMAIN
+
 CAPTURED = "captured"
 """The attribute of a closure that says how many of its last inputs, and of each of its graphs, are captured values."""
 BRANCHES = ("then_branch", "else_branch")

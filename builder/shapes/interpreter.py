@@ -2,13 +2,13 @@
 
 Concrete sizes stand for the dynamic dimensions; running twice, at two sets of distinct primes, tells which dimensions
 are dynamic. No weight is ever read. Types and shapes of standard ops come from `onnx.shape_inference`, those of
-onnxruntime's own ops from `builder.rules` (see `furiosa_llm.builder.rules.registry.SHAPES`).
+onnxruntime's own ops from their entries in `builder.rules`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,15 @@ import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.rules.facts import Fact as Fact
+from furiosa_llm.builder.rules.facts import Facts as Facts
+from furiosa_llm.builder.rules.facts import Shape as Shape
+from furiosa_llm.builder.rules.view import ShapeRule as ShapeRule
+from furiosa_llm.builder.rules.view import SizeMismatchError as SizeMismatchError
+from furiosa_llm.builder.rules.view import attributes_of as attributes_of
 from furiosa_llm.builder.shapes.closures import is_control_flow
 from furiosa_llm.builder.shapes.control_flow import SIBLINGS, ControlFlow
-from furiosa_llm.builder.shapes.evaluate import EVALUATORS
-from furiosa_llm.builder.shapes.facts import Fact as Fact
-from furiosa_llm.builder.shapes.facts import Facts as Facts
-from furiosa_llm.builder.shapes.facts import Shape as Shape
 from furiosa_llm.builder.shapes.operand_checks import operand_fault, result_fault
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
@@ -32,38 +35,21 @@ _MAX_READ_NBYTES = 1024
 """Constants larger than this are weights to the interpreter: their values are never looked at."""
 
 
-ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Sequence[tuple[ir.DataType, Shape]]]
-
 _ZERO_PRESERVING = {"Cast", "Expand", "Flatten", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-
-
-def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """The node's attributes as plain Python values."""
-    return {name: attribute.value for name, attribute in node.attributes.items()}
-
-
-class SizeMismatchError(ShapeError):
-    """A graph input has a dimension whose size follows from the graph; the prober takes it over and tries again."""
-
-    def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
-        super().__init__(
-            f'dimension {dim} of "{value.name}" must be {expected} for node {node.op_type} "{node.name}"; '
-            "export the model again, its inputs contradict its weights."
-        )
-        self.value, self.dim, self.expected = value, dim, expected
 
 
 class Interpreter:
     """Interprets one graph at any number of input size sets.
 
-    If `lenient`, the branches of an If need not agree where its condition is known.
+    `collectives` are the shape rules of the program's own ops, which are no ops of a model. If `lenient`, the branches
+    of an If need not agree where its condition is known.
     """
 
     def __init__(
-        self, model: ir.Model, shape_rules: Mapping[tuple[str, str], ShapeRule], *, lenient: bool = False
+        self, model: ir.Model, collectives: Mapping[tuple[str, str], ShapeRule] | None = None, *, lenient: bool = False
     ) -> None:
         self._model = model
-        self._shape_rules = shape_rules
+        self._collectives = collectives or {}
         self._opsets = dict(model.graph.opset_imports)
         self._protos: dict[ir.Node, onnx.NodeProto] = {}
         self._runs = 0
@@ -136,14 +122,13 @@ class Interpreter:
         evaluated = self._evaluate(node, inputs)
         if evaluated is not None:
             return evaluated
-        rule = self._shape_rules.get((node.domain, node.op_type))
+        entry = op_of(node)
+        rule = self._collectives.get((node.domain, node.op_type)) if entry is None else entry.shape
         if rule is not None:
             try:
                 pairs = rule(node, inputs)
             except (ArithmeticError, LookupError, TypeError, ValueError, onnx.checker.ValidationError) as error:
                 raise ShapeError(_contradiction(node, inputs, str(error))) from error
-        elif _ELEMENTWISE.get(node.op_type) is not None and node.domain == "":
-            pairs = self._elementwise(node, inputs)
         else:
             pairs = self._infer_with_onnx(node, inputs)
         zero = _is_zero(node, inputs)
@@ -161,7 +146,8 @@ class Interpreter:
             attributes = attributes_of(node)
             part = shape[attributes.get("start", 0) : attributes.get("end")]
             return [_known(part if node.op_type == "Shape" else np.array(shape.prod()), zero=False)]
-        evaluator = EVALUATORS.get(node.op_type)
+        entry = op_of(node)
+        evaluator = None if entry is None else entry.value
         if evaluator is None or any(f is not None and f.value is None for f in inputs):
             return None
         arguments = [None if f is None else f.value for f in inputs]
@@ -176,21 +162,6 @@ class Interpreter:
             raise ShapeError(_contradiction(node, inputs, str(error))) from error
         zero = _is_zero(node, inputs)
         return [_known(np.asarray(r), zero=zero) for r in (result if isinstance(result, tuple) else (result,))]
-
-    def _elementwise(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
-        present = [f for f in inputs if f is not None]
-        try:
-            shape = np.broadcast_shapes(*(f.shape for f in present))
-        except ValueError as error:
-            raise ShapeError(_contradiction(node, inputs, str(error))) from error
-        kind = _ELEMENTWISE[node.op_type]
-        if kind == "bool":
-            dtype = ir.DataType.BOOL
-        elif kind == "cast":
-            dtype = ir.DataType(node.attributes["to"].as_int())
-        else:
-            dtype = present[1 if kind == "second" else 0].dtype
-        return [(dtype, shape)]
 
     def _infer_with_onnx(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
         try:
@@ -306,23 +277,3 @@ def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) ->
         "Expected sizes that the model accepts together; if an input has a size of its own, say it with "
         "--dim NAME=SIZE (for instance --dim height=224)."
     )
-
-
-# fmt: off
-_AS_FIRST = (
-    "Abs", "Acos", "Add", "Asin", "Atan", "BitShift", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Erf",
-    "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mod",
-    "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
-    "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "ThresholdedRelu",
-)
-_AS_BOOL = (
-    "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor",
-)
-# fmt: on
-_ELEMENTWISE: dict[str, str] = {
-    **dict.fromkeys(_AS_FIRST, "first"),
-    **dict.fromkeys(_AS_BOOL, "bool"),
-    "Cast": "cast",
-    "Where": "second",
-}
-"""Elementwise ops and where their output's type comes from."""

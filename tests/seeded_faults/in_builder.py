@@ -8,8 +8,8 @@ RULES = (
     Fault(
         name="an activation takes partial sums",
         file="builder/rules/elementwise.py",
-        old="replace(broadcast(view), padding=_POINTWISE[view.node.op_type])",
-        new="replace(broadcast(view), linear=(0,), padding=_POINTWISE[view.node.op_type])",
+        old="replace(broadcast(view), padding=padding)",
+        new="replace(broadcast(view), linear=(0,), padding=padding)",
         effect="ranks apply Relu to their parts of a sum before it is added up: wrong outputs",
         hints=("tests/builder/plan/test_sweep.py::test_sums_are_made_where_they_must_be[Relu]",),
     ),

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rewrite.fusion.match import Heads, LeftAloneError, Match, Term
 from furiosa_llm.builder.rewrite.fusion.nodes import Sizes
-from furiosa_llm.builder.rules.registry import MICROSOFT
+from furiosa_llm.builder.rules.view import MICROSOFT
 from furiosa_llm.builder.shapes.interpreter import Facts, Shape
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from furiosa_llm.builder.rules import RULES
+from furiosa_llm.builder.rules import OPS
 from tests.support.builder.op_cases import CASES
 from tests.support.builder.placements import Trial, unclaimed
 
@@ -99,9 +99,11 @@ def test_every_reason_is_needed() -> None:
 def test_a_forgotten_placement_is_found(
     op: str, label: str, claim: tuple[str, str], lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = RULES["", op]
+    right = OPS["", op].rule
+    assert right is not None
     case = next(case for case in CASES if (case.op, case.name) == (op, f"{op} {label}".strip()))
     assert lost not in unclaimed(Trial(case))
     changed = dataclasses.replace
-    monkeypatch.setitem(RULES, ("", op), lambda view: changed(right(view), text=right(view).text.replace(*claim)))
+    forgetful = changed(OPS["", op], rule=lambda view: changed(right(view), text=right(view).text.replace(*claim)))
+    monkeypatch.setitem(OPS, ("", op), forgetful)
     assert lost in unclaimed(Trial(case))

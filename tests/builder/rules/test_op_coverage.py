@@ -9,9 +9,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 from furiosa_llm.builder.errors import UnsupportedModelError
 from furiosa_llm.builder.rewrite.decompose import DECOMPOSITIONS
 from furiosa_llm.builder.rewrite.unsupported_ops import REMEDIES
-from furiosa_llm.builder.rules import RULES
-from furiosa_llm.builder.rules.registry import MICROSOFT
-from furiosa_llm.builder.rules.replicated import REASONS
+from furiosa_llm.builder.rules import OPS
+from furiosa_llm.builder.rules.view import MICROSOFT
 from tests.support.builder.graphs import model
 from tests.support.builder.plans import prepare_proto
 
@@ -64,13 +63,13 @@ def with_a_cpu_kernel() -> set[tuple[str, str]]:
 
 def test_every_op_of_onnx_is_accounted_for() -> None:
     ops = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
-    ruled = {op for domain, op in RULES if domain == ""}
+    ruled = {op for domain, op in OPS if domain == ""}
     assert ops - ruled - LISTED == set()
 
 
 def test_every_op_of_onnxruntime_is_accounted_for() -> None:
     ops = {schema.name for schema in ort.get_all_operator_schema() if schema.domain == MICROSOFT}
-    ruled = {op for domain, op in RULES if domain == MICROSOFT}
+    ruled = {op for domain, op in OPS if domain == MICROSOFT}
     assert ops - ruled - LISTED - REMEDIES.keys() - DECOMPOSITIONS.keys() == set()
 
 
@@ -78,7 +77,7 @@ def test_what_is_refused_has_no_kernel_and_what_is_split_has() -> None:
     """An op that gets a kernel in a later onnxruntime is to get a rule."""
     kernels = with_a_cpu_kernel()
     assert {op for op in REMEDIES if (MICROSOFT, op) in kernels} == set()
-    assert {op for domain, op in RULES if domain == MICROSOFT and (domain, op) not in kernels} == set()
+    assert {op for domain, op in OPS if domain == MICROSOFT and (domain, op) not in kernels} == set()
 
 
 @pytest.mark.parametrize("op", REMEDIES)
@@ -97,4 +96,4 @@ def test_an_op_that_is_replicated_on_purpose_says_why() -> None:
     }
     prepared = prepare_proto(model("float[4, 2, 6] past_x", "float[4, 2, 5] y", nodes, weights))
     notes = [info.rule.note for info in prepared.analysis.nodes if info.rule.note]
-    assert notes == [f"GRU is replicated: {REASONS['', 'GRU']}"]
+    assert notes == [f"GRU is replicated: {OPS['', 'GRU'].replicated}"]

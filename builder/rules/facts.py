@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -26,7 +26,10 @@ class Fact:
 Facts = dict[ir.Value, Fact]
 
 
-def present(value: ir.Value | None) -> ir.Value:
-    """An input that is there: its op is none without it."""
+_T = TypeVar("_T", ir.Value, Fact)
+
+
+def present(value: _T | None) -> _T:
+    """An input, or what is known of it, that is there: its op is none without it."""
     assert value is not None
     return value
