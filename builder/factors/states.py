@@ -7,20 +7,10 @@ import re
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules import op_of
 from furiosa_llm.builder.shapes.interface import role_of
 from furiosa_llm.builder.shapes.interpreter import Facts
 
-_VIEWS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-_CACHE_PORTS = {
-    "GroupQueryAttention": {3: 1, 4: 2},
-    "MultiHeadAttention": {6: 1, 7: 2},
-    "Attention": {4: 1, 5: 2},
-    "QAttention": {8: 1},
-}
-"""Attention ops: which input is the cache that comes out, longer, as which output."""
-_IN_PLACE = frozenset({"GroupQueryAttention"})
-_KEPT = _VIEWS | {"Slice"}
-"""What may lie around the op that appends: a change of form, or a window that keeps the last positions."""
 _STATE_OUTPUT = re.compile(r"present.*")
 
 
@@ -69,14 +59,21 @@ def _pair(value: ir.Value, facts: Facts) -> StatePair | None:
     return None
 
 
+def _keeps_positions(node: ir.Node) -> bool:
+    """Whether a node may lie around the op that appends: a change of form, or a window of the last positions."""
+    entry = op_of(node)
+    return entry is not None and entry.moves in ("form", "type", "window")
+
+
 def _writes_in_place(node: ir.Node) -> bool:
     """Whether `node` has all of its caches in the graph's own inputs and outputs, which nothing else reads.
 
     What else reads a cache in place would find it as long as its buffer.
     """
-    if node.op_type not in _IN_PLACE:
+    entry = op_of(node)
+    if entry is None or not entry.in_place:
         return False
-    for port, out in _CACHE_PORTS[node.op_type].items():
+    for port, out in entry.caches.items():
         before, after = node.inputs[port], node.outputs[out]
         if before is None or not before.is_graph_input() or not after.is_graph_output():
             return False
@@ -97,12 +94,13 @@ def _appended(value: ir.Value) -> list[tuple[ir.Value, ir.Node]]:
     while queue:
         current = queue.pop()
         for node, port in current.uses():
-            if node.op_type in _KEPT and port == 0:
+            if port == 0 and _keeps_positions(node):
                 queue.extend(node.outputs)
             elif node.op_type == "Concat" and port == 0:
                 found.append((node.outputs[0], node))
             else:
-                out = _CACHE_PORTS.get(node.op_type, {}).get(port)
+                entry = op_of(node)
+                out = None if entry is None else entry.caches.get(port)
                 if out is not None and out < len(node.outputs):
                     found.append((node.outputs[out], node))
     return found
@@ -115,5 +113,5 @@ def _as_output(value: ir.Value) -> ir.Value | None:
         current = queue.pop()
         if current.is_graph_output():
             return current
-        queue.extend(o for node, port in current.uses() if node.op_type in _KEPT and port == 0 for o in node.outputs)
+        queue.extend(o for node, port in current.uses() if port == 0 and _keeps_positions(node) for o in node.outputs)
     return None

@@ -12,7 +12,6 @@ from furiosa_llm.builder.factors.factor import Factor, Kind, segments_of, to_dim
 from furiosa_llm.builder.factors.states import States
 from furiosa_llm.builder.plan.outcome import Assignment, Axes, Collective, InfeasibleError, Outcome, Step
 from furiosa_llm.builder.plan.padding import (
-    Content,
     Contents,
     content_at,
     have_common_leaves,
@@ -20,6 +19,7 @@ from furiosa_llm.builder.plan.padding import (
     padded_places,
 )
 from furiosa_llm.builder.rules.facts import present
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, simplify
 
 Split = list[tuple[int, list[Factor]]]

@@ -18,7 +18,6 @@ from furiosa_llm.builder.proof.pieces import Dim, of_layout
 from furiosa_llm.builder.proof.placement import (
     REBUILD,
     Axes,
-    Content,
     ContradictionError,
     Held,
     LocalSizes,
@@ -30,6 +29,7 @@ from furiosa_llm.builder.proof.placement import (
 )
 from furiosa_llm.builder.rules import op_of
 from furiosa_llm.builder.rules.facts import present
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Array = npt.NDArray[Any]

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.interpretation import LocalFacts, sizes_of
-from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Fault, Held, Placement
+from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Fault, Held, Placement
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import LayoutError

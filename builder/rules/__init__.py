@@ -15,14 +15,14 @@ from furiosa_llm.builder.rules import (
     quantization,
     recurrent,
     reduction,
+    refused,
     replicated,
 )
-from furiosa_llm.builder.rules.registry import OPS, WEIGHT_MOVERS, Op, op_of, rule_of
+from furiosa_llm.builder.rules.registry import OPS, Op, keeps_weights, op_of, rule_of
 from furiosa_llm.builder.rules.view import NodeView
 
 __all__ = [
     "OPS",
-    "WEIGHT_MOVERS",
     "NodeView",
     "Op",
     "attention",
@@ -34,12 +34,14 @@ __all__ = [
     "experts",
     "indexing",
     "integers",
+    "keeps_weights",
     "linear_algebra",
     "movement",
     "op_of",
     "quantization",
     "recurrent",
     "reduction",
+    "refused",
     "replicated",
     "rule_of",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import (
@@ -159,8 +160,39 @@ def _rotary(view: NodeView, rest: list[list[str] | None]) -> Rule:
     return Rule(text=text, sizes=sizes, attributes={"num_heads": "h"}, padding="moves")
 
 
-op("GroupQueryAttention", domain=MICROSOFT, rule=group_query_attention, shape=_group_query_attention_shape)
-op("Attention", rule=attention)
+def _group_query_attention_fault(node: ir.Node, shapes: Shapes) -> str | None:
+    heads, groups = node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()
+    query = shapes[0]
+    if heads < 1 or groups < 1 or heads % groups:
+        return f"{heads} query heads cannot share {groups} key and value heads"
+    if query is None or query[2] % (heads if has(shapes, 1) else heads + 2 * groups):
+        return f"the packed heads do not divide by num_heads={heads} and kv_num_heads={groups}"
+    if has(shapes, 1) != has(shapes, 2) or has(shapes, 3) != has(shapes, 4):
+        return "a key is there without its value, or a value without its key"
+    return None
+
+
+op(
+    "GroupQueryAttention",
+    domain=MICROSOFT,
+    rule=group_query_attention,
+    shape=_group_query_attention_shape,
+    definition=takes(range(7, 17), (0, 5, 6), "num_heads", "kv_num_heads", outputs=4),
+    operands=Operands(
+        ranks={**dict.fromkeys((0, 1, 2), (3,)), 3: (4,), 4: (4,), 10: (4,), 11: (1,)},
+        check=_group_query_attention_fault,
+    ),
+    caches={3: 1, 4: 2},
+    in_place=True,
+)
+op("Attention", rule=attention, caches={4: 1, 5: 2})
 op("RotaryEmbedding", rule=rotary_embedding)
-op("RotaryEmbedding", domain=MICROSOFT, rule=rotary_embedding_microsoft, shape=as_input)
+op(
+    "RotaryEmbedding",
+    domain=MICROSOFT,
+    rule=rotary_embedding_microsoft,
+    shape=as_input,
+    definition=takes(range(4, 5), (0, 1, 2, 3)),
+    operands=Operands(ranks={0: (3, 4)}),
+)
 op("MRotaryEmbedding", domain=MICROSOFT, rule=multimodal_rotary_embedding, shape=as_input)

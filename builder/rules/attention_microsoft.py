@@ -228,7 +228,13 @@ def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None
     return shapes[: len(node.outputs)]
 
 
-op("Attention", domain=MICROSOFT, rule=attention_microsoft, shape=_attention_shape)
-op("QAttention", domain=MICROSOFT, rule=quantized_attention, shape=_quantized_attention_shape)
-op("MultiHeadAttention", domain=MICROSOFT, rule=multi_head_attention, shape=_multi_head_attention_shape)
+op("Attention", domain=MICROSOFT, rule=attention_microsoft, shape=_attention_shape, caches={4: 1})
+op("QAttention", domain=MICROSOFT, rule=quantized_attention, shape=_quantized_attention_shape, caches={8: 1})
+op(
+    "MultiHeadAttention",
+    domain=MICROSOFT,
+    rule=multi_head_attention,
+    shape=_multi_head_attention_shape,
+    caches={6: 1, 7: 2},
+)
 op("DecoderMaskedMultiHeadAttention", domain=MICROSOFT, rule=decoder_attention, shape=_decoder_attention_shape)

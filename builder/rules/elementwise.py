@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
 from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
 from furiosa_llm.builder.rules.view import (
@@ -170,25 +171,9 @@ op("And", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.lo
 op("Asin", "Tan", rule=pointwise("fragile"), shape=_BROADCAST)
 op("Asinh", "Swish", rule=pointwise("moves"))
 op(
-    "Atan",
-    "Celu",
-    "Elu",
-    "Erf",
-    "Gelu",
-    "HardSwish",
-    "LeakyRelu",
-    "Mish",
-    "PRelu",
-    "Relu",
-    "Selu",
-    "Sin",
-    "Sinh",
-    "Softsign",
-    "Tanh",
-    "ThresholdedRelu",
-    rule=pointwise("moves"),
-    shape=_BROADCAST,
-)
+    "Atan", "Celu", "Elu", "Erf", "Gelu", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Selu", "Sin", "Sinh",
+    "Softsign", "Tanh", "ThresholdedRelu", rule=pointwise("moves"), shape=_BROADCAST,
+)  # fmt: skip
 op("Atanh", rule=pointwise("fragile"))
 op("BitCast", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Shrink", rule=pointwise("finite"))
 op("BitShift", "Cos", "Cosh", "HardSigmoid", "Sigmoid", "Softplus", rule=pointwise("finite"), shape=_BROADCAST)
@@ -215,10 +200,13 @@ op("Sqrt", rule=pointwise("fragile"), shape=_BROADCAST, value=evaluate.unary(np.
 op("SwiGLU", rule=pointwise("product"))
 op("Xor", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_xor))
 op("Pow", rule=power, shape=_BROADCAST, value=evaluate.power)
-op("Gelu", "QuickGelu", "FastGelu", "BiasGelu", "ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input)
+op("Gelu", "QuickGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(1, 2), (0,)))
+op("FastGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(1, 3), (0,)))
+op("BiasGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(2, 3), (0, 1)))
+op("ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input)
 op("GatedAdd", domain=MICROSOFT, rule=gated_add, shape=as_input)
-op("Identity", rule=negate, value=evaluate.unary(np.asarray))
-op("Neg", rule=negate, shape=_BROADCAST, value=evaluate.unary(np.negative))
+op("Identity", rule=negate, value=evaluate.unary(np.asarray), moves="form")
+op("Neg", rule=negate, shape=_BROADCAST, value=evaluate.unary(np.negative), moves="sign")
 op("Add", rule=add, shape=_BROADCAST, value=evaluate.binary(np.add))
 op("Sub", rule=add, shape=_BROADCAST, value=evaluate.binary(np.subtract))
 op("Sum", rule=add, shape=_BROADCAST, value=evaluate.variadic(np.add))
@@ -227,8 +215,8 @@ op("Mul", rule=multiply, shape=_BROADCAST, value=evaluate.binary(np.multiply))
 op("Div", rule=divide, shape=_BROADCAST, value=evaluate.divide)
 op("Mod", rule=modulo, shape=_BROADCAST, value=evaluate.mod)
 op("Where", rule=where, shape=_of_all(1), value=evaluate.where)
-op("Cast", rule=cast, shape=_cast_shape, value=evaluate.cast)
-op("CastLike", rule=cast_like, value=evaluate.cast_like)
+op("Cast", rule=cast, shape=_cast_shape, value=evaluate.cast, moves="type")
+op("CastLike", rule=cast_like, value=evaluate.cast_like, moves="type")
 op("Dropout", rule=dropout)
 op("QLinearAdd", "QLinearMul", domain=MICROSOFT, rule=quantized_elementwise, shape=_quantized_elementwise_shape)
 op("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT, rule=quantized_elementwise, shape=as_input)

@@ -17,6 +17,11 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 Attributes = dict[str, Any]
 Evaluator = Callable[[Attributes, Sequence[Array | None]], Array | tuple[Array, ...]]
+"""Of attributes and inputs: the outputs."""
+ShapeEvaluator = Callable[[Attributes, tuple[int, ...]], Array]
+"""Of attributes and the shape of input 0: the output."""
+SizeFunction = Callable[[Sequence[Array]], float]
+"""Of the inputs that are there: how many elements an op makes of them."""
 
 
 def _ints(value: Array | None) -> tuple[int, ...]:
@@ -328,3 +333,36 @@ def nonzero(_: Attributes, inputs: Sequence[Array | None]) -> Array:
 
 def power(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.power(_array(inputs[0]), _array(inputs[1])).astype(_array(inputs[0]).dtype)
+
+
+def shape(attributes: Attributes, of: tuple[int, ...]) -> Array:
+    return np.array(of, dtype=np.int64)[attributes.get("start", 0) : attributes.get("end")]
+
+
+def size(_: Attributes, of: tuple[int, ...]) -> Array:
+    return np.asarray(np.prod(of, dtype=np.int64))
+
+
+# -- how much is made: in floating point, as it may be more than an integer holds -----------------------------------
+
+
+def made_of_target(inputs: Sequence[Array]) -> float:
+    return float(np.prod(inputs[-1].astype(np.float64)))
+
+
+def made_by_range(inputs: Sequence[Array]) -> float:
+    start, limit, delta = (float(value.item()) for value in inputs)
+    return abs((limit - start) / delta) if delta else 0.0
+
+
+def made_by_one_hot(inputs: Sequence[Array]) -> float:
+    return float(inputs[0].size * inputs[1].astype(np.float64).item())
+
+
+def made_by_pad(inputs: Sequence[Array]) -> float:
+    data, *rest = inputs
+    return float((data.size + 1) * np.prod(1 + np.abs(rest[0].astype(np.float64))) if rest else data.size)
+
+
+def made_by_tile(inputs: Sequence[Array]) -> float:
+    return float(inputs[0].size * np.prod(inputs[1].astype(np.float64)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import Operands, Shapes, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import (
@@ -126,6 +127,22 @@ def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
     return [(kind, shape if value.name else ()) for kind, value in zip(kinds, node.outputs, strict=False)]
 
 
-op("MoE", domain=MICROSOFT, rule=mixture_of_experts, shape=as_input)
+def _mixture_fault(_: ir.Node, shapes: Shapes) -> str | None:
+    first, second = shapes[2], shapes[4]
+    if first is None or second is None or first[0] != second[0] or first[1] not in (second[2], 2 * second[2]):
+        return "the experts' two weights do not fit together"
+    return None
+
+
+op(
+    "MoE",
+    domain=MICROSOFT,
+    rule=mixture_of_experts,
+    shape=as_input,
+    definition=takes(range(5, 12), (0, 1, 2, 4)),
+    operands=Operands(
+        ranks={0: (2, 3), 1: (2, 3), 2: (3,), 3: (2,), 4: (3,), 5: (2,), 6: (3,), 7: (2,)}, check=_mixture_fault
+    ),
+)
 op("QMoE", domain=MICROSOFT, rule=quantized_mixture_of_experts, shape=as_input)
 op("MoEGroupRouter", domain=MICROSOFT, rule=group_router, shape=_group_router_shape)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules import evaluate
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import ALONG_AXIS, Operands, takes
 from furiosa_llm.builder.rules.registry import is_weight, op, spell, standard_shape, words
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import (
@@ -158,14 +159,21 @@ def _gather_block_quantized_shape(
     return [(scales.dtype, (*data.shape[:axis], *indices.shape, *rest))]
 
 
-op("Gather", rule=gather, value=evaluate.gather)
-op("GatherElements", rule=gather_elements, value=evaluate.gather_elements)
-op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements)
+op("Gather", rule=gather, value=evaluate.gather, moves="choice", operands=ALONG_AXIS)
+op("GatherElements", rule=gather_elements, value=evaluate.gather_elements, operands=ALONG_AXIS)
+op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements, operands=ALONG_AXIS)
 op("Scatter", rule=scatter_elements)
-op("GatherND", rule=gather_nd, value=evaluate.gather_nd)
-op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"))
+op("GatherND", rule=gather_nd, value=evaluate.gather_nd, moves="choice")
+op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"), moves="choice")
 op("ScatterND", rule=scatter_nd, value=evaluate.scatter_nd)
 op("TensorScatter", rule=tensor_scatter)
 op("Compress", rule=compress, shape=_compress_shape, value=evaluate.compress)
 op("ReverseSequence", rule=reverse_sequence)
-op("GatherBlockQuantized", domain=MICROSOFT, rule=gather_block_quantized, shape=_gather_block_quantized_shape)
+op(
+    "GatherBlockQuantized",
+    domain=MICROSOFT,
+    rule=gather_block_quantized,
+    shape=_gather_block_quantized_shape,
+    definition=takes(range(3, 5), (0, 1, 2)),
+    operands=Operands(ranks={0: (2, 3)}),
+)

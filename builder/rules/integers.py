@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rules.facts import Fact
 from furiosa_llm.builder.rules.linear_algebra import matmul_text
+from furiosa_llm.builder.rules.operands import SCALED
 from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, words
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import (
@@ -227,10 +228,16 @@ def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sh
 
 
 op("DynamicQuantizeLinear", rule=dynamic_quantize)
-op("QuantizeLinear", rule=quantize)
+op("QuantizeLinear", rule=quantize, operands=SCALED)
 op("QuantizeLinear", domain=MICROSOFT, rule=quantize, shape=standard_shape("QuantizeLinear"))
-op("MatMulInteger", rule=matmul_integer)
-op("MatMulIntegerToFloat", domain=MICROSOFT, rule=matmul_integer_to_float, shape=_matmul_integer_to_float_shape)
+op("MatMulInteger", rule=matmul_integer, core_dims=2)
+op(
+    "MatMulIntegerToFloat",
+    domain=MICROSOFT,
+    rule=matmul_integer_to_float,
+    shape=_matmul_integer_to_float_shape,
+    core_dims=2,
+)
 op("QLinearMatMul", rule=qlinear_matmul)
 op("QGemm", domain=MICROSOFT, rule=qgemm, shape=_qgemm_shape)
 op("MatMulBnb4", domain=MICROSOFT, rule=matmul_bnb4, shape=_matmul_bnb4_shape)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import takes
 from furiosa_llm.builder.rules.registry import op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import (
@@ -101,7 +102,15 @@ def _gemm_operands(view: NodeView, contracted: str) -> list[list[str] | None]:
     return operands
 
 
-op("MatMul", rule=matmul)
-op("FusedMatMul", "TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape)
+op("MatMul", rule=matmul, core_dims=2)
+op(
+    "FusedMatMul",
+    domain=MICROSOFT,
+    rule=fused_matmul,
+    shape=_fused_matmul_shape,
+    definition=takes(range(2, 3), (0, 1)),
+    core_dims=2,
+)
+op("TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape, core_dims=2)
 op("Gemm", rule=gemm)
 op("FusedGemm", domain=MICROSOFT, rule=fused_gemm, shape=_fused_gemm_shape)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules import evaluate
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes
 from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
 from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
 from furiosa_llm.builder.rules.view import (
@@ -97,7 +98,7 @@ def _copied_dims(view: NodeView) -> list[int]:
 
 def reshape(view: NodeView) -> Rule:
     """Groups of dimensions with equal products."""
-    return _reshape(view, (ShapeOperand(1, "dims"),))
+    return _reshape(view, (ShapeOperand(1, "dims", kept=(-1, 0)),))
 
 
 def flatten(view: NodeView) -> Rule:
@@ -121,7 +122,7 @@ def expand(view: NodeView) -> Rule:
     left = [name if size != 1 else "1" for name, size in zip(tail, before, strict=True)]
     right = [name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)]
     text = f"{spell(left, *_others(view))} -> {spell(right)}"
-    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),), padding="moves")
+    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims", kept=(1,)),), padding="moves")
 
 
 def constant_of_shape(view: NodeView) -> Rule:
@@ -273,20 +274,59 @@ def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tup
     return [(data.dtype, (*data.shape[:place], 1, *data.shape[place:]))]
 
 
-op("Reshape", rule=reshape, value=evaluate.reshape)
-op("Flatten", rule=flatten, value=evaluate.flatten)
-op("Squeeze", rule=flatten, value=evaluate.squeeze)
-op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze)
-op("Transpose", rule=transpose, value=evaluate.transpose)
-op("Expand", rule=expand, value=evaluate.expand)
-op("ConstantOfShape", rule=constant_of_shape, value=evaluate.constant_of_shape)
-op("Shape", rule=shape)
-op("Concat", rule=concat, value=evaluate.concat)
-op("Split", rule=split, value=evaluate.split)
-op("Slice", rule=slice_, value=evaluate.slice_)
-op("Tile", rule=tile, value=evaluate.tile)
+def _transpose_fault(node: ir.Node, shapes: Shapes) -> str | None:
+    order = node.attributes.get("perm")
+    if order is None or shapes[0] is None or sorted(order.as_ints()) == list(range(len(shapes[0]))):
+        return None
+    return f"{list(order.as_ints())} is no order of {len(shapes[0])} dimensions"
+
+
+def _slice_fault(_: ir.Node, shapes: Shapes) -> str | None:
+    lengths = {shape for shape in shapes[1:] if shape is not None}
+    return "starts, ends, axes and steps are not equally many" if len(lengths) > 1 else None
+
+
+op("Reshape", rule=reshape, value=evaluate.reshape, moves="form", operands=Operands(ranks={1: (1,)}))
+op("Flatten", rule=flatten, value=evaluate.flatten, moves="form", operands=Operands(axis=(0, 0)))
+op("Squeeze", rule=flatten, value=evaluate.squeeze, moves="form", operands=AXES_INPUT)
+op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze, moves="form", operands=AXES_INPUT)
+op("Transpose", rule=transpose, value=evaluate.transpose, moves="form", operands=Operands(check=_transpose_fault))
+op(
+    "Expand",
+    rule=expand,
+    value=evaluate.expand,
+    moves="copies",
+    made=evaluate.made_of_target,
+    operands=Operands(ranks={1: (1,)}),
+)
+op(
+    "ConstantOfShape",
+    rule=constant_of_shape,
+    value=evaluate.constant_of_shape,
+    moves="copies",
+    made=evaluate.made_of_target,
+    operands=Operands(ranks={0: (1,)}),
+)
+op("Shape", rule=shape, of_shape=evaluate.shape)
+op("Concat", rule=concat, value=evaluate.concat, operands=ALONG_AXIS)
+op("Split", rule=split, value=evaluate.split, moves="choice", operands=Operands(ranks={1: (1,)}, along_axis=True))
+op(
+    "Slice",
+    rule=slice_,
+    value=evaluate.slice_,
+    moves="window",
+    operands=Operands(ranks=dict.fromkeys(range(1, 5), (1,)), along_axis=True, check=_slice_fault),
+)
+op(
+    "Tile",
+    rule=tile,
+    value=evaluate.tile,
+    moves="copies",
+    made=evaluate.made_by_tile,
+    operands=Operands(ranks={1: (1,)}),
+)
 op("Trilu", rule=trilu, value=evaluate.trilu)
 op("Trilu", domain=MICROSOFT, rule=trilu, shape=standard_shape("Trilu"))
-op("ExpandDims", domain=MICROSOFT, rule=expand_dims, shape=_expand_dims_shape)
-op("Pad", rule=pad, value=evaluate.pad)
+op("ExpandDims", domain=MICROSOFT, rule=expand_dims, shape=_expand_dims_shape, moves="form")
+op("Pad", rule=pad, value=evaluate.pad, made=evaluate.made_by_pad)
 op("Pad", domain=MICROSOFT, rule=pad, shape=standard_shape("Pad"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import SCALED, Operands, Shapes, takes
 from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import (
@@ -80,6 +82,29 @@ def dequantize(view: NodeView) -> Rule:
     return Rule(text=text, sizes=sizes, padding="product", padding_ports=ports)
 
 
-op("MatMulNBits", domain=MICROSOFT, rule=matmul_nbits, shape=_matmul_nbits_shape)
-op("DequantizeLinear", rule=dequantize)
-op("DequantizeLinear", domain=MICROSOFT, rule=dequantize, shape=standard_shape("DequantizeLinear"))
+def _matmul_nbits_fault(node: ir.Node, shapes: Shapes) -> str | None:
+    K, N, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+    if K < 1 or N < 1 or block < 1 or bits not in (2, 4, 8):
+        return f"K={K}, N={N}, block_size={block} and bits={bits} are no weight's"
+    blocks = -(-K // block)
+    data, codes, scales = shapes[0], shapes[1], shapes[2]
+    if data is None or data[-1] != K:
+        return f"the last dimension is not K={K}"
+    if codes != (N, blocks, -(-block * bits // 8)):
+        return f"the codes are not {[N, blocks, -(-block * bits // 8)]}"
+    if scales is None or math.prod(scales) != N * blocks:
+        return f"the scales are not one for each of {N} times {blocks} blocks"
+    return None
+
+
+op(
+    "MatMulNBits",
+    domain=MICROSOFT,
+    rule=matmul_nbits,
+    shape=_matmul_nbits_shape,
+    definition=takes(range(3, 7), (0, 1, 2), "K", "N", "block_size"),
+    operands=Operands(ranks={0: tuple(range(1, 9)), 1: (3,), 2: (1, 2), 3: (1, 2), 5: (1,)}, check=_matmul_nbits_fault),
+)
+op("DequantizeLinear", rule=dequantize, moves="decode", operands=SCALED)
+op("DequantizeLinear", domain=MICROSOFT, rule=dequantize, shape=standard_shape("DequantizeLinear"), moves="decode")

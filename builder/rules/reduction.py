@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes, takes
 from furiosa_llm.builder.rules.registry import op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
 from furiosa_llm.builder.rules.view import (
@@ -183,28 +184,63 @@ def _skip_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.D
     return shapes[: len(node.outputs)]
 
 
-op("ReduceSum", rule=reduce_sum, value=evaluate.reduce(np.sum))
-op("ReduceMean", rule=reduce_mean, value=evaluate.reduce(np.mean))
-op("ReduceL1", "ReduceSumSquare", rule=reduce_magnitude)
-op("ReduceMax", rule=reduce_other, value=evaluate.reduce(np.max))
-op("ReduceMin", rule=reduce_other, value=evaluate.reduce(np.min))
-op("ReduceProd", rule=reduce_other, value=evaluate.reduce(np.prod))
-op("ReduceL2", rule=reduce_other)
-op("ReduceLogSum", "ReduceLogSumExp", rule=reduce_logarithm)
-op("Softmax", "LogSoftmax", "Hardmax", rule=softmax)
+def _axis_input_fault(_: ir.Node, shapes: Shapes) -> str | None:
+    return "the axis is not one element" if shapes[1] not in ((), (1,)) else None
+
+
+def _skip_fault(_: ir.Node, shapes: Shapes) -> str | None:
+    data, skip, scale = shapes[0], shapes[1], shapes[2]
+    if data is None or skip is None or scale != data[-1:] or len(skip) > len(data):
+        return "the sum, or the scale, does not fit the data"
+    fits = all(s in (1, d) for s, d in zip(skip[::-1], data[::-1], strict=False))
+    return None if fits else "what is added does not fit the data"
+
+
+_SKIPPED = Operands(ranks={0: (2, 3), 1: (1, 2, 3), 2: (1,)}, check=_skip_fault)
+
+op("ReduceSum", rule=reduce_sum, value=evaluate.reduce(np.sum), operands=AXES_INPUT)
+op("ReduceMean", rule=reduce_mean, value=evaluate.reduce(np.mean), operands=AXES_INPUT)
+op("ReduceL1", "ReduceSumSquare", rule=reduce_magnitude, operands=AXES_INPUT)
+op("ReduceMax", rule=reduce_other, value=evaluate.reduce(np.max), operands=AXES_INPUT)
+op("ReduceMin", rule=reduce_other, value=evaluate.reduce(np.min), operands=AXES_INPUT)
+op("ReduceProd", rule=reduce_other, value=evaluate.reduce(np.prod), operands=AXES_INPUT)
+op("ReduceL2", rule=reduce_other, operands=AXES_INPUT)
+op("ReduceLogSum", "ReduceLogSumExp", rule=reduce_logarithm, operands=AXES_INPUT)
+op("Softmax", "LogSoftmax", "Hardmax", rule=softmax, operands=ALONG_AXIS)
 op("LpNormalization", rule=lp_normalization)
-op("TopK", rule=top_k)
-op("CumSum", rule=cumulative_sum, value=evaluate.cumulative_sum)
+op("TopK", rule=top_k, operands=ALONG_AXIS)
+op(
+    "CumSum",
+    rule=cumulative_sum,
+    value=evaluate.cumulative_sum,
+    operands=Operands(along_axis=True, check=_axis_input_fault),
+)
 op("CumProd", rule=cumulative_product)
-op("ArgMax", rule=arg_max, value=evaluate.arg(np.argmax))
-op("ArgMin", rule=arg_max, value=evaluate.arg(np.argmin))
-op("OneHot", rule=one_hot, value=evaluate.one_hot)
-op("LayerNormalization", "SimplifiedLayerNormalization", rule=layer_normalization, shape=_norm_shape)
-op("RMSNormalization", rule=layer_normalization)
+op("ArgMax", rule=arg_max, value=evaluate.arg(np.argmax), operands=ALONG_AXIS)
+op("ArgMin", rule=arg_max, value=evaluate.arg(np.argmin), operands=ALONG_AXIS)
+op("OneHot", rule=one_hot, value=evaluate.one_hot, made=evaluate.made_by_one_hot, operands=Operands(axis=(-1, 0)))
+op("LayerNormalization", rule=layer_normalization, shape=_norm_shape, operands=ALONG_AXIS)
+op(
+    "SimplifiedLayerNormalization",
+    rule=layer_normalization,
+    shape=_norm_shape,
+    definition=takes(range(2, 3), (0, 1), outputs=2),
+    operands=Operands(ranks={0: tuple(range(1, 9)), 1: (1,)}),
+)
+op("RMSNormalization", rule=layer_normalization, operands=ALONG_AXIS)
 op(
     "SkipLayerNormalization",
+    domain=MICROSOFT,
+    rule=skip_layer_normalization,
+    shape=_skip_shape,
+    definition=takes(range(3, 6), (0, 1, 2), outputs=4),
+    operands=_SKIPPED,
+)
+op(
     "SkipSimplifiedLayerNormalization",
     domain=MICROSOFT,
     rule=skip_layer_normalization,
     shape=_skip_shape,
+    definition=takes(range(3, 5), (0, 1, 2), outputs=4),
+    operands=_SKIPPED,
 )

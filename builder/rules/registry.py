@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict, Unpack
 
 import onnx
 import onnx_ir as ir
@@ -11,21 +12,22 @@ from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules.cost import CostFunction
-from furiosa_llm.builder.rules.evaluate import Evaluator, quiet
+from furiosa_llm.builder.rules.evaluate import Evaluator, ShapeEvaluator, SizeFunction, quiet
 from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import NOTHING_SPECIAL, Definition, Operands
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import NodeView, RuleFunction, ShapeRule
 
 _STANDARD_OPSET = 21
 """The opset whose ops onnxruntime's own are like."""
 
-# fmt: off
-WEIGHT_MOVERS = frozenset((
-    "Cast", "DequantizeLinear", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze",
-))
-# fmt: on
-"""Ops that move, select or convert a weight's elements: what they give is a weight, too."""
+Movement = Literal["form", "type", "window", "choice", "decode", "sign", "copies"]
+"""What an op makes of input 0's elements, if it computes nothing.
+
+`form`: the same elements in another shape or order; `type`: in another type; `window`: a range of them; `choice`: some
+of them; `decode`: the numbers that codes stand for; `sign`: their negatives; `copies`: each of them, any number of
+times.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,24 +44,68 @@ class Op:
     """The types and shapes of its outputs; None: as ONNX infers them."""
     value: Evaluator | None = None
     """Its outputs' elements, for the small tensors that shapes are computed with; None: they are never evaluated."""
+    made: SizeFunction | None = None
+    """How many elements `value` makes, where those may be more than it is given."""
+    of_shape: ShapeEvaluator | None = None
+    """Its output's elements where they follow from input 0's shape alone."""
+    moves: Movement | None = None
+    """What it makes of input 0's elements, if it computes nothing."""
+    operands: Operands = NOTHING_SPECIAL
+    """What it demands of its operands' shapes."""
+    definition: Definition | None = None
+    """What it takes and gives, for an op that ONNX does not define."""
+    core_dims: int = 0
+    """The number of last dimensions of its operands that are not aligned with each other."""
+    caches: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Inputs that come out with new positions, as which output."""
+    in_place: bool = False
+    """Whether it writes new positions into the buffer of such an input, if that has room."""
+    random: bool = False
+    """Whether it draws random numbers, which every rank would draw anew."""
+    remedy: str | None = None
+    """What to do instead of an op that onnxruntime has no CPU kernel for; None: it has one."""
     cost: CostFunction | None = None
     """What one rank computes and moves, at the view's sizes; None: nothing is known."""
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether what it makes of a weight is a weight, too: elements moved, selected or converted."""
+        return self.moves in ("form", "type", "window", "choice", "decode")
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether it makes zeros of zeros, at any sizes."""
+        return self.moves not in (None, "decode")
+
+
+class _OpFields(TypedDict, total=False):
+    """The fields of `Op`, as arguments of `op`."""
+
+    rule: RuleFunction
+    replicated: str
+    shape: ShapeRule
+    value: Evaluator
+    made: SizeFunction
+    of_shape: ShapeEvaluator
+    moves: Movement
+    operands: Operands
+    definition: Definition
+    core_dims: int
+    caches: Mapping[int, int]
+    in_place: bool
+    random: bool
+    remedy: str
+    cost: CostFunction
 
 
 OPS: dict[tuple[str, str], Op] = {}
 
 
-def op(
-    *op_types: str,
-    domain: str = "",
-    rule: RuleFunction | None = None,
-    replicated: str | None = None,
-    shape: ShapeRule | None = None,
-    value: Evaluator | None = None,
-    cost: CostFunction | None = None,
-) -> None:
-    """Enter op types of one domain of which the same is known; the arguments are the fields of `Op`."""
-    entry = Op(rule=rule, replicated=replicated, shape=shape, value=value and quiet(value), cost=cost)
+def op(*op_types: str, domain: str = "", **facts: Unpack[_OpFields]) -> None:
+    """Enter op types of one domain of which the same is known: `facts` are fields of `Op`."""
+    if value := facts.get("value"):
+        facts["value"] = quiet(value)
+    entry = Op(**facts)
     for op_type in op_types:
         assert (domain, op_type) not in OPS, f"{domain}::{op_type} has two entries"
         OPS[domain, op_type] = entry
@@ -70,12 +116,18 @@ def op_of(node: ir.Node) -> Op | None:
     return OPS.get((node.domain, node.op_type))
 
 
+def keeps_weights(node: ir.Node) -> bool:
+    """Whether what a node makes of a weight, its input 0, is a weight, too."""
+    entry = op_of(node)
+    return entry is not None and entry.keeps_weights
+
+
 def is_weight(view: NodeView, port: int) -> bool:
     """Whether input `port` is an initializer, or one that was merely moved."""
     value = view.node.inputs[port] if view.has(port) else None
     while value is not None and not value.is_initializer():
         producer = value.producer()
-        value = producer.inputs[0] if producer is not None and producer.op_type in WEIGHT_MOVERS else None
+        value = producer.inputs[0] if producer is not None and keeps_weights(producer) else None
     return value is not None
 
 

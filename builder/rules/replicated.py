@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
 from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.operands import Operands, Shapes
 from furiosa_llm.builder.rules.registry import as_input, op
 from furiosa_llm.builder.rules.view import (
     MICROSOFT,
@@ -29,11 +31,16 @@ def _sparse_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> lis
     return [(query.dtype, (*query.shape[:2], width)), (keys.dtype, keys.shape), (values.dtype, values.shape)]
 
 
+def _one_element_each(_: ir.Node, shapes: Shapes) -> str | None:
+    single = all(shape is not None and math.prod(shape) == 1 for shape in shapes)
+    return None if single else "start, limit and delta are not one element each"
+
+
 # Integers that every rank computes: nothing to report.
 op("EyeLike", value=evaluate.eye_like)
 op("NonZero", value=evaluate.nonzero)
-op("Range", value=evaluate.arange)
-op("Size")
+op("Range", value=evaluate.arange, made=evaluate.made_by_range, operands=Operands(check=_one_element_each))
+op("Size", of_shape=evaluate.size)
 
 op("GRU", "LSTM", "RNN", replicated=_RECURRENT)
 op("DFT", "MelWeightMatrix", "STFT", "BlackmanWindow", "HammingWindow", "HannWindow", replicated=_SIGNAL)

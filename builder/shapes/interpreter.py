@@ -35,9 +35,6 @@ _MAX_READ_NBYTES = 1024
 """Constants larger than this are weights to the interpreter: their values are never looked at."""
 
 
-_ZERO_PRESERVING = {"Cast", "Expand", "Flatten", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-
-
 class Interpreter:
     """Interprets one graph at any number of input size sets.
 
@@ -139,25 +136,19 @@ class Interpreter:
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
         """The outputs' elements, if they follow from the shapes alone and are few."""
-        if node.domain:
-            return None
-        if node.op_type in ("Shape", "Size") and inputs[0] is not None:
-            shape = np.array(inputs[0].shape, dtype=np.int64)
-            attributes = attributes_of(node)
-            part = shape[attributes.get("start", 0) : attributes.get("end")]
-            return [_known(part if node.op_type == "Shape" else np.array(shape.prod()), zero=False)]
         entry = op_of(node)
-        evaluator = None if entry is None else entry.value
-        if evaluator is None or any(f is not None and f.value is None for f in inputs):
+        if entry is None:
+            return None
+        if entry.of_shape is not None and inputs[0] is not None:
+            return [_known(entry.of_shape(attributes_of(node), inputs[0].shape), zero=False)]
+        if entry.value is None or any(f is not None and f.value is None for f in inputs):
             return None
         arguments = [None if f is None else f.value for f in inputs]
-        if (
-            node.op_type in ("Expand", "ConstantOfShape", "OneHot", "Pad", "Range", "Tile")
-            and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS
-        ):
+        given = [argument for argument in arguments if argument is not None]
+        if entry.made is not None and entry.made(given) > _MAX_KNOWN_ELEMENTS:
             return None
         try:
-            result = evaluator(attributes_of(node), arguments)
+            result = entry.value(attributes_of(node), arguments)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise ShapeError(_contradiction(node, inputs, str(error))) from error
         zero = _is_zero(node, inputs)
@@ -231,27 +222,13 @@ def _is_zero(node: ir.Node, inputs: Sequence[Fact | None]) -> bool:
     first = inputs[0] if inputs else None
     if node.op_type == "ConstantOfShape":
         return not _fill_value(node)
-    return first is not None and first.zero and node.op_type in _ZERO_PRESERVING
+    entry = op_of(node)
+    return first is not None and first.zero and entry is not None and entry.keeps_zeros
 
 
 def _fill_value(node: ir.Node) -> bool:
     value = node.attributes.get("value")
     return value is not None and bool(value.as_tensor().numpy().any())
-
-
-def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) -> float:
-    if node.op_type == "Range":
-        start, limit, delta = (float(a.item()) for a in arguments if a is not None)
-        return abs((limit - start) / delta) if delta else 0.0
-    data, *rest = (a.astype(np.float64) for a in arguments if a is not None)
-    match node.op_type:
-        case "OneHot":
-            return float(data.size * rest[0].item())
-        case "Pad":
-            return float((data.size + 1) * np.prod(1 + np.abs(rest[0])) if rest else data.size)
-        case "Tile":
-            return float(data.size * np.prod(rest[0]))
-    return float(np.prod(rest[-1] if rest else data))
 
 
 def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]) -> tuple[ir.DataType, Shape]:

@@ -47,7 +47,7 @@ RULES = (
     ),
     Fault(
         name="zeros and numbers make zeros",
-        file="builder/plan/padding.py",
+        file="builder/rules/padding.py",
         old='case "sum" if len(found) == len(data):',
         new='case "sum" if found:',
         effect="what is added to padding is taken for zero, and contracted: wrong outputs",
