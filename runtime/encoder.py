@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 MAX_BATCH_SIZE = 32
 
+# The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say it of its ops.
 _MIXES_ROWS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
 """Ops that take one scale over all texts of a batch, so that what stands beside a text alters its result."""
 

@@ -79,7 +79,7 @@ class SweepPass:
             readers = list(value.uses())
             if len(readers) == 1 and not value.is_graph_output():
                 seen = self._partial_seen.get(readers[0].node, set())
-                if seen - {readers[0].idx} and readers[0].node.op_type in ("Add", "Sum"):
+                if seen - {readers[0].idx}:
                     found.add(value)
         return frozenset(found)
 
@@ -176,7 +176,8 @@ class SweepPass:
         ports = [p for p, v in enumerate(node.inputs) if v is not None and v in self._partial]
         if not ports:
             return ()
-        self._partial_seen[node] = set(ports)
+        if info.rule.padding == "sum" and len(info.rule.linear) > 1:
+            self._partial_seen[node] = set(ports)
         passing = self._passing(info, ports, step)
         for port in ports:
             if port not in passing:

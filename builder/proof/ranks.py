@@ -36,6 +36,7 @@ Array = npt.NDArray[Any]
 Constants = Callable[[str, int], Array]
 """The elements of a stored tensor on one rank."""
 
+# No facts about ops, but the form of the lookups that the builder writes (lower/lookup.py): anything else is refused.
 # fmt: off
 ELEMENTWISE = frozenset((
     "Add", "And", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Not", "Or",

@@ -17,4 +17,6 @@ def control_flow(view: NodeView) -> Rule:
     return whole(view, note=f"{view.node.op_type}: replicated, with all that it reads")
 
 
-op("If", "Loop", "Scan", domain=CLOSURE_DOMAIN, rule=control_flow)
+op("If", domain=CLOSURE_DOMAIN, rule=control_flow, graphs=lambda _, outputs: (0, outputs))
+op("Loop", domain=CLOSURE_DOMAIN, rule=control_flow, graphs=lambda inputs, outputs: (max(inputs, 2), outputs + 1))
+op("Scan", domain=CLOSURE_DOMAIN, rule=control_flow, graphs=lambda inputs, outputs: (inputs, outputs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
 import onnx
@@ -54,6 +54,8 @@ class Op:
     """What it demands of its operands' shapes."""
     definition: Definition | None = None
     """What it takes and gives, for an op that ONNX does not define."""
+    graphs: Callable[[int, int], tuple[int, int]] | None = None
+    """The number of inputs and of outputs of its graphs, given those of a node."""
     core_dims: int = 0
     """The number of last dimensions of its operands that are not aligned with each other."""
     caches: Mapping[int, int] = dataclasses.field(default_factory=dict)
@@ -90,6 +92,7 @@ class _OpFields(TypedDict, total=False):
     moves: Movement
     operands: Operands
     definition: Definition
+    graphs: Callable[[int, int], tuple[int, int]]
     core_dims: int
     caches: Mapping[int, int]
     in_place: bool

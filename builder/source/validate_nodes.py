@@ -12,6 +12,7 @@ from onnx.defs import OpSchema
 
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.rules import OPS
+from furiosa_llm.builder.rules.control_flow import CLOSURE_DOMAIN
 from furiosa_llm.builder.rules.operands import Definition
 from furiosa_llm.builder.source.validate_tensors import check_text
 from furiosa_llm.runtime.artifact.checks.model import VALUE_FIELDS
@@ -110,15 +111,13 @@ def _is_type(attribute: AttributeProto) -> bool:
 
 def _check_graphs(node: NodeProto, where: str) -> None:
     """The graphs of If, Loop and Scan take and give as many values as their node."""
-    values, results = len(node.input), len(node.output)
-    expected = {
-        "If": (0, results),
-        "Loop": (max(values, 2), results + 1),
-        "Scan": (values, results),
-    }.get(node.op_type)
+    entry = OPS.get((CLOSURE_DOMAIN, node.op_type))
+    if entry is None or entry.graphs is None:
+        return
+    expected = entry.graphs(len(node.input), len(node.output))
     for attribute in node.attribute:
         found = (len(attribute.g.input), len(attribute.g.output))
-        if expected is not None and attribute.type == AttributeProto.GRAPH and found != expected:
+        if attribute.type == AttributeProto.GRAPH and found != expected:
             _fail(
                 where,
                 f"has the graph {attribute.name} of {found[0]} inputs and {found[1]} outputs",

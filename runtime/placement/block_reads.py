@@ -20,6 +20,7 @@ stored tensor above this size is needed for it."""
 
 _MICROSOFT = "com.microsoft"
 
+# The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say what is read.
 _LOOKED_UP: Mapping[tuple[str, str], tuple[tuple[int, ...], int]] = {
     ("", "Gather"): ((0,), 1),
     ("", "RotaryEmbedding"): ((1, 2), 3),

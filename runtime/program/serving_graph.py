@@ -34,6 +34,7 @@ LAST_POSITIONS = "furiosa_llm.last_positions"
 _ATTENTION = "GroupQueryAttention"
 _SEQLENS, _TOTAL, _BIAS = 5, 6, 10
 """Operands of GroupQueryAttention: last position of each row, length of the longest row, what scores are added to."""
+# The form that the end of a graph must have to be cut, rather than facts about ops.
 _PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul", "MatMulBnb4"})
 _TWICE = "furiosa_llm.twice"
 """The first part of the names of values that have every row twice."""
