@@ -216,6 +216,11 @@ MUTATIONS = {
         "com.microsoft.QMoE blocks",
         text=("(k u v w s) *, * (k u v w s)", "(s k u v w) *, * (s k u v w)"),
     ),
+    "features lie before the streams": Mutation(
+        "com.microsoft.HyperConnectionPreMix",
+        "com.microsoft.HyperConnectionPreMix side by side",
+        text=("(c h)", "(h c)"),
+    ),
     "ReduceSumSquare is linear": Mutation("ReduceSumSquare", squares_of_a_sum, {"linear": (0,)}),
     "padding may be divided by": Mutation("Div", padded_quotient, {"divisor": None}),
 }

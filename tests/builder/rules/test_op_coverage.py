@@ -34,10 +34,10 @@ SIZES_FROM_DATA = "NonMaxSuppression Unique ImageDecoder GatherPacked"
 SEARCHES = "BeamSearch GreedySearch WhisperBeamSearch"
 """They hold the whole model as a subgraph: normalisation refuses them with the remedy."""
 NO_TRANSFORMER = """
-    AttnLSTM BifurcationDetector CDist ConvTransposeWithDynamicPads CropAndResize Det DynamicQuantizeLSTM EngramGate
-    DynamicTimeWarping HyperConnectionPostMix HyperConnectionPreMix Inverse MatMulFpQ4 MatMulInteger16 MaxpoolWithMask
-    NhwcMaxPool QEmbedLayerNormalization QLinearAveragePool QLinearConv QLinearGlobalAveragePool Range UnfoldTensor
-    SparseToDenseMatMul VarlenCausalConvWithState GridSample
+    AttnLSTM BifurcationDetector CDist ConvTransposeWithDynamicPads CropAndResize Det DynamicQuantizeLSTM
+    DynamicTimeWarping GridSample Inverse MatMulFpQ4 MatMulInteger16 MaxpoolWithMask NhwcMaxPool
+    QEmbedLayerNormalization QLinearAveragePool QLinearConv QLinearGlobalAveragePool Range SparseToDenseMatMul
+    UnfoldTensor VarlenCausalConvWithState
 """
 """No exporter of a transformer writes them; a model that has one is refused as unknown, or the op is replicated."""
 
