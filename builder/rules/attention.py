@@ -9,22 +9,13 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
-from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    SizeMismatchError,
-    attributes_of,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, SizeMismatchError, attributes_of
 
 _HEADS = "(kv g)"
-
-
-def _rest(view: NodeView, start: int) -> list[list[str] | None]:
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
 
 
 def _mask(view: NodeView, port: int) -> list[str]:
@@ -45,7 +36,7 @@ def group_query_attention(view: NodeView) -> Rule:
     cache = ["b", "kv", "*", "d"]
     operands: list[list[str] | None] = [query, key, key]
     operands += [cache if view.has(port) else None for port in (3, 4)]
-    operands += _rest(view, 5)
+    operands += whole_inputs(view, 5)
     if view.has(5):  # lengths, one for each sequence
         operands[5] = ["b", *["*"] * (view.rank(5) - 1)]
     if view.has(9):
@@ -65,11 +56,8 @@ def group_query_attention(view: NodeView) -> Rule:
     )
 
 
-def _group_query_attention_shape(
-    node: ir.Node, inputs: Sequence[Fact | None]
-) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    query, past, total = inputs[0], inputs[3], inputs[6]
-    assert query is not None
+def _group_query_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    query, past, total = present(inputs[0]), inputs[3], inputs[6]
     attributes = attributes_of(node)
     heads, kv = attributes["num_heads"], attributes["kv_num_heads"]
     packed = inputs[1] is None
@@ -123,7 +111,7 @@ def attention(view: NodeView) -> Rule:
 
 def rotary_embedding(view: NodeView) -> Rule:
     """Heads pass, the head vector is whole; caches are of positions, or of each sequence."""
-    rest = _rest(view, 1)
+    rest = whole_inputs(view, 1)
     for operand, port in zip(rest, range(1, 4), strict=False):
         if operand and (port == 3 or len(operand) == 3):
             operand[0] = "1" if view.shape(port)[0] == 1 else "b"
@@ -132,7 +120,7 @@ def rotary_embedding(view: NodeView) -> Rule:
 
 def rotary_embedding_microsoft(view: NodeView) -> Rule:
     """Onnxruntime's op: positions (of each sequence, or the first of all) before the caches."""
-    rest = _rest(view, 1)
+    rest = whole_inputs(view, 1)
     if view.rank(1) == 2:
         rest[0] = ["1" if view.shape(1)[0] == 1 else "b", "*"]
     return _rotary(view, rest)
@@ -142,7 +130,7 @@ def multimodal_rotary_embedding(view: NodeView) -> Rule:
     """RotaryEmbedding with three positions for each token."""
     if view.attribute("is_packed_batching", 0):
         return whole(view, note="MRotaryEmbedding of sequences of different lengths: replicated")
-    rest = _rest(view, 1)
+    rest = whole_inputs(view, 1)
     rest[0] = ["*", "b", "*"]
     return _rotary(view, rest)
 

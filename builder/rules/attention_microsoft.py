@@ -9,17 +9,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import per_channel
-from furiosa_llm.builder.rules.registry import op, spell, whole
+from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
-_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
 _Operand = list[str] | None
 _PACKED = "[h d|h d|h e]"
 _PAST = ["*", "b", "h", "*", "d"]
@@ -45,10 +40,6 @@ def _bias(view: NodeView, port: int, batch: str) -> _Operand:
     return ["1" if size == 1 else name for name, size in zip((batch, "h", "*", "*"), view.shape(port), strict=True)]
 
 
-def _rest(view: NodeView, start: int) -> list[_Operand]:
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
-
-
 # -- Attention ---------------------------------------------------------------------------------------------------
 
 
@@ -71,7 +62,7 @@ def attention_microsoft(view: NodeView) -> Rule:
         packed = "[h d|h d|h d]"
     value = "e" if packed == _PACKED else "d"
     operands: list[_Operand] = [[b, "*", "*"], ["*", packed], [packed] if view.has(2) else None]
-    operands += [_mask(view, 3), past if view.has(4) else None, _bias(view, 5, b), *_rest(view, 6)]
+    operands += [_mask(view, 3), past if view.has(4) else None, _bias(view, 5, b), *whole_inputs(view, 6)]
     outputs = [[b, "*", f"(h {value})"], past][: len(view.node.outputs)]
     attributes = {"num_heads": "h"}
     if given:
@@ -85,13 +76,12 @@ def attention_microsoft(view: NodeView) -> Rule:
     )
 
 
-def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, weights, past = inputs[0], inputs[1], inputs[4] if len(inputs) > 4 else None
-    assert weights is not None
+def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, weights, past = inputs[0], present(inputs[1]), inputs[4] if len(inputs) > 4 else None
     return _self_attention_shape(node, data, weights.shape[1], past)
 
 
-def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fact | None) -> _Shapes:
+def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fact | None) -> Inferred:
     assert data is not None
     attributes = attributes_of(node)
     heads = attributes["num_heads"]
@@ -124,9 +114,8 @@ def quantized_attention(view: NodeView) -> Rule:
     )
 
 
-def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, weights, past = inputs[0], inputs[1], inputs[8] if len(inputs) > 8 else None
-    assert weights is not None
+def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, weights, past = inputs[0], present(inputs[1]), inputs[8] if len(inputs) > 8 else None
     return _self_attention_shape(node, data, weights.shape[1], past)
 
 
@@ -174,7 +163,7 @@ def decoder_attention(view: NodeView) -> Rule:
     heads = int(view.attribute("num_heads"))
     b = _batch(view, 3)
     operands, size, value_size = _query_key_value(view, b, heads)
-    operands += [_mask(view, 3), _bias(view, 4, b), *_rest(view, 5)]
+    operands += [_mask(view, 3), _bias(view, 4, b), *whole_inputs(view, 5)]
     if view.has(10):
         operands[10] = [_PACKED]
     operands = operands[: len(view.node.inputs)]
@@ -190,17 +179,17 @@ def _heads_rule(view: NodeView, b: str, operands: list[_Operand], sizes: dict[st
     return Rule(text=f"{text}; pin {' '.join(pins)}", sizes=sizes, attributes={"num_heads": "h"}, padding="finite")
 
 
-def _multi_head_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _multi_head_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return _heads_shape(node, inputs, inputs[6] if len(inputs) > 6 else None)
 
 
-def _decoder_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _decoder_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return _heads_shape(node, inputs, inputs[5] if len(inputs) > 5 else None)
 
 
-def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None) -> _Shapes:
-    query, key, value = inputs[0], inputs[1] if len(inputs) > 1 else None, inputs[2] if len(inputs) > 2 else None
-    assert query is not None
+def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None) -> Inferred:
+    query = present(inputs[0])
+    key, value = (inputs[port] if len(inputs) > port else None for port in (1, 2))
     attributes = attributes_of(node)
     heads = attributes["num_heads"]
     batch, sequence = query.shape[:2]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from furiosa_llm.builder.rules.registry import op, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    NodeView,
-)
+from furiosa_llm.builder.rules.view import NodeView
 
 CLOSURE_DOMAIN = "furiosa_llm.closure"
 """The domain of an If, Loop or Scan whose graphs read nothing but their own inputs: see shapes/closures.py."""

@@ -9,15 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import offsets, per_channel
-from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, words
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Padding, Rule, ShapeOperand
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def _groups(view: NodeView, weight: int) -> dict[str, int]:
@@ -146,8 +142,7 @@ def resize(view: NodeView) -> Rule:
     if view.attribute("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
         same = [False] * len(names)
     dims = [name if keep else "*" for name, keep in zip(names, same, strict=True)]
-    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
-    text = f"{spell(dims, *rest)} -> {spell(dims)}"
+    text = f"{spell(dims, *whole_inputs(view))} -> {spell(dims)}"
     sizes = (ShapeOperand(3, "dims"),) if by_size else ()
     return Rule(text=text, linear=(0,), shape_operands=sizes, padding="moves", padding_ports=(0,))
 
@@ -155,11 +150,10 @@ def resize(view: NodeView) -> Rule:
 _resize_shape = standard_shape("Resize")
 
 
-def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     if len(inputs) > 2:
         return list(_resize_shape(node, inputs))
-    data, scales = inputs[0], inputs[1] if len(inputs) > 1 else None
-    assert data is not None
+    data, scales = present(inputs[0]), inputs[1] if len(inputs) > 1 else None
     factors = attributes_of(node).get("scales") if scales is None else scales.value
     if factors is None:
         raise ShapeError(f'{node.op_type} "{node.name}" needs constant scales; export the model at one image size.')

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from furiosa_llm.builder.rules.view import (
-    NodeView,
-)
+from furiosa_llm.builder.rules.view import NodeView
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

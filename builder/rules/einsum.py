@@ -11,9 +11,7 @@ from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules.facts import Fact
 from furiosa_llm.builder.rules.registry import op, spell
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    NodeView,
-)
+from furiosa_llm.builder.rules.view import Inferred, NodeView
 
 _ELLIPSIS = "..."
 
@@ -39,7 +37,7 @@ def einsum(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,) if len(operands) == 1 else (), padding="product")
 
 
-def _einsum_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _einsum_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     facts = [fact for fact in inputs if fact is not None]
     operands, out = _letters_of(node, [len(fact.shape) for fact in facts])
     sizes: dict[str, int] = {}

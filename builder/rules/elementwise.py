@@ -11,14 +11,9 @@ import onnx_ir as ir
 from furiosa_llm.builder.rules import evaluate
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import takes
-from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, words
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    RuleFunction,
-    ShapeRule,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, RuleFunction, ShapeRule
 
 _FLOAT_BITS = {"FLOAT16": 16, "BFLOAT16": 16, "FLOAT": 32, "DOUBLE": 64}
 
@@ -44,7 +39,7 @@ def pointwise(padding: Padding) -> RuleFunction:
 def _of_all(dtype: ir.DataType | int = 0) -> ShapeRule:
     """The shape to which all inputs are broadcast, of one type or of that of an input."""
 
-    def infer(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    def infer(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
         present = [fact for fact in inputs if fact is not None]
         kind = dtype if isinstance(dtype, ir.DataType) else present[dtype].dtype
         return [(kind, np.broadcast_shapes(*(fact.shape for fact in present)))]
@@ -115,7 +110,7 @@ def cast(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), linear=linear, padding="moves")
 
 
-def _cast_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _cast_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return [(ir.DataType(node.attributes["to"].as_int()), present(inputs[0]).shape)]
 
 
@@ -130,10 +125,9 @@ def cast_like(view: NodeView) -> Rule:
 def dropout(view: NodeView) -> Rule:
     """The identity in inference (training is refused), with a mask of ones."""
     names = words(view.rank(0))
-    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
     outputs = [names] * len(view.node.outputs)
     alone = len(outputs) == 1
-    text = f"{spell(names, *rest)} -> {spell(*outputs)}"
+    text = f"{spell(names, *whole_inputs(view))} -> {spell(*outputs)}"
     return Rule(text=text, linear=(0,) if alone else (), padding="moves" if alone else "finite", padding_ports=(0,))
 
 
@@ -142,12 +136,8 @@ def quantized_elementwise(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), padding="finite")
 
 
-def _quantized_elementwise_shape(
-    _: ir.Node, inputs: Sequence[Fact | None]
-) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    a, b = inputs[0], inputs[3]
-    assert a is not None
-    assert b is not None
+def _quantized_elementwise_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b = present(inputs[0]), present(inputs[3])
     return [(a.dtype, np.broadcast_shapes(a.shape, b.shape))]
 
 
@@ -156,11 +146,8 @@ def quantized_where(view: NodeView) -> Rule:
     return dataclasses.replace(broadcast(view), padding="finite")
 
 
-def _quantized_where_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    condition, a, b = inputs[0], inputs[1], inputs[4]
-    assert condition is not None
-    assert a is not None
-    assert b is not None
+def _quantized_where_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    condition, a, b = present(inputs[0]), present(inputs[1]), present(inputs[4])
     return [(a.dtype, np.broadcast_shapes(condition.shape, a.shape, b.shape))]
 
 

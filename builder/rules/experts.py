@@ -7,14 +7,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes, takes
-from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, words
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView
 
 _PAIRED = {1: "(i u)", 2: "[i|i]"}
 """How gate and up projections share fc1, by the attribute swiglu_fusion: interleaved, or one after the other."""
@@ -110,18 +107,13 @@ _PAIRED_BLOCKS = {1: "(k u v w s)", 2: "[k u v w|k u v w]"}
 def group_router(view: NodeView) -> Rule:
     """Scores of all experts are compared for each token."""
     rows = words(view.rank(0) - 1)
-    rest: list[list[str] | None] = [
-        None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]
-    ]
     out = [f"({' '.join(rows)})", "*"]
     outputs = [out if len(view.out(port)) else [] for port in range(len(view.node.outputs))]
-    return Rule(text=f"{spell([*rows, '*'], *rest)} -> {spell(*outputs)}", padding="finite")
+    return Rule(text=f"{spell([*rows, '*'], *whole_inputs(view))} -> {spell(*outputs)}", padding="finite")
 
 
-def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, bias = inputs[0], inputs[1]
-    assert data is not None
-    assert bias is not None
+def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, bias = present(inputs[0]), present(inputs[1])
     shape = (math.prod(data.shape[:-1]), bias.shape[0])
     kinds = (data.dtype, ir.DataType.FLOAT, ir.DataType.FLOAT)
     return [(kind, shape if value.name else ()) for kind, value in zip(kinds, node.outputs, strict=False)]

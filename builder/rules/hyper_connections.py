@@ -13,7 +13,7 @@ from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
-from furiosa_llm.builder.rules.view import MICROSOFT, NodeView, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 # -- streams into one and back ---------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def post_mix(view: NodeView) -> Rule:
     )
 
 
-def _pre_mix_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _pre_mix_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     data = present(inputs[0])
     count, _, features = _streams(data.shape, attributes_of(node).get("num_branches", 0))
     return [(data.dtype, (*data.shape[:count], features))]
@@ -105,7 +105,7 @@ def engram_gate(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(*outputs)}", padding=padding)
 
 
-def _engram_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _engram_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     key = present(inputs[0])
     return [(key.dtype, key.shape)] * len(node.outputs)
 

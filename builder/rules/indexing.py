@@ -8,15 +8,11 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules import evaluate
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import ALONG_AXIS, Operands, takes
 from furiosa_llm.builder.rules.registry import is_weight, op, spell, standard_shape, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def gather(view: NodeView) -> Rule:
@@ -104,9 +100,8 @@ def compress(view: NodeView) -> Rule:
     return Rule(text=f"{spell(dims, ['*'])} -> {spell(out)}", linear=(0,), padding="moves", padding_ports=(0,))
 
 
-def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, condition = inputs[0], inputs[1]
-    assert data is not None
+def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, condition = present(inputs[0]), inputs[1]
     if condition is None or condition.value is None:
         raise ShapeError(
             f'Compress "{node.name}" keeps as many elements as its condition says when the model runs, expected a '
@@ -145,13 +140,8 @@ def gather_block_quantized(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0, padding="finite", indices=1)
 
 
-def _gather_block_quantized_shape(
-    node: ir.Node, inputs: Sequence[Fact | None]
-) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, indices, scales = inputs[0], inputs[1], inputs[2]
-    assert data is not None
-    assert indices is not None
-    assert scales is not None
+def _gather_block_quantized_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, indices, scales = present(inputs[0]), present(inputs[1]), present(inputs[2])
     attributes = attributes_of(node)
     axis = attributes.get("gather_axis", 0) % len(data.shape)
     packed = 8 // attributes.get("bits", 4) if data.dtype is ir.DataType.UINT8 else 1

@@ -12,18 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.linear_algebra import matmul_text
 from furiosa_llm.builder.rules.operands import SCALED
-from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, words
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
-
-_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def offsets(view: NodeView, zero_points: Mapping[int, int]) -> tuple[int, ...]:
@@ -111,7 +105,7 @@ def matmul_integer_to_float(view: NodeView) -> Rule:
     return dataclasses.replace(found, masked=(6,) if view.has(6) else ())
 
 
-def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return _product_shape(inputs[0], inputs[1], inputs[2])
 
 
@@ -153,18 +147,15 @@ def qgemm(view: NodeView) -> Rule:
     )
 
 
-def _qgemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    a, b, scale = inputs[0], inputs[3], inputs[1]
-    assert a is not None
-    assert b is not None
-    assert scale is not None
+def _qgemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b, scale = present(inputs[0]), present(inputs[3]), present(inputs[1])
     attributes = attributes_of(node)
     rows, columns = a.shape[1 if attributes.get("transA") else 0], b.shape[0 if attributes.get("transB") else 1]
     point = inputs[8] if len(inputs) > 8 else None
     return [(scale.dtype if point is None else point.dtype, (rows, columns))]
 
 
-def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> _Shapes:
+def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> Inferred:
     assert a is not None
     assert b is not None
     assert kind is not None
@@ -187,9 +178,8 @@ def matmul_bnb4(view: NodeView) -> Rule:
     )
 
 
-def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, attributes = inputs[0], attributes_of(node)
-    assert data is not None
+def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, attributes = present(inputs[0]), attributes_of(node)
     return [(data.dtype, (*data.shape[:-1], attributes["N" if attributes.get("transB", 1) else "K"]))]
 
 
@@ -202,8 +192,7 @@ def quantized_softmax(view: NodeView) -> Rule:
     axis = int(view.attribute("axis", -1)) % rank
     along = [axis] if int(view.attribute("opset", 13)) >= 13 else range(axis, rank)
     names = ["*" if d in along else n for d, n in enumerate(words(rank))]
-    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
-    return Rule(text=f"{spell(names, *rest)} -> {spell(names)}", padding="finite")
+    return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(names)}", padding="finite")
 
 
 def quantized_concat(view: NodeView) -> Rule:
@@ -219,7 +208,7 @@ def quantized_concat(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(out)}", axis=axis, padding="finite")
 
 
-def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     data = [fact for fact in inputs[2::3] if fact is not None]
     axis = attributes_of(node)["axis"] % len(data[0].shape)
     shape = list(data[0].shape)

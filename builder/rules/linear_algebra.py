@@ -7,15 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import takes
 from furiosa_llm.builder.rules.registry import op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
@@ -60,10 +56,8 @@ def fused_matmul(view: NodeView) -> Rule:
     return Rule(text=f"{left}, {right} -> {tail}", padding="product")
 
 
-def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    a, b = inputs[0], inputs[1]
-    assert a is not None
-    assert b is not None
+def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b = present(inputs[0]), present(inputs[1])
     attributes = attributes_of(node)
     left = (*a.shape[:-2], a.shape[-1], a.shape[-2]) if attributes.get("transA") else a.shape
     right = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if attributes.get("transB") else b.shape
@@ -83,10 +77,8 @@ def fused_gemm(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*_gemm_operands(view, '*'))} -> m n", padding="finite")
 
 
-def _fused_gemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    a, b = inputs[0], inputs[1]
-    assert a is not None
-    assert b is not None
+def _fused_gemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b = present(inputs[0]), present(inputs[1])
     attributes = attributes_of(node)
     return [(a.dtype, (a.shape[1 if attributes.get("transA") else 0], b.shape[0 if attributes.get("transB") else 1]))]
 

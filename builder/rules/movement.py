@@ -12,22 +12,14 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules import evaluate
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes
-from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
+from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView
 
 _END = 2**31 - 1
 """What exporters write, at least, for a slice that goes on to the end."""
-
-
-def _others(view: NodeView) -> list[list[str] | None]:
-    """Every input but the first, as operands that must be whole (they are small integers)."""
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
 
 
 def regroup(before: Sequence[int], after: Sequence[int]) -> tuple[list[str], list[str], dict[str, int]]:
@@ -86,7 +78,7 @@ def _reshape(view: NodeView, operands: tuple[ShapeOperand, ...]) -> Rule:
     left, right, sizes = regroup(before, after)
     if operands and any(left[d] != right[d] for d in _copied_dims(view)):
         return whole(view, note="Reshape that copies the size of another dimension: replicated")
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
 
 
@@ -121,7 +113,7 @@ def expand(view: NodeView) -> Rule:
     offset = len(after) - len(before)
     left = [name if size != 1 else "1" for name, size in zip(tail, before, strict=True)]
     right = [name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)]
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims", kept=(1,)),), padding="moves")
 
 
@@ -158,7 +150,7 @@ def split(view: NodeView) -> Rule:
     parts = [f"p{i}" for i in range(len(view.node.outputs))]
     left = ["[" + "|".join(parts) + "]" if d == axis else name for d, name in enumerate(names)]
     outputs = [[part if d == axis else name for d, name in enumerate(names)] for part in parts]
-    text = f"{spell(left, *_others(view))} -> {spell(*outputs)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(*outputs)}"
     operands = (ShapeOperand(1, "split"),)
     return Rule(text=text, linear=(0,), axis=axis, shape_operands=operands, padding="moves")
 
@@ -181,7 +173,7 @@ def slice_(view: NodeView) -> Rule:
             right[d] = f"y{d}"
         elif size == 1:
             left[d] = right[d] = "1"
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     operands = (ShapeOperand(1, "starts"), ShapeOperand(2, "ends")) if view.has(1) else ()
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
 
@@ -230,14 +222,14 @@ def tile(view: NodeView) -> Rule:
         else:
             right[d] = f"(r{d} {left[d]})"
             sizes |= {f"r{d}": count, left[d]: size}
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=(ShapeOperand(1, "repeats"),), padding="moves")
 
 
 def trilu(view: NodeView) -> Rule:
     """The two last dimensions are compared with each other."""
     names = [*words(view.rank(0))[:-2], "*", "*"]
-    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
+    return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(names)}", linear=(0,), padding="moves")
 
 
 def expand_dims(view: NodeView) -> Rule:
@@ -258,16 +250,15 @@ def pad(view: NodeView) -> Rule:
     zeros = not float(view.attribute("value", 0.0)) and (not view.has(2) or view.fact(2).zero)
     linear = zeros or view.attribute("mode", "constant") != "constant"
     return Rule(
-        text=f"{spell(dims, *_others(view))} -> {spell(dims)}",
+        text=f"{spell(dims, *whole_inputs(view))} -> {spell(dims)}",
         linear=(0,) if linear else (),
         padding="moves" if linear else "finite",
         padding_ports=(0,),
     )
 
 
-def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, axis = inputs[0], inputs[1]
-    assert data is not None
+def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, axis = present(inputs[0]), inputs[1]
     if axis is None or axis.value is None:
         raise ShapeError(f'ExpandDims "{node.name}" needs a constant axis; export the model with Unsqueeze.')
     place = int(axis.value.item()) % (len(data.shape) + 1)

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import SCALED, Operands, Shapes, takes
 from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def matmul_nbits(view: NodeView) -> Rule:
@@ -55,9 +51,8 @@ def _zero_points(view: NodeView, symbols: str) -> list[str]:
     return ["n", f"({symbols})"] if view.rank(3) == 2 else [f"(n {symbols})"]
 
 
-def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
+def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data = present(inputs[0])
     return [(data.dtype, (*data.shape[:-1], attributes_of(node)["N"]))]
 
 

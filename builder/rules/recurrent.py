@@ -10,16 +10,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
-
-_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def linear_attention(view: NodeView) -> Rule:
@@ -52,10 +46,8 @@ def _gate(width: int, heads: int, kv: str) -> str:
     return "1" if width == 1 and heads > 1 else f"({kv})" if width == heads else f"({kv} d)"
 
 
-def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    query, value, past = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
-    assert query is not None
-    assert value is not None
+def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    query, value, past = present(inputs[0]), present(inputs[2]), inputs[3] if len(inputs) > 3 else None
     attributes = attributes_of(node)
     queries, states = attributes["q_num_heads"], attributes["kv_num_heads"]
     size, value_size = query.shape[2] // queries, value.shape[2] // states
@@ -72,9 +64,8 @@ def linear_attention_gate(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(*[dims] * len(view.node.outputs))}", padding="finite")
 
 
-def _linear_attention_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data = inputs[0]
-    assert data is not None
+def _linear_attention_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data = present(inputs[0])
     return [(data.dtype, data.shape)] * len(node.outputs)
 
 
@@ -116,7 +107,7 @@ def gated_delta_net(view: NodeView) -> Rule:
     )
 
 
-def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     query, value, lengths = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
     state = inputs[6] if len(inputs) > 6 else None
     assert query is not None
@@ -157,10 +148,8 @@ def _causal_conv(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(data, state)}", padding="finite")
 
 
-def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, weight, past = inputs[0], inputs[1], inputs[3] if len(inputs) > 3 else None
-    assert data is not None
-    assert weight is not None
+def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, weight, past = present(inputs[0]), present(inputs[1]), inputs[3] if len(inputs) > 3 else None
     if past is not None:
         return [(data.dtype, data.shape), (past.dtype, past.shape)]
     attributes = attributes_of(node)

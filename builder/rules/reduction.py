@@ -9,19 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes, takes
-from furiosa_llm.builder.rules.registry import op, spell, whole, words
+from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Padding, Rule
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-    NodeView,
-    attributes_of,
-)
-
-
-def _tail(view: NodeView) -> list[list[str] | None]:
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def _reduced_axes(view: NodeView) -> set[int] | None:
@@ -50,7 +42,7 @@ def _reduction(
         out = [n for d, n in enumerate(left) if d not in reduced]
     contracted = [n for d, n in enumerate(left) if d in reduced and n not in ("1", "*")]
     clause = f"; reduce {' '.join(contracted)}" if contracted else ""
-    text = f"{spell(left, *_tail(view))} -> {spell(out)}{clause}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(out)}{clause}"
     return Rule(text=text, linear=(0,) if summed and linear else (), average=average, padding=padding)
 
 
@@ -84,7 +76,7 @@ def _along_axis(view: NodeView, axes: Collection[int], padding: Padding = "finit
     """The axes must be whole, the rest passes."""
     names = ["*" if d in axes else n for d, n in enumerate(words(view.rank(0)))]
     outputs = [names] * len(view.node.outputs)
-    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(*outputs)}", padding=padding)
+    return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(*outputs)}", padding=padding)
 
 
 def _axis(view: NodeView, default: int) -> int:
@@ -138,7 +130,7 @@ def one_hot(view: NodeView) -> Rule:
     axis = int(view.attribute("axis", -1)) % rank
     names = words(rank - 1)
     out = [*names[:axis], "*", *names[axis:]]
-    return Rule(text=f"{spell(names, *_tail(view))} -> {spell(out)}", padding="finite")
+    return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(out)}", padding="finite")
 
 
 def layer_normalization(view: NodeView) -> Rule:
@@ -148,7 +140,7 @@ def layer_normalization(view: NodeView) -> Rule:
     dims = [n if d < axis else "*" for d, n in enumerate(names)]
     statistics = [n if d < axis else "1" for d, n in enumerate(names)]
     outputs = [dims, *[statistics] * (len(view.node.outputs) - 1)]
-    return Rule(text=f"{spell(dims, *_tail(view))} -> {spell(*outputs)}", padding=_padding_of_norm(view))
+    return Rule(text=f"{spell(dims, *whole_inputs(view))} -> {spell(*outputs)}", padding=_padding_of_norm(view))
 
 
 def _padding_of_norm(view: NodeView) -> Padding:
@@ -156,10 +148,9 @@ def _padding_of_norm(view: NodeView) -> Padding:
     return "finite" if view.attribute("epsilon", 1e-5) > 0 else "lost"
 
 
-def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     """Also for opsets in which ONNX had none of these ops, and onnxruntime had."""
-    data = inputs[0]
-    assert data is not None
+    data = present(inputs[0])
     axis = attributes_of(node).get("axis", -1) % len(data.shape)
     statistics = (ir.DataType.FLOAT, (*data.shape[:axis], *[1] * (len(data.shape) - axis)))
     return [(data.dtype, data.shape), *[statistics] * (len(node.outputs) - 1)]
@@ -170,15 +161,15 @@ def skip_layer_normalization(view: NodeView) -> Rule:
     names = words(view.rank(0))
     dims = [*names[:-1], "*"]
     skip = [n if s != 1 else "1" for n, s in zip(dims[-view.rank(1) :], view.shape(1), strict=True)]
-    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[2:]]
     statistics = [*names[:-1], "1"]
     outputs = [dims if i in (0, 3) else statistics for i in range(len(view.node.outputs))]
-    return Rule(text=f"{spell(dims, skip, *rest)} -> {spell(*outputs)}", padding=_padding_of_norm(view))
+    return Rule(
+        text=f"{spell(dims, skip, *whole_inputs(view, 2))} -> {spell(*outputs)}", padding=_padding_of_norm(view)
+    )
 
 
-def _skip_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
+def _skip_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data = present(inputs[0])
     statistics = (ir.DataType.FLOAT, (*data.shape[:-1], 1))
     shapes = [(data.dtype, data.shape), statistics, statistics, (data.dtype, data.shape)]
     return shapes[: len(node.outputs)]

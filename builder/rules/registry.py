@@ -16,7 +16,7 @@ from furiosa_llm.builder.rules.evaluate import Evaluator, ShapeEvaluator, SizeFu
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import NOTHING_SPECIAL, Definition, Operands
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.rules.view import NodeView, RuleFunction, ShapeRule
+from furiosa_llm.builder.rules.view import Inferred, NodeView, RuleFunction, ShapeRule
 
 _STANDARD_OPSET = 21
 """The opset whose ops onnxruntime's own are like."""
@@ -134,7 +134,7 @@ def is_weight(view: NodeView, port: int) -> bool:
     return value is not None
 
 
-def as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     """The shape rule of an op whose one output has the type and shape of input 0."""
     data = present(inputs[0])
     return [(data.dtype, data.shape)]
@@ -143,7 +143,7 @@ def as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataTyp
 def standard_shape(op_type: str, *, drop_inputs_from: int | None = None) -> ShapeRule:
     """The shape rule of an op of onnxruntime's that has the shapes of a standard op."""
 
-    def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
         proto = ir.to_proto(node)
         proto.op_type, proto.domain = op_type, ""
         del proto.input[drop_inputs_from if drop_inputs_from is not None else len(proto.input) :]
@@ -178,11 +178,15 @@ def spell(*operands: list[str] | None) -> str:
     return ", ".join("_" if dims is None else " ".join(dims) for dims in operands)
 
 
+def whole_inputs(view: NodeView, start: int = 1) -> list[list[str] | None]:
+    """The inputs from `start` on, as operands that must be whole."""
+    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
+
+
 def whole(view: NodeView, note: str | None = None) -> Rule:
     """The rule of an op that needs everything whole and computes everything whole."""
-    inputs = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs]
     outputs = [["*"] * len(view.facts[v].shape) for v in view.node.outputs]
-    return Rule(text=f"{spell(*inputs)} -> {spell(*outputs)}", note=note)
+    return Rule(text=f"{spell(*whole_inputs(view, 0))} -> {spell(*outputs)}", note=note)
 
 
 def rule_of(view: NodeView) -> Rule:

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
-from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes
 from furiosa_llm.builder.rules.registry import as_input, op
-from furiosa_llm.builder.rules.view import (
-    MICROSOFT,
-)
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred
 
 _RECURRENT = "its gates are stacked and every step needs the whole state of the step before"
 _SIGNAL = "it transforms a whole signal in front of the model, where there is next to nothing to split"
@@ -21,11 +19,8 @@ _IMAGE = "it samples positions of an image, which transformers do next to their 
 _SHARED = "its states come out in the buffers they go in by, so no rule for it can be proved"
 
 
-def _sparse_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    query, key, keys, values = inputs[0], inputs[1], inputs[3], inputs[4]
-    assert query is not None
-    assert keys is not None
-    assert values is not None
+def _sparse_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    query, key, keys, values = present(inputs[0]), inputs[1], present(inputs[3]), present(inputs[4])
     heads, kv = node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()
     width = query.shape[2] if key is not None else query.shape[2] // (heads + 2 * kv) * heads
     return [(query.dtype, (*query.shape[:2], width)), (keys.dtype, keys.shape), (values.dtype, values.shape)]

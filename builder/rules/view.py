@@ -100,5 +100,7 @@ class NodeView:
 
 
 RuleFunction = Callable[[NodeView], Rule]
-ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Sequence[tuple[ir.DataType, Shape]]]
-"""Of a node and what is known of its inputs: the types and shapes of its outputs."""
+Inferred = list[tuple[ir.DataType, Shape]]
+"""The types and shapes of a node's outputs."""
+ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Inferred]
+"""Of a node and what is known of its inputs."""
