@@ -34,16 +34,17 @@ def _gates(shape: tuple[int, ...], rows: Sequence[str], streams: int, features: 
 
 
 def pre_mix(view: NodeView) -> Rule:
-    """The streams, each times its gate, are added up."""
+    """The streams, each times its gate, are added up; they stay together where no operand says how many a rank has."""
     branches = int(view.attribute("num_branches", 0))
     count, streams, features = _streams(view.shape(0), branches)
     rows = words(count, "r")
     operands = [[*rows, *(["(c h)"] if branches else ["c", "h"])], _gates(view.shape(1), rows, streams, features)]
+    together = operands[0] == operands[1] and branches > 0
     return Rule(
-        text=f"{spell(*operands)} -> {spell([*rows, 'h'])}; reduce c",
+        text=f"{spell(*operands)} -> {spell([*rows, 'h'])}; {'pin' if together else 'reduce'} c",
         sizes={"c": streams, "h": features},
         linear=(0,),
-        attributes={"num_branches": "c"} if branches else {},
+        attributes={"num_branches": "c"} if branches and not together else {},
         padding="product",
     )
 

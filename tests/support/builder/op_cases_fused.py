@@ -297,8 +297,11 @@ def hyper_connections() -> Iterator[OpCase]:
     yield case(
         op, "ra c h, ra c -> ra h; reduce c", "float[6, 3, 5] past_x", y, f"present_y = {op}(past_x, g)", g=(6, 3)
     )
-    x, nodes = "float[6, 20] past_x, float[6, 20] past_g", f"present_y = {op}<num_branches=4>(past_x, past_g)"
-    yield case(op, "ra (c h), ra (c h) -> ra h; reduce c", x, y, nodes, "side by side")
+    nodes = f"present_y = {op}<num_branches=4>(past_x, past_g)"
+    x = "float[6, 20] past_x, float[6, 4] past_g"
+    yield case(op, "ra (c h), ra c -> ra h; reduce c", x, y, nodes, "side by side")
+    x = "float[6, 20] past_x, float[6, 20] past_g"
+    yield case(op, "ra (c h), ra (c h) -> ra h; pin c", x, y, nodes, "side by side, and their gates")
     op, y = "com.microsoft.HyperConnectionPostMix", "float[6, 3, 5] present_y"
     x = "float[6, 3, 5] past_x, float[6, 5] past_z, float[6, 3, 1] past_g"
     yield case(op, "ra c h, ra h, ra c 1 -> ra c h", x, y, f"present_y = {op}(past_x, past_z, past_g)")
