@@ -27,25 +27,8 @@ from furiosa_llm.builder.shapes.interpreter import Facts, attributes_of
 _MAX_ELEMENTS = 64
 _MIN_NODES = 16
 """Graphs with less shape arithmetic than this are left as they are: they have little to win."""
-_SAME_ON_SIZES = frozenset(
-    {
-        "Add",
-        "Concat",
-        "Expand",
-        "Gather",
-        "Identity",
-        "Mul",
-        "Neg",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Sub",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
-"""Ops whose numpy evaluation works on polynomials as it does on numbers."""
+_ARITHMETIC = frozenset(("Add", "Concat", "Mul", "Sub"))
+"""Besides the ops that only move elements, those whose numpy evaluation works on polynomials as it does on numbers."""
 
 Sizes = npt.NDArray[Any]
 """An array of polynomials or of booleans."""
@@ -176,14 +159,21 @@ class _Folder:
         if node.op_type in _ON_SIZES:
             found = _ON_SIZES[node.op_type](inputs)
             return () if found is None else (found,)
-        if node.op_type not in _SAME_ON_SIZES:
+        entry = op_of(node)
+        if entry is None or entry.value is None:
             return ()
-        arguments = [inputs[0], *(_numbers(i) for i in inputs[1:])] if node.op_type in _INDEXED else inputs
+        if node.op_type in _ARITHMETIC:
+            arguments: list[Sizes | None] = inputs
+        elif entry.moves not in (
+            None,
+            "type",
+            "decode",
+        ):  # elements that are moved, and numbers that say where from or where to
+            arguments = [inputs[0], *map(_numbers, inputs[1:])]
+        else:
+            return ()
         if any(v is not None and a is None for v, a in zip(node.inputs, arguments, strict=True)):
             return ()
-        entry = op_of(node)
-        assert entry is not None
-        assert entry.value is not None
         result = entry.value(attributes_of(node), arguments)
         outputs = result if isinstance(result, tuple) else (result,)
         return tuple(o if o.size <= _MAX_ELEMENTS else _NOTHING for o in map(np.asarray, outputs))
@@ -297,7 +287,6 @@ def _can_be_written(sizes: Sizes) -> bool:
 
 
 _NOTHING: Sizes = np.empty(0, dtype=object)
-_INDEXED = frozenset({"Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Expand", "Split"})
 
 
 def _polynomials(elements: Sequence[Polynomial | None], shape: tuple[int, ...]) -> Sizes:

@@ -94,7 +94,7 @@ def _gemm_operands(view: NodeView, contracted: str) -> list[list[str] | None]:
     return operands
 
 
-op("MatMul", rule=matmul, core_dims=2)
+op("MatMul", rule=matmul, core_dims=2, total="always")
 op(
     "FusedMatMul",
     domain=MICROSOFT,
@@ -104,5 +104,5 @@ op(
     core_dims=2,
 )
 op("TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape, core_dims=2)
-op("Gemm", rule=gemm)
+op("Gemm", rule=gemm, total="always")
 op("FusedGemm", domain=MICROSOFT, rule=fused_gemm, shape=_fused_gemm_shape)

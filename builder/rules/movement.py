@@ -281,7 +281,14 @@ op("Reshape", rule=reshape, value=evaluate.reshape, moves="form", operands=Opera
 op("Flatten", rule=flatten, value=evaluate.flatten, moves="form", operands=Operands(axis=(0, 0)))
 op("Squeeze", rule=flatten, value=evaluate.squeeze, moves="form", operands=AXES_INPUT)
 op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze, moves="form", operands=AXES_INPUT)
-op("Transpose", rule=transpose, value=evaluate.transpose, moves="form", operands=Operands(check=_transpose_fault))
+op(
+    "Transpose",
+    rule=transpose,
+    value=evaluate.transpose,
+    moves="form",
+    operands=Operands(check=_transpose_fault),
+    total="always",
+)
 op(
     "Expand",
     rule=expand,

@@ -197,7 +197,8 @@ op("ReduceMin", rule=reduce_other, value=evaluate.reduce(np.min), operands=AXES_
 op("ReduceProd", rule=reduce_other, value=evaluate.reduce(np.prod), operands=AXES_INPUT)
 op("ReduceL2", rule=reduce_other, operands=AXES_INPUT)
 op("ReduceLogSum", "ReduceLogSumExp", rule=reduce_logarithm, operands=AXES_INPUT)
-op("Softmax", "LogSoftmax", "Hardmax", rule=softmax, operands=ALONG_AXIS)
+op("Softmax", "LogSoftmax", rule=softmax, operands=ALONG_AXIS, total="always")
+op("Hardmax", rule=softmax, operands=ALONG_AXIS)
 op("LpNormalization", rule=lp_normalization)
 op("TopK", rule=top_k, operands=ALONG_AXIS)
 op(
@@ -210,7 +211,7 @@ op("CumProd", rule=cumulative_product)
 op("ArgMax", rule=arg_max, value=evaluate.arg(np.argmax), operands=ALONG_AXIS)
 op("ArgMin", rule=arg_max, value=evaluate.arg(np.argmin), operands=ALONG_AXIS)
 op("OneHot", rule=one_hot, value=evaluate.one_hot, made=evaluate.made_by_one_hot, operands=Operands(axis=(-1, 0)))
-op("LayerNormalization", rule=layer_normalization, shape=_norm_shape, operands=ALONG_AXIS)
+op("LayerNormalization", rule=layer_normalization, shape=_norm_shape, operands=ALONG_AXIS, total="always")
 op(
     "SimplifiedLayerNormalization",
     rule=layer_normalization,
@@ -218,7 +219,7 @@ op(
     definition=takes(range(2, 3), (0, 1), outputs=2),
     operands=Operands(ranks={0: tuple(range(1, 9)), 1: (1,)}),
 )
-op("RMSNormalization", rule=layer_normalization, operands=ALONG_AXIS)
+op("RMSNormalization", rule=layer_normalization, operands=ALONG_AXIS, total="always")
 op(
     "SkipLayerNormalization",
     domain=MICROSOFT,

@@ -48,6 +48,8 @@ class Op:
     """How many elements `value` makes, where those may be more than it is given."""
     of_shape: ShapeEvaluator | None = None
     """Its output's elements where they follow from input 0's shape alone."""
+    total: Literal["always", "floats"] | None = None
+    """Whether it gives something for whatever elements, or for whatever floats: it may be computed in vain."""
     moves: Movement | None = None
     """What it makes of input 0's elements, if it computes nothing."""
     operands: Operands = NOTHING_SPECIAL
@@ -89,6 +91,7 @@ class _OpFields(TypedDict, total=False):
     value: Evaluator
     made: SizeFunction
     of_shape: ShapeEvaluator
+    total: Literal["always", "floats"]
     moves: Movement
     operands: Operands
     definition: Definition
