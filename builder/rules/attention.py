@@ -5,10 +5,12 @@ Heads are the product (kv g): g query heads share each of kv key/value heads. Th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import RMS_NORM, SOFTMAX, Cost, spent, taken
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs
@@ -160,6 +162,67 @@ def _group_query_attention_fault(node: ir.Node, shapes: Shapes) -> str | None:
     return None
 
 
+def attention_flops(view: NodeView, queries: int, keys: int, sizes: int, *, biased: bool, window: int = 0) -> int:
+    """FLOPs of `queries`, of all sequences and heads, that each see `keys`, or the last `window` of them.
+
+    `sizes` are those of a key's and a value's head vector together.
+    """
+    seen = min(keys, window) if window > 0 else keys
+    per_score = 1 + SOFTMAX + biased + (3 if view.attribute("softcap", 0) else 0)
+    return queries * seen * (2 * sizes + per_score)
+
+
+def cache_reads(view: NodeView, ports: tuple[int, ...], window: int = 0) -> dict[int, int]:
+    """The bytes read of the caches at some inputs: all, or what a window reaches back from the first new position."""
+    return taken(view, ports, -2, window - 1) if window > 0 else {}
+
+
+def cache_writes(view: NodeView, ports: tuple[int, ...], new: int) -> dict[int, int]:
+    """The bytes written to the caches at some outputs: the `new` positions."""
+    facts = {p: view.facts[view.node.outputs[p]] for p in ports if p < len(view.node.outputs)}
+    return {p: fact.nbytes * min(new, n) // n for p, fact in facts.items() if fact.shape and (n := fact.shape[-2])}
+
+
+def _group_query_attention_cost(view: NodeView) -> Cost:
+    batch, new, width = view.shape(0)
+    heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
+    size = width // (heads if view.has(1) else heads + 2 * kv)
+    keys = view.out(1)[2] if len(view.node.outputs) > 1 else new + (view.shape(3)[2] if view.has(3) else 0)
+    window = int(view.attribute("local_window_size", -1))
+    flops = attention_flops(view, batch * heads * new, keys, 2 * size, biased=view.has(10), window=window)
+    vectors = batch * new * (heads + kv)
+    if view.attribute("do_rotary", 0):
+        flops += 3 * vectors * 2 * view.shape(7)[-1]
+    if view.has(14):
+        flops += RMS_NORM * vectors * size
+    reads = {**cache_reads(view, (3, 4), window), **taken(view, (7, 8), 0, batch * new)}
+    return spent(view, flops, reads, cache_writes(view, (1, 2), new))
+
+
+def _attention_cost(view: NodeView) -> Cost:
+    flat = view.rank(0) == 3
+    heads, kv = (int(view.attribute(n)) if flat else 1 for n in ("q_num_heads", "kv_num_heads"))
+    new = view.shape(1)[-2]
+    queries = math.prod(view.shape(0)[:-1]) * heads
+    sizes = view.shape(0)[-1] // heads + view.shape(2)[-1] // kv
+    keys = new + (view.shape(4)[2] if view.has(4) else 0)
+    left, right = int(view.attribute("left_window_size", -1)), int(view.attribute("right_window_size", -1))
+    right = 0 if view.attribute("is_causal", 0) else right
+    window = left + 1 + right if left >= 0 and right >= 0 else 0
+    flops = attention_flops(view, queries, keys, sizes, biased=view.has(3), window=window)
+    return spent(view, flops, cache_reads(view, (4, 5), window), cache_writes(view, (1, 2), new))
+
+
+def _rotary_cost(view: NodeView) -> Cost:
+    """Of every pair in the rotated part of a head vector, four products and two sums; rows of the caches are read."""
+    positions, caches = (3, (1, 2)) if not view.node.domain else (1, (2, 3))
+    shape, half = view.shape(0), view.shape(caches[0])[-1]
+    heads = shape[1] if len(shape) == 4 else int(view.attribute("num_heads", 0)) or shape[2] // (2 * half)
+    tokens = shape[0] * shape[-2]
+    reads = taken(view, caches, 0, tokens) if view.has(positions) else {}
+    return spent(view, 6 * tokens * heads * half, reads)
+
+
 op(
     "GroupQueryAttention",
     domain=MICROSOFT,
@@ -172,9 +235,10 @@ op(
     ),
     caches={3: 1, 4: 2},
     in_place=True,
+    cost=_group_query_attention_cost,
 )
-op("Attention", rule=attention, caches={4: 1, 5: 2})
-op("RotaryEmbedding", rule=rotary_embedding)
+op("Attention", rule=attention, caches={4: 1, 5: 2}, cost=_attention_cost)
+op("RotaryEmbedding", rule=rotary_embedding, cost=_rotary_cost)
 op(
     "RotaryEmbedding",
     domain=MICROSOFT,
@@ -182,5 +246,6 @@ op(
     shape=as_input,
     definition=takes(range(4, 5), (0, 1, 2, 3)),
     operands=Operands(ranks={0: (3, 4)}),
+    cost=_rotary_cost,
 )
-op("MRotaryEmbedding", domain=MICROSOFT, rule=multimodal_rotary_embedding, shape=as_input)
+op("MRotaryEmbedding", domain=MICROSOFT, rule=multimodal_rotary_embedding, shape=as_input, cost=_rotary_cost)

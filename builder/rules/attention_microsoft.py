@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.attention import attention_flops, cache_writes
+from furiosa_llm.builder.rules.cost import Cost, spent
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import per_channel
 from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs
@@ -217,13 +219,65 @@ def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None
     return shapes[: len(node.outputs)]
 
 
-op("Attention", domain=MICROSOFT, rule=attention_microsoft, shape=_attention_shape, caches={4: 1})
-op("QAttention", domain=MICROSOFT, rule=quantized_attention, shape=_quantized_attention_shape, caches={8: 1})
+def _projected_attention_cost(view: NodeView) -> Cost:
+    """Attention and QAttention: a product, with a bias, in front of the attention."""
+    quantized = view.node.op_type == "QAttention"
+    past, bias = (8, None) if quantized else (4, 5)
+    (batch, new, inner), width = view.shape(0), view.shape(1)[1]
+    heads = int(view.attribute("num_heads"))
+    sizes = _hidden_sizes(heads, width, view.attribute("qkv_hidden_sizes"))
+    before = view.shape(past)[3] if view.has(past) else 0
+    keys = before if before and view.attribute("past_present_share_buffer", 0) else before + new
+    biased = bias is not None and view.has(bias)
+    flops = batch * new * width * (2 * inner + view.has(2) + quantized)
+    flops += attention_flops(view, batch * heads * new, keys, sum(sizes), biased=biased)
+    return spent(view, flops, writes=cache_writes(view, (1,), new))
+
+
+def _heads_cost(view: NodeView) -> Cost:
+    """MultiHeadAttention, also of one new position."""
+    decoder = view.node.op_type != "MultiHeadAttention"
+    past, bias, projection = (5, 4, 10) if decoder else (6, 5, 3)
+    heads = int(view.attribute("num_heads"))
+    _, size, value_size = _query_key_value(view, "b", heads)
+    batch, queries = view.shape(0)[:2]
+    new = queries if not view.has(1) else view.shape(1)[2 if view.rank(1) == 4 else 1]
+    before = view.shape(past)[2] if view.has(past) else 0
+    keys = before if before and view.attribute("past_present_share_buffer", 0) else before + new
+    flops = attention_flops(view, batch * heads * queries, keys, size + value_size, biased=view.has(bias))
+    if view.has(projection):
+        flops += batch * heads * (queries * size + new * (size + value_size))
+    return spent(view, flops, writes=cache_writes(view, (1, 2), new))
+
+
+op(
+    "Attention",
+    domain=MICROSOFT,
+    rule=attention_microsoft,
+    shape=_attention_shape,
+    caches={4: 1},
+    cost=_projected_attention_cost,
+)
+op(
+    "QAttention",
+    domain=MICROSOFT,
+    rule=quantized_attention,
+    shape=_quantized_attention_shape,
+    caches={8: 1},
+    cost=_projected_attention_cost,
+)
 op(
     "MultiHeadAttention",
     domain=MICROSOFT,
     rule=multi_head_attention,
     shape=_multi_head_attention_shape,
     caches={6: 1, 7: 2},
+    cost=_heads_cost,
 )
-op("DecoderMaskedMultiHeadAttention", domain=MICROSOFT, rule=decoder_attention, shape=_decoder_attention_shape)
+op(
+    "DecoderMaskedMultiHeadAttention",
+    domain=MICROSOFT,
+    rule=decoder_attention,
+    shape=_decoder_attention_shape,
+    cost=_heads_cost,
+)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules.cost import QUANTIZE, Cost, elementwise, function_flops, movement, product, spent
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import offsets, per_channel
 from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs, words
@@ -224,18 +226,50 @@ def mean_variance_normalization(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding="lost")
 
 
-op("Conv", rule=conv)
-op("FusedConv", domain=MICROSOFT, rule=fused_conv, shape=standard_shape("Conv", drop_inputs_from=3))
-op("ConvTranspose", rule=conv_transpose)
-op("ConvInteger", rule=conv_integer)
-op("QLinearConv", rule=quantized_conv)
-op("AveragePool", "GlobalAveragePool", rule=average_pool)
-op("MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool", rule=max_pool)
-op("Resize", "Upsample", rule=resize, shape=_scaled_shape)
-op("DepthToSpace", rule=depth_to_space, moves="form")
-op("SpaceToDepth", rule=space_to_depth, moves="form")
-op("BatchNormalization", rule=batch_normalization)
-op("InstanceNormalization", rule=instance_normalization)
-op("GroupNormalization", rule=group_normalization, shape=as_input)
-op("LRN", rule=local_response_normalization)
-op("MeanVarianceNormalization", rule=mean_variance_normalization, shape=as_input)
+def _conv_cost(view: NodeView) -> Cost:
+    """Every output is a product over the input channels of its group and the window."""
+    weight = 3 if view.node.op_type == "QLinearConv" else 1
+    after = QUANTIZE if weight == 3 else function_flops(view.attribute("activation", "none")) + view.has(3)
+    bias = {"Conv": 2, "FusedConv": 2, "QLinearConv": 8}.get(view.node.op_type)
+    return product(view, math.prod(view.shape(weight)[1:]), per_output=after, bias=bias)
+
+
+def _conv_transpose_cost(view: NodeView) -> Cost:
+    """Every input is multiplied with the window of each output channel of its group."""
+    products = 2 * math.prod(view.shape(0)) * math.prod(view.shape(1)[1:])
+    return spent(view, products + (math.prod(view.out()) if view.has(2) else 0))
+
+
+def _pool_cost(view: NodeView) -> Cost:
+    """One operation for each element of a window, and Lp's powers."""
+    window = math.prod(view.attribute("kernel_shape", view.shape(0)[2:]))
+    return elementwise(window * (2 if "Lp" in view.node.op_type else 1))(view)
+
+
+def _resize_cost(view: NodeView) -> Cost:
+    """Weighted neighbours, two or four along each dimension that changes; the nearest is copied."""
+    neighbours = {"linear": 2, "cubic": 4}.get(view.attribute("mode", "nearest"), 0)
+    changed = sum(a != b for a, b in zip(view.shape(0), view.out(), strict=True))
+    return elementwise(2 * neighbours**changed if neighbours and changed else 0)(view)
+
+
+def _lrn_cost(view: NodeView) -> Cost:
+    """A square, the sum over neighbours, a product, a sum, a power, a quotient."""
+    return elementwise(int(view.attribute("size")) + 5)(view)
+
+
+op("Conv", rule=conv, cost=_conv_cost)
+op("FusedConv", domain=MICROSOFT, rule=fused_conv, shape=standard_shape("Conv", drop_inputs_from=3), cost=_conv_cost)
+op("ConvTranspose", rule=conv_transpose, cost=_conv_transpose_cost)
+op("ConvInteger", rule=conv_integer, cost=_conv_cost)
+op("QLinearConv", rule=quantized_conv, cost=_conv_cost)
+op("AveragePool", "GlobalAveragePool", rule=average_pool, cost=_pool_cost)
+op("MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool", rule=max_pool, cost=_pool_cost)
+op("Resize", "Upsample", rule=resize, shape=_scaled_shape, cost=_resize_cost)
+op("DepthToSpace", rule=depth_to_space, moves="form", cost=movement)
+op("SpaceToDepth", rule=space_to_depth, moves="form", cost=movement)
+op("BatchNormalization", rule=batch_normalization, cost=elementwise(4))
+op("InstanceNormalization", rule=instance_normalization, cost=elementwise(7))
+op("GroupNormalization", rule=group_normalization, shape=as_input, cost=elementwise(7))
+op("LRN", rule=local_response_normalization, cost=_lrn_cost)
+op("MeanVarianceNormalization", rule=mean_variance_normalization, shape=as_input, cost=elementwise(5))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules.cost import Cost, spent
 from furiosa_llm.builder.rules.facts import Fact
 from furiosa_llm.builder.rules.registry import op, spell
 from furiosa_llm.builder.rules.rule import Rule
@@ -98,4 +100,15 @@ def _spread(letters: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for letter in letters for name in (names if letter == _ELLIPSIS else [letter])]
 
 
-op("Einsum", rule=einsum, shape=_einsum_shape)
+def _einsum_cost(view: NodeView) -> Cost:
+    """One loop over all letters: the operands are multiplied, and added up if letters are contracted."""
+    operands, out = _letters_of(view.node, [view.rank(port) for port in range(len(view.node.inputs))])
+    sizes: dict[str, int] = {}
+    for port, letters in enumerate(operands):
+        for letter, size in zip(letters, view.shape(port), strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1)) if size else 0
+    contracted = not sizes.keys() <= {*out}
+    return spent(view, (len(operands) - 1 + contracted) * math.prod(sizes.values()))
+
+
+op("Einsum", rule=einsum, shape=_einsum_shape, cost=_einsum_cost)

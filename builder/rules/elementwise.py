@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.cost import SIGMOID, Cost, elementwise, function_flops, nothing, spent
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs, words
@@ -151,62 +153,141 @@ def _quantized_where_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferre
     return [(a.dtype, np.broadcast_shapes(condition.shape, a.shape, b.shape))]
 
 
-op("Abs", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.abs), total="always")
-op("Acos", rule=pointwise("lost"), shape=_BROADCAST)
-op("Acosh", rule=pointwise("lost"))
-op("And", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_and), total="always")
-op("Asin", "Tan", rule=pointwise("fragile"), shape=_BROADCAST)
-op("Asinh", "Swish", rule=pointwise("moves"))
+def _cost(view: NodeView) -> Cost:
+    """Of any number of inputs: `n - 1` operations, and Mean's division."""
+    name = view.node.op_type
+    match name:
+        case "Sum" | "Max" | "Min" | "Mean":
+            flops = len(view.node.inputs) - (name != "Mean")
+        case "Gelu" if view.attribute("approximate", "none") == "tanh":
+            flops = function_flops("FastGelu")
+        case "FastGelu" if view.has(1):
+            flops = function_flops("FastGelu") + 1
+        case _:
+            flops = function_flops(name)
+    return elementwise(flops)(view)
+
+
+def _gated_add_cost(view: NodeView) -> Cost:
+    """A gate that is projected inside is a product for each row, and a sigmoid."""
+    rows = math.prod(view.out()[:-1])
+    projected = rows * (2 * view.shape(3)[0] + SIGMOID) if view.has(3) else 0
+    return elementwise(2)(view) + Cost(flops=projected)
+
+
+def _dropout_cost(view: NodeView) -> Cost:
+    """A view in inference, but for the mask."""
+    return spent(view, 0, reads={0: 0}, writes={0: 0})
+
+
+op("Abs", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.abs), total="always", cost=_cost)
+op("Acos", rule=pointwise("lost"), shape=_BROADCAST, cost=_cost)
+op("Acosh", rule=pointwise("lost"), cost=_cost)
+op("And", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_and), total="always", cost=_cost)
+op("Asin", "Tan", rule=pointwise("fragile"), shape=_BROADCAST, cost=_cost)
+op("Asinh", "Swish", rule=pointwise("moves"), cost=_cost)
 op(
-    "Celu", "Elu", "Erf", "Gelu", "HardSwish", "LeakyRelu", "Mish", "Relu", "Selu", "Sin", "Softsign", "Tanh",
-    "ThresholdedRelu", rule=pointwise("moves"), shape=_BROADCAST, total="always",
-)  # fmt: skip
-op("Atan", "PRelu", "Sinh", rule=pointwise("moves"), shape=_BROADCAST)
-op("Atanh", rule=pointwise("fragile"))
-op("BitCast", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Shrink", rule=pointwise("finite"))
-op("Cos", "HardSigmoid", "Sigmoid", "Softplus", rule=pointwise("finite"), shape=_BROADCAST, total="always")
-op("BitShift", "Cosh", rule=pointwise("finite"), shape=_BROADCAST)
-op("Ceil", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.ceil), total="always")
-op("Clip", rule=pointwise("finite"), shape=_BROADCAST, value=evaluate.clip, total="always")
-op("Equal", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.equal), total="always")
-op("Exp", rule=pointwise("finite"), shape=_BROADCAST, value=evaluate.unary(np.exp), total="always")
-op("Floor", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.floor), total="always")
-op("Greater", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.greater), total="always")
-op("GreaterOrEqual", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.greater_equal), total="always")
-op("IsInf", rule=pointwise("finite"), shape=_COMPARED, total="always")
-op("IsNaN", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.is_nan, total="always")
-op("Less", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.less), total="always")
-op("LessOrEqual", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.less_equal), total="always")
-op("Log", rule=pointwise("lost"), shape=_BROADCAST, value=evaluate.unary(np.log), total="always")
-op("Max", rule=pointwise("sum"), shape=_BROADCAST, value=evaluate.variadic(np.maximum), total="always")
-op("Min", rule=pointwise("sum"), shape=_BROADCAST, value=evaluate.variadic(np.minimum), total="always")
-op("Not", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.unary(np.logical_not), total="always")
-op("Or", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_or), total="always")
-op("Reciprocal", rule=pointwise("lost"), shape=_BROADCAST, value=evaluate.unary(np.reciprocal), total="always")
-op("Round", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.round), total="always")
-op("Sign", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.sign), total="always")
-op("Sqrt", rule=pointwise("fragile"), shape=_BROADCAST, value=evaluate.unary(np.sqrt), total="always")
-op("SwiGLU", rule=pointwise("product"))
-op("Xor", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_xor))
-op("Pow", rule=power, shape=_BROADCAST, value=evaluate.power, total="floats")
-op("Gelu", "QuickGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(1, 2), (0,)))
-op("FastGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(1, 3), (0,)))
-op("BiasGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(2, 3), (0, 1)))
-op("ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input)
-op("GatedAdd", domain=MICROSOFT, rule=gated_add, shape=as_input)
-op("Identity", rule=negate, value=evaluate.unary(np.asarray), moves="form", total="always")
-op("Neg", rule=negate, shape=_BROADCAST, value=evaluate.unary(np.negative), moves="sign", total="always")
-op("Add", rule=add, shape=_BROADCAST, value=evaluate.binary(np.add), total="always")
-op("Sub", rule=add, shape=_BROADCAST, value=evaluate.binary(np.subtract), total="always")
-op("Sum", rule=add, shape=_BROADCAST, value=evaluate.variadic(np.add), total="always")
-op("Mean", rule=add, shape=_BROADCAST, value=evaluate.mean)
-op("Mul", rule=multiply, shape=_BROADCAST, value=evaluate.binary(np.multiply), total="always")
-op("Div", rule=divide, shape=_BROADCAST, value=evaluate.divide, total="floats")
-op("Mod", rule=modulo, shape=_BROADCAST, value=evaluate.mod)
-op("Where", rule=where, shape=_of_all(1), value=evaluate.where, total="always")
-op("Cast", rule=cast, shape=_cast_shape, value=evaluate.cast, moves="type", total="always")
-op("CastLike", rule=cast_like, value=evaluate.cast_like, moves="type")
-op("Dropout", rule=dropout)
-op("QLinearAdd", "QLinearMul", domain=MICROSOFT, rule=quantized_elementwise, shape=_quantized_elementwise_shape)
-op("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT, rule=quantized_elementwise, shape=as_input)
-op("QLinearWhere", domain=MICROSOFT, rule=quantized_where, shape=_quantized_where_shape)
+    "Celu",
+    "Elu",
+    "Erf",
+    "Gelu",
+    "HardSwish",
+    "LeakyRelu",
+    "Mish",
+    "Relu",
+    "Selu",
+    "Sin",
+    "Softsign",
+    "Tanh",
+    "ThresholdedRelu",
+    rule=pointwise("moves"),
+    shape=_BROADCAST,
+    total="always",
+    cost=_cost,
+)
+op("Atan", "PRelu", "Sinh", rule=pointwise("moves"), shape=_BROADCAST, cost=_cost)
+op("Atanh", rule=pointwise("fragile"), cost=_cost)
+op("BitCast", rule=pointwise("finite"), cost=nothing)
+op("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Shrink", rule=pointwise("finite"), cost=_cost)
+op("Cos", "HardSigmoid", "Sigmoid", "Softplus", rule=pointwise("finite"), shape=_BROADCAST, total="always", cost=_cost)
+op("BitShift", "Cosh", rule=pointwise("finite"), shape=_BROADCAST, cost=_cost)
+op("Ceil", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.ceil), total="always", cost=_cost)
+op("Clip", rule=pointwise("finite"), shape=_BROADCAST, value=evaluate.clip, total="always", cost=_cost)
+op("Equal", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.equal), total="always", cost=_cost)
+op("Exp", rule=pointwise("finite"), shape=_BROADCAST, value=evaluate.unary(np.exp), total="always", cost=_cost)
+op("Floor", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.floor), total="always", cost=_cost)
+op("Greater", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.greater), total="always", cost=_cost)
+op(
+    "GreaterOrEqual",
+    rule=pointwise("finite"),
+    shape=_COMPARED,
+    value=evaluate.binary(np.greater_equal),
+    total="always",
+    cost=_cost,
+)
+op("IsInf", rule=pointwise("finite"), shape=_COMPARED, total="always", cost=_cost)
+op("IsNaN", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.is_nan, total="always", cost=_cost)
+op("Less", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.less), total="always", cost=_cost)
+op(
+    "LessOrEqual",
+    rule=pointwise("finite"),
+    shape=_COMPARED,
+    value=evaluate.binary(np.less_equal),
+    total="always",
+    cost=_cost,
+)
+op("Log", rule=pointwise("lost"), shape=_BROADCAST, value=evaluate.unary(np.log), total="always", cost=_cost)
+op("Max", rule=pointwise("sum"), shape=_BROADCAST, value=evaluate.variadic(np.maximum), total="always", cost=_cost)
+op("Min", rule=pointwise("sum"), shape=_BROADCAST, value=evaluate.variadic(np.minimum), total="always", cost=_cost)
+op("Not", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.unary(np.logical_not), total="always", cost=_cost)
+op("Or", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_or), total="always", cost=_cost)
+op(
+    "Reciprocal",
+    rule=pointwise("lost"),
+    shape=_BROADCAST,
+    value=evaluate.unary(np.reciprocal),
+    total="always",
+    cost=_cost,
+)
+op("Round", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.round), total="always", cost=_cost)
+op("Sign", rule=pointwise("moves"), shape=_BROADCAST, value=evaluate.unary(np.sign), total="always", cost=_cost)
+op("Sqrt", rule=pointwise("fragile"), shape=_BROADCAST, value=evaluate.unary(np.sqrt), total="always", cost=_cost)
+op("SwiGLU", rule=pointwise("product"), cost=_cost)
+op("Xor", rule=pointwise("finite"), shape=_COMPARED, value=evaluate.binary(np.logical_xor), cost=_cost)
+op("Pow", rule=power, shape=_BROADCAST, value=evaluate.power, total="floats", cost=_cost)
+op(
+    "Gelu",
+    "QuickGelu",
+    domain=MICROSOFT,
+    rule=activation,
+    shape=as_input,
+    definition=takes(range(1, 2), (0,)),
+    cost=_cost,
+)
+op("FastGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(1, 3), (0,)), cost=_cost)
+op("BiasGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(2, 3), (0, 1)), cost=_cost)
+op("ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input, cost=_cost)
+op("GatedAdd", domain=MICROSOFT, rule=gated_add, shape=as_input, cost=_gated_add_cost)
+op("Identity", rule=negate, value=evaluate.unary(np.asarray), moves="form", total="always", cost=nothing)
+op("Neg", rule=negate, shape=_BROADCAST, value=evaluate.unary(np.negative), moves="sign", total="always", cost=_cost)
+op("Add", rule=add, shape=_BROADCAST, value=evaluate.binary(np.add), total="always", cost=_cost)
+op("Sub", rule=add, shape=_BROADCAST, value=evaluate.binary(np.subtract), total="always", cost=_cost)
+op("Sum", rule=add, shape=_BROADCAST, value=evaluate.variadic(np.add), total="always", cost=_cost)
+op("Mean", rule=add, shape=_BROADCAST, value=evaluate.mean, cost=_cost)
+op("Mul", rule=multiply, shape=_BROADCAST, value=evaluate.binary(np.multiply), total="always", cost=_cost)
+op("Div", rule=divide, shape=_BROADCAST, value=evaluate.divide, total="floats", cost=_cost)
+op("Mod", rule=modulo, shape=_BROADCAST, value=evaluate.mod, cost=_cost)
+op("Where", rule=where, shape=_of_all(1), value=evaluate.where, total="always", cost=_cost)
+op("Cast", rule=cast, shape=_cast_shape, value=evaluate.cast, moves="type", total="always", cost=_cost)
+op("CastLike", rule=cast_like, value=evaluate.cast_like, moves="type", cost=_cost)
+op("Dropout", rule=dropout, cost=_dropout_cost)
+op(
+    "QLinearAdd",
+    "QLinearMul",
+    domain=MICROSOFT,
+    rule=quantized_elementwise,
+    shape=_quantized_elementwise_shape,
+    cost=_cost,
+)
+op("QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT, rule=quantized_elementwise, shape=as_input, cost=_cost)
+op("QLinearWhere", domain=MICROSOFT, rule=quantized_where, shape=_quantized_where_shape, cost=_cost)

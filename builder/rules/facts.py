@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -21,6 +22,11 @@ class Fact:
     """The elements, for small tensors that do not depend on the inputs' elements."""
     zero: bool = False
     """Every element is zero, whatever the inputs hold."""
+
+    @property
+    def nbytes(self) -> int:
+        """What the elements take, packed if they are smaller than a byte."""
+        return -(-math.prod(self.shape) * self.dtype.bitwidth // 8)
 
 
 Facts = dict[ir.Value, Fact]

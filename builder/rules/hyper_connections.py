@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import RMS_NORM, Cost, elementwise, reduction
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, words
@@ -120,6 +121,17 @@ def _engram_gate_fault(_: ir.Node, shapes: Shapes) -> str | None:
     return None
 
 
+def _post_mix_cost(view: NodeView) -> Cost:
+    """The block's output times a gate on top of each stream, or of each mixture of all streams."""
+    streams = _streams(view.shape(0), int(view.attribute("num_branches", 0)))[1]
+    return elementwise(2 + (2 * streams if view.has(3) else 0))(view)
+
+
+def _engram_gate_cost(view: NodeView) -> Cost:
+    """Two norms and a product of them give the gate; the value times it may be normalised, too."""
+    return elementwise(2 * RMS_NORM + 2 + 1 + (RMS_NORM if len(view.node.outputs) > 1 else 0))(view)
+
+
 op(
     "HyperConnectionPreMix",
     domain=MICROSOFT,
@@ -127,6 +139,7 @@ op(
     shape=_pre_mix_shape,
     definition=takes(range(2, 3), (0, 1)),
     operands=Operands(check=_mix_fault),
+    cost=reduction(2),
 )
 op(
     "HyperConnectionPostMix",
@@ -135,6 +148,7 @@ op(
     shape=as_input,
     definition=takes(range(3, 5), (0, 1, 2)),
     operands=Operands(check=_mix_fault),
+    cost=_post_mix_cost,
 )
 op(
     "EngramGate",
@@ -143,4 +157,5 @@ op(
     shape=_engram_gate_shape,
     definition=takes(range(5, 7), (0, 1, 2, 3, 4), outputs=2),
     operands=Operands(ranks={0: (4,)}, check=_engram_gate_fault),
+    cost=_engram_gate_cost,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.cost import DEQUANTIZE, Cost, movement, spent, taken
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import ALONG_AXIS, Operands, takes
 from furiosa_llm.builder.rules.registry import is_weight, op, spell, standard_shape, words
@@ -149,16 +151,40 @@ def _gather_block_quantized_shape(node: ir.Node, inputs: Sequence[Fact | None]) 
     return [(scales.dtype, (*data.shape[:axis], *indices.shape, *rest))]
 
 
-op("Gather", rule=gather, value=evaluate.gather, moves="choice", operands=ALONG_AXIS)
-op("GatherElements", rule=gather_elements, value=evaluate.gather_elements, operands=ALONG_AXIS)
-op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements, operands=ALONG_AXIS)
-op("Scatter", rule=scatter_elements)
-op("GatherND", rule=gather_nd, value=evaluate.gather_nd, moves="choice")
-op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"), moves="choice")
-op("ScatterND", rule=scatter_nd, value=evaluate.scatter_nd)
-op("TensorScatter", rule=tensor_scatter)
-op("Compress", rule=compress, shape=_compress_shape, value=evaluate.compress)
-op("ReverseSequence", rule=reverse_sequence)
+def _gather_cost(view: NodeView) -> Cost:
+    """Rows of the table, as many as there are indices."""
+    axis = int(view.attribute("axis", 0)) % view.rank(0)
+    return spent(view, 0, reads=taken(view, (0,), axis, math.prod(view.shape(1))))
+
+
+def _gather_block_quantized_cost(view: NodeView) -> Cost:
+    """Rows of codes, scales and zero points, as many as there are indices."""
+    axis = int(view.attribute("gather_axis", 0)) % view.rank(0)
+    flops = DEQUANTIZE * math.prod(view.out())
+    return spent(view, flops, reads=taken(view, (0, 2, 3), axis, math.prod(view.shape(1))))
+
+
+def _scatter_cost(view: NodeView) -> Cost:
+    """The data is copied, and an update is written over it or reduced with it."""
+    reduced = view.attribute("reduction", "none") != "none"
+    return spent(view, math.prod(view.shape(2)) if reduced else 0)
+
+
+def _tensor_scatter_cost(view: NodeView) -> Cost:
+    """New positions are written into the cache."""
+    return spent(view, 0, reads={0: 0}, writes={0: view.fact(1).nbytes})
+
+
+op("Gather", rule=gather, value=evaluate.gather, moves="choice", operands=ALONG_AXIS, cost=_gather_cost)
+op("GatherElements", rule=gather_elements, value=evaluate.gather_elements, operands=ALONG_AXIS, cost=movement)
+op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements, operands=ALONG_AXIS, cost=_scatter_cost)
+op("Scatter", rule=scatter_elements, cost=_scatter_cost)
+op("GatherND", rule=gather_nd, value=evaluate.gather_nd, moves="choice", cost=movement)
+op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"), moves="choice", cost=movement)
+op("ScatterND", rule=scatter_nd, value=evaluate.scatter_nd, cost=_scatter_cost)
+op("TensorScatter", rule=tensor_scatter, cost=_tensor_scatter_cost)
+op("Compress", rule=compress, shape=_compress_shape, value=evaluate.compress, cost=movement)
+op("ReverseSequence", rule=reverse_sequence, cost=movement)
 op(
     "GatherBlockQuantized",
     domain=MICROSOFT,
@@ -166,4 +192,5 @@ op(
     shape=_gather_block_quantized_shape,
     definition=takes(range(3, 5), (0, 1, 2)),
     operands=Operands(ranks={0: (2, 3)}),
+    cost=_gather_block_quantized_cost,
 )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import DEQUANTIZE, QUANTIZE, SOFTMAX, Cost, elementwise, product
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.linear_algebra import matmul_text
 from furiosa_llm.builder.rules.operands import SCALED
@@ -216,19 +217,49 @@ def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inf
     return [(data[0].dtype, tuple(shape))]
 
 
-op("DynamicQuantizeLinear", rule=dynamic_quantize)
-op("QuantizeLinear", rule=quantize, operands=SCALED)
-op("QuantizeLinear", domain=MICROSOFT, rule=quantize, shape=standard_shape("QuantizeLinear"))
-op("MatMulInteger", rule=matmul_integer, core_dims=2)
+def _product_cost(view: NodeView) -> Cost:
+    """A product of codes, of which the sum is scaled or rounded to codes again, or neither."""
+    after = {"QLinearMatMul": QUANTIZE, "MatMulIntegerToFloat": 1}
+    return product(view, view.shape(0)[-1], per_output=after.get(view.node.op_type, 0), bias=6)
+
+
+def _qgemm_cost(view: NodeView) -> Cost:
+    contracted = view.shape(0)[0 if view.attribute("transA", 0) else 1]
+    return product(view, contracted, per_output=QUANTIZE if view.has(7) else 1, bias=6)
+
+
+op("DynamicQuantizeLinear", rule=dynamic_quantize, cost=elementwise(2 + QUANTIZE))
+op("QuantizeLinear", rule=quantize, operands=SCALED, cost=elementwise(QUANTIZE))
+op(
+    "QuantizeLinear",
+    domain=MICROSOFT,
+    rule=quantize,
+    shape=standard_shape("QuantizeLinear"),
+    cost=elementwise(QUANTIZE),
+)
+op("MatMulInteger", rule=matmul_integer, core_dims=2, cost=_product_cost)
 op(
     "MatMulIntegerToFloat",
     domain=MICROSOFT,
     rule=matmul_integer_to_float,
     shape=_matmul_integer_to_float_shape,
     core_dims=2,
+    cost=_product_cost,
 )
-op("QLinearMatMul", rule=qlinear_matmul)
-op("QGemm", domain=MICROSOFT, rule=qgemm, shape=_qgemm_shape)
-op("MatMulBnb4", domain=MICROSOFT, rule=matmul_bnb4, shape=_matmul_bnb4_shape)
-op("QLinearSoftmax", domain=MICROSOFT, rule=quantized_softmax, shape=as_input)
-op("QLinearConcat", domain=MICROSOFT, rule=quantized_concat, shape=_quantized_concat_shape)
+op("QLinearMatMul", rule=qlinear_matmul, cost=_product_cost)
+op("QGemm", domain=MICROSOFT, rule=qgemm, shape=_qgemm_shape, cost=_qgemm_cost)
+op("MatMulBnb4", domain=MICROSOFT, rule=matmul_bnb4, shape=_matmul_bnb4_shape, cost=_product_cost)
+op(
+    "QLinearSoftmax",
+    domain=MICROSOFT,
+    rule=quantized_softmax,
+    shape=as_input,
+    cost=elementwise(DEQUANTIZE + SOFTMAX + QUANTIZE),
+)
+op(
+    "QLinearConcat",
+    domain=MICROSOFT,
+    rule=quantized_concat,
+    shape=_quantized_concat_shape,
+    cost=elementwise(DEQUANTIZE + QUANTIZE),
+)

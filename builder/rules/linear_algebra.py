@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import Cost, function_flops, product
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import takes
 from furiosa_llm.builder.rules.registry import op, spell, whole, words
@@ -94,7 +95,16 @@ def _gemm_operands(view: NodeView, contracted: str) -> list[list[str] | None]:
     return operands
 
 
-op("MatMul", rule=matmul, core_dims=2, total="always")
+def _matmul_cost(view: NodeView) -> Cost:
+    return product(view, view.shape(0)[-2 if view.attribute("transA", 0) else -1])
+
+
+def _gemm_cost(view: NodeView) -> Cost:
+    activated = function_flops(view.attribute("activation", "none"))
+    return product(view, view.shape(0)[0 if view.attribute("transA", 0) else 1], per_output=activated, bias=2)
+
+
+op("MatMul", rule=matmul, core_dims=2, total="always", cost=_matmul_cost)
 op(
     "FusedMatMul",
     domain=MICROSOFT,
@@ -102,7 +112,8 @@ op(
     shape=_fused_matmul_shape,
     definition=takes(range(2, 3), (0, 1)),
     core_dims=2,
+    cost=_matmul_cost,
 )
-op("TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape, core_dims=2)
-op("Gemm", rule=gemm, total="always")
-op("FusedGemm", domain=MICROSOFT, rule=fused_gemm, shape=_fused_gemm_shape)
+op("TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape, core_dims=2, cost=_matmul_cost)
+op("Gemm", rule=gemm, total="always", cost=_gemm_cost)
+op("FusedGemm", domain=MICROSOFT, rule=fused_gemm, shape=_fused_gemm_shape, cost=_gemm_cost)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.cost import copied, generated, movement, nothing
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes
 from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, whole_inputs, words
@@ -277,10 +278,10 @@ def _slice_fault(_: ir.Node, shapes: Shapes) -> str | None:
     return "starts, ends, axes and steps are not equally many" if len(lengths) > 1 else None
 
 
-op("Reshape", rule=reshape, value=evaluate.reshape, moves="form", operands=Operands(ranks={1: (1,)}))
-op("Flatten", rule=flatten, value=evaluate.flatten, moves="form", operands=Operands(axis=(0, 0)))
-op("Squeeze", rule=flatten, value=evaluate.squeeze, moves="form", operands=AXES_INPUT)
-op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze, moves="form", operands=AXES_INPUT)
+op("Reshape", rule=reshape, value=evaluate.reshape, moves="form", operands=Operands(ranks={1: (1,)}), cost=nothing)
+op("Flatten", rule=flatten, value=evaluate.flatten, moves="form", operands=Operands(axis=(0, 0)), cost=nothing)
+op("Squeeze", rule=flatten, value=evaluate.squeeze, moves="form", operands=AXES_INPUT, cost=nothing)
+op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze, moves="form", operands=AXES_INPUT, cost=nothing)
 op(
     "Transpose",
     rule=transpose,
@@ -288,6 +289,7 @@ op(
     moves="form",
     operands=Operands(check=_transpose_fault),
     total="always",
+    cost=movement,
 )
 op(
     "Expand",
@@ -296,6 +298,7 @@ op(
     moves="copies",
     made=evaluate.made_of_target,
     operands=Operands(ranks={1: (1,)}),
+    cost=movement,
 )
 op(
     "ConstantOfShape",
@@ -304,16 +307,25 @@ op(
     moves="copies",
     made=evaluate.made_of_target,
     operands=Operands(ranks={0: (1,)}),
+    cost=generated,
 )
-op("Shape", rule=shape, of_shape=evaluate.shape)
-op("Concat", rule=concat, value=evaluate.concat, operands=ALONG_AXIS)
-op("Split", rule=split, value=evaluate.split, moves="choice", operands=Operands(ranks={1: (1,)}, along_axis=True))
+op("Shape", rule=shape, of_shape=evaluate.shape, cost=generated)
+op("Concat", rule=concat, value=evaluate.concat, operands=ALONG_AXIS, cost=copied)
+op(
+    "Split",
+    rule=split,
+    value=evaluate.split,
+    moves="choice",
+    operands=Operands(ranks={1: (1,)}, along_axis=True),
+    cost=movement,
+)
 op(
     "Slice",
     rule=slice_,
     value=evaluate.slice_,
     moves="window",
     operands=Operands(ranks=dict.fromkeys(range(1, 5), (1,)), along_axis=True, check=_slice_fault),
+    cost=movement,
 )
 op(
     "Tile",
@@ -322,9 +334,10 @@ op(
     moves="copies",
     made=evaluate.made_by_tile,
     operands=Operands(ranks={1: (1,)}),
+    cost=movement,
 )
-op("Trilu", rule=trilu, value=evaluate.trilu)
-op("Trilu", domain=MICROSOFT, rule=trilu, shape=standard_shape("Trilu"))
-op("ExpandDims", domain=MICROSOFT, rule=expand_dims, shape=_expand_dims_shape, moves="form")
-op("Pad", rule=pad, value=evaluate.pad, made=evaluate.made_by_pad)
-op("Pad", domain=MICROSOFT, rule=pad, shape=standard_shape("Pad"))
+op("Trilu", rule=trilu, value=evaluate.trilu, cost=movement)
+op("Trilu", domain=MICROSOFT, rule=trilu, shape=standard_shape("Trilu"), cost=movement)
+op("ExpandDims", domain=MICROSOFT, rule=expand_dims, shape=_expand_dims_shape, moves="form", cost=nothing)
+op("Pad", rule=pad, value=evaluate.pad, made=evaluate.made_by_pad, cost=movement)
+op("Pad", domain=MICROSOFT, rule=pad, shape=standard_shape("Pad"), cost=movement)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import DEQUANTIZE, Cost, elementwise, product
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import SCALED, Operands, Shapes, takes
 from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
@@ -93,6 +94,15 @@ def _matmul_nbits_fault(node: ir.Node, shapes: Shapes) -> str | None:
     return None
 
 
+def _matmul_nbits_cost(view: NodeView) -> Cost:
+    return product(view, view.shape(0)[-1], bias=5)
+
+
+def _dequantize_cost(view: NodeView) -> Cost:
+    """A multiplication, and a subtraction where there is a zero point."""
+    return elementwise(DEQUANTIZE if view.has(2) else DEQUANTIZE - 1)(view)
+
+
 op(
     "MatMulNBits",
     domain=MICROSOFT,
@@ -100,6 +110,14 @@ op(
     shape=_matmul_nbits_shape,
     definition=takes(range(3, 7), (0, 1, 2), "K", "N", "block_size"),
     operands=Operands(ranks={0: tuple(range(1, 9)), 1: (3,), 2: (1, 2), 3: (1, 2), 5: (1,)}, check=_matmul_nbits_fault),
+    cost=_matmul_nbits_cost,
 )
-op("DequantizeLinear", rule=dequantize, moves="decode", operands=SCALED)
-op("DequantizeLinear", domain=MICROSOFT, rule=dequantize, shape=standard_shape("DequantizeLinear"), moves="decode")
+op("DequantizeLinear", rule=dequantize, moves="decode", operands=SCALED, cost=_dequantize_cost)
+op(
+    "DequantizeLinear",
+    domain=MICROSOFT,
+    rule=dequantize,
+    shape=standard_shape("DequantizeLinear"),
+    moves="decode",
+    cost=_dequantize_cost,
+)

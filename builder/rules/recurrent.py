@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import RMS_NORM, SIGMOID, SILU, Cost, elementwise, function_flops, spent
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
@@ -174,10 +175,79 @@ def gated_rms_norm(view: NodeView) -> Rule:
     )
 
 
-op("LinearAttention", rule=linear_attention)
-op("LinearAttention", domain=MICROSOFT, rule=linear_attention, shape=_linear_attention_shape)
-op("LinearAttentionGate", domain=MICROSOFT, rule=linear_attention_gate, shape=_linear_attention_gate_shape)
-op("GatedDeltaNet", domain=MICROSOFT, rule=gated_delta_net, shape=_gated_delta_net_shape)
-op("CausalConvWithState", rule=causal_conv)
-op("CausalConvWithState", domain=MICROSOFT, rule=causal_conv_microsoft, shape=_causal_conv_shape)
-op("GatedRMSNorm", domain=MICROSOFT, rule=gated_rms_norm, shape=as_input)
+def recurrence_flops(view: NodeView, tokens: int, queries: int, states: int, key_size: int, size: int) -> int:
+    """FLOPs of `tokens` that update `states` of `key_size * size` and read them by `queries`, and scale what is read.
+
+    An update adds an outer product. A gate multiplies the state first; the delta rule takes off what the state holds
+    for the key.
+    """
+    kind = view.attribute("update_rule", "gated_delta")
+    update = 2 * key_size * size
+    gated = key_size * size if "gated" in kind else 0
+    delta = 2 * key_size * size + 2 * size if "delta" in kind else 0
+    return tokens * (states * (update + gated + delta) + max(queries, states) * (2 * key_size * size + size))
+
+
+def _linear_attention_cost(view: NodeView) -> Cost:
+    """An exponential for each gate; of a window of states the last is read."""
+    queries, states = int(view.attribute("q_num_heads")), int(view.attribute("kv_num_heads"))
+    tokens, size = math.prod(view.shape(0)[:2]), view.shape(2)[2] // states
+    flops = recurrence_flops(view, tokens, queries, states, view.shape(0)[2] // queries, size)
+    window = int(view.attribute("state_window", 0))
+    reads = {3: view.fact(3).nbytes // window} if window and view.has(3) else {}
+    return spent(view, flops + (math.prod(view.shape(4)) if view.has(4) else 0), reads)
+
+
+def _linear_attention_gate_cost(view: NodeView) -> Cost:
+    """`scale * softplus(a + bias)`, and a sigmoid."""
+    return elementwise(2 + function_flops("softplus") + (SIGMOID if view.has(3) else 0))(view)
+
+
+def _gated_delta_net_cost(view: NodeView) -> Cost:
+    """LinearAttention with activations of its gates, and normalised keys and queries, inside."""
+    *tokens, states, size = view.out()
+    key_size = view.shape(0)[-1] if view.has(1) else view.shape(6)[3]
+    packed = view.shape(0)[-1] - states * size
+    queries = view.shape(0)[-2] if view.has(1) else packed // (2 * key_size)
+    count = math.prod(tokens)
+    flops = recurrence_flops(view, count, queries, states, key_size, size)
+    gate = {"none": 1, "softplus": 4 + function_flops("softplus")}.get(view.attribute("gate_activation", "none"), 8)
+    flops += gate * math.prod(view.shape(4)) if view.has(4) else 0
+    flops += SIGMOID * math.prod(view.shape(5)) if view.attribute("beta_activation", "none") != "none" else 0
+    flops += 3 * count * 2 * queries * key_size if view.attribute("qk_l2_norm", 0) else 0
+    return spent(view, flops)
+
+
+def _causal_conv_cost(view: NodeView) -> Cost:
+    """Every output is a product over the window; of a window of states the last is read."""
+    activated = function_flops(view.attribute("activation", "none"))
+    window = int(view.attribute("state_window", 0))
+    reads = {3: view.fact(3).nbytes // window} if window and view.has(3) else {}
+    return spent(view, math.prod(view.out()) * (2 * view.shape(1)[-1] + view.has(2) + activated), reads)
+
+
+op("LinearAttention", rule=linear_attention, cost=_linear_attention_cost)
+op(
+    "LinearAttention",
+    domain=MICROSOFT,
+    rule=linear_attention,
+    shape=_linear_attention_shape,
+    cost=_linear_attention_cost,
+)
+op(
+    "LinearAttentionGate",
+    domain=MICROSOFT,
+    rule=linear_attention_gate,
+    shape=_linear_attention_gate_shape,
+    cost=_linear_attention_gate_cost,
+)
+op("GatedDeltaNet", domain=MICROSOFT, rule=gated_delta_net, shape=_gated_delta_net_shape, cost=_gated_delta_net_cost)
+op("CausalConvWithState", rule=causal_conv, cost=_causal_conv_cost)
+op(
+    "CausalConvWithState",
+    domain=MICROSOFT,
+    rule=causal_conv_microsoft,
+    shape=_causal_conv_shape,
+    cost=_causal_conv_cost,
+)
+op("GatedRMSNorm", domain=MICROSOFT, rule=gated_rms_norm, shape=as_input, cost=elementwise(RMS_NORM + SILU + 1))

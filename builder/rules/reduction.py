@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.cost import SOFTMAX, Cost, copied, elementwise, reduction
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes, takes
 from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs, words
@@ -189,37 +190,77 @@ def _skip_fault(_: ir.Node, shapes: Shapes) -> str | None:
 
 _SKIPPED = Operands(ranks={0: (2, 3), 1: (1, 2, 3), 2: (1,)}, check=_skip_fault)
 
-op("ReduceSum", rule=reduce_sum, value=evaluate.reduce(np.sum), operands=AXES_INPUT)
-op("ReduceMean", rule=reduce_mean, value=evaluate.reduce(np.mean), operands=AXES_INPUT)
-op("ReduceL1", "ReduceSumSquare", rule=reduce_magnitude, operands=AXES_INPUT)
-op("ReduceMax", rule=reduce_other, value=evaluate.reduce(np.max), operands=AXES_INPUT)
-op("ReduceMin", rule=reduce_other, value=evaluate.reduce(np.min), operands=AXES_INPUT)
-op("ReduceProd", rule=reduce_other, value=evaluate.reduce(np.prod), operands=AXES_INPUT)
-op("ReduceL2", rule=reduce_other, operands=AXES_INPUT)
-op("ReduceLogSum", "ReduceLogSumExp", rule=reduce_logarithm, operands=AXES_INPUT)
-op("Softmax", "LogSoftmax", rule=softmax, operands=ALONG_AXIS, total="always")
-op("Hardmax", rule=softmax, operands=ALONG_AXIS)
-op("LpNormalization", rule=lp_normalization)
-op("TopK", rule=top_k, operands=ALONG_AXIS)
+
+_REDUCED = {
+    "ReduceMean": (1, 1),
+    "ReduceL1": (2, 0),
+    "ReduceL2": (2, 1),
+    "ReduceSumSquare": (2, 0),
+    "ReduceLogSum": (1, 1),
+    "ReduceLogSumExp": (4, 2),
+}
+"""FLOPs for each element of the input and of the output, where they are not 1 and 0."""
+
+
+def _reduction_cost(view: NodeView) -> Cost:
+    return reduction(*_REDUCED.get(view.node.op_type, (1, 0)))(view)
+
+
+def _norm_cost(view: NodeView) -> Cost:
+    """Deviations from the mean (or not: RMS), their squares, sum and quotient; then what is added and multiplied."""
+    simple = "Simplified" in view.node.op_type or "RMS" in view.node.op_type
+    operands = sum(view.has(port) for port in range(1, len(view.node.inputs)))
+    return elementwise((3 if simple else 5) + operands)(view)
+
+
+op("ReduceSum", rule=reduce_sum, value=evaluate.reduce(np.sum), operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceMean", rule=reduce_mean, value=evaluate.reduce(np.mean), operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceL1", "ReduceSumSquare", rule=reduce_magnitude, operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceMax", rule=reduce_other, value=evaluate.reduce(np.max), operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceMin", rule=reduce_other, value=evaluate.reduce(np.min), operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceProd", rule=reduce_other, value=evaluate.reduce(np.prod), operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceL2", rule=reduce_other, operands=AXES_INPUT, cost=_reduction_cost)
+op("ReduceLogSum", "ReduceLogSumExp", rule=reduce_logarithm, operands=AXES_INPUT, cost=_reduction_cost)
+op("Softmax", rule=softmax, operands=ALONG_AXIS, total="always", cost=elementwise(SOFTMAX))
+op("LogSoftmax", rule=softmax, operands=ALONG_AXIS, total="always", cost=elementwise(SOFTMAX + 1))
+op("Hardmax", rule=softmax, operands=ALONG_AXIS, cost=_reduction_cost)
+op("LpNormalization", rule=lp_normalization, cost=elementwise(3))
+op("TopK", rule=top_k, operands=ALONG_AXIS, cost=_reduction_cost)
 op(
     "CumSum",
     rule=cumulative_sum,
     value=evaluate.cumulative_sum,
     operands=Operands(along_axis=True, check=_axis_input_fault),
+    cost=_reduction_cost,
 )
-op("CumProd", rule=cumulative_product)
-op("ArgMax", rule=arg_max, value=evaluate.arg(np.argmax), operands=ALONG_AXIS)
-op("ArgMin", rule=arg_max, value=evaluate.arg(np.argmin), operands=ALONG_AXIS)
-op("OneHot", rule=one_hot, value=evaluate.one_hot, made=evaluate.made_by_one_hot, operands=Operands(axis=(-1, 0)))
-op("LayerNormalization", rule=layer_normalization, shape=_norm_shape, operands=ALONG_AXIS, total="always")
+op("CumProd", rule=cumulative_product, cost=_reduction_cost)
+op("ArgMax", rule=arg_max, value=evaluate.arg(np.argmax), operands=ALONG_AXIS, cost=_reduction_cost)
+op("ArgMin", rule=arg_max, value=evaluate.arg(np.argmin), operands=ALONG_AXIS, cost=_reduction_cost)
+op(
+    "OneHot",
+    rule=one_hot,
+    value=evaluate.one_hot,
+    made=evaluate.made_by_one_hot,
+    operands=Operands(axis=(-1, 0)),
+    cost=copied,
+)
+op(
+    "LayerNormalization",
+    rule=layer_normalization,
+    shape=_norm_shape,
+    operands=ALONG_AXIS,
+    total="always",
+    cost=_norm_cost,
+)
 op(
     "SimplifiedLayerNormalization",
     rule=layer_normalization,
     shape=_norm_shape,
     definition=takes(range(2, 3), (0, 1), outputs=2),
     operands=Operands(ranks={0: tuple(range(1, 9)), 1: (1,)}),
+    cost=_norm_cost,
 )
-op("RMSNormalization", rule=layer_normalization, operands=ALONG_AXIS, total="always")
+op("RMSNormalization", rule=layer_normalization, operands=ALONG_AXIS, total="always", cost=_norm_cost)
 op(
     "SkipLayerNormalization",
     domain=MICROSOFT,
@@ -227,6 +268,7 @@ op(
     shape=_skip_shape,
     definition=takes(range(3, 6), (0, 1, 2), outputs=4),
     operands=_SKIPPED,
+    cost=_norm_cost,
 )
 op(
     "SkipSimplifiedLayerNormalization",
@@ -235,4 +277,5 @@ op(
     shape=_skip_shape,
     definition=takes(range(3, 5), (0, 1, 2), outputs=4),
     operands=_SKIPPED,
+    cost=_norm_cost,
 )

@@ -11,9 +11,9 @@ import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.cost import CostFunction
+from furiosa_llm.builder.rules.cost import Cost, CostFunction, copied
 from furiosa_llm.builder.rules.evaluate import Evaluator, ShapeEvaluator, SizeFunction, quiet
-from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.facts import Fact, Facts, present
 from furiosa_llm.builder.rules.operands import NOTHING_SPECIAL, Definition, Operands
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import Inferred, NodeView, RuleFunction, ShapeRule
@@ -69,7 +69,7 @@ class Op:
     remedy: str | None = None
     """What to do instead of an op that onnxruntime has no CPU kernel for; None: it has one."""
     cost: CostFunction | None = None
-    """What one rank computes and moves, at the view's sizes; None: nothing is known."""
+    """What one rank computes and moves, at the view's sizes; None for an op that no program has."""
 
     @property
     def keeps_weights(self) -> bool:
@@ -216,3 +216,14 @@ def rule_of(view: NodeView) -> Rule:
     if other.text != found.text:
         return whole(view, note=f"{name} relates its dimensions differently at different sizes: replicated")
     return found
+
+
+def cost_of(view: NodeView) -> Cost:
+    """The cost of a node; one without an entry reads and writes all that it has, and what it computes is not known."""
+    entry = op_of(view.node)
+    return copied(view) if entry is None or entry.cost is None else entry.cost(view)
+
+
+def costs_of(graph: ir.Graph, facts: Facts, opset: int) -> dict[ir.Node, Cost]:
+    """The cost of each node of a graph; the facts are those of all of its values, inside of bodies and branches too."""
+    return {node: cost_of(NodeView(node, facts, facts, opset)) for node in graph}

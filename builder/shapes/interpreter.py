@@ -56,7 +56,8 @@ class Interpreter:
         self._signatures: dict[object, int] = {}
         self._inferred: dict[tuple[int, ...], list[Fact]] = {}
         self._numbers: dict[ir.Node, int] = {}
-        self._control_flow = ControlFlow(self.interpret, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
+        self._inside: Facts = {}
+        self._control_flow = ControlFlow(self._interpret_inside, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
         self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
 
     def run(self, sizes: Mapping[str, Shape]) -> Facts:
@@ -70,6 +71,15 @@ class Interpreter:
             facts[value] = self._intern(Fact(dtype=value.dtype, shape=sizes[value.name]))
         self.interpret(self._model.graph, facts)
         return facts
+
+    def run_inside(self, sizes: Mapping[str, Shape]) -> Facts:
+        """As `run`, with the facts of what is in branches and bodies; those of a body are of any of its iterations."""
+        self._inside.clear()
+        return self.run(sizes) | self._inside
+
+    def _interpret_inside(self, graph: ir.Graph, facts: Facts) -> None:
+        self.interpret(graph, facts)
+        self._inside.update((v, facts[v]) for v in (*graph.inputs, *(v for node in graph for v in node.outputs)))
 
     def interpret(self, graph: ir.Graph, facts: Facts) -> None:
         """Add the facts of what the nodes of `graph` give to `facts`, which holds those of all that they read."""
