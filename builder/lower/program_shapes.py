@@ -30,13 +30,14 @@ def program_shapes(build: Build) -> dict[str, ValueShape]:
     The program is interpreted on the way, and every value compared with what the plan says.
     """
     interpret = interpreter(ir.Model(build.lowered.graph, ir_version=build.ir_version), build.plan.mesh).run
-    first, second = (interpret(_local_inputs(build, sizes)) for sizes in (PROBE, SECOND_PROBE))
+    first, second = (interpret(local_inputs(build, sizes)) for sizes in (PROBE, SECOND_PROBE))
     check_shapes(build.lowered, first)
     names = names_of_sizes(build.probes.kinds)
     return {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}
 
 
-def _local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
+def local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
+    """The shapes of the program's inputs on one rank."""
     layouts = build.lowered.input_layouts
     shapes = concrete(build.probes.kinds, sizes)
     return {name: local_shape(layouts[name], shape, build.plan.mesh) for name, shape in shapes.items()}
