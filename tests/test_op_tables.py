@@ -6,6 +6,7 @@ Passes in builder/rewrite/ match patterns of the graph by op, which says nothing
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 import onnx
@@ -50,6 +51,8 @@ def named(node: ast.AST) -> Iterator[str]:
 def tables(source: str) -> dict[str, set[str]]:
     """Where two op types or more stand in one collection, match statement or condition: their names, by place."""
     found: dict[str, set[str]] = {}
+    if len(OP_TYPES.intersection(re.findall(r"[\"'](\w+)[\"']", source))) < 2:
+        return found
 
     def visit(node: ast.AST, where: str) -> None:
         match node:
