@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.engine.capacity import Workload, stage_memory
 from furiosa_llm.runtime.engine.replica import Replica, ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.execution.counters import StageCounts
+from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
 from furiosa_llm.runtime.placement.devices import PE
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology

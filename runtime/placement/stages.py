@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.placement.block_reads import block_starts, read_blocks, shard_nbytes
+from furiosa_llm.runtime.program.block_reads import block_starts, read_blocks, shard_nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.block_reads import RECOMPUTED_NBYTES, shard_nbytes
+from furiosa_llm.runtime.program.block_reads import RECOMPUTED_NBYTES, shard_nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

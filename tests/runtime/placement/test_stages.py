@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.placement.block_reads import RECOMPUTED_NBYTES, read_blocks
 from furiosa_llm.runtime.placement.stages import balance, choose_stages
+from furiosa_llm.runtime.program.block_reads import RECOMPUTED_NBYTES, read_blocks
 from tests.support.runtime.blocks import llama_blocks, with_blocks
 from tests.support.runtime.models import LlamaSize, mlp
 from tests.support.runtime.spmd import Spmd

@@ -17,12 +17,16 @@ from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import local_size
 from furiosa_llm.runtime.artifact.manifest import State
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.engine.engine_args import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.program.segments import Program, ValueType, cut_program, size_names
+
+DEFAULT_CHUNK_SIZE = 256
+"""Tokens of a prompt that are computed in a step, where the caller does not say."""
+DEFAULT_LENGTH = 2048
+"""Tokens that a sequence may reach where neither the model nor the caller limits them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,7 @@ class Workload:
     """
 
     max_batch_size: int = 1
-    max_model_len: int = 2048
+    max_model_len: int = DEFAULT_LENGTH
     prefill_chunk_size: int = DEFAULT_CHUNK_SIZE
 
     def __post_init__(self) -> None:
