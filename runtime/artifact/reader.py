@@ -76,7 +76,7 @@ class Artifact:
     def window(self, name: str, rank: int) -> Window:
         """The bytes of the stored tensor `name` that `rank` sees."""
         tensor = self.tensors[name]
-        nbytes = DTYPES[tensor.dtype].nbytes(tensor.local_shape)
+        nbytes = tensor.local_nbytes
         shard = self.manifest.mesh.position(rank, tensor.shard_axes)
         return Window(file=tensor.file, offset=self.offsets[name] + shard * nbytes, nbytes=nbytes)
 
@@ -267,7 +267,7 @@ def _weight_offsets(streams: Mapping[str, BufferedReader], manifest: Manifest) -
 
 def _check_stored(tensor: StoredTensor, stored: StoredArray, shards: int) -> None:
     dtype = DTYPES[tensor.dtype]
-    window_nbytes = dtype.nbytes(tensor.local_shape)
+    window_nbytes = tensor.local_nbytes
     shape = (shards, *tensor.local_shape) if dtype.bits >= 8 else (shards, window_nbytes)
     expected = (dtype.safetensors, shape, shards * window_nbytes)
     found = (stored.dtype, stored.shape, stored.nbytes)

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import used_names
-from furiosa_llm.runtime.artifact.layout import local_size
-from furiosa_llm.runtime.artifact.manifest import State
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
@@ -85,20 +82,29 @@ class CardMemory:
 def stage_memory(artifact: Artifact, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
     """What each of `stages`, which are all of `artifact`, keeps on each PE."""
     program = cut_program(artifact.program, artifact.manifest.collectives, size_names(artifact.manifest))
-    made_at = {name: at for at, node in enumerate(artifact.program.graph.node) for name in node.output}
     life = _lifetimes(program)
-    kv = {state.output: _position_nbytes(artifact, state) for state in artifact.manifest.states}
+    kept_at = _states_kept_at(artifact)
     return tuple(
         StageMemory(
             weight_nbytes=stage.weight_nbytes,
             kv_nbytes_per_token=sum(
-                nbytes for output, nbytes in kv.items() if stage.first_node <= made_at.get(output, 0) < stage.stop_node
+                nbytes
+                for name, nbytes in artifact.manifest.state_nbytes.items()
+                if stage.first_node <= kept_at.get(name, 0) < stage.stop_node
             ),
             activation_nbytes=_activation_nbytes(artifact, program, life, stage, workload),
             received_nbytes_per_token=_received_nbytes(artifact, program, stage),
         )
         for stage in stages
     )
+
+
+def _states_kept_at(artifact: Artifact) -> dict[str, int]:
+    """State input -> the node whose stage keeps it: which makes its next value, or else reads it first."""
+    nodes = artifact.program.graph.node
+    read_at = {name: at for at in reversed(range(len(nodes))) for name in used_names(nodes[at])}
+    made_at = {name: at for at, node in enumerate(nodes) for name in node.output}
+    return read_at | {s.input: made_at[s.output] for s in artifact.manifest.states if s.output in made_at}
 
 
 def _lifetimes(program: Program) -> dict[str, Lifetime]:
@@ -185,17 +191,6 @@ def _held(topology: Topology) -> dict[int, list[int]]:
         for stage, group in enumerate(replica):
             held.setdefault(group[0].npu, []).append(stage)
     return dict(sorted(held.items()))
-
-
-def _position_nbytes(artifact: Artifact, state: State) -> int:
-    """The bytes of one position of one sequence in `state`, on one PE."""
-    info = next(info for info in artifact.manifest.inputs if info.name == state.input)
-    sizes = {name: 1 for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
-    local = [
-        size if layout is None else local_size(layout, artifact.manifest.mesh)
-        for size, layout in zip(info.shape, info.layout, strict=True)
-    ]
-    return DTYPES[info.dtype].nbytes(shape_of(local, sizes))
 
 
 # -- activations ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.program.block_reads import block_starts, read_blocks, shard_nbytes
+from furiosa_llm.runtime.program.block_reads import block_starts, read_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def choose_stages(
             stop_node=starts[stop],
             cost_nbytes=sum(costs[first:stop]),
             weight_nbytes=sum(
-                shard_nbytes(artifact.tensors[name])
+                artifact.tensors[name].local_nbytes
                 for name in frozenset[str]().union(*(block.kept for block in reads[first:stop]))
             ),
         )

@@ -8,10 +8,8 @@ from enum import IntEnum
 
 from onnx import NodeProto
 
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.layout import axes_of
-from furiosa_llm.runtime.artifact.manifest import StoredTensor
 from furiosa_llm.runtime.artifact.reader import Artifact
 
 RECOMPUTED_NBYTES = 2**20
@@ -53,11 +51,6 @@ class BlockReads:
 
     decoded: Mapping[str, int]
     kept: frozenset[str]
-
-
-def shard_nbytes(tensor: StoredTensor) -> int:
-    """The bytes of a stored tensor that one rank holds."""
-    return DTYPES[tensor.dtype].nbytes(tensor.local_shape)
 
 
 def block_starts(artifact: Artifact) -> tuple[int, ...]:
@@ -152,7 +145,7 @@ class _Reading:
         if read.rows_only:
             return 0
         tensor = self._artifact.tensors[name]
-        nbytes = shard_nbytes(tensor)
+        nbytes = tensor.local_nbytes
         if read.experts is None or not tensor.local_shape:
             return nbytes
         split = tensor.shard_axes if tensor.layout is None else axes_of(tensor.layout[0])
@@ -162,5 +155,5 @@ class _Reading:
     def _for_recomputing(self, name: str) -> frozenset[str]:
         """The stored tensors for computing `name` again; none if it is sent."""
         tensors = self.behind[name]
-        small = all(shard_nbytes(self._artifact.tensors[tensor]) <= RECOMPUTED_NBYTES for tensor in tensors)
+        small = all(self._artifact.tensors[tensor].local_nbytes <= RECOMPUTED_NBYTES for tensor in tensors)
         return tensors if small else frozenset()

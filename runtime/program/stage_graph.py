@@ -17,7 +17,7 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.program.block_reads import RECOMPUTED_NBYTES, shard_nbytes
+from furiosa_llm.runtime.program.block_reads import RECOMPUTED_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ class _Cutting:
                 pending.extend(used_names(self._with_own_states(self._nodes[self._producer[value]], states)))
         if read & ({state.input for state in self._states} - states):
             return None
-        largest = max((shard_nbytes(self._tensors[value]) for value in read & self._tensors.keys()), default=0)
+        largest = max((self._tensors[value].local_nbytes for value in read & self._tensors.keys()), default=0)
         return positions if largest <= RECOMPUTED_NBYTES else None
 
     def _stage(

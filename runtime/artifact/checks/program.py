@@ -9,7 +9,6 @@ from typing import NoReturn
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.checks.model import check_inline, check_model, dtype_name, refuse
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, local_size
 from furiosa_llm.runtime.artifact.manifest import (
@@ -113,7 +112,6 @@ def _check_initializers(graph: GraphProto, tensors: Mapping[str, StoredTensor], 
 
 
 def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int) -> None:
-    dtype = DTYPES[tensor.dtype]
     found_type = dtype_name(initializer.data_type)
     if (found_type, tuple(initializer.dims)) != (tensor.dtype, tensor.local_shape):
         _fail(
@@ -121,7 +119,7 @@ def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int)
             f"{tensor.dtype} {list(tensor.local_shape)}",
         )
     found = {entry.key: entry.value for entry in initializer.external_data}
-    expected = {"location": tensor.file, "offset": str(offset), "length": str(dtype.nbytes(tensor.local_shape))}
+    expected = {"location": tensor.file, "offset": str(offset), "length": str(tensor.local_nbytes)}
     if found != expected or len(initializer.external_data) != len(_EXTERNAL_KEYS):
         _fail(f"initializer {tensor.name!r:.80} lies at {found!r:.400}", f"{expected}")
     if initializer.HasField("raw_data"):
