@@ -13,13 +13,12 @@ from typing import Any
 import onnx_ir as ir
 
 from furiosa_llm.builder.factors.analysis import Analysis
-from furiosa_llm.builder.factors.states import StatePair
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.write.shards import num_shards
-from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, global_size, local_size
+from furiosa_llm.runtime.artifact.layout import Mesh, global_size
 from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
 
 
@@ -96,7 +95,7 @@ def report_of(
         padding_nbytes=padding_nbytes(tensors, mesh),
         model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
-        state_nbytes_per_token=state_nbytes_per_token(build),
+        state_nbytes_per_token=sum(manifest.state_nbytes.values()),
         collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
         collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
         decisions=decisions(build.plan),
@@ -132,20 +131,6 @@ def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
         return 0
     elements = math.prod(tensor.local_shape) * num_shards(tensor, mesh)
     return (elements - math.prod(global_size(dim) for dim in tensor.layout)) * tensor.dtype.bitwidth // 8
-
-
-def state_nbytes_per_token(build: Build) -> int:
-    """Bytes that one rank keeps of all states for one position."""
-    return sum(_state_nbytes(build, pair) for pair in build.states.pairs)
-
-
-def _state_nbytes(build: Build, pair: StatePair) -> int:
-    """Bytes that one rank keeps of a state for one position."""
-    mesh = build.plan.mesh
-    layout = build.lowered.input_layouts[str(pair.input.name)]
-    fact = build.probes.decode.facts[pair.input]
-    sizes = [local_size(dim, mesh) if axes_of(dim) else n for dim, n in zip(layout, fact.shape, strict=True)]
-    return math.prod(n for d, n in enumerate(sizes) if d != pair.sequence_dim) * fact.dtype.bitwidth // 8
 
 
 def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:

@@ -18,6 +18,7 @@ from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
+from furiosa_llm.runtime.placement.block_reads import block_starts
 from furiosa_llm.runtime.placement.capacity import (
     DEFAULT_LENGTH,
     CardMemory,
@@ -31,7 +32,6 @@ from furiosa_llm.runtime.placement.capacity import (
 from furiosa_llm.runtime.placement.devices import format_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
-from furiosa_llm.runtime.program.block_reads import block_starts
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

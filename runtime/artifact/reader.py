@@ -59,19 +59,25 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Artifact:
-    """An open artifact: `folder`, its `manifest`, its `program` (rank 0's as stored), and the stored tensors' places.
+class SplitModel:
+    """A split model, whether its weights are written or only planned."""
 
-    `tensors` are the manifest's by name, and `offsets` the byte of the file where shard 0 of each begins. `digest` is
-    the manifest's, which names the artifact.
-    """
+    manifest: Manifest
+    program: onnx.ModelProto
+    """Rank 0's, as stored."""
+    tensors: Mapping[str, StoredTensor]
+    """The manifest's, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact(SplitModel):
+    """An open artifact."""
 
     folder: Path
     digest: str
-    manifest: Manifest
-    program: onnx.ModelProto
-    tensors: Mapping[str, StoredTensor]
+    """The manifest's, which names the artifact."""
     offsets: Mapping[str, int]
+    """Stored tensor -> the byte of its file where shard 0 begins."""
 
     def window(self, name: str, rank: int) -> Window:
         """The bytes of the stored tensor `name` that `rank` sees."""

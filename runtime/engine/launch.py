@@ -16,6 +16,7 @@ from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.placement.block_reads import block_starts
 from furiosa_llm.runtime.placement.capacity import (
     DEFAULT_CHUNK_SIZE,
     DEFAULT_LENGTH,
@@ -26,7 +27,6 @@ from furiosa_llm.runtime.placement.capacity import (
 )
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
-from furiosa_llm.runtime.program.block_reads import block_starts
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.runners.local_runner import Host

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.reader import SplitModel
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.program.block_reads import block_starts, read_blocks
+from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +31,31 @@ class Stage:
 
 
 def choose_stages(
-    artifact: Artifact,
+    model: SplitModel,
     *,
     pipeline_parallel_size: int | None = None,
     num_blocks_per_pp_stage: Sequence[int] | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages of `artifact`: `pipeline_parallel_size` of them, or those that `num_blocks_per_pp_stage` counts out.
+    """The stages of `model`: `pipeline_parallel_size` of them, or those that `num_blocks_per_pp_stage` counts out.
 
     The largest `cost_nbytes` of a stage is as small as it can be, and costs are as even as that allows. With neither
     argument there is one stage. Raises TopologyError if both are given, or do not go with the artifact's blocks.
     """
-    reads = read_blocks(artifact)
-    costs = [sum(block.decoded.values()) for block in reads]
+    return divide_blocks(
+        read_blocks(model),
+        pipeline_parallel_size=pipeline_parallel_size,
+        num_blocks_per_pp_stage=num_blocks_per_pp_stage,
+    )
+
+
+def divide_blocks(
+    blocks: Sequence[BlockReads],
+    *,
+    pipeline_parallel_size: int | None = None,
+    num_blocks_per_pp_stage: Sequence[int] | None = None,
+) -> tuple[Stage, ...]:
+    """As `choose_stages`, of a model that has `blocks`."""
+    costs = [sum(block.decoded.values()) for block in blocks]
     if num_blocks_per_pp_stage is not None:
         counts = _block_counts(num_blocks_per_pp_stage)
         _check_counts(counts, len(costs), pipeline_parallel_size)
@@ -50,19 +63,15 @@ def choose_stages(
         stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
         _check_stages(stages, len(costs))
         counts = balance(costs, stages)
-    starts = [*block_starts(artifact), len(artifact.program.graph.node)]
     return tuple(
         Stage(
             index=index,
             first_block=first,
             num_blocks=stop - first,
-            first_node=starts[first],
-            stop_node=starts[stop],
+            first_node=blocks[first].first_node,
+            stop_node=blocks[stop - 1].stop_node,
             cost_nbytes=sum(costs[first:stop]),
-            weight_nbytes=sum(
-                artifact.tensors[name].local_nbytes
-                for name in frozenset[str]().union(*(block.kept for block in reads[first:stop]))
-            ),
+            weight_nbytes=sum({name: n for block in blocks[first:stop] for name, n in block.kept.items()}.values()),
         )
         for index, (first, stop) in enumerate(pairwise(accumulate(counts, initial=0)))
     )

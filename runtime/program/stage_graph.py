@@ -17,7 +17,10 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.program.block_reads import RECOMPUTED_NBYTES
+
+RECOMPUTED_NBYTES = 2**20
+"""What follows from the inputs alone (masks, rotary tables) is computed again in every stage that reads it, unless a
+stored tensor above this size is needed for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ class BlockSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightMemory:
-    """Bytes of stored weights. On each PE: `split_nbytes` and `replicated_nbytes`, which are `pe_nbytes` together.
+    """Bytes of stored weights. Each PE reads `split_nbytes` and `replicated_nbytes`, which are `pe_nbytes` together.
 
     In the files, all PEs together: `stored_nbytes`, of which `padding_nbytes` are zeros that no element of the original
     stands for; and `original_nbytes` of the original's initializers, whether stored or not, aliases once.
@@ -198,7 +198,7 @@ def inspect_artifact(path: str | os.PathLike[str]) -> Inspection:
         model=manifest.model,
         mesh=manifest.mesh.shape,
         num_nodes=len(artifact.program.graph.node),
-        weights=_weights(manifest),
+        weights=_weights(artifact),
         state=_state_memory(manifest),
         collectives=_collectives(manifest),
         splits=tuple(_records(plan.get("choices"), Split)),
@@ -231,10 +231,13 @@ def _plain(value: Any) -> Any:
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def _weights(manifest: Manifest) -> WeightMemory:
-    mesh = manifest.mesh
-    split = sum(tensor.local_nbytes for tensor in manifest.tensors if tensor.shard_axes)
-    replicated = sum(tensor.local_nbytes for tensor in manifest.tensors if not tensor.shard_axes)
+def _weights(artifact: Artifact) -> WeightMemory:
+    manifest, mesh = artifact.manifest, artifact.manifest.mesh
+    read = {name for node in artifact.program.graph.node for name in used_names(node)}
+    split = sum(tensor.local_nbytes for tensor in manifest.tensors if tensor.name in read and tensor.shard_axes)
+    replicated = sum(
+        tensor.local_nbytes for tensor in manifest.tensors if tensor.name in read and not tensor.shard_axes
+    )
     return WeightMemory(
         pe_nbytes=split + replicated,
         split_nbytes=split,
