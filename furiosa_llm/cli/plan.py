@@ -15,7 +15,7 @@ from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annot
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import Sizes, parallel_size
-from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 
 _SHOWN_WEIGHTS = 3
@@ -222,7 +222,9 @@ def _why(choice: Explained) -> str:
 
 def _deployments(found: ModelPlan) -> Table:
     """What fits on how many cards."""
-    table = Table(title="where it fits (RNGD: 8 PEs and 48 GB a card)", title_justify="left")
+    table = Table(
+        title=f"where it fits (RNGD: {PES_PER_CARD} PEs and {CARD_NBYTES // 10**9} GB a card)", title_justify="left"
+    )
     for name in ("cards", "tp", "pp", "dp", "fullest PE", "fits", "room for more KV positions, each replica"):
         table.add_column(name, justify="right")
     for plan_ in found.plans:

@@ -18,8 +18,8 @@ from furiosa_llm.builder.plan.annotations.correspondence import Correspondence
 from furiosa_llm.builder.plan.annotations.device_placement import Component, Placement, placement_of, to_proto
 from furiosa_llm.builder.plan.outcome import Assignment, Outcome
 from furiosa_llm.builder.source.load import Source
-from furiosa_llm.runtime.artifact.card import PES_PER_CARD
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.placement.devices import first_pes
 
 FIRST_IR_VERSION = 11
 """The first version of the format that has these annotations."""
@@ -71,7 +71,7 @@ def _declare(model: onnx.ModelProto, name: str, num_devices: int) -> None:
     for number in reversed(range(len(model.configuration))):
         if model.configuration[number].name == name:
             del model.configuration[number]
-    devices = [f"npu:{number // PES_PER_CARD}:{number % PES_PER_CARD}" for number in range(num_devices)]
+    devices = [str(pe) for pe in first_pes(num_devices)]
     model.configuration.add(name=name, num_devices=num_devices, device=devices)
 
 
