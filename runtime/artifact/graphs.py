@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
@@ -51,3 +51,14 @@ def used_names(node: NodeProto) -> Iterator[str]:
             yield from (name for name in used_names(inner) if name not in own)
             own.update(inner.output)
         yield from (value.name for value in graph.output if value.name not in own)
+
+
+def following(nodes: Iterable[NodeProto], names: Collection[str] = (), *, sizes: bool = True) -> set[str]:
+    """The values that follow from collectives or from `names`; without `sizes`, from their elements alone."""
+    found = set(names)
+    for node in nodes:
+        if node.domain == COLLECTIVE_DOMAIN or (
+            (sizes or node.op_type != "Shape") and not found.isdisjoint(used_names(node))
+        ):
+            found.update(name for name in node.output if name)
+    return found - {*names}
