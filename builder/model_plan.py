@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from typing import Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.layouts import Layouts
 from furiosa_llm.builder.lower.working_memory import working_nbytes
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
@@ -25,6 +23,7 @@ from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
 from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PES_PER_CARD
+from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.placement.block_reads import read_blocks
 from furiosa_llm.runtime.placement.capacity import (
     DEFAULT_CHUNK_SIZE,
@@ -218,7 +217,7 @@ def size_plan(build: Build, workload: Workload) -> SizePlan:
         state_nbytes_per_token=whole.kv_nbytes_per_token,
         activation_nbytes=whole.activation_nbytes,
         working_nbytes=working_nbytes(build, workload),
-        collectives=tuple(_collectives(build)),
+        collectives=tuple(_collectives(model.manifest)),
         choices=explain(build.plan, build.analysis),
         replicated=notes(build.analysis),
         num_blocks=len(blocks),
@@ -227,17 +226,8 @@ def size_plan(build: Build, workload: Workload) -> SizePlan:
     )
 
 
-def _collectives(build: Build) -> Iterator[CollectiveCost]:
-    layouts = Layouts(build.analysis, build.plan.assignment, build.plan.mesh)
-    facts = build.probes.decode.facts
-    counts: Counter[tuple[str, int, int]] = Counter()
-    for collective in build.plan.outcome.collectives:
-        value, fact = collective.value, facts[collective.value]
-        whole = (collective.dim,) if collective.dim is not None else ()
-        shares = zip(layouts.local_shape(value, whole), build.analysis.facts[value].shape, strict=True)
-        local = math.prod(a / b for a, b in shares if b)
-        nbytes = math.prod(fact.shape) * local * fact.dtype.bitwidth / 8 / build.probes.decode.positions
-        counts[collective.kind, build.plan.mesh.parts(collective.axes), round(nbytes)] += 1
+def _collectives(manifest: Manifest) -> Iterator[CollectiveCost]:
+    counts = Counter((c.kind, manifest.mesh.parts(c.axes), manifest.payload_nbytes(c)) for c in manifest.collectives)
     for (kind, parts, nbytes), count in sorted(counts.items()):
         yield CollectiveCost(kind=kind, parts=parts, nbytes=nbytes, count=count)
 

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import onnx_ir as ir
-
 from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
@@ -19,7 +17,7 @@ from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.write.shards import num_shards
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
-from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
+from furiosa_llm.runtime.artifact.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +95,7 @@ def report_of(
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
         state_nbytes_per_token=sum(manifest.state_nbytes.values()),
         collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
-        collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
+        collective_nbytes=sum(map(manifest.payload_nbytes, manifest.collectives)),
         decisions=decisions(build.plan),
         replicated=tuple(f"{t.name} {list(t.local_shape)} ({_why_whole(t, build)})" for t in replicated),
         notes=notes(build.analysis),
@@ -131,13 +129,6 @@ def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
         return 0
     elements = math.prod(tensor.local_shape) * num_shards(tensor, mesh)
     return (elements - math.prod(global_size(dim) for dim in tensor.layout)) * tensor.dtype.bitwidth // 8
-
-
-def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:
-    """Bytes that a rank receives for one decoded token."""
-    local = math.prod(n if isinstance(n, int) else 1 for n in collective.shape)
-    parts = mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
-    return local * parts * ir.DataType[collective.dtype].bitwidth // 8
 
 
 def _peak_rss_nbytes() -> int:

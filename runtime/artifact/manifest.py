@@ -215,6 +215,12 @@ class Manifest:
         """
         return {info.name: self._position_nbytes(info) for info in self.inputs if info.role == "state"}
 
+    def payload_nbytes(self, collective: Collective) -> int:
+        """The bytes that `collective` gives each rank for a decoded token: every dynamic dimension is 1."""
+        parts = self.mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
+        local = [size if isinstance(size, int) else 1 for size in collective.shape]
+        return DTYPES[collective.dtype].nbytes(local) * parts
+
     def _position_nbytes(self, info: InputInfo) -> int:
         sizes = {name: 1 for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
         local = [

@@ -275,15 +275,10 @@ def _collectives(manifest: Manifest) -> tuple[CollectiveSummary, ...]:
             kind=kind,
             axes=axes,
             count=len(group),
-            nbytes_per_token=sum(_payload_nbytes(collective, manifest.mesh) for collective in group),
+            nbytes_per_token=sum(map(manifest.payload_nbytes, group)),
         )
         for (kind, axes), group in groups.items()
     )
-
-
-def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:
-    parts = mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
-    return DTYPES[collective.dtype].nbytes([n if isinstance(n, int) else 1 for n in collective.shape]) * parts
 
 
 def _replicated(artifact: Artifact) -> tuple[ReplicatedTensor, ...]:
