@@ -97,7 +97,7 @@ class Memory:
         self._model = model
         self._program = cut_program(model.program, model.manifest.collectives, size_names(model.manifest))
         self._life = _lifetimes(self._program)
-        self._kept_at = _states_kept_at(model)
+        self._states = _states_kept_at(model)
 
     def of_stages(self, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
         """What each of `stages`, which are all of the model, keeps on each PE."""
@@ -105,9 +105,7 @@ class Memory:
             StageMemory(
                 weight_nbytes=stage.weight_nbytes,
                 kv_nbytes_per_token=sum(
-                    nbytes
-                    for name, nbytes in self._model.manifest.state_nbytes.items()
-                    if stage.first_node <= self._kept_at.get(name, 0) < stage.stop_node
+                    nbytes for kept_at, nbytes in self._states if stage.first_node <= kept_at < stage.stop_node
                 ),
                 activation_nbytes=_activation_nbytes(self._model, self._program, self._life, stage, workload),
                 received_nbytes_per_token=_received_nbytes(self._model, self._program, stage),
@@ -116,12 +114,13 @@ class Memory:
         )
 
 
-def _states_kept_at(model: SplitModel) -> dict[str, int]:
-    """State input -> the node whose stage keeps it: which makes its next value, or else reads it first."""
+def _states_kept_at(model: SplitModel) -> list[tuple[int, int]]:
+    """For each state the node whose stage keeps it, which makes its next value or reads it first, and its bytes."""
     nodes = model.program.graph.node
     read_at = {name: at for at in reversed(range(len(nodes))) for name in used_names(nodes[at])}
     made_at = {name: at for at, node in enumerate(nodes) for name in node.output}
-    return read_at | {s.input: made_at[s.output] for s in model.manifest.states if s.output in made_at}
+    kept_at = read_at | {s.input: made_at[s.output] for s in model.manifest.states if s.output in made_at}
+    return [(kept_at.get(name, 0), nbytes) for name, nbytes in model.manifest.state_nbytes.items()]
 
 
 def _lifetimes(program: Program) -> dict[str, Lifetime]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -84,7 +85,7 @@ def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
     most even), then that of block counts.
     """
     sums = [0, *accumulate(costs)]
-    limit = _least_limit(sums, stages)
+    limit = _least_limit(costs, stages)
     # best[i]: of the cuts of the first i blocks into so many stages, the one with the least squares.
     best: list[tuple[int, int, tuple[int, ...]] | None] = [(0, 0, ()), *([None] * len(costs))]
     for _ in range(stages):
@@ -96,8 +97,8 @@ def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
                     before[1] + (stop - start) ** 2,
                     (*before[2], stop - start),
                 )
-                for start in range(stop)
-                if (before := best[start]) is not None and sums[stop] - sums[start] <= limit
+                for start in range(bisect_left(sums, sums[stop] - limit), stop)
+                if (before := best[start]) is not None
             ]
             longer[stop] = min(options, default=None)
         best = longer
@@ -106,22 +107,19 @@ def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
     return found[2]
 
 
-def _least_limit(sums: Sequence[int], stages: int) -> int:
+def _least_limit(costs: Sequence[int], stages: int) -> int:
     """The least that the largest of `stages` stages can cost."""
-    count = len(sums) - 1
-    # least[i]: the smallest possible maximum when the first i blocks are so many stages.
-    least: list[int | None] = [0, *([None] * count)]
-    for _ in range(stages):
-        least = [
-            min(
-                (max(most, sums[stop] - sums[start]) for start in range(stop) if (most := least[start]) is not None),
-                default=None,
-            )
-            for stop in range(count + 1)
-        ]
-    limit = least[-1]
-    assert limit is not None  # there are as many blocks as stages, or more
-    return limit
+    return bisect_left(range(sum(costs)), True, lo=max(costs), key=lambda limit: _num_stages(costs, limit) <= stages)
+
+
+def _num_stages(costs: Sequence[int], limit: int) -> int:
+    """How many stages of at most `limit` it takes."""
+    count, left = 0, -1
+    for cost in costs:
+        if cost > left:
+            count, left = count + 1, limit
+        left -= cost
+    return count
 
 
 def _check_stages(stages: int, blocks: int) -> None:
