@@ -59,7 +59,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
     ("folder", "may_import"),
     [
         ("runtime", ["furiosa_llm.runtime"]),
-        ("builder", ["furiosa_llm.builder", "furiosa_llm.runtime.artifact"]),
+        ("builder", ["furiosa_llm.builder", "furiosa_llm.runtime.artifact", "furiosa_llm.runtime.placement"]),
     ],
 )
 def test_folders_import_only_what_they_may(folder: str, may_import: list[str]) -> None:

@@ -15,6 +15,7 @@ from furiosa_llm.builder.factors.probe import Probes, probe
 from furiosa_llm.builder.rewrite.control_flow import constant_condition, replace_outputs, splice, take_branch
 from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.size_folding import proven_conditions
+from furiosa_llm.builder.rewrite.writer import NodeWriter
 from furiosa_llm.builder.rules import op_of
 from furiosa_llm.builder.rules.facts import Facts, present
 from furiosa_llm.builder.shapes.closures import BRANCHES, CLOSURE_DOMAIN, nodes_within
@@ -115,15 +116,8 @@ def _is_total(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
 def _select(graph: ir.Graph, node: ir.Node) -> None:
     condition = node.inputs[0]
     then, other = (splice(graph, node, node.attributes[n].as_graph()) for n in BRANCHES)
-    chosen: Sequence[ir.Value] = [
-        _where(graph, node, [condition, a, b], f"{node.name}/select{number}")
-        for number, (a, b) in enumerate(zip(then, other, strict=True))
-    ]
+    new = NodeWriter(graph, lambda number: f"{node.name}/select{number}")
+    pairs = enumerate(zip(then, other, strict=True))
+    chosen = [new.add("Where", [condition, *pair], str(number)) for number, pair in pairs]
+    new.put_before(node)
     replace_outputs(graph, node, chosen)
-
-
-def _where(graph: ir.Graph, before: ir.Node, inputs: Sequence[ir.Value | None], name: str) -> ir.Value:
-    select = ir.Node("", "Where", inputs, name=name)
-    select.outputs[0].name = name
-    graph.insert_before(before, select)
-    return select.outputs[0]

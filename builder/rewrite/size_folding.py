@@ -21,6 +21,7 @@ from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.factor import Factor, Kind
 from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.polynomial import _BEYOND_INT64, Polynomial
+from furiosa_llm.builder.rewrite.writer import NodeWriter
 from furiosa_llm.builder.rules import evaluate, op_of
 from furiosa_llm.builder.shapes.interpreter import Facts, attributes_of
 
@@ -71,7 +72,7 @@ class _Folder:
                     self._names.setdefault(analysis.dims[value][d].find(), kind)
         self.known: dict[ir.Value, Sizes] = {}
         self._emitted: dict[object, ir.Value] = {}
-        self._front: list[ir.Node] = []
+        self._new = NodeWriter(self._graph, lambda _: f"sizes/{len(self._emitted)}")
 
     def evaluate(self) -> None:
         """Find out what is known of every value."""
@@ -91,9 +92,7 @@ class _Folder:
             for value in node.outputs:
                 if value in self.known and self._is_read(value):
                     self._replace(value, self.known[value])
-        if self._front:
-            first = next(iter(self._graph))
-            self._graph.insert_before(first, self._front)
+        self._new.put_before(self._graph[0])
 
     # -- what is known -------------------------------------------------------------------------------------------
 
@@ -262,21 +261,13 @@ class _Folder:
 
     def _node(self, op_type: str, inputs: Sequence[ir.Value], key: object, **attributes: int) -> ir.Value:
         if key not in self._emitted:
-            name = f"sizes/{len(self._emitted)}"
-            output = ir.Value(name=name)
-            attrs = [ir.AttrInt64(k, v) for k, v in attributes.items()]
-            self._front.append(ir.Node("", op_type, inputs, attrs, outputs=[output], name=name))
-            self._emitted[key] = output
+            self._emitted[key] = self._new.add_all(op_type, inputs, [""], attributes=attributes)[0]
         return self._emitted[key]
 
     def _initializer(self, array: npt.NDArray[Any]) -> ir.Value:
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         if key not in self._emitted:
-            name = f"sizes/{len(self._emitted)}"
-            tensor = ir.Tensor(array, name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self._graph.register_initializer(value)
-            self._emitted[key] = value
+            self._emitted[key] = self._new.constant(array)
         return self._emitted[key]
 
 

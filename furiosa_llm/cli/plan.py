@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
-from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
+from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import Sizes, parallel_size
-from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 
 _SHOWN_WEIGHTS = 3
 
@@ -49,7 +50,9 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
     "--context", type=int, help="Positions that each sequence may reach.  [default: 2048 or the model's limit]"
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--chunk", type=int, default=DEFAULT_CHUNK, show_default=True, help="New positions in a prefill step.")
+@click.option(
+    "--chunk", type=int, default=DEFAULT_CHUNK_SIZE, show_default=True, help="New positions in a prefill step."
+)
 @click.option(
     "--dim", "dims", type=Sizes(), multiple=True, help="Size of an input dimension that the model leaves open."
 )
@@ -113,7 +116,7 @@ def plan(
         fuse_attention=fuse_attention and emit_onnx is None,
     )
     if emit_onnx is not None:
-        write_annotated_plan(builds[0], found.workload, emit_onnx, stages)
+        write_annotated_plan(builds[0], emit_onnx, stages)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return
@@ -124,6 +127,12 @@ def plan(
         console.print(_choices(size_plan), crop=False)
     console.print()
     console.print(_deployments(found), crop=False)
+    for size_plan in found.plans:
+        if (size_plan.working_nbytes or 0) > PE_NBYTES:
+            click.echo(
+                f"tp {size_plan.tensor_parallel_size}: {_known(size_plan.working_nbytes)} are alive inside a step, "
+                f"which neither table nor engine counts; choose a smaller chunk or batch."
+            )
 
 
 def _figures(found: ModelPlan) -> Table:
@@ -134,7 +143,7 @@ def _figures(found: ModelPlan) -> Table:
     )
     table = Table(
         title=f"{found.model}: {parameters} parameters, {nbytes(found.nbytes)}, {found.num_nodes} nodes; "
-        f"context {work.context}, batch {work.batch}, prefill by {work.chunk}",
+        f"context {work.max_model_len}, batch {work.max_batch_size}, prefill by {work.prefill_chunk_size}",
         title_justify="left",
     )
     table.add_column("one PE of tp")
@@ -145,7 +154,8 @@ def _figures(found: ModelPlan) -> Table:
         ("  of them on every PE alike", lambda p: nbytes(p.replicated_nbytes)),
         ("  padding, all PEs together", lambda p: nbytes(p.padding_nbytes)),
         ("KV cache", lambda p: f"{nbytes(p.state_nbytes)} ({nbytes(p.state_nbytes_per_token)} a position)"),
-        ("activations", lambda p: "unknown" if p.activation_nbytes is None else nbytes(p.activation_nbytes)),
+        ("activations", lambda p: _known(p.activation_nbytes)),
+        ("most alive inside a step", lambda p: _known(p.working_nbytes)),
         ("all of it", lambda p: f"{nbytes(_all_nbytes(p))} of {nbytes(PE_NBYTES)}"),
         ("collectives per token", lambda p: "\n".join(map(_collective, p.collectives)) or "none"),
         ("reading the weights once", lambda p: f"{p.floor_us / 1000:.2f} ms"),
@@ -154,6 +164,10 @@ def _figures(found: ModelPlan) -> Table:
     for name, text in rows:
         table.add_row(name, *(text(plan_) for plan_ in found.plans))
     return table
+
+
+def _known(count: int | None) -> str:
+    return "unknown" if count is None else nbytes(count)
 
 
 def _all_nbytes(plan_: SizePlan) -> int:
@@ -208,7 +222,9 @@ def _why(choice: Explained) -> str:
 
 def _deployments(found: ModelPlan) -> Table:
     """What fits on how many cards."""
-    table = Table(title="where it fits (RNGD: 8 PEs and 48 GB a card)", title_justify="left")
+    table = Table(
+        title=f"where it fits (RNGD: {PES_PER_CARD} PEs and {CARD_NBYTES // 10**9} GB a card)", title_justify="left"
+    )
     for name in ("cards", "tp", "pp", "dp", "fullest PE", "fits", "room for more KV positions, each replica"):
         table.add_column(name, justify="right")
     for plan_ in found.plans:

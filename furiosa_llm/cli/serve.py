@@ -14,10 +14,10 @@ import click
 from furiosa_llm.cli.options import BATCH_INVARIANT, FULL_VERIFICATION, placement_options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.topology import show_topology
-from furiosa_llm.runtime.engine.capacity import Workload
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.placement.capacity import Workload
 
 if TYPE_CHECKING:
     from furiosa_llm.server.model import Decoder

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 
 from furiosa_llm.runtime.engine.buckets import BucketConfig
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
+from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 DEFAULT_BATCH_SIZE = 16
-DEFAULT_CHUNK_SIZE = 256
 
 _COUNTS = (
     "pipeline_parallel_size",

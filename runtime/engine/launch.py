@@ -9,15 +9,22 @@ from functools import partial
 
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.engine.capacity import Workload, check_weights, kv_pages, stage_memory
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
-from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE, EngineArgs
+from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
 from furiosa_llm.runtime.engine.machine_snapshot import layout_of
 from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.placement.block_reads import block_starts
+from furiosa_llm.runtime.placement.capacity import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_LENGTH,
+    Workload,
+    check_weights,
+    kv_pages,
+    stage_memory,
+)
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
@@ -30,9 +37,6 @@ logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 16
 """Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
-
-_UNLIMITED_LENGTH = 2048
-"""What the KV cache has room for in each slot if neither the model nor the caller limits a sequence's length."""
 
 
 _OF_DECODERS = (
@@ -204,7 +208,7 @@ def _limits(
     batch = min(batch, scheduler.max_processing_samples)
     workload = Workload(
         max_batch_size=batch,
-        max_model_len=max_length or _UNLIMITED_LENGTH,
+        max_model_len=max_length or DEFAULT_LENGTH,
         prefill_chunk_size=scheduler.prefill_chunk_size or DEFAULT_CHUNK_SIZE,
     )
     num_pages = _num_pages(artifact, topology, stages, workload, args)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.engine.capacity import Workload, stage_memory
 from furiosa_llm.runtime.engine.replica import Replica, ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.execution.counters import StageCounts
-from furiosa_llm.runtime.placement.devices import PE
+from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
+from furiosa_llm.runtime.placement.devices import PE, first_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology
 
@@ -114,8 +114,9 @@ def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *
 def layout_of_one(artifact: Artifact) -> MachineLayout:
     """That of a model which runs by itself, as one replica of one stage: its ranks are the first PEs there are."""
     size = artifact.manifest.mesh.size
-    ranks = tuple(PE(npu=rank // PES_PER_CARD, index=rank % PES_PER_CARD) for rank in range(size))
-    topology = Topology(tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((ranks,),))
+    topology = Topology(
+        tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((first_pes(size),),)
+    )
     return layout_of(artifact, topology, choose_stages(artifact), page_size=1)
 
 

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from furiosa_llm.runtime.artifact.card import PES_PER_CARD
+from furiosa_llm.runtime.artifact.card import FUSIBLE, PES_PER_CARD
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.placement.devices import FUSIBLE, MAX_CARDS, PE, format_pes, parse_devices
+from furiosa_llm.runtime.placement.devices import MAX_CARDS, PE, format_pes, parse_devices
 
 Group = tuple[PE, ...]
 """The PEs of one stage of one replica: PE i has rank i."""

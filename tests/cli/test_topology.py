@@ -12,8 +12,8 @@ import pytest
 
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
-from furiosa_llm.runtime.engine.capacity import Workload, card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.placement.block_reads import read_blocks
+from furiosa_llm.runtime.placement.capacity import Workload, card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
 from tests.cli.conftest import Cli

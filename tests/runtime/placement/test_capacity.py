@@ -8,7 +8,8 @@ import pytest
 
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.engine.capacity import (
+from furiosa_llm.runtime.errors import CapacityError
+from furiosa_llm.runtime.placement.capacity import (
     CardMemory,
     StageMemory,
     Workload,
@@ -17,7 +18,6 @@ from furiosa_llm.runtime.engine.capacity import (
     kv_pages,
     stage_memory,
 )
-from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
 from tests.support.runtime.blocks import llama_blocks
