@@ -13,10 +13,10 @@ from typing import Any
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.working_memory import working_nbytes
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
 from furiosa_llm.builder.plan.explain import Explained, explain
-from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size, mesh_of
 from furiosa_llm.builder.plan.search import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source import companions
@@ -24,6 +24,7 @@ from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
 from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PES_PER_CARD
 from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.placement.block_reads import read_blocks
 from furiosa_llm.runtime.placement.capacity import (
     DEFAULT_CHUNK_SIZE,
@@ -138,32 +139,34 @@ def plan_model(
         context: Positions that each sequence may reach; 2048 if None, or the model's own limit if that is less.
         batch: Sequences decoded together.
         chunk: New positions of one sequence in a prefill step.
-        dims: Sizes of dynamic input dimensions that do not follow from the model.
-        max_padding: By how much padding may make one dimension larger.
-        tactics: Choices that the planner must keep.
-        experimental_tp: Also allow tensor parallel sizes 1, 2 and 16.
-        fuse_attention: As `ArtifactBuilder` does; without, every node of the model has its place in the plan.
+        dims: Sizes of input dimensions that the model leaves open, by symbol or input.symbol.
+        max_padding: By how much padding may enlarge a dimension (1.34: by a third).
+        tactics: Choices to keep (see docs/planning.md).
+        experimental_tp: Also allow a tensor parallel size of 1, 2 or 16.
+        fuse_attention: Replace attention written out in small ops by one op with its cache in place.
+            Without, every node of the model has its place in the plan.
 
     Returns:
         The figures for people, and the plans and programs behind them, one for each size.
     """
-    for size in tensor_parallel_sizes:
-        check_tensor_parallel_size(size, experimental=experimental_tp)
+    options = BuildOptions(
+        dims=dict(dims or {}), max_padding=max_padding, tactics=tactics, fuse_attention=fuse_attention
+    )
+    of_sizes = [dataclasses.replace(options, tensor_parallel_size=size) for size in tensor_parallel_sizes]
+    for of_size in of_sizes:
+        of_size.check(experimental_tp=experimental_tp)
     for name, number in (("context", context), ("batch", batch), ("chunk", chunk)):
-        if number is not None and number < 1:
-            raise OptionError(f"{name} must be at least 1, got {number}.")
+        if number is not None:
+            COUNT.check(name, number, OptionError)
     path = Path(model)
-    analysed = analyse_model(path, dims or {}, fuse=fuse_attention, told=lambda _: None)
+    analysed = analyse_model(path, options, told=lambda _: None)
     limit = companions.max_sequence_length(path)
     workload = Workload(
         max_batch_size=batch,
         max_model_len=context or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH),
         prefill_chunk_size=chunk,
     )
-    builds = tuple(
-        analysed.lowered_for(mesh_of(size), max_padding=max_padding, tactics=tactics, told=lambda _: None)
-        for size in tensor_parallel_sizes
-    )
+    builds = tuple(analysed.lowered_for(of_size, told=lambda _: None) for of_size in of_sizes)
     initializers = analysed.source.model.graph.initializers.values()
     tensors = {id(t): t for value in initializers if (t := value.const_value) is not None}
     plan = ModelPlan(

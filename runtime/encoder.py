@@ -14,6 +14,7 @@ import numpy.typing as npt
 from furiosa_llm.runtime.artifact.checks.composite import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
+from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
@@ -84,8 +85,7 @@ class Encoder(Closing):
         padded: bool = False,
     ) -> None:
         manifest = executor.artifact.manifest
-        if max_batch_size < 1:
-            raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        COUNT.check("max_batch_size", max_batch_size, InputError)
         _check_inputs(manifest)
         self._inputs = manifest.inputs
         self._output = _output_of(manifest, output)

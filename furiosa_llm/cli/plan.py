@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
+from furiosa_llm.builder import ModelPlan, OptionError, plan_model
 from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import Sizes, parallel_size
+from furiosa_llm.cli.build import BUILD, planning_options
+from furiosa_llm.cli.options import ENGINE, option
 from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 
@@ -37,10 +39,9 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@parallel_size(
-    "tp",
-    "tensor",
-    "sizes",
+@option(
+    "tensor_parallel_size",
+    BUILD,
     type=_ParallelSizes(),
     default="4,8",
     show_default=True,
@@ -53,70 +54,39 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--chunk", type=int, default=DEFAULT_CHUNK_SIZE, show_default=True, help="New positions in a prefill step."
 )
-@click.option(
-    "--dim", "dims", type=Sizes(), multiple=True, help="Size of an input dimension that the model leaves open."
-)
-@click.option(
-    "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
-)
-@click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
-@click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@planning_options
 @click.option(
     "--emit-onnx", type=click.Path(path_type=Path), help="Write the unsplit model with the plan as ONNX annotations."
 )
-@click.option(
-    "-pp",
-    "--pipeline-parallel-size",
-    "--pipeline_parallel_size",
-    "stages",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Pipeline stages to annotate with --emit-onnx.",
-)
-@click.option(
-    "--fuse-attention/--no-fuse-attention",
-    default=True,
-    show_default=True,
-    help="Plan for attention as one op, as `build` does; --emit-onnx always plans for the model's own nodes.",
+@option(
+    "pipeline_parallel_size", ENGINE, default=1, show_default=True, help="Pipeline stages to annotate with --emit-onnx."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(
     model: Path,
-    sizes: tuple[int, ...],
-    context: int | None,
-    batch: int,
-    chunk: int,
-    dims: tuple[tuple[str, int], ...],
-    max_padding: float,
-    tactics: Path | None,
-    experimental_tp: bool,
+    tensor_parallel_size: tuple[int, ...],
     emit_onnx: Path | None,
-    stages: int,
+    pipeline_parallel_size: int,
     fuse_attention: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Say how MODEL (an .onnx file) would be partitioned, what that costs, and where it fits.
 
-    The weights are not read, and their files need not be there.
+    The weights are not read, and their files need not be there. With --emit-onnx attention is not replaced.
     """
-    if emit_onnx is not None and len(sizes) != 1:
-        raise OptionError(f"--emit-onnx writes one plan, got the sizes {list(sizes)}; choose one with -tp.")
-    choices: Tactics | None = None if tactics is None else read_tactics(tactics)
+    if emit_onnx is not None and len(tensor_parallel_size) != 1:
+        raise OptionError(
+            f"--emit-onnx writes one plan, got the sizes {list(tensor_parallel_size)}; choose one with -tp."
+        )
     found, builds = plan_model(
         model,
-        tensor_parallel_sizes=sizes,
-        context=context,
-        batch=batch,
-        chunk=chunk,
-        dims=dict(dims),
-        max_padding=max_padding,
-        tactics=choices,
-        experimental_tp=experimental_tp,
+        tensor_parallel_sizes=tensor_parallel_size,
         fuse_attention=fuse_attention and emit_onnx is None,
+        **options,
     )
     if emit_onnx is not None:
-        write_annotated_plan(builds[0], emit_onnx, stages)
+        write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
         return

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from furiosa_llm.builder.units import counted, nbytes
-from furiosa_llm.cli.options import placement_options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
@@ -51,13 +51,11 @@ class _Report:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@placement_options
-@click.option(
-    "--max-batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences decoded together."
-)
-@click.option(
-    "--max-model-len",
-    type=click.IntRange(min=1),
+@options(ENGINE, *PLACEMENT)
+@option("max_batch_size", ENGINE, default=1, show_default=True, help="Sequences decoded together.")
+@option(
+    "max_model_len",
+    ENGINE,
     help=f"Tokens that each sequence may reach.  [default: {DEFAULT_LENGTH} or the model's limit]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")

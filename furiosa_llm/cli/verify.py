@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from furiosa_llm.builder.units import counted
-from furiosa_llm.cli.options import Sizes
+from furiosa_llm.cli.options import ENGINE, Sizes, option
 from furiosa_llm.composite_verification import verify_composite
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
@@ -47,7 +47,7 @@ _COUNTED = {
 )
 @click.option("--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension to run with.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that run the models.  [default: the cores]")
+@option("threads", ENGINE, help="Threads that run the models.  [default: the cores]")
 def verify(
     artifact: Path,
     full: bool,

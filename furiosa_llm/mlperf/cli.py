@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from furiosa_llm import FuriosaLLMError, __version__
-from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.runtime.errors import UnsupportedError
 
@@ -30,17 +30,8 @@ _OPTIONS = (
     click.option(
         "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
     ),
-    placement_options,
-    click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another one than the artifact's."),
-    click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]"),
-    click.option(
-        "--paged-attention-num-blocks", type=click.IntRange(min=1), help="Pages of 16 tokens in the KV cache."
-    ),
-    click.option("--npu-queue-limit", type=click.IntRange(min=1), help="No effect."),
-    click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused."),
-    click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over."),
-    click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]"),
-    FULL_VERIFICATION,
+    options(ENGINE, *PLACEMENT, "tokenizer", "max_batch_size", "paged_attention_num_blocks", "npu_queue_limit"),
+    options(ENGINE, "spare_blocks_ratio", "workers", "threads", "full_verification"),
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
+from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.errors import ExecutionError, InputError
 
 
@@ -30,8 +31,8 @@ Body = Callable[[Sequence[int], int, Waits], None]
 
 def cores_for(threads: int | None) -> int:
     """`threads`, or if it is None one for each core that this process may use; raises InputError if below 1."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}")
+    if threads is not None:
+        COUNT.check("threads", threads, InputError)
     return threads or len(os.sched_getaffinity(0))
 
 

@@ -16,9 +16,9 @@ from furiosa_llm.builder import OptionError, plan_model
 from furiosa_llm.builder.lower.program_builder import INLINE_NBYTES
 from furiosa_llm.builder.lower.working_memory import working_nbytes
 from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.explain import Explained
-from furiosa_llm.builder.plan.mesh import mesh_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
@@ -149,8 +149,10 @@ def test_every_alternative_is_refused_with_a_price_or_a_reason(zoo: Path) -> Non
 def test_activations_are_the_most_that_is_alive(tmp_path: Path) -> None:
     """At the end: the residual stream (16 floats a position), the local scores (10) and the gathered ones (40)."""
     onnx.save(stack(9), tmp_path / "model.onnx")
-    analysed = analyse_model(tmp_path / "model.onnx", {}, fuse=False, told=lambda _: None)
-    build = analysed.lowered_for(mesh_of(4), told=lambda _: None)
+    options = BuildOptions(fuse_attention=False)
+    build = analyse_model(tmp_path / "model.onnx", options, told=lambda _: None).lowered_for(
+        options, told=lambda _: None
+    )
     inner, residual, scores = 5 * 64 // 4 * 4, 5 * 16 * 4, 5 * 40 * 4
     layer = residual + 2 * inner  # the inner values before and behind Relu, beside what is added to later
     workload = Workload(max_model_len=32, max_batch_size=5, prefill_chunk_size=1)
@@ -173,7 +175,7 @@ def test_what_fits(graphs: Path) -> None:
 
 @pytest.mark.parametrize("option", ["context", "batch", "chunk"])
 def test_workloads_below_one_mean_nothing(option: str, zoo: Path) -> None:
-    with pytest.raises(OptionError, match=f"{option} must be at least 1, got 0"):
+    with pytest.raises(OptionError, match=f"{option} must be an integer of at least 1, got 0"):
         plan_model(zoo / "tiny-llama-genai-fp32" / "model.onnx", **{option: 0})  # type: ignore[arg-type]
 
 
@@ -187,7 +189,7 @@ def test_json_holds_everything(zoo: Path) -> None:
 
 def test_a_state_is_kept_where_its_next_value_is_made(zoo: Path) -> None:
     """An exporter of sliding windows cuts all states before the first layer."""
-    analysed = analyse_model(zoo / "tiny-mistral-dynamo-tf5" / "model.onnx", {}, fuse=True, told=lambda _: None)
-    model = planned(analysed.lowered_for(mesh_of(4), told=lambda _: None))
+    analysed = analyse_model(zoo / "tiny-mistral-dynamo-tf5" / "model.onnx", BuildOptions(), told=lambda _: None)
+    model = planned(analysed.lowered_for(BuildOptions(), told=lambda _: None))
     first, second = stage_memory(model, choose_stages(model, pipeline_parallel_size=2), Workload())
     assert first.kv_nbytes_per_token == second.kv_nbytes_per_token == sum(model.manifest.state_nbytes.values()) // 2

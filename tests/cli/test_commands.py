@@ -238,7 +238,7 @@ def test_plan_and_build_take_tactics(cli: Cli, zoo: Path, tmp_path: Path, monkey
 def test_plan_refuses_what_it_cannot(refused: Callable[..., str], zoo: Path, tmp_path: Path) -> None:
     model = zoo / OPTIMUM / "model.onnx"
     assert "tensor parallel size 3 is not supported" in refused("plan", model, "-tp", "4,3", code=2)
-    assert "context must be at least 1, got 0" in refused("plan", model, "--context", 0, code=2)
+    assert "context must be an integer of at least 1, got 0" in refused("plan", model, "--context", 0, code=2)
     assert "does not exist" in refused("plan", tmp_path / "none.onnx")
     assert "cannot be read" in refused("plan", model, "--tactics", tmp_path / "none.toml")
 

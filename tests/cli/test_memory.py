@@ -11,8 +11,8 @@ import pytest
 
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.model_plan import size_plan
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
-from furiosa_llm.builder.plan.mesh import mesh_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.reader import SplitModel, open_artifact
@@ -32,8 +32,8 @@ WORKLOADS = 12
 
 def build_of(name: str, tp: int) -> Build:
     path = ZOO / name if name.endswith(".onnx") else ZOO / name / "model.onnx"
-    analysed = analyse_model(path, {}, fuse=True, told=lambda _: None)
-    return analysed.lowered_for(mesh_of(tp), told=lambda _: None)
+    analysed = analyse_model(path, BuildOptions(), told=lambda _: None)
+    return analysed.lowered_for(BuildOptions(tensor_parallel_size=tp), told=lambda _: None)
 
 
 def unwritten(model: SplitModel) -> tuple[object, ...]:
