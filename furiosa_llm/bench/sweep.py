@@ -21,7 +21,7 @@ from furiosa_llm.runtime.engine.core import EngineCore
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan, make_plan, open_model, start
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.devices import format_pes
+from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 
 
@@ -64,12 +64,9 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run: its parallel sizes, its load, and what was measured."""
+    """One run: where the model was, its load, and what was measured."""
 
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    data_parallel_size: int
-    devices: str
+    topology: Topology
     load: Load
     figures: Figures
     latencies: Mapping[str, Sequence[float]]
@@ -77,17 +74,15 @@ class Run:
     @property
     def label(self) -> str:
         """What tells it apart."""
-        sizes = f"tp {self.tensor_parallel_size} pp {self.pipeline_parallel_size} dp {self.data_parallel_size}"
+        placed = self.topology
+        sizes = f"tp {placed.tensor_parallel_size} pp {placed.pipeline_parallel_size} dp {placed.data_parallel_size}"
         return f"{sizes}, {self.load}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinite numbers: such a rate is "inf"."""
         rate = self.load.request_rate
         return {
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "pipeline_parallel_size": self.pipeline_parallel_size,
-            "data_parallel_size": self.data_parallel_size,
-            "devices": self.devices,
+            **self.topology.as_dict(),
             "request_rate": "inf" if math.isinf(rate) else rate,
             "concurrency": self.load.concurrency,
             **self.figures.as_dict(),
@@ -121,12 +116,8 @@ def sweep(plans: Sequence[tuple[EngineArgs, Plan]], loads: Sequence[Load], workl
             _warm_up(core, workload)
             for load in loads:
                 observed = _observe(core, workload, load)
-                topology = plan.topology
                 yield Run(
-                    tensor_parallel_size=topology.tensor_parallel_size,
-                    pipeline_parallel_size=topology.pipeline_parallel_size,
-                    data_parallel_size=topology.data_parallel_size,
-                    devices=format_pes(topology.pes),
+                    topology=plan.topology,
                     load=load,
                     figures=figures_of(observed, workload.objectives),
                     latencies=latencies(observed),

@@ -239,10 +239,7 @@ def _text(value: str) -> Text:
 def _to_json(report: _Report) -> dict[str, Any]:
     placed = report.topology
     return {
-        "tensor_parallel_size": placed.tensor_parallel_size,
-        "pipeline_parallel_size": placed.pipeline_parallel_size,
-        "data_parallel_size": placed.data_parallel_size,
-        "devices": format_pes(placed.pes),
+        **placed.as_dict(),
         "pes": [
             {"pe": str(pe), "replica": replica, "stage": stage, "rank": rank}
             for replica, groups in enumerate(placed.replicas)

@@ -12,8 +12,6 @@ from pydantic import BaseModel, Field
 import furiosa_llm
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot, ReplicaSnapshot
 from furiosa_llm.runtime.execution.counters import TransferKind
-from furiosa_llm.runtime.placement.devices import format_pes
-from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.state import State
@@ -150,7 +148,7 @@ async def machine(state: State) -> MachineResponse:
         version=furiosa_llm.__version__,
         time=time.time(),
         uptime_seconds=time.monotonic() - state.started,
-        parallelism=_parallelism(found.topology),
+        parallelism=Parallelism.model_validate(found.topology.as_dict()),
         batch_invariance=_batch_invariance(model.kind) if isinstance(model.kind, Decoder) else None,
         cards=[MachineCard(npu=card.npu, pes=[_pe(one) for one in card.pes]) for card in found.cards],
         replicas=[_replica(one) for one in found.replicas],
@@ -181,15 +179,6 @@ def _tokens(metrics: Metrics) -> MachineTokens:
 def _requests(metrics: Metrics) -> MachineRequests:
     received, succeeded, failed = metrics.request_counts()
     return MachineRequests(received=received, succeeded=succeeded, failed=failed)
-
-
-def _parallelism(topology: Topology) -> Parallelism:
-    return Parallelism(
-        tensor_parallel_size=topology.tensor_parallel_size,
-        pipeline_parallel_size=topology.pipeline_parallel_size,
-        data_parallel_size=topology.data_parallel_size,
-        devices=format_pes(topology.pes),
-    )
 
 
 def _pe(one: PESnapshot) -> MachinePE:

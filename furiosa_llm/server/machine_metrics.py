@@ -11,7 +11,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot
-from furiosa_llm.runtime.placement.devices import format_pes
 
 WINDOW = 10.0
 """Seconds over which the busy share of a stage is taken."""
@@ -83,14 +82,8 @@ class MachineCollector(Collector):
 
     def _pipeline(self, found: MachineSnapshot) -> Metric:
         made = InfoMetricFamily("furiosa_llm_pipeline", "How the model is parallel, and on which PEs.")
-        topology = found.topology
-        sizes = {
-            "tensor_parallel_size": topology.tensor_parallel_size,
-            "pipeline_parallel_size": topology.pipeline_parallel_size,
-            "data_parallel_size": topology.data_parallel_size,
-        }
-        labels = {name: str(size) for name, size in sizes.items()}
-        made.add_metric([], {"model_name": self._model_name, **labels, "devices": format_pes(topology.pes)})
+        labels = {name: str(value) for name, value in found.topology.as_dict().items()}
+        made.add_metric([], {"model_name": self._model_name, **labels})
         return made
 
     def _memory(self, found: MachineSnapshot) -> Metric:

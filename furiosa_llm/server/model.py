@@ -16,8 +16,6 @@ from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model, start
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.devices import format_pes
-from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
@@ -153,15 +151,6 @@ def load_served(
         ),
         max_length=plan.limits.max_length,
         max_prompt_length=plan.limits.prompt_limit,
-        parallelism=_parallelism(plan.topology),
+        parallelism=plan.topology.as_dict(),
         created=created,
     )
-
-
-def _parallelism(topology: Topology) -> dict[str, int | str]:
-    return {
-        "tensor_parallel_size": topology.tensor_parallel_size,
-        "pipeline_parallel_size": topology.pipeline_parallel_size,
-        "data_parallel_size": topology.data_parallel_size,
-        "devices": format_pes(topology.pes),
-    }

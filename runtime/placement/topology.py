@@ -35,6 +35,15 @@ class Topology:
         """Every PE that is used, sorted."""
         return tuple(sorted(pe for stages in self.replicas for group in stages for pe in group))
 
+    def as_dict(self) -> dict[str, int | str]:
+        """The sizes, and the PEs as `devices`."""
+        return {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "devices": format_pes(self.pes),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
