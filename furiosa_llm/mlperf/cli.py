@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,16 +88,12 @@ def _run(benchmark: Benchmark, options: dict[str, Any]) -> None:
     # LoadGen is an extra.
     from furiosa_llm.mlperf.run import RunOptions, run
 
-    own = {name: options.pop(name) for name in _OWN_OPTIONS}
-    # Everything but the summaries is for who waits at the terminal.
-    run(RunOptions(benchmark=benchmark, engine=options, **own), _tell)
+    not_engine = {name: options.pop(name) for name in _NOT_OF_ENGINE}
+    asked = RunOptions(benchmark=benchmark, engine=options, **not_engine)
+    run(asked, summary=click.echo, progress=partial(click.echo, err=True))
 
 
-_OWN_OPTIONS = ("artifact", "log_dir", "test_mode", "user_conf", "dataset", "count", "max_output_tokens")
-
-
-def _tell(text: str) -> None:
-    click.echo(text, err=not text.startswith("="))
+_NOT_OF_ENGINE = ("artifact", "log_dir", "test_mode", "user_conf", "dataset", "count", "max_output_tokens")
 
 
 def _check_installed() -> None:
