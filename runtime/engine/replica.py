@@ -1,7 +1,8 @@
-"""One replica of the model: a scheduler, a runner, and the thread that brings them together.
+"""Schedule, run, postprocess: the loop of one replica of the model, on a thread of its own.
 
-Whatever happens to a replica arrives in its inbox: new requests, aborts, batches that are done. Its thread sleeps on
-the inbox, so that nothing polls, and it alone touches the requests.
+The scheduler chooses a batch, the runner computes its logits, and the request table samples tokens from them and hands
+the outputs out. Whatever happens arrives in the replica's inbox: new requests, aborts, batches that are done. The
+thread sleeps on the inbox, so that nothing polls, and it alone touches the requests.
 """
 
 from __future__ import annotations
