@@ -88,6 +88,20 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     assert undeclared == set()
 
 
+def test_every_declared_dependency_is_imported() -> None:
+    """By a product file; those of an extra, too."""
+    distributions = packages_distributions()
+    used = {
+        canonicalize_name(distribution)
+        for folder in FOLDERS.values()
+        for _, name in imports(folder)
+        for distribution in distributions.get(name.partition(".")[0], [])
+    }
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    product = [extras["serve"], extras["plots"], extras["mlperf"], PYPROJECT["project"]["dependencies"]]
+    assert set().union(*map(names_of, product)) - used == set()
+
+
 def test_every_file_that_is_no_module_is_package_data() -> None:
     listed = {
         path

@@ -23,7 +23,7 @@ from furiosa_llm.server.settings import ServerSettings
 if TYPE_CHECKING:
     from furiosa_llm.server.model import Decoder
 
-_NEEDED = ("fastapi", "prometheus_client", "uvicorn")
+_NEEDED = ("fastapi", "h11", "prometheus_client", "pydantic", "uvicorn")
 _PARSERS = ("hermes", "llama3_json")
 _BACKENDS = ("auto", "guidance", "xgrammar")
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")

@@ -20,7 +20,8 @@ class Detokenizer:
 
     The last tokens are decoded together, and what they add to the text shown before is the new piece. Two things are
     held back because tokens to come may change them: a replacement character at the end, which may be the beginning of
-    a character, and a run of byte tokens, which is decoded as a whole.
+    a character, and a run of byte tokens, which is decoded as a whole. (`tokenizers.decoders.DecodeStream` shows byte
+    tokens before their run ends, with another text where it turns out to be no UTF-8, and raises at the next token.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
