@@ -17,13 +17,13 @@ from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
 from furiosa_llm.runtime.engine.replica import ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.model import Model
 from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 
@@ -62,7 +62,7 @@ class PoolingRequestOutput(Generic[T]):
     finished: bool
 
 
-class Encoder(Closing):
+class Encoder(Model):
     """An encoder loaded from an artifact.
 
     Make one with `load_artifact` or `of_artifact`. Close it, or use it as a context manager, to end its threads.
@@ -73,6 +73,11 @@ class Encoder(Closing):
     are, filled up under the attention mask, which alters results by rounding. Where an op of the model takes one scale
     over a whole batch, every prompt is run by itself.
     """
+
+    without_engine = (
+        "generate API can only be used for generative models; this is an encoder: use embed, or `furiosa-llm "
+        "embed`; `furiosa-llm run` gives its outputs as they are"
+    )
 
     def __init__(
         self,
@@ -94,7 +99,7 @@ class Encoder(Closing):
         self.tokenizer = tokenizer
         self.pooling = pooling
         limits = (manifest.model.max_sequence_length, pooling.max_sequence_length)
-        self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        self.max_length = self.max_prompt_length = min((limit for limit in limits if limit is not None), default=None)
         self._vocab_size = manifest.model.vocab_size
         self._executor = executor
         self._layout = layout_of_one(executor.artifact)

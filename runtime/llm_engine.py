@@ -103,9 +103,3 @@ class LLMEngine(Engine):
     def _take(self, outputs: Sequence[tuple[int, RequestOutput]]) -> None:
         for _, output in outputs:
             self._ready.put(output)
-
-
-def raise_error(output: RequestOutput) -> None:
-    """Raises the error that ended a request, if one did."""
-    if output.error is not None:
-        raise output.error

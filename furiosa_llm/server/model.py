@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 
+from furiosa_llm.runtime import model
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
-from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.requests.prompts import Prompt
-from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
@@ -141,16 +141,17 @@ def load_served(
             parallelism={"tensor_parallel_size": artifact.manifest.mesh.size},
             created=created,
         )
+    decoder = model.Decoder(plan, args, skip_engine=False)
     return ServedModel(
         names=shown,
         artifact=artifact,
         kind=Decoder(
-            engine=AsyncLLMEngine(start(plan, args)),
-            probe=cache(lambda: plan.batch_invariance or probe_batch_invariance(artifact, mapped=args.mapped)),
+            engine=AsyncLLMEngine.from_llm(decoder),
+            probe=lambda: decoder.batch_invariance,
             batch_invariant=args.batch_invariant,
         ),
-        max_length=plan.limits.max_length,
-        max_prompt_length=plan.limits.prompt_limit,
+        max_length=decoder.max_length,
+        max_prompt_length=decoder.max_prompt_length,
         parallelism=plan.topology.as_dict(),
         created=created,
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
-from furiosa_llm.runtime import llm as llm_module
+from furiosa_llm.runtime import model as model_module
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.engine.buckets import Bucket, BucketConfig
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -554,7 +554,7 @@ def test_ctrl_c_gives_all_requests_up(llm: LLM, greedy: list[int], monkeypatch: 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(llm_module, "SimpleQueue", Interrupted)
+        interrupted.setattr(model_module, "SimpleQueue", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["hello"] * 20, SamplingParams(temperature=0.0, max_tokens=50))
     assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from benchmarks.peers.protocol import Generation, Tokens, serve, timed_requests
 from furiosa_llm import LLM, RequestOutput, SamplingParams
-from furiosa_llm.runtime.llm_engine import raise_error
+from furiosa_llm.runtime.requests.outputs import raise_error
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind
 
 
