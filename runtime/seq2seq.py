@@ -20,7 +20,7 @@ from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.execution.seq2seq_decoder import CachedSteps, Steps, WholeSteps
 from furiosa_llm.runtime.model import Model
 from furiosa_llm.runtime.requests.outputs import RequestOutput
-from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
+from furiosa_llm.runtime.requests.prompts import Prompt, check_prompt_length, listed, read_prompt
 from furiosa_llm.runtime.requests.request import Request
 from furiosa_llm.runtime.tokens.grammar import Grammars
 from furiosa_llm.runtime.tokens.sampler import derived_seed, sample_rows
@@ -171,12 +171,8 @@ class Seq2Seq(Model):
             return WholeSteps(decoder, manifest) if first is None else CachedSteps(first, decoder, manifest)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
-        longest, limit = self.max_prompt_length, self.max_length
-        if longest is not None and prompt > longest:
-            raise ContextLengthError(
-                f"This model's maximum input context length is {longest} tokens, however you requested {prompt} "
-                f"tokens. Please reduce your prompt."
-            )
+        check_prompt_length(prompt, self.max_prompt_length)
+        limit = self.max_length
         if wanted is None and limit is None:
             raise InputError("the model does not say how long a completion may be; give max_tokens")
         if limit is not None and (wanted or 0) > limit:

@@ -11,7 +11,7 @@ from furiosa_llm.runtime.engine.machine_snapshot import MachineLayout, MachineSn
 from furiosa_llm.runtime.engine.replica import Replica
 from furiosa_llm.runtime.engine.router import choose_replica
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError, UnsupportedError
-from furiosa_llm.runtime.requests.prompts import Prompt, read_prompt
+from furiosa_llm.runtime.requests.prompts import Prompt, check_prompt_length, read_prompt
 from furiosa_llm.runtime.requests.request import Request
 from furiosa_llm.runtime.requests.request_table import Sink, Submission
 from furiosa_llm.runtime.tokens.grammar import Grammar, Grammars
@@ -150,13 +150,9 @@ class EngineCore:
         return None if wanted is None else self._grammars.compile(wanted.llguidance_grammar)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
-        """How many tokens a completion may have; the messages are worded as the vendor's, which programs look for."""
-        limit, prompt_limit = self.limits.max_length, self.limits.prompt_limit
-        if prompt_limit is not None and prompt > prompt_limit:
-            raise ContextLengthError(
-                f"This model's maximum input context length is {prompt_limit} tokens, however you requested {prompt} "
-                f"tokens. Please reduce your prompt."
-            )
+        """How many tokens a completion may have; the refusals have the vendor's words, which programs look for."""
+        check_prompt_length(prompt, self.limits.prompt_limit)
+        limit = self.limits.max_length
         if wanted is None:
             if limit is None:
                 raise InputError("the model does not say how long a sequence may be; give max_tokens")

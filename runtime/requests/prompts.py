@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -67,6 +67,15 @@ def read_prompt(
     if not token_ids:
         raise InputError("the prompt has no tokens; give a prompt that is not empty")
     return text, token_ids
+
+
+def check_prompt_length(length: int, limit: int | None) -> None:
+    """Raises ContextLengthError, in the vendor's words, for a prompt of more than `limit` tokens."""
+    if limit is not None and length > limit:
+        raise ContextLengthError(
+            f"This model's maximum input context length is {limit} tokens, however you requested {length} "
+            f"tokens. Please reduce your prompt."
+        )
 
 
 def with_tokenizer_kwargs(prompt: Prompt, options: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> Prompt:
