@@ -127,7 +127,7 @@ def _lifetimes(program: Program) -> dict[str, Lifetime]:
     """The lifetime of every value that a segment or a collective makes, as one rank has it; outputs live to the end."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for index, step in enumerate(program.steps):
+    for index, step in enumerate(program.sections):
         made = [call.output for call in step.collectives]
         read = [call.input for call in step.collectives]
         if step.segment is not None:
@@ -135,7 +135,7 @@ def _lifetimes(program: Program) -> dict[str, Lifetime]:
             read.extend(step.segment.inputs)
         first.update(dict.fromkeys(made, index))
         last.update({name: index for name in (*made, *read) if name in first})
-    last.update(dict.fromkeys(program.outputs, len(program.steps)))
+    last.update(dict.fromkeys(program.outputs, len(program.sections)))
     return {name: Lifetime(first=first[name], last=last[name]) for name in first}
 
 

@@ -143,7 +143,7 @@ class _Probe:
     def _distinct_segments(self) -> Iterator[LaneSegment]:
         """The segments of rank 0, and of those that are alike the first."""
         seen: set[tuple[bytes, ...]] = set()
-        for step in self._lanes.steps:
+        for step in self._lanes.sections:
             segment = step.segments[0]
             if segment is not None and (signature := _signature(segment, self._lanes)) not in seen:
                 seen.add(signature)

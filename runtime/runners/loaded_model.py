@@ -12,7 +12,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.execution.decoder import DecoderInterface, check_interface, interface_of
 from furiosa_llm.runtime.execution.ort import SessionSettings
-from furiosa_llm.runtime.execution.sessions import StepSessions, create_sessions
+from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
 from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.program.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
@@ -36,7 +36,7 @@ class StageProgram:
 
     graph: StageGraph
     lanes: Lanes
-    sessions: tuple[StepSessions, ...]
+    sessions: tuple[SectionSessions, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from furiosa_llm.runtime.execution.driver import Crew, cores_for
 from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions
 from furiosa_llm.runtime.runners.loaded_model import load_model
-from furiosa_llm.runtime.runners.steps import Group
+from furiosa_llm.runtime.runners.steps import GroupRunner
 
 _CLOSE_TIMEOUT = 5.0
 
@@ -69,7 +69,7 @@ class LocalRunner:
         stages = len(host.model.programs)
         self._counters = new_counters(stages, stages, 1)
         self._groups = [
-            Group(host.model, slots=slots_per_group, crew=host.crew, counters=counters[:, 0])
+            GroupRunner(host.model, slots=slots_per_group, crew=host.crew, counters=counters[:, 0])
             for counters in self._counters
         ]
         self._locks = [threading.Lock() for _ in range(stages)]

@@ -54,7 +54,9 @@ class ProbeFeeds:
         self._inputs = [info for info in artifact.manifest.inputs if info.name in program.inputs]
         shapes: dict[str, Shape] = dict(interface_of(artifact.manifest).state_shapes)
         waiting = following(program.model.graph.node, sizes=False)
-        crossing = {name for step in program.steps if step.segment for name in step.segment.inputs} - {*program.inputs}
+        crossing = {name for step in program.sections if step.segment for name in step.segment.inputs} - {
+            *program.inputs
+        }
         random = filter(self._is_number, crossing & waiting)
         shapes.update({name: program.types[name].shape or () for name in random})
         self._random = shapes

@@ -149,7 +149,7 @@ class _Use:
         return sum(earlier[stage].bound.tensor(first, name).array.nbytes for name, stage in self._received.items())
 
 
-class StageMemory:
+class StageBuffers:
     """What one group has on one stage: its states, and its uses of the stage by the form of the step."""
 
     def __init__(
@@ -221,7 +221,7 @@ class StageMemory:
             self._states.finish(use.bound, step.slots, past, past + step.token_ids.shape[1])
 
 
-class Group:
+class GroupRunner:
     """The batches of one group, one after another, through all stages; `counters` has a row for each of these."""
 
     def __init__(
@@ -236,7 +236,7 @@ class Group:
         self._model = model
         self._rows = rows_of(counters)
         self._memory = [
-            StageMemory(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
+            StageBuffers(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
         ]
 
     def run(self, batch: Batch, occupy: Occupy) -> Array:

@@ -26,7 +26,7 @@ DATA_SUFFIX = ".data"
 _ALIGNMENT = 4096
 """Of tensors in the data file: pages, so that it can be mapped into memory."""
 
-Progress = Callable[[int, int], None]
+BytesDone = Callable[[int, int], None]
 """Called with the bytes written so far, and all there are."""
 
 
@@ -54,7 +54,7 @@ class _Region:
     sha256: str
 
 
-def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: Progress | None = None) -> Unbuilt:
+def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: BytesDone | None = None) -> Unbuilt:
     """Write the model that `artifact` was built from to `out`, and the weights beside it to `out` + `.data`.
 
     The graph is the original's. Every initializer has the original's type, shape and bits; those that the artifact
@@ -102,7 +102,7 @@ def _check_output(artifact: Artifact, out: Path, *, force: bool) -> None:
 
 
 def _write_data(
-    artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path, progress: Progress
+    artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path, progress: BytesDone
 ) -> dict[str, _Region]:
     """Write every stored initializer once; gives the place of each."""
     distinct = {entry.stored: DTYPES[entry.dtype].nbytes(entry.shape) for entry in stored}
