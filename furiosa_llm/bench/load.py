@@ -16,21 +16,19 @@ from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """What became of one request. Times are in seconds since the load began.
-
-    due: when it should have been sent, or if there was no schedule, when it was. What it waited because the sender was
-        late, or too many were under way, counts as its latency.
-    num_prompt: tokens of its prompt.
-    token_times: when each token of its completion left the engine.
-    ended: when its last output did; None while it runs.
-    error: why it failed, None if it did not.
-    """
+    """What became of one request. Times are in seconds since the load began."""
 
     due: float
+    """When it should have been sent, or if there was no schedule, when it was. What it waited because the sender was
+    late, or too many were under way, counts as its latency."""
     num_prompt: int
+    """Tokens of its prompt."""
     token_times: list[float] = field(default_factory=list)
+    """When each token of its completion left the engine."""
     ended: float | None = None
+    """When its last output did; None while it runs."""
     error: str | None = None
+    """Why it failed, None if it did not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

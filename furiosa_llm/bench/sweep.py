@@ -27,14 +27,12 @@ from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, Sampli
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How requests are sent.
-
-    request_rate: a second, on the average; infinite: all at once.
-    concurrency: how many may be under way at most; None: any number.
-    """
+    """How requests are sent."""
 
     request_rate: float = math.inf
+    """A second, on the average; infinite: all at once."""
     concurrency: int | None = None
+    """How many may be under way at most; None: any number."""
 
     def __str__(self) -> str:
         rate = "" if math.isinf(self.request_rate) else f"{self.request_rate:g}/s"
@@ -44,22 +42,20 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is asked in each run.
-
-    jobs: the requests, in order.
-    params: of all of them; `max_tokens` is each job's own.
-    burstiness: of the arrivals; see `arrivals`.
-    seed: of the arrivals.
-    warmups: jobs, the first ones, that are run before what is measured; their prompts are not in the prefix cache then.
-    objectives: limits in milliseconds for goodput.
-    """
+    """What is asked in each run."""
 
     jobs: Sequence[Job]
+    """The requests, in order."""
     params: SamplingParams
+    """Of all of them; `max_tokens` is each job's own."""
     burstiness: float
+    """Of the arrivals; see `arrivals`."""
     seed: int
+    """Of the arrivals."""
     warmups: int
+    """Jobs, the first ones, that are run before what is measured; their prompts are not in the prefix cache then."""
     objectives: Mapping[str, float]
+    """Limits in milliseconds for goodput."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

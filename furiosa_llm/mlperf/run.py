@@ -34,28 +34,26 @@ _SWITCH_SECONDS = 0.0005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What to run.
-
-    benchmark: the subcommand.
-    artifact: folder of the model.
-    log_dir: where logs go; of a submission, into folders in it.
-    test_mode: which modes of LoadGen's.
-    user_conf: settings for LoadGen in place of its own; None for its own alone.
-    dataset: JSON Lines; None for the one that comes with the package.
-    count: the first so many samples of it; None for all.
-    max_output_tokens: of a completion; None for the benchmark's own.
-    engine: options of `EngineArgs`.
-    """
+    """What to run."""
 
     benchmark: Benchmark
+    """The subcommand."""
     artifact: Path
+    """Folder of the model."""
     log_dir: Path
+    """Where logs go; of a submission, into folders in it."""
     test_mode: TestMode
+    """Which modes of LoadGen's."""
     user_conf: Path | None
+    """Settings for LoadGen in place of its own; None for its own alone."""
     dataset: Path | None
+    """JSON Lines; None for the one that comes with the package."""
     count: int | None
+    """The first so many samples of it; None for all."""
     max_output_tokens: int | None
+    """Of a completion; None for the benchmark's own."""
     engine: Mapping[str, Any]
+    """Options of `EngineArgs`."""
 
 
 def run(options: RunOptions, *, summary: Say, progress: Say) -> None:

@@ -24,24 +24,23 @@ MIN_TOKENS = 2
 
 @dataclass(slots=True, eq=False)
 class Query:
-    """One sample on its way; times are of `time.perf_counter_ns`.
-
-    response_id: LoadGen's name of it.
-    sample: its place in the dataset.
-    issued, first, done: when LoadGen gave it, when its first token was there (0 without any), and when it ended.
-    answer: the bytes that it is answered with.
-    tokens: how many were generated; 0 of an encoder.
-    failed: whether the answer is none, because it was given up or the engine failed.
-    """
+    """One sample on its way; times are of `time.perf_counter_ns`."""
 
     response_id: int
+    """LoadGen's name of it."""
     sample: int
+    """Its place in the dataset."""
     issued: int
     first: int = 0
     done: int = 0
+    """`issued`, `first`, `done`: when LoadGen gave it, when its first token was there (0 without any), and when it
+    ended."""
     answer: array[int] | array[float] = field(default_factory=lambda: array("q"))
+    """The bytes that it is answered with."""
     tokens: int = 0
+    """How many were generated; 0 of an encoder."""
     failed: bool = False
+    """Whether the answer is none, because it was given up or the engine failed."""
 
 
 class SystemUnderTest(ABC):

@@ -59,16 +59,14 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generator:
-    """Runs prompts on a decoder for one client after another.
-
-    decoder: the model.
-    gate: lets them in.
-    metrics: where they are counted.
-    """
+    """Runs prompts on a decoder for one client after another."""
 
     decoder: Decoder
+    """The model."""
     gate: Gate
+    """Lets them in."""
     metrics: Metrics
+    """Where they are counted."""
 
     async def run(
         self,
@@ -158,18 +156,16 @@ class Completed:
 
 @dataclass(slots=True, kw_only=True)
 class Answered:
-    """A prompt with all of its completions.
-
-    token_ids: of the prompt.
-    logprobs: of the prompt's tokens, if they were asked for.
-    cached: how many of its tokens were in the prefix cache.
-    completions: in their order.
-    """
+    """A prompt with all of its completions."""
 
     token_ids: Sequence[int]
+    """Of the prompt."""
     logprobs: Sequence[TokenLogprobs | None] | None
+    """Of the prompt's tokens, if they were asked for."""
     cached: int
+    """How many of its tokens were in the prefix cache."""
     completions: list[Completed]
+    """In their order."""
 
 
 async def collect(outputs: Outputs, num_prompts: int, n: int) -> list[Answered]:

@@ -25,16 +25,14 @@ EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A model that generates.
-
-    engine: what runs its requests.
-    probe: whether its bits depend on how many requests run at once, on this machine; probed in the first call.
-    batch_invariant: whether they are kept from doing so.
-    """
+    """A model that generates."""
 
     engine: AsyncLLMEngine
+    """What runs its requests."""
     probe: Callable[[], BatchInvariance]
+    """Whether its bits depend on how many requests run at once, on this machine; probed in the first call."""
     batch_invariant: bool
+    """Whether they are kept from doing so."""
 
     def machine(self) -> MachineSnapshot:
         """What lies on every PE, and what was done so far."""
@@ -72,24 +70,22 @@ class Embedder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model under its names.
-
-    names: what requests may call it; the first is used in answers.
-    artifact: where it came from.
-    kind: what runs it.
-    max_length: of a prompt and its completion, or of a text to embed, in tokens; None if there is no limit.
-    max_prompt_length: of the prompt alone.
-    parallelism: its tensor, pipeline and data parallel sizes, and the PEs.
-    created: when it was loaded, in seconds since 1970.
-    """
+    """One model under its names."""
 
     names: tuple[str, ...]
+    """What requests may call it; the first is used in answers."""
     artifact: Artifact
+    """Where it came from."""
     kind: Decoder | Embedder
+    """What runs it."""
     max_length: int | None
+    """Of a prompt and its completion, or of a text to embed, in tokens; None if there is no limit."""
     max_prompt_length: int | None
+    """Of the prompt alone."""
     parallelism: Mapping[str, int | str]
+    """Its tensor, pipeline and data parallel sizes, and the PEs."""
     created: int
+    """When it was loaded, in seconds since 1970."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -52,16 +52,14 @@ class PageConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File:
-    """A file of the page, read once.
-
-    body: its bytes.
-    media_type: its type.
-    etag: changes with the bytes.
-    """
+    """A file of the page, read once."""
 
     body: bytes
+    """Its bytes."""
     media_type: str
+    """Its type."""
     etag: str
+    """Changes with the bytes."""
 
 
 def _read_files() -> dict[str, _File]:

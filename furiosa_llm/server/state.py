@@ -27,22 +27,20 @@ LONG_TEXT = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
-    """The running server.
-
-    model: what is served.
-    settings: how.
-    gate: lets sequences in.
-    metrics: what `/metrics` shows.
-    tool_parser: how calls of tools are found; None: they are not looked for.
-    started: when the server was made, by the monotonic clock.
-    """
+    """The running server."""
 
     model: ServedModel
+    """What is served."""
     settings: ServerSettings
+    """How."""
     gate: Gate
+    """Lets sequences in."""
     metrics: Metrics
+    """What `/metrics` shows."""
     tool_parser: ToolParser | None
+    """How calls of tools are found; None: they are not looked for."""
     started: float = field(default_factory=time.monotonic)
+    """When the server was made, by the monotonic clock."""
 
     @property
     def generator(self) -> Generator:
@@ -104,16 +102,14 @@ def require_json(request: Request) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What all parts of one answer begin with.
-
-    id: the answer's own.
-    created: when it was begun, in seconds since 1970.
-    model: the name of the model.
-    """
+    """What all parts of one answer begin with."""
 
     id: str
+    """The answer's own."""
     created: int
+    """When it was begun, in seconds since 1970."""
     model: str
+    """The name of the model."""
 
 
 def new_head(state: ServerState, prefix: str) -> Head:

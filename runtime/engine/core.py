@@ -22,20 +22,18 @@ from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What a model takes. Lengths are in tokens.
-
-    max_length: of prompt and completion together; None if nothing but memory limits it.
-    max_prompt_length: of the prompt alone; None for one less than `max_length`.
-    capacity: of one sequence in the KV cache, if it had all of it.
-    vocab_size: token ids are below it; None if the model does not say.
-    eos_token_ids: they end a completion.
-    """
+    """What a model takes. Lengths are in tokens."""
 
     max_length: int | None
+    """Of prompt and completion together; None if nothing but memory limits it."""
     max_prompt_length: int | None
+    """Of the prompt alone; None for one less than `max_length`."""
     capacity: int
+    """Of one sequence in the KV cache, if it had all of it."""
     vocab_size: int | None
+    """Token ids are below it; None if the model does not say."""
     eos_token_ids: frozenset[int]
+    """They end a completion."""
 
     @property
     def prompt_limit(self) -> int | None:

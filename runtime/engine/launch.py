@@ -49,24 +49,22 @@ _OF_DECODERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is going to run, before anything is loaded to run it.
-
-    artifact: whose manifest and program are checked.
-    tokenizer: the artifact's, or the one that was given; None if there is none, and prompts have to be token ids.
-    topology: which PEs the ranks of each replica's stages are.
-    stages: of a replica.
-    limits: what requests have to keep to.
-    scheduling: the same limits as a replica's scheduler sees them.
-    batch_invariance: what was found of this machine's kernels, if `batch_invariant` asks for it.
-    """
+    """What is going to run, before anything is loaded to run it."""
 
     artifact: Artifact
+    """Whose manifest and program are checked."""
     tokenizer: Tokenizer | None
+    """The artifact's, or the one that was given; None if there is none, and prompts have to be token ids."""
     topology: Topology
+    """Which PEs the ranks of each replica's stages are."""
     stages: tuple[Stage, ...]
+    """Of a replica."""
     limits: ModelLimits
+    """What requests have to keep to."""
     scheduling: SchedulerLimits
+    """The same limits as a replica's scheduler sees them."""
     batch_invariance: BatchInvariance | None
+    """What was found of this machine's kernels, if `batch_invariant` asks for it."""
 
     @property
     def companions(self) -> Companions:

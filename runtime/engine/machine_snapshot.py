@@ -18,37 +18,33 @@ from furiosa_llm.runtime.placement.topology import Topology
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineLayout:
-    """What does not change while a model runs.
-
-    topology: which PEs the ranks of each replica's stages are.
-    stages: of a replica.
-    page_nbytes: what a page of KV takes on each PE, for each stage.
-    """
+    """What does not change while a model runs."""
 
     topology: Topology
+    """Which PEs the ranks of each replica's stages are."""
     stages: tuple[Stage, ...]
+    """Of a replica."""
     page_nbytes: tuple[int, ...]
+    """What a page of KV takes on each PE, for each stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PESnapshot:
-    """A PE of a card that is used, and what lies in its memory.
-
-    pe: its card and number.
-    replica, stage, rank: what it is; None if it is not used.
-    memory_nbytes: its even share of the card's memory.
-    weights_nbytes: what it reads; what several PEs of a card read is there once, and counts an equal part for each.
-    kv_nbytes, kv_used_nbytes: room for KV, and what of it is in use, prefix cache included.
-    """
+    """A PE of a card that is used, and what lies in its memory."""
 
     pe: PE
+    """Its card and number."""
     replica: int | None = None
     stage: int | None = None
     rank: int | None = None
+    """`replica`, `stage`, `rank`: what it is; None if it is not used."""
     memory_nbytes: int = PE_NBYTES
+    """Its even share of the card's memory."""
     weights_nbytes: int = 0
+    """What it reads; what several PEs of a card read is there once, and counts an equal part for each."""
     kv_nbytes: int = 0
     kv_used_nbytes: int = 0
+    """`kv_nbytes`, `kv_used_nbytes`: room for KV, and what of it is in use, prefix cache included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,36 +65,32 @@ class StageSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """A replica.
-
-    replica: its index.
-    alive: whether it was not given up.
-    ready: whether it has a runner at the moment.
-    usage: its sequences and pages.
-    counts: what it has done, on all the runners that it has had.
-    stages: what each stage has done.
-    """
+    """A replica."""
 
     replica: int
+    """Its index."""
     alive: bool
+    """Whether it was not given up."""
     ready: bool
+    """Whether it has a runner at the moment."""
     usage: ReplicaUsage
+    """Its sequences and pages."""
     counts: ReplicaCounts
+    """What it has done, on all the runners that it has had."""
     stages: tuple[StageSnapshot, ...]
+    """What each stage has done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSnapshot:
-    """A running model at one moment; what is counted only grows, over restarts of replicas too.
-
-    topology: which PEs the ranks of each replica's stages are.
-    cards: those that are used, in order.
-    replicas: in order.
-    """
+    """A running model at one moment; what is counted only grows, over restarts of replicas too."""
 
     topology: Topology
+    """Which PEs the ranks of each replica's stages are."""
     cards: tuple[CardSnapshot, ...]
+    """Those that are used, in order."""
     replicas: tuple[ReplicaSnapshot, ...]
+    """In order."""
 
 
 def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, page_size: int) -> MachineLayout:

@@ -30,19 +30,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultPolicy:
-    """How long a replica waits for its runner, and how often it makes a new one. Times are in seconds.
-
-    step_timeout: how long a batch may take before it counts as hung.
-    max_failures: so many failures in a row, no batch done between them, are survived; one more is the end.
-    backoff: what is waited before a new runner is made; doubled for each failure in a row, up to `max_backoff`.
-    close_timeout: how long a runner may take to close before it is left behind.
-    """
+    """How long a replica waits for its runner, and how often it makes a new one. Times are in seconds."""
 
     step_timeout: float = 300.0
+    """How long a batch may take before it counts as hung."""
     max_failures: int = 5
+    """So many failures in a row, no batch done between them, are survived; one more is the end."""
     backoff: float = 0.05
+    """What is waited before a new runner is made; doubled for each failure in a row, up to `max_backoff`."""
     max_backoff: float = 5.0
     close_timeout: float = 5.0
+    """How long a runner may take to close before it is left behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,19 +74,17 @@ class _Stop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaUsage:
-    """What a replica has at the moment.
-
-    running, waiting: sequences that have a slot, and those that have none yet.
-    used_pages, num_pages: of the KV cache; used are those of the prefix cache too, which are given up as soon as a
-        sequence needs them.
-    preemptions: how often a sequence lost its place to an earlier one, so far.
-    """
+    """What a replica has at the moment."""
 
     running: int
     waiting: int
+    """`running`, `waiting`: sequences that have a slot, and those that have none yet."""
     used_pages: int
     num_pages: int
+    """`used_pages`, `num_pages`: of the KV cache; used are those of the prefix cache too, which are given up as soon as
+    a sequence needs them."""
     preemptions: int
+    """How often a sequence lost its place to an earlier one, so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

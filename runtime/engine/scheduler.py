@@ -14,28 +14,25 @@ from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """What a replica has room for. Every number is at least 1.
-
-    Attributes:
-        num_groups: Batches that may be under way at once; as many as the pipeline has stages.
-        slots_per_group: Sequences of one group that may have KV at once.
-        num_pages: Pages of KV in the whole replica. A page is a unit of account: nothing lies in pages.
-        page_size: Tokens of one page.
-        max_length: Tokens of one sequence, prompt and completion.
-        prefill_chunk_size: The greatest number of tokens in a prefill batch.
-        prefix_caching: Whether prompts find the KV of earlier ones that begin alike.
-        batch_invariant: Whether KV is always computed in the same steps, whoever else is served: what was generated is
-            computed again token by token after a preemption, and not found by other prompts.
-    """
+    """What a replica has room for. Every number is at least 1."""
 
     num_groups: int
+    """Batches that may be under way at once; as many as the pipeline has stages."""
     slots_per_group: int
+    """Sequences of one group that may have KV at once."""
     num_pages: int
+    """Pages of KV in the whole replica. A page is a unit of account: nothing lies in pages."""
     page_size: int
+    """Tokens of one page."""
     max_length: int
+    """Tokens of one sequence, prompt and completion."""
     prefill_chunk_size: int
+    """The greatest number of tokens in a prefill batch."""
     prefix_caching: bool = True
+    """Whether prompts find the KV of earlier ones that begin alike."""
     batch_invariant: bool = False
+    """Whether KV is always computed in the same steps, whoever else is served: what was generated is computed again
+    token by token after a preemption, and not found by other prompts."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):

@@ -37,32 +37,28 @@ _TIMES = [1, *(at + 2 for at in _AT)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferCounts:
-    """What one kind of transfer did in a stage.
-
-    kind: a collective, or what the stage gets of earlier ones.
-    calls: how often: for each collective of the program, or for each run that got something.
-    nbytes: what each PE of the stage received: of a sum its size, of a gathered value the size of the whole.
-    seconds: what the stage's threads or processes spent on it, in the mean, waiting for each other included.
-    """
+    """What one kind of transfer did in a stage."""
 
     kind: TransferKind
+    """A collective, or what the stage gets of earlier ones."""
     calls: int
+    """How often: for each collective of the program, or for each run that got something."""
     nbytes: int
+    """What each PE of the stage received: of a sum its size, of a gathered value the size of the whole."""
     seconds: float
+    """What the stage's threads or processes spent on it, in the mean, waiting for each other included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCounts:
-    """What a stage of a replica has done.
-
-    runs: one for each batch, or several where rows of unequal lengths cannot be stepped together.
-    busy_seconds: how long these took.
-    transfers: of every kind that the stage can have.
-    """
+    """What a stage of a replica has done."""
 
     runs: int
+    """One for each batch, or several where rows of unequal lengths cannot be stepped together."""
     busy_seconds: float
+    """How long these took."""
     transfers: tuple[TransferCounts, ...]
+    """Of every kind that the stage can have."""
 
 
 class CollectiveMeter:

@@ -29,16 +29,14 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """What a batch gave. The ids are those of sequences.
-
-    tokens: the token sampled for each sequence that goes on or has just finished.
-    finished: those of `tokens` that have finished with it.
-    failed: those that ended because their request failed.
-    """
+    """What a batch gave. The ids are those of sequences."""
 
     tokens: dict[int, int]
+    """The token sampled for each sequence that goes on or has just finished."""
     finished: list[int]
+    """Those of `tokens` that have finished with it."""
     failed: list[int]
+    """Those that ended because their request failed."""
 
 
 _Owned = tuple[Submission, SequenceRequest]
