@@ -35,7 +35,7 @@ MAX_BATCH_SIZE = 32
 
 # The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say it of its ops.
 _MIXES_ROWS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
-"""Ops that take one scale over all texts of a batch, so that what stands beside a text alters its result."""
+"""Ops that take one scale over all texts of a batch, so that the other texts alter the result of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class EmbeddingOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingRequestOutput(Generic[T]):
-    """A prompt and its result. `prompt_token_ids` are those that were run, special tokens among them."""
+    """A prompt and its result. `prompt_token_ids` are the tokens that ran, special tokens among them."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -232,7 +232,7 @@ class Encoder(Model):
     def machine(self, *, running: int = 0, waiting: int = 0) -> MachineSnapshot:
         """What lies on every PE, and what the model has done so far, as one replica of one stage.
 
-        It is told how many requests are `running` and `waiting`: it runs what it is given, and knows of no others.
+        The caller says how many requests are `running` and `waiting`: an encoder knows only what it runs.
         """
         usage = ReplicaUsage(running=running, waiting=waiting, used_pages=0, num_pages=0, preemptions=0)
         counts = ReplicaCounts(stages=self._executor.counts)
@@ -260,7 +260,7 @@ class Encoder(Model):
         return row
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The positions in `rows` of those that are run together."""
+        """The positions in `rows` of the prompts that run together."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         groups = [order] if self._padded else [list(g) for _, g in itertools.groupby(order, lambda i: len(rows[i]))]
         for group in groups:
@@ -310,7 +310,9 @@ def _output_of(manifest: Manifest, name: str | None) -> OutputInfo:
     if name is not None:
         found = next((info for info in fit if info.name == name), None)
         if found is None:
-            raise InputError(f"output={name!r:.80} is none that vectors can be made of; the model has {shown:.400}")
+            raise InputError(
+                f"output={name!r:.80} is no output that vectors can be made of; the model has {shown:.400}"
+            )
         return found
     choice = by_token or by_text
     if not choice:

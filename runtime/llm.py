@@ -163,7 +163,7 @@ class LLM(Closing):
 
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. The argument `prompt_token_ids`,
         one sequence for each prompt, is used instead of the prompts' own tokens, and may stand alone. A list of
-        `sampling_params` has those of each prompt. Of `tokenizer_kwargs` there is `add_special_tokens`.
+        `sampling_params` has the parameters of each prompt. Of `tokenizer_kwargs` there is `add_special_tokens`.
 
         If one prompt is refused, or Ctrl-C or a failure comes in between, all are given up. Raises ContextLengthError,
         a ValueError, if a prompt and its completion do not fit the limit, and ReplicaError if a replica fails while it
@@ -187,9 +187,9 @@ class LLM(Closing):
         """Answers a conversation, or each of several; always a list.
 
         `chat_template` replaces the model's own. With `continue_final_message` the answer goes on from the last
-        message; `add_generation_prompt` must be False then. `tools` are told to the template; what the model answers is
-        text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses the
-        messages, InputError if they are none, else what `generate` does.
+        message; `add_generation_prompt` must be False then. `tools` are given to the template; what the model answers
+        is text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses
+        the messages, InputError if they are no messages, else what `generate` does.
         """
         if chat_template_content_format != "string":
             raise UnsupportedError(

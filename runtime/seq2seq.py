@@ -72,7 +72,7 @@ class Seq2Seq(Model):
         mapped: bool = False,
         full_verification: bool | None = None,
     ) -> Self:
-        """Loads the composite artifact in the folder `path`; the arguments are those of `LLM.load_artifact`.
+        """Loads the composite artifact in the folder `path`; it takes the arguments of `LLM.load_artifact`.
 
         Raises ArtifactError for a damaged artifact, or one whose parts do not fit, and InputError for one of another
         tensor parallel size than asked for.

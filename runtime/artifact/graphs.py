@@ -43,7 +43,7 @@ def all_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
 
 
 def used_names(node: NodeProto) -> Iterator[str]:
-    """The names that `node` reads, those that its graphs capture from outside included."""
+    """The names that `node` reads, what its graphs capture from outside included."""
     yield from (name for name in node.input if name)
     for graph in attribute_graphs(node):
         own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}

@@ -91,7 +91,7 @@ class Part:
 class StoredTensor:
     """One initializer of program.onnx whose data lies in the weights file `file`, as `[shards, *local_shape]`.
 
-    `dtype` is ONNX's name. `shard_axes` are the mesh axes that tell shards apart, the first most significant.
+    `dtype` is ONNX's name. `shard_axes` are the mesh axes along which shards differ, the first most significant.
     `layout` has a layout for each dimension of the global tensor; `origin` is the original initializer's name, and
     `part` which part of it this is, None for all of it. All three are None for a tensor that the builder made; a tensor
     that the source had as a constant, not as an initializer, has a layout but no origin. `sha256` is of all shards'
@@ -155,7 +155,7 @@ class State:
     """An input and the output that replaces it in the next step; both grow along `sequence_dim`.
 
     `append`: the output is the input with the new positions appended. `in_place`: one buffer of a fixed capacity may
-    be bound to both, and the attention mask tells where the new positions go.
+    be bound to both, and the attention mask says where the new positions go.
     """
 
     input: str

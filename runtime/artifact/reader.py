@@ -105,9 +105,9 @@ class Artifact(SplitModel):
 def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> Artifact:
     """The artifact in the folder `path`, with every field of every file checked.
 
-    The digests of all files but the weights are compared with the manifest; `full` compares those of the weights too
-    (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. Raises ArtifactError
-    that says what was found, what was expected and what to do.
+    The digests of all files but the weights are compared with the manifest; `full` compares the digests of the weights
+    too (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. Raises
+    ArtifactError that says what was found, what was expected and what to do.
     """
     folder = Path(path)
     data = manifest_bytes(folder)

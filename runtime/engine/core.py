@@ -1,4 +1,4 @@
-"""The engine behind `LLM`, `LLMEngine` and `AsyncLLMEngine`: checks a request, and gives it to one of the replicas."""
+"""The engine of `LLM`, `LLMEngine` and `AsyncLLMEngine`: checks a request, and gives it to one of the replicas."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Handle:
 class EngineCore:
     """Replicas of one model, and what a request needs before it goes to one of them.
 
-    From `seed` follow those of requests that have none of their own, by their place in order. `layout` says what lies
-    on which PE, None: nobody knows. `close_model` is called once, behind the replicas' end.
+    A request without a seed gets one that follows from `seed` and from its place in order. `layout` says what lies
+    on which PE, None: nobody knows. `close_model` is called once, after the replicas have ended.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class EngineCore:
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
         """Starts a request; its outputs go to `sink`, the last one finished, whatever happens.
 
-        Raises InputError or ContextLengthError if the prompt is none or does not fit, SamplingParamsError if `params`
-        name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError for text
-        without a tokenizer, and EngineDeadError.
+        Raises InputError or ContextLengthError if the prompt is no prompt or does not fit, SamplingParamsError if
+        `params` name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError
+        for text without a tokenizer, and EngineDeadError.
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
@@ -176,7 +176,7 @@ def check_request_id(request_id: object, taken: Container[str]) -> None:
     if not isinstance(request_id, str):
         raise InputError(f"request_id: found a {type(request_id).__name__}, expected a str")
     if request_id in taken:
-        raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+        raise InputError(f"request_id {request_id!r:.80} belongs to a request that has not ended; give another")
 
 
 def params_for_each(params: object, count: int) -> list[SamplingParams]:
@@ -194,7 +194,7 @@ def params_for_each(params: object, count: int) -> list[SamplingParams]:
 
 
 def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
-    """`params` with another kind of outputs; raises InputError if they are none."""
+    """`params` with another kind of outputs; raises InputError if they are no SamplingParams."""
     check_params(params)
     return replace(params, output_kind=kind)
 

@@ -210,7 +210,7 @@ def engine_options() -> dict[str, Option]:
 
 
 def refuse_foreign_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` without those of the vendor's that mean nothing here; raises UnsupportedError if one is made use of."""
+    """`options` without the vendor's that mean nothing here; raises UnsupportedError if one of these is made use of."""
     for name, reason in FOREIGN.items():
         if options.get(name) not in (None, False, [], ()):
             raise UnsupportedError(f"{name}={options[name]!r:.80} is not supported: {reason}; leave it out")

@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def companions(self) -> Companions:
-        """Which rows are computed beside a copy of themselves."""
+        """Which rows are computed together with a copy of themselves."""
         found = None if self.batch_invariance is None else self.batch_invariance.companions
         return found or NO_COMPANIONS
 
@@ -129,7 +129,7 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
     invariance = _invariance(artifact, args) if args.batch_invariant else None
     limits, scheduling = _limits(artifact, topology, stages, args)
     if invariance is not None and not (invariance.chunks and scheduling.prefill_chunk_size > LEAST_CHUNK):
-        # What is left of a prompt behind a prefix that is found would have other bits than in the whole prompt.
+        # What follows a prefix that is found would have other bits than in the whole prompt.
         scheduling = replace(scheduling, prefix_caching=False)
     return Plan(
         artifact=artifact,
@@ -259,13 +259,13 @@ def _max_length(of_model: int | None, args: EngineArgs) -> int | None:
 def _num_pages(
     artifact: Artifact, topology: Topology, stages: tuple[Stage, ...], workload: Workload, args: EngineArgs
 ) -> int:
-    """The pages asked for, or those that a full batch of the longest sequences takes, if they fit the PEs."""
+    """The pages asked for, or the pages that a full batch of the longest sequences takes, if they fit the PEs."""
     fitting = kv_pages(topology, stage_memory(artifact, stages, workload), page_size=PAGE_SIZE)
     wanted = args.paged_attention_num_blocks
     if wanted is not None and fitting is not None and wanted > fitting:
         raise CapacityError(
             f"paged_attention_num_blocks={wanted}, but the PEs have room for {fitting} pages of {PAGE_SIZE} tokens "
-            f"beside the weights; give at most that, or use more stages"
+            f"next to the weights; give at most that, or use more stages"
         )
     full = workload.max_batch_size * -(-workload.max_model_len // PAGE_SIZE)
     pages = wanted or (full if fitting is None else min(full, fitting))

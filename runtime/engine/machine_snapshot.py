@@ -88,7 +88,7 @@ class MachineSnapshot:
     topology: Topology
     """Which PEs the ranks of each replica's stages are."""
     cards: tuple[CardSnapshot, ...]
-    """Those that are used, in order."""
+    """The cards that are used, in order."""
     replicas: tuple[ReplicaSnapshot, ...]
     """In order."""
 
@@ -104,7 +104,7 @@ def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *
 
 
 def layout_of_one(artifact: Artifact) -> MachineLayout:
-    """That of a model which runs by itself, as one replica of one stage: its ranks are the first PEs there are."""
+    """The layout of a model that runs by itself, as one replica of one stage: its ranks are the first PEs."""
     size = artifact.manifest.mesh.size
     topology = Topology(
         tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((first_pes(size),),)
@@ -133,7 +133,7 @@ def machine_of(layout: MachineLayout, replicas: Sequence[Replica]) -> MachineSna
 def replica_snapshot(
     layout: MachineLayout, index: int, *, usage: ReplicaUsage, counts: ReplicaCounts, alive: bool, ready: bool
 ) -> ReplicaSnapshot:
-    """A replica, whose stages are told which blocks they are."""
+    """A replica, its stages with their blocks."""
     return ReplicaSnapshot(
         replica=index,
         alive=alive,

@@ -77,12 +77,13 @@ class ReplicaUsage:
     """What a replica has at the moment."""
 
     running: int
+    """Sequences that have a slot."""
     waiting: int
-    """`running`, `waiting`: sequences that have a slot, and those that have none yet."""
+    """Sequences that have no slot yet."""
     used_pages: int
+    """Pages of the KV cache, the prefix cache's among them, which are given up as soon as a sequence needs them."""
     num_pages: int
-    """`used_pages`, `num_pages`: of the KV cache; used are those of the prefix cache too, which are given up as soon as
-    a sequence needs them."""
+    """All pages of the KV cache."""
     preemptions: int
     """How often a sequence lost its place to an earlier one, so far."""
 
@@ -117,7 +118,7 @@ class Replica:
         self._make_runner = make_runner
         self._policy = policy or FaultPolicy()
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._gate = threading.Lock()  # nothing is put behind the _Stop
+        self._gate = threading.Lock()  # nothing is put into the inbox after the _Stop
         self._closing = threading.Event()
         self._stopped = False
         self._table = RequestTable()
@@ -195,7 +196,7 @@ class Replica:
         with self._gate:
             if not self._closing.is_set():
                 self._inbox.put(_Stop())
-                self._closing.set()  # behind the message: whoever wakes up by it finds the message
+                self._closing.set()  # after the message: whoever wakes up by it finds the message
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -302,7 +303,7 @@ class Replica:
         self._inbox.put(_Done(number=number, logits=logits))
 
     def _finish(self, done: _Done) -> None:
-        """Samples from the logits of a batch and tells the scheduler; what a given-up runner reports is ignored."""
+        """Samples from the logits of a batch for the scheduler; what a runner reports that was given up is ignored."""
         one = self._under_way.pop(done.number, None)
         if one is None:
             return
@@ -380,7 +381,7 @@ class Replica:
 
 def _describe(batch: Batch) -> str:
     if isinstance(batch, Prefill):
-        return f"prefill of {len(batch.tokens)} tokens behind {batch.start}"
+        return f"prefill of {len(batch.tokens)} tokens after {batch.start}"
     return f"decode of {len(batch.rows)} sequences"
 
 

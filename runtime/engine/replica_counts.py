@@ -15,7 +15,7 @@ class ReplicaCounts:
     """What a replica has done."""
 
     prefilled_tokens: int = 0
-    """Of prompts, and of preempted sequences, that were computed; those of the prefix cache were not."""
+    """Tokens of prompts and of preempted sequences that were computed: not what the prefix cache gave."""
     decoded_tokens: int = 0
     """That were stepped, one by one."""
     copies: int = 0

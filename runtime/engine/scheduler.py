@@ -101,9 +101,9 @@ class Scheduler:
         return self._pages.cached
 
     def add(self, sequence_id: int, prompt: Sequence[int], *, prompt_logits: bool = False) -> None:
-        """Takes a sequence in, behind those that are waiting.
+        """Takes a sequence in, after the sequences that are waiting.
 
-        `prompt_logits`: its prefill batches want the logits behind every token of the prompt, each once.
+        `prompt_logits`: its prefill batches want the logits after every token of the prompt, each once.
 
         Raises:
             CapacityError: It can never run, since the prompt leaves no room for a completion.
@@ -178,7 +178,7 @@ class Scheduler:
         return None
 
     def sequences_to_sample(self, batch: Batch) -> tuple[int, ...]:
-        """The sequences whose next token `complete` expects: those of a decode, or the one whose prefill ends.
+        """The sequences whose next token `complete` expects: all sequences of a decode, or the one whose prefill ends.
 
         Sequences that were aborted meanwhile are left out.
 
@@ -197,7 +197,7 @@ class Scheduler:
 
         Args:
             batch: As it came from `schedule`.
-            tokens: The token sampled for each of `sequences_to_sample`. Those of aborted sequences are dropped.
+            tokens: The token sampled for each of `sequences_to_sample`. Tokens of aborted sequences are dropped.
             finished: The sequences of the batch that leave. What was sampled for them is not stepped.
 
         Raises:
@@ -287,9 +287,9 @@ class Scheduler:
                 sequence.cached_tokens = sequence.slot.length
 
     def _choose_group(self, sequence: SequenceState) -> Group:
-        """The group with the longest match, of those that are as little loaded as any or have one sequence more.
+        """The group with the longest match, of the groups that have the fewest sequences or one more.
 
-        No match is worth leaving a group empty beside one that is not: a stage would have nothing to do.
+        No match is worth leaving a group empty while another is not: a stage would have nothing to do.
         """
         open_groups = [group for group in self._groups if group.takes_a_prompt]
         least = min(group.load for group in open_groups)
@@ -302,7 +302,7 @@ class Scheduler:
         return min(suitable, key=rank)
 
     def _next_batch(self, group: Group) -> Batch | None:
-        """The batch whose turn it is, or the other kind if there is none of it."""
+        """The batch whose turn it is, or the other kind if there is no batch of it."""
         if group.prefilling is not None and group.prefill_is_next:
             return self._prefill(group, group.prefilling)
         decode = self._decode(group)

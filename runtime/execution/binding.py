@@ -1,7 +1,7 @@
 """A program bound to memory: every input and output of every segment on every lane has its place before a run starts.
 
 A run then is a fixed list of `run_with_iobinding` calls, numpy operations and barriers for each lane. Changing a
-dynamic size rebinds what depends on it and nothing else. A value whose shape the program does not tell is allocated by
+dynamic size rebinds what depends on it and nothing else. A value whose shape the program does not give is allocated by
 onnxruntime in each run and passed on.
 """
 
@@ -181,7 +181,7 @@ class BoundProgram:
         self._meter.count(row, nbytes)
 
     def _drive(self, shares: Sequence[int], member: int, barrier: Waits) -> None:
-        """Steps the lanes `shares` (positions in those of this process) through the whole program."""
+        """Steps the lanes `shares` (positions among the lanes of this process) through the whole program."""
         mine = [(self._own[share], self._sections[share]) for share in shares]
         spent, now = self._meter.begin(), time.perf_counter_ns
         for index, kind in enumerate(self._meter.kinds):
@@ -298,7 +298,7 @@ class BoundProgram:
         return frozenset(self._lanes.name(rank, name) for name in names for rank in range(self._lanes.mesh.size))
 
     def _shapeless(self, unbound: frozenset[str], external: frozenset[str]) -> frozenset[str]:
-        """The values that a run must allocate: `unbound`, those of unknown shape, and exchanges that read such."""
+        """The values that a run must allocate: `unbound`, values of unknown shape, and exchanges that read such."""
         shapeless = {name for name in self._lifetimes if name in unbound or not self._has_known_shape(name)}
         for section in self._lanes.sections:
             for exchange in section.exchanges:

@@ -64,7 +64,7 @@ class StageCounts:
 class CollectiveMeter:
     """Measures the collectives in the runs of one program, whose steps have collectives of the kinds `steps`.
 
-    The time of a step that has both kinds is that of the kind of which it has more.
+    The time of a section that has both kinds counts for the kind of which it has more.
     """
 
     def __init__(self, steps: Sequence[Sequence[CollectiveKind]]) -> None:

@@ -26,7 +26,7 @@ class Waits(Protocol):
 
 
 Body = Callable[[Sequence[int], int, Waits], None]
-"""What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are those that it steps, in order."""
+"""What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are the lanes that it steps, in order."""
 
 
 def cores_for(threads: int | None) -> int:
@@ -112,7 +112,7 @@ class Crew:
         self._free = threading.Condition()
         self._idle = count
         self._expecting: set[int] = set()
-        self._taken: dict[int, int] = {}  # by the thread that asked for the run; not those that were given up
+        self._taken: dict[int, int] = {}  # by the thread that asked for the run; without runs that were given up
         self._closed = False
         self._inboxes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -151,7 +151,7 @@ class Crew:
                 self._return(threading.get_ident())
 
     def give_up(self, thread: threading.Thread) -> None:
-        """Puts other cores in place of those that a run has which `thread` has asked for, and which does not return."""
+        """Puts other cores in place of the cores of the run that `thread` asked for, and that does not return."""
         assert thread.ident is not None
         with self._free:
             self._expecting.discard(thread.ident)

@@ -32,7 +32,7 @@ Measured on prefills with two threads: splitting costs 3 % at 0.1 MiB, nothing a
 class LaneExchange:
     """One lane's part of a section's collectives.
 
-    `before` runs before the barrier and `after` behind it; `late_barrier` says that another barrier follows, because
+    `before` runs before the barrier and `after` after it; `late_barrier` says that another barrier follows, because
     lanes read what others have written in `after`.
     """
 

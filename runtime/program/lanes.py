@@ -68,7 +68,7 @@ class LaneSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneSection:
-    """The segment of every lane (None: nothing to compute), then the exchanges behind them."""
+    """The segment of every lane (None: nothing to compute), then the exchanges."""
 
     segments: tuple[LaneSegment | None, ...]
     exchanges: tuple[Exchange, ...]
@@ -99,20 +99,20 @@ def lanes_of(
 ) -> Lanes:
     """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
 
-    `shard_axes` are the mesh axes that tell the shards of a stored initializer apart. `inputs` says of graph inputs on
-    which ranks they are alike.
+    `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says of graph inputs
+    on which ranks they are alike.
     """
     ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
     return _Laying(program, mesh, ranks, find_alike(program, mesh, shard_axes, inputs)).run()
 
 
 def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """The mesh axes that tell the shards of each stored tensor apart."""
+    """The mesh axes along which the shards of each stored tensor differ."""
     return {tensor.name: tensor.shard_axes for tensor in manifest.tensors}
 
 
 def alike_inputs(manifest: Manifest) -> Alike:
-    """On which ranks the graph inputs are alike: all of those that are not split; a state is every rank's own."""
+    """On which ranks the graph inputs are alike: on all, if it is not split; a state is every rank's own."""
     return {
         (rank, info.name): 0
         for info in manifest.inputs
@@ -267,7 +267,7 @@ class _Laying:
         )
 
     def _nodes(self, segment: Segment, ranks: Sequence[int]) -> Iterator[NodeProto]:
-        """The nodes of the ranks, but for those that would compute what another rank's has."""
+        """The nodes of the ranks, without nodes that would compute what another rank's has."""
         for position in segment.nodes:
             node = self._program.model.graph.node[position]
             made = next(name for name in node.output if name)

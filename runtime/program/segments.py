@@ -82,7 +82,7 @@ class Program:
 def cut_program(model: ModelProto, collectives: Sequence[Collective], sizes: frozenset[str]) -> Program:
     """The sections of `model`, all or a part of a program that `open_artifact` has checked.
 
-    `collectives` are those of its collective nodes, in their order, and `sizes` the dynamic dimensions that its inputs
+    `collectives` belong to its collective nodes, in their order, and `sizes` the dynamic dimensions that its inputs
     give. Raises ArtifactError if `value_info` lacks the type of a value that crosses from section to section.
     """
     graph = model.graph

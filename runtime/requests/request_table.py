@@ -29,14 +29,14 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """What a batch gave. The ids are those of sequences."""
+    """What a batch gave. The ids are of sequences."""
 
     tokens: dict[int, int]
     """The token sampled for each sequence that goes on or has just finished."""
     finished: list[int]
-    """Those of `tokens` that have finished with it."""
+    """The sequences of `tokens` that have finished with their token."""
     failed: list[int]
-    """Those that ended because their request failed."""
+    """The sequences that ended because their request failed."""
 
 
 _Owned = tuple[Submission, SequenceRequest]
@@ -177,7 +177,7 @@ class RequestTable:
         return [(index, owned) for index, owned in known if owned is not None]
 
     def _sample(self, rows: Sequence[tuple[int, _Owned]], logits: Array) -> tuple[Sequence[int | None], list[int]]:
-        """A token for each row, None for those that have none, and the sequences that have failed over it."""
+        """A token for each row, None for a row without one, and the sequences that failed by it."""
         if not rows:
             return (), []
         indices = [index for index, _ in rows]

@@ -149,7 +149,7 @@ def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram
 
 
 def _start(artifact: Artifact, stage: Stage) -> str | None:
-    """The output of the collective behind which a stage begins."""
+    """The output of the collective after which a stage begins."""
     if stage.first_node == 0:
         return None
     return str(artifact.program.graph.node[stage.first_node - 1].output[0])

@@ -33,7 +33,7 @@ class Host(Closing):
     """An artifact's stages loaded into this process, for any number of replicas.
 
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files.
-    The rows that `companions` names are computed beside a copy of themselves.
+    The rows that `companions` names are computed together with a copy of themselves.
     Close it, or use it as a context manager, to end its threads.
     """
 

@@ -27,7 +27,7 @@ Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One run of the model: `token_ids` [sequences, new tokens] behind `starts` tokens, of sequences in `slots`.
+    """One run of the model: `token_ids` [sequences, new tokens] after `starts` tokens, of sequences in `slots`.
 
     `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted. If it is `twice`,
     `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
@@ -41,7 +41,7 @@ class Step:
     twice: bool = False
 
     def sizes(self, cached: int) -> dict[str, int]:
-        """The sizes of the step's dynamic dimensions, behind `cached` positions."""
+        """The sizes of the step's dynamic dimensions, after `cached` positions."""
         batch, sequence = self.token_ids.shape
         return {
             "batch": batch,

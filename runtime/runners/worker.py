@@ -50,7 +50,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The worker has loaded its lane. `ranks` are its ranks; `collectives[stage][step]` names those behind a step."""
+    """The worker has loaded its lane. `ranks` are its ranks; `collectives[stage][section]` names a section's."""
 
     ranks: tuple[int, ...]
     collectives: tuple[tuple[tuple[str, ...], ...], ...]

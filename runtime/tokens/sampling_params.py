@@ -76,7 +76,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()
     """Tokens that end the completion, besides the model's own."""
     ignore_eos: bool = False
-    """Goes on behind the model's end-of-sequence tokens."""
+    """Goes on after the model's end-of-sequence tokens."""
     include_stop_str_in_output: bool = False
     """Leaves the stop string, or the text of the stop token, in the completion."""
     logprobs: int | None = None

@@ -122,12 +122,12 @@ def _parsed_schema(schema: object, name: str) -> dict[str, Any]:
 
 
 def embedded_schema(schema: Mapping[str, Any]) -> str:
-    """A JSON schema as a part of a grammar in Lark's notation, its blanks bounded as those of `json` are."""
+    """A JSON schema as a part of a grammar in Lark's notation, its blanks bounded as in `json`."""
     return f"%json {_with_blanks(schema, {'whitespace_pattern': _SPACES})}"
 
 
 def _with_blanks(schema: Mapping[str, Any], blanks: Mapping[str, Any]) -> str:
-    """A JSON schema as text that tells the library about `blanks`, unless it does so itself."""
+    """A JSON schema as text with the library's setting for `blanks`, unless it has its own."""
     options = schema.get("x-guidance", {})
     if not isinstance(options, dict) or _BLANKS & set(options):
         return json.dumps(schema)  # the library says what is wrong with it
@@ -139,7 +139,7 @@ def _lark(text: str) -> str:
         return str(any_to_lark(text))
     except GbnfToLarkError as error:
         raise SamplingParamsError(
-            f"structured_outputs.grammar is read as GBNF, as it has no rule `start:`, and is none: {error}"
+            f"structured_outputs.grammar has no rule `start:`, and so is read as GBNF, which it is not: {error}"
         ) from error
 
 

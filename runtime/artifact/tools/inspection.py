@@ -65,7 +65,7 @@ class WeightMemory:
 class StateMemory:
     """Bytes of all states of one sequence on each PE.
 
-    `nbytes_per_token` are those of a position, `nbytes_at_limit` those of a sequence as long as the model allows; None
+    `nbytes_per_token` are a position's, `nbytes_at_limit` a sequence's as long as the model allows; None
     if that is not known.
     """
 
@@ -141,7 +141,7 @@ class VerificationSummary:
     """What verification.json says of this artifact.
 
     `another manifest`: it vouches for the manifest of the digest `detail`, not for this one; `unreadable`: it is no
-    record, `detail` says why. `checks` are those that ran and whether each passed; `faults` what was wrong.
+    record, `detail` says why. `checks` are the checks that ran and whether each passed; `faults` what was wrong.
     """
 
     status: VerificationStatus
@@ -249,7 +249,7 @@ def _weights(artifact: Artifact) -> WeightMemory:
 
 
 def _distinct(initializers: Iterable[OriginalInitializer]) -> Iterable[OriginalInitializer]:
-    """Those that are made of the same stored tensors once."""
+    """The originals that are made of the same stored tensors, once."""
     return {entry.stored or entry.name: entry for entry in initializers}.values()
 
 
@@ -318,7 +318,7 @@ def _blocks(manifest: Manifest, program: ModelProto) -> tuple[BlockSummary, ...]
 
 
 def _records(values: object, kind: type[T]) -> Iterable[T]:
-    """The objects of a list that have the fields of `kind`, each of its type; those of another form are left out."""
+    """The objects of a list that have the fields of `kind`, each of its type; objects of another form are left out."""
     for value in values if isinstance(values, list) else []:
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # T is a dataclass, which no bound says
         if isinstance(value, dict) and all(_fits(value.get(field.name), str(field.type)) for field in fields):

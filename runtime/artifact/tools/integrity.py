@@ -63,7 +63,7 @@ def _update(file: BinaryIO, nbytes: int, digests: Sequence[hashlib._Hash]) -> No
 def check_originals(artifact: Artifact) -> Check:
     """Puts every original together from its shards, in each layout that is stored, and compares its digest.
 
-    Memory is that of the largest original and some tens of megabytes.
+    It takes the memory of the largest original and some tens of megabytes.
     """
     found: dict[tuple[str, ...], str] = {}
     faults: list[str] = []
