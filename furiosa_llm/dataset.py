@@ -29,7 +29,7 @@ class Sample:
     prompt: Prompt | None
     """A text or token ids; None if the sample is a conversation."""
     messages: list[dict[str, Any]] | None
-    """Of a conversation, which the model's chat template makes a text of; None if it is none."""
+    """Of a conversation, which the model's chat template makes a text of; None without a conversation."""
     max_tokens: int | None
     """Of the completion; None if the line does not say."""
     reference: str | None
@@ -92,7 +92,7 @@ def _sample(line: str, where: str) -> Sample:
     if unknown or len(given) != 1:
         names = ", ".join(unknown or given) or "none of them"
         raise InputError(
-            f"--dataset: {where}: found {names:.200}; expected one of {', '.join(_PROMPTS)}, and beside it at most "
+            f"--dataset: {where}: found {names:.200}; expected one of {', '.join(_PROMPTS)}, and next to it at most "
             f"{', '.join(_BESIDE)}"
         )
     [name] = given

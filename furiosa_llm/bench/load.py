@@ -50,7 +50,7 @@ def run_load(
 ) -> Observed:
     """Sends `jobs`, each when it is `due` (None: at once) and fewer than `concurrency` (None: any) are under way.
 
-    `params` are those of all, but for `max_tokens`. A request that fails is recorded, the others go on; what stops this
+    `params` hold for all, but for `max_tokens`. A request that fails is recorded, the others go on; what stops this
     itself, such as Ctrl-C, aborts all.
     """
     load = _Load(core, params)

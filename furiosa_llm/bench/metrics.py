@@ -26,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """That of `seconds`."""
+        """The distribution of `seconds`."""
         if not seconds:
             return cls(mean=None, p50=None, p90=None, p99=None, max=None)
         values = np.asarray(seconds) * 1000
@@ -36,7 +36,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of one load. Tokens and latencies are those of requests that were completed."""
+    """The figures of one load. Tokens and latencies are of requests that were completed."""
 
     duration: float
     """Seconds from the first request until the last one ended."""
@@ -58,7 +58,7 @@ class Figures:
     ttft: Spread
     """Time to the first token, since the request was due."""
     tpot: Spread
-    """Time per output token behind the first one, the mean of a request that has two or more."""
+    """Time per output token after the first one, the mean of a request that has two or more."""
     itl: Spread
     """Inter-token latency, between a token and the one before it."""
     e2el: Spread

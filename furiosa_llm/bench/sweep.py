@@ -69,7 +69,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What tells it apart."""
+        """Its name among the runs."""
         placed = self.topology
         sizes = f"tp {placed.tensor_parallel_size} pp {placed.pipeline_parallel_size} dp {placed.data_parallel_size}"
         return f"{sizes}, {self.load}"
@@ -144,7 +144,7 @@ def machine() -> dict[str, Any]:
 def _warm_up(core: EngineCore, workload: Workload) -> None:
     jobs = workload.jobs[: workload.warmups]
     if jobs:
-        # Other prompts than those that are measured, which the prefix cache would give away.
+        # Not the prompts that are measured: the prefix cache would give them away.
         backwards = [dataclasses.replace(job, prompt_token_ids=job.prompt_token_ids[::-1]) for job in jobs]
         run_load(core, backwards, _params(workload), due=None, concurrency=None)
 

@@ -79,7 +79,7 @@ class Objective(click.ParamType[tuple[str, float]]):
     "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time."
 )
 @click.option("--ignore-eos/--no-ignore-eos", default=None,
-              help="Go on behind the end of the text.  [default: unless there is a dataset]")  # fmt: skip
+              help="Go on after the end of the text.  [default: unless there is a dataset]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and arrivals.")
 @options(ENGINE, "devices", "tensor_parallel_size")
 @option("pipeline_parallel_size", ENGINE, type=Numbers(int), metavar="N,...",
@@ -125,7 +125,7 @@ def bench(
         click.echo(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
     show(runs, console)
     report = as_json(
-        runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_told(workload, options), machine=machine()
+        runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_asked(workload, options), machine=machine()
     )
     _write(runs, report, json_file, plots)
     if failed := sum(run.figures.failed for run in runs):
@@ -209,7 +209,7 @@ def _jobs(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> 
     return jobs
 
 
-def _told(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
+def _asked(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
     """What was asked, for whoever reads the figures."""
     return {
         "dataset": None if options["dataset"] is None else str(options["dataset"]),

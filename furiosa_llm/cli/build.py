@@ -103,16 +103,16 @@ def build(
     if reuse_plan is not None:
         _refuse_beside_a_plan(context, options)
         destination = output or Path(f"{default_name(model)}.artifact")
-        with shown_progress() as told:
+        with shown_progress() as progress:
             report = build_by_plan_of(
-                reuse_plan, model, destination, name=name, force=force, progress=told, workers=workers
+                reuse_plan, model, destination, name=name, force=force, progress=progress, workers=workers
             )
         print_report(report)
         return
     builder = ArtifactBuilder(model, name, **options)
     destination = output or default_output(model, options["tensor_parallel_size"])
-    with shown_progress() as told:
-        report = builder.build(destination, force=force, progress=told, workers=workers)
+    with shown_progress() as progress:
+        report = builder.build(destination, force=force, progress=progress, workers=workers)
     print_report(report)
 
 

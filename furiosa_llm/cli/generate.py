@@ -57,7 +57,7 @@ def generate(
             shown = len(completed)
         ended = time.monotonic()
     sys.stdout.write("\n")
-    rate = f", {(count - 1) / (ended - first):.1f} tokens/s behind the first" if count > 1 else ""
+    rate = f", {(count - 1) / (ended - first):.1f} tokens/s after the first" if count > 1 else ""
     click.echo(
         f"loaded in {loaded - started:.2f} s, first token {first - loaded:.2f} s later, {count} tokens{rate}", err=True
     )

@@ -160,7 +160,7 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
 def _more(
     items: Sequence[T], shown: int, noun: str, size: Callable[[T], int] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """A line for those that are not shown."""
+    """A line for the items that are not shown."""
     left = len(items) - shown
     if left > 0:
         total = "" if size is None else f", {nbytes(sum(sorted(map(size, items))[:left]))}"

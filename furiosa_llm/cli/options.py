@@ -75,9 +75,9 @@ _SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_
 
 
 def option(name: str, declared: Mapping[str, Option], *spellings: str, **changes: Any) -> Callable[[Command], Command]:
-    """The option `name` of those that are `declared`.
+    """The option `name`, as `declared`.
 
-    `spellings` take the place of those that follow from the name; `changes` are for `click.option`.
+    `spellings` take the place of the ones that follow from the name; `changes` are for `click.option`.
     """
     found = declared[name]
     settings: dict[str, Any] = {
@@ -99,7 +99,7 @@ def option(name: str, declared: Mapping[str, Option], *spellings: str, **changes
 
 
 def options(declared: Mapping[str, Option], *names: str) -> Callable[[Command], Command]:
-    """The options `names` of those that are `declared`, in this order."""
+    """The options `names`, as `declared`, in this order."""
 
     def decorate(command: Command) -> Command:
         for name in reversed(names):

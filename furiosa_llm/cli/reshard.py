@@ -25,6 +25,6 @@ def reshard(artifact: Path, output: Path, **options: Any) -> None:
     The model is not needed: its weights are put together from the artifact's shards, and each is compared with the
     digest that the first build recorded. The result is the same, byte for byte, as a fresh build's with this release.
     """
-    with shown_progress() as told:
-        report = make(artifact, output, progress=told, **options)
+    with shown_progress() as progress:
+        report = make(artifact, output, progress=progress, **options)
     print_report(report)

@@ -172,7 +172,7 @@ def _stages(report: _Report) -> Table:
     work = report.workload
     table = Table(
         title=f"one PE of each stage, for {counted(work.max_batch_size, 'sequence')} of {work.max_model_len} tokens; "
-        f"reads and receives are those of a token",
+        f"reads and receives are of one token",
         title_justify="left",
     )
     table.add_column("stage")

@@ -71,7 +71,7 @@ def _command(benchmark: Benchmark) -> click.Command:
     model = {"decoder": "a decoder", "encoder": "an encoder"}[benchmark.task]
     help_text = (
         f"Run ARTIFACT, {model}, in LoadGen's {benchmark.scenario} scenario; logs go into LOG_DIR.\n\n"
-        f"LoadGen's settings are those of its model key {benchmark.key}; docs/mlperf.md says which they are. Needs the "
+        f"LoadGen has its settings of the model key {benchmark.key}, which docs/mlperf.md lists. Needs the "
         f"extra `mlperf`: pip install 'furiosa-llm-onnx[mlperf]'."
     )
     summary = f"Run {model} in the {benchmark.scenario} scenario."

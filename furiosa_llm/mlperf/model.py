@@ -29,7 +29,7 @@ class Model(Closing):
 
     @abstractmethod
     def system(self, *, first_tokens: bool) -> SystemUnderTest:
-        """A system under test on it; `first_tokens`: LoadGen is told when each one is there."""
+        """A system under test on it; `first_tokens`: LoadGen hears of each one when it is there."""
 
     @abstractmethod
     def score(self, answers: dict[int, bytes]) -> Scores:

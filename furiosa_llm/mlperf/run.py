@@ -142,7 +142,7 @@ class _Watch:
 
 
 def _folders(options: RunOptions) -> dict[Mode, Path]:
-    """The folder of each mode; those of a submission are where MLPerf's checkers look."""
+    """The folder of each mode; of a submission, where MLPerf's checkers look."""
     if options.test_mode == "performance-only":
         return {Mode.PERFORMANCE: options.log_dir}
     if options.test_mode == "accuracy-only":

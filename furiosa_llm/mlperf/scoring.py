@@ -21,7 +21,7 @@ Scores = dict[str, float]
 
 
 def read_answers(folder: Path) -> dict[int, bytes]:
-    """The bytes that each sample was answered with; raises RunError if the log in `folder` is none."""
+    """The bytes that each sample was answered with; raises RunError if the log in `folder` is no log."""
     path = folder / ACCURACY_LOG
     try:
         entries = json.loads(path.read_text("utf-8"))

@@ -43,7 +43,7 @@ def interrupted(benchmark: Benchmark, mode: Mode, folder: Path, done: int) -> st
 
 
 def write_summary(folder: Path, text: str) -> None:
-    """Writes our summary beside LoadGen's."""
+    """Writes our summary next to LoadGen's."""
     (folder / SUMMARY).write_text(text, encoding="utf-8")
 
 

@@ -32,7 +32,7 @@ class Gate:
         self._count = 0
 
     def check(self, sequences: int) -> None:
-        """Raises an ApiError if so many can never be let in: better before their prompts are encoded than behind it."""
+        """Raises an ApiError if so many can never be let in: better before their prompts are encoded than after."""
         if sequences > self._limit:
             raise ApiError(
                 400, f"the request is for {sequences} sequences, the server takes {self._limit} at once; divide it"

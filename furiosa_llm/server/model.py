@@ -63,7 +63,7 @@ class Embedder:
         return self.encoder.machine(running=running, waiting=len(under_way) - running)
 
     def close(self) -> None:
-        """Ends the threads; a request that runs fails behind the batch of texts that it is at."""
+        """Ends the threads; a request that runs fails after the batch of texts that it is at."""
         self.encoder.close()
         self._thread.shutdown(cancel_futures=True)
 

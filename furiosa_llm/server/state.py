@@ -65,7 +65,7 @@ class ServerState:
         return self.model.tokenizer
 
     def check_tokenizer(self) -> None:
-        """Raises an ApiError if the model has no tokenizer: better before it generates than behind it."""
+        """Raises an ApiError if the model has no tokenizer: better before it generates than after."""
         _ = self.tokenizer
 
     def check_model(self, name: str) -> None:

@@ -22,7 +22,7 @@ class CallSyntax:
     before_arguments: str
     """What stands between the name and the arguments."""
     end: str
-    """What stands behind the arguments."""
+    """What stands after the arguments."""
     between: str
     """What stands between two calls."""
     text: str
@@ -78,7 +78,7 @@ class CallGrammar:
         trigger, text = self._syntax.trigger, f"TEXT: /{self._syntax.text}/"
         if not trigger:
             return "\n".join([f"start: {self._calls()} | TEXT |", text, *self._call_rules()])
-        # The text in front of a call ends at the first trigger, behind which nothing but a call fits.
+        # The text in front of a call ends at the first trigger, after which nothing but a call fits.
         begin = f"spelled | TEXT {self._written(trigger)}" if trigger in self._tags else "spelled"
         return "\n".join(
             [
@@ -101,7 +101,7 @@ class CallGrammar:
         return [f"call: {self._written(self._syntax.trigger)} ({self._names})", *self._function_rules()]
 
     def _function_rules(self) -> list[str]:
-        """A rule for each function, which begins behind the trigger."""
+        """A rule for each function, which begins after the trigger."""
         syntax, rules = self._syntax, []
         for index, function in enumerate(self._functions):
             name = json.dumps(function.name, ensure_ascii=False)
