@@ -176,7 +176,7 @@ class Encoder(Model):
         truncate_prompt_tokens: int | None = None,
     ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
         """`encode`, with each vector as a list of numbers."""
-        found = self.encode(
+        pooled = self.encode(
             prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
         )
         return [
@@ -186,7 +186,7 @@ class Encoder(Model):
                 outputs=EmbeddingOutput(embedding=one.outputs.data.tolist()),
                 finished=True,
             )
-            for one in found
+            for one in pooled
         ]
 
     def encode(
@@ -308,12 +308,12 @@ def _output_of(manifest: Manifest, name: str | None) -> OutputInfo:
     fit = [*by_token, *by_text]
     shown = ", ".join(f"{info.name} {list(info.shape)}" for info in (fit or manifest.outputs))
     if name is not None:
-        found = next((info for info in fit if info.name == name), None)
-        if found is None:
+        named = next((info for info in fit if info.name == name), None)
+        if named is None:
             raise InputError(
                 f"output={name!r:.80} is no output that vectors can be made of; the model has {shown:.400}"
             )
-        return found
+        return named
     choice = by_token or by_text
     if not choice:
         raise UnsupportedError(

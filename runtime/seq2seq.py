@@ -79,13 +79,13 @@ class Seq2Seq(Model):
         """
         composite = open_composite(path, full=full_verification)
         check_tensor_parallel_size(composite.encoder, tensor_parallel_size)
-        found = tokenizer_of(composite.encoder, tokenizer)
+        loaded_tokenizer = tokenizer_of(composite.encoder, tokenizer)
         with ExitStack() as stack:
             executors = {
                 name: stack.enter_context(Executor(part, threads=threads, mapped=mapped))
                 for name, part in composite.parts.items()
             }
-            loaded = cls(composite, executors, found, seed=seed)
+            loaded = cls(composite, executors, loaded_tokenizer, seed=seed)
             stack.pop_all()
         return loaded
 

@@ -97,11 +97,11 @@ def plans_of(args: EngineArgs, sizes: Sequence[tuple[int | None, int | None]]) -
             f"{args.model} does not generate, which is what bench measures; `furiosa-mlperf bert-offline` measures "
             f"encoders"
         )
-    found = []
+    plans = []
     for pp, dp in sizes:
         one = dataclasses.replace(args, pipeline_parallel_size=pp, data_parallel_size=dp)
-        found.append((one, make_plan(one, artifact)))
-    return found
+        plans.append((one, make_plan(one, artifact)))
+    return plans
 
 
 def sweep(plans: Sequence[tuple[EngineArgs, Plan]], loads: Sequence[Load], workload: Workload) -> Iterator[Run]:

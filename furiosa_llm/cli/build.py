@@ -136,8 +136,8 @@ def print_report(report: BuildReport) -> None:
     for part in report.parts or (report,):
         Console().print(closing_table(part), crop=False)
     if report.parts:
-        own = len(report.notes) - sum(len(part.notes) for part in report.parts)
-        for note in report.notes[:own]:
+        num_own_notes = len(report.notes) - sum(len(part.notes) for part in report.parts)
+        for note in report.notes[:num_own_notes]:
             click.echo(f"note: {note}")
         shown = ", ".join(Path(part.artifact).name for part in report.parts)
         click.echo(

@@ -36,11 +36,11 @@ def embed(
     with Encoder.load_artifact(
         artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification
     ) as encoder:
-        found = encoder.embed(
+        outputs = encoder.embed(
             list(texts),
             pooling=pooling,
             normalize=normalize,
             truncate_prompt_tokens=-1 if truncate else None,
         )
-    for one in found:
+    for one in outputs:
         click.echo(json.dumps(one.outputs.embedding))

@@ -79,22 +79,22 @@ def option(name: str, declared: Mapping[str, Option], *spellings: str, **changes
 
     `spellings` take the place of the ones that follow from the name; `changes` are for `click.option`.
     """
-    found = declared[name]
+    known = declared[name]
     settings: dict[str, Any] = {
-        "default": found.default,
-        "help": found.help if "default" in changes else found.help_text,
-        "metavar": "N,N,..." if found.kind is BLOCK_COUNTS else None,
+        "default": known.default,
+        "help": known.help if "default" in changes else known.help_text,
+        "metavar": "N,N,..." if known.kind is BLOCK_COUNTS else None,
     }
     dashed = f"--{name.replace('_', '-')}"
     names = [dashed]
     if name in _SHORT:
         names = [_SHORT[name], dashed, f"--{name}"]
-    if found.kind is SWITCH and found.default is False:
+    if known.kind is SWITCH and known.default is False:
         settings["is_flag"] = True
-    elif found.kind is SWITCH:
+    elif known.kind is SWITCH:
         names = [f"{dashed}/--no-{name.replace('_', '-')}"]
     elif "type" not in changes:
-        settings |= {"type": _TYPES.get(found.kind, found.kind.parse), "cls": _Declared, "kind": found.kind}
+        settings |= {"type": _TYPES.get(known.kind, known.kind.parse), "cls": _Declared, "kind": known.kind}
     return click.option(*(spellings or names), name, **(settings | changes))
 
 

@@ -79,7 +79,7 @@ def plan(
         raise OptionError(
             f"--emit-onnx writes one plan, got the sizes {list(tensor_parallel_size)}; choose one with -tp."
         )
-    found, builds = plan_model(
+    planned, builds = plan_model(
         model,
         tensor_parallel_sizes=tensor_parallel_size,
         fuse_attention=fuse_attention and emit_onnx is None,
@@ -88,16 +88,16 @@ def plan(
     if emit_onnx is not None:
         write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        click.echo(json.dumps(planned.to_json(), indent=2))
         return
     console = Console()
-    console.print(_figures(found), crop=False)
-    for size_plan in found.plans:
+    console.print(_figures(planned), crop=False)
+    for size_plan in planned.plans:
         console.print()
         console.print(_choices(size_plan), crop=False)
     console.print()
-    console.print(_deployments(found), crop=False)
-    for size_plan in found.plans:
+    console.print(_deployments(planned), crop=False)
+    for size_plan in planned.plans:
         if (size_plan.working_nbytes or 0) > PE_NBYTES:
             click.echo(
                 f"tp {size_plan.tensor_parallel_size}: {_known(size_plan.working_nbytes)} are alive inside a step, "

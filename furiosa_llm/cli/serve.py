@@ -123,14 +123,14 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
 
 def show_batch_invariance(model: Decoder) -> None:
     """Says what this machine's kernels make of a batch, and what can be done about it."""
-    found = model.probe()
-    if found.invariant:
+    probed = model.probe()
+    if probed.invariant:
         remedy = ""
     elif model.batch_invariant:
         remedy = "; --batch-invariant keeps it the same"
     else:
-        remedy = "; --batch-invariant would keep it the same" if found.companions is not None else ""
-    click.echo(f"Bits on this machine: {found}{remedy}.")
+        remedy = "; --batch-invariant would keep it the same" if probed.companions is not None else ""
+    click.echo(f"Bits on this machine: {probed}{remedy}.")
 
 
 def _check_installed() -> None:

@@ -46,11 +46,11 @@ def used_names(node: NodeProto) -> Iterator[str]:
     """The names that `node` reads, what its graphs capture from outside included."""
     yield from (name for name in node.input if name)
     for graph in attribute_graphs(node):
-        own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
         for inner in graph.node:
-            yield from (name for name in used_names(inner) if name not in own)
-            own.update(inner.output)
-        yield from (value.name for value in graph.output if value.name not in own)
+            yield from (name for name in used_names(inner) if name not in defined)
+            defined.update(inner.output)
+        yield from (value.name for value in graph.output if value.name not in defined)
 
 
 def following(nodes: Iterable[NodeProto], names: Collection[str] = (), *, sizes: bool = True) -> set[str]:

@@ -89,14 +89,14 @@ PATH = instance("a path", str, os.PathLike)
 def declared(config: type) -> Mapping[str, Option]:
     """The options of the dataclass `config`, by the names of its fields, in their order."""
     hints = get_type_hints(config, include_extras=True)
-    found = {}
+    options = {}
     for field in dataclasses.fields(config):
         for option in getattr(hints[field.name], "__metadata__", ()):
             default = field.default
             if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
-            found[field.name] = dataclasses.replace(option, default=default)
-    return found
+            options[field.name] = dataclasses.replace(option, default=default)
+    return options
 
 
 def check_options(config: Any, error: type[Exception]) -> None:

@@ -69,8 +69,8 @@ class Plan:
     @property
     def companions(self) -> Companions:
         """Which rows are computed together with a copy of themselves."""
-        found = None if self.batch_invariance is None else self.batch_invariance.companions
-        return found or NO_COMPANIONS
+        companions = None if self.batch_invariance is None else self.batch_invariance.companions
+        return companions or NO_COMPANIONS
 
 
 def open_model(args: EngineArgs) -> Artifact:
@@ -88,19 +88,19 @@ def open_model(args: EngineArgs) -> Artifact:
 
 def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
     """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
-    found = artifact.manifest.mesh.size
-    if wanted not in (None, found):
+    size = artifact.manifest.mesh.size
+    if wanted not in (None, size):
         raise InputError(
-            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={found}; leave it out, or make the "
+            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={size}; leave it out, or make the "
             f"other artifact: furiosa-llm reshard -tp {wanted}"
         )
 
 
 def only_of_one_replica(args: EngineArgs, what: str) -> None:
     """Raises UnsupportedError if `args` ask of `what`, which runs as one replica of one stage, for more than that."""
-    given = [name for name in _OF_DECODERS if (value := getattr(args, name)) is True or value not in (None, 1, False)]
-    if given:
-        raise UnsupportedError(f"{what} runs as one replica of one stage, without a KV cache; leave out {given[0]}")
+    refused = [name for name in _OF_DECODERS if (value := getattr(args, name)) is True or value not in (None, 1, False)]
+    if refused:
+        raise UnsupportedError(f"{what} runs as one replica of one stage, without a KV cache; leave out {refused[0]}")
 
 
 def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
@@ -144,12 +144,12 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
 
 def _invariance(artifact: Artifact, args: EngineArgs) -> BatchInvariance:
     """What `batch_invariant` takes on this machine; raises UnsupportedError if nothing helps."""
-    found = probe_batch_invariance(artifact, mapped=args.mapped)
-    if found.companions is None:
+    invariance = probe_batch_invariance(artifact, mapped=args.mapped)
+    if invariance.companions is None:
         raise UnsupportedError(
-            f"batch_invariant is not possible for {artifact.folder} on this machine: {found}; leave it out"
+            f"batch_invariant is not possible for {artifact.folder} on this machine: {invariance}; leave it out"
         )
-    return found
+    return invariance
 
 
 def start(plan: Plan, args: EngineArgs) -> EngineCore:

@@ -304,17 +304,17 @@ class Replica:
 
     def _finish(self, done: _Done) -> None:
         """Samples from the logits of a batch for the scheduler; what a runner reports that was given up is ignored."""
-        one = self._under_way.pop(done.number, None)
-        if one is None:
+        returned = self._under_way.pop(done.number, None)
+        if returned is None:
             return
         failure = done.logits.exception()
         if failure is not None:
             raise _RunnerFailedError(failure)
-        accepted = self._table.accept(one.batch, done.logits.result())
+        accepted = self._table.accept(returned.batch, done.logits.result())
         self._end_sequences(accepted.failed)
         with self._scheduler_lock:
-            self._scheduler.complete(one.batch, accepted.tokens, accepted.finished)
-        self._meter.note(one.batch)
+            self._scheduler.complete(returned.batch, accepted.tokens, accepted.finished)
+        self._meter.note(returned.batch)
         self._failures = 0
 
     def _end_sequences(self, sequence_ids: Sequence[int]) -> None:

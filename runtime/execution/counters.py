@@ -128,9 +128,9 @@ def count_send(row: Row, nbytes: int, nanoseconds: int) -> None:
 def merged(counters: Counters) -> Counters:
     """`[stages, WIDTH]` of `[groups, stages, workers, WIDTH]`: workers count alike, their times are averaged."""
     of_workers: Counters = counters.sum(axis=0)
-    found = of_workers[:, 0].copy()
-    found[:, _TIMES] = of_workers[:, :, _TIMES].sum(axis=1) // counters.shape[2]
-    return found
+    merged_counts = of_workers[:, 0].copy()
+    merged_counts[:, _TIMES] = of_workers[:, :, _TIMES].sum(axis=1) // counters.shape[2]
+    return merged_counts
 
 
 def stage_counts(counters: Counters) -> tuple[StageCounts, ...]:

@@ -95,7 +95,7 @@ def with_tokenizer_kwargs(prompt: Prompt, options: Mapping[str, Any] | None, tok
 def check_token_ids(token_ids: Sequence[object], vocab_size: int | None) -> list[int]:
     """`token_ids` as a list of ints; raises InputError unless a model of `vocab_size` tokens has all of them."""
     limit = _MAX_TOKENS if vocab_size is None else vocab_size
-    found = []
+    checked = []
     for position, token in enumerate(token_ids):
         if not _is_id(token):
             raise InputError(
@@ -106,8 +106,8 @@ def check_token_ids(token_ids: Sequence[object], vocab_size: int | None) -> list
             raise InputError(
                 f"prompt_token_ids[{position}] is {number!r:.80}, but the model's tokens are 0 to {limit - 1}"
             )
-        found.append(number)
-    return found
+        checked.append(number)
+    return checked
 
 
 def _parts(prompt: Prompt) -> tuple[str | None, Sequence[object] | None]:

@@ -120,9 +120,9 @@ class SequenceRequest:
     def _record_logprobs(self, token: int, logits: Array) -> None:
         count = self._params.logprobs
         if count is not None:
-            found = logprobs(logits, token, count, self._tokenizer)
-            self._logprobs.append(found)
-            self.cumulative_logprob += found[token].logprob
+            entry = logprobs(logits, token, count, self._tokenizer)
+            self._logprobs.append(entry)
+            self.cumulative_logprob += entry[token].logprob
         elif self._params.ranks_sequences:
             self.cumulative_logprob += logprob(logits, token)
 

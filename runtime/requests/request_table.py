@@ -173,8 +173,8 @@ class RequestTable:
         return [(len(logits) - 1, owned)]
 
     def _decoded(self, rows: Iterable[Row]) -> list[tuple[int, _Owned]]:
-        known = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
-        return [(index, owned) for index, owned in known if owned is not None]
+        pairs = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
+        return [(index, owned) for index, owned in pairs if owned is not None]
 
     def _sample(self, rows: Sequence[tuple[int, _Owned]], logits: Array) -> tuple[Sequence[int | None], list[int]]:
         """A token for each row, None for a row without one, and the sequences that failed by it."""

@@ -151,6 +151,6 @@ class LocalRunner:
 
 
 def _failed(batch: Batch, error: BaseException) -> ExecutionError:
-    found = ExecutionError(f"a batch of group {batch.group} failed: {type(error).__name__}: {error}")
-    found.__cause__ = error
-    return found
+    failure = ExecutionError(f"a batch of group {batch.group} failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -118,10 +118,10 @@ def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int)
             f"initializer {tensor.name!r:.80} is {found_type} {list(initializer.dims)}",
             f"{tensor.dtype} {list(tensor.local_shape)}",
         )
-    found = {entry.key: entry.value for entry in initializer.external_data}
+    entries = {entry.key: entry.value for entry in initializer.external_data}
     expected = {"location": tensor.file, "offset": str(offset), "length": str(tensor.local_nbytes)}
-    if found != expected or len(initializer.external_data) != len(_EXTERNAL_KEYS):
-        _fail(f"initializer {tensor.name!r:.80} lies at {found!r:.400}", f"{expected}")
+    if entries != expected or len(initializer.external_data) != len(_EXTERNAL_KEYS):
+        _fail(f"initializer {tensor.name!r:.80} lies at {entries!r:.400}", f"{expected}")
     if initializer.HasField("raw_data"):
         _fail(f"initializer {tensor.name!r:.80} has data of its own", "none, because it is external")
 
