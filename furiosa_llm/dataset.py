@@ -29,13 +29,13 @@ class Sample:
     prompt: Prompt | None
     """A text or token ids; None if the sample is a conversation."""
     messages: list[dict[str, Any]] | None
-    """Of a conversation, which the model's chat template makes a text of; None without a conversation."""
+    """A conversation, which the model's chat template makes a text of; None if there is none."""
     max_tokens: int | None
-    """Of the completion; None if the line does not say."""
+    """The most tokens of the completion; None if the line does not say."""
     reference: str | None
     """The text that a completion is compared to; None if there is none."""
     label: str | None
-    """Of an encoder's text: the nearest other text should have the same; None if there is none."""
+    """The nearest other text, by an encoder's vectors, should have the same label; None if there is none."""
 
     def token_ids(
         self,

@@ -26,7 +26,7 @@ class Record:
     token_times: list[float] = field(default_factory=list)
     """When each token of its completion left the engine."""
     ended: float | None = None
-    """When its last output did; None while it runs."""
+    """When its last output left the engine; None while it runs."""
     error: str | None = None
     """Why it failed, None if it did not."""
 

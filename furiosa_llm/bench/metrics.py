@@ -41,13 +41,15 @@ class Figures:
     duration: float
     """Seconds from the first request until the last one ended."""
     completed: int
+    """Requests that ended whole."""
     failed: int
-    """`completed`, `failed`: requests."""
+    """Requests that did not."""
     max_concurrency: int
-    """Requests that were under way at once at most."""
+    """The most requests that were under way at once."""
     input_tokens: int
+    """Tokens of prompts."""
     output_tokens: int
-    """`input_tokens`, `output_tokens`: of prompts and completions."""
+    """Tokens of completions."""
     request_throughput: float
     """Requests completed a second."""
     output_throughput: float

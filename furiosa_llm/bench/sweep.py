@@ -30,9 +30,9 @@ class Load:
     """How requests are sent."""
 
     request_rate: float = math.inf
-    """A second, on the average; infinite: all at once."""
+    """Requests a second, on average; infinite: all at once."""
     concurrency: int | None = None
-    """How many may be under way at most; None: any number."""
+    """The most requests that may be under way; None: any number."""
 
     def __str__(self) -> str:
         rate = "" if math.isinf(self.request_rate) else f"{self.request_rate:g}/s"
@@ -47,13 +47,13 @@ class Workload:
     jobs: Sequence[Job]
     """The requests, in order."""
     params: SamplingParams
-    """Of all of them; `max_tokens` is each job's own."""
+    """The parameters of all requests; `max_tokens` is each job's own."""
     burstiness: float
-    """Of the arrivals; see `arrivals`."""
+    """How bursty the arrivals are; see `arrivals`."""
     seed: int
-    """Of the arrivals."""
+    """The seed of the arrivals."""
     warmups: int
-    """Jobs, the first ones, that are run before what is measured; their prompts are not in the prefix cache then."""
+    """How many of the first jobs run, with other prompts, before what is measured."""
     objectives: Mapping[str, float]
     """Limits in milliseconds for goodput."""
 

@@ -24,9 +24,9 @@ class Benchmark:
     scenario: Scenario
     """All samples at once, or arrivals at random moments."""
     task: Task
-    """Of the artifacts that it runs."""
+    """The task of the artifacts that it runs."""
     max_output_tokens: int | None
-    """Of a completion, as MLPerf's reference implementation has it; None for encoders."""
+    """The most tokens of a completion, as MLPerf's reference implementation has it; None for encoders."""
 
 
 def _both(command: str, sut_name: str, key: str, task: Task, max_output_tokens: int | None) -> tuple[Benchmark, ...]:

@@ -43,15 +43,15 @@ class RunOptions:
     log_dir: Path
     """Where logs go; of a submission, into folders in it."""
     test_mode: TestMode
-    """Which modes of LoadGen's."""
+    """Which of LoadGen's modes to run."""
     user_conf: Path | None
     """Settings for LoadGen in place of its own; None for its own alone."""
     dataset: Path | None
-    """JSON Lines; None for the one that comes with the package."""
+    """A file of JSON Lines; None for the one that comes with the package."""
     count: int | None
-    """The first so many samples of it; None for all."""
+    """How many of its first samples to use; None for all."""
     max_output_tokens: int | None
-    """Of a completion; None for the benchmark's own."""
+    """The most tokens of a completion; None for the benchmark's own number."""
     engine: Mapping[str, Any]
     """Options of `EngineArgs`."""
 

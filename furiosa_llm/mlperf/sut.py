@@ -31,14 +31,15 @@ class Query:
     sample: int
     """Its place in the dataset."""
     issued: int
+    """When LoadGen gave it."""
     first: int = 0
+    """When its first token was there; 0 without any."""
     done: int = 0
-    """`issued`, `first`, `done`: when LoadGen gave it, when its first token was there (0 without any), and when it
-    ended."""
+    """When it ended."""
     answer: array[int] | array[float] = field(default_factory=lambda: array("q"))
     """The bytes that it is answered with."""
     tokens: int = 0
-    """How many were generated; 0 of an encoder."""
+    """How many tokens were generated; 0 for an encoder."""
     failed: bool = False
     """Whether there is no answer, because it was given up or the engine failed."""
 

@@ -64,9 +64,9 @@ class Generator:
     decoder: Decoder
     """The model."""
     gate: Gate
-    """Lets them in."""
+    """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
-    """Where they are counted."""
+    """Where requests are counted."""
 
     async def run(
         self,
@@ -159,13 +159,13 @@ class Answered:
     """A prompt with all of its completions."""
 
     token_ids: Sequence[int]
-    """Of the prompt."""
+    """The prompt's tokens."""
     logprobs: Sequence[TokenLogprobs | None] | None
-    """Of the prompt's tokens, if they were asked for."""
+    """The log probabilities of the prompt's tokens, if they were asked for."""
     cached: int
-    """How many of its tokens were in the prefix cache."""
+    """How many of the prompt's tokens were in the prefix cache."""
     completions: list[Completed]
-    """In their order."""
+    """The completions, in their order."""
 
 
 async def collect(outputs: Outputs, num_prompts: int, n: int) -> list[Answered]:

@@ -79,9 +79,9 @@ class ServedModel:
     kind: Decoder | Embedder
     """What runs it."""
     max_length: int | None
-    """Of a prompt and its completion, or of a text to embed, in tokens; None if there is no limit."""
+    """The most tokens of a prompt and its completion, or of a text to embed; None if there is no limit."""
     max_prompt_length: int | None
-    """Of the prompt alone."""
+    """The most tokens of the prompt alone."""
     parallelism: Mapping[str, int | str]
     """Its tensor, pipeline and data parallel sizes, and the PEs."""
     created: int

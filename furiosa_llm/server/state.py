@@ -30,11 +30,11 @@ class ServerState:
     """The running server."""
 
     model: ServedModel
-    """What is served."""
+    """The model that is served."""
     settings: ServerSettings
-    """How."""
+    """How it is served."""
     gate: Gate
-    """Lets sequences in."""
+    """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
     """What `/metrics` shows."""
     tool_parser: ToolParser | None

@@ -44,7 +44,7 @@ class CallWriting:
     """How the calls of one answer are written."""
 
     syntax: CallSyntax
-    """The model's."""
+    """The model's syntax."""
     tags: Collection[str]
     """The tokens of the form `<...>` that it has: it writes them as tokens, where another spells them."""
     several: bool

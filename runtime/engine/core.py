@@ -25,11 +25,11 @@ class ModelLimits:
     """What a model takes. Lengths are in tokens."""
 
     max_length: int | None
-    """Of prompt and completion together; None if nothing but memory limits it."""
+    """The most tokens of prompt and completion together; None if nothing but memory limits them."""
     max_prompt_length: int | None
-    """Of the prompt alone; None for one less than `max_length`."""
+    """The most tokens of the prompt alone; None for one less than `max_length`."""
     capacity: int
-    """Of one sequence in the KV cache, if it had all of it."""
+    """The most tokens of one sequence that had the whole KV cache."""
     vocab_size: int | None
     """Token ids are below it; None if the model does not say."""
     eos_token_ids: frozenset[int]

@@ -52,13 +52,13 @@ class Plan:
     """What is going to run, before anything is loaded to run it."""
 
     artifact: Artifact
-    """Whose manifest and program are checked."""
+    """The artifact, its manifest and program checked."""
     tokenizer: Tokenizer | None
     """The artifact's, or the one that was given; None if there is none, and prompts have to be token ids."""
     topology: Topology
-    """Which PEs the ranks of each replica's stages are."""
+    """Which PE has which rank of which stage of which replica."""
     stages: tuple[Stage, ...]
-    """Of a replica."""
+    """The stages of a replica."""
     limits: ModelLimits
     """What requests have to keep to."""
     scheduling: SchedulerLimits

@@ -21,9 +21,9 @@ class MachineLayout:
     """What does not change while a model runs."""
 
     topology: Topology
-    """Which PEs the ranks of each replica's stages are."""
+    """Which PE has which rank of which stage of which replica."""
     stages: tuple[Stage, ...]
-    """Of a replica."""
+    """The stages of a replica."""
     page_nbytes: tuple[int, ...]
     """What a page of KV takes on each PE, for each stage."""
 
@@ -37,14 +37,15 @@ class PESnapshot:
     replica: int | None = None
     stage: int | None = None
     rank: int | None = None
-    """`replica`, `stage`, `rank`: what it is; None if it is not used."""
+    """`replica`, `stage`, `rank`: what the PE has; None if it is not used."""
     memory_nbytes: int = PE_NBYTES
     """Its even share of the card's memory."""
     weights_nbytes: int = 0
     """What it reads; what several PEs of a card read is there once, and counts an equal part for each."""
     kv_nbytes: int = 0
+    """Room for KV."""
     kv_used_nbytes: int = 0
-    """`kv_nbytes`, `kv_used_nbytes`: room for KV, and what of it is in use, prefix cache included."""
+    """KV in use, the prefix cache included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +87,11 @@ class MachineSnapshot:
     """A running model at one moment; what is counted only grows, over restarts of replicas too."""
 
     topology: Topology
-    """Which PEs the ranks of each replica's stages are."""
+    """Which PE has which rank of which stage of which replica."""
     cards: tuple[CardSnapshot, ...]
     """The cards that are used, in order."""
     replicas: tuple[ReplicaSnapshot, ...]
-    """In order."""
+    """The replicas, in order."""
 
 
 def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, page_size: int) -> MachineLayout:

@@ -17,9 +17,9 @@ class ReplicaCounts:
     prefilled_tokens: int = 0
     """Tokens of prompts and of preempted sequences that were computed: not what the prefix cache gave."""
     decoded_tokens: int = 0
-    """That were stepped, one by one."""
+    """Tokens that were stepped, one by one."""
     copies: int = 0
-    """Of KV from slot to slot."""
+    """Copies of KV from slot to slot."""
     restarts: int = 0
     """How often its runner was replaced by another."""
     stages: tuple[StageCounts, ...] = ()

@@ -40,7 +40,7 @@ class SequenceState:
     sequence_id: int
     arrival: int
     tokens: list[int]
-    """Prompt and completion. While it decodes, all but the last one are in its slot."""
+    """Tokens of prompt and completion. While it decodes, all but the last one are in its slot."""
     prompt_length: int
     prompt_logits: bool
     batch_invariant: bool = False
@@ -97,9 +97,9 @@ class Pages:
         self.total = total
         self.size = size
         self.held = 0
-        """By sequences that run."""
+        """Pages that running sequences hold."""
         self.cached = 0
-        """By tokens that free slots keep."""
+        """Pages of tokens that free slots keep."""
         self.slots: list[Slot] = []
 
     @property

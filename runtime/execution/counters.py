@@ -42,7 +42,7 @@ class TransferCounts:
     kind: TransferKind
     """A collective, or what the stage gets of earlier ones."""
     calls: int
-    """How often: for each collective of the program, or for each run that got something."""
+    """How often it happened: for each collective of the program, or for each run that got something."""
     nbytes: int
     """What each PE of the stage received: of a sum its size, of a gathered value the size of the whole."""
     seconds: float
@@ -54,23 +54,23 @@ class StageCounts:
     """What a stage of a replica has done."""
 
     runs: int
-    """One for each batch, or several where rows of unequal lengths cannot be stepped together."""
+    """Runs: one for each batch, or several where rows of unequal lengths cannot be stepped together."""
     busy_seconds: float
-    """How long these took."""
+    """How long the runs took."""
     transfers: tuple[TransferCounts, ...]
-    """Of every kind that the stage can have."""
+    """The transfers of every kind that the stage can have."""
 
 
 class CollectiveMeter:
-    """Measures the collectives in the runs of one program, whose steps have collectives of the kinds `steps`.
+    """Measures the collectives in the runs of one program, whose sections have collectives of the kinds `sections`.
 
     The time of a section that has both kinds counts for the kind of which it has more.
     """
 
-    def __init__(self, steps: Sequence[Sequence[CollectiveKind]]) -> None:
-        self.kinds = [_most(step) if step else None for step in steps]
-        """For each step the place of its kind in what `begin` gives; None: it has no collectives."""
-        calls = [sum(step.count(kind) for step in steps) for kind in _COLLECTIVES]
+    def __init__(self, sections: Sequence[Sequence[CollectiveKind]]) -> None:
+        self.kinds = [_most(section) if section else None for section in sections]
+        """For each section the place of its kind in what `begin` gives; None: it has no collectives."""
+        calls = [sum(section.count(kind) for section in sections) for kind in _COLLECTIVES]
         self._present = [(kind, _AT[kind], count) for kind, count in enumerate(calls) if count]
         self._spent: list[list[int]] = []
 

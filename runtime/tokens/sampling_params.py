@@ -46,19 +46,19 @@ class SamplingParams:
     best_of: int | None = None
     """Completions to generate, of which the `n` likeliest are given back; None for `n`, at most 128."""
     presence_penalty: float = 0.0
-    """In [-2, 2]; subtracted from the logits of tokens that are in the completion."""
+    """Subtracted from the logits of tokens that are in the completion; in [-2, 2]."""
     frequency_penalty: float = 0.0
-    """In [-2, 2]; subtracted once for each time that a token is in the completion."""
+    """Subtracted once for each time that a token is in the completion; in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """In (0, 2]; above 1 makes tokens of the prompt and the completion less likely."""
+    """Above 1 it makes tokens of the prompt and the completion less likely; in (0, 2]."""
     temperature: float = 1.0
     """Not negative; below 1e-5 is greedy."""
     top_p: float = 1.0
-    """In (0, 1]; keeps the likeliest tokens whose probabilities add up to it."""
+    """Keeps the likeliest tokens whose probabilities add up to it; in (0, 1]."""
     top_k: int = -1
     """Keeps that many of the likeliest tokens; -1 keeps all."""
     min_p: float = 0.0
-    """In [0, 1]; drops tokens less likely than this share of the likeliest one's probability."""
+    """Drops tokens less likely than this share of the likeliest one's probability; in [0, 1]."""
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
