@@ -25,9 +25,9 @@ from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import default_name
-from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import Command, Sizes, option
 from furiosa_llm.runtime.artifact.options import declared
+from furiosa_llm.runtime.artifact.units import nbytes
 
 _STAGES = {
     "load": "reading the graph",

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import KIND
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
@@ -27,6 +26,7 @@ from furiosa_llm.runtime.artifact.tools.inspection import (
     alike,
     inspect_artifact,
 )
+from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from furiosa_llm.builder import ModelPlan, OptionError, plan_model
 from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.plan.explain import Explained
-from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import BUILD, planning_options
 from furiosa_llm.cli.options import ENGINE, option
 from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.units import nbytes
 from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 
 _SHOWN_WEIGHTS = 3

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
 from furiosa_llm.runtime.placement.block_reads import block_starts

@@ -9,12 +9,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.builder.units import counted
 from furiosa_llm.cli.options import ENGINE, Sizes, option
 from furiosa_llm.composite_verification import verify_composite
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verification
+from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity, TokenComparison
 from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, Report, verify_artifact
 

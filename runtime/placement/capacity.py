@@ -14,6 +14,7 @@ from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.reader import SplitModel
+from furiosa_llm.runtime.artifact.units import nbytes as shown
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
 from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
@@ -176,8 +177,8 @@ def kv_pages(
             counts.append(free // (card.kv_nbytes * page_size))
             if not counts[-1]:
                 raise CapacityError(
-                    f"npu:{card.npu} has {_shown(free)} left beside weights and activations, but a page of {page_size} "
-                    f"tokens takes {_shown(card.kv_nbytes * page_size)}; use smaller pages or more stages"
+                    f"npu:{card.npu} has {shown(free)} left beside weights and activations, but a page of {page_size} "
+                    f"tokens takes {shown(card.kv_nbytes * page_size)}; use smaller pages or more stages"
                 )
     return min(counts, default=None)
 
@@ -265,10 +266,10 @@ def _nbytes(kind: ValueType, sizes: Mapping[str, int]) -> int | None:
 
 
 def _over(card: CardMemory, nbytes: int) -> str:
-    activations = f" and {_shown(card.activation_nbytes)} of activations" if card.activation_nbytes else ""
+    activations = f" and {shown(card.activation_nbytes)} of activations" if card.activation_nbytes else ""
     return (
-        f"npu:{card.npu} is to hold {_shown(card.weight_nbytes)} of weights{activations} on {card.num_pes} PEs, which "
-        f"is {_shown(nbytes)} more than their {_shown(card.capacity_nbytes)}"
+        f"npu:{card.npu} is to hold {shown(card.weight_nbytes)} of weights{activations} on {card.num_pes} PEs, which "
+        f"is {shown(nbytes)} more than their {shown(card.capacity_nbytes)}"
     )
 
 
@@ -279,11 +280,3 @@ def _remedy(blocks: Sequence[BlockReads], stages: int, pe_nbytes: int) -> str:
         if max(stage.weight_nbytes for stage in cut) <= pe_nbytes:
             return f"use pp={more}, which fits"
     return "no number of stages fits; build for a larger tensor parallel size, or with smaller weights"
-
-
-def _shown(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"

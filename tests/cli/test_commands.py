@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.runtime import open_artifact
+from furiosa_llm.runtime.artifact.units import nbytes
 from tests.cli.conftest import OPTIMUM, Cli
 from tests.support.artifacts import artifact_of
 from tests.support.tiers import tiered
