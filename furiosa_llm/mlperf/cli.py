@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 import click
 
-from furiosa_llm import FuriosaLLMError, __version__
+from furiosa_llm import __version__
+from furiosa_llm.cli.exit_code import exit_code_of
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.runtime.errors import UnsupportedError
 
-_INTERRUPTED = 130
 _NEEDED = {"mlperf_loadgen": "mlcommons-loadgen", "rouge_score": "rouge-score"}
 _MODES = ("performance-only", "accuracy-only", "submission")
 _OPTIONS = (
@@ -106,20 +106,9 @@ def _check_installed() -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one paragraph on standard error and an exit code, never a traceback."""
+    """Run the command line; see `exit_code_of`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = cli.main(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        code = _INTERRUPTED
-    except FuriosaLLMError as error:
-        paragraph = " ".join(str(error).split())
-        click.echo(f"error: {paragraph}", err=True)
-        code = error.exit_code
-    _exit(code)
+    _exit(exit_code_of(cli))
 
 
 def _exit(code: int) -> NoReturn:
