@@ -173,6 +173,12 @@ def test_what_fits(graphs: Path) -> None:
         assert (d.free_tokens > 0) <= d.fits
 
 
+def test_ranks_of_more_than_a_card_have_no_place(zoo: Path) -> None:
+    """As `topology` and the engine say of such an artifact."""
+    found, _ = plan_model(zoo / "tiny-llama-optimum" / "model.onnx", tensor_parallel_sizes=(16,), experimental_tp=True)
+    assert found.plans[0].deployments == ()
+
+
 @pytest.mark.parametrize("option", ["context", "batch", "chunk"])
 def test_workloads_below_one_mean_nothing(option: str, zoo: Path) -> None:
     with pytest.raises(OptionError, match=f"{option} must be an integer of at least 1, got 0"):

@@ -217,6 +217,12 @@ def test_plan_shows_sizes_side_by_side_with_reasons(cli: Cli, zoo: Path, monkeyp
     assert "1 AllGather over 8" in text
 
 
+def test_plan_warns_of_what_no_table_counts(zoo: Path, cli: Cli) -> None:
+    warning = "are alive inside a step, which neither table nor engine counts; choose a smaller chunk or batch."
+    assert warning in cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4", "--batch", 10**7).out
+    assert warning not in cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4").out
+
+
 def test_plan_as_json(cli: Cli, zoo: Path) -> None:
     result = cli("plan", zoo / GENAI / "model.onnx", "-tp", "8", "--batch", 2, "--json")
     assert result.code == 0
