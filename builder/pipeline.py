@@ -68,21 +68,21 @@ class Assembly:
 
         threads = _checked_workers(workers)
         with output_folder(destination, force=force) as folder:
-            stage("load")
-            source = self.load()
-            analysed = analyse_source(source, self.options, told=stage)
-            build = self._lowered(analysed, stage)
+            build = self.lowered(stage)
             manifest = write_artifact(
                 folder, build, name=self.name, options=self.options, plan=self.plan, progress=told, workers=threads
             )
-            self.check(source, manifest)
+            self.check(build.source, manifest)
             stage("prove")
             faults = tuple(map(str, prove(folder).faults))
         seconds = time.monotonic() - started
         return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
 
-    def _lowered(self, analysed: Analysed, told: Stage) -> Build:
+    def lowered(self, told: Stage) -> Build:
+        """Everything up to the program; nothing is written. `told` is told the name of each stage."""
         mesh = self.options.mesh
+        told("load")
+        analysed = analyse_source(self.load(), self.options, told=told)
         if self.plan is None:
             return analysed.lowered_for(self.options, told=told)
         told("lower")

@@ -59,7 +59,7 @@ def write_artifact(
     ]
     manifest = manifest_of(
         build,
-        info=_model_info(build, name, options.max_seq_len_to_capture),
+        info=model_info(build, name, options.max_seq_len_to_capture),
         provenance=_provenance(build, options),
         weights=weights,
         shapes=shapes,
@@ -80,7 +80,7 @@ def planned(build: Build) -> SplitModel:
     )
     manifest = manifest_of(
         build,
-        info=_model_info(build, "", None),
+        info=model_info(build, "", None),
         provenance=Provenance(tool="", libraries={}, options={}, source_sha256=""),
         weights=unwritten,
         shapes=shapes,
@@ -94,7 +94,8 @@ def planned(build: Build) -> SplitModel:
     )
 
 
-def _model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
+def model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
+    """What the manifest says of the model; `limit` is the longest sequence that was asked for."""
     path = build.source.path
     limits = [max_sequence_length(path), limit]
     logits = build.logits
@@ -107,9 +108,14 @@ def _model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
     )
 
 
+def tool() -> str:
+    """What makes artifacts: this distribution and its version."""
+    return f"furiosa-llm-onnx {importlib.metadata.version('furiosa-llm-onnx')}"
+
+
 def _provenance(build: Build, options: BuildOptions) -> Provenance:
     return Provenance(
-        tool=f"furiosa-llm-onnx {importlib.metadata.version('furiosa-llm-onnx')}",
+        tool=tool(),
         libraries={name: importlib.metadata.version(name.replace("_", "-")) for name in _LIBRARIES},
         options=options.to_json(),
         source_sha256=build.source.sha256,
