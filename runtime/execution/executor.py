@@ -24,7 +24,7 @@ from furiosa_llm.runtime.execution.one_by_one import is_chunk_of_many, run_singl
 from furiosa_llm.runtime.execution.ort import SessionSettings, wrap
 from furiosa_llm.runtime.execution.sessions import create_sessions
 from furiosa_llm.runtime.program.lanes import alike_inputs, lanes_of, shard_axes
-from furiosa_llm.runtime.program.segments import cut_program, size_names
+from furiosa_llm.runtime.program.segments import Program, cut_program, growing_values, size_names
 
 
 class Executor(Closing):
@@ -55,8 +55,7 @@ class Executor(Closing):
         self._lock = threading.Lock()
         self._counters = new_counters(1)
         [self._row] = rows_of(self._counters)
-        in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
-        self._bound = self.bind(unbound=frozenset(in_place))
+        self._bound = self.bind(unbound=_of_unknown_shape(artifact, program))
 
     @property
     def decoder_interface(self) -> DecoderInterface:
@@ -174,6 +173,13 @@ class Executor(Closing):
                     raise ArtifactError(f"output {info.name!r:.80} has the local shape {list(local.shape)}")
             whole[np.ix_(*target)] = local[np.ix_(*source)]
         return whole
+
+
+def _of_unknown_shape(artifact: Artifact, program: Program) -> frozenset[str]:
+    """Presents, and what grows with a past that is appended to: a window may cut it, from some length on."""
+    states = artifact.manifest.states
+    appended = any(state.mode == "append" for state in states)
+    return frozenset(state.output for state in states) | (growing_values(program, GROWING) if appended else frozenset())
 
 
 def is_split(info: InputInfo) -> bool:

@@ -73,9 +73,8 @@ class _Cutting:
         self._declared: dict[str, ValueInfoProto] = {
             value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
         }
-        self._collectives = dict(
-            zip((n.output[0] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN), collectives, strict=True)
-        )
+        known = {collective.id: collective for collective in collectives}  # of which serving may need fewer
+        self._collectives = {n.output[0]: known[n.name] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN}
         self._first = [0 if start is None else self._producer[start] + 1 for start in starts]
         self._waits = following(self._nodes)
         inputs = {value.name: value.type.tensor_type.shape.SerializeToString() for value in graph.input}

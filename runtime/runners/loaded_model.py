@@ -76,12 +76,14 @@ def load_model(
     lanes: int,
     threads: int,
     mapped: bool = False,
+    exact: bool = False,
     own: Collection[int] | None = None,
     companions: Companions = NO_COMPANIONS,
 ) -> LoadedModel:
     """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
 
-    `threads` sessions are made at a time; `mapped` leaves the weights in their files. Raises UnsupportedError for a
+    `threads` sessions are made at a time; `mapped` leaves the weights in their files, and `exact` is for comparisons
+    (see `SessionSettings`). Raises UnsupportedError for a
     model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
     """
     manifest = artifact.manifest
@@ -95,7 +97,7 @@ def load_model(
         states=manifest.states,
         tensors=artifact.tensors,
     )
-    settings = SessionSettings(prepack=not mapped)
+    settings = SessionSettings(prepack=not mapped, exact=exact)
     count = min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []
     for graph in graphs:

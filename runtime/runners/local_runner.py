@@ -32,7 +32,8 @@ _CLOSE_TIMEOUT = 5.0
 class Host(Closing):
     """An artifact's stages loaded into this process, for any number of replicas.
 
-    `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files.
+    `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files,
+    and `exact` is for comparisons (see `SessionSettings`).
     The rows that `companions` names are computed together with a copy of themselves.
     Close it, or use it as a context manager, to end its threads.
     """
@@ -44,11 +45,18 @@ class Host(Closing):
         *,
         threads: int | None = None,
         mapped: bool = False,
+        exact: bool = False,
         companions: Companions = NO_COMPANIONS,
     ) -> None:
         self.threads = cores_for(threads)
         self.model = load_model(
-            artifact, stages, lanes=self.threads, threads=self.threads, mapped=mapped, companions=companions
+            artifact,
+            stages,
+            lanes=self.threads,
+            threads=self.threads,
+            mapped=mapped,
+            exact=exact,
+            companions=companions,
         )
         self.crew = Crew(self.threads)
 
