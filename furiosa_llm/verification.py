@@ -5,31 +5,35 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from furiosa_llm.builder.proof import check_program, constants_of
-from furiosa_llm.builder.source.identity import check_identity
+from furiosa_llm.builder.write.artifact import tool
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manifest_digest
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
 from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
-from furiosa_llm.runtime.artifact.tools.record import Check, Verification
+from furiosa_llm.runtime.artifact.tools.record import Check, Compared, Verification
 from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
-from furiosa_llm.runtime.errors import ExecutionError, InputError
-from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, OutputError, Parity, Subject, TokenComparison
+from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison
+from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, UNFIT, Found, Parity, Subject
+from furiosa_llm.source_checks import check_given, check_lowering
 
 TOLERANCE = 1e-4
+"""Of an output's mean error, relative to its greatest magnitude; honest artifacts: see docs/artifact-tools.md."""
 HALF_TOLERANCE = 5e-3
 """Of a model with float16 weights: 11 bits, and a partial sum is rounded on every rank."""
 
-_DISTRIBUTION = "furiosa-llm-onnx"
+MAX_SEED = 2**31
+_NOT_FINITE = "NaN or infinite on one side"
 _LIBRARIES = ("numpy", "onnx", "onnxruntime")
-_UNFIT = (ArtifactError, ExecutionError, InputError)
-"""What an artifact whose files are all there may still raise when it is run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,8 @@ class ParityOptions:
     """How artifact and model are compared; see `furiosa_llm.runtime.verify_against`.
 
     `tolerance` is relative to an output's greatest magnitude; None: TOLERANCE, or HALF_TOLERANCE for float16 weights.
+    `seed` draws lengths and inputs; None: one that the system gives, so that no artifact can know it. `time_limit` are
+    the seconds after which no further step is begun.
     """
 
     tolerance: float | None = None
@@ -55,7 +61,9 @@ class ParityOptions:
     max_tokens: int = 32
     sizes: Mapping[str, int] | None = None
     threads: int | None = None
-    seed: int = 0
+    seed: int | None = None
+    max_length: int | None = None
+    time_limit: float | None = None
 
 
 def verify_artifact(
@@ -68,10 +76,10 @@ def verify_artifact(
     """Checks the artifact in the folder `path`; what is wrong with it is reported, not raised.
 
     Always: its structure, the digests of all files, but of more than FULL_BELOW_NBYTES of weights only with `full` or
-    `against`, and the static proof. `full`: every original put together from its shards, and padding. `full` or
-    `against`: outputs and greedy tokens compared with the unsplit model, which is `against`, or is put back together
-    from the artifact in a temporary folder. Nothing is written; `write_verification` does that with the report's
-    record.
+    `against`, the static proof, and program and manifest compared with what source.onnx lowers to. `full`: every original
+    put together from its shards, and padding. `full` or `against`: outputs and greedy tokens compared with the unsplit model,
+    which is `against`, or is put back together from the artifact in a temporary folder. Nothing is written;
+    `write_verification` does that with the report's record.
 
     Raises ArtifactError if there is no manifest to report on, and InputError, ModelLoadError, ExecutionError and
     UnsupportedError for a model or options that cannot be compared with.
@@ -86,20 +94,23 @@ def verify_artifact(
         fault = Check(name="structure", checked=1, faults=(_line(error, folder),))
         return Report(record=_record(digest, [fault]), parity=None)
     checks = [Check(name="structure", checked=1 + len(artifact.manifest.files)), _proof(artifact)]
+    checks.append(_guarded(lambda: check_lowering(artifact), "lowering", folder))
     if full or against is not None or _weights_nbytes(artifact) < FULL_BELOW_NBYTES:
         checks.append(_guarded(lambda: check_weights(artifact), "weights", folder))
     if full:
         checks.append(_guarded(lambda: check_originals(artifact), "originals", folder))
         checks.append(_guarded(lambda: check_padding(artifact), "padding", folder))
     parity = None
+    comparable = all(check.passed for check in checks if check.name not in ("proof", "lowering"))
     if against is not None:
-        checks.append(check_identity(artifact, against))
+        checks.append(check_given(artifact, against))
         found, parity = _compared(artifact, against, options or ParityOptions())
         checks += found
-    elif full and all(check.passed for check in checks if check.name != "proof"):
+    elif full and comparable:
         found, parity = _compared_with_itself(artifact, options or ParityOptions())
         checks += found
-    return Report(record=_record(artifact.digest, checks), parity=parity)
+    compared = None if parity is None else _extent(parity, given=against is not None)
+    return Report(record=_record(artifact.digest, checks, compared), parity=parity)
 
 
 def _manifest_digest(folder: Path) -> str | None:
@@ -112,12 +123,22 @@ def _manifest_digest(folder: Path) -> str | None:
     return manifest_digest(data)
 
 
-def _record(digest: str, checks: Sequence[Check]) -> Verification:
+def _extent(parity: Parity, *, given: bool) -> Compared:
+    return Compared(
+        model="given" if given else "rebuilt",
+        lengths=tuple(sorted({case.length for case in parity.cases})),
+        limit=parity.lengths.limit,
+        seed=parity.seed,
+    )
+
+
+def _record(digest: str, checks: Sequence[Check], compared: Compared | None = None) -> Verification:
     return Verification(
         manifest_digest=digest,
-        tool=f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}",
+        tool=tool(),
         libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
         checks=tuple(checks),
+        compared=compared,
     )
 
 
@@ -134,7 +155,7 @@ def _guarded(check: Callable[[], Check], name: str, folder: Path) -> Check:
     """The check, or one whose fault is that the artifact does not even let it run."""
     try:
         return check()
-    except _UNFIT as error:
+    except UNFIT as error:
         return Check(name=name, checked=1, faults=(_line(error, folder),))
 
 
@@ -157,56 +178,63 @@ def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[l
         try:
             unbuild(artifact, model)
             return _compared(artifact, model, options)
-        except _UNFIT as error:
+        except UNFIT as error:
             line = f"the model put back together from the artifact: {_line(error, artifact.folder, model.parent)}"
             return [Check(name="stitched", checked=1, faults=(line,))], None
 
 
-def _compared(
-    artifact: Artifact, model: str | os.PathLike[str], options: ParityOptions
-) -> tuple[list[Check], Parity | None]:
+def _compared(artifact: Artifact, model: str | os.PathLike[str], options: ParityOptions) -> tuple[list[Check], Parity]:
     tolerance = _tolerance(artifact.manifest) if options.tolerance is None else options.tolerance
-    subject = Subject(artifact, model, sizes=options.sizes, threads=options.threads, seed=options.seed)
-    found: dict[str, Check] = {}
-    stitched: tuple[OutputError, ...] = ()
-    outputs: tuple[OutputError, ...] = ()
-    tokens: tuple[TokenComparison, ...] = ()
-
-    def stitch() -> Check:
-        nonlocal stitched
-        stitched = subject.stitched()
-        return _output_check("stitched", stitched, tolerance)
-
-    def execute() -> Check:
-        nonlocal outputs, tokens
-        outputs, tokens = subject.executed(options.prompts, options.max_tokens)
-        return _output_check("executor", outputs, tolerance)
-
-    for name, check in (("stitched", stitch), ("executor", execute)):
-        found[name] = _guarded(check, name, artifact.folder)
-    if tokens:
-        found["tokens"] = _token_check(tokens)
-    parity = Parity(
-        stitched=stitched,
-        outputs=outputs,
-        tokens=tokens,
-        accuracy_level_replaced=subject.accuracy_level_replaced,
+    subject = Subject(
+        artifact,
+        model,
+        sizes=options.sizes,
+        threads=options.threads,
+        seed=secrets.randbelow(MAX_SEED) if options.seed is None else options.seed,
+        max_length=options.max_length,
+        check=_time_limit(options.time_limit),
     )
-    return list(found.values()), parity
+    findings = subject.compare(options.prompts, options.max_tokens)
+    checks = [
+        _output_check(name, found, tolerance, artifact.folder)
+        for name, found in (("stitched", findings.stitched), ("executor", findings.executor))
+    ]
+    if findings.tokens.errors or findings.tokens.failure is not None:
+        checks.append(_token_check(findings.tokens, tolerance, artifact.folder))
+    if findings.engine.errors or findings.engine.failure is not None:
+        checks.append(_output_check("engine", findings.engine, tolerance, artifact.folder))
+    return checks, subject.parity(findings)
+
+
+def _time_limit(seconds: float | None) -> Callable[[], None]:
+    """A function that raises ExecutionError once so many seconds have passed."""
+    started = time.monotonic()
+
+    def check() -> None:
+        if seconds is not None and time.monotonic() - started > seconds:
+            raise ExecutionError(
+                f"the comparison took longer than its limit of {seconds:g} s; give a longer --time-limit, or a smaller "
+                "--max-length"
+            )
+
+    return check
 
 
 def _tolerance(manifest: Manifest) -> float:
     return HALF_TOLERANCE if any(tensor.dtype == "FLOAT16" for tensor in manifest.tensors) else TOLERANCE
 
 
-def _output_check(name: str, errors: Sequence[OutputError], tolerance: float) -> Check:
+def _output_check(name: str, found: Found[OutputError], tolerance: float, folder: Path) -> Check:
+    errors = found.errors
     faults = [
         f"{error.case}: {error.output!r:.80} is "
-        + (f"{error.relative:.1e} off" if error.finite else "NaN or infinite on one side")
+        + (f"{error.mean:.1e} off in the mean, {error.relative:.1e} at most" if error.finite else _NOT_FINITE)
         for error in errors
         if not error.within(tolerance)
     ]
-    greatest = max((error.relative for error in errors), default=math.inf)
+    if found.failure is not None:
+        faults.append(_line(found.failure, folder))
+    greatest = max((error.mean for error in errors), default=math.inf)
     finite = all(error.finite for error in errors) and math.isfinite(greatest)
     return Check(
         name=name,
@@ -217,12 +245,19 @@ def _output_check(name: str, errors: Sequence[OutputError], tolerance: float) ->
     )
 
 
-def _token_check(tokens: Iterable[TokenComparison]) -> Check:
-    compared = list(tokens)
+def _token_check(found: Found[TokenComparison], tolerance: float, folder: Path) -> Check:
     faults = [
-        f"prompt {number}: token {one.first_difference} differs, where the best two logits are {one.gap:.1e} apart and "
-        f"those of the artifact {one.logit_error:.1e} off"
-        for number, one in enumerate(compared)
-        if not one.identical
+        f"prompt {number}: {_token_fault(one)}; {tolerance * one.magnitude:.1e} is allowed"
+        for number, one in enumerate(found.errors)
+        if not one.within(tolerance)
     ]
-    return Check(name="tokens", checked=len(compared), faults=tuple(faults))
+    if found.failure is not None:
+        faults.append(_line(found.failure, folder))
+    return Check(name="tokens", checked=len(found.errors), faults=tuple(faults))
+
+
+def _token_fault(one: TokenComparison) -> str:
+    off = f"the artifact's logits are {one.logit_error:.1e} off"
+    if one.first_difference is None:
+        return off
+    return f"token {one.first_difference} differs, where the best two logits are {one.gap:.1e} apart and {off}"

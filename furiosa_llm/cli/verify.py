@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -15,12 +16,14 @@ from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verification
 from furiosa_llm.runtime.artifact.units import counted
-from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity, TokenComparison
-from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, Report, verify_artifact
+from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison
+from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity
+from furiosa_llm.verification import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions, Report, verify_artifact
 
 _COUNTED = {
     "structure": "file",
     "proof": "node",
+    "lowering": "node",
     "weights": "file or tensor",
     "originals": "original",
     "padding": "tensor",
@@ -28,6 +31,7 @@ _COUNTED = {
     "stitched": "output",
     "executor": "output",
     "tokens": "prompt",
+    "engine": "step kind",
 }
 
 
@@ -43,10 +47,21 @@ _COUNTED = {
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0.0),
-    help=f"Greatest relative error to accept in an output.  [default: {TOLERANCE:g}, float16 {HALF_TOLERANCE:g}]",
+    help="Greatest mean error to accept in an output, relative to its largest element.  "
+    f"[default: {TOLERANCE:g}, float16 {HALF_TOLERANCE:g}]",
 )
 @click.option("--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension to run with.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=MAX_SEED),
+    help="Seed of lengths and inputs, to repeat a comparison.  [default: one from the system]",
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Longest sequence to compare at.  [default: what is affordable]"
+)
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0.0), help="Seconds after which no step of the comparison is begun."
+)
 @option("threads", ENGINE, help="Threads that run the models.  [default: the cores]")
 def verify(
     artifact: Path,
@@ -57,14 +72,16 @@ def verify(
     max_tokens: int,
     tolerance: float | None,
     dims: tuple[tuple[str, int], ...],
-    seed: int,
+    seed: int | None,
+    max_length: int | None,
+    time_limit: float | None,
     threads: int | None,
 ) -> None:
-    """Check ARTIFACT: its structure, and that program and manifest alone prove it to be one unsplit model.
+    """Check ARTIFACT: its structure, that its ranks compute one unsplit model, and that this is its source.onnx.
 
     --full also checks that all weights are the original's, and compares the artifact with the model that it is put back
-    together to. --against compares it with the model it was built from. What was found is written into ARTIFACT, as
-    verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
+    together to. --against compares it with the model it was built from. Without either no output is compared. What was
+    found is written into ARTIFACT, as verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
     """
     options = ParityOptions(
         tolerance=tolerance,
@@ -73,6 +90,8 @@ def verify(
         sizes=dict(dims),
         threads=threads,
         seed=seed,
+        max_length=max_length,
+        time_limit=time_limit,
     )
     console = Console()
     if is_composite(artifact):
@@ -105,7 +124,10 @@ def _show(console: Console, artifact: Path, report: Report, *, record: bool) -> 
         _show_check(console, check)
     passed = report.record.passed
     within = next((f" within {check.tolerance:g}" for check in report.record.checks if check.tolerance is not None), "")
-    console.print(f"verified{within}" if passed else f"NOT verified{within}", highlight=False)
+    verdict = f"verified{within}: " if passed else f"NOT verified{within}; this was checked: "
+    console.print(f"{verdict}{report.record.words}", highlight=False, markup=False, soft_wrap=True)
+    if report.parity is not None and not passed:
+        console.print(f"repeat it with --seed {report.parity.seed}", highlight=False)
     if record:
         path = write_verification(artifact, report.record)
         console.print(f"recorded in {path}", highlight=False, markup=False, soft_wrap=True)
@@ -124,7 +146,7 @@ def _show_check(console: Console, check: Check) -> None:
 
 
 def _show_parity(console: Console, parity: Parity) -> None:
-    if parity.stitched or parity.outputs:
+    if parity.stitched or parity.outputs or parity.engine:
         console.print(_outputs_table(parity), crop=False)
     for comparison in parity.tokens:
         console.print(_tokens_line(comparison), highlight=False, markup=False, soft_wrap=True)
@@ -133,29 +155,24 @@ def _show_parity(console: Console, parity: Parity) -> None:
 
 
 def _outputs_table(parity: Parity) -> Table:
-    table = Table(title="greatest error per output, relative to its largest", title_justify="left")
-    for column in ("output", "case", "all ranks in one graph", "executor"):
-        table.add_column(column)
-    errors = {
-        name: {(error.output, error.case): error for error in found}
-        for name, found in (("stitched", parity.stitched), ("executor", parity.outputs))
-    }
-    for output, case in dict.fromkeys((*errors["stitched"], *errors["executor"])):
-        cells = []
-        for found in errors.values():
-            error = found.get((output, case))
-            note = "" if error is None or error.finite else "  NaN or infinity on one side"
-            cells.append("" if error is None else f"{error.relative:.1e}{note}")
-        table.add_row(output, case, *cells)
+    table = Table(title="greatest mean error of an output, relative to its largest element", title_justify="left")
+    ways = {"ranks in one graph": parity.stitched, "executor": parity.outputs, "engine": parity.engine}
+    for column in ("step", *ways):
+        table.add_column(column, no_wrap=True)
+    for case in dict.fromkeys(error.case for errors in ways.values() for error in errors):
+        table.add_row(case, *(_worst([error for error in errors if error.case == case]) for errors in ways.values()))
     return table
+
+
+def _worst(errors: Sequence[OutputError]) -> str:
+    if not errors:
+        return ""
+    worst = max(errors, key=lambda error: (not error.finite, error.mean))
+    return f"{worst.mean:.1e} {worst.output:.40}" + ("" if worst.finite else "  NaN or infinity on one side")
 
 
 def _tokens_line(comparison: TokenComparison) -> str:
     line = f"{comparison.prompt!r}: {comparison.tokens} greedy tokens, logit error {comparison.logit_error:.1e}: "
     if comparison.first_difference is None:
         return line + "equal"
-    verdict = "a tie within the error" if comparison.identical else "DIFFERENT"
-    return (
-        line
-        + f"differ at token {comparison.first_difference}, where the best two are {comparison.gap:.1e} apart: {verdict}"
-    )
+    return line + f"token {comparison.first_difference} differs, where the best two are {comparison.gap:.1e} apart"

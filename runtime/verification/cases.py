@@ -1,10 +1,16 @@
-"""The steps that an artifact and its model are compared on: their sizes, and random inputs for them."""
+"""The steps that an artifact and its model are compared on: their lengths, and random inputs for them.
+
+A fault may show at some lengths only. Besides a few short steps there is one of each kind in every octave up to the
+longest sequence, at a length drawn from it, and one that ends at the longest itself.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,17 +20,24 @@ from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
+from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInfo
 from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
-
-_CASES = (("prefill", 2, 9, 0), ("decode", 2, 1, 9), ("chunk", 3, 5, 7))
-"""Name, batch, sequence and past of the steps that a decoder is compared on."""
+from furiosa_llm.runtime.execution.memory import array_nbytes
 
 _CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
+_ENCODER = "encoder"
+_OTHER_SIZES = {_ENCODER: 7}
 
-_OTHER_SIZES = {"encoder": 7}
-
-_OTHER_CASE = ("forward", 2, 9, 0)
+_UNLIMITED = 1024
+"""The longest sequence of a model that knows no limit."""
+_FIRST_OCTAVE = 16
+_LONGEST_CHUNK = 64
+_STEP_OPERATIONS = 4e10
+"""Multiplications and additions with weights that one step may take: a second on two cores."""
+_STEP_NBYTES = 2**26
+"""Bytes that the states, or the outputs for the new tokens, of one step may take."""
+_LEAST = 64
+"""So many tokens are compared, whatever they cost."""
 
 
 class Model(Protocol):
@@ -36,82 +49,226 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step: its name, its sizes by dimension, global inputs by name, and the unsplit model's outputs for them."""
+class Case:
+    """The sizes of a step. Its past is a short one and then random rows of that if it is `drawn`, else a prefill's."""
 
-    name: str
+    kind: str
+    batch: int
+    sequence: int
+    past: int
+    drawn: bool = False
+
+    @property
+    def length(self) -> int:
+        """The tokens of a sequence at the step's end."""
+        return self.past + self.sequence
+
+    def __str__(self) -> str:
+        behind = f" behind {self.past}" if self.past else ""
+        return f"{self.kind} {self.batch}x{self.sequence}{behind}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step: its case, its sizes by dimension, global inputs by name, and the unsplit model's outputs for them."""
+
+    case: Case
     sizes: Mapping[str, int]
     inputs: Mapping[str, Array]
     expected: Mapping[str, Array]
 
 
-def steps_of(
-    reference: Model, manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator
-) -> Iterator[Step]:
-    """The steps that the model of `manifest` is compared on, run on `reference`.
+_SHORT = (
+    Case(kind="prefill", batch=2, sequence=9, past=0),
+    Case(kind="decode", batch=2, sequence=1, past=9),
+    Case(kind="chunk", batch=3, sequence=5, past=7),
+)
+_FORWARD = Case(kind="forward", batch=2, sequence=9, past=0)
 
-    A decoder's are a prefill, a decode step and a chunk behind a past; another model has one. `sizes` are those of
-    dynamic dimensions besides batch, sequence and past; raises UnsupportedError for a dimension without one, and
-    ExecutionError if `reference` fails.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """How far a model is compared: `limit` is its own, None for none; `past` tokens in all, `new` ones in one step."""
+
+    limit: int | None
+    past: int
+    new: int
+
+
+def lengths_of(manifest: Manifest, most: int | None = None) -> Lengths:
+    """What is affordable, or `most` tokens in all: new tokens cost products, those before them memory."""
+    limit = manifest.model.max_sequence_length
+    longest = min(limit or _UNLIMITED, most or sys.maxsize)
+    weights = sum(math.prod(entry.shape) for entry in manifest.initializers if entry.stored)
+    states = sum(_token_nbytes(info) for info in manifest.inputs if info.role == "state")
+    outputs = sum(_token_nbytes(info) for info in manifest.outputs if info.role != "state")
+    new = min(_STEP_OPERATIONS / (2 * weights or 1), _STEP_NBYTES / (outputs or 1))
+    return Lengths(
+        limit=limit,
+        past=min(longest, most or max(_LEAST, _STEP_NBYTES // (states or 1))),
+        new=min(longest, max(_LEAST, int(new))),
+    )
+
+
+def _token_nbytes(info: InputInfo | OutputInfo) -> int:
+    """The bytes of one token of one sequence."""
+    return array_nbytes(info.dtype, tuple(size if isinstance(size, int) else 1 for size in info.shape))
+
+
+def cases_of(manifest: Manifest, lengths: Lengths, random: np.random.Generator) -> list[Case]:
+    """The steps that the model of `manifest` is compared on.
+
+    A decoder's are a prefill, a decode step and a chunk behind a past; another model has whole runs.
     """
-    for name, batch, sequence, past in _CASES if manifest.states else (_OTHER_CASE,):
-        known = {**sizes, "batch": batch, "sequence": sequence, "past": past}
-        inputs = _case_inputs(reference, manifest, known, random)
+    if not manifest.states:
+        whole = [length for length in _drawn(lengths.new, random) if _has_sequence(manifest)]
+        return [_FORWARD, *(Case(kind="forward", batch=1, sequence=length, past=0) for length in whole)]
+    cases = [case for case in _SHORT if case.length <= lengths.past]
+    for length in _drawn(lengths.new, random):
+        cases.append(Case(kind="prefill", batch=1, sequence=length, past=0))
+    for length in _drawn(lengths.past, random):
+        batch = 2 if 2 * length <= lengths.past else 1
+        cases.append(Case(kind="decode", batch=batch, sequence=1, past=length - 1, drawn=True))
+        chunk = int(random.integers(2, min(_LONGEST_CHUNK, lengths.new, length - 1) + 1))
+        cases.append(Case(kind="chunk", batch=1, sequence=chunk, past=length - chunk, drawn=True))
+    return cases
+
+
+def _drawn(longest: int, random: np.random.Generator) -> Iterator[int]:
+    """A length of every octave below `longest`, which comes last."""
+    start = _FIRST_OCTAVE
+    while start < longest:
+        yield int(random.integers(start, min(2 * start, longest)))
+        start *= 2
+    if longest >= _FIRST_OCTAVE:
+        yield longest
+
+
+def _has_sequence(manifest: Manifest) -> bool:
+    dims = (dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str))
+    return any("sequence" in parse_dimension(dim).names for dim in dims)
+
+
+def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[Step]:
+    """Each of `cases` with inputs, run on the reference; one is made when the one before it is done with.
+
+    Raises UnsupportedError for a dimension without a size, and ExecutionError if the reference fails.
+    """
+    for case in cases:
         try:
-            expected = reference.run(inputs)
+            step = inputs.step(case)
         except ExecutionError:
+            if case.batch == 1:
+                raise
             # GroupQueryAttention takes several tokens behind a past in a batch of one only.
-            known["batch"] = 1
-            inputs = _case_inputs(reference, manifest, known, random)
-            expected = reference.run(inputs)
-        yield Step(name=name, sizes=known, inputs=inputs, expected=expected)
+            step = inputs.step(replace(case, batch=1))
+        yield step
+
+
+def within_limit(inputs: Inputs, lengths: Lengths) -> Lengths:
+    """`lengths`, shortened to what the reference runs: a model without a limit may have a table of positions."""
+    if lengths.limit is not None or inputs.runs(lengths.past):
+        return lengths
+    good, bad = 1, lengths.past
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if inputs.runs(middle) else (good, middle)
+    return Lengths(limit=good, past=good, new=min(lengths.new, good))
 
 
 def configured_sizes(path: Path | None) -> dict[str, int]:
     """Sizes of dimensions besides batch and sequence: those of an image are in the config.json at `path`, if any."""
     if path is None:
-        return dict(_OTHER_SIZES)
+        return {}
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON: {error}; {REBUILD}") from error
     found = {dim: config.get(key) for dim, key in _CONFIGURED_SIZES.items()} if isinstance(config, dict) else {}
-    return _OTHER_SIZES | {dim: size for dim, size in found.items() if isinstance(size, int)}
+    return {dim: size for dim, size in found.items() if isinstance(size, int)}
 
 
-def _case_inputs(
-    reference: Model, manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator
-) -> dict[str, Array]:
-    """The inputs of a step; the states are those that the reference has after a prefill of the step's past."""
-    inputs = _random_inputs(manifest, {**sizes, "past": 0, "sequence": sizes["past"] or sizes["sequence"]}, random)
-    if not sizes["past"]:
-        return inputs
-    presents = reference.run(inputs)
-    step = _random_inputs(manifest, sizes, random)
-    return step | {state.input: presents[state.output] for state in manifest.states}
+class Inputs:
+    """Makes steps, with random inputs that `random` draws, and runs them on the reference.
 
+    `sizes` are those of dynamic dimensions besides batch, sequence and past.
+    """
 
-def _random_inputs(manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator) -> dict[str, Array]:
-    complete = known_sizes(sizes)
-    return {info.name: _random_input(info, manifest, complete, random) for info in manifest.inputs}
+    def __init__(
+        self, reference: Model, manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator
+    ) -> None:
+        self._reference = reference
+        self._manifest = manifest
+        self._sizes = {**_OTHER_SIZES, **sizes}
+        self._varies = _ENCODER not in sizes
+        self._random = random
+        self._presents: dict[str, Array] = {}
+        self._made = {state.input for state in manifest.states}
 
+    def step(self, case: Case) -> Step:
+        """The step of a case; raises ExecutionError if the reference cannot run it."""
+        sizes = {**self._sizes, "batch": case.batch, "sequence": case.sequence, "past": case.past}
+        if self._varies and case.length >= _FIRST_OCTAVE:
+            sizes[_ENCODER] = int(self._random.integers(2, case.length))
+        inputs = self._random_inputs(sizes)
+        if case.drawn:
+            inputs |= {name: self._extended(rows, inputs[name].shape) for name, rows in self._short().items()}
+        elif case.past:
+            inputs |= self._after({**sizes, "past": 0, "sequence": case.past})
+        return Step(case=case, sizes=sizes, inputs=inputs, expected=self._reference.run(inputs))
 
-def _random_input(info: InputInfo, manifest: Manifest, sizes: Mapping[str, int], random: np.random.Generator) -> Array:
-    names = {name for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
-    missing = sorted(names - sizes.keys())
-    if missing:
-        raise UnsupportedError(f"input {info.name!r:.80} has the dynamic dimensions {missing}; give their sizes")
-    shape = shape_of(info.shape, sizes)
-    dtype = np.dtype(DTYPES[info.dtype].numpy)
-    if info.role == "state":
-        return np.zeros(shape, dtype=dtype)
-    if info.role == "token_ids":
-        return random.integers(0, manifest.model.vocab_size or 2, shape).astype(dtype)
-    if info.role == "attention_mask":
-        return np.ones(shape, dtype=dtype)
-    if info.role == "position_ids":
-        positions = np.arange(sizes["past"], sizes["past"] + sizes["sequence"])
-        return np.broadcast_to(positions, shape).astype(dtype)
-    if dtype.kind in "iub":
-        return random.integers(0, 2, shape).astype(dtype)
-    return random.standard_normal(shape).astype(dtype)
+    def runs(self, length: int) -> bool:
+        """Whether the reference runs at a length."""
+        decode = Case(kind="decode", batch=1, sequence=1, past=length - 1, drawn=True)
+        forward = Case(kind="forward", batch=1, sequence=length, past=0)
+        try:
+            self.step(decode if self._manifest.states else forward)
+        except ExecutionError:
+            return False
+        return True
+
+    def _short(self) -> Mapping[str, Array]:
+        """The states after a short prefill, made once."""
+        if not self._presents:
+            self._presents = self._after({**self._sizes, "batch": 2, "past": 0, "sequence": _FIRST_OCTAVE})
+        return self._presents
+
+    def _after(self, sizes: Mapping[str, int]) -> dict[str, Array]:
+        presents = self._reference.run(self._random_inputs(sizes))
+        return {state.input: presents[state.output] for state in self._manifest.states}
+
+    def _extended(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """An array of `shape` that begins with `rows` and goes on with random ones of them, along every dimension.
+
+        The first is drawn no second time: models attend to it, wherever they are, when nothing else fits.
+        """
+        for dim, size in enumerate(shape):
+            known = rows.shape[dim]
+            if known != size:
+                more = self._random.integers(min(1, known - 1), known, max(0, size - known))
+                rows = rows.take(np.concatenate([np.arange(min(known, size)), more]), axis=dim)
+        return rows
+
+    def _random_inputs(self, sizes: Mapping[str, int]) -> dict[str, Array]:
+        complete = known_sizes(sizes)
+        return {info.name: self._random_input(info, complete) for info in self._manifest.inputs}
+
+    def _random_input(self, info: InputInfo, sizes: Mapping[str, int]) -> Array:
+        names = {name for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
+        missing = sorted(names - sizes.keys())
+        if missing:
+            raise UnsupportedError(f"input {info.name!r:.80} has the dynamic dimensions {missing}; give their sizes")
+        shape = shape_of(info.shape, sizes)
+        dtype = np.dtype(DTYPES[info.dtype].numpy)
+        if info.name in self._made:
+            return np.zeros(shape, dtype=dtype)
+        if info.role == "token_ids":
+            return self._random.integers(0, self._manifest.model.vocab_size or 2, shape).astype(dtype)
+        if info.role == "attention_mask":
+            return np.ones(shape, dtype=dtype)
+        if info.role == "position_ids":
+            positions = np.arange(sizes["past"], sizes["past"] + sizes["sequence"])
+            return np.broadcast_to(positions, shape).astype(dtype)
+        if dtype.kind in "iub":
+            return self._random.integers(0, 2, shape).astype(dtype)
+        return self._random.standard_normal(shape).astype(dtype)

@@ -1,32 +1,48 @@
-"""Compares an artifact with the unsplit model: outputs on random inputs, and greedy tokens on prompts.
+"""Compares an artifact with the unsplit model: outputs and states at many lengths, an engine's steps, greedy tokens.
 
-The program is run twice: all ranks stitched into one onnxruntime graph, and by the executor, whose mistakes the first
-cannot share. All sides compute MatMulNBits at accuracy level 0, because level 4 rounds activations to 8 bits, and a
-rounding that falls the other way is no error of the split.
+The program is run in three ways: all ranks stitched into one onnxruntime graph, by the executor, and by an engine,
+whose mistakes the first cannot share. All sides compute MatMulNBits at accuracy level 0, because level 4 rounds
+activations to 8 bits, and a rounding that falls the other way is no error of the split.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Generic, TypeVar
 
 import numpy as np
 from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.execution.decoder import DecoderModel, DecoderSession
+from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError
 from furiosa_llm.runtime.execution.driver import cores_for
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.one_by_one import is_chunk_of_many, takes_chunks_singly
-from furiosa_llm.runtime.execution.ort import ORT_ERRORS
+from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
-from furiosa_llm.runtime.verification.cases import Step, configured_sizes, steps_of
+from furiosa_llm.runtime.verification.cases import (
+    Case,
+    Inputs,
+    Lengths,
+    Step,
+    cases_of,
+    configured_sizes,
+    lengths_of,
+    steps_of,
+    within_limit,
+)
+from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison, output_error
 from furiosa_llm.runtime.verification.reference import ReferenceModel, set_accuracy_level
+from furiosa_llm.runtime.verification.serving import SHORTEST, engine_errors
 from furiosa_llm.runtime.verification.stitching import SplitModel
+from furiosa_llm.runtime.verification.tokens import compare_tokens
 
 DEFAULT_PROMPTS = (
     "The capital of France is",
@@ -35,44 +51,8 @@ DEFAULT_PROMPTS = (
     "The three laws of motion are",
 )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputError:
-    """The greatest difference between artifact and model in one output of one case.
-
-    `absolute` is in the output's own units; `relative` is `absolute` over the greatest magnitude of the model's output.
-    Both are of the elements that are finite on both sides; `finite` says that the others are equal, NaN to NaN.
-    """
-
-    case: str
-    output: str
-    absolute: float
-    relative: float
-    finite: bool
-
-    def within(self, tolerance: float) -> bool:
-        """Whether the relative error is at most `tolerance`."""
-        return self.finite and self.relative <= tolerance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenComparison:
-    """The greedy tokens of one prompt on both sides.
-
-    `first_difference` is the position of the first token that differs, None if none does; `gap` is the distance between
-    the model's two best logits there, and `logit_error` the greatest difference in the logits up to there.
-    """
-
-    prompt: str
-    tokens: int
-    first_difference: int | None
-    gap: float | None
-    logit_error: float
-
-    @property
-    def identical(self) -> bool:
-        """Whether all tokens are equal, or the first that is not is a choice closer than the logit error."""
-        return self.first_difference is None or (self.gap is not None and self.gap < self.logit_error)
+UNFIT = (ArtifactError, ExecutionError, InputError)
+"""What an artifact whose files are all there may still raise when it is run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,19 +60,53 @@ class Parity:
     """How far artifact and unsplit model are apart.
 
     `stitched` are the errors of all ranks in one graph, each the greatest of any rank's part; `outputs` those of the
-    executor. `accuracy_level_replaced`: MatMulNBits ran at level 0 instead of its own.
+    executor, `engine` those of an engine's steps. `cases` are the steps that the first two were compared in, of
+    `lengths`; all of it follows from `seed`. `accuracy_level_replaced`: MatMulNBits ran at level 0 instead of its own.
     """
 
     stitched: tuple[OutputError, ...]
     outputs: tuple[OutputError, ...]
+    engine: tuple[OutputError, ...]
     tokens: tuple[TokenComparison, ...]
+    cases: tuple[Case, ...]
+    lengths: Lengths
+    seed: int
     accuracy_level_replaced: bool
 
     def within(self, tolerance: float) -> bool:
-        """Whether every relative error is at most `tolerance` and all tokens are identical."""
-        return all(error.within(tolerance) for error in (*self.stitched, *self.outputs)) and all(
-            comparison.identical for comparison in self.tokens
-        )
+        """Whether every relative error is at most `tolerance`, and tokens differ only where they are ties within it."""
+        found: list[OutputError | TokenComparison] = [*self.stitched, *self.outputs, *self.engine, *self.tokens]
+        return all(one.within(tolerance) for one in found)
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Found(Generic[_T]):
+    """What one way of running gave: its errors, up to the failure that ended it, if any."""
+
+    errors: list[_T] = field(default_factory=list)
+    failure: FuriosaLLMError | None = None
+
+    def extend(self, compare: Callable[[], Iterable[_T]]) -> None:
+        """Adds what `compare` finds, unless something failed before; a failure of its own is kept."""
+        if self.failure is not None:
+            return
+        try:
+            self.errors.extend(compare())
+        except UNFIT as error:
+            self.failure = error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """The same as `Parity`, where each way of running may have failed."""
+
+    stitched: Found[OutputError] = field(default_factory=Found)
+    executor: Found[OutputError] = field(default_factory=Found)
+    engine: Found[OutputError] = field(default_factory=Found)
+    tokens: Found[TokenComparison] = field(default_factory=Found)
 
 
 def verify_against(
@@ -104,30 +118,31 @@ def verify_against(
     sizes: Mapping[str, int] | None = None,
     threads: int | None = None,
     seed: int = 0,
+    max_length: int | None = None,
 ) -> Parity:
     """Runs the artifact in the folder `path` and the model it was built from on the same inputs.
 
-    A decoder is compared in prefill, in decode and in a chunk behind a past, every state among the outputs; then
-    `prompts` are completed greedily by `max_tokens` tokens each, if the artifact has a tokenizer. Another model is
-    compared in one batch. `sizes` gives dynamic dimensions that have no size of their own here; those of an image are
-    taken from the model's config.json if it lies in the artifact. Raises ArtifactError, InputError and ExecutionError
-    as loading and running do, and UnsupportedError if a dimension has no size.
+    A decoder is compared in prefill, in decode and in a chunk behind a past, every state among the outputs, at lengths
+    drawn by `seed` up to `max_length` (None: what is affordable), and in the steps of an engine; then `prompts` are
+    completed greedily by `max_tokens` tokens each, if the artifact has a tokenizer. Another model is compared in whole
+    runs. `sizes` gives dynamic dimensions that have no size of their own here; those of an image are taken from the
+    model's config.json if it lies in the artifact. Raises ArtifactError, InputError and ExecutionError as loading and
+    running do, and UnsupportedError if a dimension has no size.
     """
-    subject = Subject(open_artifact(path), model_path, sizes=sizes, threads=threads, seed=seed)
-    outputs, tokens = subject.executed(prompts, max_tokens)
-    return Parity(
-        stitched=subject.stitched(),
-        outputs=outputs,
-        tokens=tokens,
-        accuracy_level_replaced=subject.accuracy_level_replaced,
-    )
+    artifact = open_artifact(path)
+    subject = Subject(artifact, model_path, sizes=sizes, threads=threads, seed=seed, max_length=max_length)
+    findings = subject.compare(prompts, max_tokens)
+    for found in (findings.stitched, findings.executor, findings.engine, findings.tokens):
+        if found.failure is not None:
+            raise found.failure
+    return subject.parity(findings)
 
 
 class Subject:
-    """An artifact beside its unsplit model, with the steps that they are compared on; see `verify_against`.
+    """An artifact beside its unsplit model; see `verify_against`.
 
-    The unsplit model is loaded and run here. Raises InputError if it has other inputs or outputs than the artifact,
-    ExecutionError if onnxruntime refuses it, and UnsupportedError if a dimension has no size.
+    The unsplit model is loaded here. Raises InputError if it has other inputs or outputs than the artifact, and
+    ExecutionError if onnxruntime refuses it. `check` is called before each step, and may raise ExecutionError.
     """
 
     def __init__(
@@ -138,10 +153,15 @@ class Subject:
         sizes: Mapping[str, int] | None = None,
         threads: int | None = None,
         seed: int = 0,
+        max_length: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._artifact, self.accuracy_level_replaced = _at_level_0(artifact)
+        self._artifact, self._accuracy_level_replaced = _at_level_0(artifact)
         self._threads = cores_for(threads)
+        self._check = check
+        self._seed = seed
         manifest = artifact.manifest
+        self._logits = {info.name for info in manifest.outputs if info.role == "logits"}
         self._reference = ReferenceModel(
             model_path,
             inputs=manifest.inputs,
@@ -151,48 +171,64 @@ class Subject:
             accuracy_level=0,
         )
         known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
-        self._steps = list(steps_of(self._reference, manifest, known, np.random.default_rng(seed)))
+        self._inputs = Inputs(self._reference, manifest, known, np.random.default_rng(seed + 1))
+        self._lengths = within_limit(self._inputs, lengths_of(manifest, max_length))
+        self._cases = cases_of(manifest, self._lengths, np.random.default_rng(seed))
 
-    def stitched(self) -> tuple[OutputError, ...]:
-        """The errors of all ranks in one onnxruntime graph; raises ExecutionError if it does not run."""
-        split = SplitModel.of_artifact(self._artifact)
-        singly = takes_chunks_singly(self._artifact.program)
-        try:
-            session = split.session(self._threads)
-            steps = [self._first_row(step) if singly and is_chunk_of_many(step.sizes) else step for step in self._steps]
-            runs = ((step, split.run(session, step.inputs)) for step in steps)
-            return tuple(error for step, found in runs for error in _stitched_errors(split, step, found))
-        except ORT_ERRORS as error:
-            raise ExecutionError(f"onnxruntime cannot run the ranks of the program in one graph: {error}") from error
-
-    def executed(
-        self, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 32
-    ) -> tuple[tuple[OutputError, ...], tuple[TokenComparison, ...]]:
-        """The errors of the executor, and its greedy tokens if the artifact is a decoder with a tokenizer."""
-        manifest = self._artifact.manifest
-        with Executor(self._artifact, threads=self._threads, exact=True) as executor:
-            outputs = tuple(_executor_errors(executor, self._steps))
-            if not _completes(manifest) or self._artifact.companion("tokenizer.json") is None:
-                return outputs, ()
-            tokenizer = Tokenizer.from_artifact(self._artifact)
-            return outputs, tuple(_compare_tokens(executor, self._reference, tokenizer, prompts, max_tokens))
-
-    def _first_row(self, step: Step) -> Step:
-        """A step's first sequence: GroupQueryAttention takes several tokens behind a past in a batch of one only."""
-        manifest = self._artifact.manifest
-        shapes = {info.name: info.shape for info in manifest.inputs}
-        shapes |= {info.name: info.shape for info in manifest.outputs}
-        first = {
-            name: array[(slice(None),) * shapes[name].index("batch") + (slice(0, 1),)]
-            for name, array in (*step.inputs.items(), *step.expected.items())
-            if "batch" in shapes[name]
-        }
-        return replace(
-            step,
-            sizes={**step.sizes, "batch": 1},
-            inputs={name: first.get(name, array) for name, array in step.inputs.items()},
-            expected={name: first.get(name, array) for name, array in step.expected.items()},
+    def parity(self, findings: Findings) -> Parity:
+        """What was found, without the failures."""
+        return Parity(
+            stitched=tuple(findings.stitched.errors),
+            outputs=tuple(findings.executor.errors),
+            engine=tuple(findings.engine.errors),
+            tokens=tuple(findings.tokens.errors),
+            cases=tuple(self._cases),
+            lengths=self._lengths,
+            seed=self._seed,
+            accuracy_level_replaced=self._accuracy_level_replaced,
         )
+
+    def compare(self, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 32) -> Findings:
+        """Every comparison; raises UnsupportedError if a dimension has no size, and what the unsplit model raises."""
+        findings = Findings()
+        manifest = self._artifact.manifest
+        stitched = _Stitched(self._artifact, self._threads)
+        with _Executed(self._artifact, self._threads) as executed:
+            for step in steps_of(self._inputs, self._cases):
+                findings.stitched.extend(self._in_time(partial(stitched.errors, step, self._logits)))
+                findings.executor.extend(self._in_time(partial(executed.errors, step, self._logits)))
+                if findings.stitched.failure is not None and findings.executor.failure is not None:
+                    break
+            if _completes(manifest) and findings.executor.failure is None:
+                findings.tokens.extend(partial(self._tokens, executed.executor, prompts, max_tokens))
+        if _completes(manifest) and self._lengths.new >= SHORTEST:
+            findings.engine.extend(self._in_time(self._engine))
+        return findings
+
+    def _in_time(self, compare: Callable[[], Iterable[OutputError]]) -> Callable[[], Iterable[OutputError]]:
+        """`compare`, begun only if `check` allows it."""
+
+        def run() -> Iterable[OutputError]:
+            self._check()
+            return compare()
+
+        return run
+
+    def _tokens(self, executor: Executor, prompts: Sequence[str], max_tokens: int) -> Iterator[TokenComparison]:
+        if self._artifact.companion("tokenizer.json") is None:
+            return
+        tokenizer = Tokenizer.from_artifact(self._artifact)
+        for prompt in prompts:
+            self._check()
+            yield compare_tokens(executor, self._reference, tokenizer.encode(prompt), prompt, max_tokens)
+
+    def _engine(self) -> tuple[OutputError, ...]:
+        """The errors of an engine's steps; none if an engine does not run models of this kind."""
+        random = np.random.default_rng(self._seed + 2)
+        try:
+            return engine_errors(self._artifact, self._reference, self._lengths, threads=self._threads, random=random)
+        except UnsupportedError:
+            return ()
 
 
 def _completes(manifest: Manifest) -> bool:
@@ -210,72 +246,91 @@ def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:
     return replace(artifact, program=program), True
 
 
-def _stitched_errors(split: SplitModel, step: Step, found: Mapping[str, Sequence[Array]]) -> Iterator[OutputError]:
-    for name, parts in found.items():
+# -- all ranks in one graph ----------------------------------------------------------------------------------------
+
+
+class _Stitched:
+    """The session of all ranks, made when the first step comes."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._manifest = artifact.manifest
+        self._split = SplitModel.of_artifact(artifact)
+        self._singly = takes_chunks_singly(artifact.program)
+        self._threads = threads
+        self._session: Session | None = None
+
+    def errors(self, step: Step, logits: Collection[str]) -> list[OutputError]:
+        """The errors of a step; raises ExecutionError if it does not run."""
+        if self._singly and is_chunk_of_many(step.sizes):
+            step = self._first_row(step)
+        try:
+            if self._session is None:
+                self._session = self._split.session(self._threads)
+            found = self._split.run(self._session, step.inputs)
+        except ORT_ERRORS as error:
+            raise ExecutionError(f"onnxruntime cannot run the ranks of the program in one graph: {error}") from error
+        return [self._error(step, name, parts, logits=name in logits) for name, parts in found.items()]
+
+    def _error(self, step: Step, name: str, parts: Sequence[Array], *, logits: bool) -> OutputError:
         whole = step.expected[name]
-        pairs = split.parts(name, parts, whole)
+        pairs = self._split.parts(name, parts, whole)
         if pairs is None:
-            shapes = [list(part.shape) for part in parts]
             raise ExecutionError(
-                f"{step.name}: output {name!r:.80} of the ranks is {shapes!s:.200}, which do not make up {whole.dtype} "
-                f"{list(whole.shape)}, the model's"
+                f"{step.case}: the ranks' parts of output {name!r:.80} have other shapes or types than the model's "
+                f"{whole.dtype} {list(whole.shape)}, or are not all of it"
             )
-        yield _output_error(step.name, name, pairs, whole)
+        return output_error(str(step.case), name, pairs, whole, logits=logits)
+
+    def _first_row(self, step: Step) -> Step:
+        """A step's first sequence: GroupQueryAttention takes several tokens behind a past in a batch of one only."""
+        manifest = self._manifest
+        shapes = {info.name: info.shape for info in manifest.inputs}
+        shapes |= {info.name: info.shape for info in manifest.outputs}
+        first = {
+            name: array[(slice(None),) * shapes[name].index("batch") + (slice(0, 1),)]
+            for name, array in (*step.inputs.items(), *step.expected.items())
+            if "batch" in shapes[name]
+        }
+        return replace(
+            step,
+            sizes={**step.sizes, "batch": 1},
+            inputs={name: first.get(name, array) for name, array in step.inputs.items()},
+            expected={name: first.get(name, array) for name, array in step.expected.items()},
+        )
 
 
-def _executor_errors(executor: Executor, steps: Iterable[Step]) -> Iterator[OutputError]:
-    for step in steps:
-        for name, found in executor.run(step.inputs).items():
+# -- the executor --------------------------------------------------------------------------------------------------
+
+
+class _Executed(Closing):
+    """The executor, made when the first step comes."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._artifact = artifact
+        self._threads = threads
+        self._executor: Executor | None = None
+
+    @property
+    def executor(self) -> Executor:
+        """The executor; raises as loading does."""
+        if self._executor is None:
+            self._executor = Executor(self._artifact, threads=self._threads, exact=True)
+        return self._executor
+
+    def errors(self, step: Step, logits: Collection[str]) -> list[OutputError]:
+        """The errors of a step; raises as running does."""
+        errors = []
+        for name, found in self.executor.run(step.inputs).items():
             whole = step.expected[name]
             if found.shape != whole.shape:
                 raise ExecutionError(
-                    f"{step.name}: output {name!r:.80} of the artifact is {list(found.shape)}, of the model "
+                    f"{step.case}: output {name!r:.80} of the artifact is {list(found.shape)}, of the model "
                     f"{list(whole.shape)}"
                 )
-            yield _output_error(step.name, name, [(found, whole)], whole)
+            errors.append(output_error(str(step.case), name, [(found, whole)], whole, logits=name in logits))
+        return errors
 
-
-def _output_error(case: str, name: str, pairs: Iterable[tuple[Array, Array]], whole: Array) -> OutputError:
-    """The greatest error of pairs of what was found and what was expected, which is a part of `whole`."""
-    absolute, same = 0.0, True
-    for found, expected in pairs:
-        ours, theirs = found.astype(np.float64), expected.astype(np.float64)
-        finite = np.isfinite(theirs) & np.isfinite(ours)
-        same &= bool(np.array_equal(ours[~finite], theirs[~finite], equal_nan=True))
-        absolute = max(absolute, float(np.abs(ours[finite] - theirs[finite]).max(initial=0.0)))
-    values = whole.astype(np.float64)
-    magnitude = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
-    relative = absolute / magnitude if magnitude else absolute
-    return OutputError(case=case, output=name, absolute=absolute, relative=relative, finite=same)
-
-
-def _compare_tokens(
-    executor: DecoderModel,
-    reference: DecoderModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_tokens: int,
-) -> Iterator[TokenComparison]:
-    ours, theirs = DecoderSession(executor), DecoderSession(reference)
-    for prompt in prompts:
-        token_ids = np.array([tokenizer.encode(prompt)], dtype=np.int64)
-        ours.reset()
-        theirs.reset()
-        yield _compare_prompt(ours, theirs, prompt, token_ids, max_tokens)
-
-
-def _compare_prompt(
-    ours: DecoderSession, theirs: DecoderSession, prompt: str, token_ids: Array, max_tokens: int
-) -> TokenComparison:
-    error = 0.0
-    for position in range(max_tokens):
-        found, expected = (session.step(token_ids)[0].astype(np.float64) for session in (ours, theirs))
-        error = max(error, float(np.abs(found - expected).max()))
-        token = int(expected.argmax())
-        if int(found.argmax()) != token:
-            second, best = np.partition(expected, -2)[-2:]
-            return TokenComparison(
-                prompt=prompt, tokens=position, first_difference=position, gap=float(best - second), logit_error=error
-            )
-        token_ids = np.array([[token]], dtype=np.int64)
-    return TokenComparison(prompt=prompt, tokens=max_tokens, first_difference=None, gap=None, logit_error=error)
+    def close(self) -> None:
+        """Ends the executor's threads, if it was made."""
+        if self._executor is not None:
+            self._executor.close()

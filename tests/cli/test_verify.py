@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import RecordError, read_verification
 from tests.cli.conftest import OPTIMUM, Cli
-from tests.support.tampering import alter_tensor, flip_bit
+from tests.support.tampering import alter_tensor, flip_bit, reseal
 
-SHORT = ("--max-tokens", 2, "--prompt", "hello")
+SHORT = ("--max-tokens", 2, "--prompt", "hello", "--max-length", 32)
 
 
 @pytest.fixture
@@ -29,25 +30,30 @@ def test_structure_and_proof_need_nothing(artifact: Path, cli: Cli) -> None:
     result = cli("verify", artifact)
     assert result.code == 0
     assert "proof: program and manifest alone show that the ranks compute one unsplit model" in result.out
-    assert "\nverified\n" in result.out
+    assert "\nverified: static proof that the ranks compute one model; program and manifest compared with" in result.out
+    assert "no output was compared\n" in result.out
     record = read_verification(artifact)
     assert record is not None
     assert record.passed
-    assert [check.name for check in record.checks] == ["structure", "proof", "weights"]
+    assert [check.name for check in record.checks] == ["structure", "proof", "lowering", "weights"]
     open_artifact(artifact, full=True)  # the record is no part of it
 
 
 def test_full_shows_every_check_and_every_output(artifact: Path, cli: Cli) -> None:
     result = cli("verify", artifact, "--full", *SHORT)
     assert result.code == 0, result.out
-    for name in ("structure", "proof", "weights", "originals", "padding", "stitched", "executor", "tokens"):
+    for name in (
+        *("structure", "proof", "lowering", "weights", "originals", "padding"),
+        *("stitched", "executor", "tokens", "engine"),
+    ):
         assert f"\n{name}: " in result.out
     for shown in (
-        "all ranks in one graph",
-        "prefill",
-        "decode",
+        "ranks in one graph",
+        "prefill 2x9",
+        "decode 1x1 behind 31",
         "chunk",
-        "present.1.value",
+        "decode from a moved slot",
+        "beside the unsplit model put back together from this artifact, at",
         "'hello': 2 greedy tokens",
     ):
         assert shown in result.out
@@ -107,7 +113,7 @@ def test_results_are_shown_before_a_record_fails(artifact: Path, cli: Cli, monke
     (artifact / RECORD_NAME).mkdir()  # which no file can replace
     result = cli("verify", artifact)
     assert result.code == 1
-    assert "\nverified\n" in result.out
+    assert "\nverified: " in result.out
     assert result.err.startswith("error: ")
     assert "--no-record" in result.err
 
@@ -123,3 +129,31 @@ def test_no_artifact(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "no artifact at" in refused("verify", tmp_path / "none")
     assert "it has no manifest.json" in refused("verify", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_can_be_repeated(artifact: Path, cli: Cli) -> None:
+    alter = onnx.load_model(artifact / "program.onnx", load_external_data=False)
+    next(node for node in alter.graph.node if node.op_type == "Sigmoid").op_type = "Tanh"
+    (artifact / "program.onnx").write_bytes(alter.SerializeToString())
+    reseal(artifact)
+    failed = cli("verify", artifact, "--full", *SHORT)
+    assert failed.code == 1
+    found = re.search(r"repeat it with --seed (\d+)\n", failed.out)
+    assert found is not None
+    record = read_verification(artifact)
+    assert record is not None
+    assert record.compared is not None
+    assert record.compared.seed == int(found[1])
+    assert "repeat it with" not in cli("verify", artifact, "--no-record").out
+    again = cli("verify", artifact, "--full", "--seed", found[1], *SHORT)
+    assert [line for line in again.out.splitlines() if "prefill" in line] == [
+        line for line in failed.out.splitlines() if "prefill" in line
+    ]
+
+
+def test_a_time_limit(artifact: Path, cli: Cli) -> None:
+    result = cli("verify", artifact, "--full", "--time-limit", 0, *SHORT)
+    assert result.code == 1
+    assert "stitched: FAILED" in result.out
+    assert "the comparison took longer than its limit of 0 s; give a longer --time-limit, or a smaller" in result.out
+    assert cli("verify", artifact, "--time-limit", -1).code == 2

@@ -6,6 +6,7 @@ and for `inspect`: no loader asks it. It holds no time, host or path.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.files import sync
@@ -23,20 +24,24 @@ from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 
 RECORD_FORMAT = "furiosa-llm-onnx-verification"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+_OLDEST_VERSION = 1
+"""Records of version 1 are read, too: they have no `compared`, and compared at a few short lengths only."""
 MAX_RECORD_NBYTES = 2**20
 """A longer record is refused unread, and the writer stays far below it."""
 
 CHECKS: Mapping[str, str] = {
     "structure": "the folder is an artifact: every field, and the digests of all files but the weights",
     "proof": "program and manifest alone show that the ranks compute one unsplit model",
+    "lowering": "every node of the program, and the manifest, are what this release makes of source.onnx",
     "weights": "the digests of the weights files and of every stored tensor",
     "originals": "every original, put together from its shards, has the original's digest",
     "padding": "padding is zero",
-    "identity": "the model given has the inputs, outputs and weights of the one that was built",
+    "identity": "the model given has the nodes, inputs, outputs and weights of the one that was built",
     "stitched": "all ranks in one onnxruntime graph give the unsplit model's outputs",
     "executor": "the executor gives the unsplit model's outputs",
-    "tokens": "greedy decoding gives the unsplit model's tokens",
+    "tokens": "greedy decoding gives the unsplit model's logits and tokens",
+    "engine": "prompts whole and in chunks, batches and a moved slot give the unsplit model's logits",
 }
 """What may be checked, in order, and what a check without faults says."""
 
@@ -54,8 +59,9 @@ class RecordError(FuriosaLLMError):
 class Check:
     """One check that ran: `name` is a key of CHECKS, `checked` how many things it looked at (files, nodes, outputs).
 
-    `faults` says what is wrong, a line each; none: the check passed. `greatest_error` and `tolerance` are relative to
-    the greatest magnitude of an output; None where nothing is measured, or where the error is not finite.
+    `faults` says what is wrong, a line each; none: the check passed. `greatest_error` (of outputs, the greatest mean;
+    see `OutputError`) and `tolerance` are relative to the greatest magnitude of an output; None where nothing is
+    measured, or where the error is not finite.
     """
 
     name: str
@@ -71,22 +77,66 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What an artifact was compared with, and how far.
+
+    `model` is `given`, or `rebuilt` from the artifact itself. `lengths` are those of the sequences, ascending, `limit`
+    the model's longest, None for none. Lengths and inputs follow from `seed`.
+    """
+
+    model: Literal["given", "rebuilt"]
+    lengths: tuple[int, ...]
+    limit: int | None
+    seed: int
+
+    def __str__(self) -> str:
+        model = "the model given" if self.model == "given" else "the unsplit model put back together from this artifact"
+        limit = "" if self.limit is None else f" of {self.limit}"
+        first, last = self.lengths[0], self.lengths[-1]
+        lengths = f"the length {first}" if first == last else f"{len(self.lengths)} lengths from {first} to {last}"
+        return f"{model}, at {lengths}{limit}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """What one verification found of the artifact whose manifest has the digest `manifest_digest`.
 
     `tool` is `name version`, `libraries` maps a library that computed to its version; `checks` are the checks that ran,
-    at least one, in the order of CHECKS.
+    at least one, in the order of CHECKS. `compared` is None if the artifact was not run to the end.
     """
 
     manifest_digest: str
     tool: str
     libraries: Mapping[str, str]
     checks: tuple[Check, ...]
+    compared: Compared | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every check that ran passed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def words(self) -> str:
+        """What was compared with what, for people; of a failed one, what was to be."""
+        names = {check.name for check in self.checks}
+        said = []
+        if "proof" in names:
+            said.append("static proof that the ranks compute one model")
+        if "lowering" in names:
+            said.append("program and manifest compared with source.onnx lowered again")
+        said.append("weights compared with their digests" if "weights" in names else "weights were not read")
+        if "originals" in names:
+            said.append("original weights put together from the shards")
+        if "identity" in names:
+            said.append("graph and weights compared with the model given")
+        if self.compared is not None:
+            said.append(f"ranks, executor and engine compared with {self.compared} (seed {self.compared.seed})")
+        elif names & {"stitched", "executor"}:
+            said.append("outputs compared with the unsplit model's, at lengths not recorded")
+        else:
+            said.append("no output was compared")
+        return "; ".join(said)
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values, keys in the order of the specification."""
@@ -96,6 +146,7 @@ class Verification:
             "tool": self.tool,
             "libraries": dict(self.libraries),
             "passed": self.passed,
+            "compared": None if self.compared is None else dataclasses.asdict(self.compared),
             "checks": {
                 check.name: {
                     "passed": check.passed,
@@ -115,6 +166,8 @@ class Verification:
 
 def _listed(faults: tuple[str, ...]) -> list[str]:
     shown = [fault[:_MAX_FAULT_LENGTH] for fault in faults[:_MAX_FAULTS]]
+    if len(faults) == _MAX_FAULTS + 1:  # the last line takes no more room than one that counts it
+        return [fault[:_MAX_FAULT_LENGTH] for fault in faults]
     return shown if len(faults) <= _MAX_FAULTS else [*shown, f"and {len(faults) - _MAX_FAULTS} more"]
 
 
@@ -174,12 +227,15 @@ def parse_verification(data: bytes) -> Verification:
 
 
 def _record(root: Field) -> Verification:
+    number = RECORD_VERSION
     if isinstance(root.value, dict) and "format" in root.value:
         version = root.child("format").members(("name", "version"))
         version["name"].choice((RECORD_FORMAT,))
-        if version["version"].integer() != RECORD_VERSION:
-            version["version"].fail(f"version {RECORD_VERSION}")
-    section = root.members(("format", "manifest_digest", "tool", "libraries", "passed", "checks"))
+        number = version["version"].integer()
+        if not _OLDEST_VERSION <= number <= RECORD_VERSION:
+            version["version"].fail(f"version {_OLDEST_VERSION} to {RECORD_VERSION}")
+    compared = () if number == _OLDEST_VERSION else ("compared",)
+    section = root.members(("format", "manifest_digest", "tool", "libraries", "passed", *compared, "checks"))
     if not _DIGEST.fullmatch(section["manifest_digest"].text()):
         section["manifest_digest"].fail("64 lower-case hexadecimal digits")
     libraries = section["libraries"]
@@ -192,9 +248,23 @@ def _record(root: Field) -> Verification:
         tool=section["tool"].name(),
         libraries={name: libraries.child(name).name() for name in libraries.mapping()},
         checks=tuple(_check(name, checks.child(name)) for name in CHECKS if name in checks.value),
+        compared=section["compared"].optional(_compared) if compared else None,
     )
     _same_verdict(section["passed"], passed=record.passed)
     return record
+
+
+def _compared(field: Field) -> Compared:
+    member = field.members(("model", "lengths", "limit", "seed"))
+    lengths = member["lengths"].items(lambda length: length.integer(minimum=1))
+    if not lengths or list(lengths) != sorted(set(lengths)):
+        member["lengths"].fail("one length or more, ascending")
+    return Compared(
+        model="given" if member["model"].choice(("given", "rebuilt")) == "given" else "rebuilt",
+        lengths=lengths,
+        limit=member["limit"].optional(lambda limit: limit.integer(minimum=1)),
+        seed=member["seed"].integer(),
+    )
 
 
 def _check(name: str, field: Field) -> Check:

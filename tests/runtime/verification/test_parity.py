@@ -15,7 +15,7 @@ from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.verification.parity import OutputError, Parity, TokenComparison
+from furiosa_llm.runtime.verification.errors import OutputError
 from tests.runtime.test_llm import ZOO
 from tests.support.runtime.models import LlamaSize, llama, mlp
 from tests.support.runtime.spmd import Spmd
@@ -39,11 +39,17 @@ def decoder(folder: Path, **changes: Any) -> Path:
 
 def test_a_decoder_is_compared_in_every_kind_of_step(tmp_path: Path) -> None:
     report = verify_against(decoder(tmp_path / "a"), save(llama(ONE, SIZE), tmp_path), max_tokens=8)
-    cases = [(error.case, error.output) for error in report.outputs]
-    outputs = ["logits", "present.0.key", "present.0.value"]
-    assert cases == [(case, output) for case in ("prefill", "decode", "chunk") for output in outputs]
+    outputs = {"logits", "present.0.key", "present.0.value"}
+    for errors in (report.stitched, report.outputs):
+        assert {error.output for error in errors} == outputs
+        assert len(errors) == len(outputs) * len(report.cases)
+    assert {case.kind for case in report.cases} == {"prefill", "decode", "chunk"}
+    assert {error.case for error in report.engine} == {
+        *("prompt", "chunk of a prompt"),
+        *("decode of three", "decode from a moved slot"),
+    }
     assert [comparison.tokens for comparison in report.tokens] == [8, 8, 8, 8]
-    assert all(comparison.identical for comparison in report.tokens)
+    assert all(comparison.first_difference is None for comparison in report.tokens)
     assert report.within(1e-4)
     assert not report.accuracy_level_replaced
     assert max(error.absolute for error in report.outputs) > 0
@@ -54,13 +60,15 @@ def test_a_wrong_weight_is_found(tmp_path: Path) -> None:
     wrong[:, 3] += 1
     report = verify_against(decoder(tmp_path / "a", head=wrong), save(llama(ONE, SIZE), tmp_path), max_tokens=4)
     assert not report.within(1e-4)
-    assert max(error.relative for error in report.outputs if error.output == "logits") > 0.1
+    logits = [error for error in (*report.stitched, *report.outputs) if error.output == "logits"]
+    assert not any(error.within(1e-4) for error in (*logits, *report.engine))
     assert all(error.relative < 1e-4 for error in report.outputs if error.output != "logits")
+    assert not any(one.within(1e-4) for one in report.tokens)
 
 
 def test_a_model_without_states_is_compared_once(tmp_path: Path) -> None:
     report = verify_against(mlp(Mesh((2,))).write(tmp_path / "a"), save(mlp(ONE), tmp_path), threads=1)
-    assert [(error.case, error.output) for error in report.outputs] == [("forward", "y")]
+    assert [(error.case, error.output) for error in report.outputs] == [("forward 2x9", "y")]
     assert report.tokens == ()
     assert report.within(1e-5)
 
@@ -81,8 +89,8 @@ def test_what_is_not_finite_must_be_the_same(value: float, tmp_path: Path) -> No
 
 def test_both_ways_of_running_are_compared(tmp_path: Path) -> None:
     report = verify_against(mlp(Mesh((2,))).write(tmp_path / "a"), save(mlp(ONE), tmp_path))
-    assert [(error.case, error.output) for error in report.stitched] == [("forward", "y")]
-    far = OutputError(case="c", output="o", absolute=1.0, relative=1.0, finite=True)
+    assert [(error.case, error.output) for error in report.stitched] == [("forward 2x9", "y")]
+    far = OutputError(case="c", output="o", absolute=1.0, relative=1.0, mean=1.0, finite=True)
     assert report.within(1e-5)
     assert not dataclasses.replace(report, stitched=(far,)).within(1e-5)
     assert not dataclasses.replace(report, outputs=(far,)).within(1e-5)
@@ -156,16 +164,3 @@ def test_quantized_products_are_compared_without_rounding_activations(tmp_path: 
     assert report.accuracy_level_replaced
     assert report.within(1e-5)
     assert json.loads((tmp_path / "a" / "manifest.json").read_bytes())["mesh"] == {"shape": [2]}
-
-
-def test_a_tie_within_the_error_counts_as_identical() -> None:
-    def compared(gap: float) -> TokenComparison:
-        return TokenComparison(prompt="p", tokens=3, first_difference=3, gap=gap, logit_error=1e-5)
-
-    assert compared(1e-6).identical
-    assert not compared(1e-3).identical
-    fine = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=True)
-    assert Parity(stitched=(), outputs=(fine,), tokens=(compared(1e-6),), accuracy_level_replaced=False).within(0.1)
-    assert not Parity(stitched=(), outputs=(fine,), tokens=(compared(1e-3),), accuracy_level_replaced=False).within(0.1)
-    broken = OutputError(case="c", output="o", absolute=0.0, relative=0.0, finite=False)
-    assert not Parity(stitched=(), outputs=(broken,), tokens=(), accuracy_level_replaced=False).within(0.1)

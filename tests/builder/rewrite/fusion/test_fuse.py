@@ -260,8 +260,8 @@ def test_an_artifact_with_an_altered_attention(name: str, written: Callable[[Att
     path = written(ALTERED[name][0])
     report = ArtifactBuilder(path).build(tmp_path / "artifact")
     assert (report.fused_attentions, len(report.attentions_left)) == (0, 1)
-    found = verify_against(tmp_path / "artifact", path)
-    assert {error.case for error in found.outputs} == {"prefill", "decode", "chunk"}
+    found = verify_against(tmp_path / "artifact", path, max_length=32)
+    assert {error.case.split()[0] for error in found.outputs} == {"prefill", "decode", "chunk"}
     assert found.within(EXACT)
 
 

@@ -14,6 +14,7 @@ from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import (
     MAX_RECORD_NBYTES,
     Check,
+    Compared,
     RecordError,
     Verification,
     parse_verification,
@@ -30,6 +31,7 @@ PASSED = Verification(
         Check(name="structure", checked=3),
         Check(name="stitched", checked=2, greatest_error=1e-6, tolerance=1e-4),
     ),
+    compared=Compared(model="rebuilt", lengths=(9, 100, 512), limit=512, seed=7),
 )
 FAILED = Verification(
     manifest_digest=DIGEST,
@@ -46,8 +48,58 @@ def test_what_is_written_is_what_is_read(record: Verification, tmp_path: Path) -
     assert read_verification(tmp_path) == record
     assert [path.name for path in tmp_path.iterdir()] == [RECORD_NAME]
     found = json.loads((tmp_path / RECORD_NAME).read_bytes())
-    assert list(found) == ["format", "manifest_digest", "tool", "libraries", "passed", "checks"]
+    assert list(found) == ["format", "manifest_digest", "tool", "libraries", "passed", "compared", "checks"]
     assert found["passed"] is (record is PASSED)
+
+
+def old(record: Verification) -> bytes:
+    """The record as version 1 had it."""
+    document = json.loads(record.to_bytes())
+    del document["compared"]
+    document["format"]["version"] = 1
+    return json.dumps(document).encode()
+
+
+def test_a_record_of_version_1_is_read() -> None:
+    assert parse_verification(old(FAILED)) == FAILED
+    found = parse_verification(old(PASSED))
+    assert found.compared is None
+    assert found.words == "weights were not read; outputs compared with the unsplit model's, at lengths not recorded"
+
+
+@pytest.mark.parametrize(
+    ("names", "compared", "words"),
+    [
+        (
+            ("structure", "proof", "lowering", "weights"),
+            None,
+            "static proof that the ranks compute one model; program and manifest compared with source.onnx lowered "
+            "again; weights compared with their digests; no output was compared",
+        ),
+        (
+            ("structure", "proof"),
+            None,
+            "static proof that the ranks compute one model; weights were not read; no output was compared",
+        ),
+        (
+            ("originals", "weights", "stitched"),
+            Compared(model="rebuilt", lengths=(9, 512), limit=8192, seed=7),
+            "weights compared with their digests; original weights put together from the shards; ranks, executor and "
+            "engine compared with the unsplit model put back together from this artifact, at 2 lengths from 9 to 512 of "
+            "8192 (seed 7)",
+        ),
+        (
+            ("identity", "stitched"),
+            Compared(model="given", lengths=(9,), limit=None, seed=7),
+            "weights were not read; graph and weights compared with the model given; ranks, executor and engine "
+            "compared with the model given, at the length 9 (seed 7)",
+        ),
+    ],
+)
+def test_what_was_compared_in_words(names: tuple[str, ...], compared: Compared | None, words: str) -> None:
+    checks = tuple(Check(name=name, checked=1) for name in names)
+    record = Verification(manifest_digest=DIGEST, tool="t", libraries={}, checks=checks, compared=compared)
+    assert record.words == words
 
 
 def test_one_fault_is_enough() -> None:
@@ -95,12 +147,12 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "a key twice": (b'{"passed": true, "passed": false}', "more than once"),
     "another format": (edited(setting("format", "name", value="other")), r"\$\.format\.name: found \"other\""),
     "another version": (
-        edited(setting("format", "version", value=2)),
-        r"\$\.format\.version: found 2, expected version 1",
+        edited(setting("format", "version", value=3)),
+        r"\$\.format\.version: found 3, expected version 1 to 2",
     ),
     "a newer one with other keys": (
         edited(lambda d: d.update(format={"name": "furiosa-llm-onnx-verification", "version": 9}, more=1)),
-        r"\$\.format\.version: found 9, expected version 1",
+        r"\$\.format\.version: found 9, expected version 1 to 2",
     ),
     "an unknown key": (edited(setting("host", value="here")), "unknown key 'host'"),
     "a missing key": (edited(lambda d: d.pop("tool") and None), "expected the key 'tool'"),
@@ -109,6 +161,13 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "no tool": (edited(setting("tool", value="")), r"\$\.tool: .*not empty"),
     "a library's version a number": (edited(setting("libraries", "numpy", value=2)), r"\$\.libraries\.numpy"),
     "no checks": (edited(setting("checks", value={})), r"\$\.checks: found none, expected some of"),
+    "compared with whatever": (edited(setting("compared", "model", value="x")), r"model: found \"x\", expected one of"),
+    "compared at no length": (edited(setting("compared", "lengths", value=[])), "one length or more, ascending"),
+    "lengths in disorder": (edited(setting("compared", "lengths", value=[9, 8])), "one length or more, ascending"),
+    "an old one with a new key": (
+        edited(setting("format", "version", value=1)),
+        r"\$: found .*unknown key 'compared'",
+    ),
     "checks a list": (edited(setting("checks", value=[])), r"\$\.checks: .*expected an object"),
     "an unknown check": (edited(setting("checks", "luck", value={})), r"\$\.checks: found 'luck'"),
     "a check without faults": (edited(lambda d: d["checks"]["stitched"].pop("faults") and None), "key 'faults'"),

@@ -1,0 +1,143 @@
+"""What an engine's steps give beside the unsplit model: prompts whole and in chunks, batches, and a slot that moves.
+
+The engine cuts the program for serving and keeps the states of its sequences in slots, which no run on whole tensors
+does. Tokens are given, not chosen; the model is stepped with the same ones, sequence by sequence.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from furiosa_llm.runtime.artifact.dimensions import known_sizes, shape_of
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
+from furiosa_llm.runtime.verification.cases import Lengths, Model
+from furiosa_llm.runtime.verification.errors import OutputError, output_error
+
+_DECODED = 4
+"""Tokens of each sequence that are not in its prompt."""
+SHORTEST = 2 * _DECODED
+"""The shortest sequence that is taken apart."""
+_SLOTS = 3
+
+
+class _Sequence:
+    """A sequence in a slot: `tokens`, of which `stepped` are in it, and the model's states behind them."""
+
+    def __init__(self, slot: int, tokens: list[int], reference: Model, manifest: Manifest) -> None:
+        self.slot = slot
+        self.tokens = tokens
+        self.stepped = 0
+        self._reference = reference
+        self._manifest = manifest
+        self._logits = next(info.name for info in manifest.outputs if info.role == "logits")
+        sizes = known_sizes({"batch": 1, "sequence": 0, "past": 0})
+        self._states = {
+            info.name: np.zeros(shape_of(info.shape, sizes), dtype=DTYPES[info.dtype].numpy)
+            for info in manifest.inputs
+            if info.role == "state"
+        }
+
+    @property
+    def prompt(self) -> int:
+        """The tokens that are not decoded one by one."""
+        return len(self.tokens) - _DECODED
+
+    def advance(self, count: int) -> Array:
+        """The model's logits for the next `count` tokens: of each, or of the last one where it gives no others."""
+        tokens = np.array([self.tokens[self.stepped : self.stepped + count]], dtype=np.int64)
+        feeds = dict(StepFeeds(self._manifest.inputs).update(tokens, self.stepped))
+        found = self._reference.run(feeds | self._states)
+        self._states = {state.input: found[state.output] for state in self._manifest.states}
+        self.stepped += count
+        return found[self._logits].reshape(-1, found[self._logits].shape[-1])
+
+
+def engine_errors(
+    artifact: Artifact, reference: Model, lengths: Lengths, *, threads: int, random: np.random.Generator
+) -> tuple[OutputError, ...]:
+    """The errors of logits in each kind of the engine's steps.
+
+    `lengths` allow SHORTEST tokens. Raises ExecutionError if the engine cannot run the program, and UnsupportedError
+    if it cannot feed it.
+    """
+    longest = int(random.integers(max(SHORTEST, 3 * lengths.new // 4), lengths.new + 1))
+    sizes = [longest, *(int(size) for size in random.integers(SHORTEST, longest + 1, _SLOTS - 1))]
+    vocabulary = artifact.manifest.model.vocab_size or 2
+    sequences = [
+        _Sequence(slot, random.integers(0, vocabulary, size).tolist(), reference, artifact.manifest)
+        for slot, size in enumerate(sizes)
+    ]
+    pairs: dict[str, list[tuple[Array, Array]]] = defaultdict(list)
+    with Host(artifact, choose_stages(artifact), threads=threads, exact=True) as host:
+        runner = host.runner(slots_per_group=_SLOTS)
+        try:
+            for case, ours, theirs in _steps(runner, sequences, random):
+                if ours.shape != theirs.shape:
+                    raise ExecutionError(
+                        f"{case}: the engine gives logits {list(ours.shape)}, expected {list(theirs.shape)}"
+                    )
+                pairs[case].append((ours, theirs))
+        finally:
+            runner.close()
+    return tuple(
+        output_error(case, "logits", rows, np.concatenate([theirs for _, theirs in rows]), logits=True)
+        for case, rows in pairs.items()
+    )
+
+
+def _steps(
+    runner: LocalRunner, sequences: Sequence[_Sequence], random: np.random.Generator
+) -> Iterator[tuple[str, Array, Array]]:
+    """Logits by case: the engine's, and the model's in steps of the same tokens."""
+    chunked, whole, last = sequences
+    cuts = sorted({0, *(int(cut) for cut in random.integers(1, chunked.prompt, 2)), chunked.prompt})
+    for start, stop in itertools.pairwise(cuts):
+        yield _prefilled(runner, chunked, stop, "prompt" if not start else "chunk of a prompt")
+    for one in (whole, last):
+        yield _prefilled(runner, one, one.prompt, "prompt")
+    for _ in range(_DECODED // 2):
+        yield _decoded(runner, sequences, (), "decode of three")
+    copy = Copy(source=last.slot, target=chunked.slot, length=last.stepped)
+    yield _decoded(runner, (last, whole), (copy,), "decode from a moved slot")
+    yield _decoded(runner, (last, whole), (), "decode from a moved slot")
+
+
+def _prefilled(runner: LocalRunner, one: _Sequence, stop: int, case: str) -> tuple[str, Array, Array]:
+    start = one.stepped
+    theirs = one.advance(stop - start)
+    batch = Prefill(
+        group=0,
+        copies=(),
+        sequence_id=one.slot,
+        slot=one.slot,
+        start=start,
+        tokens=tuple(one.tokens[start:stop]),
+        logits="all" if len(theirs) == stop - start else "last",
+    )
+    return case, _run(runner, batch), theirs
+
+
+def _decoded(
+    runner: LocalRunner, rows: Sequence[_Sequence], copies: tuple[Copy, ...], case: str
+) -> tuple[str, Array, Array]:
+    batch = Decode(
+        group=0,
+        copies=copies,
+        rows=tuple(Row(sequence_id=one.slot, start=one.stepped, token=one.tokens[one.stepped]) for one in rows),
+    )
+    return case, _run(runner, batch), np.concatenate([one.advance(1) for one in rows])
+
+
+def _run(runner: LocalRunner, batch: Batch) -> Array:
+    return runner.submit(batch).result().copy()
