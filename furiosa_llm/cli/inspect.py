@@ -17,7 +17,7 @@ from rich.text import Text
 
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import KIND
-from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
+from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.tools.inspection import (
     BlockSummary,
@@ -36,7 +36,6 @@ _SHOWN_SPLITS = 8
 _SHOWN_BLOCKS = 5
 _SHOWN_REPLICATED = 3
 _SHOWN_FILES = 4
-_SHOWN_FAULTS = 3
 _SHOWN_DIGITS = 16
 _SHOWN_LENGTH = 60
 
@@ -154,7 +153,7 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "file", f"{file.path}, {nbytes(file.nbytes)}"
     yield from _more(found.files, _SHOWN_FILES, "file", lambda file: file.nbytes)
     yield from _origin(found)
-    yield "verification", _verification(found)
+    yield "verification", str(found.verification)
 
 
 def _more(
@@ -256,20 +255,3 @@ def _origin(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "options", options or "none"
     yield "source", f"sha256 {made.source_sha256[:_SHOWN_DIGITS]}..."
     yield "manifest", f"digest {found.digest[:_SHOWN_DIGITS]}..., {counted(found.num_nodes, 'node')}"
-
-
-def _verification(found: Inspection) -> str:
-    record = found.verification
-    match record.status:
-        case "none":
-            return "none; run `furiosa-llm verify`"
-        case "unreadable":
-            return f"unreadable: {record.detail}"
-        case "another manifest":
-            return f"{RECORD_NAME} vouches for another manifest, {record.detail[:_SHOWN_DIGITS]}..., not for this one"
-        case "passed":
-            unread = "" if "weights" in record.checks else "; weights were not read"
-            return f"passed: {', '.join(record.checks)}{unread}"
-        case "failed":
-            failed = ", ".join(name for name, passed in record.checks.items() if not passed)
-            return "; ".join([f"FAILED: {failed}", *record.faults[:_SHOWN_FAULTS]])

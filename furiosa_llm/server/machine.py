@@ -130,6 +130,7 @@ class MachineResponse(BaseModel):
     uptime_seconds: float
     parallelism: Parallelism
     batch_invariance: MachineBatchInvariance | None = Field(description="null: requests run one after another.")
+    verification: str = Field(description="What verification.json said as the model was loaded: what was compared.")
     cards: list[MachineCard]
     replicas: list[MachineReplica]
     stages: list[MachineStage]
@@ -150,6 +151,7 @@ async def machine(state: State) -> MachineResponse:
         uptime_seconds=time.monotonic() - state.started,
         parallelism=Parallelism.model_validate(snapshot.topology.as_dict()),
         batch_invariance=_batch_invariance(model.kind) if isinstance(model.kind, Decoder) else None,
+        verification=model.verification,
         cards=[MachineCard(npu=card.npu, pes=[_pe(one) for one in card.pes]) for card in snapshot.cards],
         replicas=[_replica(one) for one in snapshot.replicas],
         stages=_stages(snapshot),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from furiosa_llm.runtime import model
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.record_summary import verification_of
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -86,6 +87,8 @@ class ServedModel:
     """Its tensor, pipeline and data parallel sizes, and the PEs."""
     created: int
     """When it was loaded, in seconds since 1970."""
+    verification: str
+    """What verification.json said then, in words."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -126,6 +129,7 @@ def load_served(
 ) -> ServedModel:
     """Loads what `open_served` gave."""
     shown = tuple(names or (artifact.manifest.model.name,))
+    verification = str(verification_of(artifact.folder, artifact.digest))
     if plan is None:
         encoder = Encoder.of_artifact(artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped)
         return ServedModel(
@@ -136,6 +140,7 @@ def load_served(
             max_prompt_length=encoder.max_length,
             parallelism={"tensor_parallel_size": artifact.manifest.mesh.size},
             created=created,
+            verification=verification,
         )
     decoder = model.Decoder(plan, args, skip_engine=False)
     return ServedModel(
@@ -150,4 +155,5 @@ def load_served(
         max_prompt_length=decoder.max_prompt_length,
         parallelism=plan.topology.as_dict(),
         created=created,
+        verification=verification,
     )

@@ -20,6 +20,7 @@ def snapshot(second: float = 0, *, cards: int = 4, replicas: int = 2, stages: in
         "model": NAME,
         "task": "decoder",
         "version": "1.2.3",
+        "verification": "none; run `furiosa-llm verify`",
         "time": 1e9 + second,
         "uptime_seconds": 60 + second,
         "parallelism": {

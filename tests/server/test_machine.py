@@ -27,7 +27,7 @@ from tests.server.conftest import NAME, connected, error_of, load, serving, wait
 KEYS = {
     "": {
         *("model", "task", "version", "time", "uptime_seconds", "parallelism", "cards", "replicas", "stages"),
-        *("collectives", "tokens", "requests", "batch_invariance"),
+        *("collectives", "tokens", "requests", "batch_invariance", "verification"),
     },
     "parallelism": {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "devices"},
     "pes": {"pe", "replica", "stage", "rank", "memory_nbytes", "weights_nbytes", "kv_nbytes", "kv_used_nbytes"},

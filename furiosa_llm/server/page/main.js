@@ -38,6 +38,7 @@ function showHead(machine) {
   setText(byId("sizes", HTMLElement), [...sizes.map((size) => size.join(" ")), devices ?? ""].join(" · "));
   setText(byId("model", HTMLElement), machine.model);
   setText(byId("uptime", HTMLElement), `up ${duration(Math.floor(machine.uptime_seconds))}`);
+  setText(byId("verification", HTMLElement), `Verification: ${machine.verification}`);
   setText(byId("version", HTMLElement), `furiosa-llm ${machine.version}`);
   const title = `${machine.model} – furiosa-llm`;
   if (document.title !== title) document.title = title;

@@ -42,6 +42,7 @@
  * @property {string} model
  * @property {string} task
  * @property {string} version
+ * @property {string} verification
  * @property {number} time
  * @property {number} uptime_seconds
  * @property {Record<string, number | string>} parallelism

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from onnx import ModelProto
 
@@ -28,11 +28,9 @@ from furiosa_llm.runtime.artifact.manifest import (
     StoredTensor,
 )
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.artifact.tools.record import RecordError, Verification, read_verification
+from furiosa_llm.runtime.artifact.tools.record_summary import VerificationSummary, verification_of
 
 T = TypeVar("T")
-
-VerificationStatus = Literal["none", "passed", "failed", "another manifest", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,20 +135,6 @@ class FileSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VerificationSummary:
-    """What verification.json says of this artifact.
-
-    `another manifest`: it vouches for the manifest of the digest `detail`, not for this one; `unreadable`: it is no
-    record, `detail` says why. `checks` are the checks that ran and whether each passed; `faults` what was wrong.
-    """
-
-    status: VerificationStatus
-    detail: str = ""
-    checks: Mapping[str, bool] = dataclasses.field(default_factory=dict)
-    faults: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """An artifact at a glance. `mesh` is the grid of PEs, `num_nodes` are the program's, `digest` the manifest's.
 
@@ -212,7 +196,7 @@ def inspect_artifact(path: str | os.PathLike[str]) -> Inspection:
         states=manifest.states,
         files=tuple(FileSummary(path=entry.path, nbytes=entry.nbytes) for entry in manifest.files),
         provenance=manifest.provenance,
-        verification=_verification(artifact.folder, artifact.digest),
+        verification=verification_of(artifact.folder, artifact.digest),
     )
 
 
@@ -342,29 +326,6 @@ def _frozen(value: Any) -> Any:
 
 def _texts(values: object) -> tuple[str, ...]:
     return tuple(value for value in values if isinstance(value, str)) if isinstance(values, list) else ()
-
-
-# -- the record ----------------------------------------------------------------------------------------------------
-
-
-def _verification(folder: Path, digest: str) -> VerificationSummary:
-    try:
-        record = read_verification(folder)
-    except RecordError as error:
-        return VerificationSummary(status="unreadable", detail=str(error))
-    if record is None:
-        return VerificationSummary(status="none")
-    return _summary(record, digest)
-
-
-def _summary(record: Verification, digest: str) -> VerificationSummary:
-    if record.manifest_digest != digest:
-        return VerificationSummary(status="another manifest", detail=record.manifest_digest)
-    return VerificationSummary(
-        status="passed" if record.passed else "failed",
-        checks={check.name: check.passed for check in record.checks},
-        faults=tuple(fault for check in record.checks for fault in check.faults),
-    )
 
 
 def alike(blocks: Sequence[BlockSummary]) -> list[list[BlockSummary]]:

@@ -188,7 +188,7 @@ def test_as_json(folder: Path) -> None:
     assert document["weights"]["padding_nbytes"] == found.weights.padding_nbytes
     assert document["inputs"][0]["layout"] == [None, 8]
     assert document["collectives"] == [{"kind": "AllReduce", "axes": [0, 1], "count": 1, "nbytes_per_token": 32}]
-    assert document["verification"] == {"status": "none", "detail": "", "checks": {}, "faults": []}
+    assert document["verification"] == {"status": "none", "detail": "", "checks": {}, "faults": [], "words": ""}
 
 
 def test_weights_are_not_read_but_the_structure_is_checked(folder: Path) -> None:
