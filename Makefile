@@ -80,6 +80,10 @@ fuzz-loader: $(INSTALLED) ## damaged models: refused by name, or built and compa
 fuzz-artifact: $(INSTALLED) ## damaged artifacts: refused by name, or the same as before (SECONDS=600)
 	$(BIN)/python -m tests.campaigns.fuzz_artifact --seconds $(SECONDS)
 
+.PHONY: fuzz-verify
+fuzz-verify: $(INSTALLED) ## semantic changes of programs: which check of `verify` finds them, and that one does
+	$(BIN)/python -m tests.campaigns.fuzz_verify
+
 TRACES ?= 10000
 
 .PHONY: fuzz-scheduler

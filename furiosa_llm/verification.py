@@ -76,10 +76,10 @@ def verify_artifact(
     """Checks the artifact in the folder `path`; what is wrong with it is reported, not raised.
 
     Always: its structure, the digests of all files, but of more than FULL_BELOW_NBYTES of weights only with `full` or
-    `against`, the static proof, and program and manifest compared with what source.onnx lowers to. `full`: every original
-    put together from its shards, and padding. `full` or `against`: outputs and greedy tokens compared with the unsplit model,
-    which is `against`, or is put back together from the artifact in a temporary folder. Nothing is written;
-    `write_verification` does that with the report's record.
+    `against`, the static proof, and program and manifest compared with what source.onnx lowers to. `full`: every
+    original put together from its shards, and padding. `full` or `against`: outputs and greedy tokens compared with the
+    unsplit model, which is `against`, or is put back together from the artifact in a temporary folder. Nothing is
+    written; `write_verification` does that with the report's record.
 
     Raises ArtifactError if there is no manifest to report on, and InputError, ModelLoadError, ExecutionError and
     UnsupportedError for a model or options that cannot be compared with.

@@ -53,7 +53,7 @@ def test_full_shows_every_check_and_every_output(artifact: Path, cli: Cli) -> No
         "decode 1x1 behind 31",
         "chunk",
         "decode from a moved slot",
-        "beside the unsplit model put back together from this artifact, at",
+        "the unsplit model put back together from this artifact, at",
         "'hello': 2 greedy tokens",
     ):
         assert shown in result.out

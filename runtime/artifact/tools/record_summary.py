@@ -22,8 +22,8 @@ class VerificationSummary:
     """What verification.json says of this artifact; `str` gives it in words.
 
     `another manifest`: it vouches for the manifest of the digest `detail`, not for this one; `unreadable`: it is no
-    record, `detail` says why. `checks` are the checks that ran and whether each passed; `faults` what was wrong. `words` say
-    what was compared with what.
+    record, `detail` says why. `checks` are the checks that ran and whether each passed; `faults` what was wrong;
+    `words` say what was compared with what.
     """
 
     status: VerificationStatus

@@ -85,8 +85,8 @@ def test_a_record_of_version_1_is_read() -> None:
             ("originals", "weights", "stitched"),
             Compared(model="rebuilt", lengths=(9, 512), limit=8192, seed=7),
             "weights compared with their digests; original weights put together from the shards; ranks, executor and "
-            "engine compared with the unsplit model put back together from this artifact, at 2 lengths from 9 to 512 of "
-            "8192 (seed 7)",
+            "engine compared with the unsplit model put back together from this artifact, at 2 lengths from 9 to 512 "
+            "of 8192 (seed 7)",
         ),
         (
             ("identity", "stitched"),
