@@ -119,7 +119,7 @@ def analyse_source(source: Source, dims: Mapping[str, int], *, fuse: bool, told:
         source=source,
         model=model,
         probes=probes,
-        states=find_states(model.graph, probes.facts),
+        states=find_states(model.graph, probes.facts, probes.others),
         fusion=rewritten.fusion,
         analysis=analyse(model.graph, probes.facts, probes.others),
     )

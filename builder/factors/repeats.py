@@ -296,4 +296,6 @@ class _Reduction:
 
 
 def _copy(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+    copy = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+    copy.meta.update(value.meta)
+    return copy

@@ -34,7 +34,7 @@ _DIGEST_LENGTH = 64
 Task = Literal["decoder", "encoder", "other"]
 InputRole = Literal["token_ids", "attention_mask", "position_ids", "token_type_ids", "state", "other"]
 OutputRole = Literal["logits", "state", "other"]
-StateMode = Literal["append", "in_place"]
+StateMode = Literal["append", "in_place", "replace"]
 CollectiveKind = Literal["AllReduce", "AllGather"]
 
 
@@ -146,15 +146,16 @@ class OutputInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """An input and the output that replaces it in the next step; both grow along `sequence_dim`.
+    """An input and the output that replaces it in the next step.
 
-    `append`: the output is the input with the new positions appended. `in_place`: one buffer of a fixed capacity may
-    be bound to both, and the attention mask tells where the new positions go.
+    `append`: the output is the input with the new positions appended along `sequence_dim`. `in_place`: one buffer of a
+    fixed capacity may be bound to both, and the attention mask tells where the new positions go. `replace`: the output
+    is of the input's size, all of it new; `sequence_dim` is None.
     """
 
     input: str
     output: str
-    sequence_dim: int
+    sequence_dim: int | None
     mode: StateMode
 
 

@@ -233,7 +233,7 @@ def _state(field: Field) -> State:
     return State(
         input=member["input"].name(),
         output=member["output"].name(),
-        sequence_dim=member["sequence_dim"].integer(),
+        sequence_dim=member["sequence_dim"].optional(lambda f: f.integer()),
         mode=mode,
     )
 

@@ -156,7 +156,7 @@ def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool, fused: bo
         source=source,
         model=model,
         probes=probes,
-        states=find_states(model.graph, probes.facts),
+        states=find_states(model.graph, probes.facts, probes.others),
         analysis=analyse(model.graph, probes.facts, probes.others),
     )
 
