@@ -51,7 +51,7 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     """
     kinds = dimension_kinds(model.graph, given, config)
     interpreter = Interpreter(model, SHAPES, lenient=lenient)
-    facts, kinds = _first_run(interpreter, kinds)
+    facts, kinds = _first_accepted(interpreter, kinds)
     others = interpreter.run(concrete(kinds, SECOND_PROBE))
     decode, longer = _priced_steps(interpreter, kinds)
     extremes = tuple(_extreme_runs(interpreter, kinds))
@@ -62,6 +62,32 @@ def _extreme_runs(interpreter: Interpreter, kinds: DimensionKinds) -> Iterator[F
     for sizes in (SMALL, LARGE):
         with contextlib.suppress(ShapeError):
             yield interpreter.run(concrete(kinds, sizes))
+
+
+def _first_accepted(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+    """The first run of what the dimensions are taken for, or of what they may be instead, that the graph accepts.
+
+    Some models are valid for one new position at a time only; some masks speak of the new positions alone.
+    """
+    try:
+        return _first_run(interpreter, kinds)
+    except ShapeError as error:
+        for other in _instead(kinds):
+            with contextlib.suppress(ShapeError):
+                return _first_run(interpreter, other)
+        raise error
+
+
+def _instead(kinds: DimensionKinds) -> Iterator[DimensionKinds]:
+    names = {kind for dims in kinds.values() for kind in dims}
+    if {"total", "sequence"} <= names:
+        yield _renamed(kinds, {"total": "sequence"})
+    if "sequence" in names and not names & {"total", "past"}:
+        yield _renamed(kinds, {"sequence": 1})
+
+
+def _renamed(kinds: DimensionKinds, names: Mapping[int | str, int | str]) -> DimensionKinds:
+    return {name: tuple(names.get(kind, kind) for kind in dims) for name, dims in kinds.items()}
 
 
 def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
