@@ -31,6 +31,9 @@ class ArtifactBuilder:
         experimental_tp: Also allow tensor_parallel_size 1, 2 and 16.
         fuse_attention: Replace attention that is written out in small ops by one op with its cache in place, where both
             give the same numbers.
+        roles: What inputs are for, by name, where the graph does not tell: `positions`, or with what its dimensions are,
+            `positions[3,batch,sequence]` (see docs/interfaces.md).
+        fixed: Inputs that are one boolean or integer in every run, and no inputs of the artifact.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class ArtifactBuilder:
         tactics: Tactics | None = None,
         experimental_tp: bool = False,
         fuse_attention: bool = True,
+        roles: Mapping[str, str] | None = None,
+        fixed: Mapping[str, int] | None = None,
     ) -> None:
         self._options = BuildOptions(
             tensor_parallel_size=tensor_parallel_size,
@@ -53,6 +58,8 @@ class ArtifactBuilder:
             max_padding=max_padding,
             tactics=tactics,
             fuse_attention=fuse_attention,
+            roles=dict(roles or {}),
+            fixed=dict(fixed or {}),
         )
         self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)
@@ -94,7 +101,7 @@ class ArtifactBuilder:
         assembly = Assembly(
             options=self._options,
             name=name,
-            load=lambda: load_with_weights(model),
+            load=lambda: load_with_weights(model, self._options.fixed),
             check=lambda source, _: source.guard.check_unchanged(),
         )
         return assembly.build(folder, force=force, progress=progress, workers=workers)

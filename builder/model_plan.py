@@ -113,6 +113,8 @@ def plan_model(
     tactics: Tactics | None = None,
     experimental_tp: bool = False,
     fuse_attention: bool = True,
+    roles: Mapping[str, str] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[ModelPlan, tuple[Build, ...]]:
     """Plan a model; its weights' files need not be there, and are not read.
 
@@ -127,6 +129,8 @@ def plan_model(
         tactics: Choices that the planner must keep.
         experimental_tp: Also allow tensor parallel sizes 1, 2 and 16.
         fuse_attention: As `ArtifactBuilder` does; without, every node of the model has its place in the plan.
+        roles: As `ArtifactBuilder` takes them.
+        fixed: As `ArtifactBuilder` takes them.
 
     Returns:
         The figures for people, and the plans and programs behind them, one for each size.
@@ -137,7 +141,9 @@ def plan_model(
         if number is not None and number < 1:
             raise OptionError(f"{name} must be at least 1, got {number}.")
     path = Path(model)
-    analysed = analyse_model(path, dims or {}, fuse=fuse_attention, told=lambda _: None)
+    analysed = analyse_model(
+        path, dims or {}, fuse=fuse_attention, told=lambda _: None, roles=roles or {}, fixed=fixed or {}
+    )
     limit = companions.max_sequence_length(path)
     workload = Workload(context=context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), batch=batch, chunk=chunk)
     builds = tuple(

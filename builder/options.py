@@ -15,6 +15,10 @@ from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 
+_RARE = frozenset(("roles", "fixed"))
+"""Options that are recorded only if they are given."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """What a build was asked for; see `ArtifactBuilder` for the meaning of each."""
@@ -25,6 +29,8 @@ class BuildOptions:
     max_padding: float = MAX_PADDING
     tactics: Tactics | None = None
     fuse_attention: bool = True
+    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def check(self, *, experimental_tp: bool) -> None:
         """Raise OptionError for a value out of range."""
@@ -48,13 +54,16 @@ class BuildOptions:
             "max_padding": self.max_padding,
             "tactics": [] if self.tactics is None else self.tactics.to_json(),
             "fuse_attention": self.fuse_attention,
+            **({"roles": dict(sorted(self.roles.items()))} if self.roles else {}),
+            **({"fixed": dict(sorted(self.fixed.items()))} if self.fixed else {}),
         }
 
 
 def recorded_options(options: Mapping[str, Any]) -> BuildOptions:
     """The options that `BuildOptions.to_json` recorded in a manifest; ArtifactError for anything else."""
     field = Field(options, "manifest.json $.provenance.options")
-    member = field.members([f.name for f in dataclasses.fields(BuildOptions)])
+    given = field.mapping()
+    member = field.members([f.name for f in dataclasses.fields(BuildOptions) if f.name in given or f.name not in _RARE])
     dims = member["dims"].mapping()
     tactics = member["tactics"].items(_tactic)
     max_padding = member["max_padding"].value
@@ -69,6 +78,8 @@ def recorded_options(options: Mapping[str, Any]) -> BuildOptions:
         max_padding=float(max_padding),
         tactics=Tactics(tactics=tactics) if tactics else None,
         fuse_attention=member["fuse_attention"].value,
+        roles={name: member["roles"].child(name).text() for name in given.get("roles", {})},
+        fixed={name: _any_integer(member["fixed"].child(name)) for name in given.get("fixed", {})},
     )
     try:
         found.check(experimental_tp=True)

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -31,6 +32,7 @@ from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.rewrite.normalize import normalize
 from furiosa_llm.builder.rewrite.passes import rewrite
+from furiosa_llm.builder.shapes.roles import find_roles, read_role
 from furiosa_llm.builder.source.companions import read_json
 from furiosa_llm.builder.source.load import Source, load
 from furiosa_llm.builder.write.artifact import Progress, write_artifact
@@ -71,7 +73,9 @@ class Assembly:
         with output_folder(destination, force=force) as folder:
             stage("load")
             source = self.load()
-            analysed = analyse_source(source, self.options.dims, fuse=self.options.fuse_attention, told=stage)
+            analysed = analyse_source(
+                source, self.options.dims, fuse=self.options.fuse_attention, told=stage, roles=self.options.roles
+            )
             build = self._lowered(analysed, stage)
             manifest = write_artifact(
                 folder, build, name=self.name, options=self.options, plan=self.plan, progress=told, workers=threads
@@ -96,13 +100,28 @@ class Assembly:
         return analysed.lowered_by(analysed.planning.follow(assignment, options.mesh))
 
 
-def analyse_model(path: Path, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
+def analyse_model(
+    path: Path,
+    dims: Mapping[str, int],
+    *,
+    fuse: bool,
+    told: Stage,
+    roles: Mapping[str, str] = MappingProxyType({}),
+    fixed: Mapping[str, int] = MappingProxyType({}),
+) -> Analysed:
     """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
     told("load")
-    return analyse_source(load(path), dims, fuse=fuse, told=told)
+    return analyse_source(load(path, fixed), dims, fuse=fuse, told=told, roles=roles)
 
 
-def analyse_source(source: Source, dims: Mapping[str, int], *, fuse: bool, told: Stage) -> Analysed:
+def analyse_source(
+    source: Source,
+    dims: Mapping[str, int],
+    *,
+    fuse: bool,
+    told: Stage,
+    roles: Mapping[str, str] = MappingProxyType({}),
+) -> Analysed:
     """Everything up to the analysis of a model.
 
     Args:
@@ -110,8 +129,10 @@ def analyse_source(source: Source, dims: Mapping[str, int], *, fuse: bool, told:
         dims: Sizes of dynamic input dimensions that do not follow from the model.
         fuse: Whether attention that is written out in small ops is replaced by one op.
         told: Told the name of each stage.
+        roles: What inputs are for, as the user says.
     """
     model = normalize(source)
+    find_roles(model.graph, {name: read_role(name, text) for name, text in roles.items()})
     told("analyse")
     rewritten = rewrite(model, dims, read_json(source.path, "config.json"), fuse=fuse)
     probes = rewritten.probes

@@ -101,6 +101,28 @@ def find_roles(graph: ir.Graph, given: Mapping[str, Role]) -> None:
         value.meta[_ROLE] = chosen.get(value) or _by_name(value)
 
 
+_ALIASES = {
+    "tokens": "token_ids",
+    "mask": "attention_mask",
+    "positions": "position_ids",
+    "token_types": "token_type_ids",
+}
+_GIVEN = re.compile(r"([a-z_]+)(?:\[([^\[\]]*)\])?")
+
+
+def read_role(name: str, text: str) -> Role:
+    """What the user says of the input `name`: `positions`, or `positions[3,batch,sequence]`; OptionError otherwise."""
+    match = _GIVEN.fullmatch(text.replace(" ", ""))
+    role = "" if match is None else _ALIASES.get(match[1], match[1])
+    if match is None or role not in ROLES:
+        known = ", ".join(sorted({*_ALIASES, "state", "other"}))
+        raise OptionError(f"--role {name}={text}: expected one of {known}, for instance positions[3,batch,sequence].")
+    dims = None
+    if match[2] is not None:
+        dims = tuple(int(dim) if dim.isdecimal() else dim for dim in match[2].split(","))
+    return Role(name=role, why="the user says so", dims=dims)
+
+
 def _by_name(value: ir.Value) -> Role:
     name, integer = str(value.name), value.dtype in _INTEGERS
     for role, pattern in _NAMES:

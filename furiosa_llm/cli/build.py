@@ -25,7 +25,7 @@ from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.pipeline import default_name
 from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size
 from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import Sizes, parallel_size
+from furiosa_llm.cli.options import FIX, ROLE, Sizes, parallel_size
 
 _STAGES = {
     "load": "reading the graph",
@@ -36,7 +36,7 @@ _STAGES = {
 }
 _PLANNED = (
     *("tensor_parallel_size", "max_seq_len_to_capture", "dims", "max_padding", "tactics", "experimental_tp"),
-    "fuse_attention",
+    *("fuse_attention", "roles", "fixed"),
 )
 """Options that are taken from the artifact whose plan is reused."""
 WORKERS = click.option(
@@ -82,6 +82,8 @@ _SHOWN_LEFT = 6
     type=click.Path(path_type=Path),
     help="An artifact of the same graph with other weights: its options and plan are taken, nothing is planned.",
 )
+@ROLE
+@FIX
 @WORKERS
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 @click.pass_context
@@ -98,6 +100,8 @@ def build(
     experimental_tp: bool,
     fuse_attention: bool,
     reuse_plan: Path | None,
+    roles: tuple[tuple[str, str], ...],
+    fixed: tuple[tuple[str, int], ...],
     workers: int | None,
     force: bool,
 ) -> None:
@@ -128,6 +132,8 @@ def build(
         tactics=None if tactics is None else read_tactics(tactics),
         experimental_tp=experimental_tp,
         fuse_attention=fuse_attention,
+        roles=dict(roles),
+        fixed=dict(fixed),
     )
     destination = output or default_output(model, tensor_parallel_size)
     with shown_progress() as told:

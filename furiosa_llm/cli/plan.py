@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
 from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
+from furiosa_llm.builder.lower.interface import InterfaceValue, interface_of
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import Sizes, parallel_size
+from furiosa_llm.cli.options import FIX, ROLE, Sizes, parallel_size
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 
 _SHOWN_WEIGHTS = 3
@@ -77,6 +79,9 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Plan for attention as one op, as `build` does; --emit-onnx always plans for the model's own nodes.",
 )
+@ROLE
+@FIX
+@click.option("--roles", "show_roles", is_flag=True, help="Show what each input and output is taken for, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(
     model: Path,
@@ -91,6 +96,9 @@ def plan(
     emit_onnx: Path | None,
     stages: int,
     fuse_attention: bool,
+    roles: tuple[tuple[str, str], ...],
+    fixed: tuple[tuple[str, int], ...],
+    show_roles: bool,
     as_json: bool,
 ) -> None:
     """Say how MODEL (an .onnx file) would be partitioned, what that costs, and where it fits.
@@ -111,6 +119,8 @@ def plan(
         tactics=choices,
         experimental_tp=experimental_tp,
         fuse_attention=fuse_attention and emit_onnx is None,
+        roles=dict(roles),
+        fixed=dict(fixed),
     )
     if emit_onnx is not None:
         write_annotated_plan(builds[0], found.workload, emit_onnx, stages)
@@ -118,12 +128,27 @@ def plan(
         click.echo(json.dumps(found.to_json(), indent=2))
         return
     console = Console()
+    if show_roles:
+        console.print(_roles(interface_of(builds[0])), crop=False)
+        return
     console.print(_figures(found), crop=False)
     for size_plan in found.plans:
         console.print()
         console.print(_choices(size_plan), crop=False)
     console.print()
     console.print(_deployments(found), crop=False)
+
+
+def _roles(values: Sequence[InterfaceValue]) -> Table:
+    """What each input and output is taken for."""
+    table = Table(title="inputs and outputs", title_justify="left")
+    for column in ("name", "shape", "role", "from"):
+        table.add_column(column, overflow="fold")
+    for one in values:
+        tie = " (a tie that the name broke)" if one.tie else ""
+        shape = f"{one.dtype} [{', '.join(map(str, one.shape))}]"
+        table.add_row(*map(escape, (one.name, shape, one.role, one.why + tie)))
+    return table
 
 
 def _figures(found: ModelPlan) -> Table:

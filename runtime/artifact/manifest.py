@@ -219,6 +219,12 @@ def seal(document: Mapping[str, Any]) -> bytes:
     return data[:start] + manifest_digest(data).encode() + data[start + _DIGEST_LENGTH :]
 
 
+def fixed_inputs(manifest: Manifest) -> dict[str, int]:
+    """The inputs of the model that the build made constants, with their values."""
+    found = manifest.provenance.options.get("fixed")
+    return {k: int(v) for k, v in found.items() if isinstance(v, int)} if isinstance(found, dict) else {}
+
+
 def manifest_digest(data: bytes) -> str:
     """What the digest in the manifest `data` must be: SHA-256 of its bytes with zeros for the digest's digits."""
     start = len(DIGEST_PREFIX)

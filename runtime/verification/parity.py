@@ -15,7 +15,7 @@ import numpy as np
 from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.dtypes import Array
-from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.manifest import Manifest, fixed_inputs
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.execution.decoder import DecoderModel, DecoderSession
@@ -149,6 +149,7 @@ class Subject:
             states=manifest.states,
             threads=self._threads,
             accuracy_level=0,
+            fixed=fixed_inputs(manifest),
         )
         known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
         self._steps = list(steps_of(self._reference, manifest, known, np.random.default_rng(seed)))
