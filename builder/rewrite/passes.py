@@ -11,6 +11,7 @@ from furiosa_llm.builder.factors.probe import Probes, probe
 from furiosa_llm.builder.rewrite.branches import settle_branches
 from furiosa_llm.builder.rewrite.fusion import Fusion, fuse_attention
 from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.rewrite.weight_inputs import cut_weight_inputs
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Rewritten:
 
 def rewrite(model: ir.Model, dims: Mapping[str, int], config: Mapping[str, object], *, fuse: bool) -> Rewritten:
     """Rewrite a normalised model in place, probing it again after each pass that changed it; see `analyse_source`."""
+    cut_weight_inputs(model.graph)
     probes = whole = settle_branches(model, dims, config)
     if simplify(model, probes):
         probes = probe(model, dims, config)

@@ -83,7 +83,20 @@ def _activation_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[i
     return [(data.dtype, data.shape)]
 
 
-@rule("Identity", "Neg")
+CUT = "furiosa_llm.cut"
+"""The mark of an Identity whose input every rank has whole, and whose output it has its part of."""
+
+
+@rule("Identity")
+def identity(view: NodeView) -> Rule:
+    """What it is given, or of an input that is whole, the rank's part."""
+    if not view.node.meta.get(CUT):
+        return negate(view)
+    names = words(len(view.out()))
+    return Rule(text=f"{spell(['*'] * len(names))} -> {spell(names)}; full {' '.join(names)}", padding="finite")
+
+
+@rule("Neg")
 def negate(view: NodeView) -> Rule:
     """Linear in the only input."""
     return dataclasses.replace(broadcast(view), linear=(0,), padding="moves")

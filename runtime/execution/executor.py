@@ -14,6 +14,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map, local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.originals import read_original
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.execution.binding import BoundProgram
@@ -57,6 +58,7 @@ class Executor(Closing):
         [self._row] = rows_of(self._counters)
         in_place = {state.output for state in artifact.manifest.states if state.mode == "in_place"}
         self._bound = self.bind(unbound=frozenset(in_place))
+        self._defaults = default_inputs(artifact)
 
     @property
     def decoder_interface(self) -> DecoderInterface:
@@ -97,6 +99,7 @@ class Executor(Closing):
         name, a wrong type or shape, and ExecutionError if a segment fails.
         """
         manifest = self.artifact.manifest
+        inputs = {**{name: array for name, array in self._defaults.items() if name not in inputs}, **inputs}
         sizes = known_sizes(self._check_inputs(inputs))
         with self._lock:
             if not (self._chunks_singly and is_chunk_of_many(sizes)):
@@ -174,6 +177,17 @@ class Executor(Closing):
                     raise ArtifactError(f"output {info.name!r:.80} has the local shape {list(local.shape)}")
             whole[np.ix_(*target)] = local[np.ix_(*source)]
         return whole
+
+
+def default_inputs(artifact: Artifact) -> dict[str, Array]:
+    """What inputs are that a caller leaves out: those that the model has initializers for."""
+    stored = {entry.name: entry for entry in artifact.manifest.initializers if entry.stored}
+    found: dict[str, Array] = {}
+    for info in artifact.manifest.inputs:
+        if info.name in stored:
+            data = read_original(artifact, info.name).view(DTYPES[info.dtype].numpy)
+            found[info.name] = data.reshape(stored[info.name].shape)
+    return found
 
 
 def is_split(info: InputInfo) -> bool:
