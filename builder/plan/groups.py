@@ -49,7 +49,7 @@ def candidates(analysis: Analysis, states: States) -> list[Factor]:
             kept_whole.update(leaf for factor in analysis.dims[value] for leaf in factor.leaves())
     found: dict[Factor, None] = {}
     for info in analysis.nodes:
-        if not info.reduced and not info.looked_up:
+        if not info.contracts and not info.looked_up:
             continue
         for weight in info.node.inputs:
             if weight is None or weight not in weights or len(analysis.dims[weight]) < 2:
