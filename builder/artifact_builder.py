@@ -31,8 +31,8 @@ class ArtifactBuilder:
         experimental_tp: Also allow tensor_parallel_size 1, 2 and 16.
         fuse_attention: Replace attention that is written out in small ops by one op with its cache in place, where both
             give the same numbers.
-        roles: What inputs are for, by name, where the graph does not tell: `positions`, or with what its dimensions are,
-            `positions[3,batch,sequence]` (see docs/interfaces.md).
+        roles: What inputs are for, by name, where the graph does not tell: `positions`, or with its dimensions,
+            `positions[3,batch,sequence]` (see docs/building.md).
         fixed: Inputs that are one boolean or integer in every run, and no inputs of the artifact.
     """
 

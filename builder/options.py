@@ -14,7 +14,6 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.layout import Mesh
 
-
 _RARE = frozenset(("roles", "fixed"))
 """Options that are recorded only if they are given."""
 

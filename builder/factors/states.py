@@ -48,6 +48,8 @@ def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
     pairs = {value: pair for value in named if (pair := _grown_pair(value, facts)) is not None}
     taken = {pair.output for pair in pairs.values()}
     left = [value for value in graph.inputs if value not in pairs and _keeps_its_size(value, facts, others)]
+    if len(left) + len(pairs) == len(graph.inputs):
+        left = []  # nothing new comes in, so there are no steps
     ends = [value for value in graph.outputs if value not in taken and _keeps_its_size(value, facts, others)]
     pairs |= {pair.input: pair for pair in _replaced_pairs(left, ends, facts)}
     outputs = {pair.output for pair in pairs.values()}
@@ -143,11 +145,20 @@ def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], fac
     What one layer keeps depends on what all layers before it have kept; the output that depends on least comes first.
     """
     reached = {value: _reached(value, outputs) for value in inputs} if outputs else {}
-    sources = {
-        output: [v for v in inputs if output in reached[v] and facts[v].shape == facts[output].shape
-                 and facts[v].dtype == facts[output].dtype]
-        for output in outputs
-    } if reached else {}
+    sources = (
+        {
+            output: [
+                v
+                for v in inputs
+                if output in reached[v]
+                and facts[v].shape == facts[output].shape
+                and facts[v].dtype == facts[output].dtype
+            ]
+            for output in outputs
+        }
+        if reached
+        else {}
+    )
     taken: set[ir.Value] = set()
     for output in sorted(sources, key=lambda output: len(sources[output])):
         free = [value for value in sources[output] if value not in taken]

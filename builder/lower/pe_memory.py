@@ -13,7 +13,7 @@ from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.lower.blocks import find_blocks
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import interpreter, local_shape
-from furiosa_llm.builder.shapes.interface import SizeSet, concrete
+from furiosa_llm.builder.shapes.interface import SizeSet, concrete, lengths
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts
 
 
@@ -91,7 +91,9 @@ class Memory:
         graph = self._build.lowered.graph
         model = ir.Model(graph, ir_version=self._build.ir_version)
         try:
-            facts = interpreter(model, self._build.plan.mesh).run(self._local_inputs(sizes))
+            facts = interpreter(model, self._build.plan.mesh).run(
+                self._local_inputs(sizes), lengths(self._build.model.graph, sizes)
+            )
         except ShapeError:
             return None  # the model does not take these sizes: a window, or a table of positions, is shorter
         states = {str(value.name) for value in self._build.states.values}

@@ -8,7 +8,7 @@ from furiosa_llm.builder.lower.blocks import levels
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import check_shapes, interpreter, local_shape
 from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
-from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete
+from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, lengths
 from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
@@ -30,7 +30,8 @@ def program_shapes(build: Build) -> dict[str, ValueShape]:
     The program is interpreted on the way, and every value compared with what the plan says.
     """
     interpret = interpreter(ir.Model(build.lowered.graph, ir_version=build.ir_version), build.plan.mesh).run
-    first, second = (interpret(_local_inputs(build, sizes)) for sizes in (PROBE, SECOND_PROBE))
+    graph = build.model.graph
+    first, second = (interpret(_local_inputs(build, s), lengths(graph, s)) for s in (PROBE, SECOND_PROBE))
     check_shapes(build.lowered, first)
     names = names_of_sizes(build.probes.kinds)
     return {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}

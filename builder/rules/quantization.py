@@ -54,7 +54,7 @@ def matmul_nbits(view: NodeView) -> Rule:
 
 
 def _in_any_order(view: NodeView, columns: int) -> Rule:
-    """Rows of blocks that g_idx deals out in any order: whole. Columns are split, if scales and zero points have any."""
+    """Rows that g_idx deals out in any order are whole; columns are split, if scales and zero points have any."""
     rows = words(view.rank(0) - 1)
     if any(view.has(port) and view.rank(port) != 2 for port in (2, 3)):
         return whole(view, note="MatMulNBits with g_idx and scales in one vector: replicated")

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OptionError, ShapeError
 from furiosa_llm.builder.shapes.growth import growing_dim, is_written
-from furiosa_llm.builder.shapes.roles import find_roles, has_roles, inferred_role
+from furiosa_llm.builder.shapes.roles import LENGTHS, Role, find_roles, has_roles, inferred_role, settle_role
 from furiosa_llm.builder.shapes.roles import role_of as role_of
 
 
@@ -40,6 +40,7 @@ PROBE = SizeSet(batch=5, sequence=7, past=11, encoder=13, others=(19, 23, 29, 31
 SECOND_PROBE = SizeSet(batch=3, sequence=5, past=17, encoder=29, others=(53, 59, 61, 67, 71, 73, 79, 83))
 """Distinct primes: a product tells its factors, and what differs between the two is dynamic."""
 
+_COUNTS = frozenset((ir.DataType.INT32, ir.DataType.INT64))
 _SUM = re.compile(r"\s*([^\s+*/()-]+)\s*\+\s*([^\s+*/()-]+)\s*")
 """A symbol that is written as the sum of two others."""
 _KINDS = frozenset(("batch", "sequence", "past", "total", "encoder"))
@@ -68,7 +69,27 @@ def dimension_kinds(
         symbol = _symbol(key)
         if symbol is not None:
             symbols.setdefault(symbol, known[key][0])
+    _settle_lengths(graph, symbols)
     return {str(v.name): tuple(_kinds(v, known, symbols, sizes, config)) for v in graph.inputs}
+
+
+def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
+    """Take a single integer for the size of the dimensions that have its name."""
+    roles = {kind: role for role, kind in LENGTHS.items()}
+    for value in graph.inputs:
+        single = value.shape is not None and all(dim == 1 for dim in value.shape)
+        role = roles.get(symbols.get(str(value.name), ""))
+        if single and role is not None and role_of(value) == "other" and value.dtype in _COUNTS:
+            settle_role(value, Role(name=role, why="dimensions have its name", tie=True))
+
+
+def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
+    """The elements of the inputs that hold one number of positions, by name."""
+    return {
+        str(value.name): getattr(sizes, LENGTHS[role])
+        for value in graph.inputs
+        if (role := role_of(value)) in LENGTHS and value.shape is not None and all(dim == 1 for dim in value.shape)
+    }
 
 
 _Place = tuple[ir.Value, int]

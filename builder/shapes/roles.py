@@ -18,7 +18,9 @@ from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN, graphs_of, num_captured
 from furiosa_llm.builder.shapes.flow import grown_output, is_kept
 
-ROLES = ("token_ids", "attention_mask", "position_ids", "token_type_ids", "state", "other")
+LENGTHS = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
+"""Roles of inputs that hold a number of positions, and of which."""
+ROLES = ("token_ids", "attention_mask", "position_ids", "token_type_ids", *LENGTHS, "state", "other")
 _NAMES = (
     ("token_ids", re.compile(r"(decoder_)?input_ids|tokens|token_ids")),
     ("attention_mask", re.compile(r"(encoder_|decoder_)?attention_mask")),
@@ -34,6 +36,11 @@ _FEW_ROWS = 4
 _ANGLE_PORTS = {"RotaryEmbedding": (1, 3), "MRotaryEmbedding": (1,), "GroupQueryAttention": (9,)}
 _MASK_PORTS = {"Attention": (3, 5), "MultiHeadAttention": (4, 5), "GroupQueryAttention": (5, 6, 10)}
 _TOKEN_PORTS = {"EmbedLayerNormalization": 0}
+_LENGTH_PORTS = {
+    ("", "TensorScatter"): {2: "past_length"},
+    ("", "Attention"): {6: "total_length"},
+    ("com.microsoft", "GroupQueryAttention"): {6: "total_length"},
+}
 _WRITE_PORTS = {"TensorScatter": 2, "ScatterND": 1, "ScatterElements": 1}
 # fmt: off
 _MOVES = frozenset((
@@ -44,7 +51,9 @@ _ARITHMETIC = frozenset((
     "Add", "And", "CumSum", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mul", "Neg", "Not",
     "Or", "ReduceMax", "ReduceMin", "ReduceSum", "Sub", "Sum", "Trilu", "Xor",
 ))
-_ANGLE_FORMS = frozenset(("Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"))
+_ANGLE_FORMS = frozenset(
+    ("Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+)
 _PRODUCTS = frozenset(("Einsum", "Gemm", "MatMul"))
 _WEIGHT_FORMS = frozenset(("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"))
 # fmt: on
@@ -72,6 +81,11 @@ def inferred_role(value: ir.Value) -> Role:
     """The role of a graph input, and why; by its name alone in a graph that was never looked at as a whole."""
     found = value.meta.get(_ROLE)
     return found if isinstance(found, Role) else _by_name(value)
+
+
+def settle_role(value: ir.Value, role: Role) -> None:
+    """Say what an input is for that the graph has not told."""
+    value.meta[_ROLE] = role
 
 
 def has_roles(graph: ir.Graph) -> bool:
@@ -142,6 +156,8 @@ class _Trace:
     """Tables of weights that it indexes, as it is."""
     angles: str = ""
     scores: str = ""
+    length: tuple[str, str] = ("", "")
+    """The role as a number of positions, and why."""
     kept: str = ""
     """How it comes out again."""
 
@@ -175,6 +191,11 @@ def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _
 def _is_end(node: ir.Node, port: int, found: _Trace, *, plain: bool) -> bool:
     """Note what `node` does with its input `port`; whether the trace ends there."""
     op = node.op_type
+    length = _LENGTH_PORTS.get((node.domain, op), {}).get(port)
+    if length is not None:
+        if plain:
+            found.length = (length, f"{_shown(node)} takes it for that")
+        return True
     if op in ("Gather", "GatherBlockQuantized") and port == 1:
         table = _weight(node.inputs[0])
         if table is not None and plain:
@@ -296,6 +317,8 @@ def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
         return Role(name="state", why=trace.kept)
     if value.dtype in _INTEGERS and trace.angles and value.dtype is not ir.DataType.BOOL:
         return Role(name="position_ids", why=trace.angles)
+    if trace.length[0] and rank < 2 and value.dtype in _INTEGERS:
+        return Role(name=trace.length[0], why=trace.length[1])
     if trace.tables or not trace.scores or rank < 2:
         return None
     if named.name == "position_ids":  # positions may be compared to hide what comes later
@@ -330,7 +353,10 @@ def _is_embedded(graph: ir.Graph, tables: list[ir.Value], value: ir.Value) -> bo
     widths = {math.prod(t.shape.numpy()[1:]) for t in tables if t.shape is not None}
     places = [other.shape for other in graph.inputs if other.dtype is not None and other.dtype.is_floating_point()]
     return any(
-        shape is not None and len(shape) == 3 and shape[2] in widths and value.shape is not None
+        shape is not None
+        and len(shape) == 3
+        and shape[2] in widths
+        and value.shape is not None
         and str(shape[1]) == str(value.shape[-1])
         for shape in places
     )

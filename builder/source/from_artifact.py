@@ -23,7 +23,10 @@ SMALL_NBYTES = 4096
 
 
 def load_with_weights(path: Path, fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
-    """The model at `path`, its inputs `fixed`, every file of its weights checked; raises ModelLoadError for what cannot be built."""
+    """The model at `path`, its inputs `fixed`, every file of its weights checked.
+
+    Raises ModelLoadError for what cannot be built.
+    """
     source = load(path, fixed)
     check_external_data(source)
     source.guard.remember(companions(path))

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
-from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.lower.interface import InterfaceValue, interface_of
+from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.options import FIX, ROLE, Sizes, parallel_size

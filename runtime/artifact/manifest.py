@@ -32,7 +32,19 @@ DIGEST_PREFIX = b'{\n "digest": "'
 _DIGEST_LENGTH = 64
 
 Task = Literal["decoder", "encoder", "other"]
-InputRole = Literal["token_ids", "attention_mask", "position_ids", "token_type_ids", "state", "other"]
+LENGTH_ROLES = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
+"""Roles of inputs that hold a number of positions, for each sequence or for all, and the name of that number."""
+InputRole = Literal[
+    "token_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "past_length",
+    "sequence_length",
+    "total_length",
+    "state",
+    "other",
+]
 OutputRole = Literal["logits", "state", "other"]
 StateMode = Literal["append", "in_place", "replace"]
 CollectiveKind = Literal["AllReduce", "AllGather"]

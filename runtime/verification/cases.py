@@ -14,7 +14,7 @@ from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
+from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manifest
 from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
 
 _CASES = (("prefill", 2, 9, 0), ("decode", 2, 1, 9), ("chunk", 3, 5, 7))
@@ -112,6 +112,8 @@ def _random_input(info: InputInfo, manifest: Manifest, sizes: Mapping[str, int],
     if info.role == "position_ids":
         positions = np.arange(sizes["past"], sizes["past"] + sizes["sequence"])
         return np.broadcast_to(positions, shape).astype(dtype)
+    if info.role in LENGTH_ROLES:
+        return np.full(shape, sizes[LENGTH_ROLES[info.role]], dtype=dtype)
     if dtype.kind in "iub":
         return random.integers(0, 2, shape).astype(dtype)
     return random.standard_normal(shape).astype(dtype)

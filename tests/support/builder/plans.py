@@ -104,7 +104,7 @@ class Prepared:
 def _feed(value: ir.Value, shape: tuple[int, ...], sizes: SizeSet, rng: np.random.Generator) -> Array:
     assert value.dtype is not None
     match role_of(value):
-        case "token_ids":
+        case "token_ids" if str(value.name).endswith("_ids"):  # of a vocabulary, not of a table of a few rows
             array: Array = rng.integers(0, 1000, shape)
         case "token_type_ids":
             array = rng.integers(0, 2, shape)
