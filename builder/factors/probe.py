@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -12,14 +13,26 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.factors.misfit import explained
 from furiosa_llm.builder.rules import SHAPES
-from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds, lengths
+from furiosa_llm.builder.shapes.interface import (
+    PROBE,
+    SECOND_PROBE,
+    SizeSet,
+    concrete,
+    dimension_kinds,
+    lengths,
+    open_counts,
+)
 from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, MisfitError, SizeMismatchError
+from furiosa_llm.builder.shapes.roles import LENGTHS, Role, settle_role
 
 SMALL = SizeSet(batch=2, sequence=1, past=1, encoder=2, others=(3, 5, 7, 11))
 LARGE = SizeSet(batch=2, sequence=1031, past=2053, encoder=1033, others=(1039, 1049, 1051, 1061))
 """Beyond the other sizes at both ends: a size that is bounded (by a window, or by a table) is not constant here."""
 
 DimensionKinds = dict[str, tuple[int | str, ...]]
+
+_MOST_COUNTS = 3
+"""So many single integers are tried as each number of positions."""
 
 CONTEXTS = ((511, 575), (127, 143), (31, 39), (11, 13))
 """Past lengths to price at, a shorter and a longer one; models with a window take only the small ones."""
@@ -85,6 +98,14 @@ def _first_accepted(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionK
         for other in _instead(kinds):
             with contextlib.suppress(ShapeError):
                 return _first_run(interpreter, graph, other)
+        counts = open_counts(graph)
+        for roles in itertools.product(LENGTHS, repeat=len(counts)) if 0 < len(counts) <= _MOST_COUNTS else ():
+            for value, role in zip(counts, roles, strict=True):
+                settle_role(value, Role(name=role, why="the shapes fit if it is", tie=False))
+            with contextlib.suppress(ShapeError):
+                return _first_run(interpreter, graph, kinds)
+        for value in counts:
+            settle_role(value, Role(name="other", why="nothing tells what it counts"))
         raise error
 
 

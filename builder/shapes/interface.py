@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -70,16 +70,17 @@ def dimension_kinds(
         if symbol is not None:
             symbols.setdefault(symbol, known[key][0])
     _settle_lengths(graph, symbols)
-    return {str(v.name): tuple(_kinds(v, known, symbols, sizes, config)) for v in graph.inputs}
+    inner = {s for v, d in _dynamic(graph) if d and role_of(v) == "other" and (s := _symbol((v, d))) is not None}
+    inner -= {s for v, d in _dynamic(graph) if d == 0 and role_of(v) != "other" and (s := _symbol((v, d))) is not None}
+    return {str(v.name): tuple(_kinds(v, known, symbols, sizes, config, inner)) for v in graph.inputs}
 
 
 def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
     """Take a single integer for the size of the dimensions that have its name."""
     roles = {kind: role for role, kind in LENGTHS.items()}
     for value in graph.inputs:
-        single = value.shape is not None and all(dim == 1 for dim in value.shape)
         role = roles.get(symbols.get(str(value.name), ""))
-        if single and role is not None and role_of(value) == "other" and value.dtype in _COUNTS:
+        if role is not None and value in open_counts(graph):
             settle_role(value, Role(name=role, why="dimensions have its name", tie=True))
 
 
@@ -88,13 +89,22 @@ def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
     return {
         str(value.name): getattr(sizes, LENGTHS[role])
         for value in graph.inputs
-        if (role := role_of(value)) in LENGTHS and value.shape is not None and all(dim == 1 for dim in value.shape)
+        if (role := role_of(value)) in LENGTHS and _is_single(value)
     }
+
+
+def open_counts(graph: ir.Graph) -> list[ir.Value]:
+    """The single integers of which nothing tells what they count."""
+    return [v for v in graph.inputs if role_of(v) == "other" and v.dtype in _COUNTS and _is_single(v)]
+
+
+def _is_single(value: ir.Value) -> bool:
+    return value.shape is not None and all(dim == 1 for dim in value.shape)
 
 
 _Place = tuple[ir.Value, int]
 """An input and one of its dimensions."""
-_RANK = {"user": 0, "token_ids": 1, "position_ids": 2, "state": 3, "token_type_ids": 4, "attention_mask": 5}
+_RANK = {"user": 0, "token_ids": 1, "position_ids": 2, "state": 3, "token_type_ids": 4, "attention_mask": 5, "other": 6}
 """Whose word counts for a symbol that stands in several inputs."""
 
 
@@ -154,6 +164,8 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
             kind = "past" if grows[value] == d else None
         elif _is_encoders(value) and role.name == "attention_mask":
             kind = ("encoder" if behind == 0 else None) if len(value.shape) > 1 else None
+        elif role.name == "other" and _is_embedding(graph, value) and behind == 1:
+            kind = "sequence"
         elif role.name in ("token_ids", "position_ids", "token_type_ids", "attention_mask"):
             kind = _of_steps(role.name, behind, len(value.shape), has_state=has_state)
             if len(value.shape) == 1 and role.name != "attention_mask":
@@ -161,6 +173,14 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
         if kind is not None:
             found[place] = kind, role.name
     return found
+
+
+def _is_embedding(graph: ir.Graph, value: ir.Value) -> bool:
+    """Whether `value` has a vector for each position, in a model that takes no tokens."""
+    if value.shape is None or len(value.shape) != 3 or _is_encoders(value) or value.dtype is None:
+        return False
+    alone = not any(role_of(other) == "token_ids" for other in graph.inputs)
+    return alone and value.dtype.is_floating_point() and isinstance(value.shape[2], int)
 
 
 def _of_steps(role: str, behind: int, rank: int, *, has_state: bool) -> str | None:
@@ -184,6 +204,7 @@ def _kinds(
     symbols: Mapping[str, str],
     sizes: Mapping[_Place, int],
     config: Mapping[str, object],
+    inner: Collection[str],
 ) -> Iterator[int | str]:
     assert value.shape is not None
     found: dict[int, int | str] = {}
@@ -199,7 +220,7 @@ def _kinds(
             found[d] = kind
     for d in range(len(value.shape)):
         if d not in found:
-            found[d] = _by_place(value, d, found, config)
+            found[d] = _by_place(value, d, found, config, inner)
     yield from (found[d] for d in range(len(value.shape)))
 
 
@@ -214,13 +235,15 @@ def _of_symbol(symbol: str | None, symbols: Mapping[str, str]) -> str | None:
     return "total" if parts == {"past", "sequence"} else None
 
 
-def _by_place(value: ir.Value, d: int, found: Mapping[int, int | str], config: Mapping[str, object]) -> int | str:
-    """What a dimension of which nothing is known is taken for."""
+def _by_place(
+    value: ir.Value, d: int, found: Mapping[int, int | str], config: Mapping[str, object], inner: Collection[str]
+) -> int | str:
+    """What a dimension of which nothing is known is taken for; the symbols `inner` are never that of the batch."""
     assert value.shape is not None
     symbol = _shown((value, d))
     free = [other for other in range(len(value.shape)) if other not in found or other == d]
     state = role_of(value) == "state"
-    if "batch" not in found.values() and (d == 0 or (state and d == free[0])):
+    if "batch" not in found.values() and (d == 0 or (state and d == free[0])) and symbol not in inner:
         return "batch"
     if state and d == free[0] and not {"past", "encoder"} & set(found.values()) and not is_written(value):
         return "encoder" if _is_encoders(value) else "past"

@@ -44,13 +44,14 @@ _LENGTH_PORTS = {
 _WRITE_PORTS = {"TensorScatter": 2, "ScatterND": 1, "ScatterElements": 1}
 # fmt: off
 _MOVES = frozenset((
-    "Cast", "Clip", "Concat", "Expand", "Flatten", "Gather", "Identity", "Max", "Min", "Reshape", "Slice", "Split",
-    "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
+    "Cast", "Clip", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Max", "Min",
+    "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
 ))
 _ARITHMETIC = frozenset((
     "Add", "And", "CumSum", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mul", "Neg", "Not",
     "Or", "ReduceMax", "ReduceMin", "ReduceSum", "Sub", "Sum", "Trilu", "Xor",
 ))
+_MOVE_FIRST = frozenset(("Expand", "Gather", "GatherElements", "GatherND", "Reshape", "Slice"))
 _ANGLE_FORMS = frozenset(
     ("Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
 )
@@ -177,7 +178,7 @@ def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _
         for node, port in current.uses():
             if _is_end(node, port, found, plain=plain):
                 continue
-            moved = node.op_type in _MOVES and not (node.op_type in ("Gather", "Slice", "Expand", "Reshape") and port)
+            moved = node.op_type in _MOVES and not (port and node.op_type in _MOVE_FIRST)
             if moved or node.op_type in _ARITHMETIC or (integer and node.op_type in _PRODUCTS):
                 queue.extend((output, plain and moved) for output in node.outputs)
             elif node.domain == CLOSURE_DOMAIN:
@@ -335,7 +336,7 @@ def _lookups(
     for value in sorted(found, key=lambda v: -max(map(_rows, found[v].tables))):
         why = f'it indexes the table "{found[value].tables[0].name}"'
         named, rows = _by_name(value), max(map(_rows, found[value].tables))
-        free = [role for role in ("token_ids", "token_type_ids", "position_ids") if role not in taken]
+        free = [role for role in ("token_ids", "position_ids", "token_type_ids") if role not in taken]
         if named.name in free and len(found) + len(taken & {"token_ids"}) > 1:
             role = Role(name=named.name, why=f"{why}, and its name", tie=True)
         elif "position_ids" in free and named.name != "token_ids" and _is_embedded(graph, found[value].tables, value):

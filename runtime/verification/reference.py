@@ -30,8 +30,8 @@ class ReferenceModel:
 
     A state that the artifact has in place is appended to here if the model itself has no op that writes it in place.
     `fixed` are inputs that are constants here. `threads` are onnxruntime's intra-op threads. `accuracy_level`, if
-    given, replaces that of every MatMulNBits. Raises InputError if the file is not a model with these inputs and outputs, ExecutionError if onnxruntime
-    cannot load it.
+    given, replaces that of every MatMulNBits. Raises InputError if the file is not a model with these inputs and
+    outputs, ExecutionError if onnxruntime cannot load it.
     """
 
     def __init__(

@@ -1,0 +1,166 @@
+"""Exports of kinds that people report: each builds, runs equal to the unsplit model, and proves completely."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import ModelProto, helper, numpy_helper
+
+from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.builder.factors.scores import find_scores
+from furiosa_llm.builder.pipeline import analyse_model
+from furiosa_llm.builder.shapes.roles import role_of
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.verification import ParityOptions, verify_artifact
+from tests.support.builder.exported import Change, exported, renamed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a build must give."""
+
+    task: str = "decoder"
+    collectives: tuple[int, int]
+    """AllReduce and AllGather."""
+    share: float = 1.15
+    """The most bytes on a PE, of the model's over the number of PEs."""
+    states: tuple[str, ...]
+    roles: str
+    """Of the inputs that are no states, by their first letters: t(okens), m(ask), p(ositions), l(ength), o(ther)."""
+    change: Change | None = None
+    fixed: dict[str, int] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    """What one of the notes says."""
+    runs: bool = True
+    """Whether onnxruntime has kernels for it."""
+
+
+def _batch_of_four(model: ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+
+
+def _any_rank(model: ModelProto) -> None:
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if "lora" in value.name and dim.dim_value == 8:
+                dim.dim_param = "rank"
+
+
+def _without_zero_points(model: ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.input[3] = ""
+
+
+def _shuffled(model: ModelProto) -> None:
+    _without_zero_points(model)
+    names = {node.input[4] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    random = np.random.default_rng(0)
+    for tensor in model.graph.initializer:
+        if tensor.name in names:
+            tensor.CopyFrom(numpy_helper.from_array(random.permutation(numpy_helper.to_array(tensor)), tensor.name))
+
+
+def _wide_heads(model: ModelProto) -> None:
+    """Heads of 16, which onnxruntime's kernel takes; half as many."""
+    for value in (*model.graph.input, *model.graph.output):
+        if len(value.type.tensor_type.shape.dim) == 4:
+            value.type.tensor_type.shape.dim[1].dim_value, value.type.tensor_type.shape.dim[3].dim_value = 2, 16
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            kept = [a for a in node.attribute if a.name not in ("num_heads", "kv_num_heads")]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("num_heads", 4)])
+            node.attribute.append(helper.make_attribute("kv_num_heads", 2))
+    angles = np.arange(32)[:, None] / 10000 ** (np.arange(8)[None] / 8)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("cos", "sin"):
+            table = {"cos": np.cos, "sin": np.sin}[tensor.name](angles).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(table, tensor.name))
+
+
+_KV = ("append", "append")
+ROWS = {
+    "batch1": Row(collectives=(3, 1), states=_KV, roles="tpm"),
+    "batch1, four": Row(collectives=(3, 1), states=_KV, roles="tpm", change=_batch_of_four),
+    "bsnh": Row(collectives=(3, 1), states=_KV, roles="tpm"),
+    "dake": Row(task="encoder", collectives=(4, 0), states=_KV, roles="tllo"),
+    "embeds": Row(task="other", collectives=(3, 1), states=_KV, roles="op"),
+    "genai-exclude-lm-head": Row(task="encoder", collectives=(5, 0), states=("in_place",) * 4, roles="tm"),
+    "genai-phi3-longrope": Row(collectives=(3, 1), states=("in_place",) * 4, roles="tm", note="If: replicated"),
+    "genai-prune-lm-head": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tm"),
+    "genai-qwen25vl-mrope": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tmp"),
+    "genai-qwen35": Row(collectives=(5, 1), states=("in_place", "in_place", "replace", "replace"), roles="tmp"),
+    "gidx-ordered": Row(collectives=(1, 3), states=_KV, roles="tp", note="g_idx: the rows are whole"),
+    "gidx-ordered, no zero points": Row(collectives=(3, 1), states=_KV, roles="tp", change=_without_zero_points),
+    "gidx-ordered, shuffled": Row(collectives=(1, 3), states=_KV, roles="tp", change=_shuffled, note="g_idx"),
+    "gpt2_past": Row(collectives=(3, 1), states=("append",), roles="tpm"),
+    "gqa8": Row(collectives=(3, 1), states=("in_place",) * 2, roles="tm", runs=False),
+    "gqa8, wide": Row(collectives=(3, 1), states=("in_place",) * 2, roles="tm", change=_wide_heads, share=1.5),
+    "lora": Row(collectives=(4, 1), states=_KV, roles="tpoooooo"),
+    "lora, any rank": Row(collectives=(4, 1), states=_KV, roles="tpoooooo", change=_any_rank),
+    "lora_init": Row(collectives=(4, 1), states=_KV, roles="tpoooooo"),
+    "mask4d": Row(collectives=(3, 1), states=_KV, roles="tpm"),
+    "merged": Row(collectives=(3, 1), states=_KV, roles="tp", fixed={"use_cache_branch": 1}),
+    "mobius-llama": Row(collectives=(5, 1), states=_KV * 2, roles="tmp"),
+    "mobius-mamba": Row(collectives=(9, 1), states=("replace",) * 4, roles="t"),
+    "mobius-static-cache": Row(collectives=(5, 1), states=("replace",) * 4, roles="tpll"),
+    "sha": Row(collectives=(18, 1), states=_KV * 4, roles="t", share=1.25),
+    "stacked": Row(collectives=(3, 1), states=("append",), roles="tp"),
+}
+"""Over four PEs."""
+_LETTERS = {"token_ids": "t", "attention_mask": "m", "position_ids": "p", "past_length": "l", "sequence_length": "l"}
+_LETTERS |= {"total_length": "l", "other": "o"}
+
+
+@pytest.mark.parametrize("tp", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ROWS)
+def test_export(name: str, tp: int, tmp_path: Path) -> None:
+    row = ROWS[name]
+    model = exported(name.partition(",")[0], tmp_path, row.change)
+    report = ArtifactBuilder(model, tensor_parallel_size=tp, fixed=row.fixed).build(tmp_path / "artifact")
+    assert report.faults == ()
+    manifest = open_artifact(tmp_path / "artifact").manifest
+    assert (manifest.model.task, tuple(state.mode for state in manifest.states)) == (row.task, row.states)
+    assert "".join(_LETTERS[i.role] for i in manifest.inputs if i.role != "state") == row.roles
+    assert row.note in " ".join(report.notes)
+    if tp == 4:
+        assert (report.collectives.get("AllReduce", 0), report.collectives.get("AllGather", 0)) == row.collectives
+        assert report.weight_nbytes * tp <= row.share * report.model_nbytes
+    if row.runs:
+        found = verify_artifact(
+            tmp_path / "artifact", against=model, options=ParityOptions(threads=1, sizes={"rank": 3})
+        )
+        assert [(check.name, check.faults) for check in found.record.checks if not check.passed] == []
+        assert found.parity is not None
+        assert len({error.case for error in found.parity.outputs}) == 3, "prefill, decode and a chunk"
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("merged", "lora, any rank")])
+def test_names_tell_nothing_that_the_graph_does_not(name: str, tmp_path: Path) -> None:
+    """Without any names of inputs, outputs and dimensions, everything is found to be what it is with them."""
+    row = ROWS[name]
+
+    def change(model: ModelProto) -> None:
+        if row.change is not None:
+            row.change(model)
+        renamed(model)
+
+    found = []
+    for folder, how in (("named", row.change), ("renamed", change)):
+        (tmp_path / folder).mkdir()
+        path = exported(name.partition(",")[0], tmp_path / folder, how)
+        model = analyse_model(path, {}, fuse=False, told=lambda _: None)
+        graph, facts, states = model.model.graph, model.probes.facts, model.states
+        roles = ["state" if value in states.values else role_of(value) for value in graph.inputs]
+        pairs = [
+            (graph.inputs.index(p.input), graph.outputs.index(p.output), p.sequence_dim, p.mode) for p in states.pairs
+        ]
+        scores = find_scores(graph, facts, states.values)
+        shapes = [facts[value].shape for value in graph.inputs]
+        found.append((roles, pairs, shapes, None if scores is None else graph.outputs.index(scores)))
+    assert found[0] == found[1]
