@@ -170,6 +170,12 @@ class State:
     sequence_dim: int | None
     mode: StateMode
 
+    @property
+    def grown_dim(self) -> int:
+        """The dimension that a state grows in; for those that do."""
+        assert self.sequence_dim is not None, "a state of a fixed size"
+        return self.sequence_dim
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:

@@ -10,7 +10,13 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.execution.decoder import DecoderInterface, check_interface, interface_of
+from furiosa_llm.runtime.execution.decoder import (
+    DecoderInterface,
+    check_interface,
+    fixed_batch,
+    interface_of,
+    takes_one_position,
+)
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import StepSessions, create_sessions
 from furiosa_llm.runtime.placement.stages import Stage
@@ -44,12 +50,15 @@ class Traits:
     """What a model's steps may be. `rows`: how rows of unequal lengths are decoded together.
 
     "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal. `in_place`: states are
-    written where they are read. `selects`: logits are computed of wanted positions only.
+    written where they are read. `selects`: logits are computed of wanted positions only. `singly`: a step has one
+    position. `batch`: every step has so many rows.
     """
 
     rows: Literal["ragged", "equal"]
     in_place: bool
     selects: bool
+    singly: bool = False
+    batch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +132,8 @@ def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[Servi
         rows="ragged" if serving.ragged else "equal",
         in_place=all(state.mode == "in_place" for state in manifest.states),
         selects=serving.selects,
+        singly=takes_one_position(manifest.inputs),
+        batch=fixed_batch(manifest.inputs),
     )
     return serving, traits
 
