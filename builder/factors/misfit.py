@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
-from furiosa_llm.builder.shapes.interface import inferred_role
 from furiosa_llm.builder.shapes.interpreter import MisfitError
+from furiosa_llm.builder.shapes.roles import inferred_role
 
 Kinds = Mapping[str, tuple[int | str, ...]]
 

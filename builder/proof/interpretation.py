@@ -136,10 +136,10 @@ def _local(info: InputInfo, mesh: Mesh, sizes: Mapping[str, int]) -> Shape:
 
 def _length(info: InputInfo, shape: Shape, sizes: Mapping[str, int]) -> npt.NDArray[Any] | None:
     """The element of an input that holds one number of positions."""
-    name = LENGTH_ROLES.get(info.role)
+    name = LENGTH_ROLES.get(info.role, "")
     if name not in sizes or any(size != 1 for size in shape):
         return None
-    return np.full(shape, sizes[name], dtype=ir.DataType[info.dtype].numpy())
+    return np.array(sizes[name], dtype=ir.DataType[info.dtype].numpy()).reshape(shape)
 
 
 def hide_stored_data(model: ir.Model) -> None:

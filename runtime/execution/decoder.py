@@ -220,7 +220,16 @@ def check_interface(interface: DecoderInterface) -> None:
         raise UnsupportedError(
             "the model is not a decoder: it has no input for token ids or no output for logits; use `furiosa-llm run`"
         )
+    batch = fixed_batch(interface.inputs)
+    if batch is not None and batch > 1 and all(state.mode == "in_place" for state in interface.states):
+        raise UnsupportedError(f"a batch of {batch} whose caches are written in place; use `furiosa-llm run`")
     paired = {state.input for state in interface.states}
+    for state in interface.states:
+        if (batch or "batch") not in interface.state_shapes[state.input]:
+            shape = list(interface.state_shapes[state.input])
+            raise UnsupportedError(
+                f"state {state.input!r:.80} of shape {shape} is not of a batch; use `furiosa-llm run`"
+            )
     for name, shape in interface.state_shapes.items():
         if name not in paired:
             raise UnsupportedError(f"state {name!r:.80} is not made by the model itself; use `furiosa-llm run`")

@@ -113,9 +113,9 @@ class _Rows:
 
     __slots__ = ("batch_dim", "dtype", "grown_dim", "shape", "state")
 
-    def __init__(self, state: State, dtype: str, shape: Shape) -> None:
+    def __init__(self, state: State, dtype: str, shape: Shape, batch: int | None) -> None:
         self.state, self.dtype = state, dtype
-        self.batch_dim = shape.index("batch") if "batch" in shape else next(d for d, n in enumerate(shape) if n == 1)
+        self.batch_dim = shape.index("batch" if batch is None else batch)
         sizes = shape_of(shape, {"batch": 1, "past": 0, "total": 0})
         self.shape = (*sizes[: self.batch_dim], *sizes[self.batch_dim + 1 :])
         dim = state.sequence_dim
@@ -135,7 +135,7 @@ class _Rows:
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
-    A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
+    A step binds consecutive rows of it, as past and present at once. `batch` is the model's, if it is fixed. Rows that no sequence has touched take no memory.
     """
 
     def __init__(
@@ -146,8 +146,9 @@ class SlotStates:
         *,
         ranks: Sequence[int],
         slots: int,
+        batch: int | None = None,
     ) -> None:
-        self._states = tuple(_Rows(state, dtypes[state.input], shapes[state.input]) for state in states)
+        self._states = tuple(_Rows(state, dtypes[state.input], shapes[state.input], batch) for state in states)
         self._slots = slots
         self._ranks = tuple(ranks)
         self._capacity = 0
@@ -236,8 +237,9 @@ class StagedStates(SlotStates):
         *,
         ranks: Sequence[int],
         slots: int,
+        batch: int | None = None,
     ) -> None:
-        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots)
+        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots, batch=batch)
         self._blocks: dict[tuple[int, str], Block] = {}
         self._windows: dict[str, int] = {}
 

@@ -192,6 +192,7 @@ class StageMemory:
             model.interface.state_shapes,
             ranks=own_ranks(model, program),
             slots=slots + model.companions.lone,
+            batch=model.traits.batch,
         )
         self._overwritten: Overwritten = ()
         self._uses: dict[tuple[int, bool], _Use] = {}
