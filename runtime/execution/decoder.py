@@ -226,10 +226,7 @@ def check_interface(interface: DecoderInterface) -> None:
     paired = {state.input for state in interface.states}
     for state in interface.states:
         if (batch or "batch") not in interface.state_shapes[state.input]:
-            shape = list(interface.state_shapes[state.input])
-            raise UnsupportedError(
-                f"state {state.input!r:.80} of shape {shape} is not of a batch; use `furiosa-llm run`"
-            )
+            raise UnsupportedError(f"state {state.input!r:.80} is not of a batch of sequences; use `furiosa-llm run`")
     for name, shape in interface.state_shapes.items():
         if name not in paired:
             raise UnsupportedError(f"state {name!r:.80} is not made by the model itself; use `furiosa-llm run`")

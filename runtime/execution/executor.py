@@ -14,7 +14,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map, local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.artifact.tools.originals import read_original
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.execution.binding import BoundProgram
@@ -177,17 +177,6 @@ class Executor(Closing):
                     raise ArtifactError(f"output {info.name!r:.80} has the local shape {list(local.shape)}")
             whole[np.ix_(*target)] = local[np.ix_(*source)]
         return whole
-
-
-def default_inputs(artifact: Artifact) -> dict[str, Array]:
-    """What inputs are that a caller leaves out: those that the model has initializers for."""
-    stored = {entry.name: entry for entry in artifact.manifest.initializers if entry.stored}
-    found: dict[str, Array] = {}
-    for info in artifact.manifest.inputs:
-        if info.name in stored:
-            data = read_original(artifact, info.name).view(DTYPES[info.dtype].numpy)
-            found[info.name] = data.reshape(stored[info.name].shape)
-    return found
 
 
 def is_split(info: InputInfo) -> bool:

@@ -135,7 +135,8 @@ class _Rows:
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
-    A step binds consecutive rows of it, as past and present at once. `batch` is the model's, if it is fixed. Rows that no sequence has touched take no memory.
+    A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
+    `batch` is the model's, if it is fixed.
     """
 
     def __init__(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from onnx import ModelProto
 
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.execution.decoder import (
     DecoderInterface,
     check_interface,
@@ -17,6 +20,7 @@ from furiosa_llm.runtime.execution.decoder import (
     interface_of,
     takes_one_position,
 )
+from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import StepSessions, create_sessions
 from furiosa_llm.runtime.placement.stages import Stage
@@ -71,6 +75,8 @@ class LoadedModel:
     traits: Traits
     own: tuple[int, ...]
     companions: Companions = NO_COMPANIONS
+    defaults: Mapping[str, Array] = field(default_factory=dict)
+    """Inputs that are the same in every step."""
 
     @property
     def logits(self) -> str:
@@ -96,6 +102,9 @@ def load_model(
     manifest = artifact.manifest
     interface = interface_of(manifest)
     check_interface(interface)
+    defaults = default_inputs(artifact)
+    read = {name for node in artifact.program.graph.node for name in used_names(node)}
+    StepFeeds([info for info in interface.inputs if info.name in read and info.name not in defaults])
     serving, traits = serving_of(artifact, companions.doubled)
     graphs = cut_stages(
         serving.model,
@@ -118,6 +127,7 @@ def load_model(
         traits=traits,
         own=tuple(range(count)) if own is None else tuple(own),
         companions=companions,
+        defaults=defaults,
     )
 
 

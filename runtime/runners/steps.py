@@ -151,7 +151,11 @@ class _Use:
             allocate=allocate,
         )
         self._read = {value.name for value in graph.model.graph.input}
-        self._feeds = StepFeeds([info for info in model.interface.inputs if info.name in self._read])
+        self._feeds = StepFeeds(
+            [info for info in model.interface.inputs if info.name in self._read and info.name not in model.defaults]
+        )
+        for name in self._read & model.defaults.keys():
+            self.bound.bind_shared(name, model.defaults[name])
         self._received = graph.received
         self._ranks = own_ranks(model, program)
 
