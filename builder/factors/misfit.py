@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.errors import BuildError, ShapeError
 from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
 from furiosa_llm.builder.shapes.interpreter import MisfitError
 from furiosa_llm.builder.shapes.roles import inferred_role
@@ -23,12 +23,7 @@ def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable
 
     `again` meets the same misfit at other sizes, which tells sizes that were tried from those of the model.
     """
-    try:
-        again()
-        other = str(error)
-    except ShapeError as found:
-        other = str(found)
-    message = _named(str(error), other, kinds)
+    message = named(error, kinds, again)
     behind = list(_inputs_behind(error.node, graph))
     taken = "; ".join(_taken(value, kinds) for value in behind[:_SHOWN])
     more = f"; and {len(behind) - _SHOWN} other inputs" if len(behind) > _SHOWN else ""
@@ -40,8 +35,16 @@ def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable
     )
 
 
+def named(error: BuildError, kinds: Kinds, again: Callable[[], object]) -> str:
+    """The message of an error in which what differs when it is met `again`, at other sizes, is named."""
+    try:
+        again()
+    except BuildError as found:
+        return _named(str(error), str(found), kinds)
+    return str(error)
+
+
 def _named(first: str, second: str, kinds: Kinds) -> str:
-    """A message in which what differs at other sizes is named."""
     parts, others = _NUMBER.split(first), _NUMBER.split(second)
     if parts != others:
         return first

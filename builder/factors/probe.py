@@ -10,8 +10,8 @@ from functools import partial
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.factors.misfit import explained
+from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.factors.misfit import explained, named
 from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes.interface import (
     PROBE,
@@ -71,6 +71,9 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     except MisfitError as error:
         again = partial(_run, interpreter, model.graph, kinds, SECOND_PROBE)
         raise explained(error, model.graph, kinds, again) from error
+    except UnsupportedModelError as error:
+        again = partial(_run, interpreter, model.graph, kinds, SECOND_PROBE)
+        raise UnsupportedModelError(named(error, kinds, again)) from error
     others = _run(interpreter, model.graph, kinds, SECOND_PROBE)
     decode, longer = _priced_steps(interpreter, model.graph, kinds)
     extremes = tuple(_extreme_runs(interpreter, model.graph, kinds))

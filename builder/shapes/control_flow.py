@@ -75,9 +75,10 @@ class ControlFlow:
         return found
 
     def _remedy(self, condition: ir.Value | None) -> str:
-        if condition is not None and condition.is_graph_input():
-            return f"say which is meant with --fix {condition.name}=true or --fix {condition.name}=false"
         remedy = "export the branches as separate models, for instance the prefill and the with-past decoder"
+        if condition is not None and condition.is_graph_input():
+            choice = f"--fix {condition.name}=true or --fix {condition.name}=false"
+            remedy = f"say which is meant with {choice}, or {remedy}"
         if not self._siblings:
             return remedy
         return f"build one of the files beside it instead ({', '.join(self._siblings)}), or {remedy}"
