@@ -19,6 +19,7 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.write.shards import num_shards
+from furiosa_llm.builder.write.whole import shortfalls
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
 
@@ -70,6 +71,8 @@ class BuildReport:
     """How many attentions became one op with its cache."""
     attentions_left: tuple[str, ...]
     """A line for each attention that was left as it is, and why."""
+    shortfalls: tuple[str, ...]
+    """A line for each large weight that is whole, and for each split that takes many collectives, with the cause."""
     faults: tuple[str, ...]
     """Where program and manifest alone do not show that the split model is the unsplit one; empty: they do."""
     num_nodes: int
@@ -88,13 +91,14 @@ def report_of(
     read = {value.name for node in build.lowered.graph for value in node.inputs if value is not None}
     replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
     originals = {id(value.const_value): value for value in build.source.model.graph.initializers.values()}
+    model_nbytes = sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None)
     return BuildReport(
         artifact=artifact,
         tensor_parallel_size=mesh.size,
         weight_nbytes=sum(t.local_nbytes for t in tensors if t.name in read),
         replicated_nbytes=sum(t.local_nbytes for t in replicated),
         padding_nbytes=padding_nbytes(tensors, mesh),
-        model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
+        model_nbytes=model_nbytes,
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
         state_nbytes_per_token=state_nbytes_per_token(build),
         collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
@@ -104,6 +108,7 @@ def report_of(
         notes=notes(build.analysis),
         fused_attentions=build.fusion.fused,
         attentions_left=build.fusion.left,
+        shortfalls=shortfalls(build, model_nbytes),
         faults=faults,
         num_nodes=len(build.lowered.graph),
         seconds=seconds,
@@ -136,7 +141,7 @@ def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
 
 def state_nbytes_per_token(build: Build) -> int:
     """Bytes that one rank keeps of all states for one position."""
-    return sum(_state_nbytes(build, pair) for pair in build.states.pairs)
+    return sum(_state_nbytes(build, pair) for pair in build.states.pairs if pair.sequence_dim is not None)
 
 
 def _state_nbytes(build: Build, pair: StatePair) -> int:

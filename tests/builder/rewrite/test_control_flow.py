@@ -209,13 +209,15 @@ ONE = "one = Constant<value_int=1>() z = Constant<value_int=0>() shape = Shape(i
 REFUSED = {
     "shapes": (branches("r = Relu(u)", "q = ReduceMax(u, ax)"),
                ("[batch, sequence, 512] and FLOAT[batch, sequence, 1]", "the same type and shape", "separate models")),
-    "types": (branches("r = Relu(u)", "q = Cast<to=11>(u)"), ("FLOAT[batch, sequence, 512] and DOUBLE[batch, sequence, 512]",)),
+    "types": (branches("r = Relu(u)", "q = Cast<to=11>(u)"),
+              ("FLOAT[batch, sequence, 512] and DOUBLE[batch, sequence, 512]",)),
     "shapes that a size decides": (
         branches("r = Relu(u)", "q = ReduceMax(u, ax)", "many", f"{ONE} many = Greater(k, one)"),
         ("[batch, sequence, 1]", "separate models"),
     ),
     "carried shapes": (body("again = Identity(c) next = Concat<axis=1>(s, s)"),
-                       ("position 0 goes in as FLOAT[batch, sequence, 512] and comes out as FLOAT[batch, sequence*2, 512]", "unrolled")),
+                       ("goes in as FLOAT[batch, sequence, 512] and comes out as FLOAT[batch, sequence*2, 512]",
+                        "unrolled")),
     "unknown trips": (body("again = Identity(c) next = Relu(s) t = Neg(s)", "n", ", all", ", float t"),
                       ("how many there are depends on the inputs' elements", "unrolled")),
     "an early end": (body("m = ReduceMax<keepdims=0>(s) again = Less(m, half) next = Relu(s) t = Neg(s)", "three",
