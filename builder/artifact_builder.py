@@ -32,7 +32,7 @@ class ArtifactBuilder:
         fuse_attention: Replace attention that is written out in small ops by one op with its cache in place, where both
             give the same numbers.
         roles: What inputs are for, by name, where the graph does not tell: `positions`, or with its dimensions,
-            `positions[3,batch,sequence]` (see docs/building.md).
+            `positions[3,batch,sequence]` (see docs/partitioning.md).
         fixed: Inputs that are one boolean or integer in every run, and no inputs of the artifact.
     """
 

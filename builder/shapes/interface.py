@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OptionError, ShapeError
 from furiosa_llm.builder.shapes.growth import growing_dim, is_written
-from furiosa_llm.builder.shapes.roles import LENGTHS, Role, find_roles, has_roles, inferred_role, settle_role
+from furiosa_llm.builder.shapes.roles import GIVEN, LENGTHS, Role, find_roles, has_roles, inferred_role, settle_role
 from furiosa_llm.builder.shapes.roles import role_of as role_of
 
 
@@ -95,7 +95,8 @@ def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
 
 def open_counts(graph: ir.Graph) -> list[ir.Value]:
     """The single integers of which nothing tells what they count."""
-    return [v for v in graph.inputs if role_of(v) == "other" and v.dtype in _COUNTS and _is_single(v)]
+    singles = [value for value in graph.inputs if value.dtype in _COUNTS and _is_single(value)]
+    return [v for v in singles if role_of(v) == "other" and inferred_role(v).why != GIVEN]
 
 
 def _is_single(value: ir.Value) -> bool:

@@ -30,6 +30,7 @@ _NAMES = (
 )
 _INTEGERS = frozenset((ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL))
 _ROLE = "furiosa_llm.role"
+GIVEN = "the user says so"
 _FEW_ROWS = 4
 """A table with no more rows than this is one of token types."""
 
@@ -135,7 +136,7 @@ def read_role(name: str, text: str) -> Role:
     dims = None
     if match[2] is not None:
         dims = tuple(int(dim) if dim.isdecimal() else dim for dim in match[2].split(","))
-    return Role(name=role, why="the user says so", dims=dims)
+    return Role(name=role, why=GIVEN, dims=dims)
 
 
 def _by_name(value: ir.Value) -> Role:

@@ -112,7 +112,8 @@ def _fix(model: onnx.ModelProto, fixed: Mapping[str, int]) -> None:
 def _own_states(model: onnx.ModelProto, states: Sequence[State]) -> tuple[State, ...]:
     """The states as the model itself keeps them; a build may have put them in place."""
     in_place = {name for node in model.graph.node if node.op_type == "GroupQueryAttention" for name in node.input}
-    return tuple(s if s.input in in_place else dataclasses.replace(s, mode="append") for s in states)
+    kept = {s.input for s in states if s.mode != "in_place"} | in_place
+    return tuple(s if s.input in kept else dataclasses.replace(s, mode="append") for s in states)
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:

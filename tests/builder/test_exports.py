@@ -7,15 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from onnx import ModelProto, helper, numpy_helper
 
+from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.builder.errors import OptionError, ShapeError, UnsupportedModelError
 from furiosa_llm.builder.factors.scores import find_scores
 from furiosa_llm.builder.pipeline import analyse_model
-from furiosa_llm.builder.shapes.roles import role_of
+from furiosa_llm.builder.shapes.roles import read_role, role_of
+from furiosa_llm.cli.main import cli
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
+from furiosa_llm.runtime.errors import UnsupportedError
+from furiosa_llm.runtime.execution.decoder import DecoderSession
+from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.verification.reference import ReferenceModel
 from furiosa_llm.verification import ParityOptions, verify_artifact
 from tests.support.builder.exported import Change, exported, renamed
+from tests.support.tiers import tiered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,3 +174,102 @@ def test_names_tell_nothing_that_the_graph_does_not(name: str, tmp_path: Path) -
         shapes = [facts[value].shape for value in graph.inputs]
         found.append((roles, pairs, shapes, None if scores is None else graph.outputs.index(scores)))
     assert found[0] == found[1]
+
+
+_STEPPED = [name for name, row in ROWS.items() if row.task == "decoder" and row.runs and name[:4] != "lora"]
+_FAST = (
+    "batch1, four",
+    "genai-qwen35",
+    "mobius-mamba",
+    "mobius-static-cache",
+    "stacked",
+    "mask4d",
+    "genai-prune-lm-head",
+)
+_PROMPTS = ([3, 17, 5, 60, 9], [1, 2], [4, 4, 4, 4, 4], [9])
+
+
+@pytest.mark.parametrize("name", tiered(_STEPPED, _FAST))
+def test_sequences_together_and_alone_have_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """Of each prompt the tokens that the unsplit model chooses, whatever is stepped beside it."""
+    row = ROWS[name]
+    model = exported(name.partition(",")[0], tmp_path, row.change)
+    ArtifactBuilder(model, tensor_parallel_size=4, fixed=row.fixed).build(tmp_path / "artifact")
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    with LLM(tmp_path / "artifact") as llm:
+        together = llm.generate(prompt_token_ids=_PROMPTS, sampling_params=params)
+        alone = [llm.generate(prompt_token_ids=[prompt], sampling_params=params)[0] for prompt in _PROMPTS]
+    tokens = [output.outputs[0].token_ids for output in together]
+    assert tokens == [output.outputs[0].token_ids for output in alone]
+    manifest = open_artifact(tmp_path / "artifact").manifest
+    reference = ReferenceModel(
+        model, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states, fixed=row.fixed
+    )
+    if manifest.inputs[0].shape[0] == "batch" and all(state.mode != "in_place" for state in manifest.states):
+        assert tokens == [_greedy(reference, prompt, 6) for prompt in _PROMPTS]
+
+
+def _greedy(model: ReferenceModel, prompt: list[int], count: int) -> list[int]:
+    session, found, new = DecoderSession(model), [], prompt
+    for _ in range(count):
+        found.append(int(session.step(np.array([new], dtype=np.int64))[0].argmax()))
+        new = found[-1:]
+    return found
+
+
+def test_an_adapter_that_is_left_out_has_its_default(tmp_path: Path) -> None:
+    model = exported("lora_init", tmp_path)
+    ArtifactBuilder(model).build(tmp_path / "artifact")
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    with LLM(tmp_path / "artifact") as llm:
+        assert len(llm.generate(prompt_token_ids=[[1, 2, 3]], sampling_params=params)[0].outputs[0].token_ids) == 4
+    artifact = open_artifact(tmp_path / "artifact")
+    tokens, empty = np.array([[1, 2, 3]]), np.zeros((1, 4, 0, 8), dtype=np.float32)
+    inputs = {"input_ids": tokens, "position_ids": np.arange(3)[None]}
+    inputs |= {state.input: empty for state in artifact.manifest.states}
+    with Executor(artifact, threads=1) as executor:
+        assert default_inputs(artifact).keys() == {i.name for i in artifact.manifest.inputs if i.role == "other"}
+        left_out = executor.run(inputs)["logits"]
+        given = executor.run({**inputs, **default_inputs(artifact)})["logits"]
+        other = executor.run({**inputs, **{n: 2 * a for n, a in default_inputs(artifact).items()}})["logits"]
+    assert np.array_equal(left_out, given)
+    assert not np.allclose(left_out, other)
+
+
+def test_what_cannot_be_generated_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    ArtifactBuilder(exported("lora", tmp_path)).build(tmp_path / "artifact")
+    with pytest.raises(UnsupportedError, match=r"lora_A.*cannot be made from token ids"):
+        LLM(tmp_path / "artifact")
+
+
+def test_a_refusal_names_what_was_taken_for_what_and_what_settles_it(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"batch, 4, total, 8.*--fix use_cache_branch=true"):
+        ArtifactBuilder(exported("merged", tmp_path)).build(tmp_path / "artifact")
+    model = exported("dake", tmp_path)
+    with pytest.raises(ShapeError) as caught:
+        ArtifactBuilder(model, roles={"history_len": "other", "ids_len": "other"}).build(tmp_path / "artifact")
+    for part in ('"history_len" [1], taken for other', "the user says so", "--role INPUT=ROLE", "--fix INPUT=VALUE"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("place", "expected one of"), ("positions[3", "expected one of"), ("", "expected one of")]
+)
+def test_roles_that_are_none(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        read_role("pos", text)
+
+
+def test_inputs_that_cannot_be_fixed(tmp_path: Path) -> None:
+    model = exported("merged", tmp_path)
+    with pytest.raises(OptionError, match=r"'cache', but the inputs of model\.onnx are"):
+        ArtifactBuilder(model, fixed={"cache": 1}).build(tmp_path / "artifact")
+    with pytest.raises(OptionError, match=r"'past_key_values\.0\.key' of model\.onnx is not one boolean or integer"):
+        ArtifactBuilder(model, fixed={"past_key_values.0.key": 1}).build(tmp_path / "artifact")
+
+
+def test_plan_shows_what_was_inferred(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["plan", str(exported("mask4d", tmp_path)), "--roles"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for part in ("FLOAT [batch, 1, sequence, total]", "attention_mask", "it reaches the attention scores", "append"):
+        assert part in result.output
