@@ -15,10 +15,8 @@ import onnx_ir as ir
 
 from benchmarks.artifacts import FOLDER, model, run_measured
 from benchmarks.bars import Bar
-from furiosa_llm.builder.factors.probe import probe
-from furiosa_llm.builder.rewrite.fusion import fuse_attention
 from furiosa_llm.builder.rewrite.normalize import normalize
-from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.rewrite.passes import rewrite
 from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.source.load import load
 from furiosa_llm.runtime.artifact.reader import open_artifact
@@ -149,11 +147,7 @@ def _fused_model() -> Path:
     """The model after the passes that a build runs in front of the split."""
     source = load(model(MODEL))
     fused = normalize(source)
-    config = companions.read_json(source.path, "config.json")
-    probes = probe(fused, {}, config)
-    if simplify(fused, probes):
-        probes = probe(fused, {}, config)
-    fuse_attention(fused, probes)
+    rewrite(fused, {}, companions.read_json(source.path, "config.json"), fuse=True)
     folder = FOLDER / f"{MODEL}-fused"
     folder.mkdir(parents=True, exist_ok=True)
     ir.save(fused, folder / "model.onnx", external_data="model.onnx.data")

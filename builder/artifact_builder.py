@@ -20,20 +20,19 @@ class ArtifactBuilder:
     """Builds an artifact from an ONNX model.
 
     Args:
-        model: Path of the .onnx file. What lies beside it (tokenizer, configuration) goes into the artifact. Or of a
-            folder with an encoder's and its decoder's files, which become one artifact (see docs/encoders.md).
+        model: Path of the .onnx file. What lies next to it (tokenizer, configuration) goes into the artifact. Or path
+            of a folder with an encoder's and its decoder's files, which become one artifact (see docs/encoders.md).
         name: The artifact's name; the model's folder or file name if empty.
         tensor_parallel_size: How many PEs share each matrix: 4 or 8.
-        max_seq_len_to_capture: The longest sequence to serve, in tokens; at most, and if None, the model's own limit.
-        dims: Sizes of dynamic input dimensions that do not follow from the model, by symbol or `input.symbol`.
-        max_padding: By how much padding may make one dimension larger (1.34: a third).
-        tactics: Choices that the planner must keep (see `read_tactics`).
-        experimental_tp: Also allow tensor_parallel_size 1, 2 and 16.
-        fuse_attention: Replace attention that is written out in small ops by one op with its cache in place, where both
-            give the same numbers.
-        roles: What inputs are for, by name, where the graph does not tell: `positions`, or with its dimensions,
-            `positions[3,batch,sequence]` (see docs/partitioning.md).
-        fixed: Inputs that are one boolean or integer in every run, and no inputs of the artifact.
+        max_seq_len_to_capture: Longest sequence to serve, in tokens, at most the model's limit.
+        dims: Sizes of input dimensions that the model leaves open, by symbol or input.symbol.
+        max_padding: By how much padding may enlarge a dimension (1.34: by a third).
+        tactics: Choices to keep (see docs/planning.md).
+        experimental_tp: Also allow a tensor parallel size of 1, 2 or 16.
+        fuse_attention: Replace attention written out in small ops by one op with its cache in place. It is
+            done where both give the same numbers.
+        roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
+        fixed: Makes an input a constant: one boolean or integer.
     """
 
     def __init__(

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.layouts import Layouts
-from furiosa_llm.builder.lower.pe_memory import Memory, Workload
+from furiosa_llm.builder.lower.working_memory import working_nbytes
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
 from furiosa_llm.builder.plan.explain import Explained, explain
-from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size, mesh_of
 from furiosa_llm.builder.plan.search import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source import companions
-from furiosa_llm.builder.write.report import notes, padding_nbytes, state_nbytes_per_token
-from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES, PES_PER_CARD
+from furiosa_llm.builder.write.artifact import planned
+from furiosa_llm.builder.write.report import notes, padding_nbytes
+from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PES_PER_CARD
+from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.options import COUNT
+from furiosa_llm.runtime.placement.block_reads import read_blocks
+from furiosa_llm.runtime.placement.capacity import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_LENGTH,
+    Memory,
+    StageMemory,
+    Workload,
+    card_memory,
+    kv_pages,
+)
+from furiosa_llm.runtime.placement.stages import choose_stages, divide_blocks
+from furiosa_llm.runtime.placement.topology import make_topology
 
 CARDS = (1, 2, 4, 8, 16, 32)
 """How many cards are tried."""
-DEFAULT_CONTEXT = 2048
-DEFAULT_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +50,10 @@ class Deployment:
     pipeline_parallel_size: int
     data_parallel_size: int
     pe_nbytes: int
-    """Weights, KV cache and activations on the fullest PE."""
+    """Weights, KV cache and activations on a PE of the fullest card, whose PEs share its memory."""
     fits: bool
     free_tokens: int
-    """How many more positions of KV cache each replica has room for; 0 if it does not fit."""
+    """How many more positions of KV cache each replica has room for; 0 if it does not fit, or has no cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +82,10 @@ class SizePlan:
     """KV cache at the workload's context and batch."""
     state_nbytes_per_token: int
     activation_nbytes: int | None
-    """The most alive at once, of a decode and a prefill step; None if the model does not take the workload's sizes."""
+    """What waits between segments in the larger of a decode and a prefill step; None if the program does not say."""
+    working_nbytes: int | None
+    """The most alive at once in those steps, inside segments too, which the engine does not admit by; None if the model
+    does not take the workload's sizes."""
     collectives: tuple[CollectiveCost, ...]
     choices: tuple[Explained, ...]
     replicated: tuple[str, ...]
@@ -98,7 +113,9 @@ class ModelPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
-        return dataclasses.asdict(self)
+        work = self.workload
+        sizes = {"context": work.max_model_len, "batch": work.max_batch_size, "chunk": work.prefill_chunk_size}
+        return {**dataclasses.asdict(self), "workload": sizes}
 
 
 def plan_model(
@@ -107,7 +124,7 @@ def plan_model(
     tensor_parallel_sizes: Sequence[int] = (4, 8),
     context: int | None = None,
     batch: int = 1,
-    chunk: int = DEFAULT_CHUNK,
+    chunk: int = DEFAULT_CHUNK_SIZE,
     dims: Mapping[str, int] | None = None,
     max_padding: float = MAX_PADDING,
     tactics: Tactics | None = None,
@@ -124,32 +141,41 @@ def plan_model(
         context: Positions that each sequence may reach; 2048 if None, or the model's own limit if that is less.
         batch: Sequences decoded together.
         chunk: New positions of one sequence in a prefill step.
-        dims: Sizes of dynamic input dimensions that do not follow from the model.
-        max_padding: By how much padding may make one dimension larger.
-        tactics: Choices that the planner must keep.
-        experimental_tp: Also allow tensor parallel sizes 1, 2 and 16.
-        fuse_attention: As `ArtifactBuilder` does; without, every node of the model has its place in the plan.
-        roles: As `ArtifactBuilder` takes them.
-        fixed: As `ArtifactBuilder` takes them.
+        dims: Sizes of input dimensions that the model leaves open, by symbol or input.symbol.
+        max_padding: By how much padding may enlarge a dimension (1.34: by a third).
+        tactics: Choices to keep (see docs/planning.md).
+        experimental_tp: Also allow a tensor parallel size of 1, 2 or 16.
+        fuse_attention: Replace attention written out in small ops by one op with its cache in place.
+            Without, every node of the model has its place in the plan.
+        roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
+        fixed: Makes an input a constant: one boolean or integer.
 
     Returns:
         The figures for people, and the plans and programs behind them, one for each size.
     """
-    for size in tensor_parallel_sizes:
-        check_tensor_parallel_size(size, experimental=experimental_tp)
+    options = BuildOptions(
+        dims=dict(dims or {}),
+        max_padding=max_padding,
+        tactics=tactics,
+        fuse_attention=fuse_attention,
+        roles=dict(roles or {}),
+        fixed=dict(fixed or {}),
+    )
+    of_sizes = [dataclasses.replace(options, tensor_parallel_size=size) for size in tensor_parallel_sizes]
+    for of_size in of_sizes:
+        of_size.check(experimental_tp=experimental_tp)
     for name, number in (("context", context), ("batch", batch), ("chunk", chunk)):
-        if number is not None and number < 1:
-            raise OptionError(f"{name} must be at least 1, got {number}.")
+        if number is not None:
+            COUNT.check(name, number, OptionError)
     path = Path(model)
-    analysed = analyse_model(
-        path, dims or {}, fuse=fuse_attention, told=lambda _: None, roles=roles or {}, fixed=fixed or {}
-    )
+    analysed = analyse_model(path, options, told=lambda _: None)
     limit = companions.max_sequence_length(path)
-    workload = Workload(context=context or min(limit or DEFAULT_CONTEXT, DEFAULT_CONTEXT), batch=batch, chunk=chunk)
-    builds = tuple(
-        analysed.lowered_for(mesh_of(size), max_padding=max_padding, tactics=tactics, told=lambda _: None)
-        for size in tensor_parallel_sizes
+    workload = Workload(
+        max_batch_size=batch,
+        max_model_len=context or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH),
+        prefill_chunk_size=chunk,
     )
+    builds = tuple(analysed.lowered_for(of_size, told=lambda _: None) for of_size in of_sizes)
     initializers = analysed.source.model.graph.initializers.values()
     tensors = {id(t): t for value in initializers if (t := value.const_value) is not None}
     plan = ModelPlan(
@@ -158,85 +184,93 @@ def plan_model(
         num_parameters=sum(tensor.size for tensor in tensors.values()),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
         workload=workload,
-        plans=tuple(_size_plan(build, workload) for build in builds),
+        plans=tuple(size_plan(build, workload) for build in builds),
     )
     return plan, builds
 
 
-def write_annotated_plan(build: Build, workload: Workload, path: str | os.PathLike[str], stages: int = 1) -> None:
+def write_annotated_plan(build: Build, path: str | os.PathLike[str], stages: int = 1) -> None:
     """Write the unsplit model with the plan of `build` as ONNX multi-device annotations, over `stages` stages.
 
     Raises OptionError if the model has fewer blocks than stages, and OutputError if the file cannot be written.
     """
-    memory = Memory(build, workload)
-    stage_of = memory.stages_of_values(stages)
-    if stage_of is None:
-        raise OptionError(
-            f"{stages} stages are more than the {len(memory.blocks)} blocks of the model; use at most that."
-        )
+    model = planned(build)
+    blocks = len(model.manifest.blocks)
+    if stages > blocks:
+        raise OptionError(f"{stages} stages are more than the {blocks} blocks of the model; use at most that.")
+    stage_of = {
+        name: stage.index
+        for stage in choose_stages(model, pipeline_parallel_size=stages)
+        for node in model.program.graph.node[stage.first_node : stage.stop_node]
+        for name in node.output
+    }
     plan = build.plan
-    model = annotate(build.source, build.analysis, plan.assignment, plan.outcome, plan.mesh, stages=stage_of)
-    write_annotated(model, build.source, path)
+    annotated = annotate(build.source, build.analysis, plan.assignment, plan.outcome, plan.mesh, stages=stage_of)
+    write_annotated(annotated, build.source, path)
 
 
-def _size_plan(build: Build, workload: Workload) -> SizePlan:
-    memory = Memory(build, workload)
+def size_plan(build: Build, workload: Workload) -> SizePlan:
+    """The figures of a build that nothing is written of, for `workload`."""
+    model = planned(build)
+    blocks, memory = read_blocks(model), Memory(model)
+
+    @functools.cache
+    def stages(count: int) -> tuple[StageMemory, ...]:
+        return memory.of_stages(divide_blocks(blocks, pipeline_parallel_size=count), workload)
+
+    (whole,) = stages(1)
     tensors = build.lowered.tensors.values()
-    weights = memory.weights_nbytes
     return SizePlan(
         tensor_parallel_size=build.plan.mesh.size,
-        weight_nbytes=weights,
+        weight_nbytes=whole.weight_nbytes,
         replicated_nbytes=sum(t.local_nbytes for t in tensors if t.layout and not t.shard_axes),
         padding_nbytes=padding_nbytes(tensors, build.plan.mesh),
-        state_nbytes=memory.state_nbytes,
-        state_nbytes_per_token=state_nbytes_per_token(build),
-        activation_nbytes=memory.activation_nbytes,
-        collectives=tuple(_collectives(build)),
+        state_nbytes=whole.kv_nbytes_per_token * workload.max_batch_size * workload.max_model_len,
+        state_nbytes_per_token=whole.kv_nbytes_per_token,
+        activation_nbytes=whole.activation_nbytes,
+        working_nbytes=working_nbytes(build, workload),
+        collectives=tuple(_collectives(model.manifest)),
         choices=explain(build.plan, build.analysis),
         replicated=notes(build.analysis),
-        num_blocks=len(memory.blocks),
-        floor_us=weights / PE_BYTES_PER_S * 1e6,
-        deployments=tuple(_deployments(build, memory, workload)),
+        num_blocks=len(blocks),
+        floor_us=whole.weight_nbytes / PE_BYTES_PER_S * 1e6,
+        deployments=tuple(_deployments(build.plan.mesh.size, len(blocks), stages, workload)),
     )
 
 
-def _collectives(build: Build) -> Iterator[CollectiveCost]:
-    layouts = Layouts(build.analysis, build.plan.assignment, build.plan.mesh)
-    facts = build.probes.decode.facts
-    counts: Counter[tuple[str, int, int]] = Counter()
-    for collective in build.plan.outcome.collectives:
-        value, fact = collective.value, facts[collective.value]
-        whole = (collective.dim,) if collective.dim is not None else ()
-        shares = zip(layouts.local_shape(value, whole), build.analysis.facts[value].shape, strict=True)
-        local = math.prod(a / b for a, b in shares if b)
-        nbytes = math.prod(fact.shape) * local * fact.dtype.bitwidth / 8 / build.probes.decode.positions
-        counts[collective.kind, build.plan.mesh.parts(collective.axes), round(nbytes)] += 1
+def _collectives(manifest: Manifest) -> Iterator[CollectiveCost]:
+    counts = Counter((c.kind, manifest.mesh.parts(c.axes), manifest.payload_nbytes(c)) for c in manifest.collectives)
     for (kind, parts, nbytes), count in sorted(counts.items()):
         yield CollectiveCost(kind=kind, parts=parts, nbytes=nbytes, count=count)
 
 
-def _deployments(build: Build, memory: Memory, workload: Workload) -> Iterator[Deployment]:
+def _deployments(
+    size: int, blocks: int, stages_of: Callable[[int], Sequence[StageMemory]], workload: Workload
+) -> Iterator[Deployment]:
     """For each number of cards the fewest stages that fit; where none fits, the most stages."""
-    size = build.plan.mesh.size
-    kept = {stages: memory.stages_nbytes(stages) for stages in range(1, max(CARDS) + 1)}
+    if size > PES_PER_CARD:
+        return  # the ranks of a stage are on one card
     for cards in CARDS:
-        possible = [n for n in range(1, cards + 1) if kept[n] is not None and cards * PES_PER_CARD % (size * n) == 0]
-        options = [_deployment(memory, workload, cards, stages, max(kept[stages] or ()), size) for stages in possible]
-        if options:
-            yield next((option for option in options if option.fits), options[-1])
+        possible = [n for n in range(1, min(cards, blocks) + 1) if cards * PES_PER_CARD % (size * n) == 0]
+        for count in possible:
+            deployment = _deployment(size, cards, stages_of(count), workload)
+            if deployment.fits or count == possible[-1]:
+                yield deployment
+                break
 
 
-def _deployment(
-    memory: Memory, workload: Workload, cards: int, stages: int, fullest_stage: int, size: int
-) -> Deployment:
-    fullest = fullest_stage + (memory.activation_nbytes or 0)
-    per_token = memory.state_nbytes / (workload.context * workload.batch) / stages
-    free = (PE_NBYTES - fullest) / per_token if per_token else 0
+def _deployment(size: int, cards: int, stages: Sequence[StageMemory], workload: Workload) -> Deployment:
+    topology = make_topology(
+        size, pipeline_parallel_size=len(stages), devices=[f"npu:{number}" for number in range(cards)]
+    )
+    used = card_memory(topology, stages, workload)
+    fits = all(card.free_nbytes >= 0 for card in used)
+    tokens = kv_pages(topology, stages, page_size=1) if fits else None
     return Deployment(
         cards=cards,
-        pipeline_parallel_size=stages,
-        data_parallel_size=cards * PES_PER_CARD // (size * stages),
-        pe_nbytes=fullest,
-        fits=fullest <= PE_NBYTES,
-        free_tokens=max(0, int(free)),
+        pipeline_parallel_size=topology.pipeline_parallel_size,
+        data_parallel_size=topology.data_parallel_size,
+        pe_nbytes=max(card.pe_nbytes for card in used),
+        fits=fits,
+        free_tokens=0 if tokens is None else tokens - workload.max_batch_size * workload.max_model_len,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size, mesh_of
@@ -13,31 +13,70 @@ from furiosa_llm.builder.plan.tactics import Tactic, Tactics
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.options import (
+    AT_LEAST_ONE,
+    COUNT,
+    INTEGER,
+    SWITCH,
+    TEXT,
+    Kind,
+    Option,
+    check_options,
+    declared,
+    instance,
+)
 
+SIZES = Kind(
+    "integers of at least 1, by name",
+    lambda value: isinstance(value, Mapping) and all(map(COUNT.accepts, value.values())),
+)
+ROLES = Kind(
+    "roles by name, as texts", lambda value: isinstance(value, Mapping) and all(map(TEXT.accepts, value.values()))
+)
+CONSTANTS = Kind(
+    "integers by name", lambda value: isinstance(value, Mapping) and all(map(INTEGER.accepts, value.values()))
+)
 _RARE = frozenset(("roles", "fixed"))
 """Options that are recorded only if they are given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """What a build was asked for; see `ArtifactBuilder` for the meaning of each."""
+    """What a build was asked for."""
 
-    tensor_parallel_size: int = 4
-    max_seq_len_to_capture: int | None = None
-    dims: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    max_padding: float = MAX_PADDING
-    tactics: Tactics | None = None
-    fuse_attention: bool = True
-    roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    fixed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tensor_parallel_size: Annotated[int, Option("How many PEs share each matrix: 4 or 8.", INTEGER)] = 4
+    max_seq_len_to_capture: Annotated[
+        int | None, Option("Longest sequence to serve, in tokens, at most the model's limit.", COUNT, "the model's")
+    ] = None
+    dims: Annotated[
+        Mapping[str, int],
+        Option("Sizes of input dimensions that the model leaves open, by symbol or input.symbol.", SIZES),
+    ] = dataclasses.field(default_factory=dict)
+    max_padding: Annotated[
+        float, Option("By how much padding may enlarge a dimension (1.34: by a third).", AT_LEAST_ONE)
+    ] = MAX_PADDING
+    tactics: Annotated[
+        Tactics | None, Option("Choices to keep (see docs/planning.md).", instance("Tactics", Tactics))
+    ] = None
+    fuse_attention: Annotated[
+        bool,
+        Option(
+            "Replace attention written out in small ops by one op with its cache in place.",
+            SWITCH,
+        ),
+    ] = True
+    roles: Annotated[
+        Mapping[str, str],
+        Option("What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].", ROLES),
+    ] = dataclasses.field(default_factory=dict)
+    fixed: Annotated[Mapping[str, int], Option("Makes an input a constant: one boolean or integer.", CONSTANTS)] = (
+        dataclasses.field(default_factory=dict)
+    )
 
     def check(self, *, experimental_tp: bool) -> None:
         """Raise OptionError for a value out of range."""
+        check_options(self, OptionError)
         check_tensor_parallel_size(self.tensor_parallel_size, experimental=experimental_tp)
-        if not self.max_padding >= 1:  # not a number is not, either
-            raise OptionError(f"max_padding must be at least 1 (no padding), got {self.max_padding}.")
-        if self.max_seq_len_to_capture is not None and self.max_seq_len_to_capture < 1:
-            raise OptionError(f"max_seq_len_to_capture must be at least 1, got {self.max_seq_len_to_capture}.")
 
     @property
     def mesh(self) -> Mesh:
@@ -62,29 +101,19 @@ def recorded_options(options: Mapping[str, Any]) -> BuildOptions:
     """The options that `BuildOptions.to_json` recorded in a manifest; ArtifactError for anything else."""
     field = Field(options, "manifest.json $.provenance.options")
     given = field.mapping()
-    member = field.members([f.name for f in dataclasses.fields(BuildOptions) if f.name in given or f.name not in _RARE])
-    dims = member["dims"].mapping()
+    member = field.members([name for name in declared(BuildOptions) if name in given or name not in _RARE])
     tactics = member["tactics"].items(_tactic)
-    max_padding = member["max_padding"].value
-    if isinstance(max_padding, bool) or not isinstance(max_padding, int | float) or max_padding < 1:
-        member["max_padding"].fail("a number of at least 1")
-    if not isinstance(member["fuse_attention"].value, bool):
-        member["fuse_attention"].fail("true or false")
-    found = BuildOptions(
-        tensor_parallel_size=member["tensor_parallel_size"].integer(minimum=1),
-        max_seq_len_to_capture=member["max_seq_len_to_capture"].optional(lambda f: f.integer(minimum=1)),
-        dims={name: member["dims"].child(name).integer(minimum=1) for name in dims},
-        max_padding=float(max_padding),
-        tactics=Tactics(tactics=tactics) if tactics else None,
-        fuse_attention=member["fuse_attention"].value,
-        roles={name: member["roles"].child(name).text() for name in given.get("roles", {})},
-        fixed={name: _any_integer(member["fixed"].child(name)) for name in given.get("fixed", {})},
-    )
+    values = {name: one.value for name, one in member.items()}
+    values["tactics"] = Tactics(tactics=tactics) if tactics else None
+    for name, option in declared(BuildOptions).items():
+        if name in member and not option.takes(values[name]):
+            member[name].fail(option.kind.expected)
+    recorded = BuildOptions(**values)
     try:
-        found.check(experimental_tp=True)
+        recorded.check(experimental_tp=True)
     except OptionError as error:
         raise ArtifactError(f"{member['tensor_parallel_size'].path}: {error}") from error
-    return found
+    return recorded
 
 
 def _tactic(field: Field) -> Tactic:

@@ -10,7 +10,6 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -26,8 +25,8 @@ from furiosa_llm.builder.plan.annotations import constraints_of
 from furiosa_llm.builder.plan.assignment_json import recorded_assignment
 from furiosa_llm.builder.plan.constraints import leaf_parts
 from furiosa_llm.builder.plan.plan import Plan, Planning
-from furiosa_llm.builder.plan.search import MAX_PADDING, Pin
-from furiosa_llm.builder.plan.tactics import Tactics, add_pin
+from furiosa_llm.builder.plan.search import Pin
+from furiosa_llm.builder.plan.tactics import add_pin
 from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.rewrite.normalize import normalize
@@ -40,7 +39,6 @@ from furiosa_llm.builder.write.output_folder import output_folder
 from furiosa_llm.builder.write.report import BuildReport, report_of
 from furiosa_llm.builder.write.streaming import MAX_WORKERS
 from furiosa_llm.runtime.artifact.json_reader import Field
-from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
 Stage = Callable[[str], None]
@@ -73,9 +71,7 @@ class Assembly:
         with output_folder(destination, force=force) as folder:
             stage("load")
             source = self.load()
-            analysed = analyse_source(
-                source, self.options.dims, fuse=self.options.fuse_attention, told=stage, roles=self.options.roles
-            )
+            analysed = analyse_source(source, self.options, told=stage)
             build = self._lowered(analysed, stage)
             manifest = write_artifact(
                 folder, build, name=self.name, options=self.options, plan=self.plan, progress=told, workers=threads
@@ -87,54 +83,30 @@ class Assembly:
         return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
 
     def _lowered(self, analysed: Analysed, told: Stage) -> Build:
-        options = self.options
+        mesh = self.options.mesh
         if self.plan is None:
-            return analysed.lowered_for(
-                options.mesh, max_padding=options.max_padding, tactics=options.tactics, told=told
-            )
+            return analysed.lowered_for(self.options, told=told)
         told("lower")
         plan = Field(self.plan, "manifest.json $.plan")
         if "assignment" not in self.plan:
             plan.fail("the key 'assignment'", "an object without it")
-        assignment = recorded_assignment(plan.child("assignment"), analysed.analysis, options.mesh)
-        return analysed.lowered_by(analysed.planning.follow(assignment, options.mesh))
+        assignment = recorded_assignment(plan.child("assignment"), analysed.analysis, mesh)
+        return analysed.lowered_by(analysed.planning.follow(assignment, mesh))
 
 
-def analyse_model(
-    path: Path,
-    dims: Mapping[str, int],
-    *,
-    fuse: bool,
-    told: Stage,
-    roles: Mapping[str, str] = MappingProxyType({}),
-    fixed: Mapping[str, int] = MappingProxyType({}),
-) -> Analysed:
+def analyse_model(path: Path, options: BuildOptions, *, told: Stage) -> Analysed:
     """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
     told("load")
-    return analyse_source(load(path, fixed), dims, fuse=fuse, told=told, roles=roles)
+    return analyse_source(load(path, options.fixed), options, told=told)
 
 
-def analyse_source(
-    source: Source,
-    dims: Mapping[str, int],
-    *,
-    fuse: bool,
-    told: Stage,
-    roles: Mapping[str, str] = MappingProxyType({}),
-) -> Analysed:
-    """Everything up to the analysis of a model.
-
-    Args:
-        source: The model.
-        dims: Sizes of dynamic input dimensions that do not follow from the model.
-        fuse: Whether attention that is written out in small ops is replaced by one op.
-        told: Told the name of each stage.
-        roles: What inputs are for, as the user says.
-    """
+def analyse_source(source: Source, options: BuildOptions, *, told: Stage) -> Analysed:
+    """Everything up to the analysis of a model."""
     model = normalize(source)
-    find_roles(model.graph, {name: read_role(name, text) for name, text in roles.items()})
+    find_roles(model.graph, {name: read_role(name, text) for name, text in options.roles.items()})
     told("analyse")
-    rewritten = rewrite(model, dims, read_json(source.path, "config.json"), fuse=fuse)
+    config = read_json(source.path, "config.json")
+    rewritten = rewrite(model, options.dims, config, fuse=options.fuse_attention)
     probes = rewritten.probes
     return Analysed(
         source=source,
@@ -163,20 +135,18 @@ class Analysed:
         """Plans for any mesh."""
         return Planning(self.analysis, self.states, self.probes)
 
-    def lowered_for(
-        self, mesh: Mesh, *, max_padding: float = MAX_PADDING, tactics: Tactics | None = None, told: Stage
-    ) -> Build:
-        """Plan for `mesh` and lower.
+    def lowered_for(self, options: BuildOptions, *, told: Stage) -> Build:
+        """Plan for the mesh of `options` and lower.
 
-        What the model's own multi-device annotations say is kept, too. Raises PlanError if that and `tactics` ask for
-        what cannot be, and AnnotationError or ConstraintError for annotations that contradict each other.
+        What the model's own multi-device annotations say is kept, too. Raises PlanError if annotations and tactics ask
+        for what cannot be, and AnnotationError or ConstraintError for annotations that contradict each other.
         """
         told("plan")
-        pins = {} if tactics is None else tactics.pins(self.analysis, self.states)
-        constraints = constraints_of(self.source, self.analysis, mesh.size)
+        pins = {} if options.tactics is None else options.tactics.pins(self.analysis, self.states)
+        constraints = constraints_of(self.source, self.analysis, options.tensor_parallel_size)
         for leaf, demand in leaf_parts(constraints, self.analysis).items():
             add_pin(pins, leaf, Pin(parts=demand.parts, origin=demand.origin.origin))
-        plan = self.planning.plan(mesh, max_padding, pins)
+        plan = self.planning.plan(options.mesh, options.max_padding, pins)
         told("lower")
         return self.lowered_by(plan)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +16,7 @@ from furiosa_llm.builder.source.load import Source
 from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.onnx_files import source_proto
 from furiosa_llm.builder.write.report import BuildReport
-from furiosa_llm.runtime.artifact.graphs import attribute_graphs
+from furiosa_llm.runtime.artifact.graphs import all_graphs
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.source import read_source
@@ -121,20 +120,13 @@ def _strip(model: onnx.ModelProto) -> None:
     """Remove what does not make two graphs different: initializers, which are compared apart, and notes for people."""
     for field in _MODEL_NOTES:
         model.ClearField(field)
-    for graph in (model.graph, *(inner for node in model.graph.node for inner in _graphs_within(node))):
+    for graph in (model.graph, *all_graphs(model.graph.node)):
         for field in (*_NOTES, "name", "value_info"):
             graph.ClearField(field)
         for part in (*graph.node, *graph.input, *graph.output):
             for field in _NOTES:
                 part.ClearField(field)
     model.graph.ClearField("initializer")
-
-
-def _graphs_within(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for graph in attribute_graphs(node):
-        yield graph
-        for inner in graph.node:
-            yield from _graphs_within(inner)
 
 
 def _check_same_layouts(before: Manifest, after: Manifest) -> None:

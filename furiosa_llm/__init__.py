@@ -1,6 +1,11 @@
 """The public face of furiosa-llm for ONNX: what users import."""
 
+import os
 from importlib.metadata import version
+
+# onnxruntime reads this once, at its import. Without it, it keeps an identifier of the device in the user's cache and
+# reports the models that it runs.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
 from furiosa_llm.runtime import (

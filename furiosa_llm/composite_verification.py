@@ -56,11 +56,11 @@ def verify_composite(
 
 
 def _sources(folder: Path, names: list[PartName]) -> Mapping[PartName, Path]:
-    found = find_encoder_decoder(folder)
-    if found is None or list(found.sources) != names:
-        shown = "nothing of the kind" if found is None else ", ".join(path.name for path in found.sources.values())
+    model = find_encoder_decoder(folder)
+    if model is None or list(model.sources) != names:
+        shown = "nothing of the kind" if model is None else ", ".join(path.name for path in model.sources.values())
         raise InputError(
             f"{folder} has {shown}, expected the files of {', '.join(names)}; give the folder that the artifact was "
             f"built from"
         )
-    return found.sources
+    return model.sources

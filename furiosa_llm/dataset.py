@@ -22,22 +22,20 @@ _BESIDE = ("max_tokens", "reference", "label")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One line of a dataset.
-
-    where: the file and the line, for messages.
-    prompt: a text or token ids; None if the sample is a conversation.
-    messages: of a conversation, which the model's chat template makes a text of; None if it is none.
-    max_tokens: of the completion; None if the line does not say.
-    reference: the text that a completion is compared to; None if there is none.
-    label: of an encoder's text: the nearest other text should have the same; None if there is none.
-    """
+    """One line of a dataset."""
 
     where: str
+    """The file and the line, for messages."""
     prompt: Prompt | None
+    """A text or token ids; None if the sample is a conversation."""
     messages: list[dict[str, Any]] | None
+    """A conversation, which the model's chat template makes a text of; None if there is none."""
     max_tokens: int | None
+    """The most tokens of the completion; None if the line does not say."""
     reference: str | None
+    """The text that a completion is compared to; None if there is none."""
     label: str | None
+    """The nearest other text, by an encoder's vectors, should have the same label; None if there is none."""
 
     def token_ids(
         self,
@@ -94,7 +92,7 @@ def _sample(line: str, where: str) -> Sample:
     if unknown or len(given) != 1:
         names = ", ".join(unknown or given) or "none of them"
         raise InputError(
-            f"--dataset: {where}: found {names:.200}; expected one of {', '.join(_PROMPTS)}, and beside it at most "
+            f"--dataset: {where}: found {names:.200}; expected one of {', '.join(_PROMPTS)}, and next to it at most "
             f"{', '.join(_BESIDE)}"
         )
     [name] = given

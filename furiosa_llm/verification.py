@@ -69,8 +69,9 @@ def verify_artifact(
 
     Always: its structure, the digests of all files, but of more than FULL_BELOW_NBYTES of weights only with `full` or
     `against`, and the static proof. `full`: every original put together from its shards, and padding. `full` or
-    `against`: outputs and greedy tokens beside the unsplit model, which is `against`, or is put back together from the
-    artifact in a temporary folder. Nothing is written; `write_verification` does that with the report's record.
+    `against`: outputs and greedy tokens compared with the unsplit model, which is `against`, or is put back together
+    from the artifact in a temporary folder. Nothing is written; `write_verification` does that with the report's
+    record.
 
     Raises ArtifactError if there is no manifest to report on, and InputError, ModelLoadError, ExecutionError and
     UnsupportedError for a model or options that cannot be compared with.
@@ -146,11 +147,11 @@ def _line(error: FuriosaLLMError, *folders: Path) -> str:
     return line
 
 
-# -- the artifact beside its model ---------------------------------------------------------------------------------
+# -- the artifact compared with its model --------------------------------------------------------------------------
 
 
 def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[list[Check], Parity | None]:
-    """The artifact beside the unsplit model that is put back together from it."""
+    """The artifact compared with the unsplit model that is put back together from it."""
     with tempfile.TemporaryDirectory(prefix="furiosa-llm-verify-") as temporary:
         model = Path(temporary) / "model.onnx"
         try:

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from furiosa_llm.runtime.engine.core import EngineCore, check_params, check_request_id
-from furiosa_llm.runtime.llm_engine import Engine, raise_error
-from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.llm_engine import Engine
+from furiosa_llm.runtime.requests.outputs import RequestOutput, raise_error
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 

@@ -14,15 +14,16 @@ import numpy.typing as npt
 from furiosa_llm.runtime.artifact.checks.composite import PROMPT_SHAPES
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
+from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
 from furiosa_llm.runtime.engine.replica import ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
+from furiosa_llm.runtime.model import Model
 from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 
@@ -32,8 +33,9 @@ T = TypeVar("T")
 
 MAX_BATCH_SIZE = 32
 
+# The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say it of its ops.
 _MIXES_ROWS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
-"""Ops that take one scale over all texts of a batch, so that what stands beside a text alters its result."""
+"""Ops that take one scale over all texts of a batch, so that the other texts alter the result of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class EmbeddingOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingRequestOutput(Generic[T]):
-    """A prompt and its result. `prompt_token_ids` are those that were run, special tokens among them."""
+    """A prompt and its result. `prompt_token_ids` are the tokens that ran, special tokens among them."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -60,7 +62,7 @@ class PoolingRequestOutput(Generic[T]):
     finished: bool
 
 
-class Encoder(Closing):
+class Encoder(Model):
     """An encoder loaded from an artifact.
 
     Make one with `load_artifact` or `of_artifact`. Close it, or use it as a context manager, to end its threads.
@@ -71,6 +73,11 @@ class Encoder(Closing):
     are, filled up under the attention mask, which alters results by rounding. Where an op of the model takes one scale
     over a whole batch, every prompt is run by itself.
     """
+
+    without_engine = (
+        "generate API can only be used for generative models; this is an encoder: use embed, or `furiosa-llm "
+        "embed`; `furiosa-llm run` gives its outputs as they are"
+    )
 
     def __init__(
         self,
@@ -83,8 +90,7 @@ class Encoder(Closing):
         padded: bool = False,
     ) -> None:
         manifest = executor.artifact.manifest
-        if max_batch_size < 1:
-            raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        COUNT.check("max_batch_size", max_batch_size, InputError)
         _check_inputs(manifest)
         self._inputs = manifest.inputs
         self._output = _output_of(manifest, output)
@@ -93,7 +99,7 @@ class Encoder(Closing):
         self.tokenizer = tokenizer
         self.pooling = pooling
         limits = (manifest.model.max_sequence_length, pooling.max_sequence_length)
-        self.max_length = min((limit for limit in limits if limit is not None), default=None)
+        self.max_length = self.max_prompt_length = min((limit for limit in limits if limit is not None), default=None)
         self._vocab_size = manifest.model.vocab_size
         self._executor = executor
         self._layout = layout_of_one(executor.artifact)
@@ -170,7 +176,7 @@ class Encoder(Closing):
         truncate_prompt_tokens: int | None = None,
     ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
         """`encode`, with each vector as a list of numbers."""
-        found = self.encode(
+        pooled = self.encode(
             prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
         )
         return [
@@ -180,7 +186,7 @@ class Encoder(Closing):
                 outputs=EmbeddingOutput(embedding=one.outputs.data.tolist()),
                 finished=True,
             )
-            for one in found
+            for one in pooled
         ]
 
     def encode(
@@ -226,7 +232,7 @@ class Encoder(Closing):
     def machine(self, *, running: int = 0, waiting: int = 0) -> MachineSnapshot:
         """What lies on every PE, and what the model has done so far, as one replica of one stage.
 
-        It is told how many requests are `running` and `waiting`: it runs what it is given, and knows of no others.
+        The caller says how many requests are `running` and `waiting`: an encoder knows only what it runs.
         """
         usage = ReplicaUsage(running=running, waiting=waiting, used_pages=0, num_pages=0, preemptions=0)
         counts = ReplicaCounts(stages=self._executor.counts)
@@ -254,7 +260,7 @@ class Encoder(Closing):
         return row
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """The positions in `rows` of those that are run together."""
+        """The positions in `rows` of the prompts that run together."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         groups = [order] if self._padded else [list(g) for _, g in itertools.groupby(order, lambda i: len(rows[i]))]
         for group in groups:
@@ -302,10 +308,12 @@ def _output_of(manifest: Manifest, name: str | None) -> OutputInfo:
     fit = [*by_token, *by_text]
     shown = ", ".join(f"{info.name} {list(info.shape)}" for info in (fit or manifest.outputs))
     if name is not None:
-        found = next((info for info in fit if info.name == name), None)
-        if found is None:
-            raise InputError(f"output={name!r:.80} is none that vectors can be made of; the model has {shown:.400}")
-        return found
+        named = next((info for info in fit if info.name == name), None)
+        if named is None:
+            raise InputError(
+                f"output={name!r:.80} is no output that vectors can be made of; the model has {shown:.400}"
+            )
+        return named
     choice = by_token or by_text
     if not choice:
         raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The errors of loading, running and generating. Those that a wrong argument causes are ValueErrors too."""
+"""The errors of loading, running and generating. An error that a wrong argument causes is a ValueError too."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class TopologyError(FuriosaLLMError, ValueError):
 
 
 class CapacityError(FuriosaLLMError, ValueError):
-    """What is to be kept in memory, or a sequence, is greater than there is room for, or a limit is none."""
+    """What is to be kept in memory, or a sequence, is greater than the room for it, or a limit is no number above 0."""
 
 
 class SchedulingError(FuriosaLLMError, ValueError):
-    """The scheduler was told of a sequence or a batch that it does not know, knows already, or does not wait for."""
+    """The scheduler was given a sequence or a batch that it does not know, knows already, or does not wait for."""
 
 
 class WorkerError(FuriosaLLMError):
-    """A worker process has ended, or failed with an error that is none of ours."""
+    """A worker process has ended, or failed with an error of another library."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import cached_property
-from queue import SimpleQueue
 from typing import Any, Literal, NoReturn, Self, cast, overload
 
 from furiosa_llm.runtime.artifact.composite import is_composite
@@ -17,16 +15,17 @@ from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
-from furiosa_llm.runtime.engine.core import EngineCore, Handle, params_for_each, with_kind
+from furiosa_llm.runtime.engine.core import EngineCore, params_for_each, with_kind
 from furiosa_llm.runtime.engine.engine_args import EngineArgs, refuse_foreign_options
-from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.engine.launch import make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
-from furiosa_llm.runtime.errors import EngineDeadError, InputError, TokenizerError, UnsupportedError
-from furiosa_llm.runtime.llm_engine import LLMEngine, raise_error
+from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.llm_engine import LLMEngine
+from furiosa_llm.runtime.model import Decoder, Model
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.prompts import Prompt, paired, with_tokenizer_kwargs
-from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.seq2seq import Seq2Seq
 from furiosa_llm.runtime.tokens.chat import Conversation, check_tools, conversations_of, render
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
@@ -50,33 +49,7 @@ class LLM(Closing):
 
     def __init__(self, model: str | os.PathLike[str], *, skip_engine: bool = False, **options: Any) -> None:
         args = EngineArgs(model, **refuse_foreign_options(options))
-        self.topology: Topology | None = None
-        self._plan: Plan | None = None
-        self._mapped = args.mapped
-        self._core: EngineCore | None = None
-        self._encoder: Encoder | None = None
-        self._seq2seq: Seq2Seq | None = None
-        self._request_ids = itertools.count()
-        if is_composite(model):
-            only_of_one_replica(args, "an encoder-decoder")
-            self._seq2seq = Seq2Seq.load_artifact(
-                model, seed=args.seed, tensor_parallel_size=args.tensor_parallel_size, **_loading(args)
-            )
-            self._tokenizer = self._seq2seq.tokenizer
-            return
-        artifact = open_model(args)
-        if artifact.manifest.model.task == "encoder":
-            only_of_one_replica(args, "an encoder")
-            self._encoder = Encoder.of_artifact(
-                artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped
-            )
-            self._tokenizer = self._encoder.tokenizer
-            return
-        plan = make_plan(args, artifact)
-        self._plan = plan
-        self._tokenizer = plan.tokenizer
-        self.topology = plan.topology
-        self._core = None if skip_engine else start(plan, args)
+        self._model = _load(args, skip_engine=skip_engine)
 
     @classmethod
     def load_artifact(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -99,9 +72,9 @@ class LLM(Closing):
     @property
     def tokenizer(self) -> Tokenizer:
         """The artifact's tokenizer, or the one that was given; raises TokenizerError if there is none."""
-        if self._tokenizer is None:
+        if self._model.tokenizer is None:
             raise TokenizerError("the artifact has no tokenizer.json; load it with the folder of a tokenizer")
-        return self._tokenizer
+        return self._model.tokenizer
 
     @property
     def core(self) -> EngineCore:
@@ -109,30 +82,29 @@ class LLM(Closing):
 
         Raises UnsupportedError for other models.
         """
-        if self._encoder is not None:
-            raise UnsupportedError(
-                "generate API can only be used for generative models; this is an encoder: use embed, or `furiosa-llm "
-                "embed`; `furiosa-llm run` gives its outputs as they are"
-            )
-        if self._seq2seq is not None:
-            raise UnsupportedError("an encoder-decoder runs without an engine; use generate or stream_outputs")
-        if self._core is None:
-            raise EngineDeadError("the model was loaded with skip_engine=True; load it without, to run it")
-        return self._core
+        return self._model.core
+
+    @property
+    def topology(self) -> Topology | None:
+        """Where a decoder's replicas and stages are; None for other models, which have one of each."""
+        return self._model.plan.topology if isinstance(self._model, Decoder) else None
 
     def machine(self) -> MachineSnapshot:
-        """What lies on every PE, and what replicas and stages have done so far; raises what `core` does."""
-        return self.core.machine() if self._encoder is None else self._encoder.machine()
+        """What lies on every PE, and what replicas and stages have done so far; raises what `core` does.
 
-    @cached_property
+        An encoder has no core, and answers all the same.
+        """
+        return self._model.machine()
+
+    @property
     def batch_invariance(self) -> BatchInvariance:
         """Whether a decoder's bits depend on how many sequences are in a batch, on this machine, and which ops do that.
 
         Probed when it is first asked for; raises UnsupportedError for other models, which run one request at a time.
         """
-        if self._plan is None:
+        if not isinstance(self._model, Decoder):
             raise UnsupportedError("batch_invariance: only a decoder runs several requests in one batch")
-        return self._plan.batch_invariance or probe_batch_invariance(self._plan.artifact, mapped=self._mapped)
+        return self._model.batch_invariance
 
     @cached_property
     def engine(self) -> LLMEngine:
@@ -142,19 +114,15 @@ class LLM(Closing):
     @property
     def is_generative_model(self) -> bool:
         """Whether `generate` works; if not, `encode` and `embed` do."""
-        return self._encoder is None
+        return not isinstance(self._model, Encoder)
 
     @property
     def model_max_seq_len(self) -> int | None:
         """The limit in tokens, of a decoder's prompt and completion together; None if there is none.
 
-        Of an encoder it is that of a text, of an encoder-decoder that of a completion.
+        For an encoder it is the limit of a text, for an encoder-decoder the limit of a completion.
         """
-        if self._encoder is not None:
-            return self._encoder.max_length
-        if self._seq2seq is not None:
-            return self._seq2seq.max_completion_length
-        return self._plan.limits.max_length if self._plan is not None else None
+        return self._model.max_length
 
     @property
     def max_seq_len_to_capture(self) -> int | None:
@@ -164,11 +132,7 @@ class LLM(Closing):
     @property
     def prompt_max_seq_len(self) -> int | None:
         """The limit of a prompt in tokens; None if there is none."""
-        if self._encoder is not None:
-            return self._encoder.max_length
-        if self._seq2seq is not None:
-            return self._seq2seq.max_prompt_length
-        return self._plan.limits.prompt_limit if self._plan is not None else None
+        return self._model.max_prompt_length
 
     @overload
     def generate(
@@ -199,14 +163,14 @@ class LLM(Closing):
 
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. The argument `prompt_token_ids`,
         one sequence for each prompt, is used instead of the prompts' own tokens, and may stand alone. A list of
-        `sampling_params` has those of each prompt. Of `tokenizer_kwargs` there is `add_special_tokens`.
+        `sampling_params` has the parameters of each prompt. Of `tokenizer_kwargs` there is `add_special_tokens`.
 
         If one prompt is refused, or Ctrl-C or a failure comes in between, all are given up. Raises ContextLengthError,
         a ValueError, if a prompt and its completion do not fit the limit, and ReplicaError if a replica fails while it
         has one of them.
         """
         asked, single = paired(prompts, prompt_token_ids)
-        asked = [with_tokenizer_kwargs(prompt, tokenizer_kwargs, self._tokenizer) for prompt in asked]
+        asked = [with_tokenizer_kwargs(prompt, tokenizer_kwargs, self._model.tokenizer) for prompt in asked]
         outputs = self._complete(asked, sampling_params)
         return outputs[0] if single else outputs
 
@@ -223,9 +187,9 @@ class LLM(Closing):
         """Answers a conversation, or each of several; always a list.
 
         `chat_template` replaces the model's own. With `continue_final_message` the answer goes on from the last
-        message; `add_generation_prompt` must be False then. `tools` are told to the template; what the model answers is
-        text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses the
-        messages, InputError if they are none, else what `generate` does.
+        message; `add_generation_prompt` must be False then. `tools` are given to the template; what the model answers
+        is text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses
+        the messages, InputError if they are no messages, else what `generate` does.
         """
         if chat_template_content_format != "string":
             raise UnsupportedError(
@@ -266,14 +230,14 @@ class LLM(Closing):
         is_demo: bool = False,  # noqa: ARG002 - the vendor's, without effect
     ) -> AsyncIterator[str]:
         """`stream` for asyncio."""
-        asked = with_tokenizer_kwargs(_one_prompt(prompt, prompt_token_ids), tokenizer_kwargs, self._tokenizer)
-        if self._seq2seq is not None:
+        asked = with_tokenizer_kwargs(_one_prompt(prompt, prompt_token_ids), tokenizer_kwargs, self._model.tokenizer)
+        if not isinstance(self._model, Decoder):
             pieces = self.stream(asked, sampling_params)
             while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
                 yield piece
             return
         engine = AsyncLLMEngine.from_llm(self)
-        async with aclosing(engine.generate(asked, _delta(sampling_params), self._next_id())) as outputs:
+        async with aclosing(engine.generate(asked, _delta(sampling_params), self._model.next_request_id())) as outputs:
             async for output in outputs:
                 if output.outputs[0].text:
                     yield output.outputs[0].text
@@ -285,21 +249,7 @@ class LLM(Closing):
         prompt_token_ids: Sequence[int] | None = None,
     ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
-        asked = _one_prompt(prompt, prompt_token_ids)
-        if self._seq2seq is not None:
-            yield from self._seq2seq.stream_outputs(asked, sampling_params)
-            return
-        ready: SimpleQueue[RequestOutput] = SimpleQueue()
-        handle = self._submit(asked, sampling_params, ready)
-        try:
-            finished = False
-            while not finished:
-                output = ready.get()
-                finished = output.finished
-                raise_error(output)
-                yield output
-        finally:
-            handle.abort()
+        return self._model.stream_outputs(_one_prompt(prompt, prompt_token_ids), sampling_params)
 
     def encode(
         self,
@@ -336,9 +286,7 @@ class LLM(Closing):
 
     def shutdown(self) -> None:
         """Ends the engine and its threads; the model cannot run any more."""
-        for one in (self._core, self._encoder, self._seq2seq):
-            if one is not None:
-                one.close()
+        self._model.close()
 
     def close(self) -> None:
         """`shutdown`, as files and locks call it."""
@@ -347,50 +295,32 @@ class LLM(Closing):
     def _complete(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[RequestOutput]:
-        """The finished outputs of `prompts`, in their order."""
-        params = params_for_each(sampling_params, len(prompts))
-        if self._seq2seq is not None:
-            return [self._seq2seq.generate(prompt, one)[0] for prompt, one in zip(prompts, params, strict=True)]
-        ready: SimpleQueue[RequestOutput] = SimpleQueue()
-        handles: list[Handle] = []
-        finished: dict[str, RequestOutput] = {}
-        try:
-            for prompt, one in zip(prompts, params, strict=True):
-                handles.append(self._submit(prompt, with_kind(one, RequestOutputKind.FINAL), ready))
-            while len(finished) < len(prompts):
-                output = ready.get()
-                raise_error(output)
-                finished[output.request_id] = output
-        except BaseException:
-            for handle in handles:
-                handle.abort()
-            raise
-        return [finished[request_id] for request_id in sorted(finished, key=int)]
+        return self._model.complete(prompts, params_for_each(sampling_params, len(prompts)))
 
     def _encoding(self, name: str) -> Encoder:
-        if self._encoder is None:
+        if not isinstance(self._model, Encoder):
             raise UnsupportedError(f"{name} API can only be used for encoders; this model generates: use generate")
-        return self._encoder
-
-    def _submit(self, prompt: Prompt, params: SamplingParams, ready: SimpleQueue[RequestOutput]) -> Handle:
-        def take(outputs: Sequence[tuple[int, RequestOutput]]) -> None:
-            for _, output in outputs:
-                ready.put(output)
-
-        return self.core.submit(self._next_id(), prompt, params, take)
-
-    def _next_id(self) -> str:
-        return str(next(self._request_ids))
+        return self._model
 
 
-def _loading(args: EngineArgs) -> dict[str, Any]:
-    """The options that every kind of model has."""
-    return {
-        "tokenizer": args.tokenizer,
-        "threads": args.threads,
-        "mapped": args.mapped,
-        "full_verification": args.full_verification,
-    }
+def _load(args: EngineArgs, *, skip_engine: bool) -> Model:
+    """The model that `args` name, of whatever kind it is."""
+    if is_composite(args.model):
+        only_of_one_replica(args, "an encoder-decoder")
+        return Seq2Seq.load_artifact(
+            args.model,
+            seed=args.seed,
+            tensor_parallel_size=args.tensor_parallel_size,
+            tokenizer=args.tokenizer,
+            threads=args.threads,
+            mapped=args.mapped,
+            full_verification=args.full_verification,
+        )
+    artifact = open_model(args)
+    if artifact.manifest.model.task == "encoder":
+        only_of_one_replica(args, "an encoder")
+        return Encoder.of_artifact(artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped)
+    return Decoder(make_plan(args, artifact), args, skip_engine=skip_engine)
 
 
 def _one_prompt(prompt: Prompt | None, token_ids: Sequence[int] | None) -> Prompt:

@@ -64,8 +64,8 @@ class LLMEngine(Engine):
     def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
         """Starts a request: text, token ids, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
 
-        Raises InputError if a request of that id has not ended, or if the prompt is none; ContextLengthError if prompt
-        and completion do not fit; EngineDeadError if there is no replica left.
+        Raises InputError if a request of that id has not ended, or if the prompt is no prompt; ContextLengthError if
+        prompt and completion do not fit; EngineDeadError if there is no replica left.
         """
         check_request_id(request_id, self._handles)
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -103,9 +103,3 @@ class LLMEngine(Engine):
     def _take(self, outputs: Sequence[tuple[int, RequestOutput]]) -> None:
         for _, output in outputs:
             self._ready.put(output)
-
-
-def raise_error(output: RequestOutput) -> None:
-    """Raises the error that ended a request, if one did."""
-    if output.error is not None:
-        raise output.error

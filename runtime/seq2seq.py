@@ -13,14 +13,14 @@ from typing import Self
 from furiosa_llm.runtime.artifact.composite import Composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.dtypes import Array
-from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.execution.seq2seq_decoder import CachedSteps, Steps, WholeSteps
+from furiosa_llm.runtime.model import Model
 from furiosa_llm.runtime.requests.outputs import RequestOutput
-from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
+from furiosa_llm.runtime.requests.prompts import Prompt, check_prompt_length, listed, read_prompt
 from furiosa_llm.runtime.requests.request import Request
 from furiosa_llm.runtime.tokens.grammar import Grammars
 from furiosa_llm.runtime.tokens.sampler import derived_seed, sample_rows
@@ -30,13 +30,15 @@ from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 _DEFAULT_PARAMS = SamplingParams()
 
 
-class Seq2Seq(Closing):
+class Seq2Seq(Model):
     """An encoder-decoder loaded from a composite artifact.
 
     Make one with `load_artifact`. Several threads may generate at once; their steps take turns. Close it, or use it as
     a context manager, to end its threads. A text is encoded with the tokenizer's special tokens around it, as these
     models are trained.
     """
+
+    without_engine = "an encoder-decoder runs without an engine; use generate or stream_outputs"
 
     def __init__(
         self,
@@ -49,6 +51,9 @@ class Seq2Seq(Closing):
         self.composite = composite
         self.tokenizer = tokenizer
         self._executors = executors
+        self.max_prompt_length = composite.encoder.manifest.model.max_sequence_length
+        limit = composite.decoder.manifest.model.max_sequence_length
+        self.max_length = None if limit is None else limit - 1  # the token that it begins with takes a place
         self._vocab_size = composite.decoder.manifest.model.vocab_size
         self._seed = seed
         self._grammars = Grammars(tokenizer)
@@ -67,33 +72,22 @@ class Seq2Seq(Closing):
         mapped: bool = False,
         full_verification: bool | None = None,
     ) -> Self:
-        """Loads the composite artifact in the folder `path`; the arguments are those of `LLM.load_artifact`.
+        """Loads the composite artifact in the folder `path`; it takes the arguments of `LLM.load_artifact`.
 
         Raises ArtifactError for a damaged artifact, or one whose parts do not fit, and InputError for one of another
         tensor parallel size than asked for.
         """
         composite = open_composite(path, full=full_verification)
         check_tensor_parallel_size(composite.encoder, tensor_parallel_size)
-        found = tokenizer_of(composite.encoder, tokenizer)
+        loaded_tokenizer = tokenizer_of(composite.encoder, tokenizer)
         with ExitStack() as stack:
             executors = {
                 name: stack.enter_context(Executor(part, threads=threads, mapped=mapped))
                 for name, part in composite.parts.items()
             }
-            loaded = cls(composite, executors, found, seed=seed)
+            loaded = cls(composite, executors, loaded_tokenizer, seed=seed)
             stack.pop_all()
         return loaded
-
-    @property
-    def max_prompt_length(self) -> int | None:
-        """The most tokens of a prompt, special ones among them; None if the model does not say."""
-        return self.composite.encoder.manifest.model.max_sequence_length
-
-    @property
-    def max_completion_length(self) -> int | None:
-        """The most tokens of a completion; None if the model does not say."""
-        limit = self.composite.decoder.manifest.model.max_sequence_length
-        return None if limit is None else limit - 1  # the token that it begins with takes a place
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams = _DEFAULT_PARAMS
@@ -103,7 +97,12 @@ class Seq2Seq(Closing):
         Raises ContextLengthError for a prompt or `max_tokens` beyond the model's limit, InputError for what is no
         prompt, TokenizerError for text without a tokenizer.
         """
-        return [self._complete(prompt, sampling_params) for prompt in listed(prompts)]
+        asked = listed(prompts)
+        return self.complete(asked, [sampling_params] * len(asked))
+
+    def complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """See `Model`."""
+        return [self._complete(prompt, own_params) for prompt, own_params in zip(prompts, params, strict=True)]
 
     def stream_outputs(
         self, prompt: Prompt, sampling_params: SamplingParams = _DEFAULT_PARAMS
@@ -172,12 +171,8 @@ class Seq2Seq(Closing):
             return WholeSteps(decoder, manifest) if first is None else CachedSteps(first, decoder, manifest)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
-        longest, limit = self.max_prompt_length, self.max_completion_length
-        if longest is not None and prompt > longest:
-            raise ContextLengthError(
-                f"This model's maximum input context length is {longest} tokens, however you requested {prompt} "
-                f"tokens. Please reduce your prompt."
-            )
+        check_prompt_length(prompt, self.max_prompt_length)
+        limit = self.max_length
         if wanted is None and limit is None:
             raise InputError("the model does not say how long a completion may be; give max_tokens")
         if limit is not None and (wanted or 0) > limit:

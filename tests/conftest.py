@@ -45,13 +45,6 @@ def refuse_other_kernels() -> None:
         )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A home that can be written to: where it cannot, onnxruntime says so on standard error in every process."""
-    if not os.access(Path.home(), os.W_OK):
-        os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-
-
 @pytest.fixture(scope="session")
 def zoo() -> Path:
     """The folder of small exported models, one folder each."""

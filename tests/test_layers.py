@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.test_packaging import FOLDERS, ROOT, imports
+from tests.test_packaging import FOLDERS, ROOT, imports, within
 
 MAP = (ROOT / "ARCHITECTURE.md").read_text()
 FILES = {
@@ -73,6 +73,19 @@ def test_the_proof_shares_nothing_with_what_it_proves() -> None:
     allowed = {"errors.py", "shapes/", "rules/", "proof/"}
     used = {room_of(b) for a, b in arrows() if a.startswith("builder/proof/") and b.startswith("builder/")}
     assert used - allowed == set()
+
+
+def test_the_builder_needs_no_onnxruntime_of_the_runtime() -> None:
+    """Neither do the files that it imports there, nor those that they import."""
+    seen: set[str] = set()
+    pending = [b for a, b in arrows() if a.startswith("builder/") and b.startswith("runtime/")]
+    while pending:
+        path = pending.pop()
+        if path not in seen:
+            seen.add(path)
+            pending += [b for a, b in arrows() if a == path]
+    assert "runtime/placement/capacity.py" in seen
+    assert {path for path, name in imports("runtime") if path in seen and within(name, "onnxruntime")} == set()
 
 
 @pytest.mark.parametrize(("folder", "most"), [("builder", 11), ("runtime", 9)])

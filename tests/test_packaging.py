@@ -59,7 +59,7 @@ def test_every_folder_with_modules_is_a_package() -> None:
     ("folder", "may_import"),
     [
         ("runtime", ["furiosa_llm.runtime"]),
-        ("builder", ["furiosa_llm.builder", "furiosa_llm.runtime.artifact"]),
+        ("builder", ["furiosa_llm.builder", "furiosa_llm.runtime.artifact", "furiosa_llm.runtime.placement"]),
     ],
 )
 def test_folders_import_only_what_they_may(folder: str, may_import: list[str]) -> None:
@@ -86,6 +86,20 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         & {canonicalize_name(distribution) for distribution in distributions.get(top, [])}
     }
     assert undeclared == set()
+
+
+def test_every_declared_dependency_is_imported() -> None:
+    """By a product file; those of an extra, too."""
+    distributions = packages_distributions()
+    used = {
+        canonicalize_name(distribution)
+        for folder in FOLDERS.values()
+        for _, name in imports(folder)
+        for distribution in distributions.get(name.partition(".")[0], [])
+    }
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    product = [extras["serve"], extras["plots"], extras["mlperf"], PYPROJECT["project"]["dependencies"]]
+    assert set().union(*map(names_of, product)) - used == set()
 
 
 def test_every_file_that_is_no_module_is_package_data() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import click.testing
 import gguf
@@ -20,7 +22,7 @@ from benchmarks.peers.contenders import CLASSES, FLOAT32, FOUR_BITS, OURS, Conte
 from benchmarks.peers.machine import cpu_fields, describe_machine
 from benchmarks.peers.measuring import AT_ONCE_TOKENS, DECODED, Comparison, Measured, Prompts, Results, agreeing
 from benchmarks.peers.models import write_float32_gguf
-from benchmarks.peers.protocol import Generation, Loaded, Tokens, answer, timed_generation, write_line
+from benchmarks.peers.protocol import Generation, Loaded, Tokens, answer, timed_generation, timed_requests, write_line
 from benchmarks.peers.table import as_json, markdown, median_ratio
 from benchmarks.peers.worker import Worker, WorkerError, processes_of
 
@@ -184,6 +186,33 @@ def test_a_loop_feeds_each_token_back() -> None:
     assert found.tokens == [[3, 4, 5], [7, 8, 9]]
     assert given == [[[1, 2], [5, 6]], [[3], [7]], [[4], [8]]]
     assert 0 < found.first_seconds <= found.seconds
+
+
+def test_requests_are_given_together_and_timed() -> None:
+    class Alternating:
+        """A token for one request after the other, two for each."""
+
+        def __init__(self) -> None:
+            self.left: list[tuple[str, int]] = []
+
+        def add_request(self, request_id: str, prompt: dict[str, list[int]], params: object) -> None:
+            assert params == "greedy"
+            self.left += [(request_id, prompt["prompt_token_ids"][-1] + more) for more in (1, 2)]
+            self.left.sort(key=lambda one: one[1] % 2)
+
+        def has_unfinished_requests(self) -> bool:
+            return bool(self.left)
+
+        def step(self) -> list[SimpleNamespace]:
+            request_id, token = self.left.pop(0)
+            return [SimpleNamespace(request_id=request_id, token=token)]
+
+    ids = map(str, itertools.count())
+    for _ in range(2):
+        found = timed_requests(Alternating(), [[1, 2], [6]], "greedy", ids, lambda one, to: to.append(one.token))
+        assert found.tokens == [[4, 3], [8, 7]]
+        assert 0 < found.first_seconds <= found.seconds
+    assert next(ids) == "4"
 
 
 def test_loading_makes_a_token() -> None:

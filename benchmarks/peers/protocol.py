@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TextIO
 
@@ -69,6 +69,44 @@ def timed_generation(prompts: Tokens, count: int, step: Callable[[Tokens], Seque
         for sequence, one in zip(tokens, new, strict=True):
             sequence.extend(one)
     return Generation(tokens=tokens, first_seconds=first - started, seconds=time.perf_counter() - started)
+
+
+class Requests(Protocol):
+    """An engine of requests, with the methods of vLLM's and of this project's."""
+
+    def add_request(self, request_id: str, prompt: Any, params: Any, /) -> Any:
+        """Starts a request."""
+        ...
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether some are left."""
+        ...
+
+    def step(self) -> Any:
+        """Runs a batch, and gives the requests that have new tokens."""
+        ...
+
+
+def timed_requests(
+    engine: Requests, prompts: Tokens, params: object, ids: Iterator[str], collect: Callable[[Any, list[int]], None]
+) -> Generation:
+    """A request for each of `prompts`, given together; `collect` puts what an output has into its request's tokens."""
+    started = time.perf_counter()
+    tokens: dict[str, list[int]] = {}
+    for prompt in prompts:
+        request_id = next(ids)
+        tokens[request_id] = []
+        engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+    first = None
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            collect(output, tokens[output.request_id])
+        if first is None and all(tokens.values()):
+            first = time.perf_counter()
+    assert first is not None
+    return Generation(
+        tokens=list(tokens.values()), first_seconds=first - started, seconds=time.perf_counter() - started
+    )
 
 
 def serve(engine: Engine) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.factors.factor import Factor, FactorConflictError, concatenation, prefix, product, unify
-from furiosa_llm.builder.rules import WEIGHT_MOVERS, NodeView, rule_of
+from furiosa_llm.builder.rules import NodeView, keeps_weights, rule_of
 from furiosa_llm.builder.rules.rule import DimExpr, Rule, Signature, parse
 from furiosa_llm.builder.shapes.interpreter import Facts
 
@@ -206,6 +206,6 @@ def find_weight_derived(analysis: Analysis) -> set[ir.Value]:
         if inputs and constant.issuperset(inputs):
             constant.update(info.node.outputs)
             derived.update(info.node.outputs)
-        elif info.node.op_type in WEIGHT_MOVERS and info.node.inputs[0] in derived:
+        elif keeps_weights(info.node) and info.node.inputs[0] in derived:
             derived.update(info.node.outputs)
     return derived

@@ -12,7 +12,6 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
 from furiosa_llm.builder.factors.misfit import explained, named
-from furiosa_llm.builder.rules import SHAPES
 from furiosa_llm.builder.shapes.interface import (
     PROBE,
     SECOND_PROBE,
@@ -65,7 +64,7 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     If `lenient`, the branches of an If need not agree where its condition is known at some sizes.
     """
     kinds = dimension_kinds(model.graph, given, config)
-    interpreter = Interpreter(model, SHAPES, lenient=lenient)
+    interpreter = Interpreter(model, lenient=lenient)
     try:
         facts, kinds = _first_accepted(interpreter, model.graph, kinds)
     except MisfitError as error:

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.shapes.flow import cache_ports, grown_output, is_kept
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.shapes.flow import grown_output, is_kept
 from furiosa_llm.builder.shapes.interface import role_of
 from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.manifest import StateMode
 
-_IN_PLACE = frozenset({"GroupQueryAttention"})
 _STATE_OUTPUT = re.compile(r"present.*")
 
 
@@ -81,9 +81,10 @@ def _writes_in_place(node: ir.Node) -> bool:
 
     What else reads a cache in place would find it as long as its buffer.
     """
-    if node.op_type not in _IN_PLACE:
+    entry = op_of(node)
+    if entry is None or not entry.in_place:
         return False
-    for port, out in cache_ports(node).items():
+    for port, out in entry.caches.items():
         before, after = node.inputs[port], node.outputs[out]
         if before is None or not before.is_graph_input() or not after.is_graph_output():
             return False

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.lower.emit import Lowered
-from furiosa_llm.builder.rules import SHAPES
-from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape, ShapeRule
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
+from furiosa_llm.builder.rules.collectives import collective_shapes
+from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, Shape
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, local_size
 
 
 def interpreter(program: ir.Model, mesh: Mesh) -> Interpreter:
     """An interpreter of the program as one rank runs it."""
-
-    def all_reduce(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
-        data = inputs[0]
-        assert data is not None
-        return [(data.dtype, data.shape)]
-
-    def all_gather(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
-        data = inputs[0]
-        assert data is not None
-        dim = node.attributes["dim"].as_int()
-        parts = mesh.parts(node.attributes["axes"].as_ints())
-        return [(data.dtype, tuple(n * parts if d == dim else n for d, n in enumerate(data.shape)))]
-
-    rules: Mapping[tuple[str, str], ShapeRule] = {
-        **SHAPES,
-        (COLLECTIVE_DOMAIN, "AllReduce"): all_reduce,
-        (COLLECTIVE_DOMAIN, "AllGather"): all_gather,
-    }
-    return Interpreter(program, rules)
+    return Interpreter(program, collective_shapes(mesh))
 
 
 def local_shape(layout: Sequence[Dim], shape: Shape, mesh: Mesh) -> Shape:

@@ -15,7 +15,7 @@ from furiosa_llm.builder.lower.lookup import emit_lookup
 from furiosa_llm.builder.lower.program_builder import ProgramBuilder, ShardedTensor
 from furiosa_llm.builder.lower.sizes import SizeRewriter
 from furiosa_llm.builder.plan.outcome import Assignment, Outcome, Step
-from furiosa_llm.builder.shapes.facts import present
+from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
 

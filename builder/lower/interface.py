@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.program_shapes import global_shape
+from furiosa_llm.builder.lower.program_shapes import global_shapes
 from furiosa_llm.builder.shapes.roles import inferred_role
 
 
@@ -30,13 +30,14 @@ def interface_of(build: Build) -> tuple[InterfaceValue, ...]:
 
 def _inputs(build: Build) -> Iterator[InterfaceValue]:
     pairs = {pair.input: pair for pair in build.states.pairs}
-    for value in build.model.graph.inputs:
+    values = build.model.graph.inputs
+    for value, shape in zip(values, global_shapes(build, values), strict=True):
         role, pair = inferred_role(value), pairs.get(value)
         why = role.why if pair is None or role.name == "state" else "an output of its size is computed of it"
         yield InterfaceValue(
             name=str(value.name),
             dtype=build.probes.facts[value].dtype.name,
-            shape=global_shape(build, value),
+            shape=shape,
             role="state" if value in build.states.values else role.name,
             why=why if pair is None else f"{why}; comes out as {pair.output.name} ({pair.mode})",
             tie=role.tie,
@@ -45,7 +46,8 @@ def _inputs(build: Build) -> Iterator[InterfaceValue]:
 
 def _outputs(build: Build) -> Iterator[InterfaceValue]:
     made = {pair.output: pair for pair in build.states.pairs}
-    for value in build.model.graph.outputs:
+    values = build.model.graph.outputs
+    for value, shape in zip(values, global_shapes(build, values), strict=True):
         role, why = "other", "nothing tells what it is for"
         if value is build.logits:
             role, why = "logits", "it ends in a product as wide as the vocabulary"
@@ -56,7 +58,7 @@ def _outputs(build: Build) -> Iterator[InterfaceValue]:
         yield InterfaceValue(
             name=str(value.name),
             dtype=build.probes.facts[value].dtype.name,
-            shape=global_shape(build, value),
+            shape=shape,
             role=role,
             why=why,
         )

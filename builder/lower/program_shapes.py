@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from furiosa_llm.builder.lower.blocks import levels
@@ -16,9 +18,13 @@ ValueShape = tuple[ir.DataType, tuple[int | str | None, ...]]
 """A type, and for each dimension its size, its expression, or None where no expression is known."""
 
 
-def global_shape(build: Build, value: ir.Value) -> tuple[int | str, ...]:
-    """The shape of an input or output of the source; a dimension without an expression is named after its place."""
+def global_shapes(build: Build, values: Sequence[ir.Value]) -> list[tuple[int | str, ...]]:
+    """The shapes of inputs or outputs of the source; a dimension without an expression is named after its place."""
     names = names_of_sizes(build.probes.kinds)
+    return [_global_shape(build, value, names) for value in values]
+
+
+def _global_shape(build: Build, value: ir.Value, names: dict[tuple[int, int], str]) -> tuple[int | str, ...]:
     pairs = zip(build.probes.facts[value].shape, build.probes.others[value].shape, strict=True)
     dims = [dimension(sizes, names) for sizes in pairs]
     return tuple(f"{value.name}.{d}" if dim is None else dim for d, dim in enumerate(dims))
@@ -31,13 +37,14 @@ def program_shapes(build: Build) -> dict[str, ValueShape]:
     """
     interpret = interpreter(ir.Model(build.lowered.graph, ir_version=build.ir_version), build.plan.mesh).run
     graph = build.model.graph
-    first, second = (interpret(_local_inputs(build, s), lengths(graph, s)) for s in (PROBE, SECOND_PROBE))
+    first, second = (interpret(local_inputs(build, s), lengths(graph, s)) for s in (PROBE, SECOND_PROBE))
     check_shapes(build.lowered, first)
     names = names_of_sizes(build.probes.kinds)
     return {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}
 
 
-def _local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
+def local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
+    """Input -> its shape on one rank, at `sizes`."""
     layouts = build.lowered.input_layouts
     shapes = concrete(build.probes.kinds, sizes)
     return {name: local_shape(layouts[name], shape, build.plan.mesh) for name, shape in shapes.items()}

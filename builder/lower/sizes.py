@@ -15,15 +15,12 @@ import onnx_ir as ir
 from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.lower.layouts import Layouts
 from furiosa_llm.builder.lower.program_builder import ProgramBuilder
+from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.builder.rules.rule import ShapeOperand
-from furiosa_llm.builder.shapes.facts import present
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, Prod, axes_of, global_size, local_size
 
 _SPLIT_SIZES_ARE_INPUT = 13
 """Since this opset, Split takes its sizes as an input."""
-
-_FOLLOW_BY_THEMSELVES = {"Reshape": (-1, 0), "Expand": (1,)}
-"""Sizes in a target that are right locally, too: the rest, the input's size."""
 
 
 class SizeRewriter:
@@ -60,7 +57,7 @@ class SizeRewriter:
     ) -> None:
         """Make an operand that holds sizes or positions local, in `inputs` and `attributes`."""
         if operand.kind == "dims":
-            self._localise_dims(info, operand.port, inputs)
+            self._localise_dims(info, operand, inputs)
         elif operand.kind == "repeats":
             self._localise_repeats(info, operand.port, inputs)
         elif operand.kind == "split":
@@ -70,8 +67,8 @@ class SizeRewriter:
 
     # -- the sizes of an output ----------------------------------------------------------------------------------
 
-    def _localise_dims(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
-        output, target = info.node.outputs[0], present(info.node.inputs[port])
+    def _localise_dims(self, info: NodeInfo, operand: ShapeOperand, inputs: list[ir.Value | None]) -> None:
+        output, target = info.node.outputs[0], present(info.node.inputs[operand.port])
         raw = self._analysis.facts[target].value
         layout = self._layouts.of(output)
         static: dict[int, int] = {}
@@ -79,8 +76,7 @@ class SizeRewriter:
         for d in self._layouts.split_dims(output):
             assert raw is not None, f"{info.node.op_type} {info.node.name}: the shape of a split value is not known"
             i = d - (len(layout) - len(raw))
-            left_alone = _FOLLOW_BY_THEMSELVES.get(info.node.op_type, ())
-            if i < 0 or (0, d) in info.full_outputs or int(raw[i]) in left_alone:
+            if i < 0 or (0, d) in info.full_outputs or int(raw[i]) in operand.kept:
                 continue
             if self._analysis.is_dynamic(output, d):
                 divide[i] = self._layouts.parts(layout[d])
@@ -89,8 +85,8 @@ class SizeRewriter:
         if static or divide:
             key = (target, tuple(static.items()), tuple(divide.items()))
             if key not in self._local:
-                self._local[key] = self._local_vector(present(inputs[port]), target, static, divide)
-            inputs[port] = self._local[key]
+                self._local[key] = self._local_vector(present(inputs[operand.port]), target, static, divide)
+            inputs[operand.port] = self._local[key]
 
     def _localise_repeats(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
         """How often this rank's part of the input is in its part of the output."""

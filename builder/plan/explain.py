@@ -13,7 +13,7 @@ from furiosa_llm.builder.plan.groups import Group
 from furiosa_llm.builder.plan.outcome import Axes
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.plan.search import Refused
-from furiosa_llm.builder.units import counted, nbytes
+from furiosa_llm.runtime.artifact.units import counted, nbytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo, find_weight_derived
 from furiosa_llm.builder.factors.factor import Factor, Kind
 from furiosa_llm.builder.factors.states import States
-from furiosa_llm.builder.rules import WEIGHT_MOVERS
+from furiosa_llm.builder.rules import keeps_weights
 from furiosa_llm.builder.shapes.interface import role_of
 
 
@@ -166,7 +166,7 @@ def _reads_tokens(info: NodeInfo) -> bool:
     """Whether token ids are looked up, perhaps in another form."""
     for value in info.node.inputs:
         source = value
-        while source is not None and (node := source.producer()) is not None and node.op_type in WEIGHT_MOVERS:
+        while source is not None and (node := source.producer()) is not None and keeps_weights(node):
             source = node.inputs[0]
         if source is not None and source.is_graph_input() and role_of(source) == "token_ids":
             return True

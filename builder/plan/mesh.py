@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from furiosa_llm.builder.errors import OptionError
+from furiosa_llm.runtime.artifact.card import PES_PER_CARD
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 SUPPORTED_SIZES = (4, 8)
@@ -14,7 +15,9 @@ def check_tensor_parallel_size(size: int, *, experimental: bool) -> None:
     allowed = (*SUPPORTED_SIZES, *EXPERIMENTAL_SIZES) if experimental else SUPPORTED_SIZES
     if size in allowed:
         return
-    message = f"tensor parallel size {size} is not supported; a card has 8 PEs, fused by 4 or 8, so use 4 or 8"
+    message = (
+        f"tensor parallel size {size} is not supported; a card has {PES_PER_CARD} PEs, fused by 4 or 8, so use 4 or 8"
+    )
     if size in EXPERIMENTAL_SIZES:
         message += f" (or say --experimental-tp to build for {size} all the same)"
     raise OptionError(message + ".")

@@ -12,8 +12,8 @@ from furiosa_llm.builder.factors.factor import Factor
 from furiosa_llm.builder.plan.groups import Group, candidates, group_leaves
 from furiosa_llm.builder.plan.outcome import Axes
 from furiosa_llm.builder.plan.pricing import Price, Pricer, Subject
-from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.units import counted, nbytes
 
 MOVE_CHARGE = 0.01
 """What splitting another group must save even if it adds no collective, as a share of the median weight matrix: each

@@ -12,14 +12,14 @@ from furiosa_llm.builder.factors.factor import Factor, Kind, segments_of, to_dim
 from furiosa_llm.builder.factors.states import States
 from furiosa_llm.builder.plan.outcome import Assignment, Axes, Collective, InfeasibleError, Outcome, Step
 from furiosa_llm.builder.plan.padding import (
-    Content,
     Contents,
     content_at,
     have_common_leaves,
     output_content,
     padded_places,
 )
-from furiosa_llm.builder.shapes.facts import present
+from furiosa_llm.builder.rules.facts import present
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, simplify
 
 Split = list[tuple[int, list[Factor]]]
@@ -79,7 +79,7 @@ class SweepPass:
             readers = list(value.uses())
             if len(readers) == 1 and not value.is_graph_output():
                 seen = self._partial_seen.get(readers[0].node, set())
-                if seen - {readers[0].idx} and readers[0].node.op_type in ("Add", "Sum"):
+                if seen - {readers[0].idx}:
                     found.add(value)
         return frozenset(found)
 
@@ -176,7 +176,8 @@ class SweepPass:
         ports = [p for p, v in enumerate(node.inputs) if v is not None and v in self._partial]
         if not ports:
             return ()
-        self._partial_seen[node] = set(ports)
+        if info.rule.padding == "sum" and len(info.rule.linear) > 1:
+            self._partial_seen[node] = set(ports)
         passing = self._passing(info, ports, step)
         for port in ports:
             if port not in passing:

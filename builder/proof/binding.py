@@ -11,14 +11,13 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.pieces import Dim, Size
-from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
+from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Placement
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.builder.rules.rule import DimExpr, Operand, Rule, Signature
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Symbols = dict[str, Dim]
-
-_CONTRACTIONS = {"MatMul", "FusedMatMul"}
-_JOINED = {"Concat"}
 
 
 def uses(signature: Signature, inputs: Mapping[int, Placement]) -> list[tuple[int, int, Dim, DimExpr]]:
@@ -302,10 +301,11 @@ def resolve_copies(node: ir.Node, inputs: Mapping[int, Placement]) -> dict[int, 
     for (a, x), (b, y) in itertools.permutations(inputs.items(), 2):
         if not any(map(pieces.has_copies, x.dims)):
             continue
-        skip = 2 if node.op_type in _CONTRACTIONS else 0
+        entry = op_of(node)
+        skip = 0 if entry is None else entry.core_dims
         dims = list(found[a].dims)
         for back in range(skip + 1, min(len(x.dims), len(y.dims)) + 1):
-            if node.op_type in _JOINED and len(dims) - back == node.attributes["axis"].as_int() % len(dims):
+            if node.op_type == "Concat" and len(dims) - back == node.attributes["axis"].as_int() % len(dims):
                 continue
             same = pieces.unify(dims[-back], found[b].dims[-back])
             if same is not None and pieces.local_size(found[b].dims[-back]) == pieces.local_size(dims[-back]):

@@ -20,7 +20,6 @@ from furiosa_llm.builder.proof.movers import Movers
 from furiosa_llm.builder.proof.pieces import Dim, of_layout, places, run
 from furiosa_llm.builder.proof.placement import (
     REBUILD,
-    Content,
     ContradictionError,
     Fault,
     Held,
@@ -34,16 +33,14 @@ from furiosa_llm.builder.proof.placement import (
     whole,
 )
 from furiosa_llm.builder.proof.ranks import Constants, RankTransfer, restored, sub_dimensions
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.builder.shapes.closures import graphs_within, nodes_within
 from furiosa_llm.runtime.artifact import layout
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-
-_RANDOM = frozenset(
-    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-)
 
 _MAX_RETRIES = 32
 """How many faulty nodes are tried with other readings of the reshapes before them."""
@@ -184,7 +181,8 @@ class _Checker:
         if any(isinstance(one, RankConstant | RankFunction | Rows) for one in held) and not in_table:
             return self._ranks.outputs(node, held)
         if all(isinstance(one, Placement) and one.is_whole for one in held if one is not None):
-            copies = node.op_type in ("Expand", "ConstantOfShape", "Tile") and not self._are_integers(node)
+            entry = op_of(node)
+            copies = entry is not None and entry.moves == "copies" and not self._are_integers(node)
             if not copies and not node.domain:  # what onnxruntime's own ops need is in their rules alone
                 return [whole(self._facts.shape(value)) for value in node.outputs]
         if node.op_type == "Mul" and any(isinstance(one, Placement) and one.scale != 1 for one in held):
@@ -199,7 +197,7 @@ class _Checker:
     def _check_alike(self, node: ir.Node) -> None:
         """Equal operands must give equal results, and graphs inside a node must read nothing but what is whole."""
         inner = list(nodes_within(node))
-        if any(one.op_type in _RANDOM and not one.domain for one in (node, *inner)):
+        if any((entry := op_of(one)) is not None and entry.random for one in (node, *inner)):
             raise ContradictionError("numbers drawn at random on each rank", "the same numbers on all ranks", REBUILD)
         results = (value for graph in graphs_within(node) for value in graph.outputs)
         if any(value.producer() is None and not value.is_graph_input() for value in results):

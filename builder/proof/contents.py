@@ -9,7 +9,8 @@ import onnx_ir as ir
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.pieces import Dim, Place
-from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Placement
+from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Placement
+from furiosa_llm.builder.rules.padding import Content, content_after
 from furiosa_llm.builder.rules.rule import Rule
 
 
@@ -70,26 +71,4 @@ def contents_of(
 
 
 def _content(rule: Rule, inputs: Mapping[int, Placement], place: Place) -> Content:
-    if rule.divisor is not None and rule.divisor in inputs and content_of(inputs[rule.divisor], place) is not None:
-        return Content.ANY
-    ports = [p for p in inputs if rule.padding_ports is None or p in rule.padding_ports]
-    found = [c for p in ports if (c := content_of(inputs[p], place)) is not None]
-    worst = max(found, default=Content.FINITE)
-    match rule.padding:
-        case "moves":
-            return worst
-        case "product" if worst < Content.ANY and _adds_nothing(rule, inputs, place):
-            return min(found, default=Content.FINITE)
-        case "sum" if len(found) == len(ports):
-            return worst
-        case "product" | "sum" | "finite":
-            return max(worst, Content.FINITE)
-        case "fragile" if worst is Content.ZERO:
-            return Content.ZERO
-        case _:
-            return Content.ANY
-
-
-def _adds_nothing(rule: Rule, inputs: Mapping[int, Placement], place: Place) -> bool:
-    """Whether what is added after a contraction is zero, too."""
-    return all(content_of(inputs[port], place) is Content.ZERO for port in rule.masked if port in inputs)
+    return content_after(rule, inputs, lambda port: content_of(inputs[port], place))

@@ -12,11 +12,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from furiosa_llm.builder.proof.pieces import Size, local_size, of_layout
-from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.rules.collectives import collective_shapes
 from furiosa_llm.builder.shapes.closures import is_control_flow
-from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape, ShapeRule
+from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manifest
 
@@ -45,7 +44,7 @@ class RankInterpreter(Interpreter):
 
     def __init__(self, model: ir.Model, mesh: Mesh, fresh: int) -> None:
         """`fresh` is where sizes begin that depend on elements, those of NonZero."""
-        super().__init__(model, {**SHAPES, **_collective_shapes(mesh)})
+        super().__init__(model, collective_shapes(mesh))
         self._fresh = itertools.count(fresh, 10)
 
     @property
@@ -61,22 +60,6 @@ class RankInterpreter(Interpreter):
         if is_control_flow(node):
             return self._control_flow.infer(node, inputs, around)
         return self._infer_once(node, inputs)
-
-
-def _collective_shapes(mesh: Mesh) -> dict[tuple[str, str], ShapeRule]:
-    def all_reduce(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
-        data = inputs[0]
-        assert data is not None
-        return [(data.dtype, data.shape)]
-
-    def all_gather(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
-        data = inputs[0]
-        assert data is not None
-        dim = node.attributes["dim"].as_int()
-        parts = mesh.parts(node.attributes["axes"].as_ints())
-        return [(data.dtype, tuple(n * parts if d == dim else n for d, n in enumerate(data.shape)))]
-
-    return {(COLLECTIVE_DOMAIN, "AllReduce"): all_reduce, (COLLECTIVE_DOMAIN, "AllGather"): all_gather}
 
 
 class LocalFacts:

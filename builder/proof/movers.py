@@ -14,7 +14,7 @@ from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.pieces import ONE, Copies, Dim, Size
 from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Held, LocalSizes, Placement, whole
 from furiosa_llm.builder.proof.regroup import candidates
-from furiosa_llm.builder.shapes.facts import present
+from furiosa_llm.builder.rules.facts import present
 
 Choose = Callable[[ir.Node, object, Sequence[tuple[Dim, ...]]], tuple[Dim, ...]]
 """Picks one of several readings of a node; the second argument tells like situations by being equal."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,18 +11,11 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.pieces import Dim, Place, Size
+from furiosa_llm.builder.rules.padding import Content
 
 Axes = tuple[int, ...]
 REBUILD = "build the artifact again, and report it if the new one has it, too"
 Indices = npt.NDArray[np.int64]
-
-
-class Content(enum.IntEnum):
-    """What padding holds; the greater, the less is known."""
-
-    ZERO = 0
-    FINITE = 1
-    ANY = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from furiosa_llm.builder.proof.pieces import Dim, of_layout
 from furiosa_llm.builder.proof.placement import (
     REBUILD,
     Axes,
-    Content,
     ContradictionError,
     Held,
     LocalSizes,
@@ -28,14 +27,16 @@ from furiosa_llm.builder.proof.placement import (
     Rows,
     whole,
 )
-from furiosa_llm.builder.shapes.evaluate import EVALUATORS
-from furiosa_llm.builder.shapes.facts import present
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.rules.facts import present
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 
 Array = npt.NDArray[Any]
 Constants = Callable[[str, int], Array]
 """The elements of a stored tensor on one rank."""
 
+# No facts about ops, but the form of the lookups that the builder writes (lower/lookup.py): anything else is refused.
 # fmt: off
 ELEMENTWISE = frozenset((
     "Add", "And", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Not", "Or",
@@ -254,10 +255,13 @@ class RankTransfer:
         if value.is_initializer():
             result = self._scalar(value, rank)
         elif node is not None and node.op_type in ELEMENTWISE and node.domain == "":
+            entry = op_of(node)
+            assert entry is not None
+            assert entry.value is not None
             operands = [self._evaluate_one(present(v), known, rank) for v in node.inputs]
             if all(one is not None for one in operands):
                 attributes: Mapping[str, Any] = {name: a.value for name, a in node.attributes.items()}
-                result = np.asarray(EVALUATORS[node.op_type](dict(attributes), operands))
+                result = np.asarray(entry.value(dict(attributes), operands))
         if result is not None:
             known[value] = result
         return result

@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.interpretation import LocalFacts, sizes_of
-from furiosa_llm.builder.proof.placement import REBUILD, Content, ContradictionError, Fault, Held, Placement
+from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Fault, Held, Placement
+from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.builder.shapes.closures import nodes_within
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import LayoutError
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
@@ -133,7 +133,7 @@ def _check_windows(manifest: Manifest, initializers: Mapping[str, onnx.TensorPro
         if found is None or found.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in found.external_data}
-        nbytes = DTYPES[tensor.dtype].nbytes(tensor.local_shape)
+        nbytes = tensor.local_nbytes
         place = entries.get("location"), entries.get("length")
         if place != (tensor.file, str(nbytes)) or not entries.get("offset", "").isdecimal():
             yield fault(f'tensor "{tensor.name}"', f"a window {entries}", f"{nbytes} bytes of {tensor.file}")

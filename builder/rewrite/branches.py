@@ -15,26 +15,16 @@ from furiosa_llm.builder.factors.probe import Probes, probe
 from furiosa_llm.builder.rewrite.control_flow import constant_condition, replace_outputs, splice, take_branch
 from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.size_folding import proven_conditions
-from furiosa_llm.builder.rules import SHAPES
+from furiosa_llm.builder.rewrite.writer import NodeWriter
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.rules.facts import Facts, present
 from furiosa_llm.builder.shapes.closures import BRANCHES, CLOSURE_DOMAIN, nodes_within
-from furiosa_llm.builder.shapes.facts import Facts, present
 from furiosa_llm.builder.shapes.interpreter import Interpreter
 
 _MOST_NODES = 64
 """Of one branch; both are computed in every run."""
 _OLDEST_WHERE = 9
 """The opset that brought it."""
-# fmt: off
-_TOTAL = frozenset((
-    "Abs", "Add", "And", "Cast", "Ceil", "Celu", "Clip", "Cos", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Gemm",
-    "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization",
-    "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mish", "Mul", "Neg", "Not", "Or",
-    "Reciprocal", "Relu", "RMSNormalization", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus",
-    "Softsign", "Sqrt", "Sub", "Sum", "Tanh", "ThresholdedRelu", "Transpose", "Where",
-))
-_TOTAL_ON_FLOATS = frozenset(("Div", "Pow"))
-# fmt: on
-"""Ops that give something for whatever elements: computing the branch that is not taken does no harm."""
 _SELECTABLE = frozenset(
     (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.INT32, ir.DataType.INT64)
 )
@@ -76,7 +66,7 @@ def _inline_both(model: ir.Model, probes: Probes) -> bool:
     """Inline both branches where that is safe, and select between what they give; returns whether it is anywhere."""
     if model.graph.opset_imports.get("", 1) < _OLDEST_WHERE:
         return False
-    interpreter = Interpreter(model, SHAPES)
+    interpreter = Interpreter(model)
     found = False
     for node in list(model.graph):
         if _is_if(node) and all(_may_select(node, facts, interpreter) for facts in probes.all_facts):
@@ -116,23 +106,18 @@ def _is_total(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
         return False
     if node.op_type == "If":  # which will be inlined, too, in the next round
         return _are_total(node, [node.attributes[name].as_graph() for name in BRANCHES], facts, interpreter)
-    if node.op_type in _TOTAL_ON_FLOATS:
-        return all(value is None or facts[value].dtype.is_floating_point() for value in node.inputs)
-    return node.op_type in _TOTAL
+    entry = op_of(node)
+    if entry is None or entry.total is None:
+        return False
+    of_floats = all(value is None or facts[value].dtype.is_floating_point() for value in node.inputs)
+    return entry.total == "always" or of_floats
 
 
 def _select(graph: ir.Graph, node: ir.Node) -> None:
     condition = node.inputs[0]
     then, other = (splice(graph, node, node.attributes[n].as_graph()) for n in BRANCHES)
-    chosen: Sequence[ir.Value] = [
-        _where(graph, node, [condition, a, b], f"{node.name}/select{number}")
-        for number, (a, b) in enumerate(zip(then, other, strict=True))
-    ]
+    new = NodeWriter(graph, lambda number: f"{node.name}/select{number}")
+    pairs = enumerate(zip(then, other, strict=True))
+    chosen = [new.add("Where", [condition, *pair], str(number)) for number, pair in pairs]
+    new.put_before(node)
     replace_outputs(graph, node, chosen)
-
-
-def _where(graph: ir.Graph, before: ir.Node, inputs: Sequence[ir.Value | None], name: str) -> ir.Value:
-    select = ir.Node("", "Where", inputs, name=name)
-    select.outputs[0].name = name
-    graph.insert_before(before, select)
-    return select.outputs[0]

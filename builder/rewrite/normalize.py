@@ -16,13 +16,10 @@ from furiosa_llm.builder.rewrite.decompose import decompose
 from furiosa_llm.builder.rewrite.functions import inline_functions
 from furiosa_llm.builder.rewrite.sequences import replace_sequences
 from furiosa_llm.builder.rewrite.unsupported_ops import refuse_unsupported_ops
+from furiosa_llm.builder.rules import op_of
 from furiosa_llm.builder.shapes.closures import graphs_of, nodes_within
 from furiosa_llm.builder.shapes.control_flow import SIBLINGS
 from furiosa_llm.builder.source.load import Source, root_cause
-
-_RANDOM = frozenset(
-    ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-)
 
 _OVERRIDABLE = 4
 """The IR version since which initializers need not be inputs."""
@@ -174,7 +171,8 @@ def _check_scope(graph: ir.Graph, around: Set[ir.Value], source: Source) -> None
 def _refuse_random_ops(model: ir.Model, source: Source) -> None:
     for node in (inner for outer in model.graph for inner in (outer, *nodes_within(outer))):
         trains = node.op_type == "Dropout" and len(node.inputs) > 2 and not _is_constant_false(node.inputs[2])
-        if not node.domain and (node.op_type in _RANDOM or trains):
+        entry = op_of(node)
+        if (entry is not None and entry.random) or (not node.domain and trains):
             raise UnsupportedModelError(
                 f'{source.path.name}: node {node.op_type} "{node.name}" draws random numbers, which every rank would '
                 "draw anew; export the model without sampling, in inference mode."

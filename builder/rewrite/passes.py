@@ -24,11 +24,16 @@ class Rewritten:
     fusion: Fusion
 
 
-def rewrite(model: ir.Model, dims: Mapping[str, int], config: Mapping[str, object], *, fuse: bool) -> Rewritten:
-    """Rewrite a normalised model in place, probing it again after each pass that changed it; see `analyse_source`."""
+def rewrite(
+    model: ir.Model, dims: Mapping[str, int], config: Mapping[str, object], *, fuse: bool, fold: bool = True
+) -> Rewritten:
+    """Rewrite a normalised model in place, probing it again after each pass that changed it; see `analyse_source`.
+
+    Without `fold` the arithmetic of sizes stays as it was exported.
+    """
     cut_weight_inputs(model.graph)
     probes = whole = settle_branches(model, dims, config)
-    if simplify(model, probes):
+    if fold and simplify(model, probes):
         probes = probe(model, dims, config)
     fusion = fuse_attention(model, probes) if fuse else Fusion()
     if fusion.changed:

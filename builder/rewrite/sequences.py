@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import UnsupportedModelError
+from furiosa_llm.builder.rewrite.writer import NodeWriter
 
 _SIZES_ARE_INPUT = 13
 """Since this opset, Split takes its sizes, and Squeeze and Unsqueeze take their axes, as an input."""
@@ -27,7 +28,7 @@ def replace_sequences(graph: ir.Graph, file_name: str) -> None:
     replacer = _Replacer(graph, file_name)
     for node in list(graph):
         if not node.domain and node.op_type in _OPS:
-            _OPS[node.op_type](replacer, node)
+            replacer.replace(node)
     replaced = [node for node in graph if not node.domain and node.op_type in _OPS]
     for value in (value for node in replaced for value in node.outputs):
         if value.is_graph_output():
@@ -44,6 +45,13 @@ class _Replacer:
         self._elements: dict[ir.Value, list[ir.Value]] = {}
         self._opset = graph.opset_imports.get("", 1)
         self._names = itertools.count(1)
+        self._new: NodeWriter
+
+    def replace(self, node: ir.Node) -> None:
+        """Find out what is in the sequence that `node` makes, or let its readers have what it takes from one."""
+        self._new = NodeWriter(self._graph, lambda label: f"{node.outputs[0].name}/{label}{next(self._names)}")
+        _OPS[node.op_type](self, node)
+        self._new.put_before(node)
 
     # -- what makes sequences ------------------------------------------------------------------------------------
 
@@ -72,9 +80,9 @@ class _Replacer:
         if self._opset < _SIZES_ARE_INPUT:
             attributes["split"] = sizes
         else:
-            inputs.append(self._constant(node, "sizes", sizes))
-        parts = self._emit(node, "Split", inputs, "part", attributes, count=len(sizes))
-        self._elements[node.outputs[0]] = parts if keep else [self._axes_op(node, "Squeeze", p, axis) for p in parts]
+            inputs.append(self._new.vector(*sizes, label="sizes"))
+        parts = list(self._new.add_all("Split", inputs, ["part"] * len(sizes), attributes=attributes))
+        self._elements[node.outputs[0]] = parts if keep else [self._axes_op("Squeeze", part, axis) for part in parts]
 
     def _sizes(self, node: ir.Node, data: ir.Value, axis: int) -> list[int]:
         given = self._known(node, 1) if len(node.inputs) > 1 else np.array(1)
@@ -93,14 +101,13 @@ class _Replacer:
         self._replace(node, elements[self._position(node, 1, len(elements) - 1)])
 
     def length(self, node: ir.Node) -> None:
-        self._replace(node, self._constant(node, "length", len(self._sequence(node))))
+        self._replace(node, self._new.constant(np.array(len(self._sequence(node)), dtype=np.int64), "length"))
 
     def concatenate(self, node: ir.Node) -> None:
         elements, axis = self._sequence(node), _attribute(node, "axis", 0)
         if _attribute(node, "new_axis", 0):
-            elements = [self._axes_op(node, "Unsqueeze", element, axis) for element in elements]
-        (joined,) = self._emit(node, "Concat", elements, "joined", {"axis": axis})
-        self._replace(node, joined)
+            elements = [self._axes_op("Unsqueeze", element, axis) for element in elements]
+        self._replace(node, self._new.add("Concat", elements, "joined", axis=axis))
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -133,39 +140,18 @@ class _Replacer:
             "export the model with split and concatenated tensors (torch: give torch.split constant sizes)."
         )
 
-    def _axes_op(self, node: ir.Node, op_type: str, value: ir.Value, axis: int) -> ir.Value:
+    def _axes_op(self, op_type: str, value: ir.Value, axis: int) -> ir.Value:
         """Squeeze or Unsqueeze."""
         if self._opset < _SIZES_ARE_INPUT:
-            return self._emit(node, op_type, [value], op_type, {"axes": [axis]})[0]
-        return self._emit(node, op_type, [value, self._constant(node, "axis", [axis])], op_type, {})[0]
-
-    def _emit(
-        self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value], label: str, given: _Attributes, count: int = 1
-    ) -> list[ir.Value]:
-        attributes = [ir.convenience.convert_attribute(name, value) for name, value in given.items()]
-        new = ir.Node("", op_type, inputs, attributes, num_outputs=count)
-        for value in new.outputs:
-            value.name = self._name(node, label)
-        new.name = new.outputs[0].name
-        self._graph.insert_before(node, new)
-        return list(new.outputs)
-
-    def _constant(self, node: ir.Node, label: str, number: int | list[int]) -> ir.Value:
-        array = np.array(number, dtype=np.int64)
-        tensor = ir.tensor(array, name=self._name(node, label))
-        value = ir.Value(name=tensor.name, const_value=tensor)
-        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
-        self._graph.register_initializer(value)
-        return value
-
-    def _name(self, node: ir.Node, label: str) -> str:
-        return f"{node.outputs[0].name}/{label}{next(self._names)}"
+            return self._new.add(op_type, [value], op_type, axes=[axis])
+        return self._new.add(op_type, [value, self._new.vector(axis, label="axis")], op_type)
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
         old = node.outputs[0]
         if old.is_graph_output():  # an output keeps its name, and what it is may have one as well
             alias = ir.Node("", "Identity", [value], name=f"{old.name}/output")
             alias.outputs[0].name, alias.outputs[0].type, alias.outputs[0].shape = old.name, old.type, old.shape
+            self._new.put_before(node)
             self._graph.insert_before(node, alias)
             value = alias.outputs[0]
         old.replace_all_uses_with(value, replace_graph_outputs=True)

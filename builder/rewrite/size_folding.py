@@ -21,31 +21,15 @@ from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.factor import Factor, Kind
 from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.polynomial import _BEYOND_INT64, Polynomial
-from furiosa_llm.builder.shapes.evaluate import EVALUATORS
+from furiosa_llm.builder.rewrite.writer import NodeWriter
+from furiosa_llm.builder.rules import evaluate, op_of
 from furiosa_llm.builder.shapes.interpreter import Facts, attributes_of
 
 _MAX_ELEMENTS = 64
 _MIN_NODES = 16
 """Graphs with less shape arithmetic than this are left as they are: they have little to win."""
-_SAME_ON_SIZES = frozenset(
-    {
-        "Add",
-        "Concat",
-        "Expand",
-        "Gather",
-        "Identity",
-        "Mul",
-        "Neg",
-        "Reshape",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Sub",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
-"""Ops whose numpy evaluation works on polynomials as it does on numbers."""
+_ARITHMETIC = frozenset(("Add", "Concat", "Mul", "Sub"))
+"""Besides the ops that only move elements, those whose numpy evaluation works on polynomials as it does on numbers."""
 
 Sizes = npt.NDArray[Any]
 """An array of polynomials or of booleans."""
@@ -88,7 +72,7 @@ class _Folder:
                     self._names.setdefault(analysis.dims[value][d].find(), kind)
         self.known: dict[ir.Value, Sizes] = {}
         self._emitted: dict[object, ir.Value] = {}
-        self._front: list[ir.Node] = []
+        self._new = NodeWriter(self._graph, lambda _: f"sizes/{len(self._emitted)}")
 
     def evaluate(self) -> None:
         """Find out what is known of every value."""
@@ -108,9 +92,7 @@ class _Folder:
             for value in node.outputs:
                 if value in self.known and self._is_read(value):
                     self._replace(value, self.known[value])
-        if self._front:
-            first = next(iter(self._graph))
-            self._graph.insert_before(first, self._front)
+        self._new.put_before(self._graph[0])
 
     # -- what is known -------------------------------------------------------------------------------------------
 
@@ -176,12 +158,22 @@ class _Folder:
         if node.op_type in _ON_SIZES:
             found = _ON_SIZES[node.op_type](inputs)
             return () if found is None else (found,)
-        if node.op_type not in _SAME_ON_SIZES:
+        entry = op_of(node)
+        if entry is None or entry.value is None:
             return ()
-        arguments = [inputs[0], *(_numbers(i) for i in inputs[1:])] if node.op_type in _INDEXED else inputs
+        if node.op_type in _ARITHMETIC:
+            arguments: list[Sizes | None] = inputs
+        elif entry.moves not in (
+            None,
+            "type",
+            "decode",
+        ):  # elements that are moved, and numbers that say where from or where to
+            arguments = [inputs[0], *map(_numbers, inputs[1:])]
+        else:
+            return ()
         if any(v is not None and a is None for v, a in zip(node.inputs, arguments, strict=True)):
             return ()
-        result = EVALUATORS[node.op_type](attributes_of(node), arguments)
+        result = entry.value(attributes_of(node), arguments)
         outputs = result if isinstance(result, tuple) else (result,)
         return tuple(o if o.size <= _MAX_ELEMENTS else _NOTHING for o in map(np.asarray, outputs))
 
@@ -203,7 +195,7 @@ class _Folder:
         numbers = _numbers(shape)
         if numbers is None or np.prod(numbers) > _MAX_ELEMENTS:
             return ()
-        filled = EVALUATORS["ConstantOfShape"](attributes_of(node), [numbers])
+        filled = evaluate.constant_of_shape(attributes_of(node), [numbers])
         array = np.asarray(filled)
         if array.dtype.kind not in "iu":
             return ()
@@ -269,21 +261,13 @@ class _Folder:
 
     def _node(self, op_type: str, inputs: Sequence[ir.Value], key: object, **attributes: int) -> ir.Value:
         if key not in self._emitted:
-            name = f"sizes/{len(self._emitted)}"
-            output = ir.Value(name=name)
-            attrs = [ir.AttrInt64(k, v) for k, v in attributes.items()]
-            self._front.append(ir.Node("", op_type, inputs, attrs, outputs=[output], name=name))
-            self._emitted[key] = output
+            self._emitted[key] = self._new.add_all(op_type, inputs, [""], attributes=attributes)[0]
         return self._emitted[key]
 
     def _initializer(self, array: npt.NDArray[Any]) -> ir.Value:
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         if key not in self._emitted:
-            name = f"sizes/{len(self._emitted)}"
-            tensor = ir.Tensor(array, name=name)
-            value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-            self._graph.register_initializer(value)
-            self._emitted[key] = value
+            self._emitted[key] = self._new.constant(array)
         return self._emitted[key]
 
 
@@ -294,7 +278,6 @@ def _can_be_written(sizes: Sizes) -> bool:
 
 
 _NOTHING: Sizes = np.empty(0, dtype=object)
-_INDEXED = frozenset({"Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Expand", "Split"})
 
 
 def _polynomials(elements: Sequence[Polynomial | None], shape: tuple[int, ...]) -> Sizes:

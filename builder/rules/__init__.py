@@ -1,4 +1,4 @@
-"""What the partitioner knows of each op, one small file per kind of op; `registry` is the one table of all of them."""
+"""What is known of each op, one small file for each kind of op; `registry` is the one table of all of them."""
 
 from furiosa_llm.builder.rules import (
     attention,
@@ -8,6 +8,7 @@ from furiosa_llm.builder.rules import (
     einsum,
     elementwise,
     experts,
+    hyper_connections,
     indexing,
     integers,
     linear_algebra,
@@ -15,15 +16,16 @@ from furiosa_llm.builder.rules import (
     quantization,
     recurrent,
     reduction,
+    refused,
     replicated,
 )
-from furiosa_llm.builder.rules.registry import RULES, SHAPES, WEIGHT_MOVERS, NodeView, rule_of
+from furiosa_llm.builder.rules.registry import OPS, Op, keeps_weights, op_of, rule_of
+from furiosa_llm.builder.rules.view import NodeView
 
 __all__ = [
-    "RULES",
-    "SHAPES",
-    "WEIGHT_MOVERS",
+    "OPS",
     "NodeView",
+    "Op",
     "attention",
     "attention_microsoft",
     "control_flow",
@@ -31,13 +33,17 @@ __all__ = [
     "einsum",
     "elementwise",
     "experts",
+    "hyper_connections",
     "indexing",
     "integers",
+    "keeps_weights",
     "linear_algebra",
     "movement",
+    "op_of",
     "quantization",
     "recurrent",
     "reduction",
+    "refused",
     "replicated",
     "rule_of",
 ]

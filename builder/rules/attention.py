@@ -10,15 +10,14 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.rules.cost import RMS_NORM, SOFTMAX, Cost, spent, taken
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, SizeMismatchError, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, SizeMismatchError, attributes_of
 
 _HEADS = "(kv g)"
-
-
-def _rest(view: NodeView, start: int) -> list[list[str] | None]:
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
 
 
 def _mask(view: NodeView, port: int) -> list[str]:
@@ -28,7 +27,6 @@ def _mask(view: NodeView, port: int) -> list[str]:
     return [n if s != 1 else "1" for n, s in zip(names, shape, strict=True)]
 
 
-@rule("GroupQueryAttention", domain=MICROSOFT)
 def group_query_attention(view: NodeView) -> Rule:
     """Query, key and value apart or packed in the query; caches are `b kv s d`."""
     heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
@@ -41,7 +39,7 @@ def group_query_attention(view: NodeView) -> Rule:
     cache = ["b", "kv", "*", "*" if quantised else "d"]  # codes of four bits lie two in a byte
     operands: list[list[str] | None] = [query, key, key]
     operands += [cache if view.has(port) else None for port in (3, 4)]
-    operands += _rest(view, 5)
+    operands += whole_inputs(view, 5)
     if view.has(5):  # lengths, one for each sequence
         operands[5] = ["b", *["*"] * (view.rank(5) - 1)]
     if view.has(9):
@@ -76,12 +74,8 @@ def _cache_scale(shape: Sequence[int], kv: int, size: int) -> list[str] | None:
     return [*("kv" if dim == kv else "1" for dim in shape[:-1]), "d"]
 
 
-@shape_rule("GroupQueryAttention")
-def _group_query_attention_shape(
-    node: ir.Node, inputs: Sequence[Fact | None]
-) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    query, past, total = inputs[0], inputs[3], inputs[6]
-    assert query is not None
+def _group_query_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    query, past, total = present(inputs[0]), inputs[3], inputs[6]
     attributes = attributes_of(node)
     heads, kv = attributes["num_heads"], attributes["kv_num_heads"]
     packed = inputs[1] is None
@@ -103,7 +97,6 @@ def _group_query_attention_shape(
     return [output, cache, cache, (query.dtype, (batch, heads, sequence, length))][: len(node.outputs)]
 
 
-@rule("Attention")
 def attention(view: NodeView) -> Rule:
     """ONNX Attention (opset 23 and later), on 4-D heads or on 3-D packed ones."""
     flat = view.rank(0) == 3
@@ -137,31 +130,28 @@ def attention(view: NodeView) -> Rule:
     )
 
 
-@rule("RotaryEmbedding")
 def rotary_embedding(view: NodeView) -> Rule:
     """Heads pass, the head vector is whole; caches are of positions, or of each sequence."""
-    rest = _rest(view, 1)
+    rest = whole_inputs(view, 1)
     for operand, port in zip(rest, range(1, 4), strict=False):
         if operand and (port == 3 or len(operand) == 3):
             operand[0] = "1" if view.shape(port)[0] == 1 else "b"
     return _rotary(view, rest)
 
 
-@rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_embedding_microsoft(view: NodeView) -> Rule:
     """Onnxruntime's op: positions (of each sequence, or the first of all) before the caches."""
-    rest = _rest(view, 1)
+    rest = whole_inputs(view, 1)
     if view.rank(1) == 2:
         rest[0] = ["1" if view.shape(1)[0] == 1 else "b", "*"]
     return _rotary(view, rest)
 
 
-@rule("MRotaryEmbedding", domain=MICROSOFT)
 def multimodal_rotary_embedding(view: NodeView) -> Rule:
     """RotaryEmbedding with three positions for each token."""
     if view.attribute("is_packed_batching", 0):
         return whole(view, note="MRotaryEmbedding of sequences of different lengths: replicated")
-    rest = _rest(view, 1)
+    rest = whole_inputs(view, 1)
     rest[0] = ["*", "b", "*"]
     return _rotary(view, rest)
 
@@ -179,8 +169,102 @@ def _rotary(view: NodeView, rest: list[list[str] | None]) -> Rule:
     return Rule(text=text, sizes=sizes, attributes={"num_heads": "h"}, padding="moves")
 
 
-@shape_rule("RotaryEmbedding", "MRotaryEmbedding")
-def _rotary_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+def _group_query_attention_fault(node: ir.Node, shapes: Shapes) -> str | None:
+    heads, groups = node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()
+    query = shapes[0]
+    if heads < 1 or groups < 1 or heads % groups:
+        return f"{heads} query heads cannot share {groups} key and value heads"
+    if query is None or query[2] % (heads if has(shapes, 1) else heads + 2 * groups):
+        return f"the packed heads do not divide by num_heads={heads} and kv_num_heads={groups}"
+    if has(shapes, 1) != has(shapes, 2) or has(shapes, 3) != has(shapes, 4):
+        return "a key is there without its value, or a value without its key"
+    return None
+
+
+def attention_flops(view: NodeView, queries: int, keys: int, sizes: int, *, biased: bool, window: int = 0) -> int:
+    """FLOPs of `queries`, of all sequences and heads, that each see `keys`, or the last `window` of them.
+
+    `sizes` are those of a key's and a value's head vector together.
+    """
+    seen = min(keys, window) if window > 0 else keys
+    per_score = 1 + SOFTMAX + biased + (3 if view.attribute("softcap", 0) else 0)
+    return queries * seen * (2 * sizes + per_score)
+
+
+def cache_reads(view: NodeView, ports: tuple[int, ...], window: int = 0) -> dict[int, int]:
+    """The bytes read of the caches at some inputs: all, or what a window reaches back from the first new position."""
+    return taken(view, ports, -2, window - 1) if window > 0 else {}
+
+
+def cache_writes(view: NodeView, ports: tuple[int, ...], new: int) -> dict[int, int]:
+    """The bytes written to the caches at some outputs: the `new` positions."""
+    facts = {p: view.facts[view.node.outputs[p]] for p in ports if p < len(view.node.outputs)}
+    return {p: fact.nbytes * min(new, n) // n for p, fact in facts.items() if fact.shape and (n := fact.shape[-2])}
+
+
+def _group_query_attention_cost(view: NodeView) -> Cost:
+    batch, new, width = view.shape(0)
+    heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
+    size = width // (heads if view.has(1) else heads + 2 * kv)
+    keys = view.out(1)[2] if len(view.node.outputs) > 1 else new + (view.shape(3)[2] if view.has(3) else 0)
+    window = int(view.attribute("local_window_size", -1))
+    flops = attention_flops(view, batch * heads * new, keys, 2 * size, biased=view.has(10), window=window)
+    vectors = batch * new * (heads + kv)
+    if view.attribute("do_rotary", 0):
+        flops += 3 * vectors * 2 * view.shape(7)[-1]
+    if view.has(14):
+        flops += RMS_NORM * vectors * size
+    reads = {**cache_reads(view, (3, 4), window), **taken(view, (7, 8), 0, batch * new)}
+    return spent(view, flops, reads, cache_writes(view, (1, 2), new))
+
+
+def _attention_cost(view: NodeView) -> Cost:
+    flat = view.rank(0) == 3
+    heads, kv = (int(view.attribute(n)) if flat else 1 for n in ("q_num_heads", "kv_num_heads"))
+    new = view.shape(1)[-2]
+    queries = math.prod(view.shape(0)[:-1]) * heads
+    sizes = view.shape(0)[-1] // heads + view.shape(2)[-1] // kv
+    keys = new + (view.shape(4)[2] if view.has(4) else 0)
+    left, right = int(view.attribute("left_window_size", -1)), int(view.attribute("right_window_size", -1))
+    right = 0 if view.attribute("is_causal", 0) else right
+    window = left + 1 + right if left >= 0 and right >= 0 else 0
+    flops = attention_flops(view, queries, keys, sizes, biased=view.has(3), window=window)
+    return spent(view, flops, cache_reads(view, (4, 5), window), cache_writes(view, (1, 2), new))
+
+
+def _rotary_cost(view: NodeView) -> Cost:
+    """Of every pair in the rotated part of a head vector, four products and two sums; rows of the caches are read."""
+    positions, caches = (3, (1, 2)) if not view.node.domain else (1, (2, 3))
+    shape, half = view.shape(0), view.shape(caches[0])[-1]
+    heads = shape[1] if len(shape) == 4 else int(view.attribute("num_heads", 0)) or shape[2] // (2 * half)
+    tokens = shape[0] * shape[-2]
+    reads = taken(view, caches, 0, tokens) if view.has(positions) else {}
+    return spent(view, 6 * tokens * heads * half, reads)
+
+
+op(
+    "GroupQueryAttention",
+    domain=MICROSOFT,
+    rule=group_query_attention,
+    shape=_group_query_attention_shape,
+    definition=takes(range(7, 17), (0, 5, 6), "num_heads", "kv_num_heads", outputs=4),
+    operands=Operands(
+        ranks={**dict.fromkeys((0, 1, 2), (3,)), 3: (4,), 4: (4,), 10: (4,), 11: (1,)},
+        check=_group_query_attention_fault,
+    ),
+    caches={3: 1, 4: 2},
+    in_place=True,
+    cost=_group_query_attention_cost,
+)
+op("Attention", rule=attention, caches={4: 1, 5: 2}, cost=_attention_cost)
+op("RotaryEmbedding", rule=rotary_embedding, cost=_rotary_cost)
+op(
+    "RotaryEmbedding",
+    domain=MICROSOFT,
+    rule=rotary_embedding_microsoft,
+    shape=as_input,
+    definition=takes(range(4, 5), (0, 1, 2, 3)),
+    operands=Operands(ranks={0: (3, 4)}),
+    cost=_rotary_cost,
+)
+op("MRotaryEmbedding", domain=MICROSOFT, rule=multimodal_rotary_embedding, shape=as_input, cost=_rotary_cost)

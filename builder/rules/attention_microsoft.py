@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.attention import attention_flops, cache_writes
+from furiosa_llm.builder.rules.cost import Cost, spent
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import per_channel
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
-_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
 _Operand = list[str] | None
 _PACKED = "[h d|h d|h e]"
 _PAST = ["*", "b", "h", "*", "d"]
@@ -40,10 +42,6 @@ def _bias(view: NodeView, port: int, batch: str) -> _Operand:
     return ["1" if size == 1 else name for name, size in zip((batch, "h", "*", "*"), view.shape(port), strict=True)]
 
 
-def _rest(view: NodeView, start: int) -> list[_Operand]:
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
-
-
 # -- Attention ---------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +51,6 @@ def _hidden_sizes(heads: int, width: int, given: Sequence[int] | None) -> tuple[
     return sizes[0] // heads, sizes[2] // heads
 
 
-@rule("Attention", domain=MICROSOFT)
 def attention_microsoft(view: NodeView) -> Rule:
     """The projections of query, key and value lie side by side in one weight."""
     if view.attribute("past_present_share_buffer", 0):
@@ -67,7 +64,7 @@ def attention_microsoft(view: NodeView) -> Rule:
         packed = "[h d|h d|h d]"
     value = "e" if packed == _PACKED else "d"
     operands: list[_Operand] = [[b, "*", "*"], ["*", packed], [packed] if view.has(2) else None]
-    operands += [_mask(view, 3), past if view.has(4) else None, _bias(view, 5, b), *_rest(view, 6)]
+    operands += [_mask(view, 3), past if view.has(4) else None, _bias(view, 5, b), *whole_inputs(view, 6)]
     outputs = [[b, "*", f"(h {value})"], past][: len(view.node.outputs)]
     attributes = {"num_heads": "h"}
     if given:
@@ -81,14 +78,12 @@ def attention_microsoft(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("Attention")
-def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, weights, past = inputs[0], inputs[1], inputs[4] if len(inputs) > 4 else None
-    assert weights is not None
+def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, weights, past = inputs[0], present(inputs[1]), inputs[4] if len(inputs) > 4 else None
     return _self_attention_shape(node, data, weights.shape[1], past)
 
 
-def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fact | None) -> _Shapes:
+def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fact | None) -> Inferred:
     assert data is not None
     attributes = attributes_of(node)
     heads = attributes["num_heads"]
@@ -102,7 +97,6 @@ def _self_attention_shape(node: ir.Node, data: Fact | None, width: int, past: Fa
     return shapes[: len(node.outputs)]
 
 
-@rule("QAttention", domain=MICROSOFT)
 def quantized_attention(view: NodeView) -> Rule:
     """Attention on codes, with one scale for the input and one scale, or one for each column, for the weight."""
     if view.attribute("past_present_share_buffer", 0):
@@ -122,10 +116,8 @@ def quantized_attention(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("QAttention")
-def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, weights, past = inputs[0], inputs[1], inputs[8] if len(inputs) > 8 else None
-    assert weights is not None
+def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, weights, past = inputs[0], present(inputs[1]), inputs[8] if len(inputs) > 8 else None
     return _self_attention_shape(node, data, weights.shape[1], past)
 
 
@@ -148,7 +140,6 @@ def _query_key_value(view: NodeView, b: str, heads: int) -> tuple[list[_Operand]
     return [[b, "*", "(h d)"], [b, "*", "(h d)"], [b, "*", "(h e)"]], size, view.shape(2)[2] // heads
 
 
-@rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(view: NodeView) -> Rule:
     """Query, key and value apart or packed; the projections' biases lie side by side in one vector."""
     if view.has(8) or view.has(9):
@@ -163,7 +154,6 @@ def multi_head_attention(view: NodeView) -> Rule:
     return _heads_rule(view, b, operands, {"h": heads, "d": size, "e": value_size})
 
 
-@rule("DecoderMaskedMultiHeadAttention", domain=MICROSOFT)
 def decoder_attention(view: NodeView) -> Rule:
     """MultiHeadAttention of one new position, its biases behind everything else.
 
@@ -175,7 +165,7 @@ def decoder_attention(view: NodeView) -> Rule:
     heads = int(view.attribute("num_heads"))
     b = _batch(view, 3)
     operands, size, value_size = _query_key_value(view, b, heads)
-    operands += [_mask(view, 3), _bias(view, 4, b), *_rest(view, 5)]
+    operands += [_mask(view, 3), _bias(view, 4, b), *whole_inputs(view, 5)]
     if view.has(10):
         operands[10] = [_PACKED]
     operands = operands[: len(view.node.inputs)]
@@ -191,19 +181,17 @@ def _heads_rule(view: NodeView, b: str, operands: list[_Operand], sizes: dict[st
     return Rule(text=f"{text}; pin {' '.join(pins)}", sizes=sizes, attributes={"num_heads": "h"}, padding="finite")
 
 
-@shape_rule("MultiHeadAttention")
-def _multi_head_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _multi_head_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return _heads_shape(node, inputs, inputs[6] if len(inputs) > 6 else None)
 
 
-@shape_rule("DecoderMaskedMultiHeadAttention")
-def _decoder_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _decoder_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return _heads_shape(node, inputs, inputs[5] if len(inputs) > 5 else None)
 
 
-def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None) -> _Shapes:
-    query, key, value = inputs[0], inputs[1] if len(inputs) > 1 else None, inputs[2] if len(inputs) > 2 else None
-    assert query is not None
+def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None) -> Inferred:
+    query = present(inputs[0])
+    key, value = (inputs[port] if len(inputs) > port else None for port in (1, 2))
     attributes = attributes_of(node)
     heads = attributes["num_heads"]
     batch, sequence = query.shape[:2]
@@ -229,3 +217,67 @@ def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None
         (kind, (batch, heads, sequence, length)),
     ]
     return shapes[: len(node.outputs)]
+
+
+def _projected_attention_cost(view: NodeView) -> Cost:
+    """Attention and QAttention: a product, with a bias, in front of the attention."""
+    quantized = view.node.op_type == "QAttention"
+    past, bias = (8, None) if quantized else (4, 5)
+    (batch, new, inner), width = view.shape(0), view.shape(1)[1]
+    heads = int(view.attribute("num_heads"))
+    sizes = _hidden_sizes(heads, width, view.attribute("qkv_hidden_sizes"))
+    before = view.shape(past)[3] if view.has(past) else 0
+    keys = before if before and view.attribute("past_present_share_buffer", 0) else before + new
+    biased = bias is not None and view.has(bias)
+    flops = batch * new * width * (2 * inner + view.has(2) + quantized)
+    flops += attention_flops(view, batch * heads * new, keys, sum(sizes), biased=biased)
+    return spent(view, flops, writes=cache_writes(view, (1,), new))
+
+
+def _heads_cost(view: NodeView) -> Cost:
+    """MultiHeadAttention, also of one new position."""
+    decoder = view.node.op_type != "MultiHeadAttention"
+    past, bias, projection = (5, 4, 10) if decoder else (6, 5, 3)
+    heads = int(view.attribute("num_heads"))
+    _, size, value_size = _query_key_value(view, "b", heads)
+    batch, queries = view.shape(0)[:2]
+    new = queries if not view.has(1) else view.shape(1)[2 if view.rank(1) == 4 else 1]
+    before = view.shape(past)[2] if view.has(past) else 0
+    keys = before if before and view.attribute("past_present_share_buffer", 0) else before + new
+    flops = attention_flops(view, batch * heads * queries, keys, size + value_size, biased=view.has(bias))
+    if view.has(projection):
+        flops += batch * heads * (queries * size + new * (size + value_size))
+    return spent(view, flops, writes=cache_writes(view, (1, 2), new))
+
+
+op(
+    "Attention",
+    domain=MICROSOFT,
+    rule=attention_microsoft,
+    shape=_attention_shape,
+    caches={4: 1},
+    cost=_projected_attention_cost,
+)
+op(
+    "QAttention",
+    domain=MICROSOFT,
+    rule=quantized_attention,
+    shape=_quantized_attention_shape,
+    caches={8: 1},
+    cost=_projected_attention_cost,
+)
+op(
+    "MultiHeadAttention",
+    domain=MICROSOFT,
+    rule=multi_head_attention,
+    shape=_multi_head_attention_shape,
+    caches={6: 1, 7: 2},
+    cost=_heads_cost,
+)
+op(
+    "DecoderMaskedMultiHeadAttention",
+    domain=MICROSOFT,
+    rule=decoder_attention,
+    shape=_decoder_attention_shape,
+    cost=_heads_cost,
+)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules.cost import QUANTIZE, Cost, elementwise, function_flops, movement, product, spent
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import offsets, per_channel
-from furiosa_llm.builder.rules.registry import (
-    MICROSOFT,
-    NodeView,
-    rule,
-    shape_rule,
-    spell,
-    standard_shape,
-    whole,
-    words,
-)
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Padding, Rule, ShapeOperand
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def _groups(view: NodeView, weight: int) -> dict[str, int]:
@@ -35,7 +29,6 @@ def _space(view: NodeView) -> list[str]:
     return ["*"] * (view.rank(0) - 2)
 
 
-@rule("Conv")
 def conv(view: NodeView) -> Rule:
     """Groups, the output channels of a group, and its input channels, which are contracted."""
     space = _space(view)
@@ -51,7 +44,6 @@ def conv(view: NodeView) -> Rule:
     )
 
 
-@rule("FusedConv", domain=MICROSOFT)
 def fused_conv(view: NodeView) -> Rule:
     """Conv with a sum and an activation behind it, which need the whole sum over input channels."""
     space = _space(view)
@@ -64,10 +56,6 @@ def fused_conv(view: NodeView) -> Rule:
     return Rule(text=text, sizes=_groups(view, 1), attributes={"group": "g"}, padding="finite")
 
 
-shape_rule("FusedConv")(standard_shape("Conv", drop_inputs_from=3))
-
-
-@rule("ConvTranspose")
 def conv_transpose(view: NodeView) -> Rule:
     """Conv with the weight's channels the other way round."""
     space = _space(view)
@@ -85,7 +73,6 @@ def conv_transpose(view: NodeView) -> Rule:
     )
 
 
-@rule("ConvInteger")
 def conv_integer(view: NodeView) -> Rule:
     """Sums of products of codes less their zero points: exact in int32, whole or in parts."""
     space = _space(view)
@@ -105,7 +92,6 @@ def conv_integer(view: NodeView) -> Rule:
     )
 
 
-@rule("QLinearConv")
 def quantized_conv(view: NodeView) -> Rule:
     """Output channels alone: the sum over input channels is rounded to 8 bits inside the op, so it must be whole."""
     space = _space(view)
@@ -131,13 +117,11 @@ def _positions_whole(view: NodeView, padding: Padding = "finite") -> Rule:
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding=padding)
 
 
-@rule("AveragePool", "GlobalAveragePool")
 def average_pool(view: NodeView) -> Rule:
     """Linear."""
     return dataclasses.replace(_positions_whole(view, "moves"), linear=(0,))
 
 
-@rule("MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool")
 def max_pool(view: NodeView) -> Rule:
     """Positions of maxima are counted through all channels of all images."""
     if len(view.node.outputs) > 1:
@@ -145,7 +129,6 @@ def max_pool(view: NodeView) -> Rule:
     return _positions_whole(view)
 
 
-@rule("Resize", "Upsample")
 def resize(view: NodeView) -> Rule:
     """Dimensions that keep their size pass; linear in the data, whatever the interpolation."""
     names = words(view.rank(0))
@@ -161,8 +144,7 @@ def resize(view: NodeView) -> Rule:
     if view.attribute("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
         same = [False] * len(names)
     dims = [name if keep else "*" for name, keep in zip(names, same, strict=True)]
-    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
-    text = f"{spell(dims, *rest)} -> {spell(dims)}"
+    text = f"{spell(dims, *whole_inputs(view))} -> {spell(dims)}"
     sizes = (ShapeOperand(3, "dims"),) if by_size else ()
     return Rule(text=text, linear=(0,), shape_operands=sizes, padding="moves", padding_ports=(0,))
 
@@ -170,19 +152,16 @@ def resize(view: NodeView) -> Rule:
 _resize_shape = standard_shape("Resize")
 
 
-@shape_rule("Resize", "Upsample", domain="")
-def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     if len(inputs) > 2:
         return list(_resize_shape(node, inputs))
-    data, scales = inputs[0], inputs[1] if len(inputs) > 1 else None
-    assert data is not None
+    data, scales = present(inputs[0]), inputs[1] if len(inputs) > 1 else None
     factors = attributes_of(node).get("scales") if scales is None else scales.value
     if factors is None:
         raise ShapeError(f'{node.op_type} "{node.name}" needs constant scales; export the model at one image size.')
     return [(data.dtype, tuple(int(size * float(f)) for size, f in zip(data.shape, factors, strict=True)))]
 
 
-@rule("DepthToSpace")
 def depth_to_space(view: NodeView) -> Rule:
     """Channels hold a p by q block of pixels each, in front of or behind what they become."""
     block = int(view.attribute("blocksize"))
@@ -190,7 +169,6 @@ def depth_to_space(view: NodeView) -> Rule:
     return _blocks(["b", packed, "h", "w"], ["b", "c", "(h p)", "(w q)"], block)
 
 
-@rule("SpaceToDepth")
 def space_to_depth(view: NodeView) -> Rule:
     """The other way round."""
     block = int(view.attribute("blocksize"))
@@ -205,7 +183,6 @@ def _blocks(left: list[str], right: list[str], block: int) -> Rule:
 # -- normalisation by channels -----------------------------------------------------------------------------------
 
 
-@rule("BatchNormalization")
 def batch_normalization(view: NodeView) -> Rule:
     """In inference an affine map of each channel; training is not for here."""
     if view.attribute("training_mode", 0):
@@ -215,7 +192,6 @@ def batch_normalization(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names, *[['c']] * 4)} -> {spell(names)}", padding=padding)
 
 
-@rule("InstanceNormalization")
 def instance_normalization(view: NodeView) -> Rule:
     """Statistics of each channel."""
     names = ["b", "c", *_space(view)]
@@ -223,7 +199,6 @@ def instance_normalization(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names, ['c'], ['c'])} -> {spell(names)}", padding=padding)
 
 
-@rule("GroupNormalization")
 def group_normalization(view: NodeView) -> Rule:
     """Statistics of each group of channels; before opset 21 a scale for each group, then one for each channel."""
     groups = int(view.attribute("num_groups"))
@@ -238,23 +213,63 @@ def group_normalization(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GroupNormalization", "MeanVarianceNormalization", domain="")
-def _as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
-
-
-@rule("LRN")
 def local_response_normalization(view: NodeView) -> Rule:
     """Neighbouring channels are needed."""
     names = ["b", "*", *words(view.rank(0) - 2, "x")]
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding="finite")
 
 
-@rule("MeanVarianceNormalization")
 def mean_variance_normalization(view: NodeView) -> Rule:
     """Statistics over some axes."""
     axes = [int(axis) % view.rank(0) for axis in np.atleast_1d(view.attribute("axes", (0, 2, 3)))]
     names = ["*" if d in axes else n for d, n in enumerate(words(view.rank(0)))]
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding="lost")
+
+
+def _conv_cost(view: NodeView) -> Cost:
+    """Every output is a product over the input channels of its group and the window."""
+    weight = 3 if view.node.op_type == "QLinearConv" else 1
+    after = QUANTIZE if weight == 3 else function_flops(view.attribute("activation", "none")) + view.has(3)
+    bias = {"Conv": 2, "FusedConv": 2, "QLinearConv": 8}.get(view.node.op_type)
+    return product(view, math.prod(view.shape(weight)[1:]), per_output=after, bias=bias)
+
+
+def _conv_transpose_cost(view: NodeView) -> Cost:
+    """Every input is multiplied with the window of each output channel of its group."""
+    products = 2 * math.prod(view.shape(0)) * math.prod(view.shape(1)[1:])
+    return spent(view, products + (math.prod(view.out()) if view.has(2) else 0))
+
+
+def _pool_cost(view: NodeView) -> Cost:
+    """One operation for each element of a window, and Lp's powers."""
+    window = math.prod(view.attribute("kernel_shape", view.shape(0)[2:]))
+    return elementwise(window * (2 if "Lp" in view.node.op_type else 1))(view)
+
+
+def _resize_cost(view: NodeView) -> Cost:
+    """Weighted neighbours, two or four along each dimension that changes; the nearest is copied."""
+    neighbours = {"linear": 2, "cubic": 4}.get(view.attribute("mode", "nearest"), 0)
+    changed = sum(a != b for a, b in zip(view.shape(0), view.out(), strict=True))
+    return elementwise(2 * neighbours**changed if neighbours and changed else 0)(view)
+
+
+def _lrn_cost(view: NodeView) -> Cost:
+    """A square, the sum over neighbours, a product, a sum, a power, a quotient."""
+    return elementwise(int(view.attribute("size")) + 5)(view)
+
+
+op("Conv", rule=conv, cost=_conv_cost)
+op("FusedConv", domain=MICROSOFT, rule=fused_conv, shape=standard_shape("Conv", drop_inputs_from=3), cost=_conv_cost)
+op("ConvTranspose", rule=conv_transpose, cost=_conv_transpose_cost)
+op("ConvInteger", rule=conv_integer, cost=_conv_cost)
+op("QLinearConv", rule=quantized_conv, cost=_conv_cost)
+op("AveragePool", "GlobalAveragePool", rule=average_pool, cost=_pool_cost)
+op("MaxPool", "GlobalMaxPool", "LpPool", "GlobalLpPool", rule=max_pool, cost=_pool_cost)
+op("Resize", "Upsample", rule=resize, shape=_scaled_shape, cost=_resize_cost)
+op("DepthToSpace", rule=depth_to_space, moves="form", cost=movement)
+op("SpaceToDepth", rule=space_to_depth, moves="form", cost=movement)
+op("BatchNormalization", rule=batch_normalization, cost=elementwise(4))
+op("InstanceNormalization", rule=instance_normalization, cost=elementwise(7))
+op("GroupNormalization", rule=group_normalization, shape=as_input, cost=elementwise(7))
+op("LRN", rule=local_response_normalization, cost=_lrn_cost)
+op("MeanVarianceNormalization", rule=mean_variance_normalization, shape=as_input, cost=elementwise(5))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.registry import NodeView, rule, shape_rule, spell
+from furiosa_llm.builder.rules.cost import Cost, spent
+from furiosa_llm.builder.rules.facts import Fact
+from furiosa_llm.builder.rules.registry import op, spell
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact
+from furiosa_llm.builder.rules.view import Inferred, NodeView
 
 _ELLIPSIS = "..."
 
 
-@rule("Einsum")
 def einsum(view: NodeView) -> Rule:
     """`bhqd,bhkd->bhqk` is `b h q d, b h k d -> b h q k; reduce d`.
 
@@ -37,8 +39,7 @@ def einsum(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,) if len(operands) == 1 else (), padding="product")
 
 
-@shape_rule("Einsum", domain="")
-def _einsum_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+def _einsum_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     facts = [fact for fact in inputs if fact is not None]
     operands, out = _letters_of(node, [len(fact.shape) for fact in facts])
     sizes: dict[str, int] = {}
@@ -97,3 +98,17 @@ def _letters(term: str) -> list[str]:
 def _spread(letters: Sequence[str], names: Sequence[str]) -> list[str]:
     """The letters with `names` in place of the ellipsis."""
     return [name for letter in letters for name in (names if letter == _ELLIPSIS else [letter])]
+
+
+def _einsum_cost(view: NodeView) -> Cost:
+    """One loop over all letters: the operands are multiplied, and added up if letters are contracted."""
+    operands, out = _letters_of(view.node, [view.rank(port) for port in range(len(view.node.inputs))])
+    sizes: dict[str, int] = {}
+    for port, letters in enumerate(operands):
+        for letter, size in zip(letters, view.shape(port), strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1)) if size else 0
+    contracted = not sizes.keys() <= {*out}
+    return spent(view, (len(operands) - 1 + contracted) * math.prod(sizes.values()))
+
+
+op("Einsum", rule=einsum, shape=_einsum_shape, cost=_einsum_cost)

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.cost import SIGMOID, SOFTMAX, Cost, function_flops, spent
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import Operands, Shapes, takes
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView
 
 _PAIRED = {1: "(i u)", 2: "[i|i]"}
 """How gate and up projections share fc1, by the attribute swiglu_fusion: interleaved, or one after the other."""
 
 
-@rule("MoE", domain=MICROSOFT)
 def mixture_of_experts(view: NodeView) -> Rule:
     """The experts' inner dimension i is split; every rank holds a part of every expert."""
     inner = view.shape(4)[2]
@@ -43,7 +45,6 @@ def mixture_of_experts(view: NodeView) -> Rule:
     )
 
 
-@rule("QMoE", domain=MICROSOFT)
 def quantized_mixture_of_experts(view: NodeView) -> Rule:
     """MoE with integer codes: blocks of the inner dimension are contracted, and neither a block nor a byte is cut."""
     bits, block = int(view.attribute("expert_weight_bits", 4)), int(view.attribute("block_size", 0))
@@ -104,30 +105,63 @@ _PAIRED_BLOCKS = {1: "(k u v w s)", 2: "[k u v w|k u v w]"}
 """How gate and up projections share the first product, by the attribute swiglu_fusion."""
 
 
-@rule("MoEGroupRouter", domain=MICROSOFT)
 def group_router(view: NodeView) -> Rule:
     """Scores of all experts are compared for each token."""
     rows = words(view.rank(0) - 1)
-    rest: list[list[str] | None] = [
-        None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]
-    ]
     out = [f"({' '.join(rows)})", "*"]
     outputs = [out if len(view.out(port)) else [] for port in range(len(view.node.outputs))]
-    return Rule(text=f"{spell([*rows, '*'], *rest)} -> {spell(*outputs)}", padding="finite")
+    return Rule(text=f"{spell([*rows, '*'], *whole_inputs(view))} -> {spell(*outputs)}", padding="finite")
 
 
-@shape_rule("MoEGroupRouter")
-def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, bias = inputs[0], inputs[1]
-    assert data is not None
-    assert bias is not None
+def _group_router_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, bias = present(inputs[0]), present(inputs[1])
     shape = (math.prod(data.shape[:-1]), bias.shape[0])
     kinds = (data.dtype, ir.DataType.FLOAT, ir.DataType.FLOAT)
     return [(kind, shape if value.name else ()) for kind, value in zip(kinds, node.outputs, strict=False)]
 
 
-@shape_rule("MoE", "QMoE")
-def _moe_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+def _mixture_fault(_: ir.Node, shapes: Shapes) -> str | None:
+    first, second = shapes[2], shapes[4]
+    if first is None or second is None or first[0] != second[0] or first[1] not in (second[2], 2 * second[2]):
+        return "the experts' two weights do not fit together"
+    return None
+
+
+def _experts_cost(view: NodeView) -> Cost:
+    """Each token goes through `k` experts; only weights of experts that tokens are expected to touch are read."""
+    quantized = view.node.op_type == "QMoE"
+    first, last, gate = (2, 5, 8) if quantized else (2, 4, 6)
+    weights = range(2, min(14 if quantized else 8, len(view.node.inputs)))
+    hidden, tokens = view.shape(0)[-1], math.prod(view.shape(0)[:-1])
+    experts, width = view.shape(first)[:2]
+    per_token = min(int(view.attribute("k", 1)), experts)
+    touched = experts * (1 - (1 - per_token / experts) ** tokens)
+    inner = view.shape(last)[2] * (8 // int(view.attribute("expert_weight_bits", 4)) if quantized else 1)
+    products = 2 * hidden * (width + inner + (inner if view.has(gate) else 0))
+    biases = sum(view.shape(p)[1] for p in ((4, 7, 10) if quantized else (3, 5, 7)) if view.has(p))
+    activated = inner * function_flops(view.attribute("activation_type", "relu"))
+    routed = tokens * experts * SOFTMAX + 2 * tokens * per_token * hidden
+    flops = tokens * per_token * (products + biases + activated) + routed
+    return spent(view, flops, reads={p: round(view.fact(p).nbytes * touched / experts) for p in weights if view.has(p)})
+
+
+def _group_router_cost(view: NodeView) -> Cost:
+    """A sigmoid, a bias and a comparison for each score, behind a product if the router projects."""
+    scores = math.prod(view.out(0) or view.out(1))
+    projected = 2 * view.shape(2)[1] if view.has(2) else 0
+    return spent(view, scores * (projected + SIGMOID + 2))
+
+
+op(
+    "MoE",
+    domain=MICROSOFT,
+    rule=mixture_of_experts,
+    shape=as_input,
+    definition=takes(range(5, 12), (0, 1, 2, 4)),
+    operands=Operands(
+        ranks={0: (2, 3), 1: (2, 3), 2: (3,), 3: (2,), 4: (3,), 5: (2,), 6: (3,), 7: (2,)}, check=_mixture_fault
+    ),
+    cost=_experts_cost,
+)
+op("QMoE", domain=MICROSOFT, rule=quantized_mixture_of_experts, shape=as_input, cost=_experts_cost)
+op("MoEGroupRouter", domain=MICROSOFT, rule=group_router, shape=_group_router_shape, cost=_group_router_cost)

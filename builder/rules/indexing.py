@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, standard_shape, words
+from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.cost import DEQUANTIZE, Cost, movement, spent, taken
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import ALONG_AXIS, Operands, takes
+from furiosa_llm.builder.rules.registry import is_weight, op, spell, standard_shape, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
-@rule("Gather")
 def gather(view: NodeView) -> Rule:
     """A table (an initializer) may be split along the axis that is looked up; data must be whole there.
 
@@ -23,7 +27,7 @@ def gather(view: NodeView) -> Rule:
     data, indices = words(rank), words(view.rank(1), "i")
     kind = view.fact(0).dtype
     of_numbers = kind.is_floating_point() or kind in (ir.DataType.UINT8, ir.DataType.INT8)
-    is_table = view.is_weight(0) and rank > 1 and view.static_value(1) is None and of_numbers
+    is_table = is_weight(view, 0) and rank > 1 and view.static_value(1) is None and of_numbers
     out = [*data[:axis], *indices, *data[axis + 1 :]]
     if not is_table:
         data[axis] = "*"
@@ -32,7 +36,6 @@ def gather(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), axis=axis, padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("GatherElements")
 def gather_elements(view: NodeView) -> Rule:
     """Dimensions of equal size pass, but for the axis."""
     rank = view.rank(0)
@@ -45,7 +48,6 @@ def gather_elements(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("ScatterElements", "Scatter")
 def scatter_elements(view: NodeView) -> Rule:
     """Dimensions of equal size pass, but for the axis; jointly linear in data and updates."""
     rank = view.rank(0)
@@ -57,19 +59,8 @@ def scatter_elements(view: NodeView) -> Rule:
     return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
-@rule("GatherND")
 def gather_nd(view: NodeView) -> Rule:
     """Indexed dimensions must be whole, the slices' dimensions pass."""
-    return _gather_nd(view)
-
-
-@rule("GatherND", domain=MICROSOFT)
-def gather_nd_microsoft(view: NodeView) -> Rule:
-    """The same op, before it was ONNX's."""
-    return _gather_nd(view)
-
-
-def _gather_nd(view: NodeView) -> Rule:
     batch = int(view.attribute("batch_dims", 0))
     depth = view.shape(1)[-1]
     data, indices = words(view.rank(0)), words(view.rank(1) - 1, "i")
@@ -80,7 +71,6 @@ def _gather_nd(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("ScatterND")
 def scatter_nd(view: NodeView) -> Rule:
     """Indexed dimensions must be whole, the slices' dimensions pass; jointly linear in data and updates."""
     depth = view.shape(1)[-1]
@@ -93,7 +83,6 @@ def scatter_nd(view: NodeView) -> Rule:
     return Rule(text=text, linear=linear, padding="moves", padding_ports=(0, 2), indices=1)
 
 
-@rule("TensorScatter")
 def tensor_scatter(view: NodeView) -> Rule:
     """New positions are written into a cache on one axis; everything else passes. Jointly linear in both."""
     rank = view.rank(0)
@@ -104,7 +93,6 @@ def tensor_scatter(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0, 1), padding="moves", padding_ports=(0, 1), indices=2)
 
 
-@rule("Compress")
 def compress(view: NodeView) -> Rule:
     """A constant selection along one axis; without an axis, of all elements."""
     axis = view.attribute("axis")
@@ -114,10 +102,8 @@ def compress(view: NodeView) -> Rule:
     return Rule(text=f"{spell(dims, ['*'])} -> {spell(out)}", linear=(0,), padding="moves", padding_ports=(0,))
 
 
-@shape_rule("Compress", domain="")
-def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, condition = inputs[0], inputs[1]
-    assert data is not None
+def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, condition = present(inputs[0]), inputs[1]
     if condition is None or condition.value is None:
         raise ShapeError(
             f'Compress "{node.name}" keeps as many elements as its condition says when the model runs, expected a '
@@ -131,7 +117,6 @@ def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[
     return [(data.dtype, tuple(shape))]
 
 
-@rule("ReverseSequence")
 def reverse_sequence(view: NodeView) -> Rule:
     """The first positions of each sequence, as many as its length, are turned round."""
     time = int(view.attribute("time_axis", 0)) % view.rank(0)
@@ -142,7 +127,6 @@ def reverse_sequence(view: NodeView) -> Rule:
     return Rule(text=text, linear=(0,), padding="moves", padding_ports=(0,), indices=1)
 
 
-@rule("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(view: NodeView) -> Rule:
     """A quantised table, split along the axis that is looked up."""
     indices = words(view.rank(1), "i")
@@ -151,26 +135,62 @@ def gather_block_quantized(view: NodeView) -> Rule:
     if view.has(3):
         operands.append(["v", *["*"] * (view.rank(3) - 1)])
     out = [*indices, *["*"] * (view.rank(0) - 1)]
-    if view.attribute("gather_axis", 0) != 0 or view.attribute("quantize_axis", 1) == 0 or not view.is_weight(0):
+    if view.attribute("gather_axis", 0) != 0 or view.attribute("quantize_axis", 1) == 0 or not is_weight(view, 0):
         operands[0] = ["*"] * view.rank(0)
         operands[2:] = [["*"] * view.rank(p) for p in range(2, len(operands))]
         return Rule(text=f"{spell(*operands)} -> {spell(out)}", padding="finite", indices=1)
     return Rule(text=f"{spell(*operands)} -> {spell(out)}; lookup v", axis=0, padding="finite", indices=1)
 
 
-shape_rule("GatherND")(standard_shape("GatherND"))
-
-
-@shape_rule("GatherBlockQuantized")
-def _gather_block_quantized_shape(
-    node: ir.Node, inputs: Sequence[Fact | None]
-) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, indices, scales = inputs[0], inputs[1], inputs[2]
-    assert data is not None
-    assert indices is not None
-    assert scales is not None
+def _gather_block_quantized_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, indices, scales = present(inputs[0]), present(inputs[1]), present(inputs[2])
     attributes = attributes_of(node)
     axis = attributes.get("gather_axis", 0) % len(data.shape)
     packed = 8 // attributes.get("bits", 4) if data.dtype is ir.DataType.UINT8 else 1
     rest = (*data.shape[axis + 1 : -1], data.shape[-1] * packed)
     return [(scales.dtype, (*data.shape[:axis], *indices.shape, *rest))]
+
+
+def _gather_cost(view: NodeView) -> Cost:
+    """Rows of the table, as many as there are indices."""
+    axis = int(view.attribute("axis", 0)) % view.rank(0)
+    return spent(view, 0, reads=taken(view, (0,), axis, math.prod(view.shape(1))))
+
+
+def _gather_block_quantized_cost(view: NodeView) -> Cost:
+    """Rows of codes, scales and zero points, as many as there are indices."""
+    axis = int(view.attribute("gather_axis", 0)) % view.rank(0)
+    flops = DEQUANTIZE * math.prod(view.out())
+    return spent(view, flops, reads=taken(view, (0, 2, 3), axis, math.prod(view.shape(1))))
+
+
+def _scatter_cost(view: NodeView) -> Cost:
+    """The data is copied, and an update is written over it or reduced with it."""
+    reduced = view.attribute("reduction", "none") != "none"
+    return spent(view, math.prod(view.shape(2)) if reduced else 0)
+
+
+def _tensor_scatter_cost(view: NodeView) -> Cost:
+    """New positions are written into the cache."""
+    return spent(view, 0, reads={0: 0}, writes={0: view.fact(1).nbytes})
+
+
+op("Gather", rule=gather, value=evaluate.gather, moves="choice", operands=ALONG_AXIS, cost=_gather_cost)
+op("GatherElements", rule=gather_elements, value=evaluate.gather_elements, operands=ALONG_AXIS, cost=movement)
+op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements, operands=ALONG_AXIS, cost=_scatter_cost)
+op("Scatter", rule=scatter_elements, cost=_scatter_cost)
+op("GatherND", rule=gather_nd, value=evaluate.gather_nd, moves="choice", cost=movement)
+op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"), moves="choice", cost=movement)
+op("ScatterND", rule=scatter_nd, value=evaluate.scatter_nd, cost=_scatter_cost)
+op("TensorScatter", rule=tensor_scatter, cost=_tensor_scatter_cost)
+op("Compress", rule=compress, shape=_compress_shape, value=evaluate.compress, cost=movement)
+op("ReverseSequence", rule=reverse_sequence, cost=movement)
+op(
+    "GatherBlockQuantized",
+    domain=MICROSOFT,
+    rule=gather_block_quantized,
+    shape=_gather_block_quantized_shape,
+    definition=takes(range(3, 5), (0, 1, 2)),
+    operands=Operands(ranks={0: (2, 3)}),
+    cost=_gather_block_quantized_cost,
+)

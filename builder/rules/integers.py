@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.cost import DEQUANTIZE, QUANTIZE, SOFTMAX, Cost, elementwise, product
+from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.linear_algebra import matmul_text
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.operands import SCALED
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
-
-_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def offsets(view: NodeView, zero_points: Mapping[int, int]) -> tuple[int, ...]:
@@ -32,7 +33,6 @@ def per_channel(view: NodeView, port: int, channel: str) -> list[str] | None:
     return ["1" if size == 1 else channel for size in view.shape(port)]
 
 
-@rule("DynamicQuantizeLinear")
 def dynamic_quantize(view: NodeView) -> Rule:
     """One scale for all elements, from the greatest and the least of them; the codes are each rank's part again."""
     dims = words(view.rank(0))
@@ -41,24 +41,13 @@ def dynamic_quantize(view: NodeView) -> Rule:
     return Rule(text=f"{spell(dims)} -> {spell(dims, [], [])}{clause}", padding="finite", note=note)
 
 
-@rule("QuantizeLinear")
 def quantize(view: NodeView) -> Rule:
     """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
-    return _quantize(view, 1)
-
-
-@rule("QuantizeLinear", domain=MICROSOFT)
-def quantize_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op for codes that ONNX did not have."""
-    return _quantize(view, 1)
-
-
-def _quantize(view: NodeView, default_axis: int) -> Rule:
     data = words(view.rank(0))
     out, scale = list(data), list(data)
     clause, sizes = "", {}
     block = int(view.attribute("block_size", 0))
-    axis = int(view.attribute("axis", default_axis)) % len(data) if data else 0
+    axis = int(view.attribute("axis", 1)) % len(data) if data else 0
     if not block:
         scale = [] if view.rank(1) == 0 else ["1"] if view.shape(1) == (1,) else [data[axis]]
     elif view.shape(0)[axis] % block:
@@ -103,14 +92,12 @@ def _product(
     )
 
 
-@rule("MatMulInteger")
 def matmul_integer(view: NodeView) -> Rule:
     """Sums of products of codes less their zero points: exact in int32, whole or in parts."""
     found = _product(view, 0, 1, (2,), (3,), {0: 2, 1: 3})
     return found or whole(view, note="MatMulInteger with zero points for each matrix: replicated")
 
 
-@rule("MatMulIntegerToFloat", domain=MICROSOFT)
 def matmul_integer_to_float(view: NodeView) -> Rule:
     """MatMulInteger with its scales and a bias, which one rank alone adds where the contraction is split."""
     found = _product(view, 0, 1, (2, 4), (3, 5, 6), {0: 4, 1: 5})
@@ -119,12 +106,10 @@ def matmul_integer_to_float(view: NodeView) -> Rule:
     return dataclasses.replace(found, masked=(6,) if view.has(6) else ())
 
 
-@shape_rule("MatMulIntegerToFloat")
-def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return _product_shape(inputs[0], inputs[1], inputs[2])
 
 
-@rule("QLinearMatMul")
 def qlinear_matmul(view: NodeView) -> Rule:
     """Columns alone: the sum is rounded to 8 bits inside the op, so it must be whole."""
     found = _product(view, 0, 3, (1, 2), (4, 5), {0: 2, 3: 5})
@@ -137,7 +122,6 @@ def qlinear_matmul(view: NodeView) -> Rule:
     return Rule(text=text, padding="finite", note=note)
 
 
-@rule("QGemm", domain=MICROSOFT)
 def qgemm(view: NodeView) -> Rule:
     """Gemm of codes; where it rounds its sum to 8 bits, the sum must be whole."""
     k = "*" if view.has(7) else "k"
@@ -164,26 +148,21 @@ def qgemm(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("QGemm")
-def _qgemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    a, b, scale = inputs[0], inputs[3], inputs[1]
-    assert a is not None
-    assert b is not None
-    assert scale is not None
+def _qgemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b, scale = present(inputs[0]), present(inputs[3]), present(inputs[1])
     attributes = attributes_of(node)
     rows, columns = a.shape[1 if attributes.get("transA") else 0], b.shape[0 if attributes.get("transB") else 1]
     point = inputs[8] if len(inputs) > 8 else None
     return [(scale.dtype if point is None else point.dtype, (rows, columns))]
 
 
-def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> _Shapes:
+def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> Inferred:
     assert a is not None
     assert b is not None
     assert kind is not None
     return [(kind.dtype, (*a.shape[:-1], b.shape[-1]))]
 
 
-@rule("MatMulBnb4", domain=MICROSOFT)
 def matmul_bnb4(view: NodeView) -> Rule:
     """Rows of 4-bit codes, two in a byte, in blocks that are never cut; all rows one behind the other."""
     size, columns, block = (int(view.attribute(name)) for name in ("K", "N", "block_size"))
@@ -200,28 +179,23 @@ def matmul_bnb4(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("MatMulBnb4")
-def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, attributes = inputs[0], attributes_of(node)
-    assert data is not None
+def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, attributes = present(inputs[0]), attributes_of(node)
     return [(data.dtype, (*data.shape[:-1], attributes["N" if attributes.get("transB", 1) else "K"]))]
 
 
 # -- what else onnxruntime computes on codes ---------------------------------------------------------------------
 
 
-@rule("QLinearSoftmax", domain=MICROSOFT)
 def quantized_softmax(view: NodeView) -> Rule:
     """Softmax of codes; before opset 13 it took everything from the axis on for one."""
     rank = view.rank(0)
     axis = int(view.attribute("axis", -1)) % rank
     along = [axis] if int(view.attribute("opset", 13)) >= 13 else range(axis, rank)
     names = ["*" if d in along else n for d, n in enumerate(words(rank))]
-    rest = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
-    return Rule(text=f"{spell(names, *rest)} -> {spell(names)}", padding="finite")
+    return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(names)}", padding="finite")
 
 
-@rule("QLinearConcat", domain=MICROSOFT)
 def quantized_concat(view: NodeView) -> Rule:
     """Triples of codes, scale and zero point behind the result's scale and zero point; the axis is a concatenation."""
     axis = int(view.attribute("axis")) % len(view.out())
@@ -235,8 +209,7 @@ def quantized_concat(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(out)}", axis=axis, padding="finite")
 
 
-@shape_rule("QLinearConcat")
-def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     data = [fact for fact in inputs[2::3] if fact is not None]
     axis = attributes_of(node)["axis"] % len(data[0].shape)
     shape = list(data[0].shape)
@@ -244,8 +217,49 @@ def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sh
     return [(data[0].dtype, tuple(shape))]
 
 
-@shape_rule("QLinearSoftmax")
-def _quantized_softmax_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+def _product_cost(view: NodeView) -> Cost:
+    """A product of codes, of which the sum is scaled or rounded to codes again, or neither."""
+    after = {"QLinearMatMul": QUANTIZE, "MatMulIntegerToFloat": 1}
+    return product(view, view.shape(0)[-1], per_output=after.get(view.node.op_type, 0), bias=6)
+
+
+def _qgemm_cost(view: NodeView) -> Cost:
+    contracted = view.shape(0)[0 if view.attribute("transA", 0) else 1]
+    return product(view, contracted, per_output=QUANTIZE if view.has(7) else 1, bias=6)
+
+
+op("DynamicQuantizeLinear", rule=dynamic_quantize, cost=elementwise(2 + QUANTIZE))
+op("QuantizeLinear", rule=quantize, operands=SCALED, cost=elementwise(QUANTIZE))
+op(
+    "QuantizeLinear",
+    domain=MICROSOFT,
+    rule=quantize,
+    shape=standard_shape("QuantizeLinear"),
+    cost=elementwise(QUANTIZE),
+)
+op("MatMulInteger", rule=matmul_integer, core_dims=2, cost=_product_cost)
+op(
+    "MatMulIntegerToFloat",
+    domain=MICROSOFT,
+    rule=matmul_integer_to_float,
+    shape=_matmul_integer_to_float_shape,
+    core_dims=2,
+    cost=_product_cost,
+)
+op("QLinearMatMul", rule=qlinear_matmul, cost=_product_cost)
+op("QGemm", domain=MICROSOFT, rule=qgemm, shape=_qgemm_shape, cost=_qgemm_cost)
+op("MatMulBnb4", domain=MICROSOFT, rule=matmul_bnb4, shape=_matmul_bnb4_shape, cost=_product_cost)
+op(
+    "QLinearSoftmax",
+    domain=MICROSOFT,
+    rule=quantized_softmax,
+    shape=as_input,
+    cost=elementwise(DEQUANTIZE + SOFTMAX + QUANTIZE),
+)
+op(
+    "QLinearConcat",
+    domain=MICROSOFT,
+    rule=quantized_concat,
+    shape=_quantized_concat_shape,
+    cost=elementwise(DEQUANTIZE + QUANTIZE),
+)

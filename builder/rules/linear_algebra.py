@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole, words
+from furiosa_llm.builder.rules.cost import Cost, function_flops, product
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import takes
+from furiosa_llm.builder.rules.registry import op, spell, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
 def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
@@ -33,13 +36,11 @@ def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     return f"{spell(left, right)} -> {spell(out)}; reduce k"
 
 
-@rule("MatMul")
 def matmul(view: NodeView) -> Rule:
     """Batched matrix product."""
     return Rule(text=matmul_text(view.shape(0), view.shape(1)), padding="product")
 
 
-@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(view: NodeView) -> Rule:
     """MatMul with transposed operands and a factor."""
     if view.attribute("transBatchA", 0) or view.attribute("transBatchB", 0):
@@ -56,11 +57,8 @@ def fused_matmul(view: NodeView) -> Rule:
     return Rule(text=f"{left}, {right} -> {tail}", padding="product")
 
 
-@shape_rule("FusedMatMul", "TransposeMatMul")
-def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    a, b = inputs[0], inputs[1]
-    assert a is not None
-    assert b is not None
+def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b = present(inputs[0]), present(inputs[1])
     attributes = attributes_of(node)
     left = (*a.shape[:-2], a.shape[-1], a.shape[-2]) if attributes.get("transA") else a.shape
     right = (*b.shape[:-2], b.shape[-1], b.shape[-2]) if attributes.get("transB") else b.shape
@@ -68,7 +66,6 @@ def _fused_matmul_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tu
     return [(a.dtype, (*batch, left[-2], right[-1]))]
 
 
-@rule("Gemm")
 def gemm(view: NodeView) -> Rule:
     """Matrix product plus a bias, which one rank alone adds where the contraction is split."""
     operands = _gemm_operands(view, "k")
@@ -76,17 +73,13 @@ def gemm(view: NodeView) -> Rule:
     return Rule(text=text, masked=(2,) if view.has(2) else (), padding="product", padding_ports=(0, 1))
 
 
-@rule("FusedGemm", domain=MICROSOFT)
 def fused_gemm(view: NodeView) -> Rule:
     """Gemm with an activation behind it, which needs the whole sum: what is contracted is whole."""
     return Rule(text=f"{spell(*_gemm_operands(view, '*'))} -> m n", padding="finite")
 
 
-@shape_rule("FusedGemm")
-def _fused_gemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    a, b = inputs[0], inputs[1]
-    assert a is not None
-    assert b is not None
+def _fused_gemm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    a, b = present(inputs[0]), present(inputs[1])
     attributes = attributes_of(node)
     return [(a.dtype, (a.shape[1 if attributes.get("transA") else 0], b.shape[0 if attributes.get("transB") else 1]))]
 
@@ -100,3 +93,27 @@ def _gemm_operands(view: NodeView, contracted: str) -> list[list[str] | None]:
         names = ["m", "n"][2 - view.rank(2) :]
         operands.append([n if s != 1 else "1" for n, s in zip(names, view.shape(2), strict=True)])
     return operands
+
+
+def _matmul_cost(view: NodeView) -> Cost:
+    return product(view, view.shape(0)[-2 if view.attribute("transA", 0) else -1])
+
+
+def _gemm_cost(view: NodeView) -> Cost:
+    activated = function_flops(view.attribute("activation", "none"))
+    return product(view, view.shape(0)[0 if view.attribute("transA", 0) else 1], per_output=activated, bias=2)
+
+
+op("MatMul", rule=matmul, core_dims=2, total="always", cost=_matmul_cost)
+op(
+    "FusedMatMul",
+    domain=MICROSOFT,
+    rule=fused_matmul,
+    shape=_fused_matmul_shape,
+    definition=takes(range(2, 3), (0, 1)),
+    core_dims=2,
+    cost=_matmul_cost,
+)
+op("TransposeMatMul", domain=MICROSOFT, rule=fused_matmul, shape=_fused_matmul_shape, core_dims=2, cost=_matmul_cost)
+op("Gemm", rule=gemm, total="always", cost=_gemm_cost)
+op("FusedGemm", domain=MICROSOFT, rule=fused_gemm, shape=_fused_gemm_shape, cost=_gemm_cost)

@@ -11,26 +11,16 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.registry import (
-    MICROSOFT,
-    NodeView,
-    rule,
-    shape_rule,
-    spell,
-    standard_shape,
-    whole,
-    words,
-)
+from furiosa_llm.builder.rules import evaluate
+from furiosa_llm.builder.rules.cost import copied, generated, movement, nothing
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import ALONG_AXIS, AXES_INPUT, Operands, Shapes
+from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, whole_inputs, words
 from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
-from furiosa_llm.builder.shapes.interpreter import Fact
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView
 
 _END = 2**31 - 1
 """What exporters write, at least, for a slice that goes on to the end."""
-
-
-def _others(view: NodeView) -> list[list[str] | None]:
-    """Every input but the first, as operands that must be whole (they are small integers)."""
-    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[1:]]
 
 
 def regroup(before: Sequence[int], after: Sequence[int]) -> tuple[list[str], list[str], dict[str, int]]:
@@ -89,7 +79,7 @@ def _reshape(view: NodeView, operands: tuple[ShapeOperand, ...]) -> Rule:
     left, right, sizes = regroup(before, after)
     if operands and any(left[d] != right[d] for d in _copied_dims(view)):
         return whole(view, note="Reshape that copies the size of another dimension: replicated")
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
 
 
@@ -99,19 +89,16 @@ def _copied_dims(view: NodeView) -> list[int]:
     return [] if target is None else [d for d, size in enumerate(target) if size == 0]
 
 
-@rule("Reshape")
 def reshape(view: NodeView) -> Rule:
     """Groups of dimensions with equal products."""
-    return _reshape(view, (ShapeOperand(1, "dims"),))
+    return _reshape(view, (ShapeOperand(1, "dims", kept=(-1, 0)),))
 
 
-@rule("Flatten", "Squeeze", "Unsqueeze")
 def flatten(view: NodeView) -> Rule:
     """Reshapes whose target follows from the input."""
     return _reshape(view, ())
 
 
-@rule("Transpose")
 def transpose(view: NodeView) -> Rule:
     """A permutation."""
     names = words(view.rank(0))
@@ -119,7 +106,6 @@ def transpose(view: NodeView) -> Rule:
     return Rule(text=f"{spell(names)} -> {spell([names[i] for i in order])}", linear=(0,), padding="moves")
 
 
-@rule("Expand")
 def expand(view: NodeView) -> Rule:
     """Equal dimensions pass; what is broadcast is free to be split on the output side."""
     before, after = view.shape(0), view.out()
@@ -128,18 +114,16 @@ def expand(view: NodeView) -> Rule:
     offset = len(after) - len(before)
     left = [name if size != 1 else "1" for name, size in zip(tail, before, strict=True)]
     right = [name if i >= offset and before[i - offset] == after[i] != 1 else "." for i, name in enumerate(names)]
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
-    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims"),), padding="moves")
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
+    return Rule(text=text, linear=(0,), shape_operands=(ShapeOperand(1, "dims", kept=(1,)),), padding="moves")
 
 
-@rule("ConstantOfShape")
 def constant_of_shape(view: NodeView) -> Rule:
     """Any dimension of the output may be split."""
     text = f"* -> {spell(['.'] * len(view.out()))}"
     return Rule(text=text, shape_operands=(ShapeOperand(0, "dims"),), padding="finite")
 
 
-@rule("Shape")
 def shape(view: NodeView) -> Rule:
     """Sizes are global everywhere in the program: the value of Shape is restored where the input is split."""
     return Rule(text=f"{spell(['.'] * view.rank(0))} -> *", ignores_values=True)
@@ -149,7 +133,6 @@ def _axis(view: NodeView, default: int = 0) -> int:
     return int(view.attribute("axis", default)) % len(view.out())
 
 
-@rule("Concat")
 def concat(view: NodeView) -> Rule:
     """The axis is the concatenation of the inputs' axes."""
     axis, count = _axis(view), len(view.node.inputs)
@@ -161,7 +144,6 @@ def concat(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(out)}", linear=tuple(range(count)), axis=axis, padding="moves")
 
 
-@rule("Split")
 def split(view: NodeView) -> Rule:
     """The axis is the concatenation of the outputs' axes."""
     axis = int(view.attribute("axis", 0)) % view.rank(0)
@@ -169,12 +151,11 @@ def split(view: NodeView) -> Rule:
     parts = [f"p{i}" for i in range(len(view.node.outputs))]
     left = ["[" + "|".join(parts) + "]" if d == axis else name for d, name in enumerate(names)]
     outputs = [[part if d == axis else name for d, name in enumerate(names)] for part in parts]
-    text = f"{spell(left, *_others(view))} -> {spell(*outputs)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(*outputs)}"
     operands = (ShapeOperand(1, "split"),)
     return Rule(text=text, linear=(0,), axis=axis, shape_operands=operands, padding="moves")
 
 
-@rule("Slice")
 def slice_(view: NodeView) -> Rule:
     """An axis that is cut at constant places, one by one, is a concatenation; any other cut needs the axis whole."""
     rank = view.rank(0)
@@ -193,7 +174,7 @@ def slice_(view: NodeView) -> Rule:
             right[d] = f"y{d}"
         elif size == 1:
             left[d] = right[d] = "1"
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     operands = (ShapeOperand(1, "starts"), ShapeOperand(2, "ends")) if view.has(1) else ()
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=operands, padding="moves")
 
@@ -225,7 +206,6 @@ def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
     return bounds
 
 
-@rule("Tile")
 def tile(view: NodeView) -> Rule:
     """An axis a that is repeated r times is (r a) behind it; where it was 1, any part of it may be made."""
     shape, known = view.shape(0), view.static_value(1)
@@ -243,47 +223,24 @@ def tile(view: NodeView) -> Rule:
         else:
             right[d] = f"(r{d} {left[d]})"
             sizes |= {f"r{d}": count, left[d]: size}
-    text = f"{spell(left, *_others(view))} -> {spell(right)}"
+    text = f"{spell(left, *whole_inputs(view))} -> {spell(right)}"
     return Rule(text=text, sizes=sizes, linear=(0,), shape_operands=(ShapeOperand(1, "repeats"),), padding="moves")
 
 
-@rule("Trilu")
 def trilu(view: NodeView) -> Rule:
     """The two last dimensions are compared with each other."""
-    return _trilu(view)
+    names = [*words(view.rank(0))[:-2], "*", "*"]
+    return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(names)}", linear=(0,), padding="moves")
 
 
-@rule("Trilu", domain=MICROSOFT)
-def trilu_microsoft(view: NodeView) -> Rule:
-    """The same op, before it was ONNX's."""
-    return _trilu(view)
-
-
-@rule("ExpandDims", domain=MICROSOFT)
 def expand_dims(view: NodeView) -> Rule:
     """Unsqueeze by one axis."""
     left, right, sizes = regroup(view.shape(0), view.out())
     return Rule(text=f"{spell(left, [])} -> {spell(right)}", sizes=sizes, linear=(0,), padding="moves")
 
 
-def _trilu(view: NodeView) -> Rule:
-    names = [*words(view.rank(0))[:-2], "*", "*"]
-    return Rule(text=f"{spell(names, *_others(view))} -> {spell(names)}", linear=(0,), padding="moves")
-
-
-@rule("Pad")
 def pad(view: NodeView) -> Rule:
     """Axes that are not padded pass; linear where zeros, or elements that are there already, are put around."""
-    return _pad(view)
-
-
-@rule("Pad", domain=MICROSOFT)
-def pad_microsoft(view: NodeView) -> Rule:
-    """The same op, before ONNX took the pads as an input."""
-    return _pad(view)
-
-
-def _pad(view: NodeView) -> Rule:
     pads = view.static_value(1) if view.has(1) else np.asarray(view.attribute("pads", ()), dtype=np.int64)
     axes = view.static_value(3)
     if pads is None or not pads.size or (view.has(3) and axes is None):
@@ -294,22 +251,93 @@ def _pad(view: NodeView) -> Rule:
     zeros = not float(view.attribute("value", 0.0)) and (not view.has(2) or view.fact(2).zero)
     linear = zeros or view.attribute("mode", "constant") != "constant"
     return Rule(
-        text=f"{spell(dims, *_others(view))} -> {spell(dims)}",
+        text=f"{spell(dims, *whole_inputs(view))} -> {spell(dims)}",
         linear=(0,) if linear else (),
         padding="moves" if linear else "finite",
         padding_ports=(0,),
     )
 
 
-shape_rule("Trilu")(standard_shape("Trilu"))
-shape_rule("Pad")(standard_shape("Pad"))
-
-
-@shape_rule("ExpandDims")
-def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data, axis = inputs[0], inputs[1]
-    assert data is not None
+def _expand_dims_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, axis = present(inputs[0]), inputs[1]
     if axis is None or axis.value is None:
         raise ShapeError(f'ExpandDims "{node.name}" needs a constant axis; export the model with Unsqueeze.')
     place = int(axis.value.item()) % (len(data.shape) + 1)
     return [(data.dtype, (*data.shape[:place], 1, *data.shape[place:]))]
+
+
+def _transpose_fault(node: ir.Node, shapes: Shapes) -> str | None:
+    order = node.attributes.get("perm")
+    if order is None or shapes[0] is None or sorted(order.as_ints()) == list(range(len(shapes[0]))):
+        return None
+    return f"{list(order.as_ints())} is no order of {len(shapes[0])} dimensions"
+
+
+def _slice_fault(_: ir.Node, shapes: Shapes) -> str | None:
+    lengths = {shape for shape in shapes[1:] if shape is not None}
+    return "starts, ends, axes and steps are not equally many" if len(lengths) > 1 else None
+
+
+op("Reshape", rule=reshape, value=evaluate.reshape, moves="form", operands=Operands(ranks={1: (1,)}), cost=nothing)
+op("Flatten", rule=flatten, value=evaluate.flatten, moves="form", operands=Operands(axis=(0, 0)), cost=nothing)
+op("Squeeze", rule=flatten, value=evaluate.squeeze, moves="form", operands=AXES_INPUT, cost=nothing)
+op("Unsqueeze", rule=flatten, value=evaluate.unsqueeze, moves="form", operands=AXES_INPUT, cost=nothing)
+op(
+    "Transpose",
+    rule=transpose,
+    value=evaluate.transpose,
+    moves="form",
+    operands=Operands(check=_transpose_fault),
+    total="always",
+    cost=movement,
+)
+op(
+    "Expand",
+    rule=expand,
+    value=evaluate.expand,
+    moves="copies",
+    made=evaluate.made_of_target,
+    operands=Operands(ranks={1: (1,)}),
+    cost=movement,
+)
+op(
+    "ConstantOfShape",
+    rule=constant_of_shape,
+    value=evaluate.constant_of_shape,
+    moves="copies",
+    made=evaluate.made_of_target,
+    operands=Operands(ranks={0: (1,)}),
+    cost=generated,
+)
+op("Shape", rule=shape, of_shape=evaluate.shape, cost=generated)
+op("Concat", rule=concat, value=evaluate.concat, operands=ALONG_AXIS, cost=copied)
+op(
+    "Split",
+    rule=split,
+    value=evaluate.split,
+    moves="choice",
+    operands=Operands(ranks={1: (1,)}, along_axis=True),
+    cost=movement,
+)
+op(
+    "Slice",
+    rule=slice_,
+    value=evaluate.slice_,
+    moves="window",
+    operands=Operands(ranks=dict.fromkeys(range(1, 5), (1,)), along_axis=True, check=_slice_fault),
+    cost=movement,
+)
+op(
+    "Tile",
+    rule=tile,
+    value=evaluate.tile,
+    moves="copies",
+    made=evaluate.made_by_tile,
+    operands=Operands(ranks={1: (1,)}),
+    cost=movement,
+)
+op("Trilu", rule=trilu, value=evaluate.trilu, cost=movement)
+op("Trilu", domain=MICROSOFT, rule=trilu, shape=standard_shape("Trilu"), cost=movement)
+op("ExpandDims", domain=MICROSOFT, rule=expand_dims, shape=_expand_dims_shape, moves="form", cost=nothing)
+op("Pad", rule=pad, value=evaluate.pad, made=evaluate.made_by_pad, cost=movement)
+op("Pad", domain=MICROSOFT, rule=pad, shape=standard_shape("Pad"), cost=movement)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import (
-    MICROSOFT,
-    NodeView,
-    rule,
-    shape_rule,
-    spell,
-    standard_shape,
-    whole,
-    words,
-)
+from furiosa_llm.builder.rules.cost import DEQUANTIZE, Cost, elementwise, product
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.operands import SCALED, Operands, Shapes, takes
+from furiosa_llm.builder.rules.registry import op, spell, standard_shape, whole, words
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
-@rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(view: NodeView) -> Rule:
     """`n` output columns; the contraction is (bytes, blocks, block), and neither a block nor a byte is ever cut.
 
@@ -75,30 +69,13 @@ def _zero_points(view: NodeView, symbols: str) -> list[str]:
     return ["n", f"({symbols})"] if view.rank(3) == 2 else [f"(n {symbols})"]
 
 
-@shape_rule("MatMulNBits")
-def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
-    data = inputs[0]
-    assert data is not None
+def _matmul_nbits_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data = present(inputs[0])
     return [(data.dtype, (*data.shape[:-1], attributes_of(node)["N"]))]
 
 
-@rule("DequantizeLinear")
 def dequantize(view: NodeView) -> Rule:
     """Data dimensions pass; scales run along one axis, by elements or by blocks that are never cut."""
-    return _dequantize(view)
-
-
-@rule("DequantizeLinear", domain=MICROSOFT)
-def dequantize_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op for codes that ONNX did not have."""
-    return _dequantize(view)
-
-
-shape_rule("DequantizeLinear")(standard_shape("DequantizeLinear"))
-shape_rule("QuantizeLinear")(standard_shape("QuantizeLinear"))
-
-
-def _dequantize(view: NodeView) -> Rule:
     data = words(view.rank(0))
     out, scale = list(data), list(data)
     clause, sizes = "", {}
@@ -116,3 +93,48 @@ def _dequantize(view: NodeView) -> Rule:
     # Zero is not a zero of the data if it has a zero point, but it is one wherever the scale is zero.
     ports = (1,) if view.has(2) else (0, 1)
     return Rule(text=text, sizes=sizes, padding="product", padding_ports=ports)
+
+
+def _matmul_nbits_fault(node: ir.Node, shapes: Shapes) -> str | None:
+    K, N, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
+    if K < 1 or N < 1 or block < 1 or bits not in (2, 4, 8):
+        return f"K={K}, N={N}, block_size={block} and bits={bits} are no weight's"
+    blocks = -(-K // block)
+    data, codes, scales = shapes[0], shapes[1], shapes[2]
+    if data is None or data[-1] != K:
+        return f"the last dimension is not K={K}"
+    if codes != (N, blocks, -(-block * bits // 8)):
+        return f"the codes are not {[N, blocks, -(-block * bits // 8)]}"
+    if scales is None or math.prod(scales) != N * blocks:
+        return f"the scales are not one for each of {N} times {blocks} blocks"
+    return None
+
+
+def _matmul_nbits_cost(view: NodeView) -> Cost:
+    return product(view, view.shape(0)[-1], bias=5)
+
+
+def _dequantize_cost(view: NodeView) -> Cost:
+    """A multiplication, and a subtraction where there is a zero point."""
+    return elementwise(DEQUANTIZE if view.has(2) else DEQUANTIZE - 1)(view)
+
+
+op(
+    "MatMulNBits",
+    domain=MICROSOFT,
+    rule=matmul_nbits,
+    shape=_matmul_nbits_shape,
+    definition=takes(range(3, 7), (0, 1, 2), "K", "N", "block_size"),
+    operands=Operands(ranks={0: tuple(range(1, 9)), 1: (3,), 2: (1, 2), 3: (1, 2), 5: (1,)}, check=_matmul_nbits_fault),
+    cost=_matmul_nbits_cost,
+)
+op("DequantizeLinear", rule=dequantize, moves="decode", operands=SCALED, cost=_dequantize_cost)
+op(
+    "DequantizeLinear",
+    domain=MICROSOFT,
+    rule=dequantize,
+    shape=standard_shape("DequantizeLinear"),
+    moves="decode",
+    cost=_dequantize_cost,
+)

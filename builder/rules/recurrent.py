@@ -10,26 +10,18 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.rules.registry import MICROSOFT, NodeView, rule, shape_rule, spell, whole
+from furiosa_llm.builder.rules.cost import RMS_NORM, SIGMOID, SILU, Cost, elementwise, function_flops, spent
+from furiosa_llm.builder.rules.facts import Fact, present
+from furiosa_llm.builder.rules.registry import as_input, op, spell, whole
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, attributes_of
-
-_Shapes = list[tuple[ir.DataType, tuple[int, ...]]]
+from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
 
 
-@rule("LinearAttention")
 def linear_attention(view: NodeView) -> Rule:
-    """Packed heads; g query heads share the state of each key head."""
-    return _linear_attention(view)
+    """Packed heads; g query heads share the state of each key head.
 
-
-@rule("LinearAttention", domain=MICROSOFT)
-def linear_attention_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op: also g value heads, each with a state, for each query head, and a window of states."""
-    return _linear_attention(view)
-
-
-def _linear_attention(view: NodeView) -> Rule:
+    Onnxruntime's op: also g value heads, each with a state, for each query head, and a window of states.
+    """
     queries, states = int(view.attribute("q_num_heads")), int(view.attribute("kv_num_heads"))
     size, value_size = view.shape(0)[2] // queries, view.shape(2)[2] // states
     shared = queries >= states  # else the other way round: several states for each query head
@@ -55,11 +47,8 @@ def _gate(width: int, heads: int, kv: str) -> str:
     return "1" if width == 1 and heads > 1 else f"({kv})" if width == heads else f"({kv} d)"
 
 
-@shape_rule("LinearAttention")
-def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    query, value, past = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
-    assert query is not None
-    assert value is not None
+def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    query, value, past = present(inputs[0]), present(inputs[2]), inputs[3] if len(inputs) > 3 else None
     attributes = attributes_of(node)
     queries, states = attributes["q_num_heads"], attributes["kv_num_heads"]
     size, value_size = query.shape[2] // queries, value.shape[2] // states
@@ -69,7 +58,6 @@ def _linear_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sh
     return [(query.dtype, (*query.shape[:2], max(queries, states) * value_size)), (kind, state)]
 
 
-@rule("LinearAttentionGate", domain=MICROSOFT)
 def linear_attention_gate(view: NodeView) -> Rule:
     """Elementwise, with numbers for each head."""
     dims = ["a", "b", "h"]
@@ -77,14 +65,11 @@ def linear_attention_gate(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(*[dims] * len(view.node.outputs))}", padding="finite")
 
 
-@shape_rule("LinearAttentionGate")
-def _linear_attention_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data = inputs[0]
-    assert data is not None
+def _linear_attention_gate_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data = present(inputs[0])
     return [(data.dtype, data.shape)] * len(node.outputs)
 
 
-@rule("GatedDeltaNet", domain=MICROSOFT)
 def gated_delta_net(view: NodeView) -> Rule:
     """Heads apart or packed in the query; each of q query heads has g value heads with a state each."""
     if len(view.node.outputs) > 2:
@@ -123,8 +108,7 @@ def gated_delta_net(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GatedDeltaNet")
-def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
+def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     query, value, lengths = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
     state = inputs[6] if len(inputs) > 6 else None
     assert query is not None
@@ -142,13 +126,11 @@ def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Sha
 # -- convolutions with a state -----------------------------------------------------------------------------------
 
 
-@rule("CausalConvWithState")
 def causal_conv(view: NodeView) -> Rule:
     """Channels are convolved each for itself."""
     return _causal_conv(view)
 
 
-@rule("CausalConvWithState", domain=MICROSOFT)
 def causal_conv_microsoft(view: NodeView) -> Rule:
     """Onnxruntime's op: channels also last, and a window of states."""
     if len(view.node.outputs) > 2 or view.attribute("input_channels", 0):
@@ -167,11 +149,8 @@ def _causal_conv(view: NodeView) -> Rule:
     return Rule(text=f"{spell(*operands)} -> {spell(data, state)}", padding="finite")
 
 
-@shape_rule("CausalConvWithState")
-def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data, weight, past = inputs[0], inputs[1], inputs[3] if len(inputs) > 3 else None
-    assert data is not None
-    assert weight is not None
+def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    data, weight, past = present(inputs[0]), present(inputs[1]), inputs[3] if len(inputs) > 3 else None
     if past is not None:
         return [(data.dtype, data.shape), (past.dtype, past.shape)]
     attributes = attributes_of(node)
@@ -185,7 +164,6 @@ def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
 # -- norms with a gate -------------------------------------------------------------------------------------------
 
 
-@rule("GatedRMSNorm", domain=MICROSOFT)
 def gated_rms_norm(view: NodeView) -> Rule:
     """Groups of as many elements as there are scales are normalised each for itself."""
     rows, size = [f"r{i}" for i in range(view.rank(0) - 1)], math.prod(view.shape(1))
@@ -197,8 +175,79 @@ def gated_rms_norm(view: NodeView) -> Rule:
     )
 
 
-@shape_rule("GatedRMSNorm")
-def _gated_rms_norm_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> _Shapes:
-    data = inputs[0]
-    assert data is not None
-    return [(data.dtype, data.shape)]
+def recurrence_flops(view: NodeView, tokens: int, queries: int, states: int, key_size: int, size: int) -> int:
+    """FLOPs of `tokens` that update `states` of `key_size * size` and read them by `queries`, and scale what is read.
+
+    An update adds an outer product. A gate multiplies the state first; the delta rule takes off what the state holds
+    for the key.
+    """
+    kind = view.attribute("update_rule", "gated_delta")
+    update = 2 * key_size * size
+    gated = key_size * size if "gated" in kind else 0
+    delta = 2 * key_size * size + 2 * size if "delta" in kind else 0
+    return tokens * (states * (update + gated + delta) + max(queries, states) * (2 * key_size * size + size))
+
+
+def _linear_attention_cost(view: NodeView) -> Cost:
+    """An exponential for each gate; of a window of states the last is read."""
+    queries, states = int(view.attribute("q_num_heads")), int(view.attribute("kv_num_heads"))
+    tokens, size = math.prod(view.shape(0)[:2]), view.shape(2)[2] // states
+    flops = recurrence_flops(view, tokens, queries, states, view.shape(0)[2] // queries, size)
+    window = int(view.attribute("state_window", 0))
+    reads = {3: view.fact(3).nbytes // window} if window and view.has(3) else {}
+    return spent(view, flops + (math.prod(view.shape(4)) if view.has(4) else 0), reads)
+
+
+def _linear_attention_gate_cost(view: NodeView) -> Cost:
+    """`scale * softplus(a + bias)`, and a sigmoid."""
+    return elementwise(2 + function_flops("softplus") + (SIGMOID if view.has(3) else 0))(view)
+
+
+def _gated_delta_net_cost(view: NodeView) -> Cost:
+    """LinearAttention with activations of its gates, and normalised keys and queries, inside."""
+    *tokens, states, size = view.out()
+    key_size = view.shape(0)[-1] if view.has(1) else view.shape(6)[3]
+    packed = view.shape(0)[-1] - states * size
+    queries = view.shape(0)[-2] if view.has(1) else packed // (2 * key_size)
+    count = math.prod(tokens)
+    flops = recurrence_flops(view, count, queries, states, key_size, size)
+    gate = {"none": 1, "softplus": 4 + function_flops("softplus")}.get(view.attribute("gate_activation", "none"), 8)
+    flops += gate * math.prod(view.shape(4)) if view.has(4) else 0
+    flops += SIGMOID * math.prod(view.shape(5)) if view.attribute("beta_activation", "none") != "none" else 0
+    flops += 3 * count * 2 * queries * key_size if view.attribute("qk_l2_norm", 0) else 0
+    return spent(view, flops)
+
+
+def _causal_conv_cost(view: NodeView) -> Cost:
+    """Every output is a product over the window; of a window of states the last is read."""
+    activated = function_flops(view.attribute("activation", "none"))
+    window = int(view.attribute("state_window", 0))
+    reads = {3: view.fact(3).nbytes // window} if window and view.has(3) else {}
+    return spent(view, math.prod(view.out()) * (2 * view.shape(1)[-1] + view.has(2) + activated), reads)
+
+
+op("LinearAttention", rule=linear_attention, cost=_linear_attention_cost)
+op(
+    "LinearAttention",
+    domain=MICROSOFT,
+    rule=linear_attention,
+    shape=_linear_attention_shape,
+    cost=_linear_attention_cost,
+)
+op(
+    "LinearAttentionGate",
+    domain=MICROSOFT,
+    rule=linear_attention_gate,
+    shape=_linear_attention_gate_shape,
+    cost=_linear_attention_gate_cost,
+)
+op("GatedDeltaNet", domain=MICROSOFT, rule=gated_delta_net, shape=_gated_delta_net_shape, cost=_gated_delta_net_cost)
+op("CausalConvWithState", rule=causal_conv, cost=_causal_conv_cost)
+op(
+    "CausalConvWithState",
+    domain=MICROSOFT,
+    rule=causal_conv_microsoft,
+    shape=_causal_conv_shape,
+    cost=_causal_conv_cost,
+)
+op("GatedRMSNorm", domain=MICROSOFT, rule=gated_rms_norm, shape=as_input, cost=elementwise(RMS_NORM + SILU + 1))

@@ -1,141 +1,152 @@
-"""The one registry of op rules: `(domain, op type) -> function(view) -> Rule`, and shapes of onnxruntime's own ops."""
+"""The one registry of ops: `(domain, op type) -> Op`, the entry that holds all that is known of the op."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypedDict, Unpack
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder.rules.cost import Cost, CostFunction, copied
+from furiosa_llm.builder.rules.evaluate import Evaluator, ShapeEvaluator, SizeFunction, quiet
+from furiosa_llm.builder.rules.facts import Fact, Facts, present
+from furiosa_llm.builder.rules.operands import NOTHING_SPECIAL, Definition, Operands
 from furiosa_llm.builder.rules.rule import Rule
-from furiosa_llm.builder.shapes.interpreter import Fact, Facts, ShapeRule, attributes_of
+from furiosa_llm.builder.rules.view import Inferred, NodeView, RuleFunction, ShapeRule
 
-MICROSOFT = "com.microsoft"
 _STANDARD_OPSET = 21
 """The opset whose ops onnxruntime's own are like."""
 
-# fmt: off
-WEIGHT_MOVERS = frozenset((
-    "Cast", "DequantizeLinear", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
-    "Unsqueeze",
-))
-# fmt: on
-"""Ops that move, select or convert a weight's elements: what they give is a weight, too."""
+Movement = Literal["form", "type", "window", "choice", "decode", "sign", "copies"]
+"""What an op makes of input 0's elements, if it computes nothing.
+
+`form`: the same elements in another shape or order; `type`: in another type; `window`: a range of them; `choice`: some
+of them; `decode`: the numbers that codes stand for; `sign`: their negatives; `copies`: each of them, any number of
+times.
+"""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class NodeView:
-    """A node with what is known of its inputs and outputs, as rules see it."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """All that is known of one op."""
 
-    node: ir.Node
-    facts: Facts
-    others: Facts
-    """Facts at other sizes of the dynamic dimensions: what differs is dynamic."""
-    opset: int
-    """The version of the standard ops."""
+    rule: RuleFunction | None = None
+    """Which dimensions run over the same indices, and what becomes of partial sums and of padding.
 
-    def swapped(self) -> NodeView:
-        """The same node seen at the other sizes."""
-        return NodeView(self.node, self.others, self.facts, self.opset)
+    None: every rank computes the op whole on purpose."""
+    replicated: str | None = None
+    """Why it has no rule, for the build report; None: there is nothing to report."""
+    shape: ShapeRule | None = None
+    """The types and shapes of its outputs; None: as ONNX infers them."""
+    value: Evaluator | None = None
+    """Its outputs' elements, for the small tensors that shapes are computed with; None: they are never evaluated."""
+    made: SizeFunction | None = None
+    """How many elements `value` makes, where those may be more than it is given."""
+    of_shape: ShapeEvaluator | None = None
+    """Its output's elements where they follow from input 0's shape alone."""
+    total: Literal["always", "floats"] | None = None
+    """Whether it gives something for whatever elements, or for whatever floats: it may be computed in vain."""
+    moves: Movement | None = None
+    """What it makes of input 0's elements, if it computes nothing."""
+    operands: Operands = NOTHING_SPECIAL
+    """What it demands of its operands' shapes."""
+    definition: Definition | None = None
+    """What it takes and gives, for an op that ONNX does not define."""
+    graphs: Callable[[int, int], tuple[int, int]] | None = None
+    """The number of inputs and of outputs of its graphs, given those of a node."""
+    core_dims: int = 0
+    """The number of last dimensions of its operands that are not aligned with each other."""
+    caches: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Inputs that come out with new positions, as which output."""
+    in_place: bool = False
+    """Whether it writes new positions into the buffer of such an input, if that has room."""
+    random: bool = False
+    """Whether it draws random numbers, which every rank would draw anew."""
+    remedy: str | None = None
+    """What to do instead of an op that onnxruntime has no CPU kernel for; None: it has one."""
+    cost: CostFunction | None = None
+    """What one rank computes and moves, at the view's sizes; None for an op that no program has."""
 
-    def has(self, port: int) -> bool:
-        """Whether input `port` is there."""
-        return port < len(self.node.inputs) and self.node.inputs[port] is not None
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether what it makes of a weight is a weight, too: elements moved, selected or converted."""
+        return self.moves in ("form", "type", "window", "choice", "decode")
 
-    def fact(self, port: int) -> Fact:
-        """What is known of input `port`, which must be there."""
-        value = self.node.inputs[port]
-        assert value is not None
-        return self.facts[value]
-
-    def shape(self, port: int) -> tuple[int, ...]:
-        """The shape of input `port`."""
-        return self.fact(port).shape
-
-    def out(self, port: int = 0) -> tuple[int, ...]:
-        """The shape of output `port`."""
-        return self.facts[self.node.outputs[port]].shape
-
-    def rank(self, port: int) -> int:
-        """The number of dimensions of input `port`."""
-        return len(self.shape(port))
-
-    def static_value(self, port: int) -> npt.NDArray[Any] | None:
-        """The elements of input `port` if they are known and the same at all sizes."""
-        value = self.node.inputs[port] if self.has(port) else None
-        if value is None:
-            return None
-        first, second = self.facts[value].value, self.others[value].value
-        same = first is not None and second is not None and np.array_equal(first, second)
-        return first if same else None
-
-    def is_weight(self, port: int) -> bool:
-        """Whether input `port` is an initializer, or one that was merely moved."""
-        value = self.node.inputs[port] if self.has(port) else None
-        while value is not None and not value.is_initializer():
-            producer = value.producer()
-            value = producer.inputs[0] if producer is not None and producer.op_type in WEIGHT_MOVERS else None
-        return value is not None
-
-    def is_dynamic(self, port: int, dim: int) -> bool:
-        """Whether dimension `dim` of input `port` differs from run to run."""
-        value = self.node.inputs[port]
-        assert value is not None
-        return self.facts[value].shape[dim] != self.others[value].shape[dim]
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        """An attribute's value, or `default`."""
-        found = self.node.attributes.get(name)
-        return default if found is None else found.value
-
-    def axes(self, port: int, default: tuple[int, ...] | None = None) -> tuple[int, ...] | None:
-        """The axes given as input `port` or as the attribute `axes`; None if given as a tensor of unknown content."""
-        if self.has(port):
-            value = self.static_value(port)
-            return None if value is None else tuple(int(v) for v in np.atleast_1d(value))
-        found = self.attribute("axes")
-        return default if found is None else tuple(found)
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether it makes zeros of zeros, at any sizes."""
+        return self.moves not in (None, "decode")
 
 
-RuleFunction = Callable[[NodeView], Rule]
+class _OpFields(TypedDict, total=False):
+    """The fields of `Op`, as arguments of `op`."""
 
-RULES: dict[tuple[str, str], RuleFunction] = {}
-SHAPES: dict[tuple[str, str], ShapeRule] = {}
+    rule: RuleFunction
+    replicated: str
+    shape: ShapeRule
+    value: Evaluator
+    made: SizeFunction
+    of_shape: ShapeEvaluator
+    total: Literal["always", "floats"]
+    moves: Movement
+    operands: Operands
+    definition: Definition
+    graphs: Callable[[int, int], tuple[int, int]]
+    core_dims: int
+    caches: Mapping[int, int]
+    in_place: bool
+    random: bool
+    remedy: str
+    cost: CostFunction
 
 
-def rule(*op_types: str, domain: str = "") -> Callable[[RuleFunction], RuleFunction]:
-    """Register a rule for some op types of one domain."""
-
-    def register(function: RuleFunction) -> RuleFunction:
-        for op_type in op_types:
-            assert (domain, op_type) not in RULES, f"{domain}::{op_type} has two rules"
-            RULES[domain, op_type] = function
-        return function
-
-    return register
+OPS: dict[tuple[str, str], Op] = {}
 
 
-def shape_rule(*op_types: str, domain: str = MICROSOFT) -> Callable[[ShapeRule], ShapeRule]:
-    """Register the output types and shapes of ops that ONNX does not define."""
+def op(*op_types: str, domain: str = "", **facts: Unpack[_OpFields]) -> None:
+    """Enter op types of one domain of which the same is known: `facts` are fields of `Op`."""
+    if value := facts.get("value"):
+        facts["value"] = quiet(value)
+    entry = Op(**facts)
+    for op_type in op_types:
+        assert (domain, op_type) not in OPS, f"{domain}::{op_type} has two entries"
+        OPS[domain, op_type] = entry
 
-    def register(function: ShapeRule) -> ShapeRule:
-        for op_type in op_types:
-            SHAPES[domain, op_type] = function
-        return function
 
-    return register
+def op_of(node: ir.Node) -> Op | None:
+    """The entry of a node's op."""
+    return OPS.get((node.domain, node.op_type))
+
+
+def keeps_weights(node: ir.Node) -> bool:
+    """Whether what a node makes of a weight, its input 0, is a weight, too."""
+    entry = op_of(node)
+    return entry is not None and entry.keeps_weights
+
+
+def is_weight(view: NodeView, port: int) -> bool:
+    """Whether input `port` is an initializer, or one that was merely moved."""
+    value = view.node.inputs[port] if view.has(port) else None
+    while value is not None and not value.is_initializer():
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None and keeps_weights(producer) else None
+    return value is not None
+
+
+def as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    """The shape rule of an op whose one output has the type and shape of input 0."""
+    data = present(inputs[0])
+    return [(data.dtype, data.shape)]
 
 
 def standard_shape(op_type: str, *, drop_inputs_from: int | None = None) -> ShapeRule:
     """The shape rule of an op of onnxruntime's that has the shapes of a standard op."""
 
-    def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, tuple[int, ...]]]:
+    def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
         proto = ir.to_proto(node)
         proto.op_type, proto.domain = op_type, ""
         del proto.input[drop_inputs_from if drop_inputs_from is not None else len(proto.input) :]
@@ -170,11 +181,15 @@ def spell(*operands: list[str] | None) -> str:
     return ", ".join("_" if dims is None else " ".join(dims) for dims in operands)
 
 
+def whole_inputs(view: NodeView, start: int = 1) -> list[list[str] | None]:
+    """The inputs from `start` on, as operands that must be whole."""
+    return [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs[start:]]
+
+
 def whole(view: NodeView, note: str | None = None) -> Rule:
     """The rule of an op that needs everything whole and computes everything whole."""
-    inputs = [None if v is None else ["*"] * len(view.facts[v].shape) for v in view.node.inputs]
     outputs = [["*"] * len(view.facts[v].shape) for v in view.node.outputs]
-    return Rule(text=f"{spell(*inputs)} -> {spell(*outputs)}", note=note)
+    return Rule(text=f"{spell(*whole_inputs(view, 0))} -> {spell(*outputs)}", note=note)
 
 
 def rule_of(view: NodeView) -> Rule:
@@ -184,34 +199,31 @@ def rule_of(view: NodeView) -> Rule:
     else at other sizes, two dimensions were equal by chance, and nothing is said. Raises ShapeError for a node that the
     rule of its op does not fit.
     """
-    op = f"{view.node.domain or 'ai.onnx'}::{view.node.op_type}"
-    function = RULES.get((view.node.domain, view.node.op_type))
-    if function is None:
-        return whole(view, note=f"no rule for {op}: replicated")
+    name = f"{view.node.domain or 'ai.onnx'}::{view.node.op_type}"
+    entry = op_of(view.node)
+    if entry is None:
+        return whole(view, note=f"no rule for {name}: replicated")
+    if entry.rule is None:
+        reason = entry.replicated
+        return whole(view, note=None if reason is None else f"{view.node.op_type} is replicated: {reason}")
     try:
-        found, other = function(view), function(view.swapped())
+        found, other = entry.rule(view), entry.rule(view.swapped())
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ShapeError(
-            f'node {view.node.op_type} "{view.node.name}" has attributes or operands that {op} does not take '
+            f'node {view.node.op_type} "{view.node.name}" has attributes or operands that {name} does not take '
             f"({type(error).__name__}: {error}); the model is damaged, export it again."
         ) from error
     if other.text != found.text:
-        return whole(view, note=f"{op} relates its dimensions differently at different sizes: replicated")
+        return whole(view, note=f"{name} relates its dimensions differently at different sizes: replicated")
     return found
 
 
-__all__ = [
-    "MICROSOFT",
-    "RULES",
-    "SHAPES",
-    "WEIGHT_MOVERS",
-    "NodeView",
-    "attributes_of",
-    "rule",
-    "rule_of",
-    "shape_rule",
-    "spell",
-    "standard_shape",
-    "whole",
-    "words",
-]
+def cost_of(view: NodeView) -> Cost:
+    """The cost of a node; one without an entry reads and writes all that it has, and what it computes is not known."""
+    entry = op_of(view.node)
+    return copied(view) if entry is None or entry.cost is None else entry.cost(view)
+
+
+def costs_of(graph: ir.Graph, facts: Facts, opset: int) -> dict[ir.Node, Cost]:
+    """The cost of each node of a graph; the facts are those of all of its values, inside of bodies and branches too."""
+    return {node: cost_of(NodeView(node, facts, facts, opset)) for node in graph}

@@ -66,6 +66,8 @@ class ShapeOperand:
     kind: Literal["dims", "repeats", "split", "starts", "ends"]
     """`dims`: the sizes of output 0's dimensions; `repeats`: how often input 0 is in output 0, by dimensions;
     `split`: the outputs' sizes on the axis; Slice's bounds."""
+    kept: tuple[int, ...] = ()
+    """Sizes that are right locally, too, as the op finds out itself what they stand for."""
 
 
 Padding = Literal["moves", "product", "sum", "finite", "fragile", "lost"]

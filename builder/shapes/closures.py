@@ -11,17 +11,18 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-CLOSURE_DOMAIN = "furiosa_llm.closure"
+from furiosa_llm.builder.rules import OPS
+from furiosa_llm.builder.rules.control_flow import CLOSURE_DOMAIN as CLOSURE_DOMAIN
+
 CAPTURED = "captured"
 """The attribute of a closure that says how many of its last inputs, and of each of its graphs, are captured values."""
 BRANCHES = ("then_branch", "else_branch")
 """Of an If: taken if the condition holds, and if not."""
-CONTROL_FLOW = frozenset(("If", "Loop", "Scan"))
 
 
 def is_control_flow(node: ir.Node) -> bool:
     """Whether a node is an If, Loop or Scan, closed or not."""
-    return node.op_type in CONTROL_FLOW and node.domain in ("", CLOSURE_DOMAIN)
+    return (CLOSURE_DOMAIN, node.op_type) in OPS and node.domain in ("", CLOSURE_DOMAIN)
 
 
 def graphs_of(node: ir.Node) -> list[ir.Graph]:

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import UnsupportedModelError
+from furiosa_llm.builder.rules.facts import Fact, Facts
 from furiosa_llm.builder.shapes.closures import BRANCHES, num_captured
-from furiosa_llm.builder.shapes.facts import Fact, Facts
 
 Walk = Callable[[ir.Graph, Facts], None]
 """Interprets the nodes of a graph, given the facts of its inputs and of what it captures; adds theirs."""

@@ -24,11 +24,6 @@ def cache_output(node: ir.Node, port: int) -> ir.Value | None:
     return node.outputs[out] if out is not None and out < len(node.outputs) else None
 
 
-def cache_ports(node: ir.Node) -> dict[int, int]:
-    """Which inputs of an attention op are caches, and which outputs they become."""
-    return _CACHE_PORTS.get((node.domain, node.op_type), {})
-
-
 def grown_output(node: ir.Node, port: int) -> ir.Value | None:
     """What `node` gives that holds its input `port` and new positions behind or in it; None if nothing does."""
     if node.op_type == "Concat" or (node.op_type in _WRITES and port == 0):

@@ -2,13 +2,13 @@
 
 Concrete sizes stand for the dynamic dimensions; running twice, at two sets of distinct primes, tells which dimensions
 are dynamic. No weight is ever read. Types and shapes of standard ops come from `onnx.shape_inference`, those of
-onnxruntime's own ops from `builder.rules` (see `furiosa_llm.builder.rules.registry.SHAPES`).
+onnxruntime's own ops from their entries in `builder.rules`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,12 +19,15 @@ import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.rules.facts import Fact as Fact
+from furiosa_llm.builder.rules.facts import Facts as Facts
+from furiosa_llm.builder.rules.facts import Shape as Shape
+from furiosa_llm.builder.rules.view import ShapeRule as ShapeRule
+from furiosa_llm.builder.rules.view import SizeMismatchError as SizeMismatchError
+from furiosa_llm.builder.rules.view import attributes_of as attributes_of
 from furiosa_llm.builder.shapes.closures import is_control_flow
 from furiosa_llm.builder.shapes.control_flow import SIBLINGS, ControlFlow
-from furiosa_llm.builder.shapes.evaluate import EVALUATORS
-from furiosa_llm.builder.shapes.facts import Fact as Fact
-from furiosa_llm.builder.shapes.facts import Facts as Facts
-from furiosa_llm.builder.shapes.facts import Shape as Shape
 from furiosa_llm.builder.shapes.operand_checks import operand_fault, result_fault
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
@@ -33,38 +36,18 @@ _MAX_READ_NBYTES = 1024
 """Constants larger than this are weights to the interpreter: their values are never looked at."""
 
 
-ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Sequence[tuple[ir.DataType, Shape]]]
-
-_ZERO_PRESERVING = {"Cast", "Expand", "Flatten", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
-
-
-def attributes_of(node: ir.Node) -> dict[str, Any]:
-    """The node's attributes as plain Python values."""
-    return {name: attribute.value for name, attribute in node.attributes.items()}
-
-
-class SizeMismatchError(ShapeError):
-    """A graph input has a dimension whose size follows from the graph; the prober takes it over and tries again."""
-
-    def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
-        super().__init__(
-            f'dimension {dim} of "{value.name}" must be {expected} for node {node.op_type} "{node.name}"; '
-            "export the model again, its inputs contradict its weights."
-        )
-        self.value, self.dim, self.expected = value, dim, expected
-
-
 class Interpreter:
     """Interprets one graph at any number of input size sets.
 
-    If `lenient`, the branches of an If need not agree where its condition is known.
+    `collectives` are the shape rules of the program's own ops, which are no ops of a model. If `lenient`, the branches
+    of an If need not agree where its condition is known.
     """
 
     def __init__(
-        self, model: ir.Model, shape_rules: Mapping[tuple[str, str], ShapeRule], *, lenient: bool = False
+        self, model: ir.Model, collectives: Mapping[tuple[str, str], ShapeRule] | None = None, *, lenient: bool = False
     ) -> None:
         self._model = model
-        self._shape_rules = shape_rules
+        self._collectives = collectives or {}
         self._opsets = dict(model.graph.opset_imports)
         self._protos: dict[ir.Node, onnx.NodeProto] = {}
         self._runs = 0
@@ -74,7 +57,8 @@ class Interpreter:
         self._signatures: dict[object, int] = {}
         self._inferred: dict[tuple[int, ...], list[Fact]] = {}
         self._numbers: dict[ir.Node, int] = {}
-        self._control_flow = ControlFlow(self.interpret, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
+        self._inside: Facts = {}
+        self._control_flow = ControlFlow(self._interpret_inside, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
         self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
 
     def run(self, sizes: Mapping[str, Shape], lengths: Mapping[str, int] = MappingProxyType({})) -> Facts:
@@ -91,6 +75,15 @@ class Interpreter:
             facts[value] = self._intern(_input_fact(value.dtype, sizes[value.name], lengths.get(value.name)))
         self.interpret(self._model.graph, facts)
         return facts
+
+    def run_inside(self, sizes: Mapping[str, Shape]) -> Facts:
+        """As `run`, with the facts of what is in branches and bodies; those of a body are of any of its iterations."""
+        self._inside.clear()
+        return self.run(sizes) | self._inside
+
+    def _interpret_inside(self, graph: ir.Graph, facts: Facts) -> None:
+        self.interpret(graph, facts)
+        self._inside.update((v, facts[v]) for v in (*graph.inputs, *(v for node in graph for v in node.outputs)))
 
     def interpret(self, graph: ir.Graph, facts: Facts) -> None:
         """Add the facts of what the nodes of `graph` give to `facts`, which holds those of all that they read."""
@@ -140,14 +133,13 @@ class Interpreter:
         evaluated = self._evaluate(node, inputs)
         if evaluated is not None:
             return evaluated
-        rule = self._shape_rules.get((node.domain, node.op_type))
+        entry = op_of(node)
+        rule = self._collectives.get((node.domain, node.op_type)) if entry is None else entry.shape
         if rule is not None:
             try:
                 pairs = rule(node, inputs)
             except (ArithmeticError, LookupError, TypeError, ValueError, onnx.checker.ValidationError) as error:
                 raise _contradiction(node, inputs, str(error)) from error
-        elif _ELEMENTWISE.get(node.op_type) is not None and node.domain == "":
-            pairs = self._elementwise(node, inputs)
         else:
             pairs = self._infer_with_onnx(node, inputs)
         zero = _is_zero(node, inputs)
@@ -158,43 +150,23 @@ class Interpreter:
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
         """The outputs' elements, if they follow from the shapes alone and are few."""
-        if node.domain:
+        entry = op_of(node)
+        if entry is None:
             return None
-        if node.op_type in ("Shape", "Size") and inputs[0] is not None:
-            shape = np.array(inputs[0].shape, dtype=np.int64)
-            attributes = attributes_of(node)
-            part = shape[attributes.get("start", 0) : attributes.get("end")]
-            return [_known(part if node.op_type == "Shape" else np.array(shape.prod()), zero=False)]
-        evaluator = EVALUATORS.get(node.op_type)
-        if evaluator is None or any(f is not None and f.value is None for f in inputs):
+        if entry.of_shape is not None and inputs[0] is not None:
+            return [_known(entry.of_shape(attributes_of(node), inputs[0].shape), zero=False)]
+        if entry.value is None or any(f is not None and f.value is None for f in inputs):
             return None
         arguments = [None if f is None else f.value for f in inputs]
-        if (
-            node.op_type in ("Expand", "ConstantOfShape", "OneHot", "Pad", "Range", "Tile")
-            and _result_size(node, arguments) > _MAX_KNOWN_ELEMENTS
-        ):
+        given = [argument for argument in arguments if argument is not None]
+        if entry.made is not None and entry.made(given) > _MAX_KNOWN_ELEMENTS:
             return None
         try:
-            result = evaluator(attributes_of(node), arguments)
+            result = entry.value(attributes_of(node), arguments)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise _contradiction(node, inputs, str(error)) from error
         zero = _is_zero(node, inputs)
         return [_known(np.asarray(r), zero=zero) for r in (result if isinstance(result, tuple) else (result,))]
-
-    def _elementwise(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
-        present = [f for f in inputs if f is not None]
-        try:
-            shape = np.broadcast_shapes(*(f.shape for f in present))
-        except ValueError as error:
-            raise _contradiction(node, inputs, str(error)) from error
-        kind = _ELEMENTWISE[node.op_type]
-        if kind == "bool":
-            dtype = ir.DataType.BOOL
-        elif kind == "cast":
-            dtype = ir.DataType(node.attributes["to"].as_int())
-        else:
-            dtype = present[1 if kind == "second" else 0].dtype
-        return [(dtype, shape)]
 
     def _infer_with_onnx(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[tuple[ir.DataType, Shape]]:
         try:
@@ -269,27 +241,13 @@ def _is_zero(node: ir.Node, inputs: Sequence[Fact | None]) -> bool:
     first = inputs[0] if inputs else None
     if node.op_type == "ConstantOfShape":
         return not _fill_value(node)
-    return first is not None and first.zero and node.op_type in _ZERO_PRESERVING
+    entry = op_of(node)
+    return first is not None and first.zero and entry is not None and entry.keeps_zeros
 
 
 def _fill_value(node: ir.Node) -> bool:
     value = node.attributes.get("value")
     return value is not None and bool(value.as_tensor().numpy().any())
-
-
-def _result_size(node: ir.Node, arguments: Sequence[npt.NDArray[Any] | None]) -> float:
-    if node.op_type == "Range":
-        start, limit, delta = (float(a.item()) for a in arguments if a is not None)
-        return abs((limit - start) / delta) if delta else 0.0
-    data, *rest = (a.astype(np.float64) for a in arguments if a is not None)
-    match node.op_type:
-        case "OneHot":
-            return float(data.size * rest[0].item())
-        case "Pad":
-            return float((data.size + 1) * np.prod(1 + np.abs(rest[0])) if rest else data.size)
-        case "Tile":
-            return float(data.size * np.prod(rest[0]))
-    return float(np.prod(rest[-1] if rest else data))
 
 
 def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fact | None]) -> tuple[ir.DataType, Shape]:
@@ -319,23 +277,3 @@ def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) ->
     found = ", ".join("-" if f is None else f"{f.dtype.name}{list(f.shape)}" for f in inputs)
     first_line = reason.strip().partition("\n")[0][:300].rstrip(".")
     return MisfitError(f'node {node.op_type} "{node.name}" does not fit its inputs ({found:.300}): {first_line}.', node)
-
-
-# fmt: off
-_AS_FIRST = (
-    "Abs", "Acos", "Add", "Asin", "Atan", "BitShift", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Erf",
-    "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Max", "Mean", "Min", "Mish", "Mod",
-    "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh",
-    "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "ThresholdedRelu",
-)
-_AS_BOOL = (
-    "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor",
-)
-# fmt: on
-_ELEMENTWISE: dict[str, str] = {
-    **dict.fromkeys(_AS_FIRST, "first"),
-    **dict.fromkeys(_AS_BOOL, "bool"),
-    "Cast": "cast",
-    "Where": "second",
-}
-"""Elementwise ops and where their output's type comes from."""

@@ -6,7 +6,7 @@ What is looked at here is what later stages take for granted. Nodes are compared
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -16,6 +16,7 @@ from furiosa_llm.builder.source.protobuf_scan import LeftOut
 from furiosa_llm.builder.source.validate_nodes import check_node, is_operator
 from furiosa_llm.builder.source.validate_tensors import MAX_ELEMENTS, check_tensor, check_text, dtype_name
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.graphs import all_graphs, all_nodes
 
 MAX_INLINED_NODES = 100_000
 """Functions that call functions double with every level: a small file may stand for more nodes than memory holds."""
@@ -34,7 +35,7 @@ def validate(proto: ModelProto, name: str, left_out: Mapping[int, LeftOut]) -> N
     """
     opsets = _opsets(proto, name)
     functions = _functions(proto, opsets, name)
-    for node in _nodes(proto.graph.node):
+    for node in all_nodes(proto.graph.node):
         _check_node(node, opsets, functions, name)
         for attribute in node.attribute:
             if attribute.ref_attr_name:
@@ -43,13 +44,13 @@ def validate(proto: ModelProto, name: str, left_out: Mapping[int, LeftOut]) -> N
                     "is in none; the file is damaged, export the model again."
                 )
     _check_names(proto.graph, name, left_out)
-    for graph in _graphs(proto.graph.node):
+    for graph in all_graphs(proto.graph.node):
         _check_names(graph, name, {})
     for value in (*proto.graph.input, *proto.graph.output):
         _check_value(value, name)
     for function in functions.values():
         own = _function_opsets(function, name)
-        for node in _nodes(function.node):
+        for node in all_nodes(function.node):
             _check_node(node, own, functions, name)
         _check_function(function, name)
     _check_expansion(proto, functions, name)
@@ -233,7 +234,7 @@ def _function_opsets(function: FunctionProto, name: str) -> dict[str, int]:
     opsets = _imports(function.opset_import, where)
     if "" in opsets:
         _check_opset(opsets[""], where)
-    missing = {_domain(node.domain) for node in _nodes(function.node)} - opsets.keys()
+    missing = {_domain(node.domain) for node in all_nodes(function.node)} - opsets.keys()
     if missing:
         raise ModelLoadError(
             f"{where} uses ops of {sorted(domain or 'ai.onnx' for domain in missing)} without importing them; "
@@ -260,13 +261,13 @@ def _check_function(function: FunctionProto, name: str) -> None:
     for value in function.output:
         if value not in seen:
             raise ModelLoadError(f'{where}: no node gives the output "{value}"; export the model again.')
-    for graph in _graphs(function.node):
+    for graph in all_graphs(function.node):
         _check_names(graph, where, {})
 
 
 def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionProto], name: str) -> None:
     """Functions must not call themselves, and all calls together must stand for a number of nodes that memory holds."""
-    calls = {key: [_key(n) for n in _nodes(f.node) if _key(n) in functions] for key, f in functions.items()}
+    calls = {key: [_key(n) for n in all_nodes(f.node) if _key(n) in functions] for key, f in functions.items()}
     sizes: dict[FunctionKey, int] = {}
     for root in functions:
         path = [(root, iter(calls[root]))]
@@ -274,7 +275,9 @@ def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionPro
             key, rest = path[-1]
             following = next((callee for callee in rest if callee not in sizes), None)
             if following is None:
-                sizes[key] = sum(1 for _ in _nodes(functions[key].node)) + sum(sizes[callee] for callee in calls[key])
+                sizes[key] = sum(1 for _ in all_nodes(functions[key].node)) + sum(
+                    sizes[callee] for callee in calls[key]
+                )
                 path.pop()
             elif any(following == entered for entered, _ in path):
                 raise ModelLoadError(
@@ -283,32 +286,9 @@ def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionPro
                 )
             else:
                 path.append((following, iter(calls[following])))
-    total = sum(sizes.get(_key(node), 0) for node in _nodes(proto.graph.node))
+    total = sum(sizes.get(_key(node), 0) for node in all_nodes(proto.graph.node))
     if total > MAX_INLINED_NODES:
         raise UnsupportedModelError(
             f"{name} has {total} nodes in functions once these are inlined, expected at most {MAX_INLINED_NODES}; "
             "export the model without functions that call each other many times."
         )
-
-
-# -- graphs inside of nodes ----------------------------------------------------------------------------------------
-
-
-def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Every node, those of branches and bodies too."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from _nodes(attribute.g.node)
-            for graph in attribute.graphs:
-                yield from _nodes(graph.node)
-
-
-def _graphs(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
-    """Every branch and body."""
-    for node in _nodes(nodes):
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield attribute.g
-            yield from attribute.graphs

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 
 import onnx
@@ -12,6 +11,9 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
 
 from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.builder.rules import OPS
+from furiosa_llm.builder.rules.control_flow import CLOSURE_DOMAIN
+from furiosa_llm.builder.rules.operands import Definition
 from furiosa_llm.builder.source.validate_tensors import check_text
 from furiosa_llm.runtime.artifact.checks.model import VALUE_FIELDS
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
@@ -36,57 +38,12 @@ _PAYLOADS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Definition:
-    """What an operator takes and gives."""
-
-    inputs: range
-    outputs: range
-    required: frozenset[int]
-    """The positions of inputs that may not be left out."""
-    attributes: Mapping[str, int]
-    """Name -> the number of its type."""
-    required_attributes: frozenset[str]
-    takes_others: bool = False
-    """Whether there are attributes of which nothing is known here."""
-
-
-def _microsoft(inputs: range, required: Sequence[int], *integers: str, outputs: int = 1) -> _Definition:
-    return _Definition(
-        inputs=inputs,
-        outputs=range(1, outputs + 1),
-        required=frozenset(required),
-        attributes=dict.fromkeys(integers, AttributeProto.INT),
-        required_attributes=frozenset(integers),
-        takes_others=True,
-    )
-
-
 _INTEGERS = frozenset(
     ("accuracy_level", "axis", "bits", "block_size", "do_rotary", "gather_axis", "interleaved", "k", "kv_num_heads",
      "local_window_size", "num_heads", "quantize_axis", "rotary_embedding_dim", "rotary_interleaved",
      "swiglu_fusion", "transA", "transB", "transBatchA", "transBatchB")
 )  # fmt: skip
 """Attributes that are integers in all of onnxruntime's own ops."""
-_ONNXRUNTIME: Mapping[tuple[str, str], _Definition] = {
-    ("", "SimplifiedLayerNormalization"): _microsoft(range(2, 3), (0, 1), outputs=2),
-    ("com.microsoft", "BiasGelu"): _microsoft(range(2, 3), (0, 1)),
-    ("com.microsoft", "FastGelu"): _microsoft(range(1, 3), (0,)),
-    ("com.microsoft", "FusedMatMul"): _microsoft(range(2, 3), (0, 1)),
-    ("com.microsoft", "GatherBlockQuantized"): _microsoft(range(3, 5), (0, 1, 2)),
-    ("com.microsoft", "Gelu"): _microsoft(range(1, 2), (0,)),
-    ("com.microsoft", "GroupQueryAttention"): _microsoft(
-        range(7, 17), (0, 5, 6), "num_heads", "kv_num_heads", outputs=4
-    ),
-    ("com.microsoft", "MatMulNBits"): _microsoft(range(3, 7), (0, 1, 2), "K", "N", "block_size"),
-    ("com.microsoft", "MoE"): _microsoft(range(5, 12), (0, 1, 2, 4)),
-    ("com.microsoft", "QuickGelu"): _microsoft(range(1, 2), (0,)),
-    ("com.microsoft", "RotaryEmbedding"): _microsoft(range(4, 5), (0, 1, 2, 3)),
-    ("com.microsoft", "SkipLayerNormalization"): _microsoft(range(3, 6), (0, 1, 2), outputs=4),
-    ("com.microsoft", "SkipSimplifiedLayerNormalization"): _microsoft(range(3, 5), (0, 1, 2), outputs=4),
-}
-"""Ops that onnxruntime defines, as far as they have rules here:
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md."""
 
 
 def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: FunctionProto | None = None) -> None:
@@ -154,15 +111,13 @@ def _is_type(attribute: AttributeProto) -> bool:
 
 def _check_graphs(node: NodeProto, where: str) -> None:
     """The graphs of If, Loop and Scan take and give as many values as their node."""
-    values, results = len(node.input), len(node.output)
-    expected = {
-        "If": (0, results),
-        "Loop": (max(values, 2), results + 1),
-        "Scan": (values, results),
-    }.get(node.op_type)
+    entry = OPS.get((CLOSURE_DOMAIN, node.op_type))
+    if entry is None or entry.graphs is None:
+        return
+    expected = entry.graphs(len(node.input), len(node.output))
     for attribute in node.attribute:
         found = (len(attribute.g.input), len(attribute.g.output))
-        if expected is not None and attribute.type == AttributeProto.GRAPH and found != expected:
+        if attribute.type == AttributeProto.GRAPH and found != expected:
             _fail(
                 where,
                 f"has the graph {attribute.name} of {found[0]} inputs and {found[1]} outputs",
@@ -170,7 +125,7 @@ def _check_graphs(node: NodeProto, where: str) -> None:
             )
 
 
-def _check_definition(node: NodeProto, definition: _Definition, where: str) -> None:
+def _check_definition(node: NodeProto, definition: Definition, where: str) -> None:
     _check_count(where, "inputs", len(node.input), definition.inputs)
     _check_count(where, "outputs", len(node.output), definition.outputs)
     for position, name in enumerate(node.input):
@@ -199,14 +154,15 @@ def _check_count(where: str, what: str, count: int, allowed: range) -> None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _definition(op_type: str, domain: str, version: int) -> _Definition | None:
+def _definition(op_type: str, domain: str, version: int) -> Definition | None:
     """The definition of an operator; None if it is not known here, which is found out when its shape is asked for."""
     try:
         schema = onnx.defs.get_schema(op_type, version, domain)
     except onnx.defs.SchemaError:
-        return _ONNXRUNTIME.get((domain, op_type))
+        entry = OPS.get((domain, op_type))
+        return None if entry is None else entry.definition
     optional = OpSchema.FormalParameterOption.Single
-    return _Definition(
+    return Definition(
         inputs=range(schema.min_input, schema.max_input + 1),
         outputs=range(schema.min_output, schema.max_output + 1),
         required=frozenset(i for i, parameter in enumerate(schema.inputs) if parameter.option == optional),

@@ -17,9 +17,10 @@ from furiosa_llm.builder.write.onnx_files import program_proto, source_proto, wr
 from furiosa_llm.builder.write.output_folder import check_free_space
 from furiosa_llm.builder.write.report import plan_json
 from furiosa_llm.builder.write.shards import num_shards
-from furiosa_llm.builder.write.streaming import write_weights
+from furiosa_llm.builder.write.streaming import Placement, WrittenWeights, write_weights
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
 from furiosa_llm.runtime.artifact.pooling import POOLING_NAME
+from furiosa_llm.runtime.artifact.reader import SplitModel
 
 _LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir")
 
@@ -58,7 +59,7 @@ def write_artifact(
     ]
     manifest = manifest_of(
         build,
-        info=_model_info(build, name, options),
+        info=_model_info(build, name, options.max_seq_len_to_capture),
         provenance=_provenance(build, options),
         weights=weights,
         shapes=shapes,
@@ -69,9 +70,33 @@ def write_artifact(
     return manifest
 
 
-def _model_info(build: Build, name: str, options: BuildOptions) -> ModelInfo:
+def planned(build: Build) -> SplitModel:
+    """What an artifact of `build` would be, without all that is known only when its weights are written."""
+    tensors, shapes = build.tensors(), program_shapes(build)
+    unwritten = WrittenWeights(
+        placements={t.name: Placement(file="", offset=0, nbytes=t.local_nbytes, sha256="") for t in tensors},
+        files=(),
+        source_digests=dict.fromkeys((id(tensor.source) for tensor in tensors), ""),
+    )
+    manifest = manifest_of(
+        build,
+        info=_model_info(build, "", None),
+        provenance=Provenance(tool="", libraries={}, options={}, source_sha256=""),
+        weights=unwritten,
+        shapes=shapes,
+        files=(),
+        plan={},
+    )
+    return SplitModel(
+        manifest=manifest,
+        program=program_proto(build.lowered.graph, unwritten.placements, shapes, build.ir_version),
+        tensors={tensor.name: tensor for tensor in manifest.tensors},
+    )
+
+
+def _model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
     path = build.source.path
-    limits = [max_sequence_length(path), options.max_seq_len_to_capture]
+    limits = [max_sequence_length(path), limit]
     logits = build.logits
     return ModelInfo(
         name=name,

@@ -1,11 +1,11 @@
-"""Write closures back as ONNX has them, and find the tensors inside nodes."""
+"""Write closures back as ONNX has them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
 from furiosa_llm.builder.shapes.closures import CAPTURED, CLOSURE_DOMAIN
 
@@ -62,16 +62,3 @@ def _rename(graph: GraphProto, outer: Mapping[str, str], prefix: str, taken: set
         node.output.extend(outputs)
     for value in graph.output:
         value.name = names[value.name]
-
-
-def tensors_in_nodes(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
-    """Every tensor that is an attribute of a node, or an initializer or attribute in a graph inside of one."""
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.TENSOR:
-                yield attribute.t
-            yield from attribute.tensors
-            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
-            for graph in graphs:
-                yield from graph.initializer
-                yield from tensors_in_nodes(graph.node)

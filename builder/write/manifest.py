@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.lower.blocks import find_blocks
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shape
+from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shapes
 from furiosa_llm.builder.shapes.interface import role_of
 from furiosa_llm.builder.write.streaming import Placement, WrittenWeights
 from furiosa_llm.runtime.artifact.dimensions import Shape
@@ -94,8 +94,8 @@ def _initializers(build: Build, digests: Mapping[int, str]) -> tuple[OriginalIni
 
 def _inputs(build: Build) -> tuple[InputInfo, ...]:
     found = []
-    for value in build.model.graph.inputs:
-        shape = global_shape(build, value)
+    values = build.model.graph.inputs
+    for value, shape in zip(values, global_shapes(build, values), strict=True):
         found.append(
             InputInfo(
                 name=str(value.name),
@@ -111,8 +111,8 @@ def _inputs(build: Build) -> tuple[InputInfo, ...]:
 def _outputs(build: Build) -> tuple[OutputInfo, ...]:
     logits = build.logits
     found = []
-    for value in build.model.graph.outputs:
-        shape = global_shape(build, value)
+    values = build.model.graph.outputs
+    for value, shape in zip(values, global_shapes(build, values), strict=True):
         role: OutputRole = "logits" if value is logits else "state" if value in build.states.values else "other"
         found.append(
             OutputInfo(

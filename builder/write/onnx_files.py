@@ -12,11 +12,12 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.builder.source.tensors import load_in_place, read_packed
-from furiosa_llm.builder.units import nbytes as shown
-from furiosa_llm.builder.write.closures import open_closures, tensors_in_nodes
+from furiosa_llm.builder.write.closures import open_closures
 from furiosa_llm.builder.write.streaming import Placement
 from furiosa_llm.runtime.artifact.files import sync
+from furiosa_llm.runtime.artifact.graphs import all_tensors
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, FileEntry, Manifest
+from furiosa_llm.runtime.artifact.units import nbytes as shown
 
 _DATA_FIELDS = (
     *("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "external_data"),
@@ -96,7 +97,7 @@ def source_proto(source: Source, stored: Container[str]) -> onnx.ModelProto:
             assert original is not None
             _clear_data(initializer)
             initializer.raw_data = read_packed(original).tobytes()
-    for tensor in tensors_in_nodes([*proto.graph.node, *(node for f in proto.functions for node in f.node)]):
+    for tensor in all_tensors([*proto.graph.node, *(node for f in proto.functions for node in f.node)]):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             load_in_place(tensor, source.path.parent)
     return proto

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from furiosa_llm.builder.errors import OutputError
-from furiosa_llm.builder.units import nbytes as shown
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME
+from furiosa_llm.runtime.artifact.units import nbytes as shown
 
 _SPARE_NBYTES = 64 * 2**20
 """Free space to ask for beyond the weights: program, tokenizer, the file system's own."""

@@ -10,18 +10,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import onnx_ir as ir
-
 from furiosa_llm.builder.factors.analysis import Analysis
-from furiosa_llm.builder.factors.states import StatePair
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.write.shards import num_shards
 from furiosa_llm.builder.write.whole import shortfalls
-from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, global_size, local_size
-from furiosa_llm.runtime.artifact.manifest import Collective, Manifest
+from furiosa_llm.runtime.artifact.layout import Mesh, global_size
+from furiosa_llm.runtime.artifact.manifest import Manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +97,9 @@ def report_of(
         padding_nbytes=padding_nbytes(tensors, mesh),
         model_nbytes=model_nbytes,
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
-        state_nbytes_per_token=state_nbytes_per_token(build),
+        state_nbytes_per_token=sum(manifest.state_nbytes.values()),
         collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
-        collective_nbytes=sum(_payload_nbytes(collective, mesh) for collective in manifest.collectives),
+        collective_nbytes=sum(map(manifest.payload_nbytes, manifest.collectives)),
         decisions=decisions(build.plan),
         replicated=tuple(f"{t.name} {list(t.local_shape)} ({_why_whole(t, build)})" for t in replicated),
         notes=notes(build.analysis),
@@ -137,27 +134,6 @@ def _padding_nbytes(tensor: ShardedTensor, mesh: Mesh) -> int:
         return 0
     elements = math.prod(tensor.local_shape) * num_shards(tensor, mesh)
     return (elements - math.prod(global_size(dim) for dim in tensor.layout)) * tensor.dtype.bitwidth // 8
-
-
-def state_nbytes_per_token(build: Build) -> int:
-    """Bytes that one rank keeps of all states for one position."""
-    return sum(_state_nbytes(build, pair) for pair in build.states.pairs if pair.sequence_dim is not None)
-
-
-def _state_nbytes(build: Build, pair: StatePair) -> int:
-    """Bytes that one rank keeps of a state for one position."""
-    mesh = build.plan.mesh
-    layout = build.lowered.input_layouts[str(pair.input.name)]
-    fact = build.probes.decode.facts[pair.input]
-    sizes = [local_size(dim, mesh) if axes_of(dim) else n for dim, n in zip(layout, fact.shape, strict=True)]
-    return math.prod(n for d, n in enumerate(sizes) if d != pair.sequence_dim) * fact.dtype.bitwidth // 8
-
-
-def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:
-    """Bytes that a rank receives for one decoded token."""
-    local = math.prod(n if isinstance(n, int) else 1 for n in collective.shape)
-    parts = mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
-    return local * parts * ir.DataType[collective.dtype].bitwidth // 8
 
 
 def _peak_rss_nbytes() -> int:

@@ -31,9 +31,10 @@ from furiosa_llm.runtime.artifact.manifest import FileEntry
 MAX_WEIGHTS_FILE_NBYTES = 4 * 2**30
 """A weights file is closed before it grows beyond this; a single larger tensor has a file of its own."""
 
-MAX_WORKERS = 5
-"""One thread each for writing, for the digests of files, stored tensors and originals, and for reading; one more waits
-for the disk."""
+_HELPERS = ("files", "tensors", "reading", "originals")
+"""What threads of their own do, in the order in which they relieve the one that writes: digests of files (and waiting
+for the disk), digests of stored tensors, reading, digests of originals."""
+MAX_WORKERS = 1 + len(_HELPERS)
 
 _ALIGNMENT = 64
 _SYNCED_NBYTES = 128 * 2**20
@@ -83,12 +84,13 @@ def write_weights(
     parts = enumerate(_files(tensors, mesh), start=1)
     files = [_File(folder / f"weights-{number:05d}.safetensors", part, mesh) for number, part in parts]
     sources = _Sources(tensors, mesh)
+    helpers = _HELPERS[: workers - 1]
     with contextlib.ExitStack() as stack:
-        files_hasher = stack.enter_context(Hasher(threaded=workers > 1))
-        tensors_hasher = stack.enter_context(Hasher(threaded=workers > 2))
-        syncing = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "sync")) if workers > 1 else None
-        sources_hasher = stack.enter_context(Hasher(threaded=workers > 4))
-        reader = SourceReader(sources.order, sources.streamed, sources_hasher, ahead=workers > 3)
+        files_hasher = stack.enter_context(Hasher(threaded="files" in helpers))
+        tensors_hasher = stack.enter_context(Hasher(threaded="tensors" in helpers))
+        syncing = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "sync")) if "files" in helpers else None
+        sources_hasher = stack.enter_context(Hasher(threaded="originals" in helpers))
+        reader = SourceReader(sources.order, sources.streamed, sources_hasher, ahead="reading" in helpers)
         stack.enter_context(reader)
         digests: dict[str, str] = {}
         for file in files:

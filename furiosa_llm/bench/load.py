@@ -16,21 +16,19 @@ from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 @dataclass(slots=True, kw_only=True)
 class Record:
-    """What became of one request. Times are in seconds since the load began.
-
-    due: when it should have been sent, or if there was no schedule, when it was. What it waited because the sender was
-        late, or too many were under way, counts as its latency.
-    num_prompt: tokens of its prompt.
-    token_times: when each token of its completion left the engine.
-    ended: when its last output did; None while it runs.
-    error: why it failed, None if it did not.
-    """
+    """What became of one request. Times are in seconds since the load began."""
 
     due: float
+    """When it should have been sent, or if there was no schedule, when it was. What it waited because the sender was
+    late, or too many were under way, counts as its latency."""
     num_prompt: int
+    """Tokens of its prompt."""
     token_times: list[float] = field(default_factory=list)
+    """When each token of its completion left the engine."""
     ended: float | None = None
+    """When its last output left the engine; None while it runs."""
     error: str | None = None
+    """Why it failed, None if it did not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +50,7 @@ def run_load(
 ) -> Observed:
     """Sends `jobs`, each when it is `due` (None: at once) and fewer than `concurrency` (None: any) are under way.
 
-    `params` are those of all, but for `max_tokens`. A request that fails is recorded, the others go on; what stops this
+    `params` hold for all, but for `max_tokens`. A request that fails is recorded, the others go on; what stops this
     itself, such as Ctrl-C, aborts all.
     """
     load = _Load(core, params)

@@ -26,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """That of `seconds`."""
+        """The distribution of `seconds`."""
         if not seconds:
             return cls(mean=None, p50=None, p90=None, p99=None, max=None)
         values = np.asarray(seconds) * 1000
@@ -36,35 +36,35 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of one load. Tokens and latencies are those of requests that were completed.
-
-    duration: seconds from the first request until the last one ended.
-    completed, failed: requests.
-    max_concurrency: requests that were under way at once at most.
-    input_tokens, output_tokens: of prompts and completions.
-    request_throughput: requests completed a second.
-    output_throughput, total_throughput: tokens a second; the total counts prompts too.
-    goodput: requests a second that kept every objective; None if there was none.
-    ttft: time to the first token, since the request was due.
-    tpot: time per output token behind the first one, the mean of a request that has two or more.
-    itl: inter-token latency, between a token and the one before it.
-    e2el: end-to-end latency, until the request's last output.
-    """
+    """The figures of one load. Tokens and latencies are of requests that were completed."""
 
     duration: float
+    """Seconds from the first request until the last one ended."""
     completed: int
+    """Requests that ended whole."""
     failed: int
+    """Requests that did not."""
     max_concurrency: int
+    """The most requests that were under way at once."""
     input_tokens: int
+    """Tokens of prompts."""
     output_tokens: int
+    """Tokens of completions."""
     request_throughput: float
+    """Requests completed a second."""
     output_throughput: float
     total_throughput: float
+    """`output_throughput`, `total_throughput`: tokens a second; the total counts prompts too."""
     goodput: float | None
+    """Requests a second that kept every objective; None if there was none."""
     ttft: Spread
+    """Time to the first token, since the request was due."""
     tpot: Spread
+    """Time per output token after the first one, the mean of a request that has two or more."""
     itl: Spread
+    """Inter-token latency, between a token and the one before it."""
     e2el: Spread
+    """End-to-end latency, until the request's last output."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; latencies are under their names, each with its statistics, in milliseconds."""

@@ -21,20 +21,18 @@ from furiosa_llm.runtime.engine.core import EngineCore
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan, make_plan, open_model, start
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.devices import format_pes
+from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """How requests are sent.
-
-    request_rate: a second, on the average; infinite: all at once.
-    concurrency: how many may be under way at most; None: any number.
-    """
+    """How requests are sent."""
 
     request_rate: float = math.inf
+    """Requests a second, on average; infinite: all at once."""
     concurrency: int | None = None
+    """The most requests that may be under way; None: any number."""
 
     def __str__(self) -> str:
         rate = "" if math.isinf(self.request_rate) else f"{self.request_rate:g}/s"
@@ -44,50 +42,43 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is asked in each run.
-
-    jobs: the requests, in order.
-    params: of all of them; `max_tokens` is each job's own.
-    burstiness: of the arrivals; see `arrivals`.
-    seed: of the arrivals.
-    warmups: jobs, the first ones, that are run before what is measured; their prompts are not in the prefix cache then.
-    objectives: limits in milliseconds for goodput.
-    """
+    """What is asked in each run."""
 
     jobs: Sequence[Job]
+    """The requests, in order."""
     params: SamplingParams
+    """The parameters of all requests; `max_tokens` is each job's own."""
     burstiness: float
+    """How bursty the arrivals are; see `arrivals`."""
     seed: int
+    """The seed of the arrivals."""
     warmups: int
+    """How many of the first jobs run, with other prompts, before what is measured."""
     objectives: Mapping[str, float]
+    """Limits in milliseconds for goodput."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run: its parallel sizes, its load, and what was measured."""
+    """One run: where the model was, its load, and what was measured."""
 
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    data_parallel_size: int
-    devices: str
+    topology: Topology
     load: Load
     figures: Figures
     latencies: Mapping[str, Sequence[float]]
 
     @property
     def label(self) -> str:
-        """What tells it apart."""
-        sizes = f"tp {self.tensor_parallel_size} pp {self.pipeline_parallel_size} dp {self.data_parallel_size}"
+        """Its name among the runs."""
+        placed = self.topology
+        sizes = f"tp {placed.tensor_parallel_size} pp {placed.pipeline_parallel_size} dp {placed.data_parallel_size}"
         return f"{sizes}, {self.load}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no infinite numbers: such a rate is "inf"."""
         rate = self.load.request_rate
         return {
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "pipeline_parallel_size": self.pipeline_parallel_size,
-            "data_parallel_size": self.data_parallel_size,
-            "devices": self.devices,
+            **self.topology.as_dict(),
             "request_rate": "inf" if math.isinf(rate) else rate,
             "concurrency": self.load.concurrency,
             **self.figures.as_dict(),
@@ -106,11 +97,11 @@ def plans_of(args: EngineArgs, sizes: Sequence[tuple[int | None, int | None]]) -
             f"{args.model} does not generate, which is what bench measures; `furiosa-mlperf bert-offline` measures "
             f"encoders"
         )
-    found = []
+    plans = []
     for pp, dp in sizes:
         one = dataclasses.replace(args, pipeline_parallel_size=pp, data_parallel_size=dp)
-        found.append((one, make_plan(one, artifact)))
-    return found
+        plans.append((one, make_plan(one, artifact)))
+    return plans
 
 
 def sweep(plans: Sequence[tuple[EngineArgs, Plan]], loads: Sequence[Load], workload: Workload) -> Iterator[Run]:
@@ -121,12 +112,8 @@ def sweep(plans: Sequence[tuple[EngineArgs, Plan]], loads: Sequence[Load], workl
             _warm_up(core, workload)
             for load in loads:
                 observed = _observe(core, workload, load)
-                topology = plan.topology
                 yield Run(
-                    tensor_parallel_size=topology.tensor_parallel_size,
-                    pipeline_parallel_size=topology.pipeline_parallel_size,
-                    data_parallel_size=topology.data_parallel_size,
-                    devices=format_pes(topology.pes),
+                    topology=plan.topology,
                     load=load,
                     figures=figures_of(observed, workload.objectives),
                     latencies=latencies(observed),
@@ -157,7 +144,7 @@ def machine() -> dict[str, Any]:
 def _warm_up(core: EngineCore, workload: Workload) -> None:
     jobs = workload.jobs[: workload.warmups]
     if jobs:
-        # Other prompts than those that are measured, which the prefix cache would give away.
+        # Not the prompts that are measured: the prefix cache would give them away.
         backwards = [dataclasses.replace(job, prompt_token_ids=job.prompt_token_ids[::-1]) for job in jobs]
         run_load(core, backwards, _params(workload), due=None, concurrency=None)
 

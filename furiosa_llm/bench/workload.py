@@ -1,4 +1,4 @@
-"""What a benchmark asks of a model: prompts of a length, or those of a dataset, and when each is due."""
+"""What a benchmark asks of a model: prompts of a length, or of a dataset, and when each is due."""
 
 from __future__ import annotations
 

@@ -17,15 +17,7 @@ from furiosa_llm.bench.plots import check_plot, plot
 from furiosa_llm.bench.report import as_json, show
 from furiosa_llm.bench.sweep import Run, Workload, loads_of, machine, plans_of, sweep
 from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
-from furiosa_llm.cli.options import (
-    ALLOW_SUBSET,
-    BATCH_INVARIANT,
-    DEVICES,
-    FULL_VERIFICATION,
-    TENSOR_PARALLEL_SIZE,
-    Numbers,
-    parallel_size,
-)
+from furiosa_llm.cli.options import ENGINE, Numbers, option, options
 from furiosa_llm.dataset import read_dataset
 from furiosa_llm.runtime import EngineArgs, SamplingParams
 from furiosa_llm.runtime.artifact.errors import OutputFileError
@@ -56,17 +48,27 @@ class Objective(click.ParamType[tuple[str, float]]):
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--input-len", type=click.IntRange(min=1), help=f"Tokens of each prompt.  [{_DEFAULT_INPUT_LEN}]")
-@click.option("--output-len", type=click.IntRange(min=1), help=f"Tokens of each completion.  [{_DEFAULT_OUTPUT_LEN}]")
+@click.option(
+    "--input-len", type=click.IntRange(min=1), help=f"Tokens of each prompt.  [default: {_DEFAULT_INPUT_LEN}]"
+)
+@click.option(
+    "--output-len", type=click.IntRange(min=1), help=f"Tokens of each completion.  [default: {_DEFAULT_OUTPUT_LEN}]"
+)
 @click.option("--range-ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
               help="Draw lengths from (1 - RATIO) times these to these.")  # fmt: skip
 @click.option(
-    "--dataset", type=click.Path(path_type=Path), help="Prompts: JSON Lines; see docs/bench.md.  [random tokens]"
+    "--dataset",
+    type=click.Path(path_type=Path),
+    help="Prompts: JSON Lines; see docs/bench.md.  [default: random tokens]",
 )
-@click.option("--num-requests", type=click.IntRange(min=1), help=f"[{_DEFAULT_REQUESTS}, or the dataset's rows]")
-@click.option("--concurrency", type=Numbers(int), metavar="N,...", help="Requests under way at most.  [any]")
+@click.option(
+    "--num-requests", type=click.IntRange(min=1), help=f"[default: {_DEFAULT_REQUESTS}, or the dataset's rows]"
+)
+@click.option(
+    "--concurrency", type=Numbers(int), metavar="N,...", help="Requests under way at most.  [default: any number]"
+)
 @click.option("--request-rate", type=Numbers(float), metavar="R,...",
-              help="Requests a second, as they arrive by chance; inf: all at once.  [inf]")  # fmt: skip
+              help="Requests a second, as they arrive by chance; inf: all at once.  [default: inf]")  # fmt: skip
 @click.option("--burstiness", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
               help="Of the arrivals: 1 is a Poisson process, less has more bursts.")  # fmt: skip
 @click.option("--num-warmups", type=click.IntRange(min=0), default=2, show_default=True,
@@ -77,25 +79,17 @@ class Objective(click.ParamType[tuple[str, float]]):
     "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time."
 )
 @click.option("--ignore-eos/--no-ignore-eos", default=None,
-              help="Go on behind the end of the text.  [default: unless there is a dataset]")  # fmt: skip
+              help="Go on after the end of the text.  [default: unless there is a dataset]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of prompts and arrivals.")
-@DEVICES
-@TENSOR_PARALLEL_SIZE
-@parallel_size("pp", "pipeline", type=Numbers(int), metavar="N,...",
-              help="Pipeline stages; several are measured in turn.  [1]")  # fmt: skip
-@parallel_size("dp", "data", type=Numbers(int), metavar="N,...",
-              help="Replicas; several are measured in turn.  [as many as the devices have PEs for]")  # fmt: skip
-@ALLOW_SUBSET
-@click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")
-@click.option("--max-model-len", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: the model's limit]")
-@click.option("--prefill-chunk-size", type=click.IntRange(min=1), help="Longer prompts are computed in pieces.  [256]")
-@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=False, show_default=True,
-              help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]")
-@FULL_VERIFICATION
-@BATCH_INVARIANT
-@click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
+@options(ENGINE, "devices", "tensor_parallel_size")
+@option("pipeline_parallel_size", ENGINE, type=Numbers(int), metavar="N,...",
+        help="Pipeline stages; several are measured in turn.  [default: 1]")  # fmt: skip
+@option("data_parallel_size", ENGINE, type=Numbers(int), metavar="N,...",
+        help="Replicas; several are measured in turn.  [default: as many as the devices have PEs for]")  # fmt: skip
+@options(ENGINE, "allow_subset", "max_batch_size", "max_model_len", "prefill_chunk_size")
+@option("enable_prefix_caching", ENGINE, default=False, show_default=True,
+        help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
+@options(ENGINE, "workers", "threads", "full_verification", "batch_invariant", "mapped")
 @click.option(
     "--json",
     "json_file",
@@ -131,7 +125,7 @@ def bench(
         click.echo(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
     show(runs, console)
     report = as_json(
-        runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_told(workload, options), machine=machine()
+        runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_asked(workload, options), machine=machine()
     )
     _write(runs, report, json_file, plots)
     if failed := sum(run.figures.failed for run in runs):
@@ -215,7 +209,7 @@ def _jobs(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> 
     return jobs
 
 
-def _told(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
+def _asked(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
     """What was asked, for whoever reads the figures."""
     return {
         "dataset": None if options["dataset"] is None else str(options["dataset"]),

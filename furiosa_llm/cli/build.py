@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -23,10 +24,11 @@ from rich.table import Table
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, read_tactics
 from furiosa_llm.builder.errors import OptionError
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import default_name
-from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size
-from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import FIX, ROLE, Sizes, parallel_size
+from furiosa_llm.cli.options import Command, FixedInput, GivenRole, Sizes, option
+from furiosa_llm.runtime.artifact.options import declared
+from furiosa_llm.runtime.artifact.units import nbytes
 
 _STAGES = {
     "load": "reading the graph",
@@ -35,11 +37,10 @@ _STAGES = {
     "lower": "writing the program",
     "prove": "proving the program",
 }
-_PLANNED = (
-    *("tensor_parallel_size", "max_seq_len_to_capture", "dims", "max_padding", "tactics", "experimental_tp"),
-    *("fuse_attention", "roles", "fixed"),
+BUILD = declared(BuildOptions)
+EXPERIMENTAL_TP = click.option(
+    "--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16."
 )
-"""Options that are taken from the artifact whose plan is reused."""
 WORKERS = click.option(
     "--workers",
     type=int,
@@ -51,62 +52,51 @@ _MOSTLY_WHOLE = 1.3
 """Times what an even split would leave on a PE."""
 
 
+def planning_options(command: Command) -> Command:
+    """Adds the options that a plan depends on, whatever the size: `BuildOptions` and `plan_model` have them all."""
+    for add in (
+        option("fuse_attention", BUILD),
+        EXPERIMENTAL_TP,
+        option(
+            "tactics",
+            BUILD,
+            type=click.Path(path_type=Path),
+            callback=lambda _, __, path: None if path is None else read_tactics(path),
+        ),
+        option("max_padding", BUILD),
+        option("fixed", BUILD, "--fix", type=FixedInput(), multiple=True, callback=lambda _, __, given: dict(given)),
+        option("roles", BUILD, "--role", type=GivenRole(), multiple=True, callback=lambda _, __, given: dict(given)),
+        option("dims", BUILD, "--dim", type=Sizes(), multiple=True, callback=lambda _, __, sizes: dict(sizes)),
+    ):
+        command = add(command)
+    return command
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path), required=False)
-@parallel_size(
-    "tp",
-    "tensor",
-    type=int,
-    default=4,
-    show_default=True,
-    help="How many PEs share each matrix: 4 or 8.",
-)
+@option("tensor_parallel_size", BUILD)
 @click.option("--name", default="", help="The artifact's name.  [default: from the model's path]")
-@click.option(
-    "--max-seq-len-to-capture", type=int, help="Longest sequence to serve, in tokens.  [default: the model's]"
-)
-@click.option(
-    "--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension that the model leaves open."
-)
-@click.option(
-    "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
-)
-@click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
-@click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
-@click.option(
-    "--fuse-attention/--no-fuse-attention",
-    default=True,
-    show_default=True,
-    help="Replace attention written out in small ops by one op with its cache in place.",
-)
+@option("max_seq_len_to_capture", BUILD)
+@planning_options
 @click.option(
     "--reuse-plan",
     type=click.Path(path_type=Path),
     help="An artifact of the same graph with other weights: its options and plan are taken, nothing is planned.",
 )
-@ROLE
-@FIX
 @WORKERS
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 @click.pass_context
 def build(
     context: click.Context,
+    /,
     model: Path,
     output: Path | None,
-    tensor_parallel_size: int,
     name: str,
-    max_seq_len_to_capture: int | None,
-    dims: tuple[tuple[str, int], ...],
-    max_padding: float,
-    tactics: Path | None,
-    experimental_tp: bool,
-    fuse_attention: bool,
     reuse_plan: Path | None,
-    roles: tuple[tuple[str, str], ...],
-    fixed: tuple[tuple[str, int], ...],
     workers: int | None,
     force: bool,
+    **options: Any,
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
 
@@ -116,40 +106,28 @@ def build(
     OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
     """
     if reuse_plan is not None:
-        _refuse_beside_a_plan(context)
+        _refuse_beside_a_plan(context, options)
         destination = output or Path(f"{default_name(model)}.artifact")
-        with shown_progress() as told:
+        with shown_progress() as progress:
             report = build_by_plan_of(
-                reuse_plan, model, destination, name=name, force=force, progress=told, workers=workers
+                reuse_plan, model, destination, name=name, force=force, progress=progress, workers=workers
             )
         print_report(report)
         return
-    check_tensor_parallel_size(tensor_parallel_size, experimental=experimental_tp)
-    builder = ArtifactBuilder(
-        model,
-        name,
-        tensor_parallel_size=tensor_parallel_size,
-        max_seq_len_to_capture=max_seq_len_to_capture,
-        dims=dict(dims),
-        max_padding=max_padding,
-        tactics=None if tactics is None else read_tactics(tactics),
-        experimental_tp=experimental_tp,
-        fuse_attention=fuse_attention,
-        roles=dict(roles),
-        fixed=dict(fixed),
-    )
-    destination = output or default_output(model, tensor_parallel_size)
-    with shown_progress() as told:
-        report = builder.build(destination, force=force, progress=told, workers=workers)
+    builder = ArtifactBuilder(model, name, **options)
+    destination = output or default_output(model, options["tensor_parallel_size"])
+    with shown_progress() as progress:
+        report = builder.build(destination, force=force, progress=progress, workers=workers)
     print_report(report)
 
 
-def _refuse_beside_a_plan(context: click.Context) -> None:
-    given = [name for name in _PLANNED if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+def _refuse_beside_a_plan(context: click.Context, options: Iterable[str]) -> None:
+    """Raises OptionError if one of `options`, which are taken from the artifact whose plan is reused, is given."""
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     if given:
-        option = "--" + given[0].replace("_", "-")
+        spelling = "--" + given[0].replace("_", "-")
         raise OptionError(
-            f"{option} does not go with --reuse-plan, which takes the artifact's own options; leave it out."
+            f"{spelling} does not go with --reuse-plan, which takes the artifact's own options; leave it out."
         )
 
 
@@ -163,8 +141,8 @@ def print_report(report: BuildReport) -> None:
     for part in report.parts or (report,):
         Console().print(closing_table(part), crop=False)
     if report.parts:
-        own = len(report.notes) - sum(len(part.notes) for part in report.parts)
-        for note in report.notes[:own]:
+        num_own_notes = len(report.notes) - sum(len(part.notes) for part in report.parts)
+        for note in report.notes[:num_own_notes]:
             click.echo(f"note: {note}")
         shown = ", ".join(Path(part.artifact).name for part in report.parts)
         click.echo(

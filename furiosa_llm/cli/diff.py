@@ -12,12 +12,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.builder.units import counted
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.tools import diff as library
 from furiosa_llm.runtime.artifact.tools.differences import Difference
 from furiosa_llm.runtime.artifact.tools.graph_diff import GraphDiff, Names
+from furiosa_llm.runtime.artifact.units import counted
 
 _SHOWN = 12
 """Rows of one kind; --json has all of them."""

@@ -8,7 +8,7 @@ from typing import get_args
 
 import click
 
-from furiosa_llm.cli.options import FULL_VERIFICATION
+from furiosa_llm.cli.options import ENGINE, options
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.encoder import Encoder
 
@@ -21,9 +21,7 @@ from furiosa_llm.runtime.encoder import Encoder
 )
 @click.option("--normalize/--no-normalize", default=None, help="Give vectors the length 1.  [default: the model's]")
 @click.option("--truncate", is_flag=True, help="Cut texts to the model's limit instead of refusing longer ones.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer than the artifact's.")
-@click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
-@FULL_VERIFICATION
+@options(ENGINE, "tokenizer", "threads", "full_verification")
 def embed(
     artifact: Path,
     texts: tuple[str, ...],
@@ -38,11 +36,11 @@ def embed(
     with Encoder.load_artifact(
         artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification
     ) as encoder:
-        found = encoder.embed(
+        outputs = encoder.embed(
             list(texts),
             pooling=pooling,
             normalize=normalize,
             truncate_prompt_tokens=-1 if truncate else None,
         )
-    for one in found:
+    for one in outputs:
         click.echo(json.dumps(one.outputs.embedding))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from furiosa_llm.cli.options import BATCH_INVARIANT, FULL_VERIFICATION, placement_options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.runtime import LLM, SamplingParams
 
 
@@ -26,12 +26,7 @@ from furiosa_llm.runtime import LLM, SamplingParams
 )
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
-@placement_options
-@click.option("--workers", type=int, help="Processes that the PEs are spread over.  [default: this one alone]")
-@click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
-@FULL_VERIFICATION
-@BATCH_INVARIANT
-@click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
+@options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped")
 def generate(
     artifact: Path,
     prompt: str,
@@ -62,7 +57,7 @@ def generate(
             shown = len(completed)
         ended = time.monotonic()
     sys.stdout.write("\n")
-    rate = f", {(count - 1) / (ended - first):.1f} tokens/s behind the first" if count > 1 else ""
+    rate = f", {(count - 1) / (ended - first):.1f} tokens/s after the first" if count > 1 else ""
     click.echo(
         f"loaded in {loaded - started:.2f} s, first token {first - loaded:.2f} s later, {count} tokens{rate}", err=True
     )

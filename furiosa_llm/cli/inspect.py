@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from furiosa_llm.builder.units import counted, nbytes
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import KIND
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME, InputInfo, OutputInfo
@@ -27,6 +26,7 @@ from furiosa_llm.runtime.artifact.tools.inspection import (
     alike,
     inspect_artifact,
 )
+from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 
@@ -160,7 +160,7 @@ def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
 def _more(
     items: Sequence[T], shown: int, noun: str, size: Callable[[T], int] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """A line for those that are not shown."""
+    """A line for the items that are not shown."""
     left = len(items) - shown
     if left > 0:
         total = "" if size is None else f", {nbytes(sum(sorted(map(size, items))[:left]))}"

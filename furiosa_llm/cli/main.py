@@ -7,12 +7,13 @@ import sys
 
 import click
 
-from furiosa_llm import FuriosaLLMError, __version__
+from furiosa_llm import __version__
 from furiosa_llm.cli.bench import bench
 from furiosa_llm.cli.build import build
 from furiosa_llm.cli.check_sharding import check_sharding_command
 from furiosa_llm.cli.diff import diff
 from furiosa_llm.cli.embed import embed
+from furiosa_llm.cli.exit_code import exit_code_of
 from furiosa_llm.cli.generate import generate
 from furiosa_llm.cli.inspect import inspect
 from furiosa_llm.cli.plan import plan
@@ -23,7 +24,6 @@ from furiosa_llm.cli.topology import topology
 from furiosa_llm.cli.unbuild import unbuild
 from furiosa_llm.cli.verify import verify
 
-_INTERRUPTED = 130
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """A graph is hundreds of thousands of objects that live to the end; looking for cycles among them every 700 new ones,
 Python's default, takes a quarter of the planning time."""
@@ -56,19 +56,6 @@ for command in _COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one paragraph on standard error and an exit code, never a traceback."""
+    """Run the command line; see `exit_code_of`."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
-    try:
-        code = cli.main(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except click.exceptions.Abort:
-        code = _INTERRUPTED
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
-    except FuriosaLLMError as error:
-        paragraph = " ".join(str(error).split())
-        click.echo(f"error: {paragraph}", err=True)
-        code = error.exit_code
-    sys.exit(code)
+    sys.exit(exit_code_of(cli))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from furiosa_llm.runtime.artifact.options import AT_LEAST_ONE, COUNT, PATH, POSITIVE, SEED, SHARE, SWITCH, Kind, Option
+from furiosa_llm.runtime.engine.engine_args import BLOCK_COUNTS, TOKENIZER, engine_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -50,31 +54,6 @@ class GivenRole(click.ParamType[tuple[str, str]]):
         return key, text
 
 
-ROLE = click.option(
-    "--role",
-    "roles",
-    type=GivenRole(),
-    multiple=True,
-    help="What an input is for, where the graph does not tell: tokens, mask, positions, token_types, state or other.",
-)
-FIX = click.option(
-    "--fix", "fixed", type=FixedInput(), multiple=True, help="Make an input a constant: one boolean or integer."
-)
-
-
-class BlockCounts(click.ParamType[tuple[int, ...]]):
-    """`10,20`: positive integers."""
-
-    name = "N,N,..."
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """The numbers."""
-        parts = [part.strip() for part in str(value).split(",")]
-        if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is not a list of block counts, for instance 10,20", param, ctx)
-        return tuple(map(int, parts))
-
-
 class Numbers(click.ParamType[tuple[float, ...]]):
     """`1,2,4`: positive numbers, of the type `kind`; among floats there is `inf`."""
 
@@ -94,73 +73,72 @@ class Numbers(click.ParamType[tuple[float, ...]]):
         return found
 
 
-FULL_VERIFICATION = click.option(
-    "--full-verification/--no-full-verification",
-    default=None,
-    help="Compare the weights with their digests as they are loaded.  [default: below 1 GB]",
+class _Declared(click.Option):
+    """An option that refuses values in the words of Python."""
+
+    def __init__(self, *args: Any, kind: Kind, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._kind = kind
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """The value, or a refusal."""
+        try:
+            return super().type_cast_value(ctx, value)
+        except click.BadParameter as error:
+            raise click.BadParameter(f"must be {self._kind.expected}, got {value}", ctx, self) from error
+
+
+_TYPES: Mapping[Kind, Any] = {
+    COUNT: click.IntRange(min=1),
+    SEED: click.IntRange(min=0),
+    SHARE: click.FloatRange(0, 1, max_open=True),
+    AT_LEAST_ONE: click.FloatRange(min=1),
+    POSITIVE: click.FloatRange(min=0, min_open=True),
+    PATH: click.Path(path_type=Path),
+    TOKENIZER: click.Path(path_type=Path),
+}
+"""The types of click that say more in the help than a function that parses."""
+_SHORT = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+
+
+def option(name: str, declared: Mapping[str, Option], *spellings: str, **changes: Any) -> Callable[[Command], Command]:
+    """The option `name`, as `declared`.
+
+    `spellings` take the place of the ones that follow from the name; `changes` are for `click.option`.
+    """
+    known = declared[name]
+    settings: dict[str, Any] = {
+        "default": known.default,
+        "help": known.help if "default" in changes else known.help_text,
+        "metavar": "N,N,..." if known.kind is BLOCK_COUNTS else None,
+    }
+    dashed = f"--{name.replace('_', '-')}"
+    names = [dashed]
+    if name in _SHORT:
+        names = [_SHORT[name], dashed, f"--{name}"]
+    if known.kind is SWITCH and known.default is False:
+        settings["is_flag"] = True
+    elif known.kind is SWITCH:
+        names = [f"{dashed}/--no-{name.replace('_', '-')}"]
+    elif "type" not in changes:
+        settings |= {"type": _TYPES.get(known.kind, known.kind.parse), "cls": _Declared, "kind": known.kind}
+    return click.option(*(spellings or names), name, **(settings | changes))
+
+
+def options(declared: Mapping[str, Option], *names: str) -> Callable[[Command], Command]:
+    """The options `names`, as `declared`, in this order."""
+
+    def decorate(command: Command) -> Command:
+        for name in reversed(names):
+            command = option(name, declared)(command)
+        return command
+
+    return decorate
+
+
+ENGINE = engine_options()
+PLACEMENT = (
+    *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
+    *("num_blocks_per_pp_stage", "allow_subset"),
 )
-
-BATCH_INVARIANT = click.option(
-    "--batch-invariant",
-    is_flag=True,
-    help="Give every request the bits that it has alone, whoever else is served; docs/determinism.md has the price.",
-)
-
-DEVICES = click.option(
-    "--devices",
-    help='PEs to simulate: "npu:0,npu:1", "npu:0:*", "npu:0:0-3".  [default: as many as the sizes need]',
-)
-
-
-def parallel_size(
-    short: str, kind: str, destination: str | None = None, **options: Any
-) -> Callable[[Command], Command]:
-    """The option `-tp`, `-pp` or `-dp` under all of its names: `kind` is "tensor", "pipeline" or "data"."""
-    names = (f"-{short}", f"--{kind}-parallel-size", f"--{kind}_parallel_size")
-    return click.option(*names, destination or f"{kind}_parallel_size", **options)
-
-
-TENSOR_PARALLEL_SIZE = parallel_size(
-    "tp",
-    "tensor",
-    type=click.IntRange(min=1),
-    help="What ARTIFACT has to be split for; another one is refused.  [default: as it is]",
-)
-
-PIPELINE_PARALLEL_SIZE = parallel_size(
-    "pp",
-    "pipeline",
-    type=click.IntRange(min=1),
-    help="Pipeline stages, each on a later card than the one before.  [default: 1]",
-)
-
-DATA_PARALLEL_SIZE = parallel_size(
-    "dp",
-    "data",
-    type=click.IntRange(min=1),
-    help="Replicas of the model.  [default: as many as the devices have PEs for]",
-)
-
-NUM_BLOCKS_PER_PP_STAGE = click.option(
-    "--num-blocks-per-pp-stage",
-    type=BlockCounts(),
-    help="Blocks of each pipeline stage, instead of -pp, which balances them.",
-)
-
-ALLOW_SUBSET = click.option(
-    "--allow-subset", is_flag=True, help="Use the first PEs of the devices if the sizes need fewer."
-)
-
-
-def placement_options(command: Command) -> Command:
-    """Adds the options that place one artifact on PEs: `EngineArgs` has fields of their names."""
-    for option in (
-        ALLOW_SUBSET,
-        NUM_BLOCKS_PER_PP_STAGE,
-        DATA_PARALLEL_SIZE,
-        PIPELINE_PARALLEL_SIZE,
-        TENSOR_PARALLEL_SIZE,
-        DEVICES,
-    ):
-        command = option(command)
-    return command
+"""The options that place one artifact on PEs."""

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from furiosa_llm.builder import ModelPlan, OptionError, Tactics, plan_model, read_tactics
+from furiosa_llm.builder import ModelPlan, OptionError, plan_model
 from furiosa_llm.builder.lower.interface import InterfaceValue, interface_of
-from furiosa_llm.builder.model_plan import DEFAULT_CHUNK, CollectiveCost, SizePlan, write_annotated_plan
+from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.plan.explain import Explained
-from furiosa_llm.builder.units import nbytes
-from furiosa_llm.cli.options import FIX, ROLE, Sizes, parallel_size
-from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.cli.build import BUILD, planning_options
+from furiosa_llm.cli.options import ENGINE, option
+from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.units import nbytes
+from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 
 _SHOWN_WEIGHTS = 3
 
@@ -38,10 +41,9 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@parallel_size(
-    "tp",
-    "tensor",
-    "sizes",
+@option(
+    "tensor_parallel_size",
+    BUILD,
     type=_ParallelSizes(),
     default="4,8",
     show_default=True,
@@ -51,92 +53,63 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
     "--context", type=int, help="Positions that each sequence may reach.  [default: 2048 or the model's limit]"
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences decoded together.")
-@click.option("--chunk", type=int, default=DEFAULT_CHUNK, show_default=True, help="New positions in a prefill step.")
 @click.option(
-    "--dim", "dims", type=Sizes(), multiple=True, help="Size of an input dimension that the model leaves open."
+    "--chunk", type=int, default=DEFAULT_CHUNK_SIZE, show_default=True, help="New positions in a prefill step."
 )
-@click.option(
-    "--max-padding", type=float, default=1.34, show_default=True, help="How much padding may enlarge a dimension."
-)
-@click.option("--tactics", type=click.Path(path_type=Path), help="Choices to keep, in TOML (see docs/planning.md).")
-@click.option("--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16.")
+@planning_options
 @click.option(
     "--emit-onnx", type=click.Path(path_type=Path), help="Write the unsplit model with the plan as ONNX annotations."
 )
-@click.option(
-    "-pp",
-    "--pipeline-parallel-size",
-    "--pipeline_parallel_size",
-    "stages",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Pipeline stages to annotate with --emit-onnx.",
+@option(
+    "pipeline_parallel_size", ENGINE, default=1, show_default=True, help="Pipeline stages to annotate with --emit-onnx."
 )
-@click.option(
-    "--fuse-attention/--no-fuse-attention",
-    default=True,
-    show_default=True,
-    help="Plan for attention as one op, as `build` does; --emit-onnx always plans for the model's own nodes.",
-)
-@ROLE
-@FIX
 @click.option("--roles", "show_roles", is_flag=True, help="Show what each input and output is taken for, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(
     model: Path,
-    sizes: tuple[int, ...],
-    context: int | None,
-    batch: int,
-    chunk: int,
-    dims: tuple[tuple[str, int], ...],
-    max_padding: float,
-    tactics: Path | None,
-    experimental_tp: bool,
+    tensor_parallel_size: tuple[int, ...],
     emit_onnx: Path | None,
-    stages: int,
+    pipeline_parallel_size: int,
     fuse_attention: bool,
-    roles: tuple[tuple[str, str], ...],
-    fixed: tuple[tuple[str, int], ...],
     show_roles: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Say how MODEL (an .onnx file) would be partitioned, what that costs, and where it fits.
 
-    The weights are not read, and their files need not be there.
+    The weights are not read, and their files need not be there. With --emit-onnx attention is not replaced.
     """
-    if emit_onnx is not None and len(sizes) != 1:
-        raise OptionError(f"--emit-onnx writes one plan, got the sizes {list(sizes)}; choose one with -tp.")
-    choices: Tactics | None = None if tactics is None else read_tactics(tactics)
-    found, builds = plan_model(
+    if emit_onnx is not None and len(tensor_parallel_size) != 1:
+        raise OptionError(
+            f"--emit-onnx writes one plan, got the sizes {list(tensor_parallel_size)}; choose one with -tp."
+        )
+    planned, builds = plan_model(
         model,
-        tensor_parallel_sizes=sizes,
-        context=context,
-        batch=batch,
-        chunk=chunk,
-        dims=dict(dims),
-        max_padding=max_padding,
-        tactics=choices,
-        experimental_tp=experimental_tp,
+        tensor_parallel_sizes=tensor_parallel_size,
         fuse_attention=fuse_attention and emit_onnx is None,
-        roles=dict(roles),
-        fixed=dict(fixed),
+        **options,
     )
     if emit_onnx is not None:
-        write_annotated_plan(builds[0], found.workload, emit_onnx, stages)
+        write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        click.echo(json.dumps(planned.to_json(), indent=2))
         return
     console = Console()
     if show_roles:
         console.print(_roles(interface_of(builds[0])), crop=False)
         return
-    console.print(_figures(found), crop=False)
-    for size_plan in found.plans:
+    console.print(_figures(planned), crop=False)
+    for size_plan in planned.plans:
         console.print()
         console.print(_choices(size_plan), crop=False)
     console.print()
-    console.print(_deployments(found), crop=False)
+    console.print(_deployments(planned), crop=False)
+    for size_plan in planned.plans:
+        if (size_plan.working_nbytes or 0) > PE_NBYTES:
+            click.echo(
+                f"tp {size_plan.tensor_parallel_size}: {_known(size_plan.working_nbytes)} are alive inside a step, "
+                f"which neither table nor engine counts; choose a smaller chunk or batch."
+            )
 
 
 def _roles(values: Sequence[InterfaceValue]) -> Table:
@@ -159,7 +132,7 @@ def _figures(found: ModelPlan) -> Table:
     )
     table = Table(
         title=f"{found.model}: {parameters} parameters, {nbytes(found.nbytes)}, {found.num_nodes} nodes; "
-        f"context {work.context}, batch {work.batch}, prefill by {work.chunk}",
+        f"context {work.max_model_len}, batch {work.max_batch_size}, prefill by {work.prefill_chunk_size}",
         title_justify="left",
     )
     table.add_column("one PE of tp")
@@ -170,7 +143,8 @@ def _figures(found: ModelPlan) -> Table:
         ("  of them on every PE alike", lambda p: nbytes(p.replicated_nbytes)),
         ("  padding, all PEs together", lambda p: nbytes(p.padding_nbytes)),
         ("KV cache", lambda p: f"{nbytes(p.state_nbytes)} ({nbytes(p.state_nbytes_per_token)} a position)"),
-        ("activations", lambda p: "unknown" if p.activation_nbytes is None else nbytes(p.activation_nbytes)),
+        ("activations", lambda p: _known(p.activation_nbytes)),
+        ("most alive inside a step", lambda p: _known(p.working_nbytes)),
         ("all of it", lambda p: f"{nbytes(_all_nbytes(p))} of {nbytes(PE_NBYTES)}"),
         ("collectives per token", lambda p: "\n".join(map(_collective, p.collectives)) or "none"),
         ("reading the weights once", lambda p: f"{p.floor_us / 1000:.2f} ms"),
@@ -179,6 +153,10 @@ def _figures(found: ModelPlan) -> Table:
     for name, text in rows:
         table.add_row(name, *(text(plan_) for plan_ in found.plans))
     return table
+
+
+def _known(count: int | None) -> str:
+    return "unknown" if count is None else nbytes(count)
 
 
 def _all_nbytes(plan_: SizePlan) -> int:
@@ -233,7 +211,9 @@ def _why(choice: Explained) -> str:
 
 def _deployments(found: ModelPlan) -> Table:
     """What fits on how many cards."""
-    table = Table(title="where it fits (RNGD: 8 PEs and 48 GB a card)", title_justify="left")
+    table = Table(
+        title=f"where it fits (RNGD: {PES_PER_CARD} PEs and {CARD_NBYTES // 10**9} GB a card)", title_justify="left"
+    )
     for name in ("cards", "tp", "pp", "dp", "fullest PE", "fits", "room for more KV positions, each replica"):
         table.add_column(name, justify="right")
     for plan_ in found.plans:

@@ -1,4 +1,4 @@
-"""Options of the vendor's `serve` that mean nothing here: known, so that they are refused with the reason."""
+"""Options of the vendor's `serve` that mean nothing here, so that they can be refused with the reason."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
+from furiosa_llm.runtime.engine.engine_args import FOREIGN
 from furiosa_llm.runtime.errors import UnsupportedError
 
-_SPECULATION = "speculative decoding is not supported"
-_BUCKETS = "graphs take any batch and length, so there are no buckets to choose; use --max-batch-size, --max-model-len"
-_MESH = "give --devices, -pp and -dp; `furiosa-llm topology` shows the mesh that they make"
+_SPECULATION = FOREIGN["speculative_model"]
 _ROUTING = "requests go to the replica with the least load and the longest cached prefix"
 _SCHEDULING = "the scheduler has one policy, which docs/scheduling.md describes"
 
@@ -22,12 +21,12 @@ REFUSED: Mapping[tuple[str, ...], str] = {
     ("-draft-pp", "--speculative-draft-pipeline-parallel-size"): _SPECULATION,
     ("-draft-dp", "--speculative-draft-data-parallel-size"): _SPECULATION,
     ("--speculative-config",): _SPECULATION,
-    ("-pb", "--prefill-buckets"): _BUCKETS,
-    ("-db", "--decode-buckets"): _BUCKETS,
-    ("--min-batch-size",): _BUCKETS,
-    ("--device-mesh",): _MESH,
-    ("--revision",): "the model is a folder on this machine; download the revision that you want",
-    ("--fxb",): "the artifact's folder holds all there is",
+    ("-pb", "--prefill-buckets"): FOREIGN["prefill_buckets"],
+    ("-db", "--decode-buckets"): FOREIGN["decode_buckets"],
+    ("--min-batch-size",): FOREIGN["min_batch_size"],
+    ("--device-mesh",): FOREIGN["device_mesh"],
+    ("--revision",): FOREIGN["revision"],
+    ("--fxb",): FOREIGN["fxb"],
     ("--reasoning-parser",): "answers are given as the model writes them",
     ("--data-parallel-routing-policy",): _ROUTING,
     ("--data-parallel-scoring-profile",): _ROUTING,
@@ -35,14 +34,14 @@ REFUSED: Mapping[tuple[str, ...], str] = {
     ("--estimation-time-limit-ms",): _SCHEDULING,
     ("--max-num-batched-tokens",): f"{_SCHEDULING}; --prefill-chunk-size bounds a batch",
     ("--prefix-cache-lookahead-requests",): _SCHEDULING,
-    ("--max-io-memory-mb",): "nothing is sent between host and device",
+    ("--max-io-memory-mb",): FOREIGN["max_io_memory_mb"],
     ("--default-chat-template-kwargs",): "send chat_template_kwargs with the request",
 }
 """The spellings of each option, which takes a value, and why it is refused."""
 
 REFUSED_FLAGS: Mapping[tuple[str, ...], str] = {
     ("--enable-reasoning",): "answers are given as the model writes them",
-    ("--trust-remote-code",): "an artifact is data, and no code that came with a model is run",
+    ("--trust-remote-code",): FOREIGN["trust_remote_code"],
     ("--use-mock-backend",): "the model is really run; a tiny artifact is as good as a mock",
     ("--enable-jit-wiring",): "there is nothing to wire",
     ("--enable-overlap-scheduling",): "outputs are handed out while the next batch runs, always",
@@ -51,7 +50,7 @@ REFUSED_FLAGS: Mapping[tuple[str, ...], str] = {
 
 
 def refused_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options, hidden: whoever gives one is told why it is none."""
+    """Adds the options, hidden: whoever gives one reads why it is refused."""
     for flag, table in ((False, REFUSED), (True, REFUSED_FLAGS)):
         for names, reason in table.items():
             add = click.option(

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from furiosa_llm.cli.options import FULL_VERIFICATION
+from furiosa_llm.cli.options import ENGINE, options
 from furiosa_llm.runtime import Executor, InputError, open_artifact
 
 
@@ -18,8 +18,7 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
 @click.option(
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
-@click.option("--threads", type=int, help="Threads that step the PEs.  [default: the cores]")
-@FULL_VERIFICATION
+@options(ENGINE, "threads", "full_verification")
 def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_verification: bool | None) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.
 

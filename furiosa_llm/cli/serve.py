@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from importlib.util import find_spec
@@ -11,23 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from furiosa_llm.cli.options import BATCH_INVARIANT, FULL_VERIFICATION, placement_options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.topology import show_topology
-from furiosa_llm.runtime.engine.capacity import Workload
+from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.placement.capacity import Workload
+from furiosa_llm.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from furiosa_llm.server.model import Decoder
-    from furiosa_llm.server.settings import ServerSettings
 
-_NEEDED = ("fastapi", "prometheus_client", "uvicorn")
+_NEEDED = ("fastapi", "h11", "prometheus_client", "pydantic", "uvicorn")
 _PARSERS = ("hermes", "llama3_json")
 _BACKENDS = ("auto", "guidance", "xgrammar")
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 _UNLIMITED_LENGTH = 2048
+SERVER = declared(ServerSettings)
 
 
 class Origins(click.ParamType[tuple[str, ...]]):
@@ -67,7 +68,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with such tokens, one a line.")
 @click.option("--allowed-origins", type=Origins(), default='["*"]', show_default=True, help="For CORS.")
 @click.option("--chat-template", type=click.Path(path_type=Path), help="File to use instead of the model's own.")
-@click.option("--response-role", default="assistant", show_default=True, help="Role of the answers in a chat.")
+@options(SERVER, "response_role")
 @click.option("--enable-auto-tool-choice", is_flag=True, help="Look for calls of tools in answers.")
 @click.option("--tool-call-parser", type=click.Choice(_PARSERS), help="How the model writes them.")
 @click.option(
@@ -79,35 +80,13 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
     is_flag=True,
     help="Log what requests hold: prompts may be private, and are then in the log.",
 )
-@click.option("--max-concurrency", type=click.IntRange(min=1), default=1024, show_default=True,
-              help="Sequences that may run and wait; requests beyond them get the status 429.")  # fmt: skip
-@click.option("--max-body-nbytes", type=click.IntRange(min=1), default=16 * 2**20, show_default=True,
-              help="Greater bodies get the status 413.")  # fmt: skip
-@click.option("--max-connections", type=click.IntRange(min=1), default=2048, show_default=True,
-              help="Clients beyond them are turned away with the status 503.")  # fmt: skip
-@click.option("--request-timeout", type=click.FloatRange(min=0, min_open=True),
-              help="Seconds that a request may take; longer ones are ended.  [default: any number]")  # fmt: skip
-@click.option("--shutdown-timeout", type=click.FloatRange(min=1), default=30.0, show_default=True,
-              help="Seconds that requests have to end in after SIGTERM.")  # fmt: skip
+@options(SERVER, "max_concurrency", "max_body_nbytes", "max_connections", "request_timeout", "shutdown_timeout")
 @click.option("--uvicorn-log-level", type=click.Choice(_LOG_LEVELS), default="info", show_default=True)
 @click.option("--disable-uvicorn-access-log", is_flag=True, help="Log no line for each request.")
-@placement_options
-@click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another tokenizer than the artifact's.")
-@click.option("--seed", type=click.IntRange(min=0), help="For requests that have none of their own.")
-@click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]")
-@click.option("--max-model-len", type=click.IntRange(min=1), help="Tokens of a sequence.  [default: the model's limit]")
-@click.option("--max-prompt-len", type=click.IntRange(min=1), help="Tokens of a prompt.  [default: one less]")
-@click.option("--prefill-chunk-size", type=click.IntRange(min=1), help="Longer prompts are computed in pieces.  [256]")
-@click.option("--enable-prefix-caching/--no-enable-prefix-caching", default=None, help="[default: enabled]")
-@click.option("--paged-attention-num-blocks", type=click.IntRange(min=1), help="Pages of 16 tokens in the KV cache.")
-@click.option("--npu-queue-limit", type=click.IntRange(min=1), help="No effect.")
-@click.option("--max-processing-samples", type=click.IntRange(min=1), help="A second bound on --max-batch-size.")
-@click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused.")
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]")
-@BATCH_INVARIANT
-@click.option("--mapped", is_flag=True, help="Leave the weights in their file: starts faster, runs slower.")
-@FULL_VERIFICATION
+@options(ENGINE, *PLACEMENT, "tokenizer", "seed", "max_batch_size", "max_model_len", "max_prompt_len")
+@options(ENGINE, "prefill_chunk_size", "enable_prefix_caching", "paged_attention_num_blocks", "npu_queue_limit")
+@options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
+@options(ENGINE, "full_verification")
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
 @refused_options
@@ -144,14 +123,14 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
 
 def show_batch_invariance(model: Decoder) -> None:
     """Says what this machine's kernels make of a batch, and what can be done about it."""
-    found = model.probe()
-    if found.invariant:
+    probed = model.probe()
+    if probed.invariant:
         remedy = ""
     elif model.batch_invariant:
         remedy = "; --batch-invariant keeps it the same"
     else:
-        remedy = "; --batch-invariant would keep it the same" if found.companions is not None else ""
-    click.echo(f"Bits on this machine: {found}{remedy}.")
+        remedy = "; --batch-invariant would keep it the same" if probed.companions is not None else ""
+    click.echo(f"Bits on this machine: {probed}{remedy}.")
 
 
 def _check_installed() -> None:
@@ -164,8 +143,6 @@ def _check_installed() -> None:
 
 def _settings(options: dict[str, Any]) -> ServerSettings:
     """Takes what is not the engine's out of `options`."""
-    from furiosa_llm.server.settings import ServerSettings
-
     parser, enabled = options.pop("tool_call_parser"), options.pop("enable_auto_tool_choice")
     if enabled != (parser is not None):
         raise InputError("--enable-auto-tool-choice and --tool-call-parser go together; give both, or none")
@@ -180,9 +157,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
         tool_call_parser=parser,
         payload_logging=options.pop("enable_payload_logging"),
         log_stats=not options.pop("disable_log_stats"),
-        **{
-            field.name: options.pop(field.name) for field in dataclasses.fields(ServerSettings) if field.name in options
-        },
+        **{name: options.pop(name) for name in ("allowed_origins", *SERVER) if name in options},
     )
 
 

@@ -12,11 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from furiosa_llm.builder.units import counted, nbytes
-from furiosa_llm.cli.options import placement_options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
-from furiosa_llm.runtime.engine.capacity import (
+from furiosa_llm.runtime.artifact.units import counted, nbytes
+from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
+from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
+from furiosa_llm.runtime.placement.block_reads import block_starts
+from furiosa_llm.runtime.placement.capacity import (
+    DEFAULT_LENGTH,
     CardMemory,
     StageMemory,
     Workload,
@@ -25,14 +29,9 @@ from furiosa_llm.runtime.engine.capacity import (
     kv_pages,
     stage_memory,
 )
-from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
-from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
-from furiosa_llm.runtime.placement.block_reads import block_starts
 from furiosa_llm.runtime.placement.devices import format_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
-
-_DEFAULT_LENGTH = 2048
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +51,12 @@ class _Report:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@placement_options
-@click.option(
-    "--max-batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences decoded together."
-)
-@click.option(
-    "--max-model-len",
-    type=click.IntRange(min=1),
-    help=f"Tokens that each sequence may reach.  [default: {_DEFAULT_LENGTH} or the model's limit]",
+@options(ENGINE, *PLACEMENT)
+@option("max_batch_size", ENGINE, default=1, show_default=True, help="Sequences decoded together.")
+@option(
+    "max_model_len",
+    ENGINE,
+    help=f"Tokens that each sequence may reach.  [default: {DEFAULT_LENGTH} or the model's limit]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def topology(
@@ -108,7 +105,7 @@ def _length(artifact: Artifact, asked: int | None) -> int:
     limit = artifact.manifest.model.max_sequence_length
     if asked is not None and limit is not None and asked > limit:
         raise ContextLengthError(f"--max-model-len {asked} is more than the model's limit of {limit} tokens; use less")
-    return asked or min(_DEFAULT_LENGTH, limit or _DEFAULT_LENGTH)
+    return asked or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
 
 
 def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> _Report:
@@ -175,7 +172,7 @@ def _stages(report: _Report) -> Table:
     work = report.workload
     table = Table(
         title=f"one PE of each stage, for {counted(work.max_batch_size, 'sequence')} of {work.max_model_len} tokens; "
-        f"reads and receives are those of a token",
+        f"reads and receives are of one token",
         title_justify="left",
     )
     table.add_column("stage")
@@ -242,10 +239,7 @@ def _text(value: str) -> Text:
 def _to_json(report: _Report) -> dict[str, Any]:
     placed = report.topology
     return {
-        "tensor_parallel_size": placed.tensor_parallel_size,
-        "pipeline_parallel_size": placed.pipeline_parallel_size,
-        "data_parallel_size": placed.data_parallel_size,
-        "devices": format_pes(placed.pes),
+        **placed.as_dict(),
         "pes": [
             {"pe": str(pe), "replica": replica, "stage": stage, "rank": rank}
             for replica, groups in enumerate(placed.replicas)

@@ -8,9 +8,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from furiosa_llm.builder.units import nbytes
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.tools import unbuild as library
+from furiosa_llm.runtime.artifact.units import nbytes
 
 
 @click.command()

@@ -9,12 +9,12 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.builder.units import counted
-from furiosa_llm.cli.options import Sizes
+from furiosa_llm.cli.options import ENGINE, Sizes, option
 from furiosa_llm.composite_verification import verify_composite
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verification
+from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity, TokenComparison
 from furiosa_llm.verification import HALF_TOLERANCE, TOLERANCE, ParityOptions, Report, verify_artifact
 
@@ -35,7 +35,7 @@ _COUNTED = {
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Read all weights: digests, originals, padding; and run the artifact.")
 @click.option(
-    "--against", type=click.Path(path_type=Path), help="The .onnx file (or folder) it was built from, to run beside it."
+    "--against", type=click.Path(path_type=Path), help="The .onnx file (or folder) it was built from, to compare with."
 )
 @click.option("--no-record", is_flag=True, help=f"Write no {RECORD_NAME} into ARTIFACT.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare greedy tokens on; may be repeated.")
@@ -47,7 +47,7 @@ _COUNTED = {
 )
 @click.option("--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension to run with.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random inputs.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads that run the models.  [default: the cores]")
+@option("threads", ENGINE, help="Threads that run the models.  [default: the cores]")
 def verify(
     artifact: Path,
     full: bool,
@@ -62,8 +62,8 @@ def verify(
 ) -> None:
     """Check ARTIFACT: its structure, and that program and manifest alone prove it to be one unsplit model.
 
-    --full also checks that all weights are the original's, and runs the artifact beside the model that it is put back
-    together to. --against runs it beside the model it was built from. What was found is written into ARTIFACT, as
+    --full also checks that all weights are the original's, and compares the artifact with the model that it is put back
+    together to. --against compares it with the model it was built from. What was found is written into ARTIFACT, as
     verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
     """
     options = ParityOptions(

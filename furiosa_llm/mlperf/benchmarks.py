@@ -13,22 +13,20 @@ Task = Literal["decoder", "encoder"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One subcommand.
-
-    command: its name.
-    sut_name: what LoadGen calls the system under test in its summary.
-    key: the model's key in LoadGen's mlperf.conf, and in the lines of a user.conf.
-    scenario: all samples at once, or arrivals at random moments.
-    task: of the artifacts that it runs.
-    max_output_tokens: of a completion, as MLPerf's reference implementation has it; None for encoders.
-    """
+    """One subcommand."""
 
     command: str
+    """Its name."""
     sut_name: str
+    """What LoadGen calls the system under test in its summary."""
     key: str
+    """The model's key in LoadGen's mlperf.conf, and in the lines of a user.conf."""
     scenario: Scenario
+    """All samples at once, or arrivals at random moments."""
     task: Task
+    """The task of the artifacts that it runs."""
     max_output_tokens: int | None
+    """The most tokens of a completion, as MLPerf's reference implementation has it; None for encoders."""
 
 
 def _both(command: str, sut_name: str, key: str, task: Task, max_output_tokens: int | None) -> tuple[Benchmark, ...]:

@@ -6,18 +6,19 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
-from furiosa_llm import FuriosaLLMError, __version__
-from furiosa_llm.cli.options import FULL_VERIFICATION, placement_options
+from furiosa_llm import __version__
+from furiosa_llm.cli.exit_code import exit_code_of
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.runtime.errors import UnsupportedError
 
-_INTERRUPTED = 130
 _NEEDED = {"mlperf_loadgen": "mlcommons-loadgen", "rouge_score": "rouge-score"}
 _MODES = ("performance-only", "accuracy-only", "submission")
 _OPTIONS = (
@@ -30,17 +31,8 @@ _OPTIONS = (
     click.option(
         "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
     ),
-    placement_options,
-    click.option("--tokenizer", type=click.Path(path_type=Path), help="Folder of another one than the artifact's."),
-    click.option("--max-batch-size", type=click.IntRange(min=1), help="Sequences that a replica runs at once.  [16]"),
-    click.option(
-        "--paged-attention-num-blocks", type=click.IntRange(min=1), help="Pages of 16 tokens in the KV cache."
-    ),
-    click.option("--npu-queue-limit", type=click.IntRange(min=1), help="No effect."),
-    click.option("--spare-blocks-ratio", type=float, help="Share of the KV cache's pages that is left unused."),
-    click.option("--workers", type=click.IntRange(min=1), help="Processes that the PEs are spread over."),
-    click.option("--threads", type=click.IntRange(min=1), help="Threads that step the PEs.  [default: the cores]"),
-    FULL_VERIFICATION,
+    options(ENGINE, *PLACEMENT, "tokenizer", "max_batch_size", "paged_attention_num_blocks", "npu_queue_limit"),
+    options(ENGINE, "spare_blocks_ratio", "workers", "threads", "full_verification"),
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -79,7 +71,7 @@ def _command(benchmark: Benchmark) -> click.Command:
     model = {"decoder": "a decoder", "encoder": "an encoder"}[benchmark.task]
     help_text = (
         f"Run ARTIFACT, {model}, in LoadGen's {benchmark.scenario} scenario; logs go into LOG_DIR.\n\n"
-        f"LoadGen's settings are those of its model key {benchmark.key}; docs/mlperf.md says which they are. Needs the "
+        f"LoadGen has its settings of the model key {benchmark.key}, which docs/mlperf.md lists. Needs the "
         f"extra `mlperf`: pip install 'furiosa-llm-onnx[mlperf]'."
     )
     summary = f"Run {model} in the {benchmark.scenario} scenario."
@@ -96,16 +88,12 @@ def _run(benchmark: Benchmark, options: dict[str, Any]) -> None:
     # LoadGen is an extra.
     from furiosa_llm.mlperf.run import RunOptions, run
 
-    own = {name: options.pop(name) for name in _OWN_OPTIONS}
-    # Everything but the summaries is for who waits at the terminal.
-    run(RunOptions(benchmark=benchmark, engine=options, **own), _tell)
+    not_engine = {name: options.pop(name) for name in _NOT_OF_ENGINE}
+    asked = RunOptions(benchmark=benchmark, engine=options, **not_engine)
+    run(asked, summary=click.echo, progress=partial(click.echo, err=True))
 
 
-_OWN_OPTIONS = ("artifact", "log_dir", "test_mode", "user_conf", "dataset", "count", "max_output_tokens")
-
-
-def _tell(text: str) -> None:
-    click.echo(text, err=not text.startswith("="))
+_NOT_OF_ENGINE = ("artifact", "log_dir", "test_mode", "user_conf", "dataset", "count", "max_output_tokens")
 
 
 def _check_installed() -> None:
@@ -118,20 +106,9 @@ def _check_installed() -> None:
 
 
 def main() -> None:
-    """Run the command line; a user's error is one paragraph on standard error and an exit code, never a traceback."""
+    """Run the command line; see `exit_code_of`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        code = cli.main(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        code = _INTERRUPTED
-    except FuriosaLLMError as error:
-        paragraph = " ".join(str(error).split())
-        click.echo(f"error: {paragraph}", err=True)
-        code = error.exit_code
-    _exit(code)
+    _exit(exit_code_of(cli))
 
 
 def _exit(code: int) -> NoReturn:

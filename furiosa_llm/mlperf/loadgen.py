@@ -33,7 +33,7 @@ class Mode(Enum):
 
 
 def make_settings(benchmark: Benchmark, user_conf: Path | None) -> mlperf_loadgen.TestSettings:
-    """LoadGen's settings for the benchmark's key and scenario, with those of a user.conf in their place.
+    """LoadGen's settings for the benchmark's key and scenario, replaced by a user.conf's.
 
     Raises InputError for a user.conf that LoadGen cannot read, and RunError the second time in a process: LoadGen reads
     its own mlperf.conf only once in each.

@@ -18,8 +18,7 @@ from furiosa_llm.runtime.engine.core import EngineCore
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import make_plan, only_of_one_replica, open_model, start
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.llm_engine import raise_error
-from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.requests.outputs import RequestOutput, raise_error
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 
 _WARM_UP_SAMPLES = 4
@@ -30,7 +29,7 @@ class Model(Closing):
 
     @abstractmethod
     def system(self, *, first_tokens: bool) -> SystemUnderTest:
-        """A system under test on it; `first_tokens`: LoadGen is told when each one is there."""
+        """A system under test on it; `first_tokens`: LoadGen hears of each one when it is there."""
 
     @abstractmethod
     def score(self, answers: dict[int, bytes]) -> Scores:

@@ -24,6 +24,7 @@ from furiosa_llm.mlperf.user_conf import check_user_conf
 from furiosa_llm.runtime.artifact.errors import OutputFileError
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 
+Say = Callable[[str], None]
 TestMode = Literal["performance-only", "accuracy-only", "submission"]
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -33,32 +34,30 @@ _SWITCH_SECONDS = 0.0005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What to run.
-
-    benchmark: the subcommand.
-    artifact: folder of the model.
-    log_dir: where logs go; of a submission, into folders in it.
-    test_mode: which modes of LoadGen's.
-    user_conf: settings for LoadGen in place of its own; None for its own alone.
-    dataset: JSON Lines; None for the one that comes with the package.
-    count: the first so many samples of it; None for all.
-    max_output_tokens: of a completion; None for the benchmark's own.
-    engine: options of `EngineArgs`.
-    """
+    """What to run."""
 
     benchmark: Benchmark
+    """The subcommand."""
     artifact: Path
+    """Folder of the model."""
     log_dir: Path
+    """Where logs go; of a submission, into folders in it."""
     test_mode: TestMode
+    """Which of LoadGen's modes to run."""
     user_conf: Path | None
+    """Settings for LoadGen in place of its own; None for its own alone."""
     dataset: Path | None
+    """A file of JSON Lines; None for the one that comes with the package."""
     count: int | None
+    """How many of its first samples to use; None for all."""
     max_output_tokens: int | None
+    """The most tokens of a completion; None for the benchmark's own number."""
     engine: Mapping[str, Any]
+    """Options of `EngineArgs`."""
 
 
-def run(options: RunOptions, tell: Callable[[str], None]) -> None:
-    """Runs it, and tells the summaries and how far it is.
+def run(options: RunOptions, *, summary: Say, progress: Say) -> None:
+    """Runs it; `summary` gets the summaries, and `progress` lines for who waits.
 
     Raises RunError if samples failed, RunInterruptedError on Ctrl-C, OutputFileError for a folder that cannot be
     written, and what `check_user_conf`, `make_settings`, `read_dataset` and `load_model` do.
@@ -78,7 +77,7 @@ def run(options: RunOptions, tell: Callable[[str], None]) -> None:
         sys.setswitchinterval(_SWITCH_SECONDS)
         try:
             for mode, folder in folders.items():
-                run_mode(benchmark, mode, folder, model, len(samples), settings, tell)
+                run_mode(benchmark, mode, folder, model, len(samples), settings, summary=summary, progress=progress)
         finally:
             sys.setswitchinterval(interval)
 
@@ -90,10 +89,12 @@ def run_mode(
     model: Model,
     num_samples: int,
     settings: mlperf_loadgen.TestSettings,
-    tell: Callable[[str], None],
+    *,
+    summary: Say,
+    progress: Say,
 ) -> None:
     """Runs one mode on a loaded model, with its logs in `folder`; raises what `run` does of it."""
-    tell(f"{benchmark.command}, {mode.value}: {num_samples} samples, logs in {folder}")
+    progress(f"{benchmark.command}, {mode.value}: {num_samples} samples, logs in {folder}")
     first_tokens = settings.use_token_latencies and benchmark.scenario == "Server"
     system = model.system(first_tokens=first_tokens)
     try:
@@ -104,10 +105,10 @@ def run_mode(
             settings=settings,
             mode=mode,
             folder=folder,
-            look=_Progress(system, tell).look,
+            look=_Watch(system, progress).look,
         )
     except RunInterruptedError:
-        tell(interrupted(benchmark, mode, folder, sum(not one.failed for one in list(system.finished))))
+        summary(interrupted(benchmark, mode, folder, sum(not one.failed for one in list(system.finished))))
         raise
     finally:
         system.close()
@@ -118,7 +119,7 @@ def run_mode(
         # The form that MLPerf's checkers of submissions look for: a Python mapping.
         rounded = {name: round(value, 4) for name, value in scores.items()}
         (folder / "accuracy.txt").write_text(f"{rounded}\n", encoding="utf-8")
-    tell(summarise(benchmark, mode, folder, scores=scores, failures=system.failures))
+    summary(summarise(benchmark, mode, folder, scores=scores, failures=system.failures))
     if system.failures:
         raise RunError(
             f"the engine failed {len(system.failures)} samples, so that the result is INVALID; the first error: "
@@ -126,22 +127,22 @@ def run_mode(
         ) from system.failures[0]
 
 
-class _Progress:
-    """Tells now and then how many samples are done."""
+class _Watch:
+    """Says now and then how many samples are done."""
 
-    def __init__(self, system: SystemUnderTest, tell: Callable[[str], None]) -> None:
-        self._system, self._tell = system, tell
-        self._started = self._told = time.monotonic()
+    def __init__(self, system: SystemUnderTest, progress: Say) -> None:
+        self._system, self._progress = system, progress
+        self._started = self._last_line = time.monotonic()
 
     def look(self) -> None:
         now = time.monotonic()
-        if now - self._told >= _SECONDS_BETWEEN_LINES:
-            self._told = now
-            self._tell(f"{now - self._started:.0f} s: {len(self._system.finished)} samples done")
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._progress(f"{now - self._started:.0f} s: {len(self._system.finished)} samples done")
 
 
 def _folders(options: RunOptions) -> dict[Mode, Path]:
-    """The folder of each mode; those of a submission are where MLPerf's checkers look."""
+    """The folder of each mode; of a submission, where MLPerf's checkers look."""
     if options.test_mode == "performance-only":
         return {Mode.PERFORMANCE: options.log_dir}
     if options.test_mode == "accuracy-only":

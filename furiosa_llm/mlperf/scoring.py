@@ -21,7 +21,7 @@ Scores = dict[str, float]
 
 
 def read_answers(folder: Path) -> dict[int, bytes]:
-    """The bytes that each sample was answered with; raises RunError if the log in `folder` is none."""
+    """The bytes that each sample was answered with; raises RunError if the log in `folder` is no log."""
     path = folder / ACCURACY_LOG
     try:
         entries = json.loads(path.read_text("utf-8"))
@@ -38,8 +38,8 @@ def score_completions(answers: dict[int, bytes], samples: Sequence[Sample], toke
     if not compared or tokenizer is None:
         return counts
     scorer = RougeScorer(list(_ROUGE), use_stemmer=True)
-    found = [scorer.score(text, tokenizer.decode(tokens[index])) for index, text in compared]
-    means = {name: 100.0 * float(np.mean([score[name].fmeasure for score in found])) for name in _ROUGE}
+    scores = [scorer.score(text, tokenizer.decode(tokens[index])) for index, text in compared]
+    means = {name: 100.0 * float(np.mean([score[name].fmeasure for score in scores])) for name in _ROUGE}
     return {**means, **counts}
 
 

@@ -43,20 +43,20 @@ def interrupted(benchmark: Benchmark, mode: Mode, folder: Path, done: int) -> st
 
 
 def write_summary(folder: Path, text: str) -> None:
-    """Writes our summary beside LoadGen's."""
+    """Writes our summary next to LoadGen's."""
     (folder / SUMMARY).write_text(text, encoding="utf-8")
 
 
 def write_latencies(folder: Path, finished: Sequence[Query]) -> None:
     """The latencies by the engine's own clock, to compare LoadGen's with: from when LoadGen gave a sample."""
     done = [one for one in finished if not one.failed]
-    found = {
+    latencies = {
         "samples": len(done),
         "tokens": sum(one.tokens for one in done),
         "latency_ns": _distribution([one.done - one.issued for one in done]),
         "first_token_latency_ns": _distribution([one.first - one.issued for one in done if one.first]),
     }
-    (folder / LATENCIES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / LATENCIES).write_text(json.dumps(latencies, indent=1) + "\n", encoding="utf-8")
 
 
 def _distribution(values: Sequence[int]) -> dict[str, int]:

@@ -19,33 +19,33 @@ from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 
 MIN_TOKENS = 2
-"""Of a completion: LoadGen divides by the tokens behind the first, and calls less an error."""
+"""Of a completion: LoadGen divides by the tokens after the first, and calls less an error."""
 
 
 @dataclass(slots=True, eq=False)
 class Query:
-    """One sample on its way; times are of `time.perf_counter_ns`.
-
-    response_id: LoadGen's name of it.
-    sample: its place in the dataset.
-    issued, first, done: when LoadGen gave it, when its first token was there (0 without any), and when it ended.
-    answer: the bytes that it is answered with.
-    tokens: how many were generated; 0 of an encoder.
-    failed: whether the answer is none, because it was given up or the engine failed.
-    """
+    """One sample on its way; times are of `time.perf_counter_ns`."""
 
     response_id: int
+    """LoadGen's name of it."""
     sample: int
+    """Its place in the dataset."""
     issued: int
+    """When LoadGen gave it."""
     first: int = 0
+    """When its first token was there; 0 without any."""
     done: int = 0
+    """When it ended."""
     answer: array[int] | array[float] = field(default_factory=lambda: array("q"))
+    """The bytes that it is answered with."""
     tokens: int = 0
+    """How many tokens were generated; 0 for an encoder."""
     failed: bool = False
+    """Whether there is no answer, because it was given up or the engine failed."""
 
 
 class SystemUnderTest(ABC):
-    """What LoadGen issues samples to. `finished` are those that were answered, `failures` why some of them failed."""
+    """What LoadGen issues samples to. `finished` are the answered ones, `failures` why some of them failed."""
 
     def __init__(self) -> None:
         self.finished: deque[Query] = deque()
@@ -62,7 +62,7 @@ class SystemUnderTest(ABC):
                 continue
             try:
                 self._start(query)
-            except Exception as error:  # noqa: BLE001 - it is kept, and told when the run is over
+            except Exception as error:  # noqa: BLE001 - it is kept, and raised when the run is over
                 self._fail(query, error)
 
     def stop(self) -> None:
@@ -98,7 +98,7 @@ class SystemUnderTest(ABC):
 class DecoderSystem(SystemUnderTest):
     """Samples as requests of an engine, whose outputs come straight from the replica's thread.
 
-    `prompts` are the token ids of each sample. With `first_tokens` LoadGen is told of them when they are there.
+    `prompts` are the token ids of each sample. With `first_tokens` LoadGen hears of these when they are there.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class DecoderSystem(SystemUnderTest):
 
 
 class EncoderSystem(SystemUnderTest):
-    """Samples as texts of an encoder, on a thread of its own; those that wait together run together."""
+    """Samples as texts of an encoder, on a thread of its own; samples that wait together run together."""
 
     def __init__(self, encoder: Encoder, prompts: Sequence[list[int]]) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class EncoderSystem(SystemUnderTest):
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread, behind what waits."""
+        """Ends the thread, after what waits."""
         self._waiting.put(None)
         self._thread.join()
 
@@ -207,7 +207,7 @@ class EncoderSystem(SystemUnderTest):
             self._encode(batch)
 
     def _more(self, count: int) -> list[Query]:
-        """At most `count` of those that wait."""
+        """At most `count` of the samples that wait."""
         found: list[Query] = []
         while len(found) < count:
             try:
@@ -223,7 +223,7 @@ class EncoderSystem(SystemUnderTest):
     def _encode(self, batch: list[Query]) -> None:
         try:
             outputs = self._encoder.encode([{"prompt_token_ids": self._prompts[one.sample]} for one in batch])
-        except Exception as error:  # noqa: BLE001 - LoadGen would wait for ever; it is told when the run is over
+        except Exception as error:  # noqa: BLE001 - LoadGen would wait for ever; it is raised when the run is over
             for query in batch:
                 self._fail(query, error)
             return
@@ -233,7 +233,7 @@ class EncoderSystem(SystemUnderTest):
 
 
 def _response(query: Query) -> loadgen.QuerySampleResponse:
-    """LoadGen copies the bytes before it returns. Fewer tokens than it needs are those of an answer that is none."""
+    """LoadGen copies the bytes before it returns. Fewer tokens than it needs stand for no answer."""
     address, count = query.answer.buffer_info()
     nbytes = count * query.answer.itemsize
     return loadgen.QuerySampleResponse(query.response_id, address, nbytes, max(MIN_TOKENS, query.tokens))

@@ -97,7 +97,7 @@ def _surround(app: FastAPI, settings: ServerSettings) -> None:
 
 
 def _log_end(task: asyncio.Task[None]) -> None:
-    """Tasks beside the requests run until they are cancelled."""
+    """Tasks other than requests run until they are cancelled."""
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("a task of the server has ended; its figures stay as they are", exc_info=error)
 

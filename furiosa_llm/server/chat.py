@@ -146,7 +146,7 @@ class _Reader:
         return found
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """Why the answer ended, as clients are told it."""
+        """Why the answer ended, in the words that clients get."""
         return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
 
 
@@ -162,7 +162,7 @@ class _Stream:
         self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
 
     def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
-        """Those of the next output."""
+        """The chunks of the next output."""
         output = found[1]
         chunks = [chunk for part in output.outputs for chunk in self._chunks_of(part)]
         if not self._num_prompt:
@@ -172,7 +172,7 @@ class _Stream:
         return b"".join(chunks)
 
     def usage(self) -> bytes:
-        """The chunk behind the others, if it was asked for."""
+        """The last chunk, if it was asked for."""
         if not self._body.include_usage:
             return b""
         usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)

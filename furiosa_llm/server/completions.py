@@ -140,14 +140,14 @@ class _Stream:
         self._begun: set[int] = set()
 
     def usage(self) -> bytes:
-        """The chunk behind the others, if it was asked for."""
+        """The last chunk, if it was asked for."""
         if not self._body.include_usage:
             return b""
         usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
         return event({**self._head, "choices": [], "usage": usage.model_dump()})
 
     def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
-        """Those of the next output."""
+        """The chunks of the next output."""
         prompt_index, output = found
         choices: list[dict[str, Any]] = []
         if prompt_index not in self._begun:

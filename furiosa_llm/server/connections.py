@@ -1,4 +1,4 @@
-"""A client's connection: uvicorn's HTTP/1.1 on h11, with limits of time and number, and its errors in the one shape."""
+"""A client's connection: uvicorn's HTTP/1.1 on h11, with limits of time and number, and errors in the usual shape."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def connection_class(settings: ServerSettings) -> type[asyncio.Protocol]:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, but a client cannot hold it without making progress, and is told in the one shape what is wrong.
+    """uvicorn's, but a client cannot hold it without making progress, and gets an error in the usual shape.
 
     uvicorn gives a client all the time it likes for a request's head, for a body that nobody reads because the answer
     is out, and for taking what was written; and it answers what is no HTTP in plain text.
@@ -100,7 +100,7 @@ class Connection(H11Protocol):
         limit = self.limits.max_connections
         if len(self.connections) <= limit:
             return False
-        # Those that were turned away are there until they have read why, and take nobody's place.
+        # Clients that were turned away are there until they have read why, and take nobody's place.
         return sum(not cast(Connection, one)._turned_away for one in self.connections) > limit
 
     def _turn_away(self) -> None:
@@ -154,7 +154,7 @@ class Connection(H11Protocol):
             self._write_timer = None
 
     def _probe_silent_clients(self, connection: socket.socket) -> None:
-        """Lets the kernel find out that a client's machine has gone, of which nothing tells."""
+        """Lets the kernel find out that a client's machine has gone, which nothing else shows."""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _TCP_PROBES.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -113,7 +113,7 @@ def error_response(error: ApiError) -> Response:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Makes `app` answer every error in the one shape."""
+    """Makes `app` answer every error in one shape."""
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, StarletteHTTPException)
@@ -146,7 +146,7 @@ def _invalid(found: Any) -> ApiError:
     """The first of pydantic's complaints; of a field that may hold several types, the one that says most."""
     first = found[0]
     where = [part for part in first["loc"] if part != "body"]
-    # Behind the field's name may follow the name of the type that was tried.
+    # The name of the type that was tried may follow the field's name.
     param = str(where[0]) if where and isinstance(where[0], str) else None
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")

@@ -71,7 +71,7 @@ Truncation = Annotated[int, Field(le=_GREATEST, json_schema_extra={"anyOf": [{"c
 
 
 def refused(reason: str) -> BeforeValidator:
-    """For a field of OpenAI's that has to be null; `reason` is what a client is told that gives it a value."""
+    """For a field of OpenAI's that has to be null; `reason` is for a client that gives it a value."""
 
     def check(value: object) -> None:
         if value is not None:

@@ -81,7 +81,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchemaFormat | None = None
 
     def wanted_schema(self) -> dict[str, Any] | None:
-        """The schema of the answer; None for text. Raises an ApiError if there should be one and is none."""
+        """The schema of the answer; None for text. Raises an ApiError if it is missing."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             message = "response_format: type 'json_schema' and the field json_schema go together"
             raise ApiError(400, message, param="response_format")

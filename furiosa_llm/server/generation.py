@@ -32,7 +32,7 @@ class Gate:
         self._count = 0
 
     def check(self, sequences: int) -> None:
-        """Raises an ApiError if so many can never be let in: better before their prompts are encoded than behind it."""
+        """Raises an ApiError if so many can never be let in: better before their prompts are encoded than after."""
         if sequences > self._limit:
             raise ApiError(
                 400, f"the request is for {sequences} sequences, the server takes {self._limit} at once; divide it"
@@ -59,16 +59,14 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generator:
-    """Runs prompts on a decoder for one client after another.
-
-    decoder: the model.
-    gate: lets them in.
-    metrics: where they are counted.
-    """
+    """Runs prompts on a decoder for one client after another."""
 
     decoder: Decoder
+    """The model."""
     gate: Gate
+    """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
+    """Where requests are counted."""
 
     async def run(
         self,
@@ -158,18 +156,16 @@ class Completed:
 
 @dataclass(slots=True, kw_only=True)
 class Answered:
-    """A prompt with all of its completions.
-
-    token_ids: of the prompt.
-    logprobs: of the prompt's tokens, if they were asked for.
-    cached: how many of its tokens were in the prefix cache.
-    completions: in their order.
-    """
+    """A prompt with all of its completions."""
 
     token_ids: Sequence[int]
+    """The prompt's tokens."""
     logprobs: Sequence[TokenLogprobs | None] | None
+    """The log probabilities of the prompt's tokens, if they were asked for."""
     cached: int
+    """How many of the prompt's tokens were in the prefix cache."""
     completions: list[Completed]
+    """The completions, in their order."""
 
 
 async def collect(outputs: Outputs, num_prompts: int, n: int) -> list[Answered]:

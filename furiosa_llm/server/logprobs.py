@@ -19,7 +19,7 @@ class CompletionLogprobsMaker:
         self._offset = 0
 
     def make(self, entries: Iterable[tuple[int, TokenLogprobs | None]], texts: Sequence[str]) -> CompletionLogprobs:
-        """Those of tokens that follow; `entries` has each with what is known of its place, `texts` its text."""
+        """Takes the tokens that follow; `entries` has each with what is known of its place, `texts` its text."""
         made = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for (token, found), text in zip(entries, texts, strict=True):
             made.text_offset.append(self._offset)
@@ -39,7 +39,7 @@ class CompletionLogprobsMaker:
 
 
 def chat_logprobs(token_ids: Sequence[int], found: Sequence[TokenLogprobs], count: int) -> ChatLogprobs:
-    """Those of `token_ids`, each with the `count` likeliest tokens at its place."""
+    """The log probabilities of `token_ids`, each with the `count` likeliest tokens at its place."""
     return ChatLogprobs(
         content=[
             TokenLogprob(

@@ -12,8 +12,6 @@ from pydantic import BaseModel, Field
 import furiosa_llm
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot, ReplicaSnapshot
 from furiosa_llm.runtime.execution.counters import TransferKind
-from furiosa_llm.runtime.placement.devices import format_pes
-from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.state import State
@@ -143,33 +141,33 @@ class MachineResponse(BaseModel):
 @router.get("/machine")
 async def machine(state: State) -> MachineResponse:
     """The cards, PEs, replicas and stages of the model, at this moment."""
-    model, found = state.model, state.model.kind.machine()
+    model, snapshot = state.model, state.model.kind.machine()
     return MachineResponse(
         model=model.names[0],
         task="decoder" if isinstance(model.kind, Decoder) else "encoder",
         version=furiosa_llm.__version__,
         time=time.time(),
         uptime_seconds=time.monotonic() - state.started,
-        parallelism=_parallelism(found.topology),
+        parallelism=Parallelism.model_validate(snapshot.topology.as_dict()),
         batch_invariance=_batch_invariance(model.kind) if isinstance(model.kind, Decoder) else None,
-        cards=[MachineCard(npu=card.npu, pes=[_pe(one) for one in card.pes]) for card in found.cards],
-        replicas=[_replica(one) for one in found.replicas],
-        stages=_stages(found),
-        collectives=_collectives(found),
+        cards=[MachineCard(npu=card.npu, pes=[_pe(one) for one in card.pes]) for card in snapshot.cards],
+        replicas=[_replica(one) for one in snapshot.replicas],
+        stages=_stages(snapshot),
+        collectives=_collectives(snapshot),
         tokens=_tokens(state.metrics),
         requests=_requests(state.metrics),
     )
 
 
 def _batch_invariance(model: Decoder) -> MachineBatchInvariance:
-    found = model.probe()
+    probed = model.probe()
     return MachineBatchInvariance(
         enabled=model.batch_invariant,
-        invariant=found.invariant,
-        possible=found.companions is not None,
-        chunks=found.chunks,
-        text=str(found),
-        differences=[MachineDifference(**dataclasses.asdict(one)) for one in found.differences],
+        invariant=probed.invariant,
+        possible=probed.companions is not None,
+        chunks=probed.chunks,
+        text=str(probed),
+        differences=[MachineDifference(**dataclasses.asdict(one)) for one in probed.differences],
     )
 
 
@@ -181,15 +179,6 @@ def _tokens(metrics: Metrics) -> MachineTokens:
 def _requests(metrics: Metrics) -> MachineRequests:
     received, succeeded, failed = metrics.request_counts()
     return MachineRequests(received=received, succeeded=succeeded, failed=failed)
-
-
-def _parallelism(topology: Topology) -> Parallelism:
-    return Parallelism(
-        tensor_parallel_size=topology.tensor_parallel_size,
-        pipeline_parallel_size=topology.pipeline_parallel_size,
-        data_parallel_size=topology.data_parallel_size,
-        devices=format_pes(topology.pes),
-    )
 
 
 def _pe(one: PESnapshot) -> MachinePE:
@@ -217,7 +206,7 @@ def _replica(one: ReplicaSnapshot) -> MachineReplica:
     )
 
 
-def _stages(found: MachineSnapshot) -> list[MachineStage]:
+def _stages(snapshot: MachineSnapshot) -> list[MachineStage]:
     return [
         MachineStage(
             replica=replica.replica,
@@ -227,12 +216,12 @@ def _stages(found: MachineSnapshot) -> list[MachineStage]:
             busy_seconds=one.counts.busy_seconds,
             batches=one.counts.runs,
         )
-        for replica in found.replicas
+        for replica in snapshot.replicas
         for one in replica.stages
     ]
 
 
-def _collectives(found: MachineSnapshot) -> list[MachineCollective]:
+def _collectives(snapshot: MachineSnapshot) -> list[MachineCollective]:
     return [
         MachineCollective(
             replica=replica.replica,
@@ -242,7 +231,7 @@ def _collectives(found: MachineSnapshot) -> list[MachineCollective]:
             nbytes=counts.nbytes,
             seconds=counts.seconds,
         )
-        for replica in found.replicas
+        for replica in snapshot.replicas
         for one in replica.stages
         for counts in one.counts.transfers
     ]

@@ -54,7 +54,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def token_counts(self) -> tuple[float, float]:
-        """The tokens of prompts, and those that were generated, so far."""
+        """The tokens of prompts, and the tokens that were generated, so far."""
         return self._read(self.prompt_tokens), self._read(self.generation_tokens)
 
     def request_counts(self) -> tuple[int, int, int]:
@@ -135,7 +135,7 @@ class EngineGauges:
 
     running, waiting: sequences.
     used_share: of the pages of the KV cache.
-    kv_nbytes: for each card by its number, the bytes of KV in use, and those that there is room for.
+    kv_nbytes: for each card by its number, the bytes of KV in use, and the bytes that there is room for.
     """
 
     def __init__(self, decoder: Decoder) -> None:

@@ -34,7 +34,7 @@ def on_one_line(text: str) -> str:
 
 
 class RequestIds:
-    """Gives each answer an `x-request-id`, and whatever fails inside an answer in the one shape."""
+    """Gives each answer an `x-request-id`, and gives whatever fails inside an answer the shape of an error."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -57,7 +57,7 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:  # whatever it is, the client gets an answer in the one shape, and the log all of it
+        except Exception:  # whatever it is, the client gets an answer of the usual shape, and the log all of it
             path = on_one_line(scope["path"])
             logger.exception("request %s: %s %s failed", request_id, scope["method"], path)
             if started:  # The client has a status already; it sees that the answer breaks off.
@@ -66,9 +66,9 @@ class RequestIds:
 
 
 class TimeLimits:
-    """Ends requests that take more than `seconds`, and those that are still there when the server stops.
+    """Ends requests that take more than `seconds`, and requests that are still there when the server stops.
 
-    What is not answered yet gets a status, and a stream an event with the error, behind which nothing follows.
+    What is not answered yet gets a status, and a stream an event with the error, after which nothing follows.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float | None) -> None:
@@ -118,7 +118,7 @@ class _Answer:
         if not self._started:
             await error_response(error)(scope, receive, self._send)
         elif not self._ended:
-            # In the middle of anything else than events, nothing but its breaking off can tell of the error.
+            # In the middle of anything else than events, only breaking off can show the error.
             last = error_event(error) if self._events else b""
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -146,13 +146,13 @@ class ApiKeys:
     def _known(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = _digest(key.strip().encode("latin-1"))
-        # All of them are compared, so that the time does not tell which one is nearly right.
+        # All of them are compared, so that the time does not give away which one is nearly right.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
 
 class BodyLimits:
-    """Refuses bodies of more than `max_nbytes` bytes, and those that take more than `timeout` seconds to arrive."""
+    """Refuses bodies of more than `max_nbytes` bytes, and bodies that take more than `timeout` seconds to arrive."""
 
     def __init__(self, app: ASGIApp, *, max_nbytes: int, timeout: float) -> None:
         self._app = app

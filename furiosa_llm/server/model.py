@@ -6,20 +6,18 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 
+from furiosa_llm.runtime import model
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
-from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model, start
+from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.devices import format_pes
-from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.requests.prompts import Prompt
-from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
+from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
@@ -27,16 +25,14 @@ EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """A model that generates.
-
-    engine: what runs its requests.
-    probe: whether its bits depend on how many requests run at once, on this machine; probed in the first call.
-    batch_invariant: whether they are kept from doing so.
-    """
+    """A model that generates."""
 
     engine: AsyncLLMEngine
+    """What runs its requests."""
     probe: Callable[[], BatchInvariance]
+    """Whether its bits depend on how many requests run at once, on this machine; probed in the first call."""
     batch_invariant: bool
+    """Whether they are kept from doing so."""
 
     def machine(self) -> MachineSnapshot:
         """What lies on every PE, and what was done so far."""
@@ -67,31 +63,29 @@ class Embedder:
         return self.encoder.machine(running=running, waiting=len(under_way) - running)
 
     def close(self) -> None:
-        """Ends the threads; a request that runs fails behind the batch of texts that it is at."""
+        """Ends the threads; a request that runs fails after the batch of texts that it is at."""
         self.encoder.close()
         self._thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """One model under its names.
-
-    names: what requests may call it; the first is used in answers.
-    artifact: where it came from.
-    kind: what runs it.
-    max_length: of a prompt and its completion, or of a text to embed, in tokens; None if there is no limit.
-    max_prompt_length: of the prompt alone.
-    parallelism: its tensor, pipeline and data parallel sizes, and the PEs.
-    created: when it was loaded, in seconds since 1970.
-    """
+    """One model under its names."""
 
     names: tuple[str, ...]
+    """What requests may call it; the first is used in answers."""
     artifact: Artifact
+    """Where it came from."""
     kind: Decoder | Embedder
+    """What runs it."""
     max_length: int | None
+    """The most tokens of a prompt and its completion, or of a text to embed; None if there is no limit."""
     max_prompt_length: int | None
+    """The most tokens of the prompt alone."""
     parallelism: Mapping[str, int | str]
+    """Its tensor, pipeline and data parallel sizes, and the PEs."""
     created: int
+    """When it was loaded, in seconds since 1970."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -143,25 +137,17 @@ def load_served(
             parallelism={"tensor_parallel_size": artifact.manifest.mesh.size},
             created=created,
         )
+    decoder = model.Decoder(plan, args, skip_engine=False)
     return ServedModel(
         names=shown,
         artifact=artifact,
         kind=Decoder(
-            engine=AsyncLLMEngine(start(plan, args)),
-            probe=cache(lambda: plan.batch_invariance or probe_batch_invariance(artifact, mapped=args.mapped)),
+            engine=AsyncLLMEngine.from_llm(decoder),
+            probe=lambda: decoder.batch_invariance,
             batch_invariant=args.batch_invariant,
         ),
-        max_length=plan.limits.max_length,
-        max_prompt_length=plan.limits.prompt_limit,
-        parallelism=_parallelism(plan.topology),
+        max_length=decoder.max_length,
+        max_prompt_length=decoder.max_prompt_length,
+        parallelism=plan.topology.as_dict(),
         created=created,
     )
-
-
-def _parallelism(topology: Topology) -> dict[str, int | str]:
-    return {
-        "tensor_parallel_size": topology.tensor_parallel_size,
-        "pipeline_parallel_size": topology.pipeline_parallel_size,
-        "data_parallel_size": topology.data_parallel_size,
-        "devices": format_pes(topology.pes),
-    }

@@ -1,4 +1,4 @@
-"""The page at `/`: the live machine and a box to try the model, as files beside this one that need nothing else."""
+"""The page at `/`: the live machine and a box to try the model, as files next to this one that need nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 _HEADERS = {
-    # A browser asks each time, and is told by a status alone that nothing changed: a new release is seen at once.
+    # A browser asks each time, and a status alone says that nothing changed: a new release is seen at once.
     "Cache-Control": "no-cache",
     "Content-Security-Policy": (
         "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
@@ -52,16 +52,14 @@ class PageConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File:
-    """A file of the page, read once.
-
-    body: its bytes.
-    media_type: its type.
-    etag: changes with the bytes.
-    """
+    """A file of the page, read once."""
 
     body: bytes
+    """Its bytes."""
     media_type: str
+    """Its type."""
     etag: str
+    """Changes with the bytes."""
 
 
 def _read_files() -> dict[str, _File]:

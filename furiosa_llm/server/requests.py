@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's fields, and the vendor's beside them. A field that is not known is refused."""
+"""The bodies of requests: OpenAI's fields, and the vendor's. A field that is not known is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the application on uvicorn until it is told to stop, and lets requests end before it does."""
+"""Runs the application on uvicorn until it is to stop, and lets requests end before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_HEAD_NBYTES = 16 * 2**10
 """Of a request: its first line and its headers."""
 
 _OTHER_FILES = 256
-"""Open files beside the connections: the model's, those of its worker processes, and clients that are turned away."""
+"""Open files other than connections: the model's, its worker processes', and clients that are turned away."""
 
 
 class Server(uvicorn.Server):
@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises InputError if nothing can listen there: better before a model is loaded than behind it."""
+    """Raises InputError if nothing can listen there: better before a model is loaded than after."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -76,7 +76,7 @@ def check_address(host: str, port: int) -> None:
 def make_server(
     app: FastAPI, settings: ServerSettings, *, host: str, port: int, log_level: str = "info", access_log: bool = True
 ) -> Server:
-    """A server of `app`, whose `run` returns when it was told to stop."""
+    """A server of `app`, whose `run` returns when it is to stop."""
     _make_room_for(settings.max_connections)
     config = uvicorn.Config(
         app,

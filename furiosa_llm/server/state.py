@@ -27,22 +27,20 @@ LONG_TEXT = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
-    """The running server.
-
-    model: what is served.
-    settings: how.
-    gate: lets sequences in.
-    metrics: what `/metrics` shows.
-    tool_parser: how calls of tools are found; None: they are not looked for.
-    started: when the server was made, by the monotonic clock.
-    """
+    """The running server."""
 
     model: ServedModel
+    """The model that is served."""
     settings: ServerSettings
+    """How it is served."""
     gate: Gate
+    """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
+    """What `/metrics` shows."""
     tool_parser: ToolParser | None
+    """How calls of tools are found; None: they are not looked for."""
     started: float = field(default_factory=time.monotonic)
+    """When the server was made, by the monotonic clock."""
 
     @property
     def generator(self) -> Generator:
@@ -67,7 +65,7 @@ class ServerState:
         return self.model.tokenizer
 
     def check_tokenizer(self) -> None:
-        """Raises an ApiError if the model has no tokenizer: better before it generates than behind it."""
+        """Raises an ApiError if the model has no tokenizer: better before it generates than after."""
         _ = self.tokenizer
 
     def check_model(self, name: str) -> None:
@@ -104,16 +102,14 @@ def require_json(request: Request) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What all parts of one answer begin with.
-
-    id: the answer's own.
-    created: when it was begun, in seconds since 1970.
-    model: the name of the model.
-    """
+    """What all parts of one answer begin with."""
 
     id: str
+    """The answer's own."""
     created: int
+    """When it was begun, in seconds since 1970."""
     model: str
+    """The name of the model."""
 
 
 def new_head(state: ServerState, prefix: str) -> Head:

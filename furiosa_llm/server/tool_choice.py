@@ -13,7 +13,7 @@ from furiosa_llm.server.tools import HermesFinder, ToolFinder, ToolParser
 
 
 class Tools:
-    """The tools of a request; raises an ApiError if it makes no sense, or needs a `parser` and there is none.
+    """The tools of a request; raises an ApiError if it makes no sense, or needs a `parser` that is missing.
 
     `tags` are the tokens of the form `<...>` that the model has.
 
@@ -60,7 +60,7 @@ class Tools:
         return "tool_choice" if self._forced else "tools"
 
     async def constraint(self) -> StructuredOutputsParams | None:
-        """What the answers have to look like; None for any text. Raises an ApiError for a schema that is none."""
+        """What the answers have to look like; None for any text. Raises an ApiError for a schema that is invalid."""
         body = self._body
         if not self.shown:
             return await structured_outputs(body.response_format, body.structured_outputs)

@@ -13,48 +13,42 @@ from furiosa_llm.runtime.tokens.structured_outputs import embedded_schema, liter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallSyntax:
-    """How a model writes calls.
-
-    trigger: what a call begins with, if text may stand around calls; empty if an answer is either text or calls.
-    before_name: what stands between the trigger and the function's name.
-    before_arguments: what stands between the name and the arguments.
-    end: what stands behind the arguments.
-    between: what stands between two calls.
-    text: a regular expression for an answer without calls.
-    """
+    """How a model writes calls."""
 
     trigger: str
+    """What a call begins with, if text may stand around calls; empty if an answer is either text or calls."""
     before_name: str
+    """What stands between the trigger and the function's name."""
     before_arguments: str
+    """What stands between the name and the arguments."""
     end: str
+    """What stands after the arguments."""
     between: str
+    """What stands between two calls."""
     text: str
+    """A regular expression for an answer without calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallableFunction:
-    """A function that may be called.
-
-    name: what it is called.
-    parameters: the JSON schema of its arguments.
-    """
+    """A function that may be called."""
 
     name: str
+    """What it is called."""
     parameters: dict[str, Any]
+    """The JSON schema of its arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallWriting:
-    """How the calls of one answer are written.
-
-    syntax: the model's.
-    tags: the tokens of the form `<...>` that it has: it writes them as tokens, where another spells them.
-    several: whether there may be more than one.
-    """
+    """How the calls of one answer are written."""
 
     syntax: CallSyntax
+    """The model's syntax."""
     tags: Collection[str]
+    """The tokens of the form `<...>` that it has: it writes them as tokens, where another spells them."""
     several: bool
+    """Whether there may be more than one."""
 
 
 class CallGrammar:
@@ -84,7 +78,7 @@ class CallGrammar:
         trigger, text = self._syntax.trigger, f"TEXT: /{self._syntax.text}/"
         if not trigger:
             return "\n".join([f"start: {self._calls()} | TEXT |", text, *self._call_rules()])
-        # The text in front of a call ends at the first trigger, behind which nothing but a call fits.
+        # The text in front of a call ends at the first trigger, after which nothing but a call fits.
         begin = f"spelled | TEXT {self._written(trigger)}" if trigger in self._tags else "spelled"
         return "\n".join(
             [
@@ -107,7 +101,7 @@ class CallGrammar:
         return [f"call: {self._written(self._syntax.trigger)} ({self._names})", *self._function_rules()]
 
     def _function_rules(self) -> list[str]:
-        """A rule for each function, which begins behind the trigger."""
+        """A rule for each function, which begins after the trigger."""
         syntax, rules = self._syntax, []
         for index, function in enumerate(self._functions):
             name = json.dumps(function.name, ensure_ascii=False)

@@ -22,7 +22,7 @@ class Found:
 
 
 class ToolFinder:
-    """Takes one answer in pieces. Only calls of `names` count; what looks like a call and is none stays text.
+    """Takes one answer in pieces. Only calls of `names` count; what only looks like a call stays text.
 
     `syntax` is how calls are written that are forced.
     """
@@ -49,7 +49,7 @@ class ToolFinder:
             return None
         try:
             text = _as_json(arguments)
-        except ValueError:  # a number that is none, which Python reads and JSON does not have
+        except ValueError:  # NaN and infinity, which Python reads and JSON does not have
             return None
         return ToolCall(id=f"call_{uuid.uuid4().hex}", function=CalledFunction(name=name, arguments=text))
 
@@ -115,7 +115,7 @@ class HermesFinder(ToolFinder):
 
 
 class Llama3JsonFinder(ToolFinder):
-    """An answer that is nothing but calls: `{"name": ..., "parameters": {...}}`, one or several behind semicolons."""
+    """An answer of calls alone: `{"name": ..., "parameters": {...}}`, several parted by semicolons."""
 
     _TAG = "<|python_tag|>"
     syntax = CallSyntax(

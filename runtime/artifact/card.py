@@ -7,6 +7,8 @@ an eighth. Bandwidth between PEs is not published, so that no time is derived fr
 from __future__ import annotations
 
 PES_PER_CARD = 8
+FUSIBLE = (1, 2, 4, 8)
+"""How many PEs of a card work as one; they are aligned to their number."""
 CARD_NBYTES = 48 * 10**9
 PE_NBYTES = CARD_NBYTES // PES_PER_CARD
 """Memory of one PE."""

@@ -46,7 +46,7 @@ class Composite:
 
     @property
     def decoder(self) -> Artifact:
-        """What makes the tokens: behind the first, if it has a past."""
+        """What makes the tokens: the later ones, if it has a past."""
         return self.parts["decoder"]
 
     @property
@@ -69,13 +69,13 @@ def is_composite(path: str | os.PathLike[str]) -> bool:
 
 
 def whole_of_part(path: str | os.PathLike[str]) -> Path | None:
-    """The composite artifact that the folder `path` is a part of; None if it is none."""
+    """The composite artifact that the folder `path` is a part of; None if it is no part."""
     folder = Path(path).absolute()
     return folder.parent if folder.name in PART_NAMES and is_composite(folder.parent) else None
 
 
 def open_composite(path: str | os.PathLike[str], *, full: bool | None = None) -> Composite:
-    """The composite artifact in the folder `path`, all of its parts opened; `full` is that of `open_artifact`.
+    """The composite artifact in the folder `path`, all of its parts opened; `full` is as for `open_artifact`.
 
     Raises ArtifactError for a part that is missing, damaged, another one than was built with the others, split
     differently, or that cannot be fed what the others give.

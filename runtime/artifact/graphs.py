@@ -1,10 +1,10 @@
-"""The graphs inside a node of a program, the names that it reads, and the domain of collectives."""
+"""The graphs inside the nodes of a model, the names that nodes read, and the domain of collectives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
-from onnx import AttributeProto, GraphProto, NodeProto
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 COLLECTIVE_DOMAIN = "furiosa_llm"
 
@@ -17,12 +17,48 @@ def attribute_graphs(node: NodeProto) -> Iterator[GraphProto]:
         yield from attribute.graphs
 
 
+def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """`nodes`, each followed by those in its graphs, at any depth."""
+    for node in nodes:
+        yield node
+        for graph in attribute_graphs(node):
+            yield from all_nodes(graph.node)
+
+
+def all_graphs(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    """The graphs in `nodes`, at any depth."""
+    for node in all_nodes(nodes):
+        yield from attribute_graphs(node)
+
+
+def all_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    """Every tensor that is an attribute of a node, or an initializer of a graph, in `nodes` at any depth."""
+    for node in all_nodes(nodes):
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+        for graph in attribute_graphs(node):
+            yield from graph.initializer
+
+
 def used_names(node: NodeProto) -> Iterator[str]:
-    """The names that `node` reads, those that its graphs capture from outside included."""
+    """The names that `node` reads, what its graphs capture from outside included."""
     yield from (name for name in node.input if name)
     for graph in attribute_graphs(node):
-        own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
         for inner in graph.node:
-            yield from (name for name in used_names(inner) if name not in own)
-            own.update(inner.output)
-        yield from (value.name for value in graph.output if value.name not in own)
+            yield from (name for name in used_names(inner) if name not in defined)
+            defined.update(inner.output)
+        yield from (value.name for value in graph.output if value.name not in defined)
+
+
+def following(nodes: Iterable[NodeProto], names: Collection[str] = (), *, sizes: bool = True) -> set[str]:
+    """The values that follow from collectives or from `names`; without `sizes`, from their elements alone."""
+    found = set(names)
+    for node in nodes:
+        if node.domain == COLLECTIVE_DOMAIN or (
+            (sizes or node.op_type != "Shape") and not found.isdisjoint(used_names(node))
+        ):
+            found.update(name for name in node.output if name)
+    return found - {*names}

@@ -24,7 +24,7 @@ class Field:
     __slots__ = ("_key", "_parent", "value")
 
     def __init__(self, value: Any, parent: Field | str, key: str | int = "") -> None:
-        """The value at `key` of `parent`, or that of a whole document with the name `parent`.
+        """The value at `key` of `parent`, or the value of a whole document with the name `parent`.
 
         A manifest has tens of thousands of values, and the path of one is asked for if it is wrong.
         """

@@ -7,7 +7,7 @@ longer dimension: 176 columns in blocks of 32, of which the sixth is half full, 
 
 All ranks have equal local sizes. A leaf of `size` n split in `parts` pieces has ceil(n / parts) local indices on every
 rank, and the indices beyond n are padding: they appear as -1 in an index map, and hold zeros in a stored weight. So are
-the indices beyond a prefix, where it is split; where it is whole, there are none.
+the indices beyond a prefix, where it is split; where it is whole, nothing is beyond.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Cat:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The first `size` indices of `part`, which is longer: those that whole blocks have beyond are padding."""
+    """The first `size` indices of `part`, which is longer: what whole blocks have beyond is padding."""
 
     size: int
     part: Dim
@@ -150,7 +150,7 @@ def local_size(dim: Dim, mesh: Mesh) -> int:
 
 
 def index_map(dim: Dim, mesh: Mesh, rank: int) -> IndexMap:
-    """The global index behind each local index of `rank`: int64 `[local_size]`, -1 where it is padding."""
+    """The global index of each local index of `rank`: int64 `[local_size]`, -1 where it is padding."""
     if isinstance(dim, Leaf):
         count = local_size(dim, mesh)
         indices = np.arange(count, dtype=np.int64) + mesh.position(rank, dim.axes) * count

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from furiosa_llm.runtime.artifact.dimensions import Shape
-from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prefix, Prod, to_json
+from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension, shape_of
+from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prefix, Prod, local_size, to_json
 
 FORMAT_NAME = "furiosa-llm-onnx"
 FORMAT_VERSION = 2
@@ -102,7 +103,7 @@ class Part:
 class StoredTensor:
     """One initializer of program.onnx whose data lies in the weights file `file`, as `[shards, *local_shape]`.
 
-    `dtype` is ONNX's name. `shard_axes` are the mesh axes that tell shards apart, the first most significant.
+    `dtype` is ONNX's name. `shard_axes` are the mesh axes along which shards differ, the first most significant.
     `layout` has a layout for each dimension of the global tensor; `origin` is the original initializer's name, and
     `part` which part of it this is, None for all of it. All three are None for a tensor that the builder made; a tensor
     that the source had as a constant, not as an initializer, has a layout but no origin. `sha256` is of all shards'
@@ -118,6 +119,11 @@ class StoredTensor:
     part: Part | None
     origin: str | None
     sha256: str
+
+    @property
+    def local_nbytes(self) -> int:
+        """The bytes of one shard, which is what one rank holds."""
+        return DTYPES[self.dtype].nbytes(self.local_shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +167,7 @@ class State:
     """An input and the output that replaces it in the next step.
 
     `append`: the output is the input with the new positions appended along `sequence_dim`. `in_place`: one buffer of a
-    fixed capacity may be bound to both, and the attention mask tells where the new positions go. `replace`: the output
+    fixed capacity may be bound to both, and the attention mask says where the new positions go. `replace`: the output
     is of the input's size, all of it new; `sequence_dim` is None.
     """
 
@@ -219,6 +225,30 @@ class Manifest:
     collectives: tuple[Collective, ...]
     blocks: tuple[Block, ...]
     plan: Mapping[str, Any]
+
+    @property
+    def state_nbytes(self) -> dict[str, int]:
+        """State input -> the bytes that one rank keeps of it for one position of one sequence.
+
+        What an encoder gave, which the decoder reads and nothing replaces, is among them.
+        """
+        fixed = {state.input for state in self.states if state.mode == "replace"}
+        states = [info for info in self.inputs if info.role == "state" and info.name not in fixed]
+        return {info.name: self._position_nbytes(info) for info in states}
+
+    def payload_nbytes(self, collective: Collective) -> int:
+        """The bytes that `collective` gives each rank for a decoded token: every dynamic dimension is 1."""
+        parts = self.mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
+        local = [size if isinstance(size, int) else 1 for size in collective.shape]
+        return DTYPES[collective.dtype].nbytes(local) * parts
+
+    def _position_nbytes(self, info: InputInfo) -> int:
+        sizes = {name: 1 for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
+        local = [
+            size if layout is None else local_size(layout, self.mesh)
+            for size, layout in zip(info.shape, info.layout, strict=True)
+        ]
+        return DTYPES[info.dtype].nbytes(shape_of(local, sizes))
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as plain JSON values, keys in the order of the specification."""

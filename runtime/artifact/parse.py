@@ -169,7 +169,7 @@ def _tensor(field: Field, mesh: Mesh) -> StoredTensor:
         origin=member["origin"].optional(Field.name),
         sha256=digest_of(member["sha256"]),
     )
-    if DTYPES[tensor.dtype].nbytes(tensor.local_shape) * mesh.parts(tensor.shard_axes) >= _MAX_NBYTES:
+    if tensor.local_nbytes * mesh.parts(tensor.shard_axes) >= _MAX_NBYTES:
         member["local_shape"].fail("a shape of fewer than 2**62 bytes", f"{list(tensor.local_shape)}")
     if tensor.part is not None and tensor.origin is None:
         member["part"].fail("null, because the tensor has no origin")

@@ -59,24 +59,30 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Artifact:
-    """An open artifact: `folder`, its `manifest`, its `program` (rank 0's as stored), and the stored tensors' places.
+class SplitModel:
+    """A split model, whether its weights are written or only planned."""
 
-    `tensors` are the manifest's by name, and `offsets` the byte of the file where shard 0 of each begins. `digest` is
-    the manifest's, which names the artifact.
-    """
+    manifest: Manifest
+    program: onnx.ModelProto
+    """Rank 0's, as stored."""
+    tensors: Mapping[str, StoredTensor]
+    """The manifest's, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact(SplitModel):
+    """An open artifact."""
 
     folder: Path
     digest: str
-    manifest: Manifest
-    program: onnx.ModelProto
-    tensors: Mapping[str, StoredTensor]
+    """The manifest's, which names the artifact."""
     offsets: Mapping[str, int]
+    """Stored tensor -> the byte of its file where shard 0 begins."""
 
     def window(self, name: str, rank: int) -> Window:
         """The bytes of the stored tensor `name` that `rank` sees."""
         tensor = self.tensors[name]
-        nbytes = DTYPES[tensor.dtype].nbytes(tensor.local_shape)
+        nbytes = tensor.local_nbytes
         shard = self.manifest.mesh.position(rank, tensor.shard_axes)
         return Window(file=tensor.file, offset=self.offsets[name] + shard * nbytes, nbytes=nbytes)
 
@@ -99,9 +105,9 @@ class Artifact:
 def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> Artifact:
     """The artifact in the folder `path`, with every field of every file checked.
 
-    The digests of all files but the weights are compared with the manifest; `full` compares those of the weights too
-    (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. Raises ArtifactError
-    that says what was found, what was expected and what to do.
+    The digests of all files but the weights are compared with the manifest; `full` compares the digests of the weights
+    too (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. Raises
+    ArtifactError that says what was found, what was expected and what to do.
     """
     folder = Path(path)
     data = manifest_bytes(folder)
@@ -267,7 +273,7 @@ def _weight_offsets(streams: Mapping[str, BufferedReader], manifest: Manifest) -
 
 def _check_stored(tensor: StoredTensor, stored: StoredArray, shards: int) -> None:
     dtype = DTYPES[tensor.dtype]
-    window_nbytes = dtype.nbytes(tensor.local_shape)
+    window_nbytes = tensor.local_nbytes
     shape = (shards, *tensor.local_shape) if dtype.bits >= 8 else (shards, window_nbytes)
     expected = (dtype.safetensors, shape, shards * window_nbytes)
     found = (stored.dtype, stored.shape, stored.nbytes)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read with every field checked and without touching the data behind it."""
+"""The header of a safetensors file, read with every field checked and without touching the data."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def read_source(artifact: Artifact) -> ModelProto:
 
 
 def inline_bytes(initializer: TensorProto) -> bytes:
-    """The data of an initializer of source.onnx, packed as raw data is; strings one behind the other with lengths.
+    """The data of an initializer of source.onnx, packed as raw data is; strings one after the other with lengths.
 
     Raises ArtifactError if its data is elsewhere or does not fit its shape.
     """

@@ -1,4 +1,4 @@
-"""The engine behind `LLM`, `LLMEngine` and `AsyncLLMEngine`: checks a request, and gives it to one of the replicas."""
+"""The engine of `LLM`, `LLMEngine` and `AsyncLLMEngine`: checks a request, and gives it to one of the replicas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from furiosa_llm.runtime.engine.machine_snapshot import MachineLayout, MachineSn
 from furiosa_llm.runtime.engine.replica import Replica
 from furiosa_llm.runtime.engine.router import choose_replica
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, InputError, UnsupportedError
-from furiosa_llm.runtime.requests.prompts import Prompt, read_prompt
+from furiosa_llm.runtime.requests.prompts import Prompt, check_prompt_length, read_prompt
 from furiosa_llm.runtime.requests.request import Request
 from furiosa_llm.runtime.requests.request_table import Sink, Submission
 from furiosa_llm.runtime.tokens.grammar import Grammar, Grammars
@@ -22,20 +22,18 @@ from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """What a model takes. Lengths are in tokens.
-
-    max_length: of prompt and completion together; None if nothing but memory limits it.
-    max_prompt_length: of the prompt alone; None for one less than `max_length`.
-    capacity: of one sequence in the KV cache, if it had all of it.
-    vocab_size: token ids are below it; None if the model does not say.
-    eos_token_ids: they end a completion.
-    """
+    """What a model takes. Lengths are in tokens."""
 
     max_length: int | None
+    """The most tokens of prompt and completion together; None if nothing but memory limits them."""
     max_prompt_length: int | None
+    """The most tokens of the prompt alone; None for one less than `max_length`."""
     capacity: int
+    """The most tokens of one sequence that had the whole KV cache."""
     vocab_size: int | None
+    """Token ids are below it; None if the model does not say."""
     eos_token_ids: frozenset[int]
+    """They end a completion."""
 
     @property
     def prompt_limit(self) -> int | None:
@@ -59,8 +57,8 @@ class Handle:
 class EngineCore:
     """Replicas of one model, and what a request needs before it goes to one of them.
 
-    From `seed` follow those of requests that have none of their own, by their place in order. `layout` says what lies
-    on which PE, None: nobody knows. `close_model` is called once, behind the replicas' end.
+    A request without a seed gets one that follows from `seed` and from its place in order. `layout` says what lies
+    on which PE, None: nobody knows. `close_model` is called once, after the replicas have ended.
     """
 
     def __init__(
@@ -99,9 +97,9 @@ class EngineCore:
     def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
         """Starts a request; its outputs go to `sink`, the last one finished, whatever happens.
 
-        Raises InputError or ContextLengthError if the prompt is none or does not fit, SamplingParamsError if `params`
-        name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError for text
-        without a tokenizer, and EngineDeadError.
+        Raises InputError or ContextLengthError if the prompt is no prompt or does not fit, SamplingParamsError if
+        `params` name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError
+        for text without a tokenizer, and EngineDeadError.
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
@@ -150,13 +148,9 @@ class EngineCore:
         return None if wanted is None else self._grammars.compile(wanted.llguidance_grammar)
 
     def _max_tokens(self, prompt: int, wanted: int | None) -> int:
-        """How many tokens a completion may have; the messages are worded as the vendor's, which programs look for."""
-        limit, prompt_limit = self.limits.max_length, self.limits.prompt_limit
-        if prompt_limit is not None and prompt > prompt_limit:
-            raise ContextLengthError(
-                f"This model's maximum input context length is {prompt_limit} tokens, however you requested {prompt} "
-                f"tokens. Please reduce your prompt."
-            )
+        """How many tokens a completion may have; the refusals have the vendor's words, which programs look for."""
+        check_prompt_length(prompt, self.limits.prompt_limit)
+        limit = self.limits.max_length
         if wanted is None:
             if limit is None:
                 raise InputError("the model does not say how long a sequence may be; give max_tokens")
@@ -182,7 +176,7 @@ def check_request_id(request_id: object, taken: Container[str]) -> None:
     if not isinstance(request_id, str):
         raise InputError(f"request_id: found a {type(request_id).__name__}, expected a str")
     if request_id in taken:
-        raise InputError(f"request_id {request_id!r:.80} is that of a request that has not ended; give another")
+        raise InputError(f"request_id {request_id!r:.80} belongs to a request that has not ended; give another")
 
 
 def params_for_each(params: object, count: int) -> list[SamplingParams]:
@@ -200,7 +194,7 @@ def params_for_each(params: object, count: int) -> list[SamplingParams]:
 
 
 def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:
-    """`params` with another kind of outputs; raises InputError if they are none."""
+    """`params` with another kind of outputs; raises InputError if they are no SamplingParams."""
     check_params(params)
     return replace(params, output_kind=kind)
 

@@ -9,15 +9,22 @@ from functools import partial
 
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.engine.capacity import Workload, check_weights, kv_pages, stage_memory
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
-from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, DEFAULT_CHUNK_SIZE, EngineArgs
+from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
 from furiosa_llm.runtime.engine.machine_snapshot import layout_of
 from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.placement.block_reads import block_starts
+from furiosa_llm.runtime.placement.capacity import (
+    DEFAULT_CHUNK_SIZE,
+    DEFAULT_LENGTH,
+    Workload,
+    check_weights,
+    kv_pages,
+    stage_memory,
+)
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
@@ -31,9 +38,6 @@ logger = logging.getLogger(__name__)
 PAGE_SIZE = 16
 """Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
 
-_UNLIMITED_LENGTH = 2048
-"""What the KV cache has room for in each slot if neither the model nor the caller limits a sequence's length."""
-
 
 _OF_DECODERS = (
     *("devices", "pipeline_parallel_size", "data_parallel_size", "num_blocks_per_pp_stage", "workers"),
@@ -45,30 +49,28 @@ _OF_DECODERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is going to run, before anything is loaded to run it.
-
-    artifact: whose manifest and program are checked.
-    tokenizer: the artifact's, or the one that was given; None if there is none, and prompts have to be token ids.
-    topology: which PEs the ranks of each replica's stages are.
-    stages: of a replica.
-    limits: what requests have to keep to.
-    scheduling: the same limits as a replica's scheduler sees them.
-    batch_invariance: what was found of this machine's kernels, if `batch_invariant` asks for it.
-    """
+    """What is going to run, before anything is loaded to run it."""
 
     artifact: Artifact
+    """The artifact, its manifest and program checked."""
     tokenizer: Tokenizer | None
+    """The artifact's, or the one that was given; None if there is none, and prompts have to be token ids."""
     topology: Topology
+    """Which PE has which rank of which stage of which replica."""
     stages: tuple[Stage, ...]
+    """The stages of a replica."""
     limits: ModelLimits
+    """What requests have to keep to."""
     scheduling: SchedulerLimits
+    """The same limits as a replica's scheduler sees them."""
     batch_invariance: BatchInvariance | None
+    """What was found of this machine's kernels, if `batch_invariant` asks for it."""
 
     @property
     def companions(self) -> Companions:
-        """Which rows are computed beside a copy of themselves."""
-        found = None if self.batch_invariance is None else self.batch_invariance.companions
-        return found or NO_COMPANIONS
+        """Which rows are computed together with a copy of themselves."""
+        companions = None if self.batch_invariance is None else self.batch_invariance.companions
+        return companions or NO_COMPANIONS
 
 
 def open_model(args: EngineArgs) -> Artifact:
@@ -86,19 +88,19 @@ def open_model(args: EngineArgs) -> Artifact:
 
 def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
     """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
-    found = artifact.manifest.mesh.size
-    if wanted not in (None, found):
+    size = artifact.manifest.mesh.size
+    if wanted not in (None, size):
         raise InputError(
-            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={found}; leave it out, or make the "
+            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={size}; leave it out, or make the "
             f"other artifact: furiosa-llm reshard -tp {wanted}"
         )
 
 
 def only_of_one_replica(args: EngineArgs, what: str) -> None:
     """Raises UnsupportedError if `args` ask of `what`, which runs as one replica of one stage, for more than that."""
-    given = [name for name in _OF_DECODERS if (value := getattr(args, name)) is True or value not in (None, 1, False)]
-    if given:
-        raise UnsupportedError(f"{what} runs as one replica of one stage, without a KV cache; leave out {given[0]}")
+    refused = [name for name in _OF_DECODERS if (value := getattr(args, name)) is True or value not in (None, 1, False)]
+    if refused:
+        raise UnsupportedError(f"{what} runs as one replica of one stage, without a KV cache; leave out {refused[0]}")
 
 
 def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
@@ -127,7 +129,7 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
     invariance = _invariance(artifact, args) if args.batch_invariant else None
     limits, scheduling = _limits(artifact, topology, stages, args)
     if invariance is not None and not (invariance.chunks and scheduling.prefill_chunk_size > LEAST_CHUNK):
-        # What is left of a prompt behind a prefix that is found would have other bits than in the whole prompt.
+        # What follows a prefix that is found would have other bits than in the whole prompt.
         scheduling = replace(scheduling, prefix_caching=False)
     return Plan(
         artifact=artifact,
@@ -142,12 +144,12 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
 
 def _invariance(artifact: Artifact, args: EngineArgs) -> BatchInvariance:
     """What `batch_invariant` takes on this machine; raises UnsupportedError if nothing helps."""
-    found = probe_batch_invariance(artifact, mapped=args.mapped)
-    if found.companions is None:
+    invariance = probe_batch_invariance(artifact, mapped=args.mapped)
+    if invariance.companions is None:
         raise UnsupportedError(
-            f"batch_invariant is not possible for {artifact.folder} on this machine: {found}; leave it out"
+            f"batch_invariant is not possible for {artifact.folder} on this machine: {invariance}; leave it out"
         )
-    return found
+    return invariance
 
 
 def start(plan: Plan, args: EngineArgs) -> EngineCore:
@@ -204,7 +206,7 @@ def _limits(
     batch = min(batch, scheduler.max_processing_samples)
     workload = Workload(
         max_batch_size=batch,
-        max_model_len=max_length or _UNLIMITED_LENGTH,
+        max_model_len=max_length or DEFAULT_LENGTH,
         prefill_chunk_size=scheduler.prefill_chunk_size or DEFAULT_CHUNK_SIZE,
     )
     num_pages = _num_pages(artifact, topology, stages, workload, args)
@@ -257,13 +259,13 @@ def _max_length(of_model: int | None, args: EngineArgs) -> int | None:
 def _num_pages(
     artifact: Artifact, topology: Topology, stages: tuple[Stage, ...], workload: Workload, args: EngineArgs
 ) -> int:
-    """The pages asked for, or those that a full batch of the longest sequences takes, if they fit the PEs."""
+    """The pages asked for, or the pages that a full batch of the longest sequences takes, if they fit the PEs."""
     fitting = kv_pages(topology, stage_memory(artifact, stages, workload), page_size=PAGE_SIZE)
     wanted = args.paged_attention_num_blocks
     if wanted is not None and fitting is not None and wanted > fitting:
         raise CapacityError(
             f"paged_attention_num_blocks={wanted}, but the PEs have room for {fitting} pages of {PAGE_SIZE} tokens "
-            f"beside the weights; give at most that, or use more stages"
+            f"next to the weights; give at most that, or use more stages"
         )
     full = workload.max_batch_size * -(-workload.max_model_len // PAGE_SIZE)
     pages = wanted or (full if fitting is None else min(full, fitting))

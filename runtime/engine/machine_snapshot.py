@@ -7,48 +7,45 @@ from dataclasses import dataclass
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.engine.capacity import Workload, stage_memory
 from furiosa_llm.runtime.engine.replica import Replica, ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.execution.counters import StageCounts
-from furiosa_llm.runtime.placement.devices import PE
+from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
+from furiosa_llm.runtime.placement.devices import PE, first_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineLayout:
-    """What does not change while a model runs.
-
-    topology: which PEs the ranks of each replica's stages are.
-    stages: of a replica.
-    page_nbytes: what a page of KV takes on each PE, for each stage.
-    """
+    """What does not change while a model runs."""
 
     topology: Topology
+    """Which PE has which rank of which stage of which replica."""
     stages: tuple[Stage, ...]
+    """The stages of a replica."""
     page_nbytes: tuple[int, ...]
+    """What a page of KV takes on each PE, for each stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PESnapshot:
-    """A PE of a card that is used, and what lies in its memory.
-
-    pe: its card and number.
-    replica, stage, rank: what it is; None if it is not used.
-    memory_nbytes: its even share of the card's memory.
-    weights_nbytes: what it reads; what several PEs of a card read is there once, and counts an equal part for each.
-    kv_nbytes, kv_used_nbytes: room for KV, and what of it is in use, prefix cache included.
-    """
+    """A PE of a card that is used, and what lies in its memory."""
 
     pe: PE
+    """Its card and number."""
     replica: int | None = None
     stage: int | None = None
     rank: int | None = None
+    """`replica`, `stage`, `rank`: what the PE has; None if it is not used."""
     memory_nbytes: int = PE_NBYTES
+    """Its even share of the card's memory."""
     weights_nbytes: int = 0
+    """What it reads; what several PEs of a card read is there once, and counts an equal part for each."""
     kv_nbytes: int = 0
+    """Room for KV."""
     kv_used_nbytes: int = 0
+    """KV in use, the prefix cache included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,36 +66,32 @@ class StageSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaSnapshot:
-    """A replica.
-
-    replica: its index.
-    alive: whether it was not given up.
-    ready: whether it has a runner at the moment.
-    usage: its sequences and pages.
-    counts: what it has done, on all the runners that it has had.
-    stages: what each stage has done.
-    """
+    """A replica."""
 
     replica: int
+    """Its index."""
     alive: bool
+    """Whether it was not given up."""
     ready: bool
+    """Whether it has a runner at the moment."""
     usage: ReplicaUsage
+    """Its sequences and pages."""
     counts: ReplicaCounts
+    """What it has done, on all the runners that it has had."""
     stages: tuple[StageSnapshot, ...]
+    """What each stage has done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineSnapshot:
-    """A running model at one moment; what is counted only grows, over restarts of replicas too.
-
-    topology: which PEs the ranks of each replica's stages are.
-    cards: those that are used, in order.
-    replicas: in order.
-    """
+    """A running model at one moment; what is counted only grows, over restarts of replicas too."""
 
     topology: Topology
+    """Which PE has which rank of which stage of which replica."""
     cards: tuple[CardSnapshot, ...]
+    """The cards that are used, in order."""
     replicas: tuple[ReplicaSnapshot, ...]
+    """The replicas, in order."""
 
 
 def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, page_size: int) -> MachineLayout:
@@ -112,10 +105,11 @@ def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *
 
 
 def layout_of_one(artifact: Artifact) -> MachineLayout:
-    """That of a model which runs by itself, as one replica of one stage: its ranks are the first PEs there are."""
+    """The layout of a model that runs by itself, as one replica of one stage: its ranks are the first PEs."""
     size = artifact.manifest.mesh.size
-    ranks = tuple(PE(npu=rank // PES_PER_CARD, index=rank % PES_PER_CARD) for rank in range(size))
-    topology = Topology(tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((ranks,),))
+    topology = Topology(
+        tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((first_pes(size),),)
+    )
     return layout_of(artifact, topology, choose_stages(artifact), page_size=1)
 
 
@@ -140,7 +134,7 @@ def machine_of(layout: MachineLayout, replicas: Sequence[Replica]) -> MachineSna
 def replica_snapshot(
     layout: MachineLayout, index: int, *, usage: ReplicaUsage, counts: ReplicaCounts, alive: bool, ready: bool
 ) -> ReplicaSnapshot:
-    """A replica, whose stages are told which blocks they are."""
+    """A replica, its stages with their blocks."""
     return ReplicaSnapshot(
         replica=index,
         alive=alive,

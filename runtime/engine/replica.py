@@ -1,7 +1,8 @@
-"""One replica of the model: a scheduler, a runner, and the thread that brings them together.
+"""Schedule, run, postprocess: the loop of one replica of the model, on a thread of its own.
 
-Whatever happens to a replica arrives in its inbox: new requests, aborts, batches that are done. Its thread sleeps on
-the inbox, so that nothing polls, and it alone touches the requests.
+The scheduler chooses a batch, the runner computes its logits, and the request table samples tokens from them and hands
+the outputs out. Whatever happens arrives in the replica's inbox: new requests, aborts, batches that are done. The
+thread sleeps on the inbox, so that nothing polls, and it alone touches the requests.
 """
 
 from __future__ import annotations
@@ -29,19 +30,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultPolicy:
-    """How long a replica waits for its runner, and how often it makes a new one. Times are in seconds.
-
-    step_timeout: how long a batch may take before it counts as hung.
-    max_failures: so many failures in a row, no batch done between them, are survived; one more is the end.
-    backoff: what is waited before a new runner is made; doubled for each failure in a row, up to `max_backoff`.
-    close_timeout: how long a runner may take to close before it is left behind.
-    """
+    """How long a replica waits for its runner, and how often it makes a new one. Times are in seconds."""
 
     step_timeout: float = 300.0
+    """How long a batch may take before it counts as hung."""
     max_failures: int = 5
+    """So many failures in a row, no batch done between them, are survived; one more is the end."""
     backoff: float = 0.05
+    """What is waited before a new runner is made; doubled for each failure in a row, up to `max_backoff`."""
     max_backoff: float = 5.0
     close_timeout: float = 5.0
+    """How long a runner may take to close before it is left behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +74,18 @@ class _Stop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaUsage:
-    """What a replica has at the moment.
-
-    running, waiting: sequences that have a slot, and those that have none yet.
-    used_pages, num_pages: of the KV cache; used are those of the prefix cache too, which are given up as soon as a
-        sequence needs them.
-    preemptions: how often a sequence lost its place to an earlier one, so far.
-    """
+    """What a replica has at the moment."""
 
     running: int
+    """Sequences that have a slot."""
     waiting: int
+    """Sequences that have no slot yet."""
     used_pages: int
+    """Pages of the KV cache, the prefix cache's among them, which are given up as soon as a sequence needs them."""
     num_pages: int
+    """All pages of the KV cache."""
     preemptions: int
+    """How often a sequence lost its place to an earlier one, so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +118,7 @@ class Replica:
         self._make_runner = make_runner
         self._policy = policy or FaultPolicy()
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._gate = threading.Lock()  # nothing is put behind the _Stop
+        self._gate = threading.Lock()  # nothing is put into the inbox after the _Stop
         self._closing = threading.Event()
         self._stopped = False
         self._table = RequestTable()
@@ -198,7 +196,7 @@ class Replica:
         with self._gate:
             if not self._closing.is_set():
                 self._inbox.put(_Stop())
-                self._closing.set()  # behind the message: whoever wakes up by it finds the message
+                self._closing.set()  # after the message: whoever wakes up by it finds the message
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -305,18 +303,18 @@ class Replica:
         self._inbox.put(_Done(number=number, logits=logits))
 
     def _finish(self, done: _Done) -> None:
-        """Samples from the logits of a batch and tells the scheduler; what a given-up runner reports is ignored."""
-        one = self._under_way.pop(done.number, None)
-        if one is None:
+        """Samples from the logits of a batch for the scheduler; what a runner reports that was given up is ignored."""
+        returned = self._under_way.pop(done.number, None)
+        if returned is None:
             return
         failure = done.logits.exception()
         if failure is not None:
             raise _RunnerFailedError(failure)
-        accepted = self._table.accept(one.batch, done.logits.result())
+        accepted = self._table.accept(returned.batch, done.logits.result())
         self._end_sequences(accepted.failed)
         with self._scheduler_lock:
-            self._scheduler.complete(one.batch, accepted.tokens, accepted.finished)
-        self._meter.note(one.batch)
+            self._scheduler.complete(returned.batch, accepted.tokens, accepted.finished)
+        self._meter.note(returned.batch)
         self._failures = 0
 
     def _end_sequences(self, sequence_ids: Sequence[int]) -> None:
@@ -383,7 +381,7 @@ class Replica:
 
 def _describe(batch: Batch) -> str:
     if isinstance(batch, Prefill):
-        return f"prefill of {len(batch.tokens)} tokens behind {batch.start}"
+        return f"prefill of {len(batch.tokens)} tokens after {batch.start}"
     return f"decode of {len(batch.rows)} sequences"
 
 

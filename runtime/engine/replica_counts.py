@@ -12,20 +12,18 @@ from furiosa_llm.runtime.runners.batch import Batch, Prefill, ReportsCounts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaCounts:
-    """What a replica has done.
-
-    prefilled_tokens: of prompts, and of preempted sequences, that were computed; those of the prefix cache were not.
-    decoded_tokens: that were stepped, one by one.
-    copies: of KV from slot to slot.
-    restarts: how often its runner was replaced by another.
-    stages: what its stages have done, on all runners that it has had.
-    """
+    """What a replica has done."""
 
     prefilled_tokens: int = 0
+    """Tokens of prompts and of preempted sequences that were computed: not what the prefix cache gave."""
     decoded_tokens: int = 0
+    """Tokens that were stepped, one by one."""
     copies: int = 0
+    """Copies of KV from slot to slot."""
     restarts: int = 0
+    """How often its runner was replaced by another."""
     stages: tuple[StageCounts, ...] = ()
+    """What its stages have done, on all runners that it has had."""
 
 
 class ReplicaMeter:

@@ -14,28 +14,25 @@ from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """What a replica has room for. Every number is at least 1.
-
-    Attributes:
-        num_groups: Batches that may be under way at once; as many as the pipeline has stages.
-        slots_per_group: Sequences of one group that may have KV at once.
-        num_pages: Pages of KV in the whole replica. A page is a unit of account: nothing lies in pages.
-        page_size: Tokens of one page.
-        max_length: Tokens of one sequence, prompt and completion.
-        prefill_chunk_size: The greatest number of tokens in a prefill batch.
-        prefix_caching: Whether prompts find the KV of earlier ones that begin alike.
-        batch_invariant: Whether KV is always computed in the same steps, whoever else is served: what was generated is
-            computed again token by token after a preemption, and not found by other prompts.
-    """
+    """What a replica has room for. Every number is at least 1."""
 
     num_groups: int
+    """Batches that may be under way at once; as many as the pipeline has stages."""
     slots_per_group: int
+    """Sequences of one group that may have KV at once."""
     num_pages: int
+    """Pages of KV in the whole replica. A page is a unit of account: nothing lies in pages."""
     page_size: int
+    """Tokens of one page."""
     max_length: int
+    """Tokens of one sequence, prompt and completion."""
     prefill_chunk_size: int
+    """The greatest number of tokens in a prefill batch."""
     prefix_caching: bool = True
+    """Whether prompts find the KV of earlier ones that begin alike."""
     batch_invariant: bool = False
+    """Whether KV is always computed in the same steps, whoever else is served: what was generated is computed again
+    token by token after a preemption, and not found by other prompts."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -104,9 +101,9 @@ class Scheduler:
         return self._pages.cached
 
     def add(self, sequence_id: int, prompt: Sequence[int], *, prompt_logits: bool = False) -> None:
-        """Takes a sequence in, behind those that are waiting.
+        """Takes a sequence in, after the sequences that are waiting.
 
-        `prompt_logits`: its prefill batches want the logits behind every token of the prompt, each once.
+        `prompt_logits`: its prefill batches want the logits after every token of the prompt, each once.
 
         Raises:
             CapacityError: It can never run, since the prompt leaves no room for a completion.
@@ -181,7 +178,7 @@ class Scheduler:
         return None
 
     def sequences_to_sample(self, batch: Batch) -> tuple[int, ...]:
-        """The sequences whose next token `complete` expects: those of a decode, or the one whose prefill ends.
+        """The sequences whose next token `complete` expects: all sequences of a decode, or the one whose prefill ends.
 
         Sequences that were aborted meanwhile are left out.
 
@@ -200,7 +197,7 @@ class Scheduler:
 
         Args:
             batch: As it came from `schedule`.
-            tokens: The token sampled for each of `sequences_to_sample`. Those of aborted sequences are dropped.
+            tokens: The token sampled for each of `sequences_to_sample`. Tokens of aborted sequences are dropped.
             finished: The sequences of the batch that leave. What was sampled for them is not stepped.
 
         Raises:
@@ -290,9 +287,9 @@ class Scheduler:
                 sequence.cached_tokens = sequence.slot.length
 
     def _choose_group(self, sequence: SequenceState) -> Group:
-        """The group with the longest match, of those that are as little loaded as any or have one sequence more.
+        """The group with the longest match, of the groups that have the fewest sequences or one more.
 
-        No match is worth leaving a group empty beside one that is not: a stage would have nothing to do.
+        No match is worth leaving a group empty while another is not: a stage would have nothing to do.
         """
         open_groups = [group for group in self._groups if group.takes_a_prompt]
         least = min(group.load for group in open_groups)
@@ -305,7 +302,7 @@ class Scheduler:
         return min(suitable, key=rank)
 
     def _next_batch(self, group: Group) -> Batch | None:
-        """The batch whose turn it is, or the other kind if there is none of it."""
+        """The batch whose turn it is, or the other kind if there is no batch of it."""
         if group.prefilling is not None and group.prefill_is_next:
             return self._prefill(group, group.prefilling)
         decode = self._decode(group)

@@ -10,7 +10,7 @@ WORTH_A_COPY = 16
 """The least number of tokens for which a copy of KV is made; fewer are computed again."""
 
 LEAST_CHUNK = 2
-"""The least number of tokens of a prompt that are computed behind others, where the limits allow it.
+"""The least number of tokens of a prompt that are computed after others, where the limits allow it.
 
 onnxruntime multiplies a single row by other kernels than several, in which a sum has another order: so a prompt gives
 the same bits however it is cut, and whatever of it is found, if the processor's kernels have no other reason to differ.
@@ -40,7 +40,7 @@ class SequenceState:
     sequence_id: int
     arrival: int
     tokens: list[int]
-    """Prompt and completion. While it decodes, all but the last one are in its slot."""
+    """Tokens of prompt and completion. While it decodes, all but the last one are in its slot."""
     prompt_length: int
     prompt_logits: bool
     batch_invariant: bool = False
@@ -64,7 +64,7 @@ class SequenceState:
 
     @property
     def reusable(self) -> int:
-        """How many of its first tokens need not be computed if their KV is found: no logits are wanted behind them."""
+        """How many of its first tokens need not be computed if their KV is found: no logits after them are wanted."""
         if self.prompt_logits and self.delivered < self.prompt_length:
             return 0 if self.batch_invariant else self.delivered
         return reusable_length(self.prompt_length if self.batch_invariant else len(self.tokens))
@@ -97,9 +97,9 @@ class Pages:
         self.total = total
         self.size = size
         self.held = 0
-        """By sequences that run."""
+        """Pages that running sequences hold."""
         self.cached = 0
-        """By tokens that free slots keep."""
+        """Pages of tokens that free slots keep."""
         self.slots: list[Slot] = []
 
     @property
@@ -123,7 +123,7 @@ class Pages:
         return True
 
     def keep_only(self, slot: Slot, length: int) -> None:
-        """Forgets what a free slot keeps behind its first `length` tokens, and frees the pages of it."""
+        """Forgets what a free slot keeps after its first `length` tokens, and frees the pages of it."""
         self.cached -= self.needed(slot.length) - self.needed(length)
         slot.length = length
         if length == 0:
@@ -135,7 +135,7 @@ class Group:
 
     Decoding sequences need not be in the first slots until a decode is scheduled: a slot in the middle that was left
     may be taken by the next prompt, and then nothing is moved. Copies are noted in the order in which they are decided,
-    and what is known of the slots is what holds behind the last of them.
+    and what is known of the slots is what holds after the last of them.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class Group:
             source.last_used = now
 
     def compact(self) -> None:
-        """Moves decoding sequences from the last slots into those that were left, until they have the first ones."""
+        """Moves decoding sequences from the last slots into slots that were left, until they have the first ones."""
         count = len(self.decoding)
         self.decoding.sort(key=_slot_index)
         if count == 0 or self.decoding[-1].slot.index < count:

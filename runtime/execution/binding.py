@@ -1,7 +1,7 @@
 """A program bound to memory: every input and output of every segment on every lane has its place before a run starts.
 
 A run then is a fixed list of `run_with_iobinding` calls, numpy operations and barriers for each lane. Changing a
-dynamic size rebinds what depends on it and nothing else. A value whose shape the program does not tell is allocated by
+dynamic size rebinds what depends on it and nothing else. A value whose shape the program does not give is allocated by
 onnxruntime in each run and passed on.
 """
 
@@ -24,7 +24,7 @@ from furiosa_llm.runtime.execution.driver import Body, Waits
 from furiosa_llm.runtime.execution.exchange import Exchanger, LaneExchange
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes, lifetimes, place
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, RawBinding, RawTensor, Tensor, let_allocate, unwrap, wrap
-from furiosa_llm.runtime.execution.sessions import StepSessions, ranks_text
+from furiosa_llm.runtime.execution.sessions import SectionSessions, ranks_text
 from furiosa_llm.runtime.program.lanes import Exchange, Lanes, Sum, parts_of
 from furiosa_llm.runtime.program.segments import CollectiveCall, growing_values
 
@@ -47,8 +47,10 @@ def private_block(_: int, nbytes: int) -> Block:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _LaneStep:
-    """What one lane does in one step. `run` is None if there is nothing to compute, `exchange` if nothing to exchange.
+class _BoundSection:
+    """What one lane does in one section.
+
+    `run` is None if there is nothing to compute, `exchange` if there is nothing to exchange.
 
     `collect` are the outputs, by position, that onnxruntime allocates in each run; `allocated` are exchanges whose
     shapes are known only when the segments have run.
@@ -74,7 +76,7 @@ class BoundProgram:
     def __init__(
         self,
         lanes: Lanes,
-        sessions: Sequence[StepSessions],
+        sessions: Sequence[SectionSessions],
         crew: RunsLanes,
         *,
         external: frozenset[str] = frozenset(),
@@ -95,7 +97,7 @@ class BoundProgram:
         external_values = self._on_ranks(external)
         self._growing = (self._on_ranks(growing_values(self._program, growing)) & made) - external_values
         self._unbound = self._shapeless(self._on_ranks(unbound), external_values)
-        unknown = {e.out for step in lanes.steps for e in step.exchanges} & self._unbound
+        unknown = {e.out for section in lanes.sections for e in section.exchanges} & self._unbound
         if len(self._own) < len(lanes.ranks) and unknown:
             raise UnsupportedError(
                 f"the shape of {min(unknown)!r:.80} is known only as the program runs: its PEs cannot be spread over "
@@ -107,16 +109,18 @@ class BoundProgram:
         self._tensors: list[dict[str, Tensor]] = [{} for _ in lanes.ranks]
         self._inputs_of: list[dict[str, list[Bind]]] = [{} for _ in lanes.ranks]
         self._outputs_of: list[dict[str, RawBinding]] = [{} for _ in lanes.ranks]
-        self._bindings = [self._bind_step(index) for index in range(len(lanes.steps))]
+        self._bindings = [self._bind_section(index) for index in range(len(lanes.sections))]
         self._blocks: dict[int, Block] = {}
         self._growing_blocks: dict[tuple[int, str], Block] = {}
-        self._steps: list[list[_LaneStep]] = []
-        self._meter = CollectiveMeter([[c.collective.kind for c in step.collectives] for step in self._program.steps])
-        self._results = [self._result(call) for step in self._program.steps for call in step.collectives]
+        self._sections: list[list[_BoundSection]] = []
+        self._meter = CollectiveMeter(
+            [[c.collective.kind for c in section.collectives] for section in self._program.sections]
+        )
+        self._results = [self._result(call) for section in self._program.sections for call in section.collectives]
         self._unplaced = [one for one in self._results if one[1] not in self._placed]
         self._placed_nbytes = [0, 0]
-        self.step_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
-        """The step that each lane is in, or was in last."""
+        self.section_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
+        """The section that each lane is in, or was in last."""
 
     def bind_shared(self, name: str, array: Array) -> None:
         """Binds the graph input `name` to `array` on every rank; the array may be written between runs."""
@@ -143,11 +147,11 @@ class BoundProgram:
 
     def progress(self) -> str:
         """Which segment the lanes are in, and the last collective that all of them have done."""
-        steps = self._lanes.steps
-        behind = min(int(self.step_of_lane[lane]) for lane in self._own)
-        done = [e.call.collective.id for step in steps[:behind] for e in step.exchanges]
+        sections = self._lanes.sections
+        behind = min(int(self.section_of_lane[lane]) for lane in self._own)
+        done = [e.call.collective.id for section in sections[:behind] for e in section.exchanges]
         lanes = ", ".join(
-            f"{ranks_text(self._lanes.ranks[lane])} in segment {self.step_of_lane[lane]} of {len(steps)}"
+            f"{ranks_text(self._lanes.ranks[lane])} in segment {self.section_of_lane[lane]} of {len(sections)}"
             for lane in self._own
         )
         return f"{lanes}; last collective done: {done[-1] if done else 'none'}"
@@ -156,7 +160,7 @@ class BoundProgram:
         """Gives every value its place for the dynamic `sizes`."""
         changed = {name for name, size in sizes.items() if self._sizes.get(name) != size}
         self._sizes = dict(sizes)
-        if not self._steps or not changed <= self._growing_names:
+        if not self._sections or not changed <= self._growing_names:
             self._place_all()
             changed = set(sizes)
         for name in self._growing:
@@ -177,42 +181,42 @@ class BoundProgram:
         self._meter.count(row, nbytes)
 
     def _drive(self, shares: Sequence[int], member: int, barrier: Waits) -> None:
-        """Steps the lanes `shares` (positions in those of this process) through the whole program."""
-        mine = [(self._own[share], self._steps[share]) for share in shares]
+        """Steps the lanes `shares` (positions among the lanes of this process) through the whole program."""
+        mine = [(self._own[share], self._sections[share]) for share in shares]
         spent, now = self._meter.begin(), time.perf_counter_ns
         for index, kind in enumerate(self._meter.kinds):
-            for lane, steps in mine:
-                self.step_of_lane[lane] = index
-                self._run_segment(index, lane, steps[index])
+            for lane, sections in mine:
+                self.section_of_lane[lane] = index
+                self._run_segment(index, lane, sections[index])
             if kind is None:
                 continue
             started = now()
-            for _, steps in mine:
-                if (exchange := steps[index].exchange) is not None and exchange.before:
+            for _, sections in mine:
+                if (exchange := sections[index].exchange) is not None and exchange.before:
                     run_operations(exchange.before)
             barrier.wait(member)
             late = False
-            for lane, steps in mine:
-                step = steps[index]
-                if step.exchange is not None:
-                    run_operations(step.exchange.after)
-                    late |= step.exchange.late_barrier
-                if step.allocated:
-                    self._exchange_allocated(lane, step.allocated)
+            for lane, sections in mine:
+                section = sections[index]
+                if section.exchange is not None:
+                    run_operations(section.exchange.after)
+                    late |= section.exchange.late_barrier
+                if section.allocated:
+                    self._exchange_allocated(lane, section.allocated)
             if late:
                 barrier.wait(member)
             spent[kind] += now() - started
 
-    def _run_segment(self, index: int, lane: int, step: _LaneStep) -> None:
-        if step.run is None or step.binding is None:
+    def _run_segment(self, index: int, lane: int, section: _BoundSection) -> None:
+        if section.run is None or section.binding is None:
             return
         try:
-            step.run(step.binding, None)
+            section.run(section.binding, None)
         except ORT_ERRORS as error:
             where = ranks_text(self._lanes.ranks[lane])
             raise ExecutionError(f"segment {index} failed on {where}: {error}") from error
-        if step.collect:
-            self._collect(lane, step.binding, step.collect)
+        if section.collect:
+            self._collect(lane, section.binding, section.collect)
 
     def _collect(self, lane: int, binding: RawBinding, collect: Sequence[tuple[int, str]]) -> None:
         """Passes on the outputs that onnxruntime has allocated, and has it allocate new ones in the next run."""
@@ -271,11 +275,11 @@ class BoundProgram:
         if binding is not None:
             binding.bind_ortvalue_output(name, tensor.raw)
 
-    def _bind_step(self, index: int) -> list[RawBinding | None]:
-        """The bindings of a step's segments by lane, with outputs in the order of the segment."""
+    def _bind_section(self, index: int) -> list[RawBinding | None]:
+        """The bindings of a section's segments by lane, with outputs in the order of the segment."""
         bindings: list[RawBinding | None] = []
         for lane, (session, segment) in enumerate(
-            zip(self._sessions[index], self._lanes.steps[index].segments, strict=True)
+            zip(self._sessions[index], self._lanes.sections[index].segments, strict=True)
         ):
             if session is None or segment is None:
                 bindings.append(None)
@@ -294,10 +298,10 @@ class BoundProgram:
         return frozenset(self._lanes.name(rank, name) for name in names for rank in range(self._lanes.mesh.size))
 
     def _shapeless(self, unbound: frozenset[str], external: frozenset[str]) -> frozenset[str]:
-        """The values that a run must allocate: `unbound`, those of unknown shape, and exchanges that read such."""
+        """The values that a run must allocate: `unbound`, values of unknown shape, and exchanges that read such."""
         shapeless = {name for name in self._lifetimes if name in unbound or not self._has_known_shape(name)}
-        for step in self._lanes.steps:
-            for exchange in step.exchanges:
+        for section in self._lanes.sections:
+            for exchange in section.exchanges:
                 parts = {part.name for part in parts_of(exchange)}
                 odd = {*shapeless, *external, *self._growing} | (parts - self._lifetimes.keys())
                 if parts & odd or exchange.out in self._growing:
@@ -324,8 +328,9 @@ class BoundProgram:
         for lane, named in enumerate(arrays):
             for name, array in named.items():
                 self._bind_output(lane, name, wrap(array, self._lanes.types[name].dtype))
-        self._steps = [
-            [self._lane_step(lane, index, exchange) for index, exchange in enumerate(exchanges)] for lane in self._own
+        self._sections = [
+            [self._bound_section(lane, index, exchange) for index, exchange in enumerate(exchanges)]
+            for lane in self._own
         ]
         self._placed_nbytes = self._received_nbytes([one for one in self._results if one[1] in self._placed])
 
@@ -345,28 +350,32 @@ class BoundProgram:
     def _exchange_all(
         self, arrays: list[dict[str, Array]], allocate: Callable[[int, str], Array]
     ) -> Iterator[list[LaneExchange] | None]:
-        """Gives placed values their `arrays` by lane, and yields each step's exchange by lane."""
+        """Gives placed values their `arrays` by lane, and yields each section's exchange by lane."""
         kept = self._on_ranks(self._program.outputs)
-        for step in self._lanes.steps:
+        for section in self._lanes.sections:
             movable: list[set[str]] = []
-            for lane, segment in enumerate(step.segments):
+            for lane, segment in enumerate(section.segments):
                 made = [name for name in (segment.outputs if segment is not None else ()) if name in self._placed]
                 arrays[lane].update({name: allocate(lane, name) for name in made})
                 movable.append({n for n in made if n not in kept and self._lifetimes[n].readers == 0})
-            known = [exchange for exchange in step.exchanges if exchange.out in self._placed]
+            known = [exchange for exchange in section.exchanges if exchange.out in self._placed]
             exchanger = Exchanger(arrays=arrays, allocate=allocate, movable=movable)
-            yield exchanger.make(known) if step.exchanges else None
+            yield exchanger.make(known) if section.exchanges else None
 
-    def _lane_step(self, lane: int, index: int, exchanges: list[LaneExchange] | None) -> _LaneStep:
-        step, session, binding = self._lanes.steps[index], self._sessions[index][lane], self._bindings[index][lane]
-        segment = step.segments[lane]
+    def _bound_section(self, lane: int, index: int, exchanges: list[LaneExchange] | None) -> _BoundSection:
+        section, session, binding = (
+            self._lanes.sections[index],
+            self._sessions[index][lane],
+            self._bindings[index][lane],
+        )
+        segment = section.segments[lane]
         outputs = segment.outputs if segment is not None else ()
-        return _LaneStep(
+        return _BoundSection(
             run=session.run_binding if session is not None else None,
             binding=binding,
             collect=tuple((i, name) for i, name in enumerate(outputs) if name in self._unbound),
             exchange=exchanges[lane] if exchanges is not None else None,
-            allocated=tuple(exchange for exchange in step.exchanges if exchange.out in self._unbound),
+            allocated=tuple(exchange for exchange in section.exchanges if exchange.out in self._unbound),
         )
 
     def _grow(self, name: str) -> None:

@@ -37,44 +37,40 @@ _TIMES = [1, *(at + 2 for at in _AT)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferCounts:
-    """What one kind of transfer did in a stage.
-
-    kind: a collective, or what the stage gets of earlier ones.
-    calls: how often: for each collective of the program, or for each run that got something.
-    nbytes: what each PE of the stage received: of a sum its size, of a gathered value the size of the whole.
-    seconds: what the stage's threads or processes spent on it, in the mean, waiting for each other included.
-    """
+    """What one kind of transfer did in a stage."""
 
     kind: TransferKind
+    """A collective, or what the stage gets of earlier ones."""
     calls: int
+    """How often it happened: for each collective of the program, or for each run that got something."""
     nbytes: int
+    """What each PE of the stage received: of a sum its size, of a gathered value the size of the whole."""
     seconds: float
+    """What the stage's threads or processes spent on it, in the mean, waiting for each other included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCounts:
-    """What a stage of a replica has done.
-
-    runs: one for each batch, or several where rows of unequal lengths cannot be stepped together.
-    busy_seconds: how long these took.
-    transfers: of every kind that the stage can have.
-    """
+    """What a stage of a replica has done."""
 
     runs: int
+    """Runs: one for each batch, or several where rows of unequal lengths cannot be stepped together."""
     busy_seconds: float
+    """How long the runs took."""
     transfers: tuple[TransferCounts, ...]
+    """The transfers of every kind that the stage can have."""
 
 
 class CollectiveMeter:
-    """Measures the collectives in the runs of one program, whose steps have collectives of the kinds `steps`.
+    """Measures the collectives in the runs of one program, whose sections have collectives of the kinds `sections`.
 
-    The time of a step that has both kinds is that of the kind of which it has more.
+    The time of a section that has both kinds counts for the kind of which it has more.
     """
 
-    def __init__(self, steps: Sequence[Sequence[CollectiveKind]]) -> None:
-        self.kinds = [_most(step) if step else None for step in steps]
-        """For each step the place of its kind in what `begin` gives; None: it has no collectives."""
-        calls = [sum(step.count(kind) for step in steps) for kind in _COLLECTIVES]
+    def __init__(self, sections: Sequence[Sequence[CollectiveKind]]) -> None:
+        self.kinds = [_most(section) if section else None for section in sections]
+        """For each section the place of its kind in what `begin` gives; None: it has no collectives."""
+        calls = [sum(section.count(kind) for section in sections) for kind in _COLLECTIVES]
         self._present = [(kind, _AT[kind], count) for kind, count in enumerate(calls) if count]
         self._spent: list[list[int]] = []
 
@@ -132,9 +128,9 @@ def count_send(row: Row, nbytes: int, nanoseconds: int) -> None:
 def merged(counters: Counters) -> Counters:
     """`[stages, WIDTH]` of `[groups, stages, workers, WIDTH]`: workers count alike, their times are averaged."""
     of_workers: Counters = counters.sum(axis=0)
-    found = of_workers[:, 0].copy()
-    found[:, _TIMES] = of_workers[:, :, _TIMES].sum(axis=1) // counters.shape[2]
-    return found
+    merged_counts = of_workers[:, 0].copy()
+    merged_counts[:, _TIMES] = of_workers[:, :, _TIMES].sum(axis=1) // counters.shape[2]
+    return merged_counts
 
 
 def stage_counts(counters: Counters) -> tuple[StageCounts, ...]:

@@ -84,7 +84,7 @@ class DecoderModel(Protocol):
 
 @dataclass(slots=True)
 class _Lane:
-    """The bindings for one kind of step; `generation` is that of the state buffers that are bound."""
+    """The bindings for one kind of step; `generation` says which state buffers are bound."""
 
     bound: Bound
     feeds: StepFeeds
@@ -125,7 +125,7 @@ class DecoderSession:
         self._wanted_capacity = length
 
     def step(self, token_ids: TokenIds) -> Array:
-        """Appends `token_ids` [batch, sequence] to the sequences and returns the logits behind the last ones.
+        """Appends `token_ids` [batch, sequence] to the sequences and returns the logits after the last ones.
 
         These are `[batch, vocabulary]` in memory that the next step overwrites. Raises InputError if the ids are not
         such an array, if the batch changes without `reset`, or if the model's limit is passed.

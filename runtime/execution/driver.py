@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol
 
+from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.errors import ExecutionError, InputError
 
 
@@ -25,13 +26,13 @@ class Waits(Protocol):
 
 
 Body = Callable[[Sequence[int], int, Waits], None]
-"""What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are those that it steps, in order."""
+"""What a thread of a run does: `body(lanes, member, barrier)`; `lanes` are the lanes that it steps, in order."""
 
 
 def cores_for(threads: int | None) -> int:
     """`threads`, or if it is None one for each core that this process may use; raises InputError if below 1."""
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}")
+    if threads is not None:
+        COUNT.check("threads", threads, InputError)
     return threads or len(os.sched_getaffinity(0))
 
 
@@ -111,7 +112,7 @@ class Crew:
         self._free = threading.Condition()
         self._idle = count
         self._expecting: set[int] = set()
-        self._taken: dict[int, int] = {}  # by the thread that asked for the run; not those that were given up
+        self._taken: dict[int, int] = {}  # by the thread that asked for the run; without runs that were given up
         self._closed = False
         self._inboxes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -150,7 +151,7 @@ class Crew:
                 self._return(threading.get_ident())
 
     def give_up(self, thread: threading.Thread) -> None:
-        """Puts other cores in place of those that a run has which `thread` has asked for, and which does not return."""
+        """Puts other cores in place of the cores of the run that `thread` asked for, and that does not return."""
         assert thread.ident is not None
         with self._free:
             self._expecting.discard(thread.ident)

@@ -30,9 +30,9 @@ Measured on prefills with two threads: splitting costs 3 % at 0.1 MiB, nothing a
 
 @dataclass(slots=True)
 class LaneExchange:
-    """One lane's part of a step's collectives.
+    """One lane's part of a section's collectives.
 
-    `before` runs before the barrier and `after` behind it; `late_barrier` says that another barrier follows, because
+    `before` runs before the barrier and `after` after it; `late_barrier` says that another barrier follows, because
     lanes read what others have written in `after`.
     """
 
@@ -43,9 +43,9 @@ class LaneExchange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchanger:
-    """Makes the exchanges of one step.
+    """Makes the exchanges of one section.
 
-    `arrays` gives by lane and name what the segments make and earlier steps gave, and receives what the exchanges
+    `arrays` gives by lane and name what the segments make and earlier sections gave, and receives what the exchanges
     give. `allocate(lane, name)` gives a result's memory. The values in `movable`, by lane, come from segments that may
     write them anywhere: theirs in `arrays` may be replaced by places within a result.
     """

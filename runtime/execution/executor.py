@@ -95,7 +95,7 @@ class Executor(Closing):
         """The program's outputs by name, for `inputs` by name: all tensors global, as the unsplit model has them.
 
         State inputs are cut for the ranks by their layouts, and split outputs are put together again. Several tokens
-        behind a past are run sequence by sequence where a kernel wants it. Raises InputError for a missing or unknown
+        after a past are run sequence by sequence where a kernel wants it. Raises InputError for a missing or unknown
         name, a wrong type or shape, and ExecutionError if a segment fails.
         """
         manifest = self.artifact.manifest

@@ -1,4 +1,4 @@
-"""Where the values that cross steps lie in a lane's memory: one block per lane, reused as values die."""
+"""Where the values that cross sections lie in a lane's memory: one block per lane, reused as values die."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetime:
-    """The steps in which a value is touched: written first in step `first`, read last in step `last`.
+    """The sections in which a value is touched: written first in section `first`, read last in section `last`.
 
     `lanes` have memory for it, and `readers` is how many segments read it.
     """
@@ -34,19 +34,19 @@ def lifetimes(lanes: Lanes) -> dict[str, Lifetime]:
     last: dict[str, int] = {}
     owners: dict[str, set[int]] = {}
     readers: Counter[str] = Counter()
-    for index, step in enumerate(lanes.steps):
-        made = [(name, lane) for lane, s in enumerate(step.segments) if s is not None for name in s.outputs]
-        made += [(exchange.out, lane) for exchange in step.exchanges for lane in exchange.lanes]
+    for index, section in enumerate(lanes.sections):
+        made = [(name, lane) for lane, s in enumerate(section.segments) if s is not None for name in s.outputs]
+        made += [(exchange.out, lane) for exchange in section.exchanges for lane in exchange.lanes]
         for name, lane in made:
             first.setdefault(name, index)
             last[name] = index
             owners.setdefault(name, set()).add(lane)
-        readers.update(name for s in step.segments if s is not None for name in s.inputs)
-        read = {name for s in step.segments if s is not None for name in s.inputs}
-        read |= {part.name for exchange in step.exchanges for part in parts_of(exchange)}
+        readers.update(name for s in section.segments if s is not None for name in s.inputs)
+        read = {name for s in section.segments if s is not None for name in s.inputs}
+        read |= {part.name for exchange in section.exchanges for part in parts_of(exchange)}
         last.update({name: index for name in read if name in first})
     for name in lanes.program.outputs:
-        last.update({lanes.name(rank, name): len(lanes.steps) for rank in range(lanes.mesh.size)})
+        last.update({lanes.name(rank, name): len(lanes.sections) for rank in range(lanes.mesh.size)})
     return {
         name: Lifetime(first=first[name], last=last[name], lanes=frozenset(owners[name]), readers=readers[name])
         for name in first
@@ -56,8 +56,8 @@ def lifetimes(lanes: Lanes) -> dict[str, Lifetime]:
 def place(values: Iterable[tuple[str, int, Lifetime]]) -> tuple[dict[str, int], int]:
     """Byte offsets for `(name, nbytes, lifetime)` triples, and the size of the block that holds them.
 
-    Two values share bytes only if the later one is first touched two steps or more after the earlier one's last touch.
-    Between those lies the barrier of the step in between, which no thread passes before all are done with the earlier
+    Two values share bytes only if the later one is first touched two sections or more after the last touch of the
+    earlier one: no thread passes the barrier of the section in between before all threads are done with the earlier
     value: so values that other threads read are safe too.
     """
     offsets: dict[str, int] = {}

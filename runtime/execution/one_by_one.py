@@ -14,12 +14,12 @@ _BATCH = "batch"
 
 
 def takes_chunks_singly(program: ModelProto) -> bool:
-    """Whether the program takes several tokens behind a past in a batch of one only: GroupQueryAttention does."""
+    """Whether the program takes several tokens after a past in a batch of one only: GroupQueryAttention does."""
     return any(node.op_type == "GroupQueryAttention" for node in program.graph.node)
 
 
 def is_chunk_of_many(sizes: Mapping[str, int]) -> bool:
-    """Whether a step of these sizes has several sequences with several new tokens behind a past."""
+    """Whether a step of these sizes has several sequences with several new tokens after a past."""
     return all(sizes.get(name, 0) >= least for name, least in ((_BATCH, 2), ("sequence", 2), ("past", 1)))
 
 

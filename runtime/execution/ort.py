@@ -1,7 +1,7 @@
 """The few calls of onnxruntime that execution needs, with types: sessions, bindings, and tensors over numpy memory.
 
-The raw classes behind `InferenceSession.io_binding()` are used, because the wrapper's bookkeeping costs three times the
-call itself. They keep no reference to the numpy memory.
+The raw classes that `InferenceSession.io_binding()` wraps are used, because the wrapper's bookkeeping costs three times
+the call itself. They keep no reference to the numpy memory.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Steps(Protocol):
         ...
 
     def step(self, token: int) -> Array:
-        """The logits `[vocabulary]` behind the tokens so far and `token`; the next step may overwrite them."""
+        """The logits `[vocabulary]` after the tokens so far and `token`; the next step may overwrite them."""
         ...
 
 
@@ -49,8 +49,8 @@ class WholeSteps:
 class CachedSteps:
     """A decoder with a past. The first step is another program's, whose states this one begins with.
 
-    Every rank keeps its own part of the states. Those that grow are copied into new memory by each step, as the program
-    is written; those that stay are bound once for a completion.
+    Every rank keeps its own part of the states. States that grow are copied into new memory by each step, as the
+    program is written; states that stay are bound once for a completion.
     """
 
     def __init__(self, first: Executor, decoder: Executor, composite: CompositeManifest) -> None:
@@ -116,7 +116,7 @@ class CachedSteps:
 def step_feeds(
     decoder: Executor, tokens: Sequence[int], *, past: int, hidden: Array, hidden_input: str
 ) -> dict[str, Array]:
-    """The inputs of a decoder other than states, for `tokens` behind `past` ones and the encoder's `hidden`."""
+    """The inputs of a decoder other than states, for `tokens` after `past` ones and the encoder's `hidden`."""
     sizes = {"batch": 1, "sequence": len(tokens), "total": past + len(tokens), "encoder": hidden.shape[1]}
     feeds: dict[str, Array] = {}
     for info in decoder.artifact.manifest.inputs:
@@ -139,7 +139,7 @@ def _step_feed(info: InputInfo, tokens: Sequence[int], past: int, shape: tuple[i
 
 
 def last_logits(decoder: Executor, found: Mapping[str, Array]) -> Array:
-    """The logits `[vocabulary]` behind the last token, of a decoder's outputs for one sequence."""
+    """The logits `[vocabulary]` after the last token, of a decoder's outputs for one sequence."""
     logits: Array = found[_logits_name(decoder)][0]
     return np.asarray(logits[-1] if logits.ndim == 2 else logits)
 

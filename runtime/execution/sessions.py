@@ -16,8 +16,8 @@ from furiosa_llm.runtime.program.segments import program_part
 _INLINE_NBYTES = 1024
 """Tensors up to this size go into the model itself: onnxruntime can then fold them."""
 
-StepSessions = tuple[Session | None, ...]
-"""The sessions of one step, by lane; None where a lane has nothing to compute, or is not this process's."""
+SectionSessions = tuple[Session | None, ...]
+"""The sessions of one section, by lane; None where a lane has nothing to compute, or is not this process's."""
 
 
 def create_sessions(
@@ -27,8 +27,8 @@ def create_sessions(
     *,
     threads: int,
     own: Collection[int] | None = None,
-) -> tuple[StepSessions, ...]:
-    """For each step of the lanes' program the sessions of the lanes `own` (None: all).
+) -> tuple[SectionSessions, ...]:
+    """For each section of the lanes' program the sessions of the lanes `own` (None: all).
 
     `threads` sessions are made at a time. Raises ExecutionError, naming segment and ranks, if onnxruntime refuses one.
     """
@@ -39,9 +39,9 @@ def create_sessions(
                 pool.submit(loader.load, segment, f"segment {index} of {ranks_text(lanes.ranks[lane])}")
                 if segment is not None and (own is None or lane in own)
                 else None
-                for lane, segment in enumerate(step.segments)
+                for lane, segment in enumerate(section.segments)
             ]
-            for index, step in enumerate(lanes.steps)
+            for index, section in enumerate(lanes.sections)
         ]
         try:
             return tuple(tuple(made if made is None else made.result() for made in row) for row in rows)
@@ -54,7 +54,7 @@ def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) 
     """`segment` as a model of its own, whose initializers are still the program's.
 
     `flexible` names values of the program whose given dimension is left open, because a buffer longer than the program
-    says may be bound to them. A value inside of a segment, which crosses no step, has no type: onnxruntime infers it.
+    says may be bound to them. A value that crosses no section has no type: onnxruntime infers it.
     """
     model = program_part(lanes.program, segment.nodes)
     for names, values in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):

@@ -227,7 +227,7 @@ class StagedStates(SlotStates):
     A step binds a past of its own, of exactly the length that the model declares, and onnxruntime allocates the
     present: a model that looks back over a window cuts it to that. Such a model is given no longer past than it gave,
     as if the window were all there is. `finish` puts the positions that the step has added where the next one finds
-    them; those that were cut off are not kept, and never read again.
+    them; what was cut off is not kept, and never read again.
     """
 
     def __init__(

@@ -8,18 +8,14 @@ from enum import IntEnum
 
 from onnx import NodeProto
 
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.layout import axes_of
-from furiosa_llm.runtime.artifact.manifest import StoredTensor
-from furiosa_llm.runtime.artifact.reader import Artifact
-
-RECOMPUTED_NBYTES = 2**20
-"""What follows from the inputs alone (masks, rotary tables) is computed again in every stage that reads it, unless a
-stored tensor above this size is needed for it."""
+from furiosa_llm.runtime.artifact.reader import SplitModel
+from furiosa_llm.runtime.program.stage_graph import RECOMPUTED_NBYTES
 
 _MICROSOFT = "com.microsoft"
 
+# The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say what is read.
 _LOOKED_UP: Mapping[tuple[str, str], tuple[tuple[int, ...], int]] = {
     ("", "Gather"): ((0,), 1),
     ("", "RotaryEmbedding"): ((1, 2), 3),
@@ -43,30 +39,25 @@ class _Origin(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReads:
-    """What a block reads on one rank.
+    """What a block, which is the nodes [`first_node`, `stop_node`) of program.onnx, reads on one rank."""
 
-    `decoded` are the bytes of stored tensors that a decoded token of one sequence reads, by name: tables that are only
-    looked up by token or position count nothing, and of experts that share is counted which a token is routed to.
-    `kept` are all stored tensors that must be there, tables and what is computed again included.
-    """
-
+    first_node: int
+    stop_node: int
     decoded: Mapping[str, int]
-    kept: frozenset[str]
+    """Stored tensor -> the bytes of it that a decoded token of one sequence reads: nothing of tables that are only
+    looked up by token or position, and of experts the share that a token is routed to."""
+    kept: Mapping[str, int]
+    """Stored tensor that must be there -> its bytes; tables and what is computed again included."""
 
 
-def shard_nbytes(tensor: StoredTensor) -> int:
-    """The bytes of a stored tensor that one rank holds."""
-    return DTYPES[tensor.dtype].nbytes(tensor.local_shape)
-
-
-def block_starts(artifact: Artifact) -> tuple[int, ...]:
+def block_starts(model: SplitModel) -> tuple[int, ...]:
     """The positions of the nodes that blocks begin at; an artifact without blocks is one block."""
-    return tuple(block.first_node for block in artifact.manifest.blocks) or (0,)
+    return tuple(block.first_node for block in model.manifest.blocks) or (0,)
 
 
-def read_blocks(artifact: Artifact) -> tuple[BlockReads, ...]:
-    """What each block of `artifact` reads, in order."""
-    return _Reading(artifact).blocks()
+def read_blocks(model: SplitModel) -> tuple[BlockReads, ...]:
+    """What each block of `model` reads, in order."""
+    return _Reading(model).blocks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +72,13 @@ class _Read:
 class _Reading:
     """`origin` is every value's; `behind` the stored tensors whose elements a value follows from, but collectives."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._nodes: Sequence[NodeProto] = artifact.program.graph.node
-        graph = artifact.program.graph
+    def __init__(self, model: SplitModel) -> None:
+        self._model = model
+        self._nodes: Sequence[NodeProto] = model.program.graph.node
+        graph = model.program.graph
         self.origin = {value.name: _Origin.INPUTS for value in graph.input}
         self.origin |= {tensor.name: _Origin.INITIALIZERS for tensor in graph.initializer}
-        self.behind = {name: frozenset((name,)) for name in artifact.tensors}
+        self.behind = {name: frozenset((name,)) for name in model.tensors}
         self._made_at: dict[str, int] = {}
         for position, node in enumerate(self._nodes):
             self._follow(position, node)
@@ -106,7 +97,7 @@ class _Reading:
             self._made_at[name] = position
 
     def blocks(self) -> tuple[BlockReads, ...]:
-        starts = block_starts(self._artifact)
+        starts = block_starts(self._model)
         stops = [*starts[1:], len(self._nodes)]
         return tuple(self._block(start, stop) for start, stop in zip(starts, stops, strict=True))
 
@@ -125,7 +116,12 @@ class _Reading:
                         decoded[tensor] = max(self._decoded_nbytes(tensor, read), decoded.get(tensor, 0))
                 elif self.origin[read.name] is _Origin.INPUTS and self._made_at.get(read.name, start) < start:
                     kept |= self._for_recomputing(read.name)
-        return BlockReads(decoded=decoded, kept=frozenset(kept))
+        return BlockReads(
+            first_node=start,
+            stop_node=stop,
+            decoded=decoded,
+            kept={name: self._model.tensors[name].local_nbytes for name in sorted(kept)},
+        )
 
     def _reads(self, node: NodeProto) -> Iterator[_Read]:
         """What `node` reads elements of."""
@@ -150,16 +146,16 @@ class _Reading:
     def _decoded_nbytes(self, name: str, read: _Read) -> int:
         if read.rows_only:
             return 0
-        tensor = self._artifact.tensors[name]
-        nbytes = shard_nbytes(tensor)
+        tensor = self._model.tensors[name]
+        nbytes = tensor.local_nbytes
         if read.experts is None or not tensor.local_shape:
             return nbytes
         split = tensor.shard_axes if tensor.layout is None else axes_of(tensor.layout[0])
-        experts = tensor.local_shape[0] * self._artifact.manifest.mesh.parts(split)
+        experts = tensor.local_shape[0] * self._model.manifest.mesh.parts(split)
         return min(nbytes, -(-nbytes * read.experts // experts))
 
     def _for_recomputing(self, name: str) -> frozenset[str]:
         """The stored tensors for computing `name` again; none if it is sent."""
         tensors = self.behind[name]
-        small = all(shard_nbytes(self._artifact.tensors[tensor]) <= RECOMPUTED_NBYTES for tensor in tensors)
+        small = all(self._model.tensors[tensor].local_nbytes <= RECOMPUTED_NBYTES for tensor in tensors)
         return tensors if small else frozenset()

@@ -7,11 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from furiosa_llm.runtime.artifact.card import PES_PER_CARD
+from furiosa_llm.runtime.artifact.card import FUSIBLE, PES_PER_CARD
 from furiosa_llm.runtime.errors import DeviceError
-
-FUSIBLE = (1, 2, 4, 8)
-"""How many PEs of a card work as one; they are aligned to their number."""
 
 MAX_CARDS = 1024
 """A machine has no more: cards are numbered below this."""
@@ -28,6 +25,11 @@ class PE:
 
     def __str__(self) -> str:
         return f"npu:{self.npu}:{self.index}"
+
+
+def first_pes(count: int) -> tuple[PE, ...]:
+    """The first `count` PEs there are: card after card."""
+    return tuple(PE(npu=number // PES_PER_CARD, index=number % PES_PER_CARD) for number in range(count))
 
 
 def parse_devices(devices: str | Sequence[str]) -> tuple[PE, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.reader import SplitModel
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.placement.block_reads import block_starts, read_blocks, shard_nbytes
+from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +32,31 @@ class Stage:
 
 
 def choose_stages(
-    artifact: Artifact,
+    model: SplitModel,
     *,
     pipeline_parallel_size: int | None = None,
     num_blocks_per_pp_stage: Sequence[int] | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages of `artifact`: `pipeline_parallel_size` of them, or those that `num_blocks_per_pp_stage` counts out.
+    """The stages of `model`: `pipeline_parallel_size` of them, or those that `num_blocks_per_pp_stage` counts out.
 
     The largest `cost_nbytes` of a stage is as small as it can be, and costs are as even as that allows. With neither
     argument there is one stage. Raises TopologyError if both are given, or do not go with the artifact's blocks.
     """
-    reads = read_blocks(artifact)
-    costs = [sum(block.decoded.values()) for block in reads]
+    return divide_blocks(
+        read_blocks(model),
+        pipeline_parallel_size=pipeline_parallel_size,
+        num_blocks_per_pp_stage=num_blocks_per_pp_stage,
+    )
+
+
+def divide_blocks(
+    blocks: Sequence[BlockReads],
+    *,
+    pipeline_parallel_size: int | None = None,
+    num_blocks_per_pp_stage: Sequence[int] | None = None,
+) -> tuple[Stage, ...]:
+    """As `choose_stages`, of a model that has `blocks`."""
+    costs = [sum(block.decoded.values()) for block in blocks]
     if num_blocks_per_pp_stage is not None:
         counts = _block_counts(num_blocks_per_pp_stage)
         _check_counts(counts, len(costs), pipeline_parallel_size)
@@ -50,19 +64,15 @@ def choose_stages(
         stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
         _check_stages(stages, len(costs))
         counts = balance(costs, stages)
-    starts = [*block_starts(artifact), len(artifact.program.graph.node)]
     return tuple(
         Stage(
             index=index,
             first_block=first,
             num_blocks=stop - first,
-            first_node=starts[first],
-            stop_node=starts[stop],
+            first_node=blocks[first].first_node,
+            stop_node=blocks[stop - 1].stop_node,
             cost_nbytes=sum(costs[first:stop]),
-            weight_nbytes=sum(
-                shard_nbytes(artifact.tensors[name])
-                for name in frozenset[str]().union(*(block.kept for block in reads[first:stop]))
-            ),
+            weight_nbytes=sum({name: n for block in blocks[first:stop] for name, n in block.kept.items()}.values()),
         )
         for index, (first, stop) in enumerate(pairwise(accumulate(counts, initial=0)))
     )
@@ -75,7 +85,7 @@ def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
     most even), then that of block counts.
     """
     sums = [0, *accumulate(costs)]
-    limit = _least_limit(sums, stages)
+    limit = _least_limit(costs, stages)
     # best[i]: of the cuts of the first i blocks into so many stages, the one with the least squares.
     best: list[tuple[int, int, tuple[int, ...]] | None] = [(0, 0, ()), *([None] * len(costs))]
     for _ in range(stages):
@@ -87,8 +97,8 @@ def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
                     before[1] + (stop - start) ** 2,
                     (*before[2], stop - start),
                 )
-                for start in range(stop)
-                if (before := best[start]) is not None and sums[stop] - sums[start] <= limit
+                for start in range(bisect_left(sums, sums[stop] - limit), stop)
+                if (before := best[start]) is not None
             ]
             longer[stop] = min(options, default=None)
         best = longer
@@ -97,22 +107,19 @@ def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
     return found[2]
 
 
-def _least_limit(sums: Sequence[int], stages: int) -> int:
+def _least_limit(costs: Sequence[int], stages: int) -> int:
     """The least that the largest of `stages` stages can cost."""
-    count = len(sums) - 1
-    # least[i]: the smallest possible maximum when the first i blocks are so many stages.
-    least: list[int | None] = [0, *([None] * count)]
-    for _ in range(stages):
-        least = [
-            min(
-                (max(most, sums[stop] - sums[start]) for start in range(stop) if (most := least[start]) is not None),
-                default=None,
-            )
-            for stop in range(count + 1)
-        ]
-    limit = least[-1]
-    assert limit is not None  # there are as many blocks as stages, or more
-    return limit
+    return bisect_left(range(sum(costs)), True, lo=max(costs), key=lambda limit: _num_stages(costs, limit) <= stages)
+
+
+def _num_stages(costs: Sequence[int], limit: int) -> int:
+    """How many stages of at most `limit` it takes."""
+    count, left = 0, -1
+    for cost in costs:
+        if cost > left:
+            count, left = count + 1, limit
+        left -= cost
+    return count
 
 
 def _check_stages(stages: int, blocks: int) -> None:

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from furiosa_llm.runtime.artifact.card import PES_PER_CARD
+from furiosa_llm.runtime.artifact.card import FUSIBLE, PES_PER_CARD
 from furiosa_llm.runtime.errors import TopologyError
-from furiosa_llm.runtime.placement.devices import FUSIBLE, MAX_CARDS, PE, format_pes, parse_devices
+from furiosa_llm.runtime.placement.devices import MAX_CARDS, PE, format_pes, parse_devices
 
-Group = tuple[PE, ...]
+StagePEs = tuple[PE, ...]
 """The PEs of one stage of one replica: PE i has rank i."""
 
 
@@ -28,12 +28,21 @@ class Topology:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     data_parallel_size: int
-    replicas: tuple[tuple[Group, ...], ...]
+    replicas: tuple[tuple[StagePEs, ...], ...]
 
     @property
     def pes(self) -> tuple[PE, ...]:
         """Every PE that is used, sorted."""
         return tuple(sorted(pe for stages in self.replicas for group in stages for pe in group))
+
+    def as_dict(self) -> dict[str, int | str]:
+        """The sizes, and the PEs as `devices`."""
+        return {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "devices": format_pes(self.pes),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +168,7 @@ def _mesh(request: _Request) -> Topology:
     )
 
 
-def _fuse(pes: Sequence[PE], size: int) -> list[Group]:
+def _fuse(pes: Sequence[PE], size: int) -> list[StagePEs]:
     groups = [tuple(pes[start : start + size]) for start in range(0, len(pes), size)]
     for group in groups:
         first = group[0]
@@ -178,9 +187,9 @@ def _fuse(pes: Sequence[PE], size: int) -> list[Group]:
     return groups
 
 
-def _take_stages(unused: list[Group], request: _Request) -> tuple[Group, ...]:
+def _take_stages(unused: list[StagePEs], request: _Request) -> tuple[StagePEs, ...]:
     """The groups of the next replica, which are taken out of `unused`."""
-    stages: list[Group] = []
+    stages: list[StagePEs] = []
     for stage in range(request.pipeline):
         group = next((g for g in unused if not stages or g[0].npu > stages[-1][0].npu), None)
         if group is None:

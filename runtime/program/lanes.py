@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto, helper
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from furiosa_llm.runtime.artifact.manifest import Manifest
-from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Segment, Step, ValueType
+from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Section, Segment, ValueType
 
 _NARROW = frozenset({"FLOAT16", "BFLOAT16"})
 """Types whose partial sums are added in 32 bits and rounded once."""
@@ -67,8 +67,8 @@ class LaneSegment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaneStep:
-    """The segment of every lane (None: nothing to compute), then the exchanges behind them."""
+class LaneSection:
+    """The segment of every lane (None: nothing to compute), then the exchanges."""
 
     segments: tuple[LaneSegment | None, ...]
     exchanges: tuple[Exchange, ...]
@@ -76,12 +76,12 @@ class LaneStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """A program on all lanes of a mesh. `types` has the values that cross steps, by the lanes' names."""
+    """A program on all lanes of a mesh. `types` has the values that cross sections, by the lanes' names."""
 
     program: Program
     mesh: Mesh
     ranks: tuple[tuple[int, ...], ...]
-    steps: tuple[LaneStep, ...]
+    sections: tuple[LaneSection, ...]
     types: Mapping[str, ValueType]
     alike: Alike
 
@@ -99,20 +99,20 @@ def lanes_of(
 ) -> Lanes:
     """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
 
-    `shard_axes` are the mesh axes that tell the shards of a stored initializer apart. `inputs` says of graph inputs on
-    which ranks they are alike.
+    `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says of graph inputs
+    on which ranks they are alike.
     """
     ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
     return _Laying(program, mesh, ranks, find_alike(program, mesh, shard_axes, inputs)).run()
 
 
 def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """The mesh axes that tell the shards of each stored tensor apart."""
+    """The mesh axes along which the shards of each stored tensor differ."""
     return {tensor.name: tensor.shard_axes for tensor in manifest.tensors}
 
 
 def alike_inputs(manifest: Manifest) -> Alike:
-    """On which ranks the graph inputs are alike: all of those that are not split; a state is every rank's own."""
+    """On which ranks the graph inputs are alike: on all, if it is not split; a state is every rank's own."""
     return {
         (rank, info.name): 0
         for info in manifest.inputs
@@ -140,7 +140,9 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
         axes = shard_axes.get(tensor.name, ())
         positions = [mesh.position(rank, axes) for rank in range(mesh.size)]
         alike.update({(rank, tensor.name): positions.index(position) for rank, position in enumerate(positions)})
-    groups = {call.output: mesh.groups(call.collective.axes) for step in program.steps for call in step.collectives}
+    groups = {
+        call.output: mesh.groups(call.collective.axes) for section in program.sections for call in section.collectives
+    }
     for node in program.model.graph.node:
         if node.domain == COLLECTIVE_DOMAIN:
             for group in groups[node.output[0]]:
@@ -161,7 +163,7 @@ def _named(alike: Alike, rank: int, value: str) -> str:
 
 
 class _Laying:
-    """Lays a program out on lanes, step by step."""
+    """Lays a program out on lanes, section by section."""
 
     def __init__(self, program: Program, mesh: Mesh, ranks: tuple[tuple[int, ...], ...], alike: Alike) -> None:
         self._program = program
@@ -169,7 +171,7 @@ class _Laying:
         self._ranks = ranks
         self._alike = alike
         self._lane_of = {rank: lane for lane, own in enumerate(ranks) for rank in own}
-        self._read = {name for step in program.steps if step.segment for name in step.segment.inputs}
+        self._read = {name for section in program.sections if section.segment for name in section.segment.inputs}
         self._initializers = {tensor.name for tensor in program.model.graph.initializer}
         self._types = {
             self._name(rank, name): kind for name, kind in program.types.items() for rank in range(mesh.size)
@@ -177,12 +179,12 @@ class _Laying:
 
     def run(self) -> Lanes:
         """See `lanes_of`."""
-        steps = tuple(self._step(step) for step in self._program.steps)
+        sections = tuple(self._section(section) for section in self._program.sections)
         return Lanes(
             program=self._program,
             mesh=self._mesh,
             ranks=self._ranks,
-            steps=steps,
+            sections=sections,
             types=self._types,
             alike=self._alike,
         )
@@ -190,18 +192,18 @@ class _Laying:
     def _name(self, rank: int, value: str) -> str:
         return _named(self._alike, rank, value)
 
-    def _step(self, step: Step) -> LaneStep:
+    def _section(self, section: Section) -> LaneSection:
         sums: list[list[NodeProto]] = [[] for _ in self._ranks]
         exchanges = tuple(
             self._exchange(call, group, sums)
-            for call in step.collectives
+            for call in section.collectives
             for group in self._mesh.groups(call.collective.axes)
         )
         parts = [{p.name for e in exchanges for p in parts_of(e) if p.lane == lane} for lane in range(len(self._ranks))]
         segments = tuple(
-            self._segment(step.segment, ranks, sums[lane], parts[lane]) for lane, ranks in enumerate(self._ranks)
+            self._segment(section.segment, ranks, sums[lane], parts[lane]) for lane, ranks in enumerate(self._ranks)
         )
-        return LaneStep(segments=segments, exchanges=exchanges)
+        return LaneSection(segments=segments, exchanges=exchanges)
 
     # -- collectives -------------------------------------------------------------------------------------------
 
@@ -265,7 +267,7 @@ class _Laying:
         )
 
     def _nodes(self, segment: Segment, ranks: Sequence[int]) -> Iterator[NodeProto]:
-        """The nodes of the ranks, but for those that would compute what another rank's has."""
+        """The nodes of the ranks, without nodes that would compute what another rank's has."""
         for position in segment.nodes:
             node = self._program.model.graph.node[position]
             made = next(name for name in node.output if name)

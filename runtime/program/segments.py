@@ -1,7 +1,7 @@
-"""Cuts an SPMD program at its collectives into steps: a segment that every rank runs, then the collectives behind it.
+"""Cuts an SPMD program at its collectives into sections: a segment that every rank runs, then collectives.
 
 A node goes to the earliest segment that its inputs allow, so collectives that do not wait for one another fall into one
-step and share a barrier. Nodes that read initializers only are repeated in each segment that needs them, because
+section and share a barrier. Nodes that read initializers only are repeated in each segment that needs them, because
 onnxruntime folds them away when it loads the segment.
 """
 
@@ -22,7 +22,7 @@ _OPSET = 21
 """Of the standard operators, for a part whose own nodes are all of other domains: sums are added by them."""
 
 _FOLDED = -1
-"""The step of values that depend on initializers only: they belong to whichever segments read them."""
+"""The section of values that depend on initializers only: they belong to whichever segments read them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,8 @@ class ValueType:
 class Segment:
     """Nodes that run without waiting for other ranks.
 
-    `nodes` are positions in the program's graph; `inputs` are the graph inputs and values of earlier steps that they
-    read, `outputs` what later steps, collectives or the caller read, and `initializers` the names they use.
+    `nodes` are positions in the program's graph; `inputs` are the graph inputs and values of earlier sections that they
+    read, `outputs` what later sections, collectives or the caller read, and `initializers` the names they use.
     """
 
     nodes: tuple[int, ...]
@@ -57,7 +57,7 @@ class CollectiveCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Section:
     """A segment (None: nothing to compute), then the collectives whose inputs are known after it."""
 
     segment: Segment | None
@@ -66,13 +66,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """The steps of a program in order, its inputs and outputs, and the types of all values that cross a step.
+    """The sections of a program in order, its inputs and outputs, and the types of all values that cross a section.
 
     `sizes` are the names of dynamic dimensions that the inputs' shapes give.
     """
 
     model: ModelProto
-    steps: tuple[Step, ...]
+    sections: tuple[Section, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     types: Mapping[str, ValueType]
@@ -80,10 +80,10 @@ class Program:
 
 
 def cut_program(model: ModelProto, collectives: Sequence[Collective], sizes: frozenset[str]) -> Program:
-    """The steps of `model`, all or a part of a program that `open_artifact` has checked.
+    """The sections of `model`, all or a part of a program that `open_artifact` has checked.
 
-    `collectives` are those of its collective nodes, in their order, and `sizes` the dynamic dimensions that its inputs
-    give. Raises ArtifactError if `value_info` lacks the type of a value that crosses from step to step.
+    `collectives` belong to its collective nodes, in their order, and `sizes` the dynamic dimensions that its inputs
+    give. Raises ArtifactError if `value_info` lacks the type of a value that crosses from section to section.
     """
     graph = model.graph
     calls = {
@@ -95,15 +95,15 @@ def cut_program(model: ModelProto, collectives: Sequence[Collective], sizes: fro
     produced_at = _levels(graph)
     members = _members(graph, produced_at)
     crossing = _crossing(graph, produced_at, members, calls.values())
-    steps: list[Step] = []
+    sections: list[Section] = []
     for level in range(1 + max(produced_at.values())):
         segment = _segment(graph, members[level], level, produced_at, crossing) if level in members else None
         ready = tuple(call for call in calls.values() if max(produced_at[call.input], 0) == level)
         if segment is not None or ready:
-            steps.append(Step(segment=segment, collectives=ready))
+            sections.append(Section(segment=segment, collectives=ready))
     return Program(
         model=model,
-        steps=tuple(steps),
+        sections=tuple(sections),
         inputs=tuple(value.name for value in graph.input),
         outputs=tuple(value.name for value in graph.output),
         types=_types(graph, crossing),
@@ -146,7 +146,7 @@ def _used_functions(model: ModelProto, nodes: Iterable[NodeProto]) -> list[Funct
 
 
 def _levels(graph: GraphProto) -> dict[str, int]:
-    """The step that makes each value; the output of a collective is made by the step after the collective's."""
+    """The section that makes each value; the output of a collective is made by the section after the collective's."""
     levels = {value.name: 0 for value in graph.input}
     levels.update({tensor.name: _FOLDED for tensor in graph.initializer})
     for node in graph.node:
@@ -158,7 +158,7 @@ def _levels(graph: GraphProto) -> dict[str, int]:
 
 
 def _members(graph: GraphProto, levels: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    """The positions of the nodes of each step, the foldable nodes that they need among them."""
+    """The positions of the nodes of each section, the foldable nodes that they need among them."""
     producer = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
     needed: dict[int, set[int]] = {}
 

@@ -3,8 +3,8 @@
 Both are changes to a copy of program.onnx, each made where the graph's structure shows that it is safe:
 
 * The hidden states of wanted positions are gathered in front of the product that makes the logits, because a prefill
-  needs those of the last position alone.
-* GroupQueryAttention is told each row's own last position. The graph tells it that of the longest row, if a build has
+  needs the last position's alone.
+* GroupQueryAttention is given each row's own last position. The graph gives it the longest row's, if a build has
   fused attention, and what the mask adds up to, if the exporter wrote it.
 """
 
@@ -34,11 +34,12 @@ LAST_POSITIONS = "furiosa_llm.last_positions"
 _ATTENTION = "GroupQueryAttention"
 _SEQLENS, _TOTAL, _BIAS = 5, 6, 10
 """Operands of GroupQueryAttention: last position of each row, length of the longest row, what scores are added to."""
+# The form that the end of a graph must have to be cut, rather than facts about ops.
 _PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul", "MatMulBnb4"})
 _TWICE = "furiosa_llm.twice"
 """The first part of the names of values that have every row twice."""
 _SPLIT_COUNTS = 18
-"""From this opset on Split is told the number of equal parts; before it follows from the number of outputs."""
+"""From this opset on Split has the number of equal parts; before, it follows from the number of outputs."""
 _ELEMENTWISE = frozenset({"Add", "Mul", "Div", "Sub", "Cast", "Tanh", "Identity", "Neg"})
 
 
@@ -90,15 +91,15 @@ def _select(model: ModelProto, logits: str) -> bool:
     found = _end_of(graph, logits)
     if found is None:
         return False
-    product, behind = found
-    if any(_dims(declared[name]) != ["batch", "sequence"] for name in behind if name in declared):
+    product, values = found
+    if any(_dims(declared[name]) != ["batch", "sequence"] for name in values if name in declared):
         return False
     chosen = f"{WANTED}/{product.input[0]}"
     gather = helper.make_node("Gather", [product.input[0], WANTED], [chosen], name=WANTED, axis=1)
     product.input[0] = chosen
     graph.node.insert(next(i for i, other in enumerate(graph.node) if other is product), gather)
     graph.input.append(helper.make_tensor_value_info(WANTED, TensorProto.INT64, ["wanted"]))
-    for name in behind:
+    for name in values:
         if name in declared:
             declared[name].type.tensor_type.shape.dim[1].dim_param = "wanted"
     return True
@@ -107,20 +108,20 @@ def _select(model: ModelProto, logits: str) -> bool:
 def _end_of(graph: GraphProto, logits: str) -> tuple[NodeProto, list[str]] | None:
     """The last product with a matrix on the way to `logits`, and the values from its output on; None if there is none.
 
-    Behind it are only nodes that take each position by itself, and nothing else reads what is between.
+    After it are only nodes that take each position by itself, and nothing else reads what is between.
     """
     producer = {name: node for node in graph.node for name in node.output if name}
     constants = _constants(graph)
     readers = Counter(name for node in graph.node for name in used_names(node))
-    behind: list[str] = []
+    values: list[str] = []
     name = logits
-    while (node := producer.get(name)) is not None and readers[name] == bool(behind):
-        behind.append(name)
+    while (node := producer.get(name)) is not None and readers[name] == bool(values):
+        values.append(name)
         moving = [given for given in node.input if given and given not in constants]
         if len(moving) != 1 or len([made for made in node.output if made]) != 1:
             return None
         if node.op_type in _PRODUCTS and node.input[0] == moving[0]:
-            return None if _transposes(node) else (node, behind)
+            return None if _transposes(node) else (node, values)
         if not _is_by_position(node):
             return None
         name = moving[0]
@@ -159,10 +160,11 @@ def _dims(value: ValueInfoProto) -> list[str]:
 
 
 def _is_ragged(model: ModelProto, manifest: Manifest) -> bool:
-    """Whether the length of the longest row matters nowhere but where attention is told it, and in its bias.
+    """Whether the length of the longest row matters nowhere but in an operand of attention, and in its bias.
 
-    What follows from an input whose shape grows from step to step is marked, through every node but those that take
-    other sizes of it. Attention itself stops the marks, because it reads no more of a row than it is told the row has.
+    What follows from an input whose shape grows from step to step is marked, through every node but the ones that take
+    other sizes of it. Attention itself stops the marks, because it reads no more of a row than the length that it is
+    given.
     """
     states = manifest.states
     if not states or any(state.mode != "in_place" for state in states):

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, following, used_names
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.block_reads import RECOMPUTED_NBYTES, shard_nbytes
+
+RECOMPUTED_NBYTES = 2**20
+"""What follows from the inputs alone (masks, rotary tables) is computed again in every stage that reads it, unless a
+stored tensor above this size is needed for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ class _Cutting:
             zip((n.output[0] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN), collectives, strict=True)
         )
         self._first = [0 if start is None else self._producer[start] + 1 for start in starts]
-        self._waits = self._behind_collectives()
+        self._waits = following(self._nodes)
         inputs = {value.name: value.type.tensor_type.shape.SerializeToString() for value in graph.input}
         self._state_shapes = {state.input: inputs[state.input] for state in states}
 
@@ -97,14 +100,6 @@ class _Cutting:
     def _own(self, stage: int) -> range:
         ends = [*self._first[1:], len(self._nodes)]
         return range(self._first[stage], ends[stage])
-
-    def _behind_collectives(self) -> set[str]:
-        """The values on whose way there is a collective."""
-        waiting: set[str] = set()
-        for node in self._nodes:
-            if node.domain == COLLECTIVE_DOMAIN or any(name in waiting for name in used_names(node)):
-                waiting.update(name for name in node.output if name)
-        return waiting
 
     def _part(self, stage: int) -> tuple[list[int], list[str]]:
         """The positions of the nodes of a stage, those that it computes anew among them, and what it receives."""
@@ -142,7 +137,7 @@ class _Cutting:
                 pending.extend(used_names(self._with_own_states(self._nodes[self._producer[value]], states)))
         if read & ({state.input for state in self._states} - states):
             return None
-        largest = max((shard_nbytes(self._tensors[value]) for value in read & self._tensors.keys()), default=0)
+        largest = max((self._tensors[value].local_nbytes for value in read & self._tensors.keys()), default=0)
         return positions if largest <= RECOMPUTED_NBYTES else None
 
     def _stage(

@@ -21,7 +21,7 @@ def logprob(logits: Array, token: int) -> float:
 
 
 def logprobs(logits: Array, token: int, count: int, tokenizer: Tokenizer | None) -> TokenLogprobs:
-    """Those of `token` and of the `count` likeliest tokens under `logits` [vocabulary]; of equal ones the first."""
+    """The logprobs of `token` and the `count` likeliest tokens under `logits` [vocabulary]; of equals, the first."""
     row = _float32(logits)
     normaliser = _normaliser(row)
     tokens = list(dict.fromkeys([token, *_top(row, count)]))
@@ -37,7 +37,7 @@ def logprobs(logits: Array, token: int, count: int, tokenizer: Tokenizer | None)
 class PromptLogprobs:
     """The log probabilities of the tokens of a prompt, filled as its logits come.
 
-    `entries` has one for each token, None for the first and for those that have not come yet.
+    `entries` has one for each token, None for the first token and for tokens that have not come yet.
     """
 
     def __init__(self, prompt: Sequence[int], count: int, tokenizer: Tokenizer | None) -> None:
@@ -53,9 +53,10 @@ class PromptLogprobs:
         return self._num_missing <= 0
 
     def accept(self, start: int, logits: Array) -> None:
-        """Takes `logits` [positions, vocabulary], the first row behind the token at `start`.
+        """Takes `logits` [positions, vocabulary], the first row after the token at `start`.
 
-        Rows that came before, and those behind the prompt's last token, which are about the completion, are left out.
+        Rows that came before are left out, and so are rows after the prompt's last token: they are about the
+        completion.
         """
         for position, row in enumerate(logits, start + 1):
             if position < len(self._prompt) and self.entries[position] is None:

@@ -74,7 +74,13 @@ class RequestOutput:
 
 
 def _repr(output: Any, *, always: tuple[str, ...]) -> str:
-    """The vendor's fields, and of the others those that hold something."""
+    """The vendor's fields, and the others if they hold something."""
     values = [(field.name, getattr(output, field.name)) for field in fields(output)]
     shown = [f"{name}={value!r}" for name, value in values if name in always or value is not None]
     return f"{type(output).__name__}({', '.join(shown)})"
+
+
+def raise_error(output: RequestOutput) -> None:
+    """Raises the error that ended a request, if one did."""
+    if output.error is not None:
+        raise output.error

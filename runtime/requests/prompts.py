@@ -7,7 +7,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
@@ -69,6 +69,15 @@ def read_prompt(
     return text, token_ids
 
 
+def check_prompt_length(length: int, limit: int | None) -> None:
+    """Raises ContextLengthError, in the vendor's words, for a prompt of more than `limit` tokens."""
+    if limit is not None and length > limit:
+        raise ContextLengthError(
+            f"This model's maximum input context length is {limit} tokens, however you requested {length} "
+            f"tokens. Please reduce your prompt."
+        )
+
+
 def with_tokenizer_kwargs(prompt: Prompt, options: Mapping[str, Any] | None, tokenizer: Tokenizer | None) -> Prompt:
     """`prompt` with the tokens that the vendor's `tokenizer_kwargs` ask for; only `add_special_tokens` is known."""
     if not options:
@@ -86,7 +95,7 @@ def with_tokenizer_kwargs(prompt: Prompt, options: Mapping[str, Any] | None, tok
 def check_token_ids(token_ids: Sequence[object], vocab_size: int | None) -> list[int]:
     """`token_ids` as a list of ints; raises InputError unless a model of `vocab_size` tokens has all of them."""
     limit = _MAX_TOKENS if vocab_size is None else vocab_size
-    found = []
+    checked = []
     for position, token in enumerate(token_ids):
         if not _is_id(token):
             raise InputError(
@@ -97,8 +106,8 @@ def check_token_ids(token_ids: Sequence[object], vocab_size: int | None) -> list
             raise InputError(
                 f"prompt_token_ids[{position}] is {number!r:.80}, but the model's tokens are 0 to {limit - 1}"
             )
-        found.append(number)
-    return found
+        checked.append(number)
+    return checked
 
 
 def _parts(prompt: Prompt) -> tuple[str | None, Sequence[object] | None]:

@@ -1,4 +1,4 @@
-"""A request between its tokens and its outputs: what was generated, when it ends, and what is to be told of it."""
+"""A request between its tokens and its outputs: what was generated, when it ends, and what its outputs say."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class SequenceRequest:
             self.finish("length")
 
     def accept_prompt_logits(self, start: int, logits: Array) -> None:
-        """Takes `logits` [positions, vocabulary] of the prompt, the first row behind its token at `start`."""
+        """Takes `logits` [positions, vocabulary] of the prompt, the first row after its token at `start`."""
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.accept(start, logits)
 
@@ -120,9 +120,9 @@ class SequenceRequest:
     def _record_logprobs(self, token: int, logits: Array) -> None:
         count = self._params.logprobs
         if count is not None:
-            found = logprobs(logits, token, count, self._tokenizer)
-            self._logprobs.append(found)
-            self.cumulative_logprob += found[token].logprob
+            entry = logprobs(logits, token, count, self._tokenizer)
+            self._logprobs.append(entry)
+            self.cumulative_logprob += entry[token].logprob
         elif self._params.ranks_sequences:
             self.cumulative_logprob += logprob(logits, token)
 
@@ -182,7 +182,7 @@ class Request:
                 sequence.finish(reason)
 
     def output(self) -> RequestOutput | None:
-        """What is new since the last call, as `output_kind` wants it told; None if that is nothing.
+        """What is new since the last call, in the form of `output_kind`; None if that is nothing.
 
         If the best of several completions are wanted, that is all of them at the end.
         """
@@ -207,13 +207,11 @@ class Request:
         )
 
     def _completions(self, *, delta: bool) -> list[CompletionOutput]:
-        told = list(enumerate(self._best()))
-        if delta:
-            told = [(index, sequence) for index, sequence in told if sequence.has_news]
-        return [sequence.completion(index, delta=delta) for index, sequence in told]
+        shown = [(index, one) for index, one in enumerate(self._best()) if one.has_news or not delta]
+        return [sequence.completion(index, delta=delta) for index, sequence in shown]
 
     def _best(self) -> Sequence[SequenceRequest]:
-        """The completions that are told, the likeliest first if there are more than are wanted."""
+        """The completions of the output, the likeliest first if there are more than are wanted."""
         if not self.params.ranks_sequences:
             return self.sequences
         ranked = sorted(self.sequences, key=lambda sequence: -sequence.cumulative_logprob)
@@ -261,7 +259,7 @@ class Request:
 
 
 def _word_tokens(words: Sequence[str], tokenizer: Tokenizer | None) -> set[tuple[int, ...]]:
-    """How `words` are written in tokens, at the beginning of a text and behind a space."""
+    """How `words` are written in tokens, at the beginning of a text and after a space."""
     if tokenizer is None:
         return set()
     written = {tuple(tokenizer.encode(start + word)) for word in words for start in ("", " ")}

@@ -29,25 +29,18 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """What a batch gave. The ids are those of sequences.
-
-    tokens: the token sampled for each sequence that goes on or has just finished.
-    finished: those of `tokens` that have finished with it.
-    failed: those that ended because their request failed.
-    """
+    """What a batch gave. The ids are of sequences."""
 
     tokens: dict[int, int]
+    """The token sampled for each sequence that goes on or has just finished."""
     finished: list[int]
+    """The sequences of `tokens` that have finished with their token."""
     failed: list[int]
+    """The sequences that ended because their request failed."""
 
 
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A sequence that has not ended; `length` counts the tokens of its prompt and its completion so far."""
-
-    submission: Submission
-    sequence: SequenceRequest
-    length: int
+_Owned = tuple[Submission, SequenceRequest]
+"""A sequence, and the request that it belongs to."""
 
 
 class RequestTable:
@@ -58,7 +51,7 @@ class RequestTable:
 
     def __init__(self) -> None:
         self._submissions: dict[int, Submission] = {}
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, _Owned] = {}
         self._begun: set[int] = set()
         self._touched: dict[int, Submission] = {}
         self._errors: dict[int, FuriosaLLMError] = {}
@@ -87,9 +80,8 @@ class RequestTable:
     def admit(self, submission: Submission) -> None:
         """Takes a request in; its sequences are known from now on."""
         self._submissions[submission.key] = submission
-        length = len(submission.request.prompt_token_ids)
         for sequence in submission.request.sequences:
-            self._running[sequence.sequence_id] = _Running(submission, sequence, length)
+            self._running[sequence.sequence_id] = (submission, sequence)
 
     def unfinished(self) -> list[int]:
         """The keys of the requests that were admitted and have not ended."""
@@ -105,12 +97,12 @@ class RequestTable:
 
     def begin(self, sequence_id: int, cached: int) -> None:
         """Notes that a sequence is in a batch, and for the outputs how many of its tokens were not computed again."""
-        one = self._running.get(sequence_id)
-        if one is None:
+        if sequence_id not in self._running:
             return
-        self._begun.add(one.submission.key)
-        if one.sequence is one.submission.request.sequences[0]:
-            one.submission.request.num_cached_tokens = cached
+        submission, sequence = self._running[sequence_id]
+        self._begun.add(submission.key)
+        if sequence is submission.request.sequences[0]:
+            submission.request.num_cached_tokens = cached
 
     def accept(self, batch: Batch, logits: Array) -> Accepted:
         """Samples what `batch` was run for, and shows the tokens to their sequences.
@@ -121,21 +113,20 @@ class RequestTable:
         sampled, failed = self._sample(rows, logits)
         tokens: dict[int, int] = {}
         finished: list[int] = []
-        for (index, one), token in zip(rows, sampled, strict=True):
-            sequence_id = one.sequence.sequence_id
+        for (index, (submission, sequence)), token in zip(rows, sampled, strict=True):
+            sequence_id = sequence.sequence_id
             if token is None or sequence_id not in self._running:
                 continue
-            one.sequence.accept(token, logits[index])
-            one.length += 1
+            sequence.accept(token, logits[index])
             tokens[sequence_id] = token
-            self._touched[one.submission.key] = one.submission
-            if one.sequence.finished:
+            self._touched[submission.key] = submission
+            if sequence.finished:
                 finished.append(sequence_id)
                 del self._running[sequence_id]
         with self._lock:
-            for _, one in rows:
-                if one.sequence.sequence_id in tokens:
-                    self._loads[one.submission.key] += 1
+            for _, (submission, sequence) in rows:
+                if sequence.sequence_id in tokens:
+                    self._loads[submission.key] += 1
                     self._load += 1
         return Accepted(tokens=tokens, finished=finished, failed=failed)
 
@@ -148,10 +139,8 @@ class RequestTable:
         self._touched[key] = submission
         if error is not None:
             self._errors[key] = error
-        ended = [one.sequence_id for one in submission.request.sequences if one.sequence_id in self._running]
-        for sequence_id in ended:
-            del self._running[sequence_id]
-        return ended
+        sequence_ids = [sequence.sequence_id for sequence in submission.request.sequences]
+        return [sequence_id for sequence_id in sequence_ids if self._running.pop(sequence_id, None) is not None]
 
     def deliver(self) -> None:
         """Hands out what is new, all outputs for one sink at once, and forgets the requests that have ended."""
@@ -171,41 +160,42 @@ class RequestTable:
         for sink, several in outputs.items():
             sink(several)
 
-    def _prefilled(self, batch: Prefill, logits: Array) -> list[tuple[int, _Running]]:
+    def _prefilled(self, batch: Prefill, logits: Array) -> list[tuple[int, _Owned]]:
         """The row of `logits` to sample from, if there is one."""
-        one = self._running.get(batch.sequence_id)
-        if one is None or batch.logits == "none":
+        owned = self._running.get(batch.sequence_id)
+        if owned is None or batch.logits == "none":
             return []
+        submission, sequence = owned
         if batch.logits == "all":
-            one.sequence.accept_prompt_logits(batch.start, logits)
-            if batch.start + len(batch.tokens) < one.length:
+            sequence.accept_prompt_logits(batch.start, logits)
+            if batch.start + len(batch.tokens) < len(submission.request.prompt_token_ids) + len(sequence.token_ids):
                 return []
-        return [(len(logits) - 1, one)]
+        return [(len(logits) - 1, owned)]
 
-    def _decoded(self, rows: Iterable[Row]) -> list[tuple[int, _Running]]:
-        known = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
-        return [(index, one) for index, one in known if one is not None]
+    def _decoded(self, rows: Iterable[Row]) -> list[tuple[int, _Owned]]:
+        pairs = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
+        return [(index, owned) for index, owned in pairs if owned is not None]
 
-    def _sample(self, rows: Sequence[tuple[int, _Running]], logits: Array) -> tuple[Sequence[int | None], list[int]]:
-        """A token for each row, None for those that have none, and the sequences that have failed over it."""
+    def _sample(self, rows: Sequence[tuple[int, _Owned]], logits: Array) -> tuple[Sequence[int | None], list[int]]:
+        """A token for each row, None for a row without one, and the sequences that failed by it."""
         if not rows:
             return (), []
         indices = [index for index, _ in rows]
         chosen = logits if len(indices) == len(logits) else logits[indices]
         try:
-            return sample_rows([one.sequence.sampler for _, one in rows], chosen), []
+            return sample_rows([sequence.sampler for _, (_, sequence) in rows], chosen), []
         except FuriosaLLMError:
             return self._sample_one_by_one(rows, logits)
 
     def _sample_one_by_one(
-        self, rows: Sequence[tuple[int, _Running]], logits: Array
+        self, rows: Sequence[tuple[int, _Owned]], logits: Array
     ) -> tuple[Sequence[int | None], list[int]]:
         tokens: list[int | None] = []
         failed: list[int] = []
-        for index, one in rows:
+        for index, (submission, sequence) in rows:
             try:
-                tokens += sample_rows([one.sequence.sampler], logits[index : index + 1])
+                tokens += sample_rows([sequence.sampler], logits[index : index + 1])
             except FuriosaLLMError as error:
                 tokens.append(None)
-                failed += self.end(one.submission.key, "error", error)
+                failed += self.end(submission.key, "error", error)
         return tokens, failed

@@ -21,7 +21,7 @@ WantedLogits = Literal["none", "last", "all"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
-    """Which rows are computed beside a copy of themselves that nobody reads: their bits do not depend on others then.
+    """Rows that are computed with a copy of themselves that nobody reads, so that their bits depend on no other row.
 
     `lone`: a sequence that is alone in a step of one token, through the whole model. `doubled`: every row, through the
     ops of these types alone: in a mixture of experts, an expert then has several rows whenever it has one.
@@ -47,7 +47,7 @@ class Copy:
 class Prefill:
     """`tokens` of one sequence, whose first `start` tokens are in its `slot` already.
 
-    `logits`: behind which of these tokens they are wanted: none, the last one, or all of them.
+    `logits`: after which of these tokens they are wanted: none, the last one, or all of them.
     """
 
     group: int
@@ -61,7 +61,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One sequence in a decode batch: `token` is stepped behind the `start` tokens that are in its slot."""
+    """One sequence in a decode batch: `token` is stepped after the `start` tokens that are in its slot."""
 
     sequence_id: int
     start: int

@@ -8,37 +8,27 @@ ops to blame.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.execution.decoder import interface_of
-from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, unwrap, wrap
 from furiosa_llm.runtime.execution.sessions import SegmentLoader
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
-from furiosa_llm.runtime.program.segments import Program, ValueType
-from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED, part_of_graph
+from furiosa_llm.runtime.program.segments import ValueType
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
 from furiosa_llm.runtime.runners.loaded_model import rank_lanes, serving_of
+from furiosa_llm.runtime.runners.probe_feeds import FLOATS, MOST_ROWS, PAST, TOKENS, ProbeFeeds, Span
 
 _ROWS = (1, 2, 3, 5, 16)
-"""Numbers of rows whose bits are compared with those of the same rows among `_MOST`."""
-_MOST = 64
+"""Numbers of rows whose bits are compared with those of the same rows among `MOST_ROWS`."""
 _CUTS = (2, 3, 4, 5, 6, 7, 9, 11, 14, 16, 19)
-"""Behind so many of `_TOKENS` tokens a prompt is cut in two, whose bits are compared with those of the whole."""
-_TOKENS = 21
-_PAST = 7
-"""Positions that are in the cache before the step that is probed."""
-_FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
-_MOST_TOKENS = 1000
-"""Token ids of probes are below this number, and below the size of the vocabulary."""
+"""Behind so many of `TOKENS` tokens a prompt is cut in two, whose bits are compared with those of the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,21 +94,6 @@ def probe_batch_invariance(artifact: Artifact, *, mapped: bool = False) -> Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Span:
-    """A step: tokens `first` to `last` - 1 of each of `rows` sequences, behind `_PAST` + `first` others."""
-
-    rows: int
-    first: int = 0
-    last: int = 1
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The sizes of the dynamic dimensions."""
-        sequence, past = self.last - self.first, _PAST + self.first
-        return {"batch": self.rows, "sequence": sequence, "past": past, "total": past + sequence, "wanted": 1}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Values:
     """The results of a run: arrays by name, with their types."""
 
@@ -135,7 +110,7 @@ class _Probe:
         self._lanes = rank_lanes(artifact, serving.model)
         self._settings = SessionSettings(prepack=not mapped)
         self._loader = SegmentLoader(artifact, self._lanes, self._settings)
-        self._feeds = _Feeds(artifact, self._lanes.program)
+        self._feeds = ProbeFeeds(artifact, self._lanes.program)
         self._doubled = doubled
 
     def run(self) -> BatchInvariance:
@@ -168,33 +143,33 @@ class _Probe:
     def _distinct_segments(self) -> Iterator[LaneSegment]:
         """The segments of rank 0, and of those that are alike the first."""
         seen: set[tuple[bytes, ...]] = set()
-        for step in self._lanes.steps:
+        for step in self._lanes.sections:
             segment = step.segments[0]
             if segment is not None and (signature := _signature(segment, self._lanes)) not in seen:
                 seen.add(signature)
                 yield segment
 
     def _differing_rows(self, session: Session, segment: LaneSegment) -> set[int]:
-        """Of `_ROWS` those with which some row has other bits than among `_MOST`."""
-        most = self._run(session, segment, _Span(rows=_MOST))
-        return {rows for rows in _ROWS if _difference(self._run(session, segment, _Span(rows=rows)), most) is not None}
+        """Of `_ROWS` those with which some row has other bits than among `MOST_ROWS`."""
+        most = self._run(session, segment, Span(rows=MOST_ROWS))
+        return {rows for rows in _ROWS if _difference(self._run(session, segment, Span(rows=rows)), most) is not None}
 
     def _chunks_are_alike(self, session: Session, segment: LaneSegment) -> bool:
         """Whether the tokens of a prompt have the same bits in either part of it, behind the other's caches."""
-        whole = self._run(session, segment, _Span(rows=1, last=_TOKENS))
+        whole = self._run(session, segment, Span(rows=1, last=TOKENS))
         states = [one for one in self._artifact.manifest.states if f"0/{one.input}" in segment.inputs]
         # Where other segments cut the caches to a window, those behind the first part are not known here.
         known = all(f"0/{s.output}" in whole.arrays and s.sequence_dim is not None for s in states)
         known &= not self._feeds.from_caches.intersection(map(_original, segment.inputs))
         for cut in _CUTS:
-            head = self._run(session, segment, _Span(rows=1, last=cut))
+            head = self._run(session, segment, Span(rows=1, last=cut))
             if _difference(self._without_logits(head), whole) is not None:
                 return False
             if not known:
                 continue
-            inputs = self._inputs(segment, _Span(rows=1, first=cut, last=_TOKENS))
+            inputs = self._inputs(segment, Span(rows=1, first=cut, last=TOKENS))
             for state in states:
-                cached = (slice(None),) * state.grown_dim + (slice(_PAST + cut),)
+                cached = (slice(None),) * state.grown_dim + (slice(PAST + cut),)
                 inputs[f"0/{state.input}"] = np.ascontiguousarray(whole.arrays[f"0/{state.output}"][cached])
             if _difference(_run(session, segment, inputs, self._lanes.types), whole, at_end=True) is not None:
                 return False
@@ -205,53 +180,53 @@ class _Probe:
         shapes = {name: self._lanes.types[name].shape or () for name in found.arrays}
         return replace(found, arrays={name: a for name, a in found.arrays.items() if "wanted" not in shapes[name]})
 
-    def _run(self, session: Session, segment: LaneSegment, span: _Span) -> _Values:
+    def _run(self, session: Session, segment: LaneSegment, span: Span) -> _Values:
         return _run(session, segment, self._inputs(segment, span), self._lanes.types)
 
-    def _inputs(self, segment: LaneSegment, span: _Span) -> dict[str, Array]:
+    def _inputs(self, segment: LaneSegment, span: Span) -> dict[str, Array]:
         feeds = self._feeds.of(span, [_original(name) for name in segment.inputs])
         return {name: feeds[_original(name)] for name in segment.inputs}
 
     # -- the op to blame -----------------------------------------------------------------------------------------
 
     def _blame(self, session: Session, segment: LaneSegment, rows: set[int]) -> list[KernelDifference]:
-        """The nodes of `segment` that differ by themselves, given what the others give them among `_MOST` rows."""
+        """The nodes of `segment` that differ by themselves, given what the others give them among `MOST_ROWS` rows."""
         constants = set(segment.initializers)
         made = [node for node in segment.nodes if not _is_constant(node, constants)]
         whole = replace(segment, outputs=tuple(name for node in made for name in node.output if name))
         inner = self._loader.load(whole)
-        known = {count: self._all_values(inner, whole, count) for count in (*rows, _MOST)}
+        known = {count: self._all_values(inner, whole, count) for count in (*rows, MOST_ROWS)}
         found = [one for node in made if (one := self._blame_node(segment, node, known)) is not None]
         if found:
             return found
-        most = self._run(session, segment, _Span(rows=_MOST))
-        worst = max(_difference(self._run(session, segment, _Span(rows=count)), most) or 0.0 for count in rows)
+        most = self._run(session, segment, Span(rows=MOST_ROWS))
+        worst = max(_difference(self._run(session, segment, Span(rows=count)), most) or 0.0 for count in rows)
         name = _original(segment.outputs[0])
         return [KernelDifference(op="fused nodes", node=name, nodes=1, rows=tuple(sorted(rows)), relative=worst)]
 
     def _all_values(self, session: Session, whole: LaneSegment, count: int) -> _Values:
         """The inputs and all other values of a segment with `count` rows."""
-        made = self._run(session, whole, _Span(rows=count))
+        made = self._run(session, whole, Span(rows=count))
         return _Values(
-            arrays={**self._inputs(whole, _Span(rows=count)), **made.arrays},
+            arrays={**self._inputs(whole, Span(rows=count)), **made.arrays},
             types={**self._lanes.types, **made.types},
         )
 
     def _blame_node(
         self, segment: LaneSegment, node: NodeProto, known: Mapping[int, _Values]
     ) -> KernelDifference | None:
-        """Runs `node` on the values that it has among `_MOST` rows, and on the first rows of them."""
-        part, types = _alone(segment, node), known[_MOST].types
+        """Runs `node` on the values that it has among `MOST_ROWS` rows, and on the first rows of them."""
+        part, types = _alone(segment, node), known[MOST_ROWS].types
         session = SegmentLoader(self._artifact, replace(self._lanes, types=types), self._settings).load(part)
-        whole = {name: known[_MOST].arrays[name] for name in part.inputs}
+        whole = {name: known[MOST_ROWS].arrays[name] for name in part.inputs}
         most = _run(session, part, whole, types)
         found: dict[int, float] = {}
-        for count in known.keys() - {_MOST}:
+        for count in known.keys() - {MOST_ROWS}:
             inputs = {name: known[count].arrays[name] for name in part.inputs}
             firsts = {name: whole[name][tuple(map(slice, array.shape))] for name, array in inputs.items()}
-            numbers = {name for name in inputs if types[name].dtype in _FLOATS}
+            numbers = {name for name in inputs if types[name].dtype in FLOATS}
             if not all(np.array_equal(firsts[name], inputs[name]) for name in inputs.keys() - numbers):
-                continue  # a size, or rows that were sorted by what was computed: not the same rows as among `_MOST`
+                continue  # a size, or rows that were sorted by what was computed: not the same rows as among the most
             inputs.update({name: np.ascontiguousarray(firsts[name]) for name in numbers})
             difference = _difference(_run(session, part, inputs, types), most)
             if difference is not None:
@@ -287,7 +262,7 @@ def _difference(few: _Values, most: _Values, *, at_end: bool = False) -> float |
     for name, ours in few.arrays.items():
         same = tuple(slice(-size, None) if at_end else slice(size) for size in ours.shape)
         theirs = most.arrays[name][same]
-        comparable = few.types[name].dtype in _FLOATS and ours.size and ours.shape == theirs.shape
+        comparable = few.types[name].dtype in FLOATS and ours.size and ours.shape == theirs.shape
         if comparable and ours.tobytes() != theirs.tobytes():
             gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max()
             scale = np.abs(theirs.astype(np.float64)).max()
@@ -369,98 +344,3 @@ def _alone(segment: LaneSegment, node: NodeProto) -> LaneSegment:
         outputs=tuple(name for name in node.output if name),
         initializers={name: segment.initializers[name] for name in read if name in segment.initializers},
     )
-
-
-# -- what is fed ---------------------------------------------------------------------------------------------------
-
-
-class _Feeds:
-    """The inputs of a program's segments in a step: those of the step itself, what follows from them, random numbers.
-
-    A row and a token have the same values however many there are. What a collective has added up or gathered is random.
-    """
-
-    def __init__(self, artifact: Artifact, program: Program) -> None:
-        self._artifact = artifact
-        self._program = program
-        self._inputs = [info for info in artifact.manifest.inputs if info.name in program.inputs]
-        shapes: dict[str, Shape] = dict(interface_of(artifact.manifest).state_shapes)
-        waiting = _behind(program, set())
-        crossing = {name for step in program.steps if step.segment for name in step.segment.inputs} - {*program.inputs}
-        random = filter(self._is_number, crossing & waiting)
-        shapes.update({name: program.types[name].shape or () for name in random})
-        self._random = shapes
-        derived = sorted(crossing - waiting)
-        self._derived = part_of_graph(program.model, artifact, derived) if derived else None
-        self._known = {*program.inputs, *shapes, *derived}
-        self._steps: dict[_Span, dict[str, Array]] = {}
-        self._made: dict[tuple[str, int, tuple[int, ...]], Array] = {}
-        caches = {state.input for state in artifact.manifest.states}
-        self.from_caches = _behind(program, caches) - waiting
-        """Values that follow from what is in the caches, before any collective."""
-
-    def can_feed(self, name: str) -> bool:
-        """Whether the value can be made."""
-        return name in self._known
-
-    def of(self, span: _Span, names: Sequence[str]) -> dict[str, Array]:
-        """The values `names` of the program in a step."""
-        if span not in self._steps:
-            self._steps[span] = self._step(span)
-        step = self._steps[span]
-        return {name: step[name] if name in step else self._numbers(name, span) for name in names}
-
-    def _is_number(self, name: str) -> bool:
-        kind = self._program.types[name]
-        dims = [dim for dim in kind.shape or () if isinstance(dim, str)]
-        known = all(_Span(rows=1).sizes.keys() >= set(parse_dimension(dim).names) for dim in dims)
-        return kind.dtype in _FLOATS and kind.shape is not None and known
-
-    def _step(self, span: _Span) -> dict[str, Array]:
-        """The program's own inputs but for caches, and what follows from them."""
-        vocabulary = self._artifact.manifest.model.vocab_size or 2
-        tokens = np.random.default_rng(0).integers(0, min(vocabulary, _MOST_TOKENS), (_TOKENS, _MOST)).T
-        token_ids = tokens[: span.rows, span.first : span.last]
-        values = dict(StepFeeds(self._inputs).update(token_ids, [_PAST + span.first] * span.rows))
-        values[WANTED] = np.array([span.last - span.first - 1])
-        values[LAST_POSITIONS] = np.full(span.rows, _PAST + span.last - 1, dtype=np.int32)
-        if self._derived is not None:
-            caches = {name: self._numbers(name, span) for name in self._derived.inputs if name not in values}
-            values.update(self._derived.run(values | caches))
-        return values
-
-    def _numbers(self, name: str, span: _Span) -> Array:
-        """Random numbers of the value's shape, in which each row and each token has its own."""
-        shape = self._random[name]
-        one, two = (shape_of(shape, replace(span, rows=count).sizes) for count in (1, 2))
-        dim = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
-        if dim is None and span.rows > 1:
-            span = replace(span, rows=1)
-        most = shape_of(shape, _Span(rows=1, last=_TOKENS).sizes)
-        if span.last == 1:
-            rows = self._whole(name, _MOST, one)[: span.rows]
-            return np.ascontiguousarray(np.concatenate(list(rows), axis=dim or 0))
-        # Tokens are along the dimension that is longer in the longest step; caches, which are not, begin at 0.
-        whole = self._whole(name, 1, tuple(map(max, one, most)))[0]
-        places = [slice(span.first, span.first + n) if n < m else slice(n) for n, m in zip(one, most, strict=True)]
-        return np.ascontiguousarray(whole[tuple(places)])
-
-    def _whole(self, name: str, rows: int, shape: tuple[int, ...]) -> Array:
-        """Random numbers for so many rows of `shape`, always the same."""
-        key = (name, rows, shape)
-        if key not in self._made:
-            dtype = np.dtype(DTYPES[self._program.types[name].dtype].numpy)
-            random, size = np.random.default_rng([*name.encode()]), (rows, *shape)
-            numbers = random.integers(0, 4, size) if dtype.kind in "iu" else random.standard_normal(size, np.float32)
-            self._made[key] = numbers.astype(dtype)
-        made: Array = self._made[key]
-        return made
-
-
-def _behind(program: Program, names: Collection[str]) -> set[str]:
-    """The values that follow from collectives, or from what is in `names`, whose sizes do not count."""
-    waiting = set(names)
-    for node in program.model.graph.node:
-        if node.domain == COLLECTIVE_DOMAIN or (waiting.intersection(used_names(node)) and node.op_type != "Shape"):
-            waiting.update(name for name in node.output if name)
-    return waiting - {*names}

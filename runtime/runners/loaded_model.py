@@ -22,7 +22,7 @@ from furiosa_llm.runtime.execution.decoder import (
 )
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.ort import SessionSettings
-from furiosa_llm.runtime.execution.sessions import StepSessions, create_sessions
+from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
 from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.program.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
@@ -46,7 +46,7 @@ class StageProgram:
 
     graph: StageGraph
     lanes: Lanes
-    sessions: tuple[StepSessions, ...]
+    sessions: tuple[SectionSessions, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +170,7 @@ def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram
 
 
 def _start(artifact: Artifact, stage: Stage) -> str | None:
-    """The output of the collective behind which a stage begins."""
+    """The output of the collective after which a stage begins."""
     if stage.first_node == 0:
         return None
     return str(artifact.program.graph.node[stage.first_node - 1].output[0])

@@ -24,7 +24,7 @@ from furiosa_llm.runtime.execution.driver import Crew, cores_for
 from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions
 from furiosa_llm.runtime.runners.loaded_model import load_model
-from furiosa_llm.runtime.runners.steps import Group
+from furiosa_llm.runtime.runners.steps import GroupRunner
 
 _CLOSE_TIMEOUT = 5.0
 
@@ -33,7 +33,7 @@ class Host(Closing):
     """An artifact's stages loaded into this process, for any number of replicas.
 
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files.
-    The rows that `companions` names are computed beside a copy of themselves.
+    The rows that `companions` names are computed together with a copy of themselves.
     Close it, or use it as a context manager, to end its threads.
     """
 
@@ -69,7 +69,7 @@ class LocalRunner:
         stages = len(host.model.programs)
         self._counters = new_counters(stages, stages, 1)
         self._groups = [
-            Group(host.model, slots=slots_per_group, crew=host.crew, counters=counters[:, 0])
+            GroupRunner(host.model, slots=slots_per_group, crew=host.crew, counters=counters[:, 0])
             for counters in self._counters
         ]
         self._locks = [threading.Lock() for _ in range(stages)]
@@ -151,6 +151,6 @@ class LocalRunner:
 
 
 def _failed(batch: Batch, error: BaseException) -> ExecutionError:
-    found = ExecutionError(f"a batch of group {batch.group} failed: {type(error).__name__}: {error}")
-    found.__cause__ = error
-    return found
+    failure = ExecutionError(f"a batch of group {batch.group} failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -195,7 +195,7 @@ class ProcessRunner:
         ours, theirs = socket.socketpair()
         inherited = [theirs.fileno(), assignment.arena]
         inherited += [d for rows in assignment.barriers for row in rows for d in row if d >= 0]
-        # Not by -m, under which the worker's classes would be those of another module than ours.
+        # Not by -m, under which the worker's classes would belong to another module than ours.
         program = f"from furiosa_llm.runtime.runners.worker import main; main({theirs.fileno()})"
         command = [sys.executable, "-P", "-c", program]
         with theirs:

@@ -42,7 +42,7 @@ class Arena:
         return descriptor
 
     def positions(self, groups: int, stages: int, workers: int) -> npt.NDArray[np.int64]:
-        """`[groups, stages, workers]`: the step that each worker is in, -1 if it is in none."""
+        """`[groups, stages, workers]`: the section that each worker is in, -1 if it is in none."""
         return self._header(groups * stages * workers)[..., 0].reshape(groups, stages, workers)
 
     def counters(self, groups: int, stages: int, workers: int) -> Counters:

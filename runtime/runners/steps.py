@@ -28,7 +28,7 @@ Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One run of the model: `token_ids` [sequences, new tokens] behind `starts` tokens, of sequences in `slots`.
+    """One run of the model: `token_ids` [sequences, new tokens] after `starts` tokens, of sequences in `slots`.
 
     `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted. If it is `twice`,
     `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
@@ -44,7 +44,7 @@ class Step:
     padding: int = 0
 
     def sizes(self, cached: int) -> dict[str, int]:
-        """The sizes of the step's dynamic dimensions, behind `cached` positions."""
+        """The sizes of the step's dynamic dimensions, after `cached` positions."""
         batch, sequence = self.token_ids.shape
         return {
             "batch": batch,
@@ -179,7 +179,7 @@ class _Use:
         return sum(earlier[stage].bound.tensor(first, name).array.nbytes for name, stage in self._received.items())
 
 
-class StageMemory:
+class StageBuffers:
     """What one group has on one stage: its states, and its uses of the stage by the form of the step."""
 
     def __init__(
@@ -252,7 +252,7 @@ class StageMemory:
             self._states.finish(use.bound, step.slots, past, past + step.token_ids.shape[1])
 
 
-class Group:
+class GroupRunner:
     """The batches of one group, one after another, through all stages; `counters` has a row for each of these."""
 
     def __init__(
@@ -267,7 +267,7 @@ class Group:
         self._model = model
         self._rows = rows_of(counters)
         self._memory = [
-            StageMemory(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
+            StageBuffers(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
         ]
 
     def run(self, batch: Batch, occupy: Occupy) -> Array:

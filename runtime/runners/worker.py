@@ -27,7 +27,7 @@ from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.runners.batch import Batch, Companions
 from furiosa_llm.runtime.runners.loaded_model import LoadedModel, load_model
 from furiosa_llm.runtime.runners.shared_memory import Arena, ProcessBarrier, ProcessLane
-from furiosa_llm.runtime.runners.steps import Group
+from furiosa_llm.runtime.runners.steps import GroupRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The worker has loaded its lane. `ranks` are its ranks; `collectives[stage][step]` names those behind a step."""
+    """The worker has loaded its lane. `ranks` are its ranks; `collectives[stage][section]` names a section's."""
 
     ranks: tuple[int, ...]
     collectives: tuple[tuple[tuple[str, ...], ...], ...]
@@ -118,7 +118,7 @@ class _Worker:
         ready = Ready(
             ranks=programs[0].lanes.ranks[self._lane],
             collectives=tuple(
-                tuple(tuple(e.call.collective.id for e in step.exchanges) for step in program.lanes.steps)
+                tuple(tuple(e.call.collective.id for e in section.exchanges) for section in program.lanes.sections)
                 for program in programs
             ),
         )
@@ -130,9 +130,9 @@ class _Worker:
                 os._exit(0)
             self._queues[batch.group].put((number, batch))
 
-    def _group(self, group: int, assignment: Assignment) -> Group:
+    def _group(self, group: int, assignment: Assignment) -> GroupRunner:
         barrier = ProcessBarrier(assignment.barriers[group], self._lane)
-        return Group(
+        return GroupRunner(
             self._model,
             slots=assignment.slots_per_group,
             crew=ProcessLane(barrier),
@@ -146,7 +146,7 @@ class _Worker:
         @contextmanager
         def occupy(stage: int, bound: BoundProgram) -> Iterator[None]:
             here: npt.NDArray[np.int64] = positions[stage]
-            bound.step_of_lane = here
+            bound.section_of_lane = here
             yield
             here[self._lane] = -1
 

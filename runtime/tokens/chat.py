@@ -30,7 +30,7 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 
 def render(tokenizer: Tokenizer, conversation: Conversation, **options: Any) -> str:
-    """The prompt for a conversation; `options` are those of `Tokenizer.apply_chat_template`."""
+    """The prompt for a conversation; `options` are arguments of `Tokenizer.apply_chat_template`."""
     plain = [{**message, "content": _text(message.get("content"))} for message in conversation]
     return tokenizer.apply_chat_template(plain, tokenize=False, **options)
 
@@ -42,7 +42,7 @@ def check_tools(tools: object) -> None:
 
 
 def _check_message(message: Any) -> None:
-    # An assistant that calls tools may say nothing beside that.
+    # An assistant that calls tools may say nothing else.
     complete = isinstance(message, Mapping) and (message.get("content") is not None or message.get("tool_calls"))
     if not complete or not isinstance(message.get("role"), str):
         raise InputError(f"messages: found {message!r:.80}, expected an object with 'role' and 'content'")

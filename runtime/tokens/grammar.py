@@ -201,7 +201,7 @@ class Constraint:
             )
 
     def mask(self, scores: Floats) -> None:
-        """Makes those of the `scores` [vocabulary] -inf whose token may not follow; raises SamplingParamsError."""
+        """Makes the `scores` [vocabulary] of tokens that may not follow -inf; raises SamplingParamsError."""
         allowed = self._allowed()
         if self._has_failed():
             raise SamplingParamsError(
@@ -211,7 +211,7 @@ class Constraint:
         stops = self._stops[self._stops < allowed.size]
         allowed[stops] = self._matcher.is_accepting()
         width = min(allowed.size, scores.size)
-        # Logits may be wider than the tokenizer's vocabulary: what is behind it is no token.
+        # Logits may be wider than the tokenizer's vocabulary: what lies beyond is no token.
         scores[width:] = -np.inf
         np.copyto(scores[:width], -np.inf, where=~allowed[:width])
 

@@ -23,7 +23,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def integer(name: str, value: Any) -> int:
-    """`value` as an int of at most 64 bits; True, 1.0 and "1" are none."""
+    """`value` as an int of at most 64 bits; True, 1.0 and "1" are refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise _refusal(name, "an integer", value)
     if abs(int(value)) >= 2**64:

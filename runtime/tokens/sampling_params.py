@@ -39,63 +39,62 @@ class SamplingParams:
     """Sampling parameters; raises SamplingParamsError, a ValueError, for values of a wrong type or out of range.
 
     `docs/sampling.md` says in which order they work. Lists are kept as tuples.
-
-    n: completions per prompt, 1 to 128; only 1 for greedy sampling.
-    best_of: completions to generate, of which the `n` likeliest are given back; None for `n`, at most 128.
-    presence_penalty: in [-2, 2]; subtracted from the logits of tokens that are in the completion.
-    frequency_penalty: in [-2, 2]; subtracted once for each time that a token is in the completion.
-    repetition_penalty: in (0, 2]; above 1 makes tokens of the prompt and the completion less likely.
-    temperature: not negative; below 1e-5 is greedy.
-    top_p: in (0, 1]; keeps the likeliest tokens whose probabilities add up to it.
-    top_k: keeps that many of the likeliest tokens; -1 keeps all.
-    min_p: in [0, 1]; drops tokens less likely than this share of the likeliest one's probability.
-    use_beam_search, length_penalty, early_stopping: beam search, which this release does not have.
-    max_tokens: greatest length of the completion in tokens, None for as many as the model's limit allows.
-    min_tokens: the completion does not end before it has this many tokens.
-    output_kind: what streamed outputs hold.
-    seed: makes random sampling repeatable; below 2**64.
-    stop: strings that end the completion and are left out of it.
-    stop_token_ids: tokens that end the completion, besides the model's own.
-    ignore_eos: goes on behind the model's end-of-sequence tokens.
-    include_stop_str_in_output: leaves the stop string, or the text of the stop token, in the completion.
-    logprobs: how many of the likeliest tokens' log probabilities to give with each token, 0 to 20; None gives none.
-    prompt_logprobs: the same for the tokens of the prompt.
-    logit_bias: token id -> what is added to its logit, in [-100, 100].
-    allowed_token_ids: the only tokens that may be chosen; None for all.
-    bad_words: words that the completion will not hold.
-    structured_outputs: what the completion has to look like; None for any text.
-    skip_special_tokens: leaves special tokens out of the text.
-    detokenize: False gives no text, tokens only.
     """
 
     n: int = 1
+    """Completions per prompt, 1 to 128; only 1 for greedy sampling."""
     best_of: int | None = None
+    """Completions to generate, of which the `n` likeliest are given back; None for `n`, at most 128."""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that are in the completion; in [-2, 2]."""
     frequency_penalty: float = 0.0
+    """Subtracted once for each time that a token is in the completion; in [-2, 2]."""
     repetition_penalty: float = 1.0
+    """Above 1 it makes tokens of the prompt and the completion less likely; in (0, 2]."""
     temperature: float = 1.0
+    """Not negative; below 1e-5 is greedy."""
     top_p: float = 1.0
+    """Keeps the likeliest tokens whose probabilities add up to it; in (0, 1]."""
     top_k: int = -1
+    """Keeps that many of the likeliest tokens; -1 keeps all."""
     min_p: float = 0.0
+    """Drops tokens less likely than this share of the likeliest one's probability; in [0, 1]."""
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    """`use_beam_search`, `length_penalty`, `early_stopping`: beam search, which this release does not have."""
     max_tokens: int | None = 16
+    """Greatest length of the completion in tokens, None for as many as the model's limit allows."""
     min_tokens: int = 0
+    """The completion does not end before it has this many tokens."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What streamed outputs hold."""
     seed: int | None = None
+    """Makes random sampling repeatable; below 2**64."""
     stop: str | tuple[str, ...] | list[str] = ()
+    """Strings that end the completion and are left out of it."""
     stop_token_ids: tuple[int, ...] | list[int] = ()
+    """Tokens that end the completion, besides the model's own."""
     ignore_eos: bool = False
+    """Goes on after the model's end-of-sequence tokens."""
     include_stop_str_in_output: bool = False
+    """Leaves the stop string, or the text of the stop token, in the completion."""
     logprobs: int | None = None
+    """How many of the likeliest tokens' log probabilities to give with each token, 0 to 20; None gives none."""
     prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Token id -> what is added to its logit, in [-100, 100]."""
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    """The only tokens that may be chosen; None for all."""
     bad_words: tuple[str, ...] | list[str] = ()
+    """Words that the completion will not hold."""
     structured_outputs: StructuredOutputsParams | None = None
+    """What the completion has to look like; None for any text."""
     skip_special_tokens: bool = True
+    """Leaves special tokens out of the text."""
     detokenize: bool = True
+    """False gives no text, tokens only."""
 
     @classmethod
     def from_optional(cls, **values: Any) -> Self:

@@ -23,29 +23,28 @@ _SPACES = r"[\x20\x0A\x0D\x09]{1,32}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    r"""Constrains a completion, by exactly one of the first five; raises SamplingParamsError for what is no grammar.
+    """Constrains a completion, by exactly one of the first five; raises SamplingParamsError for what is no grammar.
 
     `docs/structured-output.md` says what they may hold. Making one compiles its grammar for a check, which takes a
     millisecond, or a second if it is large.
-
-    json: a JSON schema, as a mapping or as text; kept as text.
-    regex: a regular expression, for the whole completion.
-    choice: texts, of which the completion is one.
-    grammar: a context-free grammar, in Lark's notation or in GBNF, of which `start` or `root` is the completion.
-    json_object: True for any JSON object.
-    disable_any_whitespace: of JSON: no blanks between its tokens.
-    whitespace_pattern: of JSON: a regular expression for the blanks between two tokens; None for at most 32.
-    llguidance_grammar: what it all comes to, in the form that the library reads.
     """
 
     json: str | Mapping[str, Any] | None = None
+    """A JSON schema, as a mapping or as text; kept as text."""
     regex: str | None = None
+    """A regular expression, for the whole completion."""
     choice: tuple[str, ...] | list[str] | None = None
+    """Texts, of which the completion is one."""
     grammar: str | None = None
+    """A context-free grammar, in Lark's notation or in GBNF, of which `start` or `root` is the completion."""
     json_object: bool | None = None
+    """True for any JSON object."""
     disable_any_whitespace: bool = False
+    """Of JSON: no blanks between its tokens."""
     whitespace_pattern: str | None = None
+    """Of JSON: a regular expression for the blanks between two tokens; None for at most 32."""
     llguidance_grammar: str = field(init=False, repr=False, compare=False)
+    """What it all comes to, in the form that the library reads."""
 
     def __post_init__(self) -> None:
         if self.json_object is not None:
@@ -123,12 +122,12 @@ def _parsed_schema(schema: object, name: str) -> dict[str, Any]:
 
 
 def embedded_schema(schema: Mapping[str, Any]) -> str:
-    """A JSON schema as a part of a grammar in Lark's notation, its blanks bounded as those of `json` are."""
+    """A JSON schema as a part of a grammar in Lark's notation, its blanks bounded as in `json`."""
     return f"%json {_with_blanks(schema, {'whitespace_pattern': _SPACES})}"
 
 
 def _with_blanks(schema: Mapping[str, Any], blanks: Mapping[str, Any]) -> str:
-    """A JSON schema as text that tells the library about `blanks`, unless it does so itself."""
+    """A JSON schema as text with the library's setting for `blanks`, unless it has its own."""
     options = schema.get("x-guidance", {})
     if not isinstance(options, dict) or _BLANKS & set(options):
         return json.dumps(schema)  # the library says what is wrong with it
@@ -140,7 +139,7 @@ def _lark(text: str) -> str:
         return str(any_to_lark(text))
     except GbnfToLarkError as error:
         raise SamplingParamsError(
-            f"structured_outputs.grammar is read as GBNF, as it has no rule `start:`, and is none: {error}"
+            f"structured_outputs.grammar has no rule `start:`, and so is read as GBNF, which it is not: {error}"
         ) from error
 
 

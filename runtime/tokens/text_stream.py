@@ -9,7 +9,7 @@ from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 _KEPT_TOKENS = 4
-"""A token's text may depend on whether one goes before it, and the last 3 bytes: those of an unfinished character."""
+"""A token's text may depend on whether one goes before it, and on the last 3 bytes: an unfinished character."""
 
 _MAX_TOKENS = 16
 """How many tokens are decoded together before they are cut to the kept ones, which takes a decoding of its own."""
@@ -20,7 +20,8 @@ class Detokenizer:
 
     The last tokens are decoded together, and what they add to the text shown before is the new piece. Two things are
     held back because tokens to come may change them: a replacement character at the end, which may be the beginning of
-    a character, and a run of byte tokens, which is decoded as a whole.
+    a character, and a run of byte tokens, which is decoded as a whole. (`tokenizers.decoders.DecodeStream` shows byte
+    tokens before their run ends, with another text where it turns out to be no UTF-8, and raises at the next token.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -87,7 +88,7 @@ class TextStream:
         self.stop_string: str | None = None
 
     def push(self, token_id: int) -> str:
-        """The new text behind `token_id`; what may turn out to begin a stop string is held back."""
+        """The new text after `token_id`; what may turn out to begin a stop string is held back."""
         piece = self._detokenizer.push(token_id)
         if not self._stop:
             self.text += piece

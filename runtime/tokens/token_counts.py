@@ -32,14 +32,14 @@ class TokenCounts:
         tokens = self._tokens[: self._size]
         known = tokens < scores.size
         tokens, counts = tokens[known], self._counts[: self._size][known]
-        found = scores[tokens]
+        counted = scores[tokens]
         limits = np.finfo(np.float32)
         repetition = np.float32(max(params.repetition_penalty, float(limits.tiny)))
         with np.errstate(over="ignore"):  # Masks may be as low as the type goes, and penalties next to nothing.
-            found = np.where(found > 0, np.minimum(found / repetition, limits.max), found * repetition)
-        found -= np.float32(params.frequency_penalty) * counts
-        found -= np.float32(params.presence_penalty) * (counts > 0)
-        scores[tokens] = found
+            counted = np.where(counted > 0, np.minimum(counted / repetition, limits.max), counted * repetition)
+        counted -= np.float32(params.frequency_penalty) * counts
+        counted -= np.float32(params.presence_penalty) * (counts > 0)
+        scores[tokens] = counted
 
     def _append(self, token: int) -> None:
         if self._size == self._tokens.size:

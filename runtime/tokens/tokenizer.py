@@ -31,9 +31,9 @@ Message = Mapping[str, Any]
 
 
 class Tokenizer:
-    """A tokenizer.json with what tokenizer_config.json and chat_template.jinja say beside it.
+    """A tokenizer.json, with what tokenizer_config.json and chat_template.jinja add to it.
 
-    Text is encoded without special tokens if not told otherwise: chat templates write those that a model wants.
+    Text is encoded without special tokens unless they are asked for: chat templates write what a model wants.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
@@ -57,8 +57,8 @@ class Tokenizer:
         file = find(_TOKENIZER)
         if file is None:
             raise TokenizerError(
-                f"{where} has no {_TOKENIZER}; put the tokenizer's files beside the model and build again, or give the "
-                f"folder that has them as the tokenizer"
+                f"{where} has no {_TOKENIZER}; put the tokenizer's files next to the model and build again, or give "
+                f"the folder that has them as the tokenizer"
             )
         try:
             text = file.read_text("utf-8")
@@ -156,7 +156,7 @@ class Tokenizer:
         return str(text)
 
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each of `token_ids` by itself, that of special tokens too."""
+        """The text of each of `token_ids` by itself, special tokens among them."""
         return list(self._tokenizer.decode_batch([[token] for token in token_ids], skip_special_tokens=False))
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -204,7 +204,7 @@ class Tokenizer:
         template = chat_template or self.chat_template
         if template is None:
             raise TokenizerError(
-                f"the artifact has no chat template; put {_TEMPLATE} beside the model and build again, or give a prompt"
+                f"the artifact has no chat template; put {_TEMPLATE} next to the model and build, or give a prompt"
             )
         if add_generation_prompt and continue_final_message:
             raise InputError("add_generation_prompt and continue_final_message exclude each other; leave one False")

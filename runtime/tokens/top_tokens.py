@@ -20,7 +20,7 @@ _MARGIN = 1e-4
 
 
 def likeliest(scores: Floats, count: int) -> Indices:
-    """The positions of the `count` greatest `scores`, and of those that equal the least of them."""
+    """The positions of the `count` greatest `scores`, and of the scores that equal the least of them."""
     candidates = np.flatnonzero(scores >= _lower_bound(scores, count))
     if candidates.size == count:
         return candidates
@@ -32,7 +32,7 @@ def _lower_bound(scores: Floats, count: int) -> np.float32:
     """A value that at least `count` of the `scores` reach, and not many more.
 
     The greatest ones of many groups are scores, too: the bound is the `count`-th greatest of them. What is left over
-    behind whole groups may be left out, which lowers the bound at most.
+    after the whole groups may be left out, which lowers the bound at most.
     """
     groups = max(_MIN_GROUPS, _GROUPS_PER_TOKEN * count)
     whole = scores.size // groups * groups
@@ -43,7 +43,7 @@ def _lower_bound(scores: Floats, count: int) -> np.float32:
 
 
 def likely(scores: Floats, top: np.float32, min_p: float, temperature: float) -> Indices:
-    """The positions of the `scores` whose probability is at least `min_p` of that of the score `top`."""
+    """The positions of the `scores` whose probability is at least `min_p` times the probability of the score `top`."""
     return np.flatnonzero(scores >= top + np.float32(temperature * math.log(min_p)))
 
 

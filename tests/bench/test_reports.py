@@ -16,6 +16,7 @@ from furiosa_llm.bench.plots import check_plot, plot
 from furiosa_llm.bench.report import as_json, latency_rows, legend, throughput_rows
 from furiosa_llm.bench.sweep import Load, Run, loads_of
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
+from furiosa_llm.runtime.placement.topology import make_topology
 
 OBSERVED = Observed(
     records=(
@@ -29,10 +30,7 @@ OBSERVED = Observed(
 
 def _run(load: Load, **sizes: int) -> Run:
     return Run(
-        tensor_parallel_size=4,
-        pipeline_parallel_size=sizes.get("pp", 1),
-        data_parallel_size=sizes.get("dp", 1),
-        devices="npu:0:0-3",
+        topology=make_topology(4, pipeline_parallel_size=sizes.get("pp", 1), data_parallel_size=sizes.get("dp", 1)),
         load=load,
         figures=figures_of(OBSERVED, {"ttft": 500.0}),
         latencies=latencies(OBSERVED),

@@ -14,6 +14,7 @@ from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.builder.errors import OptionError, ShapeError, UnsupportedModelError
 from furiosa_llm.builder.factors.scores import find_scores
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.shapes.roles import read_role, role_of
 from furiosa_llm.cli.main import cli
@@ -164,7 +165,7 @@ def test_names_tell_nothing_that_the_graph_does_not(name: str, tmp_path: Path) -
     for folder, how in (("named", row.change), ("renamed", change)):
         (tmp_path / folder).mkdir()
         path = exported(name.partition(",")[0], tmp_path / folder, how)
-        model = analyse_model(path, {}, fuse=False, told=lambda _: None)
+        model = analyse_model(path, BuildOptions(fuse_attention=False), told=lambda _: None)
         graph, facts, states = model.model.graph, model.probes.facts, model.states
         roles = ["state" if value in states.values else role_of(value) for value in graph.inputs]
         pairs = [

@@ -48,7 +48,7 @@ BETWEEN_FIELDS = re.compile(
             "leave no token to choose",
             f"^({_SCHEMAS}) cannot be compiled: ",
             f"^({_SCHEMAS}) is not JSON: |^structured_outputs.json: found .*, expected a JSON schema",
-            "structured_outputs.grammar is read as GBNF",
+            "structured_outputs.grammar has no rule `start:`, and so is read as GBNF",
             "the grammar has no beginning that this model has tokens for",
             "tool_choice names '.*', which is not among the tools",
             "but arguments are an object",

@@ -80,10 +80,13 @@ class Campaign:
         self._target = Target(host=address.host, port=address.port, model=model)
 
     async def run(self, count: int) -> None:
-        """`count` attacks of each kind, the first tenth of them to warm the server up."""
+        """`count` attacks of each kind, after a tenth as many that warm the server up.
+
+        As many giant bodies come at a time as in the rest: what the server keeps of its greatest load is no growth.
+        """
         began = time.monotonic()
         files, memory = self._open_files(), 0.0
-        warming = max(1, count // 10)
+        warming = min(count, max(2 * _AT_ONCE[giant], count // 10))
         for numbers in (range(warming), range(warming, count)):
             stop = asyncio.Event()
             honest = [asyncio.create_task(self._be_honest(stop)) for _ in range(_HONEST)]

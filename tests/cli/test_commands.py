@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from furiosa_llm.builder.units import nbytes
 from furiosa_llm.cli.build import default_output
 from furiosa_llm.runtime import open_artifact
+from furiosa_llm.runtime.artifact.units import nbytes
 from tests.cli.conftest import OPTIMUM, Cli
 from tests.support.artifacts import artifact_of
 from tests.support.tiers import tiered
@@ -217,6 +217,12 @@ def test_plan_shows_sizes_side_by_side_with_reasons(cli: Cli, zoo: Path, monkeyp
     assert "1 AllGather over 8" in text
 
 
+def test_plan_warns_of_what_no_table_counts(zoo: Path, cli: Cli) -> None:
+    warning = "are alive inside a step, which neither table nor engine counts; choose a smaller chunk or batch."
+    assert warning in cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4", "--batch", 10**7).out
+    assert warning not in cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4").out
+
+
 def test_plan_as_json(cli: Cli, zoo: Path) -> None:
     result = cli("plan", zoo / GENAI / "model.onnx", "-tp", "8", "--batch", 2, "--json")
     assert result.code == 0
@@ -238,7 +244,7 @@ def test_plan_and_build_take_tactics(cli: Cli, zoo: Path, tmp_path: Path, monkey
 def test_plan_refuses_what_it_cannot(refused: Callable[..., str], zoo: Path, tmp_path: Path) -> None:
     model = zoo / OPTIMUM / "model.onnx"
     assert "tensor parallel size 3 is not supported" in refused("plan", model, "-tp", "4,3", code=2)
-    assert "context must be at least 1, got 0" in refused("plan", model, "--context", 0, code=2)
+    assert "context must be an integer of at least 1, got 0" in refused("plan", model, "--context", 0, code=2)
     assert "does not exist" in refused("plan", tmp_path / "none.onnx")
     assert "cannot be read" in refused("plan", model, "--tactics", tmp_path / "none.toml")
 

@@ -262,7 +262,7 @@ def test_the_library_behind_structured_outputs(built: Path, refused: Refused, cl
 def test_the_extra_that_is_missing(built: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None if name != "uvicorn" else object())
     message = refused("serve", built)
-    assert "serve needs fastapi, prometheus_client, which is not installed" in message
+    assert "serve needs fastapi, h11, prometheus_client, pydantic, which is not installed" in message
     assert "pip install 'furiosa-llm-onnx[serve]'" in message
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
-from furiosa_llm.runtime.engine.capacity import Workload, card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.placement.block_reads import read_blocks
+from furiosa_llm.runtime.placement.capacity import Workload, card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
 from tests.cli.conftest import Cli
@@ -168,11 +168,11 @@ def test_allow_subset(built: Path, cli: Cli) -> None:
 def test_block_counts_that_are_none(counts: str, built: Path, cli: Cli) -> None:
     result = cli("topology", built, "--num-blocks-per-pp-stage", counts)
     assert result.code == 2
-    assert "is not a list of block counts, for instance 10,20" in result.err
+    assert f"must be a list of integers such as 10,20, got {counts}" in result.err
 
 
 @pytest.mark.parametrize("option", ["-pp", "-dp", "--max-batch-size", "--max-model-len"])
 def test_sizes_are_positive(option: str, built: Path, cli: Cli) -> None:
     result = cli("topology", built, option, 0)
     assert result.code == 2
-    assert "0 is not in the range x>=1" in result.err
+    assert "must be an integer of at least 1, got 0" in result.err

@@ -130,20 +130,20 @@ class _FailingModel(Model):
 def test_failed_samples_make_the_result_invalid_and_the_logs_are_whole(
     mode: Mode, model: Model, settings: Settings, tmp_path: Path
 ) -> None:
-    failing, told = _FailingModel(model), list[str]()
+    failing, summaries, lines = _FailingModel(model), list[str](), list[str]()
     chosen, made = benchmark("gpt-j-offline"), settings("Offline", min_duration_ms=0)
     with pytest.raises(RunError, match=r"failed \d+ samples.*the replica broke") as raised:
-        run_mode(chosen, mode, tmp_path, failing, len(PROMPTS), made, told.append)
+        run_mode(chosen, mode, tmp_path, failing, len(PROMPTS), made, summary=summaries.append, progress=lines.append)
     assert isinstance(raised.value.__cause__, ReplicaError)
     count = len(failing.made.failures)
     assert 0 < count < len(failing.made.finished)
-    assert f"Engine failures : {count}, the first: the replica broke" in told[-1]
-    assert "VALID" not in told[-1].replace("INVALID", "")
-    assert (tmp_path / "furiosa_summary.txt").read_text() == told[-1]
+    assert f"Engine failures : {count}, the first: the replica broke" in summaries[-1]
+    assert "VALID" not in summaries[-1].replace("INVALID", "")
+    assert (tmp_path / "furiosa_summary.txt").read_text() == summaries[-1]
     assert not (tmp_path / "accuracy.txt").exists()
     if mode is Mode.PERFORMANCE:
         assert "Result is : VALID" in (tmp_path / "mlperf_log_summary.txt").read_text()  # LoadGen cannot know
-        assert "Result is : INVALID" in told[-1]
+        assert "Result is : INVALID" in summaries[-1]
     assert (
         json.loads((tmp_path / "furiosa_latencies.json").read_text())["samples"] == len(failing.made.finished) - count
     )
@@ -187,25 +187,45 @@ def test_ctrl_c_gives_everything_up_and_loadgen_closes_its_logs(
 
 
 def test_the_summary_has_the_vendors_lines(model: Model, settings: Settings, tmp_path: Path) -> None:
-    told: list[str] = []
+    summaries, lines = list[str](), list[str]()
     made = settings("Offline", min_duration_ms=0)
     made.infer_token_latencies, made.token_latency_scaling_factor = True, 69
-    run_mode(benchmark("gpt-j-offline"), Mode.PERFORMANCE, tmp_path, model, len(PROMPTS), made, told.append)
-    lines = told[-1].splitlines()
+    run_mode(
+        benchmark("gpt-j-offline"),
+        Mode.PERFORMANCE,
+        tmp_path,
+        model,
+        len(PROMPTS),
+        made,
+        summary=summaries.append,
+        progress=lines.append,
+    )
+    assert len(summaries) == 1
+    assert lines == [f"gpt-j-offline, PerformanceOnly: {len(PROMPTS)} samples, logs in {tmp_path}"]
+    lines = summaries[-1].splitlines()
     assert lines[:3] == ["=" * 48, "MLPerf Results Summary", "=" * 48]
     assert lines[3:6] == ["SUT name : GPT-J SUT", "Scenario : Offline", "Mode     : PerformanceOnly"]
     assert lines[6].startswith("Samples per second: ")
     assert lines[7].startswith("Tokens per second (inferred): ")
     assert lines[8] == "Result is : VALID"
-    assert "Additional Stats" not in told[-1]
-    assert (tmp_path / "mlperf_log_summary.txt").read_text().startswith(told[-1].rstrip())
+    assert "Additional Stats" not in summaries[-1]
+    assert (tmp_path / "mlperf_log_summary.txt").read_text().startswith(summaries[-1].rstrip())
 
 
 def test_an_accuracy_run_leaves_its_scores(model: Model, settings: Settings, tmp_path: Path) -> None:
-    told: list[str] = []
+    summaries, lines = list[str](), list[str]()
     made = settings("Offline")
-    run_mode(benchmark("llama-3.1-offline"), Mode.ACCURACY, tmp_path, model, len(PROMPTS), made, told.append)
-    assert "Accuracy Results Summary" in told[-1]
+    run_mode(
+        benchmark("llama-3.1-offline"),
+        Mode.ACCURACY,
+        tmp_path,
+        model,
+        len(PROMPTS),
+        made,
+        summary=summaries.append,
+        progress=lines.append,
+    )
+    assert "Accuracy Results Summary" in summaries[-1]
     text = (tmp_path / "accuracy.txt").read_text()
     assert text.startswith("{'rouge1': ")
     assert f"'gen_num': {len(PROMPTS)}.0" in text

@@ -114,7 +114,7 @@ def test_refusals_come_with_the_first_output(engine: AsyncLLMEngine) -> None:
             await anext(engine.generate([5], GREEDY, 3))  # type: ignore[arg-type]
         running = engine.generate({"prompt_token_ids": [5]}, LONG, "a")
         await anext(running)
-        with pytest.raises(InputError, match="request_id 'a' is that of a request that has not ended"):
+        with pytest.raises(InputError, match="request_id 'a' belongs to a request that has not ended"):
             await anext(engine.generate({"prompt_token_ids": [5]}, GREEDY, "a"))
         await running.aclose()
 

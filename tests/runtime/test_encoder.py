@@ -165,9 +165,9 @@ def test_models_that_make_no_vectors_of_tokens() -> None:
 
 
 def test_options_out_of_range(built: dict[int, Path]) -> None:
-    with pytest.raises(InputError, match="max_batch_size must be at least 1, got 0"):
+    with pytest.raises(InputError, match="max_batch_size must be an integer of at least 1, got 0"):
         Encoder.load_artifact(built[4], max_batch_size=0)
-    with pytest.raises(InputError, match=r"output='hidden' is none.*logits \['batch', 'sequence', 1024\]"):
+    with pytest.raises(InputError, match=r"output='hidden' is no output.*logits \['batch', 'sequence', 1024\]"):
         Encoder.load_artifact(built[4], output="hidden")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
-from furiosa_llm.runtime import llm as llm_module
+from furiosa_llm.runtime import model as model_module
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.engine.buckets import Bucket, BucketConfig
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -255,13 +255,17 @@ def test_the_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
         ({"devices": "gpu:0"}, DeviceError, "Invalid device string"),
         ({"data_parallel_size": 2, "devices": "npu:0:0-3,npu:1:0-3"}, TopologyError, "2 \\* 1 \\* 2|2 x 1 x 2 = 4"),
         ({"pipeline_parallel_size": 4}, TopologyError, "pp=4, but the artifact"),
-        ({"pipeline_parallel_size": 1, "num_blocks_per_pp_stage": [1]}, InputError, "Only one of `pipeline_parallel"),
+        (
+            {"pipeline_parallel_size": 1, "num_blocks_per_pp_stage": [1]},
+            TopologyError,
+            "Only one of `pipeline_parallel",
+        ),
         ({"tensor_parallel_size": 4}, InputError, r"tensor_parallel_size=4, but .* is split for tp=2; leave it out"),
         ({"max_model_len": 65}, ContextLengthError, "larger than the model's max number of positions: 65 > 64"),
         ({"max_batch_size": 0}, InputError, "max_batch_size must be an integer of at least 1, got 0"),
         ({"max_batch_size": True}, InputError, "max_batch_size must be an integer of at least 1, got True"),
         ({"seed": -1}, InputError, "seed must be an integer of at least 0 and below 2\\*\\*64, got -1"),
-        ({"step_timeout": 0}, InputError, "step_timeout must be positive, got 0"),
+        ({"step_timeout": 0}, InputError, "step_timeout must be a positive number, got 0"),
         ({"tokenizer_mode": "slow"}, UnsupportedError, "tokenizer_mode='slow' is not supported: there is only"),
         ({"paged_attention_num_blocks": 10**12}, CapacityError, "blocks=1000000000000, but the PEs have room for"),
         ({"trust_remote_code": True}, UnsupportedError, "trust_remote_code=True is not supported: an artifact is data"),
@@ -550,7 +554,7 @@ def test_ctrl_c_gives_all_requests_up(llm: LLM, greedy: list[int], monkeypatch: 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(llm_module, "SimpleQueue", Interrupted)
+        interrupted.setattr(model_module, "SimpleQueue", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(["hello"] * 20, SamplingParams(temperature=0.0, max_tokens=50))
     assert llm.generate("hello", GREEDY).outputs[0].token_ids == greedy

@@ -78,7 +78,7 @@ def test_request_ids_are_unique_among_those_that_run() -> None:
     gate = Gate()
     with LLMEngine(make_core(lambda: CountingRunner(fault=gate))) as engine:
         engine.add_request("a", {"prompt_token_ids": [1]}, GREEDY)
-        with pytest.raises(InputError, match="request_id 'a' is that of a request that has not ended; give another"):
+        with pytest.raises(InputError, match="request_id 'a' belongs to a request that has not ended; give another"):
             engine.add_request("a", {"prompt_token_ids": [1]}, GREEDY)
         other = LLMEngine(engine.core)
         other.add_request("a", {"prompt_token_ids": [9]}, GREEDY)

@@ -210,7 +210,7 @@ def test_the_models_limits(t5: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(config)
     ArtifactBuilder(folder).build(tmp_path / "artifact")
     with Seq2Seq.load_artifact(tmp_path / "artifact") as model:
-        assert (model.max_prompt_length, model.max_completion_length) == (10, 9)
+        assert (model.max_prompt_length, model.max_length) == (10, 9)
         with pytest.raises(ContextLengthError, match=r"maximum input context length is 10 tokens.*requested 11"):
             model.generate([[5] * 11], GREEDY)
         with pytest.raises(ContextLengthError, match=r"maximum completion length is 9 tokens.*requested 12"):

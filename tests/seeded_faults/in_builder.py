@@ -8,8 +8,8 @@ RULES = (
     Fault(
         name="an activation takes partial sums",
         file="builder/rules/elementwise.py",
-        old="replace(broadcast(view), padding=_POINTWISE[view.node.op_type])",
-        new="replace(broadcast(view), linear=(0,), padding=_POINTWISE[view.node.op_type])",
+        old="replace(broadcast(view), padding=padding)",
+        new="replace(broadcast(view), linear=(0,), padding=padding)",
         effect="ranks apply Relu to their parts of a sum before it is added up: wrong outputs",
         hints=("tests/builder/plan/test_sweep.py::test_sums_are_made_where_they_must_be[Relu]",),
     ),
@@ -47,7 +47,7 @@ RULES = (
     ),
     Fault(
         name="zeros and numbers make zeros",
-        file="builder/plan/padding.py",
+        file="builder/rules/padding.py",
         old='case "sum" if len(found) == len(data):',
         new='case "sum" if found:',
         effect="what is added to padding is taken for zero, and contracted: wrong outputs",
@@ -74,10 +74,10 @@ PLANNING = (
     ),
     Fault(
         name="dead values are freed too soon",
-        file="builder/lower/pe_memory.py",
+        file="builder/lower/working_memory.py",
         old="        peak = max(peak, alive)\n        alive -= ends.pop(i, 0)\n",
         new="        alive -= ends.pop(i, 0)\n        peak = max(peak, alive)\n",
-        effect="`plan` says that a model fits where its activations do not",
+        effect="`plan` does not warn of a step that no PE has memory for",
         hints=("tests/builder/test_model_plan.py::test_activations_are_the_most_that_is_alive",),
     ),
     Fault(

@@ -202,19 +202,19 @@ PLACES = (
     ),
     Fault(
         name="replicas on a card keep weights twice",
-        file="runtime/engine/capacity.py",
+        file="runtime/placement/capacity.py",
         old="sum(stages[stage].weight_nbytes for stage in set(held))",
         new="sum(stages[stage].weight_nbytes for stage in held)",
         effect="models are refused that fit, and too few pages are given",
-        hints=("tests/runtime/engine/test_capacity.py",),
+        hints=("tests/runtime/placement/test_capacity.py",),
     ),
     Fault(
         name="pages of the roomiest card",
-        file="runtime/engine/capacity.py",
+        file="runtime/placement/capacity.py",
         old="return min(counts, default=None)",
         new="return max(counts, default=None)",
         effect="the KV cache is larger than the tightest card has memory for",
-        hints=("tests/runtime/engine/test_capacity.py",),
+        hints=("tests/runtime/placement/test_capacity.py",),
     ),
 )
 

@@ -222,7 +222,8 @@ def test_keys_that_no_header_can_hold() -> None:
 
 @pytest.mark.parametrize("name", ["max_body_nbytes", "max_concurrency", "body_timeout", "send_timeout"])
 def test_limits_are_positive(name: str) -> None:
-    with pytest.raises(InputError, match=f"{name} must be positive, got 0"):
+    expected = "a positive number" if name.endswith("timeout") else "an integer of at least 1"
+    with pytest.raises(InputError, match=f"{name} must be {expected}, got 0"):
         ServerSettings(**{name: 0})  # type: ignore[arg-type]
 
 

@@ -73,7 +73,8 @@ def test_help() -> None:
 def test_serving_needs_its_extra() -> None:
     refused = furiosa("serve", "model.artifact")
     assert refused.returncode == 1
-    assert "serve needs fastapi, prometheus_client, uvicorn" in refused.stderr
+    assert "serve needs fastapi, " in refused.stderr
+    assert "prometheus_client, pydantic, uvicorn, which is not installed" in refused.stderr
     assert "pip install 'furiosa-llm-onnx[serve]'" in refused.stderr
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-import time
 from importlib.metadata import version
 
-from benchmarks.peers.protocol import Generation, Tokens, serve
-from furiosa_llm import LLM, SamplingParams
-from furiosa_llm.runtime.llm_engine import raise_error
+from benchmarks.peers.protocol import Generation, Tokens, serve, timed_requests
+from furiosa_llm import LLM, RequestOutput, SamplingParams
+from furiosa_llm.runtime.requests.outputs import raise_error
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind
 
 
@@ -18,7 +18,7 @@ class Furiosa:
     def __init__(self, folder: str, threads: int) -> None:
         self._folder = folder
         self._threads = threads
-        self._requests = 0
+        self._ids = map(str, itertools.count())
 
     @property
     def version(self) -> str:
@@ -35,24 +35,12 @@ class Furiosa:
         params = SamplingParams(
             temperature=0.0, ignore_eos=True, max_tokens=count, output_kind=RequestOutputKind.DELTA, detokenize=False
         )
-        engine = self._llm.engine
-        tokens: dict[str, list[int]] = {}
-        started = time.perf_counter()
-        for prompt in prompts:
-            self._requests += 1
-            tokens[str(self._requests)] = []
-            engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, params)
-        first = None
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                raise_error(output)
-                tokens[output.request_id].extend(output.outputs[0].token_ids)
-            if first is None and all(tokens.values()):
-                first = time.perf_counter()
-        assert first is not None
-        return Generation(
-            tokens=list(tokens.values()), first_seconds=first - started, seconds=time.perf_counter() - started
-        )
+        return timed_requests(self._llm.engine, prompts, params, self._ids, _collect)
+
+
+def _collect(output: RequestOutput, tokens: list[int]) -> None:
+    raise_error(output)
+    tokens.extend(output.outputs[0].token_ids)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-import time
 
 import vllm
 from vllm import LLM, SamplingParams
 
-from benchmarks.peers.protocol import Generation, Tokens, serve
+from benchmarks.peers.protocol import Generation, Tokens, serve, timed_requests
 
 _LENGTH = 1280
 _SEQUENCES = 16
@@ -20,7 +20,7 @@ class VllmCpu:
     def __init__(self, folder: str, threads: int) -> None:
         self._folder = folder
         self._threads = threads
-        self._requests = 0
+        self._ids = map(str, itertools.count())
 
     @property
     def version(self) -> str:
@@ -43,23 +43,12 @@ class VllmCpu:
     def generate(self, prompts: Tokens, count: int) -> Generation:
         """See `Engine.generate`."""
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=count, detokenize=False)
-        engine = self._llm.llm_engine
-        tokens: dict[str, list[int]] = {}
-        started = time.perf_counter()
-        for prompt in prompts:
-            self._requests += 1
-            tokens[str(self._requests)] = []
-            engine.add_request(str(self._requests), {"prompt_token_ids": prompt}, params)
-        first = None
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                tokens[output.request_id] = list(output.outputs[0].token_ids)
-            if first is None and all(tokens.values()):
-                first = time.perf_counter()
-        assert first is not None
-        return Generation(
-            tokens=list(tokens.values()), first_seconds=first - started, seconds=time.perf_counter() - started
-        )
+        return timed_requests(self._llm.llm_engine, prompts, params, self._ids, _collect)
+
+
+def _collect(output: vllm.RequestOutput, tokens: list[int]) -> None:
+    """Each output has all tokens so far."""
+    tokens[:] = output.outputs[0].token_ids
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -18,8 +18,9 @@ from furiosa_llm.builder.plan.annotations.correspondence import Correspondence
 from furiosa_llm.builder.plan.annotations.device_placement import Component, Placement, placement_of, to_proto
 from furiosa_llm.builder.plan.outcome import Assignment, Outcome
 from furiosa_llm.builder.source.load import Source
-from furiosa_llm.runtime.artifact.card import PES_PER_CARD
+from furiosa_llm.runtime.artifact.graphs import all_tensors
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.placement.devices import first_pes
 
 FIRST_IR_VERSION = 11
 """The first version of the format that has these annotations."""
@@ -71,7 +72,7 @@ def _declare(model: onnx.ModelProto, name: str, num_devices: int) -> None:
     for number in reversed(range(len(model.configuration))):
         if model.configuration[number].name == name:
             del model.configuration[number]
-    devices = [f"npu:{number // PES_PER_CARD}:{number % PES_PER_CARD}" for number in range(num_devices)]
+    devices = [str(pe) for pe in first_pes(num_devices)]
     model.configuration.add(name=name, num_devices=num_devices, device=devices)
 
 
@@ -203,7 +204,8 @@ def write_annotated(model: onnx.ModelProto, source: Source, path: str | os.PathL
     folder = source.path.parent.resolve()
     moved = onnx.ModelProto()
     moved.CopyFrom(model)
-    for tensor in _tensors(moved.graph, moved.functions):
+    nodes = [*moved.graph.node, *(node for function in moved.functions for node in function.node)]
+    for tensor in (*moved.graph.initializer, *all_tensors(nodes)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _relocate(tensor, folder, target)
     data = moved.SerializeToString(deterministic=True)
@@ -232,14 +234,3 @@ def _relocate(tensor: onnx.TensorProto, folder: Path, target: Path) -> None:
             f"nor below, as ONNX demands; write the file into {folder} or into a folder above it."
         )
     entry.value = data.relative_to(here).as_posix()
-
-
-def _tensors(graph: onnx.GraphProto, functions: Sequence[onnx.FunctionProto] = ()) -> Iterator[onnx.TensorProto]:
-    """Every tensor of the graph, of branches, and of functions."""
-    yield from graph.initializer
-    for nodes in (graph.node, *(function.node for function in functions)):
-        for node in nodes:
-            for attribute in node.attribute:
-                yield from (attribute.t, *attribute.tensors)
-                for inner in (attribute.g, *attribute.graphs):
-                    yield from _tensors(inner)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import onnx
 
+from furiosa_llm.runtime.artifact.graphs import all_nodes
+
 DeclaredShape = tuple[int | str | None, ...]
 """For each dimension its size, its symbol, or None if nothing is said of it."""
 
@@ -53,20 +55,9 @@ def annotations_of(model: onnx.ModelProto) -> Iterator[Annotation]:
 def nodes_of(model: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
     """Every node of the model, and whether it is inside a branch, a loop or a function."""
     for node in model.graph.node:
-        yield node, False
-        yield from _inner_nodes(node)
+        yield from ((inner, inner is not node) for inner in all_nodes([node]))
     for function in model.functions:
-        for node in function.node:
-            yield node, True
-            yield from _inner_nodes(node)
-
-
-def _inner_nodes(node: onnx.NodeProto) -> Iterator[tuple[onnx.NodeProto, bool]]:
-    for attribute in node.attribute:
-        graphs = (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs)
-        for inner in (n for graph in graphs for n in graph.node):
-            yield inner, True
-            yield from _inner_nodes(inner)
+        yield from ((node, True) for node in all_nodes(function.node))
 
 
 def declared_shapes(model: onnx.ModelProto) -> dict[str, DeclaredShape]:

@@ -12,11 +12,11 @@ from furiosa_llm.builder.rewrite.dead_code import remove_unused
 from furiosa_llm.builder.rewrite.fusion.interior import interior_of, structure_of
 from furiosa_llm.builder.rewrite.fusion.match import LeftAloneError, Match
 from furiosa_llm.builder.rewrite.fusion.matching import match
-from furiosa_llm.builder.rewrite.fusion.nodes import Sizes
 from furiosa_llm.builder.rewrite.fusion.rewriting import Replacement, is_in_place, replace
+from furiosa_llm.builder.rewrite.fusion.sizes import Sizes
 from furiosa_llm.builder.rewrite.fusion.tracing import anchors
 from furiosa_llm.builder.rewrite.fusion.trial import TOLERANCES, prove
-from furiosa_llm.builder.rules.registry import MICROSOFT
+from furiosa_llm.builder.rules.view import MICROSOFT
 
 _OLDEST_OPSET = 13
 """Since then Unsqueeze takes its axes as an input."""

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from furiosa_llm.builder.rewrite.fusion.match import Heads, LeftAloneError, Match, Term
-from furiosa_llm.builder.rewrite.fusion.nodes import Sizes
-from furiosa_llm.builder.rules.registry import MICROSOFT
+from furiosa_llm.builder.rewrite.fusion.sizes import Sizes, size_of
+from furiosa_llm.builder.rules.view import MICROSOFT
 from furiosa_llm.builder.shapes.interpreter import Facts, Shape
 
 
@@ -81,7 +81,9 @@ class _Replacing:
         }
         if found.softcap:
             attributes["softcap"] = found.softcap
-        output, key, value = self._new.add_all("GroupQueryAttention", operands, 3, MICROSOFT, attributes)
+        output, key, value = self._new.add_all(
+            "GroupQueryAttention", operands, [""] * 3, domain=MICROSOFT, attributes=attributes
+        )
         wanted = self._facts[0][found.results[0]].dtype
         if wanted != self._dtype:  # scores of another type than the caches, and nothing behind them casts back
             output = self._new.add("Cast", [output], to=int(wanted))
@@ -95,18 +97,18 @@ class _Replacing:
         """The number of positions, past and new."""
         if self._in_place:
             return self._sizes["total"]
-        past = self._new.size(self._match.key.past, 2)
+        past = size_of(self._new, self._match.key.past, 2)
         return self._new.add("Add", [past, self._sequence_size()])
 
     def _sequence_size(self) -> ir.Value:
         if self._sizes.has("sequence"):
             return self._sizes["sequence"]
         new = self._match.key.new
-        return self._new.size(new.value, 2 if new.form == "heads first" else 1)
+        return size_of(self._new, new.value, 2 if new.form == "heads first" else 1)
 
     def _last_positions(self, total: ir.Value) -> ir.Value:
         """For each sequence the index of its last position."""
-        batch = self._sizes["batch"] if self._sizes.has("batch") else self._new.size(self._match.query.value, 0)
+        batch = self._sizes["batch"] if self._sizes.has("batch") else size_of(self._new, self._match.query.value, 0)
         last = self._new.add("Sub", [total, self._new.constant(np.array([1], dtype=np.int32))])
         return self._new.add("Expand", [last, batch])
 

@@ -15,8 +15,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from furiosa_llm.builder.rewrite.fusion.cutting import cut
 from furiosa_llm.builder.rewrite.fusion.match import Heads, LeftAloneError, Match
-from furiosa_llm.builder.rewrite.fusion.nodes import Kinds
 from furiosa_llm.builder.rewrite.fusion.rewriting import Replacement
+from furiosa_llm.builder.rewrite.fusion.sizes import Kinds
 from furiosa_llm.builder.shapes.interface import SizeSet, concrete, role_of
 from furiosa_llm.builder.shapes.interpreter import Facts
 

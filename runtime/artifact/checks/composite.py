@@ -17,14 +17,14 @@ PROMPT_SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "position_ids": (("batch", "sequence"), (1, "sequence")),
     "token_type_ids": (("batch", "sequence"),),
 }
-"""Inputs that token ids alone tell, by role, where there is no past."""
+"""Inputs that follow from token ids alone, by role, where there is no past."""
 
 STEP_SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "token_ids": (("batch", "sequence"),),
     "attention_mask": (("batch", "encoder"), ("batch", "sequence"), ("batch", "total")),
     "position_ids": (("batch", "sequence"), (1, "sequence")),
 }
-"""Inputs of a decoder beside an encoder, states and the encoder's output aside."""
+"""Inputs of a decoder that has an encoder, other than states and the encoder's output."""
 
 
 def check_fit(composite: CompositeManifest, parts: Mapping[PartName, Manifest]) -> None:

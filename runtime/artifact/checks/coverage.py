@@ -96,7 +96,7 @@ def _check_layout(field: Field, tensor: StoredTensor, layout: Sequence[Dim]) -> 
         field.child("shard_axes").fail(f"{order}, the axes of its layout in their order", f"{list(tensor.shard_axes)}")
     sizes = [global_size(dim) for dim in layout]
     if 0 in sizes and max(sizes) > MAX_EMPTY_DIM:
-        field.child("layout").fail(f"at most {MAX_EMPTY_DIM} indices beside a dimension without any", f"{sizes}")
+        field.child("layout").fail(f"at most {MAX_EMPTY_DIM} indices next to a dimension without any", f"{sizes}")
 
 
 def _check_shape(field: Field, tensor: StoredTensor, origin: OriginalInitializer) -> None:
@@ -129,7 +129,7 @@ def _check_original(
         origin = originals.get(tensor.origin or "")
         if origin is None or origin.stored != original.stored:
             stored.child(index).fail(
-                f"tensors of {original.name!r:.80}, or all those of its alias",
+                f"tensors of {original.name!r:.80}, or all tensors of its alias",
                 f"{tensor.name!r:.80}, whose origin is {tensor.origin!r:.80}",
             )
         if _identity(origin) != _identity(original):

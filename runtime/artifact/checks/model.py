@@ -56,7 +56,7 @@ _ALL_VALUE_FIELDS = frozenset(VALUE_FIELDS.values())
 
 
 def parse_model(data: bytes, document: str) -> ModelProto:
-    """The ONNX model in `data`; raises ArtifactError if it is none."""
+    """The ONNX model in `data`; raises ArtifactError if it is no model."""
     model = ModelProto()
     try:
         model.ParseFromString(data)

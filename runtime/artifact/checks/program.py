@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto
 
 from furiosa_llm.runtime.artifact.checks.model import check_inline, check_model, dtype_name, refuse
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs, used_names
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, all_graphs, all_nodes, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, local_size
 from furiosa_llm.runtime.artifact.manifest import (
     PROGRAM_NAME,
@@ -55,7 +54,7 @@ def _check_opsets(program: ModelProto) -> None:
         if function.domain == COLLECTIVE_DOMAIN or any(node.domain == COLLECTIVE_DOMAIN for node in function.node):
             _fail(f"function {function.name!r:.80} has a collective", "collectives at the top level only")
     for node in program.graph.node:
-        for used in (node, *_inner_nodes(node)):
+        for used in all_nodes([node]):
             if _domain(used.domain) not in versions:
                 _fail(f"node {used.name!r:.80} is of the domain {used.domain!r:.80}", "one that opset_import has")
 
@@ -113,17 +112,16 @@ def _check_initializers(graph: GraphProto, tensors: Mapping[str, StoredTensor], 
 
 
 def _check_external(initializer: TensorProto, tensor: StoredTensor, offset: int) -> None:
-    dtype = DTYPES[tensor.dtype]
     found_type = dtype_name(initializer.data_type)
     if (found_type, tuple(initializer.dims)) != (tensor.dtype, tensor.local_shape):
         _fail(
             f"initializer {tensor.name!r:.80} is {found_type} {list(initializer.dims)}",
             f"{tensor.dtype} {list(tensor.local_shape)}",
         )
-    found = {entry.key: entry.value for entry in initializer.external_data}
-    expected = {"location": tensor.file, "offset": str(offset), "length": str(dtype.nbytes(tensor.local_shape))}
-    if found != expected or len(initializer.external_data) != len(_EXTERNAL_KEYS):
-        _fail(f"initializer {tensor.name!r:.80} lies at {found!r:.400}", f"{expected}")
+    entries = {entry.key: entry.value for entry in initializer.external_data}
+    expected = {"location": tensor.file, "offset": str(offset), "length": str(tensor.local_nbytes)}
+    if entries != expected or len(initializer.external_data) != len(_EXTERNAL_KEYS):
+        _fail(f"initializer {tensor.name!r:.80} lies at {entries!r:.400}", f"{expected}")
     if initializer.HasField("raw_data"):
         _fail(f"initializer {tensor.name!r:.80} has data of its own", "none, because it is external")
 
@@ -169,7 +167,7 @@ def _check_collectives(graph: GraphProto, expected: Sequence[Collective]) -> Non
             _fail(f"AllReduce {node.name!r:.80} is of BOOL", "a type that can be summed")
         _check_collective_shape(node, collective, declared)
     for node in graph.node:
-        if any(inner.domain == COLLECTIVE_DOMAIN for inner in _inner_nodes(node)):
+        if any(inner.domain == COLLECTIVE_DOMAIN for graph in all_graphs([node]) for inner in graph.node):
             _fail(f"a graph inside node {node.name!r:.80} has a collective", "collectives at the top level only")
 
 
@@ -204,13 +202,6 @@ def _integers(attribute: AttributeProto) -> list[int] | int | None:
     if attribute.type == AttributeProto.INTS:
         return list(attribute.ints)
     return attribute.i if attribute.type == AttributeProto.INT else None
-
-
-def _inner_nodes(node: NodeProto) -> Iterator[NodeProto]:
-    for graph in attribute_graphs(node):
-        for inner in graph.node:
-            yield inner
-            yield from _inner_nodes(inner)
 
 
 def _shown(position: int, node: NodeProto) -> str:

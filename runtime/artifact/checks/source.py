@@ -20,7 +20,7 @@ def check_source(source: ModelProto, manifest: Manifest) -> None:
         name = initializer.name
         original = originals.get(name)
         if original is None:
-            refuse(SOURCE_NAME, f"found the initializer {name!r:.80}", "only those of $.initializers")
+            refuse(SOURCE_NAME, f"found the initializer {name!r:.80}", "only initializers of $.initializers")
         if name in found:
             refuse(SOURCE_NAME, f"found the initializer {name!r:.80} twice", "it once")
         found.add(name)

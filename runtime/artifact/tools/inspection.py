@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import used_names
-from furiosa_llm.runtime.artifact.layout import Dim, Mesh, global_size, local_size, to_json
+from furiosa_llm.runtime.artifact.layout import Dim, Mesh, global_size, to_json
 from furiosa_llm.runtime.artifact.manifest import (
     Collective,
     InputInfo,
@@ -47,7 +47,7 @@ class BlockSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightMemory:
-    """Bytes of stored weights. On each PE: `split_nbytes` and `replicated_nbytes`, which are `pe_nbytes` together.
+    """Bytes of stored weights. Each PE reads `split_nbytes` and `replicated_nbytes`, which are `pe_nbytes` together.
 
     In the files, all PEs together: `stored_nbytes`, of which `padding_nbytes` are zeros that no element of the original
     stands for; and `original_nbytes` of the original's initializers, whether stored or not, aliases once.
@@ -65,7 +65,7 @@ class WeightMemory:
 class StateMemory:
     """Bytes of all states of one sequence on each PE.
 
-    `nbytes_per_token` are those of a position, `nbytes_at_limit` those of a sequence as long as the model allows; None
+    `nbytes_per_token` are a position's, `nbytes_at_limit` a sequence's as long as the model allows; None
     if that is not known.
     """
 
@@ -141,7 +141,7 @@ class VerificationSummary:
     """What verification.json says of this artifact.
 
     `another manifest`: it vouches for the manifest of the digest `detail`, not for this one; `unreadable`: it is no
-    record, `detail` says why. `checks` are those that ran and whether each passed; `faults` what was wrong.
+    record, `detail` says why. `checks` are the checks that ran and whether each passed; `faults` what was wrong.
     """
 
     status: VerificationStatus
@@ -198,7 +198,7 @@ def inspect_artifact(path: str | os.PathLike[str]) -> Inspection:
         model=manifest.model,
         mesh=manifest.mesh.shape,
         num_nodes=len(artifact.program.graph.node),
-        weights=_weights(manifest),
+        weights=_weights(artifact),
         state=_state_memory(manifest),
         collectives=_collectives(manifest),
         splits=tuple(_records(plan.get("choices"), Split)),
@@ -231,27 +231,25 @@ def _plain(value: Any) -> Any:
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def _nbytes(tensor: StoredTensor) -> int:
-    """Of one shard."""
-    return DTYPES[tensor.dtype].nbytes(tensor.local_shape)
-
-
-def _weights(manifest: Manifest) -> WeightMemory:
-    mesh = manifest.mesh
-    split = sum(_nbytes(tensor) for tensor in manifest.tensors if tensor.shard_axes)
-    replicated = sum(_nbytes(tensor) for tensor in manifest.tensors if not tensor.shard_axes)
+def _weights(artifact: Artifact) -> WeightMemory:
+    manifest, mesh = artifact.manifest, artifact.manifest.mesh
+    read = {name for node in artifact.program.graph.node for name in used_names(node)}
+    split = sum(tensor.local_nbytes for tensor in manifest.tensors if tensor.name in read and tensor.shard_axes)
+    replicated = sum(
+        tensor.local_nbytes for tensor in manifest.tensors if tensor.name in read and not tensor.shard_axes
+    )
     return WeightMemory(
         pe_nbytes=split + replicated,
         split_nbytes=split,
         replicated_nbytes=replicated,
-        stored_nbytes=sum(_nbytes(tensor) * mesh.parts(tensor.shard_axes) for tensor in manifest.tensors),
+        stored_nbytes=sum(tensor.local_nbytes * mesh.parts(tensor.shard_axes) for tensor in manifest.tensors),
         padding_nbytes=sum(_padding_nbytes(tensor, mesh) for tensor in manifest.tensors),
         original_nbytes=sum(DTYPES[entry.dtype].nbytes(entry.shape) for entry in _distinct(manifest.initializers)),
     )
 
 
 def _distinct(initializers: Iterable[OriginalInitializer]) -> Iterable[OriginalInitializer]:
-    """Those that are made of the same stored tensors once."""
+    """The originals that are made of the same stored tensors, once."""
     return {entry.stored or entry.name: entry for entry in initializers}.values()
 
 
@@ -263,15 +261,7 @@ def _padding_nbytes(tensor: StoredTensor, mesh: Mesh) -> int:
 
 
 def _state_memory(manifest: Manifest) -> StateMemory:
-    infos = {info.name: info for info in manifest.inputs}
-    per_token = 0
-    for state in manifest.states:
-        info = infos[state.input]
-        sizes = [
-            local_size(dim, manifest.mesh) if dim is not None else 1
-            for dim in info.layout  # a dynamic dimension has no layout
-        ]
-        per_token += DTYPES[info.dtype].nbytes(sizes)
+    per_token = sum(manifest.state_nbytes.values())
     limit = manifest.model.max_sequence_length if per_token else 0
     return StateMemory(nbytes_per_token=per_token, nbytes_at_limit=None if limit is None else per_token * limit)
 
@@ -285,15 +275,10 @@ def _collectives(manifest: Manifest) -> tuple[CollectiveSummary, ...]:
             kind=kind,
             axes=axes,
             count=len(group),
-            nbytes_per_token=sum(_payload_nbytes(collective, manifest.mesh) for collective in group),
+            nbytes_per_token=sum(map(manifest.payload_nbytes, group)),
         )
         for (kind, axes), group in groups.items()
     )
-
-
-def _payload_nbytes(collective: Collective, mesh: Mesh) -> int:
-    parts = mesh.parts(collective.axes) if collective.kind == "AllGather" else 1
-    return DTYPES[collective.dtype].nbytes([n if isinstance(n, int) else 1 for n in collective.shape]) * parts
 
 
 def _replicated(artifact: Artifact) -> tuple[ReplicatedTensor, ...]:
@@ -309,10 +294,10 @@ def _replicated(artifact: Artifact) -> tuple[ReplicatedTensor, ...]:
             name=tensor.name,
             dtype=tensor.dtype,
             shape=tensor.local_shape,
-            nbytes=_nbytes(tensor),
+            nbytes=tensor.local_nbytes,
             readers=tuple(sorted(readers[tensor.name])),
         )
-        for tensor in sorted(whole.values(), key=_nbytes, reverse=True)
+        for tensor in sorted(whole.values(), key=lambda tensor: tensor.local_nbytes, reverse=True)
     )
 
 
@@ -333,7 +318,7 @@ def _blocks(manifest: Manifest, program: ModelProto) -> tuple[BlockSummary, ...]
 
 
 def _records(values: object, kind: type[T]) -> Iterable[T]:
-    """The objects of a list that have the fields of `kind`, each of its type; those of another form are left out."""
+    """The objects of a list that have the fields of `kind`, each of its type; objects of another form are left out."""
     for value in values if isinstance(values, list) else []:
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # T is a dataclass, which no bound says
         if isinstance(value, dict) and all(_fits(value.get(field.name), str(field.type)) for field in fields):

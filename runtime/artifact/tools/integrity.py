@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import FileEntry, StoredTensor
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -48,7 +47,7 @@ def _file_faults(artifact: Artifact, entry: FileEntry) -> Iterator[str]:
 
 def _nbytes(artifact: Artifact, tensor: StoredTensor) -> int:
     """Of all shards."""
-    return DTYPES[tensor.dtype].nbytes(tensor.local_shape) * artifact.manifest.mesh.parts(tensor.shard_axes)
+    return tensor.local_nbytes * artifact.manifest.mesh.parts(tensor.shard_axes)
 
 
 def _update(file: BinaryIO, nbytes: int, digests: Sequence[hashlib._Hash]) -> None:
@@ -64,7 +63,7 @@ def _update(file: BinaryIO, nbytes: int, digests: Sequence[hashlib._Hash]) -> No
 def check_originals(artifact: Artifact) -> Check:
     """Puts every original together from its shards, in each layout that is stored, and compares its digest.
 
-    Memory is that of the largest original and some tens of megabytes.
+    It takes the memory of the largest original and some tens of megabytes.
     """
     found: dict[tuple[str, ...], str] = {}
     faults: list[str] = []

@@ -1,6 +1,6 @@
 """Put original tensors together again from the shards that an artifact stores.
 
-What is read at a time is a piece of a shard, so that memory is that of the original and some tens of megabytes.
+What is read at a time is a piece of a shard, so that it takes the memory of the original and some tens of megabytes.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _element_pieces(
     """A shard of elements below a byte, piece by piece.
 
     Gives the elements' bits, each in a byte of its own; the index of each in the whole tensor, -1 for padding; and
-    whether bits behind the last element are set.
+    whether bits after the last element are set.
     """
     window = artifact.window(tensor.name, rank)
     shape = [extent.local for extent in extents]

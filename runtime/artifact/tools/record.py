@@ -74,8 +74,8 @@ class Check:
 class Verification:
     """What one verification found of the artifact whose manifest has the digest `manifest_digest`.
 
-    `tool` is `name version`, `libraries` maps a library that computed to its version; `checks` are those that ran, at
-    least one, in the order of CHECKS.
+    `tool` is `name version`, `libraries` maps a library that computed to its version; `checks` are the checks that ran,
+    at least one, in the order of CHECKS.
     """
 
     manifest_digest: str

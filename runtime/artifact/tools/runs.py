@@ -81,7 +81,7 @@ class Extent:
         return Extent(stop - start, self.whole, runs[runs[:, 2] > 0])
 
     def index_map(self) -> npt.NDArray[np.int64]:
-        """The global index behind each local one, -1 where it is padding."""
+        """The global index of each local index, -1 where it is padding."""
         indices = np.full(self.local, -1, dtype=np.int64)
         local, whole = self.indices()
         indices[local] = whole

@@ -26,7 +26,7 @@ DATA_SUFFIX = ".data"
 _ALIGNMENT = 4096
 """Of tensors in the data file: pages, so that it can be mapped into memory."""
 
-Progress = Callable[[int, int], None]
+BytesDone = Callable[[int, int], None]
 """Called with the bytes written so far, and all there are."""
 
 
@@ -35,7 +35,7 @@ class Unbuilt:
     """What `unbuild` wrote.
 
     `data` is the file of the weights, None if source.onnx had all of them; `num_initializers` are all of the model's,
-    `num_rebuilt` those that were put together from shards, and `nbytes` the bytes of these, aliases counted once.
+    `num_rebuilt` the ones put together from shards, and `nbytes` the bytes of these, aliases counted once.
     """
 
     model: Path
@@ -54,12 +54,12 @@ class _Region:
     sha256: str
 
 
-def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: Progress | None = None) -> Unbuilt:
-    """Write the model that `artifact` was built from to `out`, and the weights beside it to `out` + `.data`.
+def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: BytesDone | None = None) -> Unbuilt:
+    """Write the model that `artifact` was built from to `out`, and its weights to `out` + `.data`.
 
     The graph is the original's. Every initializer has the original's type, shape and bits; those that the artifact
     stores become external data, so that what was in a typed field (`float_data`) is raw data now, and initializers that
-    shared their data share it again. Memory is that of the largest initializer.
+    shared their data share it again. It takes the memory of the largest initializer.
 
     Both files are written under other names and renamed at the end. Raises ArtifactError if an initializer is not, bit
     for bit, what the manifest says the original was, and OutputFileError if `out` exists and `force` is not given, lies
@@ -102,7 +102,7 @@ def _check_output(artifact: Artifact, out: Path, *, force: bool) -> None:
 
 
 def _write_data(
-    artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path, progress: Progress
+    artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path, progress: BytesDone
 ) -> dict[str, _Region]:
     """Write every stored initializer once; gives the place of each."""
     distinct = {entry.stored: DTYPES[entry.dtype].nbytes(entry.shape) for entry in stored}
@@ -144,7 +144,7 @@ def _refer(initializer: onnx.TensorProto, location: str, region: _Region) -> Non
 
 @contextlib.contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is gone when the block ends."""
+    """A folder next to `out` that is gone when the block ends."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
@@ -164,7 +164,7 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 
 
 def _move(folder: Path, out: Path, data: Path, *, has_data: bool) -> None:
-    """Put both files in their places: there is never a model with another's weights beside it."""
+    """Put both files in their places: there is never a model next to another's weights."""
     for file in folder.iterdir():
         sync(file)
     out.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.repeats import Reduced, Repeat, find_repeats, reduce_repeats
 from furiosa_llm.builder.factors.states import States
+from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.plan import Plan, Planning
 from furiosa_llm.builder.plan.pricing import Subject
@@ -144,7 +145,11 @@ def test_the_plan_is_the_one_of_the_whole_graph(proto: onnx.ModelProto) -> None:
 
 @pytest.mark.slow
 def test_the_plan_of_a_full_size_graph_is_the_one_of_the_whole(graphs: Path) -> None:
-    found = analyse_model(graphs / "qwen2.5-0.5b-dynamo-op21-fp32" / "model.onnx", {}, fuse=False, told=lambda _: None)
+    found = analyse_model(
+        graphs / "qwen2.5-0.5b-dynamo-op21-fp32" / "model.onnx",
+        BuildOptions(fuse_attention=False),
+        told=lambda _: None,
+    )
     assert_same_plan(found.analysis, found.states, found.probes)
 
 

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from furiosa_llm.builder.rules import RULES
+from furiosa_llm.builder.rules import OPS
 from tests.support.builder.op_cases import CASES
 from tests.support.builder.placements import Trial, unclaimed
 
@@ -32,7 +32,7 @@ _PRODUCTS = (
     r"((com\.microsoft\.)?(MatMul|MatMulNBits|MatMulBnb4|MatMulIntegerToFloat|FusedMatMul|TransposeMatMul|QGemm|Gemm"
     r"|Conv|ConvTranspose|Einsum|DequantizeLinear|GatherBlockQuantized|MoE|QMoE))( .*)?"
 )
-_NORMS = r"(com\.microsoft\.)?(\w*Normalization|GatedRMSNorm)( .*)?"
+_NORMS = r"(com\.microsoft\.)?(\w*Normalization|GatedRMSNorm|EngramGate)( .*)?"
 _FUSED = r"(com\.microsoft\.)?(\w*Attention|GatedDeltaNet|CausalConvWithState|M?RotaryEmbedding)( .*)?"
 
 ON_PURPOSE = (
@@ -42,7 +42,7 @@ ON_PURPOSE = (
     LeftOut(_NORMS, _SUMS, "linear in scales and biases alone, which are weights and never partial sums"),
     LeftOut(_FUSED, _SUMS, "a sum is made in front of a fused op, which is linear in some of its inputs at best"),
     LeftOut(r"OneHot|CastLike|com\.microsoft\.LinearAttentionGate", r"[RP, S0]+ -> [RPS0, ]+", "a constant is no sum"),
-    LeftOut(r"com\.microsoft\.GatedAdd", _SUMS, "bilinear in two of three inputs, which a rule cannot say"),
+    LeftOut(r"com\.microsoft\.(GatedAdd|HyperConnection.*)", _SUMS, "bilinear in some inputs, which a rule cannot say"),
     LeftOut(r"Shape.*|Size|EyeLike|NonZero", r"(P|S0) -> [RP]", "what ops make of shapes alone is made on every rank"),
     LeftOut(r"Reshape copied size", r"P, R -> P", "replicated as a whole"),
     LeftOut(r"Dropout with a mask", r"P, R -> P, R", "a mask is no sum"),
@@ -99,9 +99,11 @@ def test_every_reason_is_needed() -> None:
 def test_a_forgotten_placement_is_found(
     op: str, label: str, claim: tuple[str, str], lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = RULES["", op]
+    right = OPS["", op].rule
+    assert right is not None
     case = next(case for case in CASES if (case.op, case.name) == (op, f"{op} {label}".strip()))
     assert lost not in unclaimed(Trial(case))
     changed = dataclasses.replace
-    monkeypatch.setitem(RULES, ("", op), lambda view: changed(right(view), text=right(view).text.replace(*claim)))
+    forgetful = changed(OPS["", op], rule=lambda view: changed(right(view), text=right(view).text.replace(*claim)))
+    monkeypatch.setitem(OPS, ("", op), forgetful)
     assert lost in unclaimed(Trial(case))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from furiosa_llm.builder.errors import ShapeError
-from tests.support.builder.graphs import model
+from tests.support.builder.graphs import Weights, model
 from tests.support.builder.plans import prepare_proto
 
 CASES = {
@@ -34,6 +34,26 @@ CASES = {
         "c = Greater(past_x, w0) f = Reshape(c, flat) y = Compress(past_x, f)",
         "Compress .* expected a constant condition; export the model without a selection by data",
     ),
+    "streams that do not divide": (
+        "y = com.microsoft.HyperConnectionPreMix<num_branches=5>(past_x, w)",
+        r"\[4, 6\] are no 5 streams",
+    ),
+    "gates of other streams": (
+        "y = com.microsoft.HyperConnectionPreMix<num_branches=3>(past_x, w)",
+        "the gates are not one for each of 3 streams, or for each of their 2 features",
+    ),
+    "another block's output": (
+        "y = com.microsoft.HyperConnectionPostMix<num_branches=3>(past_x, w, three)",
+        r"the block's output is not \[4, 2\]",
+    ),
+    "a matrix of other streams": (
+        "y = com.microsoft.HyperConnectionPostMix<num_branches=3>(past_x, two, three, w)",
+        r"the matrix is not \[4, 3, 3\]",
+    ),
+    "a value of other tokens": (
+        "y = com.microsoft.EngramGate(streams, streams, w, w, w)",
+        r"input 2 is not \[1, 2, 4\]",
+    ),
 }
 
 
@@ -41,7 +61,14 @@ CASES = {
 def test_the_error_says_what_to_do(name: str) -> None:
     nodes, message = CASES[name]
     words = nodes.replace(",", " ").replace("(", " ").replace(")", " ").split()
-    weights = {"w": (4, 5), "w0": np.zeros((4, 6), np.float32), "flat": np.array([-1])}
+    weights: Weights = {
+        "w": (4, 5),
+        "w0": np.zeros((4, 6), np.float32),
+        "flat": np.array([-1]),
+        "two": (4, 2),
+        "three": (4, 3),
+        "streams": (1, 2, 3, 4),
+    }
     inputs = "float[4, 6] past_x" + (", float past_i" if "past_i" in words else "")
     proto = model(inputs, "float y", nodes, {n: w for n, w in weights.items() if n in words})
     with pytest.raises(ShapeError, match=message):

@@ -12,7 +12,7 @@ import pytest
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, RuntimeException
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules import RULES
+from furiosa_llm.builder.rules import OPS
 from furiosa_llm.builder.rules.rule import Rule
 from tests.builder.plan.test_sweep import PASSES, STOPS
 from tests.support.builder.graphs import model
@@ -216,6 +216,11 @@ MUTATIONS = {
         "com.microsoft.QMoE blocks",
         text=("(k u v w s) *, * (k u v w s)", "(s k u v w) *, * (s k u v w)"),
     ),
+    "features lie before the streams": Mutation(
+        "com.microsoft.HyperConnectionPreMix",
+        "com.microsoft.HyperConnectionPreMix side by side",
+        text=("(c h)", "(h c)"),
+    ),
     "ReduceSumSquare is linear": Mutation("ReduceSumSquare", squares_of_a_sum, {"linear": (0,)}),
     "padding may be divided by": Mutation("Div", padded_quotient, {"divisor": None}),
 }
@@ -225,8 +230,10 @@ MUTATIONS = {
 def test_wrong_rule_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutation = MUTATIONS[name]
     domain, _, op_type = mutation.op.rpartition(".")
-    right = RULES[domain, op_type]
-    monkeypatch.setitem(RULES, (domain, op_type), lambda view: mutation.apply(right(view)))
+    right = OPS[domain, op_type].rule
+    assert right is not None
+    wrong_rule = dataclasses.replace(OPS[domain, op_type], rule=lambda view: mutation.apply(right(view)))
+    monkeypatch.setitem(OPS, (domain, op_type), wrong_rule)
     try:
         wrong = bool(prove(mutation.model(), until_wrong=True).wrong)
     except (AssertionError, ShapeError, Fail, InvalidArgument, RuntimeError, RuntimeException):

@@ -8,10 +8,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from furiosa_llm.builder.errors import UnsupportedModelError
 from furiosa_llm.builder.rewrite.decompose import DECOMPOSITIONS
-from furiosa_llm.builder.rewrite.unsupported_ops import REMEDIES
-from furiosa_llm.builder.rules import RULES
-from furiosa_llm.builder.rules.registry import MICROSOFT
-from furiosa_llm.builder.rules.replicated import REASONS
+from furiosa_llm.builder.rules import OPS
+from furiosa_llm.builder.rules.view import MICROSOFT
 from tests.support.builder.graphs import model
 from tests.support.builder.plans import prepare_proto
 
@@ -36,10 +34,10 @@ SIZES_FROM_DATA = "NonMaxSuppression Unique ImageDecoder GatherPacked"
 SEARCHES = "BeamSearch GreedySearch WhisperBeamSearch"
 """They hold the whole model as a subgraph: normalisation refuses them with the remedy."""
 NO_TRANSFORMER = """
-    AttnLSTM BifurcationDetector CDist ConvTransposeWithDynamicPads CropAndResize Det DynamicQuantizeLSTM EngramGate
-    DynamicTimeWarping HyperConnectionPostMix HyperConnectionPreMix Inverse MatMulFpQ4 MatMulInteger16 MaxpoolWithMask
-    NhwcMaxPool QEmbedLayerNormalization QLinearAveragePool QLinearConv QLinearGlobalAveragePool Range UnfoldTensor
-    SparseToDenseMatMul VarlenCausalConvWithState GridSample
+    AttnLSTM BifurcationDetector CDist ConvTransposeWithDynamicPads CropAndResize Det DynamicQuantizeLSTM
+    DynamicTimeWarping GridSample Inverse MatMulFpQ4 MatMulInteger16 MaxpoolWithMask NhwcMaxPool
+    QEmbedLayerNormalization QLinearAveragePool QLinearConv QLinearGlobalAveragePool Range SparseToDenseMatMul
+    UnfoldTensor VarlenCausalConvWithState
 """
 """No exporter of a transformer writes them; a model that has one is refused as unknown, or the op is replicated."""
 
@@ -58,33 +56,36 @@ LISTED = {
 }
 
 
+REMEDIES = {op_type: op.remedy for (domain, op_type), op in OPS.items() if domain == MICROSOFT and op.remedy}
+
+
 def with_a_cpu_kernel() -> set[tuple[str, str]]:
     return {(k.domain, k.op_name) for k in ort.get_all_opkernel_def() if k.provider == "CPUExecutionProvider"}
 
 
 def test_every_op_of_onnx_is_accounted_for() -> None:
     ops = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
-    ruled = {op for domain, op in RULES if domain == ""}
+    ruled = {op for domain, op in OPS if domain == ""}
     assert ops - ruled - LISTED == set()
 
 
 def test_every_op_of_onnxruntime_is_accounted_for() -> None:
     ops = {schema.name for schema in ort.get_all_operator_schema() if schema.domain == MICROSOFT}
-    ruled = {op for domain, op in RULES if domain == MICROSOFT}
-    assert ops - ruled - LISTED - REMEDIES.keys() - DECOMPOSITIONS.keys() == set()
+    ruled = {op for domain, op in OPS if domain == MICROSOFT}
+    assert ops - ruled - LISTED - DECOMPOSITIONS.keys() == set()
 
 
 def test_what_is_refused_has_no_kernel_and_what_is_split_has() -> None:
     """An op that gets a kernel in a later onnxruntime is to get a rule."""
     kernels = with_a_cpu_kernel()
     assert {op for op in REMEDIES if (MICROSOFT, op) in kernels} == set()
-    assert {op for domain, op in RULES if domain == MICROSOFT and (domain, op) not in kernels} == set()
+    assert {op for domain, op in OPS if domain == MICROSOFT and (domain, op) not in kernels} == REMEDIES.keys()
 
 
 @pytest.mark.parametrize("op", REMEDIES)
 def test_an_op_without_a_kernel_is_refused_with_the_remedy(op: str) -> None:
     proto = model("float[4, 6] past_x", "float[4, 6] y", f"y = com.microsoft.{op}(past_x)")
-    with pytest.raises(UnsupportedModelError, match=f"{op} .* has no CPU kernel .*; {REMEDIES[op][:20]}"):
+    with pytest.raises(UnsupportedModelError, match=f"{op} .* has no CPU kernel .*; {(REMEDIES[op] or '')[:20]}"):
         prepare_proto(proto)
 
 
@@ -97,4 +98,4 @@ def test_an_op_that_is_replicated_on_purpose_says_why() -> None:
     }
     prepared = prepare_proto(model("float[4, 2, 6] past_x", "float[4, 2, 5] y", nodes, weights))
     notes = [info.rule.note for info in prepared.analysis.nodes if info.rule.note]
-    assert notes == [f"GRU is replicated: {REASONS['', 'GRU']}"]
+    assert notes == [f"GRU is replicated: {OPS['', 'GRU'].replicated}"]

@@ -18,7 +18,6 @@ from furiosa_llm.runtime import Executor
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.engine.capacity import Workload, stage_memory
 from furiosa_llm.runtime.engine.core import EngineCore
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import PAGE_SIZE, make_plan, start
@@ -38,6 +37,7 @@ from furiosa_llm.runtime.execution.counters import (
     stage_counts,
 )
 from furiosa_llm.runtime.llm import LLM
+from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
 from furiosa_llm.runtime.placement.devices import PE
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.requests.outputs import RequestOutput

@@ -319,7 +319,7 @@ def test_a_batch_that_does_not_return(desk: Desk, start: Start) -> None:
     error = desk.finished()[lost].error
     assert error is not None
     assert isinstance(error.__cause__, StepTimeoutError)
-    assert "prefill of 3 tokens behind 0: not back within 0.05 s; batch 1; give a greater step_timeout" in str(error)
+    assert "prefill of 3 tokens after 0: not back within 0.05 s; batch 1; give a greater step_timeout" in str(error)
     running = desk.submit(replica, [5])
     gate.opened.set()
     assert desk.finished()[running].outputs[0].token_ids == counted([5])

@@ -253,7 +253,7 @@ def test_sizes_that_disagree_are_refused(tmp_path: Path) -> None:
 
 def test_no_threads_are_refused(tmp_path: Path) -> None:
     artifact = open_artifact(mlp(Mesh((2,))).write(tmp_path))
-    with pytest.raises(InputError, match="threads must be at least 1, got 0"):
+    with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
         Executor(artifact, threads=0)
 
 

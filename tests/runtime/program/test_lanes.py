@@ -250,7 +250,7 @@ def test_graphs_in_nodes_read_what_is_their_ranks(initializer: str, count: int, 
 
 
 def operators(lanes: Lanes, lane: int) -> Counter[str]:
-    segments = [step.segments[lane] for step in lanes.steps]
+    segments = [section.segments[lane] for section in lanes.sections]
     return Counter(node.op_type for segment in segments if segment is not None for node in segment.nodes)
 
 

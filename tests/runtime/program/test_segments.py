@@ -25,7 +25,7 @@ def cut(program: Spmd, folder: Path) -> Program:
 
 
 def ops(program: Program, index: int) -> list[str]:
-    segment = program.steps[index].segment
+    segment = program.sections[index].segment
     return [program.model.graph.node[position].op_type for position in segment.nodes] if segment else []
 
 
@@ -49,17 +49,17 @@ def two_columns(mesh: Mesh = MESH) -> Spmd:
 def test_an_mlp_is_two_segments(tmp_path: Path) -> None:
     program = cut(mlp(MESH), tmp_path)
     assert [ops(program, index) for index in range(2)] == [["MatMul", "Relu", "MatMul"], ["Identity"]]
-    first, second = (step.segment for step in program.steps)
+    first, second = (section.segment for section in program.sections)
     assert first is not None
     assert second is not None
     assert (first.inputs, first.outputs, first.initializers) == (("x",), ("partial",), ("A", "B"))
     assert (second.inputs, second.outputs, second.initializers) == (("sum",), ("y",), ())
-    assert [call.output for call in program.steps[0].collectives] == ["sum"]
+    assert [call.output for call in program.sections[0].collectives] == ["sum"]
 
 
 def test_independent_collectives_share_a_step(tmp_path: Path) -> None:
     program = cut(two_columns(), tmp_path)
-    assert [[call.output for call in step.collectives] for step in program.steps] == [["as", "bs"], []]
+    assert [[call.output for call in section.collectives] for section in program.sections] == [["as", "bs"], []]
 
 
 def test_nodes_of_initializers_go_where_they_are_read(tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_a_collective_behind_a_collective_has_no_segment(tmp_path: Path) -> None
     program.all_reduce("p", "s", (0,), ["batch", 2])
     program.all_gather("s", "y", (0,), 1, ["batch", 2])
     program.output("y", ["batch", 4])
-    steps = cut(program, tmp_path).steps
-    assert [step.segment is None for step in steps] == [False, True]
-    assert [len(step.collectives) for step in steps] == [1, 1]
+    sections = cut(program, tmp_path).sections
+    assert [section.segment is None for section in sections] == [False, True]
+    assert [len(section.collectives) for section in sections] == [1, 1]
 
 
 def test_what_a_branch_captures_crosses(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_what_a_branch_captures_crosses(tmp_path: Path) -> None:
     program.node("If", ["never"], "z", then_branch=inner, else_branch=inner)
     program.output("z", ["batch", 1])
     cut_up = cut(program, tmp_path)
-    second = cut_up.steps[1].segment
+    second = cut_up.sections[1].segment
     assert second is not None
     assert set(second.inputs) == {"sum", "r_sum"}
     assert ops(cut_up, 1)[-1] == "If"
@@ -133,8 +133,8 @@ def test_only_functions_in_use_are_kept(tmp_path: Path) -> None:
     program = cut_program(artifact.program, artifact.manifest.collectives, frozenset())
     nodes = artifact.program.graph.node
     kept = [
-        program_part(program, [nodes[position] for position in step.segment.nodes]).functions
-        for step in program.steps
-        if step.segment
+        program_part(program, [nodes[position] for position in section.segment.nodes]).functions
+        for section in program.sections
+        if section.segment
     ]
     assert [[function.name for function in functions] for functions in kept] == [["Outer", "Inner"], []]

@@ -15,8 +15,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.placement.block_reads import RECOMPUTED_NBYTES
-from furiosa_llm.runtime.program.stage_graph import StageGraph, cut_stages
+from furiosa_llm.runtime.program.stage_graph import RECOMPUTED_NBYTES, StageGraph, cut_stages
 from tests.support.runtime.models import LlamaSize, llama
 from tests.support.runtime.spmd import Spmd
 

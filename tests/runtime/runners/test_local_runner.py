@@ -541,7 +541,7 @@ def test_closing_ends_the_threads(artifact: Artifact) -> None:
 
 
 def test_a_host_has_at_least_one_thread(artifact: Artifact) -> None:
-    with pytest.raises(InputError, match="threads must be at least 1, got 0"):
+    with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
         Host(artifact, choose_stages(artifact), threads=0)
 
 

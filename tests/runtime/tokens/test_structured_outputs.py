@@ -53,7 +53,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"choice": []}, "structured_outputs.choice must not be empty"),
     ({"choice": ["a", ""]}, "structured_outputs.choice must not hold an empty string"),
     ({"choice": "ab"}, "structured_outputs.choice must be a list of strings"),
-    ({"grammar": 'root ::= ("a"'}, "read as GBNF, as it has no rule `start:`, and is none: Expected '\\)'"),
+    ({"grammar": 'root ::= ("a"'}, "has no rule `start:`, and so is read as GBNF, which it is not: Expected '\\)'"),
     ({"grammar": "root ::= " + "(" * 5000}, "structured_outputs.grammar cannot be read: .*recursion"),
     ({"grammar": "start: foo"}, 'structured_outputs.grammar cannot be compiled: .*unknown name: "foo"'),
     ({"regex": "a" * MAX_GRAMMAR_NBYTES}, f"at most {MAX_GRAMMAR_NBYTES} are compiled; make it smaller"),

@@ -282,7 +282,7 @@ def test_a_folder_without_a_tokenizer(folder: Path) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer.from_folder(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json; put the tokenizer's files beside the model"):
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json; put the tokenizer's files next to the model"):
         Tokenizer.from_folder(folder)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from furiosa_llm.builder.factors.probe import Probes, probe
+from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.rewrite.fusion import Fusion, fuse_attention
 from furiosa_llm.builder.rewrite.normalize import normalize
-from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.rewrite.passes import rewrite
 from furiosa_llm.builder.source.load import load
 from furiosa_llm.builder.source.tensors import read_packed, tensor_of
 from tests.support.builder.graphs import model
@@ -125,10 +125,7 @@ _WEIGHTS = {
 def prepared(path: Path) -> tuple[ir.Model, Probes]:
     """The model at `path` as the pass finds it in a build."""
     found = normalize(load(path))
-    probes = probe(found, {}, {})
-    if simplify(found, probes):
-        probes = probe(found, {}, {})
-    return found, probes
+    return found, rewrite(found, {}, {}, fuse=False).probes
 
 
 def fused(path: Path) -> tuple[ir.Model, Fusion]:

@@ -291,6 +291,33 @@ def quantized_experts() -> Iterator[OpCase]:
     yield case(op, text, x, "float[6, 8] present_y", nodes, b=(8,))
 
 
+def hyper_connections() -> Iterator[OpCase]:
+    """3 or 4 streams of 5 features, for 6 tokens."""
+    op, y = "com.microsoft.HyperConnectionPreMix", "float[6, 5] present_y"
+    yield case(
+        op, "ra c h, ra c -> ra h; reduce c", "float[6, 3, 5] past_x", y, f"present_y = {op}(past_x, g)", g=(6, 3)
+    )
+    nodes = f"present_y = {op}<num_branches=4>(past_x, past_g)"
+    x = "float[6, 20] past_x, float[6, 4] past_g"
+    yield case(op, "ra (c h), ra c -> ra h; reduce c", x, y, nodes, "side by side")
+    x = "float[6, 20] past_x, float[6, 20] past_g"
+    yield case(op, "ra (c h), ra (c h) -> ra h; pin c", x, y, nodes, "side by side, and their gates")
+    op, y = "com.microsoft.HyperConnectionPostMix", "float[6, 3, 5] present_y"
+    x = "float[6, 3, 5] past_x, float[6, 5] past_z, float[6, 3, 1] past_g"
+    yield case(op, "ra c h, ra h, ra c 1 -> ra c h", x, y, f"present_y = {op}(past_x, past_z, past_g)")
+    x, y = "float[6, 15] past_x, float[6, 5] past_z, float[6, 3] past_g", "float[6, 15] present_y"
+    nodes = f"present_y = {op}<num_branches=3>(past_x, past_z, past_g)"
+    yield case(op, "ra (c h), ra h, ra c -> ra (c h)", x, y, nodes, "side by side")
+    nodes = f"present_y = {op}<num_branches=3>(past_x, past_z, past_g, past_m)"
+    text = "ra (c h), ra h, ra c, ra c c -> ra (c h); pin c"
+    yield case(op, text, f"{x}, float[6, 3, 3] past_m", y, nodes, "with a matrix")
+    op, y = "com.microsoft.EngramGate", "float[2, 3, 6, 5] present_y, float[2, 3, 6, 5] present_z"
+    x = "float[2, 3, 6, 5] past_k, float[2, 3, 6, 5] past_x, float[2, 3, 5] past_v"
+    nodes, scales = f"present_y, present_z = {op}(past_k, past_x, past_v, k, q, s)", dict.fromkeys("kqs", (6, 5))
+    text = "b s c *, b s c *, b s *, c *, c *, c * -> b s c *, b s c *"
+    yield case(op, text, x, y, nodes, **scales)
+
+
 GROUPS = (
     attentions,
     standard_attentions,
@@ -301,4 +328,5 @@ GROUPS = (
     causal_convolutions,
     experts,
     quantized_experts,
+    hyper_connections,
 )

@@ -17,16 +17,14 @@ import onnxruntime as ort
 
 from furiosa_llm.builder.factors.analysis import Analysis, analyse
 from furiosa_llm.builder.factors.factor import Factor
-from furiosa_llm.builder.factors.probe import Probes, probe
+from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.states import States, find_states
 from furiosa_llm.builder.lower.check_shapes import check_shapes, interpreter, local_shape
 from furiosa_llm.builder.lower.emit import lower
 from furiosa_llm.builder.plan.outcome import Axes, InfeasibleError, Outcome
 from furiosa_llm.builder.plan.sweep import Sweeper
-from furiosa_llm.builder.rewrite.branches import settle_branches
-from furiosa_llm.builder.rewrite.fusion import fuse_attention
 from furiosa_llm.builder.rewrite.normalize import normalize
-from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.rewrite.passes import rewrite
 from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, role_of
 from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.source.load import Source, load
@@ -146,11 +144,7 @@ def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool, fused: bo
     for node in model.graph:
         node.attributes.pop("accuracy_level", None)
     config = companions.read_json(source.path, "config.json")
-    probes = settle_branches(model, {}, config)
-    if simplified and simplify(model, probes):
-        probes = probe(model, {}, config)
-    if fused and fuse_attention(model, probes).changed:
-        probes = probe(model, {}, config)
+    probes = rewrite(model, {}, config, fuse=fused, fold=simplified).probes
     return Prepared(
         proto=proto,
         source=source,

@@ -45,7 +45,7 @@ _SOURCE: list[tuple[str, Change, str]] = [
     (
         "an initializer added",
         inline_of(data_type=1, dims=[0]),
-        "found the initializer 'added', expected only those of",
+        "found the initializer 'added', expected only initializers of",
     ),
     (
         "an initializer twice",

@@ -7,19 +7,19 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 TIMEOUT = 60
 MAIN = "from furiosa_llm.cli.main import main; main()"
 
 
 class Process:
-    """A server in a process."""
+    """A server in a process, with the environment `env`, by default its parent's."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None) -> None:
         everything = [sys.executable, "-uc", MAIN, "serve", *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
         self.process = subprocess.Popen(
-            everything, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+            everything, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
         )
         self._lines: list[str] = []
         self.url = ""
@@ -58,9 +58,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def started(*arguments: object) -> Iterator[Process]:
+def started(*arguments: object, env: Mapping[str, str] | None = None) -> Iterator[Process]:
     """A server that takes requests."""
-    process = Process(*arguments)
+    process = Process(*arguments, env=env)
     try:
         yield process
     finally:

@@ -21,8 +21,8 @@ from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.builder.rewrite.fusion import fuse, fuse_attention
 from furiosa_llm.builder.rewrite.fusion.match import LeftAloneError, Match
 from furiosa_llm.builder.rewrite.fusion.matching import match
-from furiosa_llm.builder.rewrite.fusion.nodes import Sizes
 from furiosa_llm.builder.rewrite.fusion.rewriting import replace
+from furiosa_llm.builder.rewrite.fusion.sizes import Sizes
 from furiosa_llm.builder.rewrite.fusion.tracing import anchors
 from furiosa_llm.builder.rewrite.fusion.trial import prove
 from furiosa_llm.cli.main import cli

@@ -1,6 +1,6 @@
 """What lies in the memory of PEs and cards: weights, KV cache and activations of every stage, and how many pages fit.
 
-Everything is computed from the artifact, nothing is measured: the memory is that of the simulated cards, not the
+Everything follows from manifest and program, nothing is measured: the memory is that of the simulated cards, not the
 host's. The PEs of a card share its memory, so replicas on one card keep each shard once; on different cards each keeps
 its own. KV caches and activations are each replica's own.
 """
@@ -12,17 +12,20 @@ from dataclasses import dataclass
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
-from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import used_names
-from furiosa_llm.runtime.artifact.layout import local_size
-from furiosa_llm.runtime.artifact.manifest import State
-from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.engine.engine_args import DEFAULT_CHUNK_SIZE
+from furiosa_llm.runtime.artifact.reader import SplitModel
+from furiosa_llm.runtime.artifact.units import nbytes as shown
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
-from furiosa_llm.runtime.placement.stages import Stage, choose_stages
+from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
+from furiosa_llm.runtime.placement.stages import Stage, divide_blocks
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.program.segments import Program, ValueType, cut_program, size_names
+
+DEFAULT_CHUNK_SIZE = 256
+"""Tokens of a prompt that are computed in a step, where the caller does not say."""
+DEFAULT_LENGTH = 2048
+"""Tokens that a sequence may reach where neither the model nor the caller limits them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,7 @@ class Workload:
     """
 
     max_batch_size: int = 1
-    max_model_len: int = 2048
+    max_model_len: int = DEFAULT_LENGTH
     prefill_chunk_size: int = DEFAULT_CHUNK_SIZE
 
     def __post_init__(self) -> None:
@@ -48,7 +51,7 @@ class StageMemory:
 
     `kv_nbytes_per_token` are those of one position of one sequence. `activation_nbytes` is the block that values
     between the segments take in the larger of a decode and a prefill step; kernels' own scratch memory is not known.
-    None: it cannot be told from the artifact. `received_nbytes_per_token` is what comes from earlier stages for one
+    None: it cannot be told from the model. `received_nbytes_per_token` is what comes from earlier stages for one
     position; None: the program does not declare it.
     """
 
@@ -73,35 +76,59 @@ class CardMemory:
     activation_nbytes: int
 
     @property
+    def pe_nbytes(self) -> int:
+        """What each PE would hold if the card's memory were divided."""
+        return -(-(self.capacity_nbytes - self.free_nbytes) // self.num_pes)
+
+    @property
     def free_nbytes(self) -> int:
         """What is left; negative if it does not fit."""
         return self.capacity_nbytes - self.weight_nbytes - self.kv_nbytes - self.activation_nbytes
 
 
-def stage_memory(artifact: Artifact, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
-    """What each of `stages`, which are all of `artifact`, keeps on each PE."""
-    program = cut_program(artifact.program, artifact.manifest.collectives, size_names(artifact.manifest))
-    made_at = {name: at for at, node in enumerate(artifact.program.graph.node) for name in node.output}
-    life = _lifetimes(program)
-    kv = {state.output: _position_nbytes(artifact, state) for state in artifact.manifest.states}
-    return tuple(
-        StageMemory(
-            weight_nbytes=stage.weight_nbytes,
-            kv_nbytes_per_token=sum(
-                nbytes for output, nbytes in kv.items() if stage.first_node <= made_at.get(output, 0) < stage.stop_node
-            ),
-            activation_nbytes=_activation_nbytes(artifact, program, life, stage, workload),
-            received_nbytes_per_token=_received_nbytes(artifact, program, stage),
+def stage_memory(model: SplitModel, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
+    """What each of `stages`, which are all of `model`, keeps on each PE."""
+    return Memory(model).of_stages(stages, workload)
+
+
+class Memory:
+    """What the stages of a model keep, however it is cut and whatever it is to hold."""
+
+    def __init__(self, model: SplitModel) -> None:
+        self._model = model
+        self._program = cut_program(model.program, model.manifest.collectives, size_names(model.manifest))
+        self._life = _lifetimes(self._program)
+        self._states = _states_kept_at(model)
+
+    def of_stages(self, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
+        """What each of `stages`, which are all of the model, keeps on each PE."""
+        return tuple(
+            StageMemory(
+                weight_nbytes=stage.weight_nbytes,
+                kv_nbytes_per_token=sum(
+                    nbytes for kept_at, nbytes in self._states if stage.first_node <= kept_at < stage.stop_node
+                ),
+                activation_nbytes=_activation_nbytes(self._model, self._program, self._life, stage, workload),
+                received_nbytes_per_token=_received_nbytes(self._model, self._program, stage),
+            )
+            for stage in stages
         )
-        for stage in stages
-    )
+
+
+def _states_kept_at(model: SplitModel) -> list[tuple[int, int]]:
+    """For each state the node whose stage keeps it, which makes its next value or reads it first, and its bytes."""
+    nodes = model.program.graph.node
+    read_at = {name: at for at in reversed(range(len(nodes))) for name in used_names(nodes[at])}
+    made_at = {name: at for at, node in enumerate(nodes) for name in node.output}
+    kept_at = read_at | {s.input: made_at[s.output] for s in model.manifest.states if s.output in made_at}
+    return [(kept_at.get(name, 0), nbytes) for name, nbytes in model.manifest.state_nbytes.items()]
 
 
 def _lifetimes(program: Program) -> dict[str, Lifetime]:
     """The lifetime of every value that a segment or a collective makes, as one rank has it; outputs live to the end."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
-    for index, step in enumerate(program.steps):
+    for index, step in enumerate(program.sections):
         made = [call.output for call in step.collectives]
         read = [call.input for call in step.collectives]
         if step.segment is not None:
@@ -109,7 +136,7 @@ def _lifetimes(program: Program) -> dict[str, Lifetime]:
             read.extend(step.segment.inputs)
         first.update(dict.fromkeys(made, index))
         last.update({name: index for name in (*made, *read) if name in first})
-    last.update(dict.fromkeys(program.outputs, len(program.steps)))
+    last.update(dict.fromkeys(program.outputs, len(program.sections)))
     return {name: Lifetime(first=first[name], last=last[name]) for name in first}
 
 
@@ -150,14 +177,14 @@ def kv_pages(
             counts.append(free // (card.kv_nbytes * page_size))
             if not counts[-1]:
                 raise CapacityError(
-                    f"npu:{card.npu} has {_shown(free)} left beside weights and activations, but a page of {page_size} "
-                    f"tokens takes {_shown(card.kv_nbytes * page_size)}; use smaller pages or more stages"
+                    f"npu:{card.npu} has {shown(free)} left beside weights and activations, but a page of {page_size} "
+                    f"tokens takes {shown(card.kv_nbytes * page_size)}; use smaller pages or more stages"
                 )
     return min(counts, default=None)
 
 
 def check_weights(
-    artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, pe_nbytes: int = PE_NBYTES
+    model: SplitModel, topology: Topology, stages: Sequence[Stage], *, pe_nbytes: int = PE_NBYTES
 ) -> None:
     """Raises CapacityError, which says by how much and which number of stages would do, if weights alone do not fit."""
     weights = [
@@ -171,7 +198,9 @@ def check_weights(
     ]
     for card in card_memory(topology, weights, Workload(), pe_nbytes=pe_nbytes):
         if card.free_nbytes < 0:
-            raise CapacityError(f"{_over(card, -card.free_nbytes)}; {_remedy(artifact, len(stages), pe_nbytes)}")
+            raise CapacityError(
+                f"{_over(card, -card.free_nbytes)}; {_remedy(read_blocks(model), len(stages), pe_nbytes)}"
+            )
 
 
 def _held(topology: Topology) -> dict[int, list[int]]:
@@ -183,25 +212,14 @@ def _held(topology: Topology) -> dict[int, list[int]]:
     return dict(sorted(held.items()))
 
 
-def _position_nbytes(artifact: Artifact, state: State) -> int:
-    """The bytes of one position of one sequence in `state`, on one PE."""
-    info = next(info for info in artifact.manifest.inputs if info.name == state.input)
-    sizes = {name: 1 for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
-    local = [
-        size if layout is None else local_size(layout, artifact.manifest.mesh)
-        for size, layout in zip(info.shape, info.layout, strict=True)
-    ]
-    return DTYPES[info.dtype].nbytes(shape_of(local, sizes))
-
-
 # -- activations ---------------------------------------------------------------------------------------------------
 
 
 def _activation_nbytes(
-    artifact: Artifact, program: Program, life: Mapping[str, Lifetime], stage: Stage, workload: Workload
+    model: SplitModel, program: Program, life: Mapping[str, Lifetime], stage: Stage, workload: Workload
 ) -> int | None:
-    nodes = artifact.program.graph.node[stage.first_node : stage.stop_node]
-    states = {state.output for state in artifact.manifest.states}
+    nodes = model.program.graph.node[stage.first_node : stage.stop_node]
+    states = {state.output for state in model.manifest.states}
     touched = {name for node in nodes for name in (*used_names(node), *node.output)} - states
     lives = {name: life[name] for name in life if name in touched}
     peaks: list[int] = []
@@ -222,15 +240,15 @@ def _steps(workload: Workload) -> tuple[dict[str, int], ...]:
     return known_sizes(decode), known_sizes({"batch": 1, "sequence": chunk, "past": longest - chunk})
 
 
-def _crossing(artifact: Artifact, stage: Stage) -> tuple[str, ...]:
-    return artifact.manifest.blocks[stage.first_block].crossing if stage.first_block else ()
+def _crossing(model: SplitModel, stage: Stage) -> tuple[str, ...]:
+    return model.manifest.blocks[stage.first_block].crossing if stage.first_block else ()
 
 
-def _received_nbytes(artifact: Artifact, program: Program, stage: Stage) -> int | None:
+def _received_nbytes(model: SplitModel, program: Program, stage: Stage) -> int | None:
     one = {"batch": 1, "sequence": 1}
     sizes = [
         _nbytes(kind, one) if (kind := program.types.get(name)) is not None else None
-        for name in _crossing(artifact, stage)
+        for name in _crossing(model, stage)
     ]
     known = [nbytes for nbytes in sizes if nbytes is not None]
     return sum(known) if len(known) == len(sizes) else None
@@ -248,25 +266,17 @@ def _nbytes(kind: ValueType, sizes: Mapping[str, int]) -> int | None:
 
 
 def _over(card: CardMemory, nbytes: int) -> str:
-    activations = f" and {_shown(card.activation_nbytes)} of activations" if card.activation_nbytes else ""
+    activations = f" and {shown(card.activation_nbytes)} of activations" if card.activation_nbytes else ""
     return (
-        f"npu:{card.npu} is to hold {_shown(card.weight_nbytes)} of weights{activations} on {card.num_pes} PEs, which "
-        f"is {_shown(nbytes)} more than their {_shown(card.capacity_nbytes)}"
+        f"npu:{card.npu} is to hold {shown(card.weight_nbytes)} of weights{activations} on {card.num_pes} PEs, which "
+        f"is {shown(nbytes)} more than their {shown(card.capacity_nbytes)}"
     )
 
 
-def _remedy(artifact: Artifact, stages: int, pe_nbytes: int) -> str:
+def _remedy(blocks: Sequence[BlockReads], stages: int, pe_nbytes: int) -> str:
     """The least number of stages with which every PE has room for its own shards."""
-    for more in range(stages + 1, len(artifact.manifest.blocks) + 1):
-        cut = choose_stages(artifact, pipeline_parallel_size=more)
+    for more in range(stages + 1, len(blocks) + 1):
+        cut = divide_blocks(blocks, pipeline_parallel_size=more)
         if max(stage.weight_nbytes for stage in cut) <= pe_nbytes:
             return f"use pp={more}, which fits"
     return "no number of stages fits; build for a larger tensor parallel size, or with smaller weights"
-
-
-def _shown(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} GB"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 import onnx_ir as ir
@@ -22,11 +23,19 @@ class Fact:
     zero: bool = False
     """Every element is zero, whatever the inputs hold."""
 
+    @property
+    def nbytes(self) -> int:
+        """What the elements take, packed if they are smaller than a byte."""
+        return -(-math.prod(self.shape) * self.dtype.bitwidth // 8)
+
 
 Facts = dict[ir.Value, Fact]
 
 
-def present(value: ir.Value | None) -> ir.Value:
-    """An input that is there: its op is none without it."""
+_T = TypeVar("_T", ir.Value, Fact)
+
+
+def present(value: _T | None) -> _T:
+    """An input, or what is known of it, that is there: its op is none without it."""
     assert value is not None
     return value

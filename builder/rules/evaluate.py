@@ -1,7 +1,9 @@
-"""Evaluate small tensors (shape arithmetic) with numpy: op type -> function of attributes and inputs.
+"""Evaluate small tensors (shape arithmetic) with numpy: functions of an op's attributes and inputs.
 
 ONNX's operator definitions are the source: https://onnx.ai/onnx/operators/. Optional inputs that are absent are None.
 """
+
+# ruff: noqa: D103  (each function does what ONNX defines for the op of its name)
 
 from __future__ import annotations
 
@@ -15,6 +17,11 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 Attributes = dict[str, Any]
 Evaluator = Callable[[Attributes, Sequence[Array | None]], Array | tuple[Array, ...]]
+"""Of attributes and inputs: the outputs."""
+ShapeEvaluator = Callable[[Attributes, tuple[int, ...]], Array]
+"""Of attributes and the shape of input 0: the output."""
+SizeFunction = Callable[[Sequence[Array]], float]
+"""Of the inputs that are there: how many elements an op makes of them."""
 
 
 def _ints(value: Array | None) -> tuple[int, ...]:
@@ -30,13 +37,13 @@ def _axes(attributes: Attributes, inputs: Sequence[Array | None]) -> tuple[int, 
     return None if axes is None else tuple(axes)
 
 
-def _unsqueeze(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def unsqueeze(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     axes = _axes(attributes, inputs)
     assert axes is not None
     return np.expand_dims(_array(inputs[0]), axes)
 
 
-def _squeeze(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def squeeze(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.squeeze(_array(inputs[0]), _axes(attributes, inputs))
 
 
@@ -45,14 +52,14 @@ def _array(value: Array | None) -> Array:
     return value
 
 
-def _reshape(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def reshape(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, shape = _array(inputs[0]), list(_ints(inputs[1]))
     if not attributes.get("allowzero", 0):
         shape = [data.shape[i] if s == 0 else s for i, s in enumerate(shape)]
     return data.reshape(shape)
 
 
-def _slice(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def slice_(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data = _array(inputs[0])
     if "starts" in attributes:
         starts, ends, axes, steps = attributes["starts"], attributes["ends"], attributes.get("axes"), None
@@ -69,35 +76,35 @@ def _slice(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return data[tuple(index)]
 
 
-def _concat(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def concat(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.concatenate([_array(v) for v in inputs], axis=attributes["axis"])
 
 
-def _gather(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def gather(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.take(_array(inputs[0]), _array(inputs[1]), axis=attributes.get("axis", 0))
 
 
-def _expand(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+def expand(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     data = _array(inputs[0])
     return np.broadcast_to(data, np.broadcast_shapes(data.shape, _ints(inputs[1])))
 
 
-def _constant_of_shape(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def constant_of_shape(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     value = attributes.get("value")
     fill = np.zeros(1, np.float32) if value is None else value.numpy()
     return np.full(_ints(inputs[0]), fill.reshape(-1)[0], dtype=fill.dtype)
 
 
-def _range(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+def arange(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     start, limit, delta = (_array(v) for v in inputs)
     return np.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
 
 
-def _cast(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def cast(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return _array(inputs[0]).astype(ir.DataType(attributes["to"]).numpy())
 
 
-def _divide(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+def divide(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     a, b = _array(inputs[0]), _array(inputs[1])
     if a.dtype.kind not in "iu":
         return np.asarray(a / b)
@@ -105,12 +112,12 @@ def _divide(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.asarray(np.sign(a) * np.sign(b) * magnitude, dtype=a.dtype)
 
 
-def _mod(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def mod(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     function = np.fmod if attributes.get("fmod", 0) else np.mod
     return np.asarray(function(_array(inputs[0]), _array(inputs[1])))
 
 
-def _reduce(function: Callable[..., Any]) -> Evaluator:
+def reduce(function: Callable[..., Any]) -> Evaluator:
     def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
         axes, data = _axes(attributes, inputs), _array(inputs[0])
         if axes is None and attributes.get("noop_with_empty_axes", 0):
@@ -121,15 +128,15 @@ def _reduce(function: Callable[..., Any]) -> Evaluator:
     return evaluate
 
 
-def _binary(function: Callable[..., Any]) -> Evaluator:
+def binary(function: Callable[..., Any]) -> Evaluator:
     return lambda _, inputs: np.asarray(function(_array(inputs[0]), _array(inputs[1])))
 
 
-def _unary(function: Callable[..., Any]) -> Evaluator:
+def unary(function: Callable[..., Any]) -> Evaluator:
     return lambda _, inputs: np.asarray(function(_array(inputs[0])), dtype=_array(inputs[0]).dtype)
 
 
-def _variadic(function: Callable[..., Any]) -> Evaluator:
+def variadic(function: Callable[..., Any]) -> Evaluator:
     def evaluate(_: Attributes, inputs: Sequence[Array | None]) -> Array:
         result = _array(inputs[0])
         for other in inputs[1:]:
@@ -139,16 +146,16 @@ def _variadic(function: Callable[..., Any]) -> Evaluator:
     return evaluate
 
 
-def _transpose(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def transpose(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.transpose(_array(inputs[0]), attributes.get("perm"))
 
 
-def _where(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+def where(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     condition, a, b = (_array(v) for v in inputs)
     return np.where(condition, a, b)
 
 
-def _split(attributes: Attributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
+def split(attributes: Attributes, inputs: Sequence[Array | None]) -> tuple[Array, ...]:
     data, axis = _array(inputs[0]), attributes.get("axis", 0)
     if len(inputs) > 1 and inputs[1] is not None:
         sizes: Sequence[int] = _ints(inputs[1])
@@ -165,7 +172,7 @@ def _axis(attributes: Attributes, array: Array, default: int) -> int:
     return int(attributes.get("axis", default)) % max(array.ndim, 1)
 
 
-def _arg(function: Callable[..., Any]) -> Evaluator:
+def arg(function: Callable[..., Any]) -> Evaluator:
     def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
         data, last = _array(inputs[0]), bool(attributes.get("select_last_index", 0))
         axis = _axis(attributes, data, 0)
@@ -175,11 +182,11 @@ def _arg(function: Callable[..., Any]) -> Evaluator:
     return evaluate
 
 
-def _cast_like(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+def cast_like(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     return _array(inputs[0]).astype(_array(inputs[1]).dtype)
 
 
-def _clip(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def clip(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data = _array(inputs[0])
     low, high = [*inputs[1:], None, None][:2]
     low = attributes.get("min") if low is None else low
@@ -188,12 +195,12 @@ def _clip(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return data if high is None else np.minimum(data, np.asarray(high, dtype=data.dtype))
 
 
-def _compress(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def compress(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, condition = _array(inputs[0]), _array(inputs[1])
     return np.compress(condition, data, axis=attributes.get("axis"))
 
 
-def _cumulative_sum(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def cumulative_sum(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, axis = _array(inputs[0]), int(_array(inputs[1]).item())
     data = np.flip(data, axis) if attributes.get("reverse", 0) else data
     total = np.cumsum(data, axis=axis, dtype=data.dtype)
@@ -201,20 +208,20 @@ def _cumulative_sum(attributes: Attributes, inputs: Sequence[Array | None]) -> A
     return np.flip(total, axis) if attributes.get("reverse", 0) else total
 
 
-def _eye_like(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def eye_like(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data = _array(inputs[0])
     dtype = ir.DataType(attributes["dtype"]).numpy() if "dtype" in attributes else data.dtype
     rows, columns = data.shape
     return np.asarray(np.eye(rows, columns, k=attributes.get("k", 0)), dtype=dtype)
 
 
-def _flatten(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def flatten(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data = _array(inputs[0])
     axis = attributes.get("axis", 1)
     return data.reshape(int(np.prod(data.shape[: axis if axis >= 0 else axis + data.ndim])), -1)
 
 
-def _gather_elements(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def gather_elements(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, indices = _array(inputs[0]), _array(inputs[1])
     return np.take_along_axis(_cropped(data, indices, _axis(attributes, data, 0)), indices, _axis(attributes, data, 0))
 
@@ -224,7 +231,7 @@ def _cropped(data: Array, indices: Array, axis: int) -> Array:
     return data[tuple(slice(None) if d == axis else slice(size) for d, size in enumerate(indices.shape))]
 
 
-def _gather_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def gather_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, indices = _array(inputs[0]), _array(inputs[1])
     batch = attributes.get("batch_dims", 0)
     grid = np.ogrid[tuple(slice(size) for size in indices.shape[:batch])] if batch else ()
@@ -232,13 +239,13 @@ def _gather_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.asarray(data[(*own, *np.moveaxis(indices, -1, 0))])
 
 
-def _mean(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
-    total = _variadic(np.add)(attributes, inputs)
+def mean(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+    total = variadic(np.add)(attributes, inputs)
     assert not isinstance(total, tuple)
     return np.asarray(total / len(inputs), dtype=total.dtype)
 
 
-def _one_hot(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def one_hot(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     indices, values = _array(inputs[0]), _array(inputs[2])
     depth = int(_array(inputs[1]).item())
     axis = attributes.get("axis", -1)
@@ -249,7 +256,7 @@ def _one_hot(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.asarray(np.where(hot, values[1], values[0]))
 
 
-def _pad(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def pad(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, mode = _array(inputs[0]), attributes.get("mode", "constant")
     pads = attributes.get("pads") if len(inputs) < 2 else _ints(inputs[1])
     value, axes = [*inputs[2:], None, None][:2]
@@ -272,7 +279,7 @@ def _pad(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.pad(data[cut], grown, constant_values=fill)
 
 
-def _scatter_elements(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def scatter_elements(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, indices, updates = _array(inputs[0]).copy(), _array(inputs[1]), _array(inputs[2])
     axis = _axis(attributes, data, 0)
     places = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
@@ -281,7 +288,7 @@ def _scatter_elements(attributes: Attributes, inputs: Sequence[Array | None]) ->
     return data
 
 
-def _scatter_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def scatter_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     data, indices, updates = _array(inputs[0]).copy(), _array(inputs[1]), _array(inputs[2])
     _combine(attributes, data, tuple(np.moveaxis(indices, -1, 0)), updates)
     return data
@@ -297,16 +304,16 @@ def _combine(attributes: Attributes, data: Array, places: tuple[Array, ...], upd
         how[reduction].at(data, places, updates)
 
 
-def _tile(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+def tile(_: Attributes, inputs: Sequence[Array | None]) -> Array:
     return np.tile(_array(inputs[0]), _ints(inputs[1]))
 
 
-def _trilu(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
+def trilu(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
     k = int(_array(inputs[1]).item()) if len(inputs) > 1 and inputs[1] is not None else 0
     return (np.triu if attributes.get("upper", 1) else np.tril)(_array(inputs[0]), k)
 
 
-def _quiet(evaluator: Evaluator) -> Evaluator:
+def quiet(evaluator: Evaluator) -> Evaluator:
     """ONNX computes log(0) and 1/0 without a word, and so do we."""
 
     def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array | tuple[Array, ...]:
@@ -316,74 +323,46 @@ def _quiet(evaluator: Evaluator) -> Evaluator:
     return evaluate
 
 
-_FUNCTIONS: dict[str, Evaluator] = {
-    "Abs": _unary(np.abs),
-    "Add": _binary(np.add),
-    "And": _binary(np.logical_and),
-    "ArgMax": _arg(np.argmax),
-    "ArgMin": _arg(np.argmin),
-    "Cast": _cast,
-    "CastLike": _cast_like,
-    "Ceil": _unary(np.ceil),
-    "Clip": _clip,
-    "Compress": _compress,
-    "Concat": _concat,
-    "ConstantOfShape": _constant_of_shape,
-    "CumSum": _cumulative_sum,
-    "Div": _divide,
-    "Equal": _binary(np.equal),
-    "Exp": _unary(np.exp),
-    "Expand": _expand,
-    "EyeLike": _eye_like,
-    "Flatten": _flatten,
-    "Floor": _unary(np.floor),
-    "Gather": _gather,
-    "GatherElements": _gather_elements,
-    "GatherND": _gather_nd,
-    "Greater": _binary(np.greater),
-    "GreaterOrEqual": _binary(np.greater_equal),
-    "Identity": _unary(np.asarray),
-    "IsNaN": lambda _, inputs: np.isnan(_array(inputs[0])),
-    "Less": _binary(np.less),
-    "LessOrEqual": _binary(np.less_equal),
-    "Log": _unary(np.log),
-    "Max": _variadic(np.maximum),
-    "Mean": _mean,
-    "Min": _variadic(np.minimum),
-    "Mod": _mod,
-    "Mul": _binary(np.multiply),
-    "Neg": _unary(np.negative),
-    "NonZero": lambda _, inputs: np.array(np.nonzero(_array(inputs[0])), dtype=np.int64),
-    "Not": lambda _, inputs: np.logical_not(_array(inputs[0])),
-    "OneHot": _one_hot,
-    "Or": _binary(np.logical_or),
-    "Pad": _pad,
-    "Pow": lambda _, inputs: np.power(_array(inputs[0]), _array(inputs[1])).astype(_array(inputs[0]).dtype),
-    "Range": _range,
-    "Reciprocal": _unary(np.reciprocal),
-    "ReduceMax": _reduce(np.max),
-    "ReduceMean": _reduce(np.mean),
-    "ReduceMin": _reduce(np.min),
-    "ReduceProd": _reduce(np.prod),
-    "ReduceSum": _reduce(np.sum),
-    "Reshape": _reshape,
-    "Round": _unary(np.round),
-    "ScatterElements": _scatter_elements,
-    "ScatterND": _scatter_nd,
-    "Sign": _unary(np.sign),
-    "Slice": _slice,
-    "Split": _split,
-    "Sqrt": _unary(np.sqrt),
-    "Squeeze": _squeeze,
-    "Sub": _binary(np.subtract),
-    "Sum": _variadic(np.add),
-    "Tile": _tile,
-    "Transpose": _transpose,
-    "Trilu": _trilu,
-    "Unsqueeze": _unsqueeze,
-    "Where": _where,
-    "Xor": _binary(np.logical_xor),
-}
+def is_nan(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+    return np.isnan(_array(inputs[0]))
 
-EVALUATORS: dict[str, Evaluator] = {op_type: _quiet(function) for op_type, function in _FUNCTIONS.items()}
-"""Op type of the standard domain -> its function of attributes and inputs."""
+
+def nonzero(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+    return np.array(np.nonzero(_array(inputs[0])), dtype=np.int64)
+
+
+def power(_: Attributes, inputs: Sequence[Array | None]) -> Array:
+    return np.power(_array(inputs[0]), _array(inputs[1])).astype(_array(inputs[0]).dtype)
+
+
+def shape(attributes: Attributes, of: tuple[int, ...]) -> Array:
+    return np.array(of, dtype=np.int64)[attributes.get("start", 0) : attributes.get("end")]
+
+
+def size(_: Attributes, of: tuple[int, ...]) -> Array:
+    return np.asarray(np.prod(of, dtype=np.int64))
+
+
+# -- how much is made: in floating point, as it may be more than an integer holds -----------------------------------
+
+
+def made_of_target(inputs: Sequence[Array]) -> float:
+    return float(np.prod(inputs[-1].astype(np.float64)))
+
+
+def made_by_range(inputs: Sequence[Array]) -> float:
+    start, limit, delta = (float(value.item()) for value in inputs)
+    return abs((limit - start) / delta) if delta else 0.0
+
+
+def made_by_one_hot(inputs: Sequence[Array]) -> float:
+    return float(inputs[0].size * inputs[1].astype(np.float64).item())
+
+
+def made_by_pad(inputs: Sequence[Array]) -> float:
+    data, *rest = inputs
+    return float((data.size + 1) * np.prod(1 + np.abs(rest[0].astype(np.float64))) if rest else data.size)
+
+
+def made_by_tile(inputs: Sequence[Array]) -> float:
+    return float(inputs[0].size * np.prod(inputs[1].astype(np.float64)))

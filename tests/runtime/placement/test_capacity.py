@@ -8,7 +8,9 @@ import pytest
 
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.engine.capacity import (
+from furiosa_llm.runtime.artifact.units import nbytes
+from furiosa_llm.runtime.errors import CapacityError
+from furiosa_llm.runtime.placement.capacity import (
     CardMemory,
     StageMemory,
     Workload,
@@ -17,7 +19,6 @@ from furiosa_llm.runtime.engine.capacity import (
     kv_pages,
     stage_memory,
 )
-from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
 from tests.support.runtime.blocks import llama_blocks
@@ -182,8 +183,12 @@ def test_the_card_s_memory_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("stage", "page_size", "message"),
     [
-        (memory(2 * 10**9, 1, 5 * 10**8), 16, r"npu:0 is to hold 8 GB of weights and 2 GB of activations on 4 PEs, "),
-        (memory(2 * 10**9, 1, 5 * 10**8), 16, r"which is 6 GB more than their 4 GB"),
+        (
+            memory(2 * 10**9, 1, 5 * 10**8),
+            16,
+            r"npu:0 is to hold 8.0 GB of weights and 2.0 GB of activations on 4 PEs",
+        ),
+        (memory(2 * 10**9, 1, 5 * 10**8), 16, r"which is 6.0 GB more than their 4.0 GB"),
         (
             memory(10**9 - 10, 1),
             16,
@@ -212,8 +217,8 @@ def test_weights_that_do_not_fit_name_the_stages_that_would_do(artifact: Artifac
     ):
         with pytest.raises(CapacityError, match=remedy) as refused:
             check_weights(artifact, topology, stages, pe_nbytes=room)
-        over = 4 * (sizes[1] - room) / 1000
-        assert f"on 4 PEs, which is {over:.3g} kB more than their {4 * room / 1000:.3g} kB" in str(refused.value)
+        over = nbytes(4 * (sizes[1] - room))
+        assert f"on 4 PEs, which is {over} more than their {nbytes(4 * room)}" in str(refused.value)
 
 
 def test_cards_share_what_their_replicas_keep(artifact: Artifact) -> None:

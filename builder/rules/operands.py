@@ -1,0 +1,86 @@
+"""What an op takes: inputs and outputs in number, attributes, and the shapes of operands that fit each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+from onnx import AttributeProto
+
+from furiosa_llm.builder.rules.facts import Shape
+
+Shapes = Sequence[Shape | None]
+OperandCheck = Callable[[ir.Node, Shapes], str | None]
+"""What is wrong with the shapes of a node's inputs, if anything."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Operands:
+    """What an op demands of its operands' shapes, and ONNX's own shape inference does not check.
+
+    onnxruntime's own ops have no shape inference at all: their rules may count on what is checked here.
+    """
+
+    ranks: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
+    """Input -> the numbers of dimensions that it may have."""
+    along_axis: bool = False
+    """Whether the op works along a dimension of input 0, which a scalar does not have."""
+    axis: tuple[int, int] | None = (0, -1)
+    """What is added to minus the rank, and to the rank, for the least and the greatest `axis`; None: see `check`."""
+    check: OperandCheck | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """What an op takes and gives."""
+
+    inputs: range
+    outputs: range
+    required: frozenset[int]
+    """The positions of inputs that may not be left out."""
+    attributes: Mapping[str, int]
+    """Name -> the number of its type."""
+    required_attributes: frozenset[str]
+    takes_others: bool = False
+    """Whether there are attributes of which nothing is known here."""
+
+
+def takes(inputs: range, required: Sequence[int], *integers: str, outputs: int = 1) -> Definition:
+    """The definition of an op of onnxruntime's: `integers` are the attributes that it does not go without.
+
+    See https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
+    """
+    return Definition(
+        inputs=inputs,
+        outputs=range(1, outputs + 1),
+        required=frozenset(required),
+        attributes=dict.fromkeys(integers, AttributeProto.INT),
+        required_attributes=frozenset(integers),
+        takes_others=True,
+    )
+
+
+def axis_fault(node: ir.Node, shapes: Shapes, lowest: int = 0, highest: int = -1) -> str | None:
+    """An axis that is not there: kernels refuse it, shape inference often does not look."""
+    attribute = node.attributes.get("axis")
+    if attribute is None:
+        return None
+    rank = len(shapes[0]) if shapes and shapes[0] is not None else 0
+    axis = attribute.as_int()
+    if rank and not -rank + lowest <= axis <= rank + highest:
+        return f"there is no axis {axis}"
+    return None
+
+
+def has(shapes: Shapes, port: int) -> bool:
+    """Whether input `port` is there."""
+    return port < len(shapes) and shapes[port] is not None
+
+
+NOTHING_SPECIAL = Operands()
+AXES_INPUT = Operands(ranks={1: (0, 1)})
+"""Axes are a list, or one number."""
+ALONG_AXIS = Operands(along_axis=True)
+SCALED = Operands(axis=None, check=lambda node, shapes: None if shapes[1] in ((), (1,)) else axis_fault(node, shapes))
+"""The axis does not matter if there is one scale for all elements."""
