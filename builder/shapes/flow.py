@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-VIEWS = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
-KEPT = VIEWS | {"Gather", "Slice", "Split"}
-"""What may lie around the op that appends: a change of form, one of a stack, or the last positions."""
-_CACHE_PORTS = {
-    ("com.microsoft", "GroupQueryAttention"): {3: 1, 4: 2},
-    ("com.microsoft", "MultiHeadAttention"): {6: 1, 7: 2},
-    ("com.microsoft", "Attention"): {4: 1},
-    ("com.microsoft", "QAttention"): {8: 1},
-    ("", "Attention"): {4: 1, 5: 2},
-}
-"""Attention ops: which input is the cache that comes out, longer, as which output."""
+from furiosa_llm.builder.rules import op_of
+
+_PARTS = frozenset(("Gather", "Split"))
+"""One of a stack of states: what these choose is a state by itself."""
 _WRITES = frozenset(("TensorScatter", "ScatterND", "ScatterElements"))
 
 
 def cache_output(node: ir.Node, port: int) -> ir.Value | None:
     """What an attention op makes of the cache that is its input `port`; None if that is no cache."""
-    out = _CACHE_PORTS.get((node.domain, node.op_type), {}).get(port)
+    entry = op_of(node)
+    out = None if entry is None else entry.caches.get(port)
     return node.outputs[out] if out is not None and out < len(node.outputs) else None
 
 
@@ -32,5 +26,6 @@ def grown_output(node: ir.Node, port: int) -> ir.Value | None:
 
 
 def is_kept(node: ir.Node, port: int) -> bool:
-    """Whether `node` gives its input `port` in another form, or a part of it."""
-    return node.op_type in KEPT and port == 0
+    """Whether `node` gives its input `port` in another form, a window of it, or a part."""
+    entry = op_of(node)
+    return port == 0 and entry is not None and (entry.moves in ("form", "type", "window") or node.op_type in _PARTS)
