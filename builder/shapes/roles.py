@@ -321,7 +321,7 @@ def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
         return Role(name="position_ids", why=trace.angles)
     if trace.length[0] and rank < 2 and value.dtype in _INTEGERS:
         return Role(name=trace.length[0], why=trace.length[1])
-    if trace.tables or not trace.scores or rank < 2:
+    if trace.tables or not trace.scores or rank < 2 or named.name == "state":
         return None
     if named.name == "position_ids":  # positions may be compared to hide what comes later
         return Role(name="position_ids", why=f"{trace.scores}; its name tells positions from a mask", tie=True)

@@ -108,7 +108,7 @@ def _feed(value: ir.Value, shape: tuple[int, ...], sizes: SizeSet, rng: np.rando
             array = rng.integers(0, 2, shape)
         case "attention_mask":
             array = np.ones(shape, dtype=np.int64)
-        case "position_ids":
+        case "position_ids" if str(value.name).startswith("pos"):
             array = np.broadcast_to(np.arange(sizes.past, sizes.past + shape[-1]), shape)
         case _ if value.dtype is ir.DataType.BOOL:
             array = rng.integers(0, 2, shape)
