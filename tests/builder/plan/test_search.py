@@ -81,7 +81,7 @@ def test_padding_stays_within_its_limit(name: str, tp: int, limit: float, zoo: P
 
 @pytest.mark.parametrize("limit", [0.0, 0.99, -1.0, math.nan])
 def test_padding_limits_below_one_mean_nothing(limit: float) -> None:
-    with pytest.raises(OptionError, match="max_padding must be at least 1"):
+    with pytest.raises(OptionError, match="max_padding must be a number of at least 1"):
         ArtifactBuilder("model.onnx", max_padding=limit)
 
 
