@@ -53,7 +53,18 @@ def local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
 def _named(
     value: ir.Value, first: Facts, second: Facts, names: dict[tuple[int, int], str]
 ) -> tuple[int | str | None, ...]:
+    if _is_chosen(value):
+        return (None,) * len(first[value].shape)
     return tuple(dimension(sizes, names) for sizes in zip(first[value].shape, second[value].shape, strict=True))
+
+
+def _is_chosen(value: ir.Value) -> bool:
+    """Whether an If chooses `value` among constants, whose sizes may differ: tables for short and for long contexts."""
+    node = value.producer()
+    if node is None or node.op_type != "If":
+        return False
+    captured = [one for one in node.inputs[1:] if one is not None]
+    return all(one.producer() is None and not one.is_graph_input() for one in captured)
 
 
 def _values_to_describe(build: Build) -> dict[ir.Value, None]:

@@ -274,3 +274,22 @@ def test_plan_shows_what_was_inferred(tmp_path: Path) -> None:
     assert result.exit_code == 0
     for part in ("FLOAT [batch, 1, sequence, total]", "attention_mask", "it reaches the attention scores", "append"):
         assert part in result.output
+
+
+def test_both_sides_of_a_switch_between_tables(tmp_path: Path) -> None:
+    """Rotary tables of 32 and of 128 positions, chosen by the length of the mask: back and forth in one executor."""
+    model = exported("genai-phi3-longrope", tmp_path)
+    ArtifactBuilder(model).build(tmp_path / "artifact")
+    artifact, random = open_artifact(tmp_path / "artifact"), np.random.default_rng(0)
+    manifest = artifact.manifest
+    reference = ReferenceModel(
+        model, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states, accuracy_level=0
+    )
+    with Executor(artifact, threads=1, exact=True) as executor:
+        for length in (8, 33, 32):
+            empty = {state.input: np.zeros((1, 8, 0, 16), dtype=np.float32) for state in manifest.states}
+            tokens = random.integers(0, 384, (1, length))
+            inputs = {"input_ids": tokens, "attention_mask": np.ones((1, length), dtype=np.int64), **empty}
+            expected = reference.run(inputs)
+            for name, array in executor.run(inputs).items():
+                assert np.abs(array - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), (length, name)
