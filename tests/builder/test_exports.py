@@ -18,6 +18,7 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.shapes.roles import read_role, role_of
 from furiosa_llm.cli.main import cli
+from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.errors import UnsupportedError
@@ -289,7 +290,8 @@ def test_both_sides_of_a_switch_between_tables(tmp_path: Path) -> None:
         for length in (8, 33, 32):
             empty = {state.input: np.zeros((1, 8, 0, 16), dtype=np.float32) for state in manifest.states}
             tokens = random.integers(0, 384, (1, length))
-            inputs = {"input_ids": tokens, "attention_mask": np.ones((1, length), dtype=np.int64), **empty}
+            mask = np.ones((1, length), dtype=np.int64)
+            inputs: dict[str, Array] = {"input_ids": tokens, "attention_mask": mask, **empty}
             expected = reference.run(inputs)
             for name, array in executor.run(inputs).items():
                 assert np.abs(array - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), (length, name)
