@@ -79,7 +79,7 @@ def kv_nbytes(manifest: Manifest) -> int:
     nbytes = 0
     for state in interface.states:
         shape = list(shape_of(interface.state_shapes[state.input], {"batch": 1, "past": 0, "total": 0}))
-        shape[state.sequence_dim] = capacity()
+        shape[state.grown_dim] = capacity()
         nbytes += array_nbytes(dtypes[state.input], tuple(shape)) * interface.ranks
     return nbytes
 

@@ -31,6 +31,8 @@ class ArtifactBuilder:
         experimental_tp: Also allow a tensor parallel size of 1, 2 or 16.
         fuse_attention: Replace attention written out in small ops by one op with its cache in place. It is
             done where both give the same numbers.
+        roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
+        fixed: Makes an input a constant: one boolean or integer.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class ArtifactBuilder:
         tactics: Tactics | None = None,
         experimental_tp: bool = False,
         fuse_attention: bool = True,
+        roles: Mapping[str, str] | None = None,
+        fixed: Mapping[str, int] | None = None,
     ) -> None:
         self._options = BuildOptions(
             tensor_parallel_size=tensor_parallel_size,
@@ -53,6 +57,8 @@ class ArtifactBuilder:
             max_padding=max_padding,
             tactics=tactics,
             fuse_attention=fuse_attention,
+            roles=dict(roles or {}),
+            fixed=dict(fixed or {}),
         )
         self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)
@@ -94,7 +100,7 @@ class ArtifactBuilder:
         assembly = Assembly(
             options=self._options,
             name=name,
-            load=lambda: load_with_weights(model),
+            load=lambda: load_with_weights(model, self._options.fixed),
             check=lambda source, _: source.guard.check_unchanged(),
         )
         return assembly.build(folder, force=force, progress=progress, workers=workers)

@@ -151,6 +151,7 @@ def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: 
         notes=tuple(note for part in parts for note in part.notes),
         fused_attentions=sum(part.fused_attentions for part in parts),
         attentions_left=tuple(line for part in parts for line in part.attentions_left),
+        shortfalls=tuple(line for part in parts for line in part.shortfalls),
         faults=tuple(fault for part in parts for fault in part.faults),
         num_nodes=sum(part.num_nodes for part in parts),
         seconds=seconds,

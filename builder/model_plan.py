@@ -130,6 +130,8 @@ def plan_model(
     tactics: Tactics | None = None,
     experimental_tp: bool = False,
     fuse_attention: bool = True,
+    roles: Mapping[str, str] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[ModelPlan, tuple[Build, ...]]:
     """Plan a model; its weights' files need not be there, and are not read.
 
@@ -145,12 +147,19 @@ def plan_model(
         experimental_tp: Also allow a tensor parallel size of 1, 2 or 16.
         fuse_attention: Replace attention written out in small ops by one op with its cache in place.
             Without, every node of the model has its place in the plan.
+        roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
+        fixed: Makes an input a constant: one boolean or integer.
 
     Returns:
         The figures for people, and the plans and programs behind them, one for each size.
     """
     options = BuildOptions(
-        dims=dict(dims or {}), max_padding=max_padding, tactics=tactics, fuse_attention=fuse_attention
+        dims=dict(dims or {}),
+        max_padding=max_padding,
+        tactics=tactics,
+        fuse_attention=fuse_attention,
+        roles=dict(roles or {}),
+        fixed=dict(fixed or {}),
     )
     of_sizes = [dataclasses.replace(options, tensor_parallel_size=size) for size in tensor_parallel_sizes]
     for of_size in of_sizes:

@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.options import (
     COUNT,
     INTEGER,
     SWITCH,
+    TEXT,
     Kind,
     Option,
     check_options,
@@ -29,6 +30,14 @@ SIZES = Kind(
     "integers of at least 1, by name",
     lambda value: isinstance(value, Mapping) and all(map(COUNT.accepts, value.values())),
 )
+ROLES = Kind(
+    "roles by name, as texts", lambda value: isinstance(value, Mapping) and all(map(TEXT.accepts, value.values()))
+)
+CONSTANTS = Kind(
+    "integers by name", lambda value: isinstance(value, Mapping) and all(map(INTEGER.accepts, value.values()))
+)
+_RARE = frozenset(("roles", "fixed"))
+"""Options that are recorded only if they are given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,13 @@ class BuildOptions:
             SWITCH,
         ),
     ] = True
+    roles: Annotated[
+        Mapping[str, str],
+        Option("What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].", ROLES),
+    ] = dataclasses.field(default_factory=dict)
+    fixed: Annotated[Mapping[str, int], Option("Makes an input a constant: one boolean or integer.", CONSTANTS)] = (
+        dataclasses.field(default_factory=dict)
+    )
 
     def check(self, *, experimental_tp: bool) -> None:
         """Raise OptionError for a value out of range."""
@@ -76,18 +92,21 @@ class BuildOptions:
             "max_padding": self.max_padding,
             "tactics": [] if self.tactics is None else self.tactics.to_json(),
             "fuse_attention": self.fuse_attention,
+            **({"roles": dict(sorted(self.roles.items()))} if self.roles else {}),
+            **({"fixed": dict(sorted(self.fixed.items()))} if self.fixed else {}),
         }
 
 
 def recorded_options(options: Mapping[str, Any]) -> BuildOptions:
     """The options that `BuildOptions.to_json` recorded in a manifest; ArtifactError for anything else."""
     field = Field(options, "manifest.json $.provenance.options")
-    member = field.members(list(declared(BuildOptions)))
+    given = field.mapping()
+    member = field.members([name for name in declared(BuildOptions) if name in given or name not in _RARE])
     tactics = member["tactics"].items(_tactic)
     values = {name: one.value for name, one in member.items()}
     values["tactics"] = Tactics(tactics=tactics) if tactics else None
     for name, option in declared(BuildOptions).items():
-        if not option.takes(values[name]):
+        if name in member and not option.takes(values[name]):
             member[name].fail(option.kind.expected)
     recorded = BuildOptions(**values)
     try:

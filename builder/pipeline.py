@@ -31,6 +31,7 @@ from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.rewrite.normalize import normalize
 from furiosa_llm.builder.rewrite.passes import rewrite
+from furiosa_llm.builder.shapes.roles import find_roles, read_role
 from furiosa_llm.builder.source.companions import read_json
 from furiosa_llm.builder.source.load import Source, load
 from furiosa_llm.builder.write.artifact import Progress, write_artifact
@@ -96,12 +97,13 @@ class Assembly:
 def analyse_model(path: Path, options: BuildOptions, *, told: Stage) -> Analysed:
     """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
     told("load")
-    return analyse_source(load(path), options, told=told)
+    return analyse_source(load(path, options.fixed), options, told=told)
 
 
 def analyse_source(source: Source, options: BuildOptions, *, told: Stage) -> Analysed:
     """Everything up to the analysis of a model."""
     model = normalize(source)
+    find_roles(model.graph, {name: read_role(name, text) for name, text in options.roles.items()})
     told("analyse")
     config = read_json(source.path, "config.json")
     rewritten = rewrite(model, options.dims, config, fuse=options.fuse_attention)
@@ -110,7 +112,7 @@ def analyse_source(source: Source, options: BuildOptions, *, told: Stage) -> Ana
         source=source,
         model=model,
         probes=probes,
-        states=find_states(model.graph, probes.facts),
+        states=find_states(model.graph, probes.facts, probes.others),
         fusion=rewritten.fusion,
         analysis=analyse(model.graph, probes.facts, probes.others),
     )

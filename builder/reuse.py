@@ -60,7 +60,7 @@ def build_by_plan_of(
     options = recorded_options(opened.manifest.provenance.options)
 
     def load_same() -> Source:
-        source = load_with_weights(Path(model))
+        source = load_with_weights(Path(model), options.fixed)
         _check_same_graph(source, opened)
         return source
 

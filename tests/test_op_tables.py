@@ -19,12 +19,26 @@ OP_TYPES = {schema.name for schema in (*onnx.defs.get_all_schemas_with_history()
 EXCEPT = ("builder/rules/", "builder/rewrite/")
 _ALONE = "the runtime imports nothing of the builder, and an artifact does not say it of its ops"
 _FORM = "the form of what the builder itself writes; anything else is refused"
+_PATTERN = "a pattern of the graph: what is done with an input or a state says its role, and nothing of the ops"
 REASONS = {
     "builder/proof/movers.py: Movers.__init__": "the proof's own methods: it shares with the builder only the rules",
     "builder/proof/ranks.py: ELEMENTWISE": _FORM,
     "builder/proof/ranks.py: _SHAPED": _FORM,
     "builder/proof/ranks.py: restored": _FORM,
     "builder/shapes/control_flow.py: ControlFlow.infer": "the interpreter's own methods",
+    **dict.fromkeys(
+        (
+            *(f"builder/factors/scores.py: {where}" for where in ("_BEHIND", "_PRODUCTS", "_tables")),
+            "builder/factors/states.py: _reached",
+            *(f"builder/shapes/flow.py: {where}" for where in ("_PARTS", "_WRITES")),
+            "builder/shapes/growth.py: _moved",
+            *(f"builder/shapes/roles.py: _{kind}_PORTS" for kind in ("ANGLE", "LENGTH", "MASK", "WRITE")),
+            *(f"builder/shapes/roles.py: _{kind}_FORMS" for kind in ("ANGLE", "WEIGHT")),
+            *(f"builder/shapes/roles.py: {where}" for where in ("_ARITHMETIC", "_MOVES", "_MOVE_FIRST", "_PRODUCTS")),
+            *(f"builder/shapes/roles.py: {where}" for where in ("_is_end", "_turns")),
+        ),
+        _PATTERN,
+    ),
     "runtime/encoder.py: _MIXES_ROWS": _ALONE,
     "runtime/placement/block_reads.py: _EXPERTS": _ALONE,
     "runtime/placement/block_reads.py: _LOOKED_UP": _ALONE,

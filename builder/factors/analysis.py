@@ -27,6 +27,8 @@ class NodeInfo:
     """Input dimensions that must be whole on every rank."""
     full_outputs: set[Port]
     """Output dimensions that are computed whole, even if their factor is split."""
+    contracts: bool
+    """Whether something is contracted, if only whole."""
     reduced: list[Factor]
     """What is contracted; if split, the output is a partial sum."""
     looked_up: list[Factor]
@@ -99,7 +101,8 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
         rule=rule,
         full_inputs=_whole_ports(uses, whole, is_output=False),
         full_outputs=_whole_ports(uses, whole, is_output=True),
-        reduced=[symbols[s] for s in sorted(signature.reduce & linked)],
+        contracts=bool(signature.reduce),
+        reduced=[symbols[s] for s in sorted((signature.reduce & linked) - signature.full)],
         looked_up=[symbols[s] for s in sorted(signature.lookup & linked)],
         symbols={s: factor if s in linked else Factor(factor.find().size) for s, factor in symbols.items()},
     )

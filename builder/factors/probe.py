@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, dimension_kinds
-from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, SizeMismatchError
+from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
+from furiosa_llm.builder.factors.misfit import explained, named
+from furiosa_llm.builder.shapes.interface import (
+    PROBE,
+    SECOND_PROBE,
+    SizeSet,
+    concrete,
+    dimension_kinds,
+    lengths,
+    open_counts,
+)
+from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, MisfitError, SizeMismatchError
+from furiosa_llm.builder.shapes.roles import LENGTHS, Role, settle_role
 
 SMALL = SizeSet(batch=2, sequence=1, past=1, encoder=2, others=(3, 5, 7, 11))
 LARGE = SizeSet(batch=2, sequence=1031, past=2053, encoder=1033, others=(1039, 1049, 1051, 1061))
 """Beyond the other sizes at both ends: a size that is bounded (by a window, or by a table) is not constant here."""
 
 DimensionKinds = dict[str, tuple[int | str, ...]]
+
+_MOST_COUNTS = 3
+"""So many single integers are tried as each number of positions."""
 
 CONTEXTS = ((511, 575), (127, 143), (31, 39), (11, 13))
 """Past lengths to price at, a shorter and a longer one; models with a window take only the small ones."""
@@ -50,20 +65,65 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     """
     kinds = dimension_kinds(model.graph, given, config)
     interpreter = Interpreter(model, lenient=lenient)
-    facts, kinds = _first_run(interpreter, kinds)
-    others = interpreter.run(concrete(kinds, SECOND_PROBE))
-    decode, longer = _priced_steps(interpreter, kinds)
-    extremes = tuple(_extreme_runs(interpreter, kinds))
+    try:
+        facts, kinds = _first_accepted(interpreter, model.graph, kinds)
+    except MisfitError as error:
+        again = partial(_run, interpreter, model.graph, kinds, SECOND_PROBE)
+        raise explained(error, model.graph, kinds, again) from error
+    except UnsupportedModelError as error:
+        again = partial(_run, interpreter, model.graph, kinds, SECOND_PROBE)
+        raise UnsupportedModelError(named(error, kinds, again)) from error
+    others = _run(interpreter, model.graph, kinds, SECOND_PROBE)
+    decode, longer = _priced_steps(interpreter, model.graph, kinds)
+    extremes = tuple(_extreme_runs(interpreter, model.graph, kinds))
     return Probes(kinds=kinds, facts=facts, others=others, decode=decode, longer=longer, extremes=extremes)
 
 
-def _extreme_runs(interpreter: Interpreter, kinds: DimensionKinds) -> Iterator[Facts]:
+def _run(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds, sizes: SizeSet) -> Facts:
+    return interpreter.run(concrete(kinds, sizes), lengths(graph, sizes))
+
+
+def _extreme_runs(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> Iterator[Facts]:
     for sizes in (SMALL, LARGE):
         with contextlib.suppress(ShapeError):
-            yield interpreter.run(concrete(kinds, sizes))
+            yield _run(interpreter, graph, kinds, sizes)
 
 
-def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+def _first_accepted(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+    """The first run of what the dimensions are taken for, or of what they may be instead, that the graph accepts.
+
+    Some models are valid for one new position at a time only; some masks speak of the new positions alone.
+    """
+    try:
+        return _first_run(interpreter, graph, kinds)
+    except ShapeError as error:
+        for other in _instead(kinds):
+            with contextlib.suppress(ShapeError):
+                return _first_run(interpreter, graph, other)
+        counts = open_counts(graph)
+        for roles in itertools.product(LENGTHS, repeat=len(counts)) if 0 < len(counts) <= _MOST_COUNTS else ():
+            for value, role in zip(counts, roles, strict=True):
+                settle_role(value, Role(name=role, why="the shapes fit if it is", tie=False))
+            with contextlib.suppress(ShapeError):
+                return _first_run(interpreter, graph, kinds)
+        for value in counts:
+            settle_role(value, Role(name="other", why="nothing tells what it counts"))
+        raise error
+
+
+def _instead(kinds: DimensionKinds) -> Iterator[DimensionKinds]:
+    names = {kind for dims in kinds.values() for kind in dims}
+    if {"total", "sequence"} <= names:
+        yield _renamed(kinds, {"total": "sequence"})
+    if "sequence" in names and not names & {"total", "past"}:
+        yield _renamed(kinds, {"sequence": 1})
+
+
+def _renamed(kinds: DimensionKinds, names: Mapping[int | str, int | str]) -> DimensionKinds:
+    return {name: tuple(names.get(kind, kind) for kind in dims) for name, dims in kinds.items()}
+
+
+def _first_run(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
     """The facts, and the kinds with the sizes that follow from the graph.
 
     What one layer's cache turns out to be is guessed of every dimension of the same unknown name, so that the number
@@ -77,7 +137,7 @@ def _first_run(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Facts, 
             for name, dims in kinds.items()
         }
         try:
-            return interpreter.run(concrete(tried, PROBE)), tried
+            return _run(interpreter, graph, tried, PROBE), tried
         except SizeMismatchError as error:
             name = str(error.value.name)
             kind = kinds[name][error.dim] if name in kinds else 0
@@ -96,7 +156,7 @@ def _size(
     return found.get((name, d), guessed.get(kind, kind))
 
 
-def _priced_steps(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:
+def _priced_steps(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:
     """One new position after two contexts; for models without a past, one and two positions."""
     names = {kind for dims in kinds.values() for kind in dims}
     positions = 2 if "sequence" in names and "past" not in names else 1
@@ -105,8 +165,8 @@ def _priced_steps(interpreter: Interpreter, kinds: DimensionKinds) -> tuple[Pric
         sizes = SizeSet(batch=1, sequence=1, past=shorter, encoder=shorter + 1, others=(64,))
         more = SizeSet(batch=1, sequence=positions, past=longer, encoder=longer + 1, others=(64,))
         try:
-            first = interpreter.run(concrete(kinds, sizes))
-            second = interpreter.run(concrete(kinds, more))
+            first = _run(interpreter, graph, kinds, sizes)
+            second = _run(interpreter, graph, kinds, more)
         except ShapeError as error:
             failure = error
             continue

@@ -285,9 +285,11 @@ class _Reduction:
         self._stand_ins.update(zip(node.outputs, outputs, strict=True))
         inputs = [None if value is None else self._stand_ins[value] for value in node.inputs]
         attributes = list(node.attributes.values())
-        return ir.Node(
+        clone = ir.Node(
             node.domain, node.op_type, inputs, attributes, outputs=outputs, name=node.name, overload=node.overload
         )
+        clone.meta.update(node.meta)
+        return clone
 
     def _let_stand_in(self, dropped: ir.Node, kept: ir.Node) -> None:
         for old, new in zip((*dropped.inputs, *dropped.outputs), (*kept.inputs, *kept.outputs), strict=True):
@@ -296,4 +298,6 @@ class _Reduction:
 
 
 def _copy(value: ir.Value) -> ir.Value:
-    return ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+    copy = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+    copy.meta.update(value.meta)
+    return copy

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import op_of
+from furiosa_llm.builder.shapes.flow import grown_output, is_kept
 from furiosa_llm.builder.shapes.interface import role_of
 from furiosa_llm.builder.shapes.interpreter import Facts
+from furiosa_llm.runtime.artifact.manifest import StateMode
 
 _STATE_OUTPUT = re.compile(r"present.*")
 
@@ -20,9 +23,10 @@ class StatePair:
 
     input: ir.Value
     output: ir.Value
-    sequence_dim: int
-    in_place: bool
-    """Whether the op writes new positions into the input's buffer if it has room."""
+    sequence_dim: int | None
+    """The dimension in which the output is longer; None for a state of a fixed size."""
+    mode: StateMode
+    """`in_place`: the op writes new positions into the input's buffer if it has room."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,35 +38,42 @@ class States:
     """Every graph input and output that carries state, those without a partner too (a prefill graph has no past)."""
 
 
-def find_states(graph: ir.Graph, facts: Facts) -> States:
-    """The state inputs and outputs of `graph`, and which output becomes which input."""
-    inputs = [value for value in graph.inputs if role_of(value) == "state"]
-    pairs = [pair for value in inputs if (pair := _pair(value, facts)) is not None]
-    outputs = {pair.output for pair in pairs}
+def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
+    """The state inputs and outputs of `graph`, and which output becomes which input.
+
+    What is appended to pairs with what comes of it; what keeps its size pairs with what is computed of it, of the same
+    type and shape at the sizes of `facts` and of `others`.
+    """
+    named = [value for value in graph.inputs if role_of(value) == "state"]
+    pairs = {value: pair for value in named if (pair := _grown_pair(value, facts)) is not None}
+    taken = {pair.output for pair in pairs.values()}
+    left = [value for value in graph.inputs if value not in pairs and _keeps_its_size(value, facts, others)]
+    if len(left) + len(pairs) == len(graph.inputs):
+        left = []  # nothing new comes in, so there are no steps
+    ends = [value for value in graph.outputs if value not in taken and _keeps_its_size(value, facts, others)]
+    pairs |= {pair.input: pair for pair in _replaced_pairs(left, ends, facts)}
+    outputs = {pair.output for pair in pairs.values()}
     outputs |= {v for v in graph.outputs if _STATE_OUTPUT.fullmatch(str(v.name)) and v.producer() is not None}
-    return States(pairs=tuple(pairs), values=frozenset(inputs) | outputs)
+    ordered = tuple(pairs[value] for value in graph.inputs if value in pairs)
+    return States(pairs=ordered, values=frozenset((*named, *pairs)) | outputs)
 
 
-def _pair(value: ir.Value, facts: Facts) -> StatePair | None:
+# -- states that grow ----------------------------------------------------------------------------------------------
+
+
+def _grown_pair(value: ir.Value, facts: Facts) -> StatePair | None:
     """The output that holds the same positions as `value`, and the new ones behind them."""
     for appended, node in _appended(value):
-        output = _as_output(appended)
-        if output is None:
-            continue
-        before, after = facts[value], facts[output]
-        sizes = zip(before.shape, after.shape, strict=False)
-        grown = [d for d, (a, b) in enumerate(sizes) if a != b]
-        alike = before.dtype == after.dtype and len(before.shape) == len(after.shape)
-        if alike and len(grown) == 1 and not _is_fixed(value, grown[0]):
-            in_place = value in node.inputs and output in node.outputs and _writes_in_place(node)
-            return StatePair(input=value, output=output, sequence_dim=grown[0], in_place=in_place)
+        for output in _as_outputs(appended):
+            before, after = facts[value], facts[output]
+            sizes = zip(before.shape, after.shape, strict=False)
+            grown = [d for d, (a, b) in enumerate(sizes) if a != b]
+            alike = before.dtype == after.dtype and len(before.shape) == len(after.shape)
+            if alike and len(grown) == 1 and not _is_fixed(value, grown[0]):
+                in_place = value in node.inputs and output in node.outputs and _writes_in_place(node)
+                mode: StateMode = "in_place" if in_place else "append"
+                return StatePair(input=value, output=output, sequence_dim=grown[0], mode=mode)
     return None
-
-
-def _keeps_positions(node: ir.Node) -> bool:
-    """Whether a node may lie around the op that appends: a change of form, or a window of the last positions."""
-    entry = op_of(node)
-    return entry is not None and entry.moves in ("form", "type", "window")
 
 
 def _writes_in_place(node: ir.Node) -> bool:
@@ -87,31 +98,83 @@ def _is_fixed(value: ir.Value, d: int) -> bool:
     return value.shape is not None and isinstance(value.shape[d], int)
 
 
-def _appended(value: ir.Value) -> list[tuple[ir.Value, ir.Node]]:
+def _appended(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
     """Values that hold `value` with new positions, each with the node that appended them."""
-    found: list[tuple[ir.Value, ir.Node]] = []
-    queue = [value]
+    queue, seen = [value], {value}
     while queue:
-        current = queue.pop()
-        for node, port in current.uses():
-            if port == 0 and _keeps_positions(node):
-                queue.extend(node.outputs)
-            elif node.op_type == "Concat" and port == 0:
-                found.append((node.outputs[0], node))
-            else:
-                entry = op_of(node)
-                out = None if entry is None else entry.caches.get(port)
-                if out is not None and out < len(node.outputs):
-                    found.append((node.outputs[out], node))
-    return found
+        for node, port in queue.pop().uses():
+            if is_kept(node, port):
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+            elif (grown := grown_output(node, port)) is not None and (node.op_type != "Concat" or port == 0):
+                yield grown, node
 
 
-def _as_output(value: ir.Value) -> ir.Value | None:
-    """The graph output that `value` is, possibly behind a change of form."""
-    queue = [value]
+def _as_outputs(value: ir.Value) -> Iterator[ir.Value]:
+    """The graph outputs that `value` is, possibly behind a change of form, or stacked with others."""
+    queue, seen = [value], {value}
     while queue:
         current = queue.pop()
         if current.is_graph_output():
-            return current
-        queue.extend(o for node, port in current.uses() if port == 0 and _keeps_positions(node) for o in node.outputs)
-    return None
+            yield current
+        for node, port in current.uses():
+            if node.op_type == "Concat" or is_kept(node, port):
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+
+
+# -- states of a fixed size ----------------------------------------------------------------------------------------
+
+
+def _keeps_its_size(value: ir.Value, facts: Facts, others: Facts) -> bool:
+    """Whether `value` has numbers of a size that at most one dimension, that of the batch, changes."""
+    fact, other = facts[value], others[value]
+    changed = sum(a != b for a, b in zip(fact.shape, other.shape, strict=True))
+    return len(fact.shape) > 1 and changed <= 1 and fact.dtype.is_floating_point() | (role_of_state(value))
+
+
+def role_of_state(value: ir.Value) -> bool:
+    """Whether a graph input is a state; quantised caches have integers."""
+    return value.is_graph_input() and role_of(value) == "state"
+
+
+def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], facts: Facts) -> Iterator[StatePair]:
+    """Pair outputs with the inputs that they are computed of: each with the last one that no earlier output has.
+
+    What one layer keeps depends on what all layers before it have kept; the output that depends on least comes first.
+    """
+    reached = {value: _reached(value, outputs) for value in inputs} if outputs else {}
+    sources = (
+        {
+            output: [
+                v
+                for v in inputs
+                if output in reached[v]
+                and facts[v].shape == facts[output].shape
+                and facts[v].dtype == facts[output].dtype
+            ]
+            for output in outputs
+        }
+        if reached
+        else {}
+    )
+    taken: set[ir.Value] = set()
+    for output in sorted(sources, key=lambda output: len(sources[output])):
+        free = [value for value in sources[output] if value not in taken]
+        if len(free) == 1:
+            taken.add(free[0])
+            yield StatePair(input=free[0], output=output, sequence_dim=None, mode="replace")
+
+
+def _reached(value: ir.Value, outputs: Sequence[ir.Value]) -> set[ir.Value]:
+    """Those of `outputs` that are computed of the elements of `value`."""
+    queue, seen = [value], {value}
+    while queue:
+        for node, _ in queue.pop().uses():
+            if node.op_type not in ("Shape", "Size"):
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+    return seen.intersection(outputs)

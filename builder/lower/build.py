@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.probe import Probes
+from furiosa_llm.builder.factors.scores import find_scores
 from furiosa_llm.builder.factors.states import States
 from furiosa_llm.builder.lower.emit import Lowered
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
@@ -57,12 +58,7 @@ class Build:
         """The output that holds next-token scores, if the model takes tokens."""
         if not self.reads_tokens:
             return None
-        scores = [v for v in self.model.graph.outputs if v not in self.states.values and self._is_floating_point(v)]
-        named = [v for v in scores if v.name == "logits"]
-        return next(iter(named or (scores if self.states.pairs else [])), None)
-
-    def _is_floating_point(self, value: ir.Value) -> bool:
-        return self.probes.facts[value].dtype.is_floating_point()
+        return find_scores(self.model.graph, self.probes.facts, self.states.values)
 
     def tensors(self) -> list[ShardedTensor]:
         """Stored tensors in the order in which they are written.

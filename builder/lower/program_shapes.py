@@ -10,7 +10,7 @@ from furiosa_llm.builder.lower.blocks import levels
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import check_shapes, interpreter, local_shape
 from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
-from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete
+from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, SizeSet, concrete, lengths
 from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
@@ -36,7 +36,8 @@ def program_shapes(build: Build) -> dict[str, ValueShape]:
     The program is interpreted on the way, and every value compared with what the plan says.
     """
     interpret = interpreter(ir.Model(build.lowered.graph, ir_version=build.ir_version), build.plan.mesh).run
-    first, second = (interpret(local_inputs(build, sizes)) for sizes in (PROBE, SECOND_PROBE))
+    graph = build.model.graph
+    first, second = (interpret(local_inputs(build, s), lengths(graph, s)) for s in (PROBE, SECOND_PROBE))
     check_shapes(build.lowered, first)
     names = names_of_sizes(build.probes.kinds)
     return {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}
@@ -52,7 +53,18 @@ def local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
 def _named(
     value: ir.Value, first: Facts, second: Facts, names: dict[tuple[int, int], str]
 ) -> tuple[int | str | None, ...]:
+    if _is_chosen(value):
+        return (None,) * len(first[value].shape)
     return tuple(dimension(sizes, names) for sizes in zip(first[value].shape, second[value].shape, strict=True))
+
+
+def _is_chosen(value: ir.Value) -> bool:
+    """Whether an If chooses `value` among constants, whose sizes may differ: tables for short and for long contexts."""
+    node = value.producer()
+    if node is None or node.op_type != "If":
+        return False
+    captured = [one for one in node.inputs[1:] if one is not None]
+    return all(one.producer() is None and not one.is_graph_input() for one in captured)
 
 
 def _values_to_describe(build: Build) -> dict[ir.Value, None]:

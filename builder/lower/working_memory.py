@@ -15,7 +15,7 @@ from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import interpreter
 from furiosa_llm.builder.lower.program_shapes import local_inputs
-from furiosa_llm.builder.shapes.interface import SizeSet
+from furiosa_llm.builder.shapes.interface import SizeSet, lengths
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts
 from furiosa_llm.runtime.placement.capacity import Workload
 
@@ -38,7 +38,7 @@ def _peak_nbytes(build: Build, sizes: SizeSet) -> int | None:
     graph = build.lowered.graph
     try:
         facts = interpreter(ir.Model(graph, ir_version=build.ir_version), build.plan.mesh).run(
-            local_inputs(build, sizes)
+            local_inputs(build, sizes), lengths(build.model.graph, sizes)
         )
     except ShapeError:
         return None  # the model does not take these sizes: a window, or a table of positions, is shorter

@@ -39,17 +39,17 @@ _Place = tuple[str, int, tuple[int, ...], int, int]
 def candidates(analysis: Analysis, states: States) -> list[Factor]:
     """Leaves worth splitting: those of weights that are contracted or looked up, which no op uses inside.
 
-    What follows the positions in a KV cache (the head vector) stays whole, too: attention kernels work on whole heads.
+    The head vector, the innermost of a KV cache, stays whole, too: attention kernels work on whole heads.
     So do the inputs of the model that are no state: every rank is given them as they are.
     """
     weights = find_weight_derived(analysis)
-    kept_whole = set(analysis.pinned) | set(_behind_positions(analysis, states))
+    kept_whole = set(analysis.pinned) | set(_head_vectors(analysis, states))
     for value in analysis.graph.inputs:
         if value not in states.values:
             kept_whole.update(leaf for factor in analysis.dims[value] for leaf in factor.leaves())
     found: dict[Factor, None] = {}
     for info in analysis.nodes:
-        if not info.reduced and not info.looked_up:
+        if not info.contracts and not info.looked_up:
             continue
         for weight in info.node.inputs:
             if weight is None or weight not in weights or len(analysis.dims[weight]) < 2:
@@ -60,12 +60,12 @@ def candidates(analysis: Analysis, states: States) -> list[Factor]:
     return [leaf for leaf in found if leaf not in kept_whole]
 
 
-def _behind_positions(analysis: Analysis, states: States) -> Iterator[Factor]:
+def _head_vectors(analysis: Analysis, states: States) -> Iterator[Factor]:
+    """The innermost leaf of what lies behind the positions of a cache."""
     for value in states.values:
         dynamic = [d for d in range(1, len(analysis.dims[value])) if analysis.is_dynamic(value, d)]
-        if dynamic:
-            for factor in analysis.dims[value][dynamic[-1] + 1 :]:
-                yield from factor.leaves()
+        if dynamic and dynamic[-1] + 1 < len(analysis.dims[value]):
+            yield from list(analysis.dims[value][-1].leaves())[-1:]
 
 
 def group_leaves(

@@ -138,7 +138,7 @@ def _small_subject(whole: Subject, reduced: Reduced) -> Subject:
 
     return Subject(
         analysis=analyse(reduced.graph, facts, others),
-        states=find_states(reduced.graph, facts),
+        states=find_states(reduced.graph, facts, others),
         decode=step(whole.decode),
         longer=step(whole.longer),
         counts=reduced.counts,

@@ -341,7 +341,7 @@ class SweepPass:
             if self._layout(pair.input, pair.sequence_dim) != self._layout(pair.output, pair.sequence_dim):
                 raise InfeasibleError(f'state "{pair.input.name}" would come out split otherwise than it goes in')
 
-    def _layout(self, value: ir.Value, sequence_dim: int) -> list[Dim]:
+    def _layout(self, value: ir.Value, sequence_dim: int | None) -> list[Dim]:
         factors = [factor for d, factor in enumerate(self._analysis.dims[value]) if d != sequence_dim]
         return [simplify(to_dim(factor, self._axes)) for factor in factors]
 

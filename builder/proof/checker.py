@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -45,6 +46,8 @@ _MAX_RETRIES = 32
 """How many faulty nodes are tried with other readings of the reshapes before them."""
 _MAX_KEYS = 6
 """How many different reshapes before a faulty node are read otherwise, the nearest first."""
+_MAX_WAYS = 3
+"""In how many other ways each of two is read, the likeliest first."""
 
 
 def prove(path: str | os.PathLike[str]) -> ProofReport:
@@ -245,20 +248,28 @@ class _Checker:
         return ways[self._choices.get(key, 0)]
 
     def _read_otherwise(self, position: int) -> bool:
-        """Whether everything up to a faulty node is right with another reading of a reshape before it."""
+        """Whether everything up to a faulty node is right with another reading of a reshape before it, or of two."""
         self._retries += 1
         if self._retries > _MAX_RETRIES:
             return False
-        for key in self._readable(self._nodes[position]):
-            first, count = self._ways[key]
-            before, current = dict(self._held), self._choices.get(key, 0)
-            for number in range(count):
-                if number != current:
-                    self._choices[key] = number
-                    if self._redo(first, position):
-                        return True
-            self._choices[key] = current
-            self._held = before
+        keys = self._readable(self._nodes[position])
+        return any(self._fits((key,), position) for key in keys) or any(
+            self._fits(pair, position) for pair in itertools.combinations(keys, 2)
+        )
+
+    def _fits(self, keys: Sequence[object], position: int) -> bool:
+        """Whether everything up to a node is right with other readings of all of `keys`, which are then kept."""
+        before, kept = dict(self._held), {key: self._choices.get(key, 0) for key in keys}
+        others = [[n for n in range(self._ways[key][1]) if n != kept[key]] for key in keys]
+        if len(keys) > 1:
+            others = [ways[:_MAX_WAYS] for ways in others]
+        first = min(self._ways[key][0] for key in keys)
+        for numbers in itertools.product(*others):
+            self._choices.update(zip(keys, numbers, strict=True))
+            if self._redo(first, position):
+                return True
+            self._held = dict(before)
+        self._choices.update(kept)
         return False
 
     def _readable(self, node: ir.Node) -> list[object]:

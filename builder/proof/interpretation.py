@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from furiosa_llm.builder.proof.pieces import Size, local_size, of_layout
@@ -15,7 +17,7 @@ from furiosa_llm.builder.shapes.closures import is_control_flow
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts, Interpreter, Shape
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
+from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manifest
 
 _SIZES = {"batch": (5, 3), "sequence": (7, 5), "past": (11, 17), "encoder": (13, 29), "encoder_sequence": (13, 29)}
 _OTHERS = ((19, 53), (23, 59), (29, 61), (31, 67), (37, 71), (41, 73), (43, 79), (47, 83))
@@ -72,7 +74,9 @@ class LocalFacts:
         for facts, sizes in zip((self.first, self.second), sizes_of(manifest), strict=True):
             for value in model.graph.inputs:
                 assert value.dtype is not None
-                facts[value] = Fact(dtype=value.dtype, shape=_local(infos[str(value.name)], manifest.mesh, sizes))
+                info = infos[str(value.name)]
+                shape = _local(info, manifest.mesh, sizes)
+                facts[value] = Fact(dtype=value.dtype, shape=shape, value=_length(info, shape, sizes))
 
     def visit(self, node: ir.Node) -> None:
         """Infer the node's outputs; ShapeError or UnsupportedModelError if its inputs do not fit."""
@@ -111,6 +115,14 @@ def _local(info: InputInfo, mesh: Mesh, sizes: Mapping[str, int]) -> Shape:
     shape = shape_of(info.shape, sizes)
     layouts = zip(info.layout, shape, strict=True)
     return tuple(size if dim is None else local_size(of_layout(dim, mesh))[0] for dim, size in layouts)
+
+
+def _length(info: InputInfo, shape: Shape, sizes: Mapping[str, int]) -> npt.NDArray[Any] | None:
+    """The element of an input that holds one number of positions."""
+    name = LENGTH_ROLES.get(info.role, "")
+    if name not in sizes or any(size != 1 for size in shape):
+        return None
+    return np.array(sizes[name], dtype=ir.DataType[info.dtype].numpy()).reshape(shape)
 
 
 def hide_stored_data(model: ir.Model) -> None:

@@ -303,9 +303,10 @@ def _sources(value: ir.Value, facts: LocalFacts) -> Iterator[ir.Value]:
     while queue:
         current = queue.pop(0)
         node = current.producer()
-        if facts.first[current].value is None or node is None:
+        inner = node is not None and node.op_type in ELEMENTWISE
+        if facts.first[current].value is None or not inner:  # constants, too, may be positions
             yield current
-        if node is None or node.op_type not in ELEMENTWISE:
+        if node is None or not inner:
             continue
         for operand in node.inputs:
             if operand is not None and operand not in seen and not operand.is_initializer():

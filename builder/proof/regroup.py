@@ -144,6 +144,8 @@ def _price(gap: _Gap, target: int, tagged: _Tagged) -> float:
     """How unlikely it is that a piece belongs to an output dimension."""
     between = sorted({t.dim for t in gap.pieces} - {gap.before_dim, gap.after_dim})
     spare = len(between) < len(gap.ones)
+    if tagged.dim == gap.before_dim == gap.after_dim and not gap.ones and not gap.after_is_dynamic:
+        return 1.0 if target == gap.before else 0.0  # a factor that is split has its axes in front of its own indices
     if tagged.dim in (gap.before_dim, gap.after_dim):  # what is at the end of a dimension stays there, or is parted
         own, other = (gap.before, gap.after) if tagged.dim == gap.before_dim else (gap.after, gap.before)
         return 4.0 if target == other else float(spare) if target == own else 0.0 if spare else 2.0

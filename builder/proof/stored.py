@@ -11,6 +11,7 @@ from furiosa_llm.builder.proof import pieces
 from furiosa_llm.builder.proof.interpretation import LocalFacts, sizes_of
 from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Fault, Held, Placement
 from furiosa_llm.builder.rules.padding import Content
+from furiosa_llm.builder.shapes.closures import nodes_within
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension
 from furiosa_llm.runtime.artifact.errors import LayoutError
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
@@ -239,7 +240,8 @@ def _ancestors(value: ir.Value) -> set[str]:
     seen, stack = {value}, [value]
     while stack:
         node = stack.pop().producer()
-        for operand in node.inputs if node is not None else ():
+        within = () if node is None else (node, *nodes_within(node))  # branches read what is around them
+        for operand in (value for inner in within for value in inner.inputs):
             if operand is not None and operand not in seen:
                 seen.add(operand)
                 stack.append(operand)

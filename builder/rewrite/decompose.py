@@ -31,6 +31,8 @@ def decompose(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.domain != MICROSOFT:
             continue
+        if node.op_type == "MatMulNBits":
+            _forget_order(node)
         found = DECOMPOSITIONS.get(node.op_type)
         if found is None:
             continue
@@ -45,6 +47,24 @@ def decompose(graph: ir.Graph) -> None:
                 new.type, new.shape = old.type, old.shape
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _forget_order(node: ir.Node) -> None:
+    """Take away the g_idx of a MatMulNBits whose rows are in order, as they are without it.
+
+    Not beside zero points, of which onnxruntime's kernel for g_idx makes other numbers than the one without.
+    """
+    order = node.inputs[4] if len(node.inputs) > 4 else None
+    tensor = None if order is None else order.const_value
+    if tensor is None or node.inputs[3] is not None:
+        return
+    block = node.attributes["block_size"].as_int()
+    try:
+        found = tensor.numpy()
+    except FileNotFoundError:  # planning goes on without the weights
+        return
+    if np.array_equal(found, np.arange(found.size) // block):
+        node.replace_input_with(4, None)
 
 
 def _dynamic_quantize_matmul(emitter: _Emitter) -> list[ir.Value | None]:

@@ -21,6 +21,9 @@ from furiosa_llm.builder.shapes.closures import graphs_of, nodes_within
 from furiosa_llm.builder.shapes.control_flow import SIBLINGS
 from furiosa_llm.builder.source.load import Source, root_cause
 
+_OVERRIDABLE = 4
+"""The IR version since which initializers need not be inputs."""
+
 
 def normalize(source: Source) -> ir.Model:
     """A normalised copy of the source graph that shares its weights.
@@ -39,7 +42,7 @@ def normalize(source: Source) -> ir.Model:
     model = source.model.clone()
     model.graph.meta[SIBLINGS] = sorted(p.name for p in source.path.parent.glob("*.onnx") if p != source.path)
     try:
-        passes.RemoveInitializersFromInputsPass()(model)
+        _settle_defaults(model)
         inline_functions(model, source.path.name)
         refuse_unsupported_ops(model, source)
         decompose(model.graph)
@@ -58,6 +61,24 @@ def normalize(source: Source) -> ir.Model:
     _refuse_random_ops(model, source)
     _separate_vector_uses(model.graph)
     return model
+
+
+# -- defaults ----------------------------------------------------------------------------------------------------
+
+
+def _settle_defaults(model: ir.Model) -> None:
+    """Inputs that are initializers, too: constants in files that list all of them, else inputs with a default.
+
+    Early versions of ONNX had every initializer among the inputs; since then those are that a caller may replace.
+    """
+    graph = model.graph
+    listed = [value for value in graph.inputs if value.is_initializer()]
+    if model.ir_version < _OVERRIDABLE or 2 * len(listed) > len(graph.initializers):
+        passes.RemoveInitializersFromInputsPass()(model)
+        return
+    for value in listed:
+        graph.initializers.pop(str(value.name))
+        value.const_value = None
 
 
 # -- aliases -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from furiosa_llm.builder.factors.probe import Probes, probe
 from furiosa_llm.builder.rewrite.branches import settle_branches
 from furiosa_llm.builder.rewrite.fusion import Fusion, fuse_attention
 from furiosa_llm.builder.rewrite.simplify import simplify
+from furiosa_llm.builder.rewrite.weight_inputs import cut_weight_inputs
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ def rewrite(
 
     Without `fold` the arithmetic of sizes stays as it was exported.
     """
+    cut_weight_inputs(model.graph)
     probes = whole = settle_branches(model, dims, config)
     if fold and simplify(model, probes):
         probes = probe(model, dims, config)

@@ -35,7 +35,8 @@ def group_query_attention(view: NodeView) -> Rule:
     size = width // (heads + 2 * kv) if packed else width // heads
     query = ["b", "*", "[kv g d|kv d|kv d]" if packed else "(kv g d)"]
     key = None if packed else ["b", "*", "(kv d)"]
-    cache = ["b", "kv", "*", "d"]
+    quantised = view.has(12) or view.has(13)
+    cache = ["b", "kv", "*", "*" if quantised else "d"]  # codes of four bits lie two in a byte
     operands: list[list[str] | None] = [query, key, key]
     operands += [cache if view.has(port) else None for port in (3, 4)]
     operands += whole_inputs(view, 5)
@@ -47,8 +48,12 @@ def group_query_attention(view: NodeView) -> Rule:
         operands[10] = _mask(view, 10)
     if view.has(11):
         operands[11] = ["(kv g)"]
-    if view.has(12) or view.has(13):
-        return whole(view, note="GroupQueryAttention with a quantised cache: replicated")
+    for port in (12, 13):
+        if view.has(port):
+            scale = _cache_scale(view.shape(port), kv, size)
+            if scale is None:
+                return whole(view, note="GroupQueryAttention with scales of an unknown form: replicated")
+            operands[port] = scale
     outputs = [["b", "*", "(kv g d)"], cache, cache, ["b", _HEADS, "*", "*"]][: len(view.node.outputs)]
     return Rule(
         text=f"{spell(*operands)} -> {spell(*outputs)}; pin d",
@@ -58,13 +63,27 @@ def group_query_attention(view: NodeView) -> Rule:
     )
 
 
+def _cache_scale(shape: Sequence[int], kv: int, size: int) -> list[str] | None:
+    """Scales of a quantised cache: one for all, or one for each element of each head's vector."""
+    if all(dim == 1 for dim in shape):
+        return ["*"] * len(shape)
+    if tuple(shape) == (kv * size,):
+        return ["(kv d)"]
+    if math.prod(shape) != kv * size or len(shape) < 2 or shape[-1] != size:
+        return None
+    return [*("kv" if dim == kv else "1" for dim in shape[:-1]), "d"]
+
+
 def _group_query_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     query, past, total = present(inputs[0]), inputs[3], inputs[6]
     attributes = attributes_of(node)
     heads, kv = attributes["num_heads"], attributes["kv_num_heads"]
     packed = inputs[1] is None
     size = query.shape[2] // (heads + 2 * kv if packed else heads)
+    width = heads * size
     batch, sequence = query.shape[:2]
+    if attributes.get("kv_cache_bit_width") == 4:  # two codes in a byte
+        size = -(-size // 2)
     for port in (3, 4):
         cache_value = node.inputs[port]
         if past is not None and cache_value is not None and past.shape[3] != size:
@@ -74,7 +93,7 @@ def _group_query_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -
     if total is not None and total.value is not None:
         length = max(int(total.value.item()), past.shape[2] if past is not None else 0)
     cache = (past.dtype if past is not None else query.dtype, (batch, kv, length, size))
-    output = (query.dtype, (batch, sequence, heads * size))
+    output = (query.dtype, (batch, sequence, width))
     return [output, cache, cache, (query.dtype, (batch, heads, sequence, length))][: len(node.outputs)]
 
 

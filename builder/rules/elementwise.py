@@ -268,7 +268,19 @@ op("FastGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=tak
 op("BiasGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=takes(range(2, 3), (0, 1)), cost=_cost)
 op("ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input, cost=_cost)
 op("GatedAdd", domain=MICROSOFT, rule=gated_add, shape=as_input, cost=_gated_add_cost)
-op("Identity", rule=negate, value=evaluate.unary(np.asarray), moves="form", total="always", cost=nothing)
+CUT = "furiosa_llm.cut"
+"""The mark of an Identity whose input every rank has whole, and whose output it has its part of."""
+
+
+def identity(view: NodeView) -> Rule:
+    """What it is given, or of an input that is whole, the rank's part."""
+    if not view.node.meta.get(CUT):
+        return negate(view)
+    names = words(len(view.out()))
+    return Rule(text=f"{spell(['*'] * len(names))} -> {spell(names)}; full {' '.join(names)}", padding="finite")
+
+
+op("Identity", rule=identity, value=evaluate.unary(np.asarray), moves="form", total="always", cost=nothing)
 op("Neg", rule=negate, shape=_BROADCAST, value=evaluate.unary(np.negative), moves="sign", total="always", cost=_cost)
 op("Add", rule=add, shape=_BROADCAST, value=evaluate.binary(np.add), total="always", cost=_cost)
 op("Sub", rule=add, shape=_BROADCAST, value=evaluate.binary(np.subtract), total="always", cost=_cost)

@@ -23,7 +23,7 @@ def matmul_nbits(view: NodeView) -> Rule:
     bits, block = int(view.attribute("bits", 4)), int(view.attribute("block_size"))
     size, columns = int(view.attribute("K")), int(view.attribute("N"))
     if view.has(4):
-        return whole(view, note="MatMulNBits with g_idx: replicated")
+        return _in_any_order(view, columns)
     blocks = -(-size // block)
     packed = view.has(3) and view.fact(3).dtype is ir.DataType.UINT8 and bits < 8
     per_byte = 8 // bits if packed else 1
@@ -44,6 +44,23 @@ def matmul_nbits(view: NodeView) -> Rule:
         attributes={"N": "n", "K": "k u w" if even else "x"},
         padding="product",
         padding_ports=(0, 2),
+    )
+
+
+def _in_any_order(view: NodeView, columns: int) -> Rule:
+    """Rows that g_idx deals out in any order are whole; columns are split, if scales and zero points have any."""
+    rows = words(view.rank(0) - 1)
+    if any(view.has(port) and view.rank(port) != 2 for port in (2, 3)):
+        return whole(view, note="MatMulNBits with g_idx and scales in one vector: replicated")
+    operands: list[list[str] | None] = [[*rows, "k"], ["n", "*", "*"], ["n", "*"]]
+    operands += [["n", "*"] if view.has(3) else None, ["*"], ["n"] if view.has(5) else None]
+    return Rule(
+        text=f"{spell(*operands[: len(view.node.inputs)])} -> {spell([*rows, 'n'])}; reduce k; full k",
+        sizes={"n": columns},
+        attributes={"N": "n"},
+        padding="product",
+        padding_ports=(2,),
+        note="MatMulNBits with g_idx: the rows are whole",
     )
 
 

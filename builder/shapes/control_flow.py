@@ -62,20 +62,31 @@ class ControlFlow:
         found = []
         for output, then, other in zip(scope.node.outputs, *branches, strict=True):
             if (then.dtype, then.shape) != (other.dtype, other.shape):
+                if then.dtype is other.dtype and condition.value is not None and _reads_constants(scope.node):
+                    found.append(then if condition.value.item() else other)  # tables for short and for long contexts
+                    continue
                 raise scope.fault(
                     f'its branches give "{output.name}" as {_shown(then)} and {_shown(other)}, so they cannot be '
                     "inlined (its condition is not a constant)",
                     "the same type and shape from both",
-                    self._remedy(),
+                    self._remedy(scope.node.inputs[0]),
                 )
             found.append(_common(then, other))
         return found
 
-    def _remedy(self) -> str:
+    def _remedy(self, condition: ir.Value | None) -> str:
         remedy = "export the branches as separate models, for instance the prefill and the with-past decoder"
+        if condition is not None and condition.is_graph_input():
+            choice = f"--fix {condition.name}=true or --fix {condition.name}=false"
+            remedy = f"say which is meant with {choice}, or {remedy}"
         if not self._siblings:
             return remedy
         return f"build one of the files beside it instead ({', '.join(self._siblings)}), or {remedy}"
+
+
+def _reads_constants(node: ir.Node) -> bool:
+    """Whether the branches of an If compute with nothing but constants, whatever its sizes."""
+    return all(value is not None and value.is_initializer() for value in node.inputs[1:])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

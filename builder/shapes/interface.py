@@ -1,27 +1,22 @@
-"""What the graph's inputs and outputs are for, and the sizes to probe them with.
+"""What each dimension of the graph's inputs is, and the sizes to probe them with.
 
-Exporters agree on the names of a transformer's inputs (Hugging Face's forward arguments); those names, or else the
-symbols of the dimensions, tell the roles. Nothing else in the builder looks at a name.
+The same symbol is the same size, wherever it stands. What the symbols are follows from the roles of the inputs they
+stand in (see `furiosa_llm.builder.shapes.roles`): tokens are [batch, sequence], a state grows in past, a mask ends in
+total. What is then left is settled by where it stands.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OptionError, ShapeError
-
-_ROLES = (
-    ("token_ids", re.compile(r"(decoder_)?input_ids|tokens|token_ids")),
-    ("attention_mask", re.compile(r"(encoder_|decoder_)?attention_mask")),
-    ("position_ids", re.compile(r"position_ids|cache_position")),
-    ("token_type_ids", re.compile(r"token_type_ids")),
-    ("state", re.compile(r"(past|cache|present).*")),
-)
-_INTEGER_ROLES = {"token_ids", "attention_mask", "position_ids", "token_type_ids"}
+from furiosa_llm.builder.shapes.growth import growing_dim, is_written
+from furiosa_llm.builder.shapes.roles import GIVEN, LENGTHS, Role, find_roles, has_roles, inferred_role, settle_role
+from furiosa_llm.builder.shapes.roles import role_of as role_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +40,10 @@ PROBE = SizeSet(batch=5, sequence=7, past=11, encoder=13, others=(19, 23, 29, 31
 SECOND_PROBE = SizeSet(batch=3, sequence=5, past=17, encoder=29, others=(53, 59, 61, 67, 71, 73, 79, 83))
 """Distinct primes: a product tells its factors, and what differs between the two is dynamic."""
 
-
-def role_of(value: ir.Value) -> str:
-    """The role of a graph input."""
-    assert value.name is not None
-    assert value.dtype is not None
-    integer = value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
-    for role, pattern in _ROLES:
-        if pattern.fullmatch(value.name) and integer == (role in _INTEGER_ROLES):
-            return role
-    return "other"
+_COUNTS = frozenset((ir.DataType.INT32, ir.DataType.INT64))
+_SUM = re.compile(r"\s*([^\s+*/()-]+)\s*\+\s*([^\s+*/()-]+)\s*")
+"""A symbol that is written as the sum of two others."""
+_KINDS = frozenset(("batch", "sequence", "past", "total", "encoder"))
 
 
 def dimension_kinds(
@@ -65,54 +54,204 @@ def dimension_kinds(
     `given` are sizes that the user said for symbols or for `input.symbol`; `config` is the model's config.json, which
     tells the image size of vision models.
     """
-    unused = set(given)
-    has_state = any(role_of(value) == "state" for value in graph.inputs)
-    kinds: dict[str, tuple[int | str, ...]] = {}
+    if not has_roles(graph):
+        find_roles(graph, {})
     for value in graph.inputs:
-        assert value.name is not None
         if value.shape is None:
             raise ShapeError(
                 f'input "{value.name}" has no shape, not even its number of dimensions; '
                 "export the model with dynamic axes instead of unknown ones."
             )
-        role, symbols_seen = role_of(value), 0
-        dims: list[int | str] = []
-        for position, dim in enumerate(value.shape):
-            if isinstance(dim, int):
-                dims.append(dim)
-                continue
-            symbol = str(dim)
-            key = next((k for k in (f"{value.name}.{symbol}", symbol) if k in given), None)
-            if key is not None:
-                unused.discard(key)
-                dims.append(given[key])
-            else:
-                dims.append(_kind(value.name, role, position, symbols_seen, symbol, config, has_state))
-            symbols_seen += 1
-        kinds[value.name] = tuple(dims)
+    sizes = _given_sizes(graph, given)
+    known = _known(graph, sizes)
+    symbols: dict[str, str] = {}
+    for key in sorted(known, key=lambda key: _RANK[known[key][1]]):
+        symbol = _symbol(key)
+        if symbol is not None:
+            symbols.setdefault(symbol, known[key][0])
+    _settle_lengths(graph, symbols)
+    inner = {s for v, d in _dynamic(graph) if d and role_of(v) == "other" and (s := _symbol((v, d))) is not None}
+    inner -= {s for v, d in _dynamic(graph) if d == 0 and role_of(v) != "other" and (s := _symbol((v, d))) is not None}
+    return {str(v.name): tuple(_kinds(v, known, symbols, sizes, config, inner)) for v in graph.inputs}
+
+
+def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
+    """Take a single integer for the size of the dimensions that have its name."""
+    roles = {kind: role for role, kind in LENGTHS.items()}
+    for value in graph.inputs:
+        role = roles.get(symbols.get(str(value.name), ""))
+        if role is not None and value in open_counts(graph):
+            settle_role(value, Role(name=role, why="dimensions have its name", tie=True))
+
+
+def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
+    """The elements of the inputs that hold one number of positions, by name."""
+    return {
+        str(value.name): getattr(sizes, LENGTHS[role])
+        for value in graph.inputs
+        if (role := role_of(value)) in LENGTHS and _is_single(value)
+    }
+
+
+def open_counts(graph: ir.Graph) -> list[ir.Value]:
+    """The single integers of which nothing tells what they count."""
+    singles = [value for value in graph.inputs if value.dtype in _COUNTS and _is_single(value)]
+    return [v for v in singles if role_of(v) == "other" and inferred_role(v).why != GIVEN]
+
+
+def _is_single(value: ir.Value) -> bool:
+    return value.shape is not None and all(dim == 1 for dim in value.shape)
+
+
+_Place = tuple[ir.Value, int]
+"""An input and one of its dimensions."""
+_RANK = {"user": 0, "token_ids": 1, "position_ids": 2, "state": 3, "token_type_ids": 4, "attention_mask": 5, "other": 6}
+"""Whose word counts for a symbol that stands in several inputs."""
+
+
+def _symbol(place: _Place) -> str | None:
+    """The symbol of a dimension; None for one without a name, and for a size."""
+    value, d = place
+    assert value.shape is not None
+    dim = value.shape[d]
+    return None if isinstance(dim, int) or dim.value is None else str(dim.value)
+
+
+def _shown(place: _Place) -> str:
+    """What a dimension is called where it has no symbol."""
+    return _symbol(place) or f"{place[0].name}.{place[1]}"
+
+
+def _given_sizes(graph: ir.Graph, given: Mapping[str, int]) -> dict[_Place, int]:
+    """The dimensions whose sizes the user said."""
+    unused, found = set(given), {}
+    dynamic = list(_dynamic(graph))
+    for place in dynamic:
+        symbol = _shown(place)
+        key = next((k for k in (f"{place[0].name}.{symbol}", symbol) if k in given), None)
+        if key is not None:
+            unused.discard(key)
+            found[place] = given[key]
     if unused:
-        known = sorted({str(d) for v in graph.inputs if v.shape for d in v.shape if not isinstance(d, int)})
+        known = sorted({_shown(place) for place in dynamic})
         raise OptionError(f"--dim names {sorted(unused)}, but the dynamic dimensions are {known}.")
-    return kinds
+    return found
 
 
-def _kind(
-    name: str, role: str, position: int, seen: int, symbol: str, config: Mapping[str, object], has_state: bool
+def _dynamic(graph: ir.Graph) -> Iterator[_Place]:
+    for value in graph.inputs:
+        assert value.shape is not None
+        yield from ((value, d) for d, dim in enumerate(value.shape) if not isinstance(dim, int))
+
+
+def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[str, str]]:
+    """What the roles of the inputs say of their dynamic dimensions, and which role said it."""
+    found: dict[_Place, tuple[str, str]] = {}
+    dynamic = [place for place in _dynamic(graph) if place not in sizes]
+    grows = {v: growing_dim(v) for v in graph.inputs if role_of(v) == "state"}
+    has_state = bool(grows)
+    tokens = {_symbol(place) for place in dynamic if role_of(place[0]) == "token_ids"}
+    for place in dynamic:
+        value, d = place
+        role = inferred_role(value)
+        if role.dims is not None:
+            kind: str | None = str(role.dims[d])
+            found[place] = str(role.dims[d]), "user"
+            continue
+        assert value.shape is not None
+        behind = len(value.shape) - 1 - d
+        kind = None
+        if role.name == "state":
+            kind = "past" if grows[value] == d else None
+        elif _is_encoders(value) and role.name == "attention_mask":
+            kind = ("encoder" if behind == 0 else None) if len(value.shape) > 1 else None
+        elif role.name == "other" and _is_embedding(graph, value) and behind == 1:
+            kind = "sequence"
+        elif role.name in ("token_ids", "position_ids", "token_type_ids", "attention_mask"):
+            kind = _of_steps(role.name, behind, len(value.shape), has_state=has_state)
+            if len(value.shape) == 1 and role.name != "attention_mask":
+                kind = "sequence" if role.name == "position_ids" and _symbol(place) in tokens else None
+        if kind is not None:
+            found[place] = kind, role.name
+    return found
+
+
+def _is_embedding(graph: ir.Graph, value: ir.Value) -> bool:
+    """Whether `value` has a vector for each position, in a model that takes no tokens."""
+    if value.shape is None or len(value.shape) != 3 or _is_encoders(value) or value.dtype is None:
+        return False
+    alone = not any(role_of(other) == "token_ids" for other in graph.inputs)
+    return alone and value.dtype.is_floating_point() and isinstance(value.shape[2], int)
+
+
+def _of_steps(role: str, behind: int, rank: int, *, has_state: bool) -> str | None:
+    """A dimension of tokens, positions or a mask, with `behind` others behind it."""
+    if role == "attention_mask":
+        last = "total" if has_state else "sequence"
+        names = (last, "batch") if rank == 2 else (last, "sequence")
+    else:
+        names = ("sequence", "batch")
+    return names[behind] if behind < len(names) else ("batch" if behind == rank - 1 else None)
+
+
+def _is_encoders(value: ir.Value) -> bool:
+    name = str(value.name)
+    return "encoder" in name and not name.startswith("decoder")
+
+
+def _kinds(
+    value: ir.Value,
+    known: Mapping[_Place, tuple[str, str]],
+    symbols: Mapping[str, str],
+    sizes: Mapping[_Place, int],
+    config: Mapping[str, object],
+    inner: Collection[str],
+) -> Iterator[int | str]:
+    assert value.shape is not None
+    found: dict[int, int | str] = {}
+    for d, dim in enumerate(value.shape):
+        place = (value, d)
+        if isinstance(dim, int):
+            found[d] = dim
+        elif place in sizes:
+            found[d] = sizes[place]
+        elif place in known:
+            found[d] = known[place][0]
+        elif (kind := _of_symbol(_symbol(place), symbols)) is not None:
+            found[d] = kind
+    for d in range(len(value.shape)):
+        if d not in found:
+            found[d] = _by_place(value, d, found, config, inner)
+    yield from (found[d] for d in range(len(value.shape)))
+
+
+def _of_symbol(symbol: str | None, symbols: Mapping[str, str]) -> str | None:
+    """What a symbol is in other inputs; a sum of past and sequence is total."""
+    if symbol is None:
+        return None
+    if symbol in symbols:
+        return symbols[symbol]
+    match = _SUM.fullmatch(symbol)
+    parts = {symbols.get(part) for part in match.groups()} if match else set()
+    return "total" if parts == {"past", "sequence"} else None
+
+
+def _by_place(
+    value: ir.Value, d: int, found: Mapping[int, int | str], config: Mapping[str, object], inner: Collection[str]
 ) -> int | str:
-    encoder = "encoder" in name and not name.startswith("decoder")
-    if position == 0:
+    """What a dimension of which nothing is known is taken for; the symbols `inner` are never that of the batch."""
+    assert value.shape is not None
+    symbol = _shown((value, d))
+    free = [other for other in range(len(value.shape)) if other not in found or other == d]
+    state = role_of(value) == "state"
+    if "batch" not in found.values() and (d == 0 or (state and d == free[0])) and symbol not in inner:
         return "batch"
-    total = "total" if has_state else "sequence"
-    if role in ("token_ids", "position_ids", "token_type_ids") and position == 1:
-        return "sequence"
-    if role == "attention_mask" and position == 1:
-        return "encoder" if encoder else total
-    if role == "state" and seen == 1:
-        return "encoder" if encoder else "past"
+    if state and d == free[0] and not {"past", "encoder"} & set(found.values()) and not is_written(value):
+        return "encoder" if _is_encoders(value) else "past"
     size = config.get({"num_channels": "num_channels", "height": "image_size", "width": "image_size"}.get(symbol, ""))
     if isinstance(size, int):
         return size
-    if encoder and position == 1:
+    if _is_encoders(value) and d == 1:
         return "encoder"
     return symbol
 

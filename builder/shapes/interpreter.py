@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -60,15 +61,18 @@ class Interpreter:
         self._control_flow = ControlFlow(self._interpret_inside, model.graph.meta.get(SIBLINGS, ()), lenient=lenient)
         self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
 
-    def run(self, sizes: Mapping[str, Shape]) -> Facts:
-        """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict."""
+    def run(self, sizes: Mapping[str, Shape], lengths: Mapping[str, int] = MappingProxyType({})) -> Facts:
+        """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict.
+
+        `lengths` are the elements of inputs that shapes depend on.
+        """
         facts: Facts = dict(self._constants)
         self._runs += 1
         self._fresh = itertools.count(101 + self._runs, 10)
         for value in self._model.graph.inputs:
             assert value.name is not None
             assert value.dtype is not None
-            facts[value] = self._intern(Fact(dtype=value.dtype, shape=sizes[value.name]))
+            facts[value] = self._intern(_input_fact(value.dtype, sizes[value.name], lengths.get(value.name)))
         self.interpret(self._model.graph, facts)
         return facts
 
@@ -90,7 +94,7 @@ class Interpreter:
             else:
                 found = self._infer_once(node, inputs)
             if len(found) != len(node.outputs):
-                raise ShapeError(_contradiction(node, inputs, f"it gives {len(found)} outputs"))
+                raise _contradiction(node, inputs, f"it gives {len(found)} outputs")
             facts.update(zip(node.outputs, map(self._intern, found), strict=True))
 
     def _number(self, node: ir.Node) -> int:
@@ -125,7 +129,7 @@ class Interpreter:
         shapes = [None if f is None else f.shape for f in inputs]
         reason = operand_fault(node, shapes)
         if reason is not None:
-            raise ShapeError(_contradiction(node, inputs, reason))
+            raise _contradiction(node, inputs, reason)
         evaluated = self._evaluate(node, inputs)
         if evaluated is not None:
             return evaluated
@@ -135,13 +139,13 @@ class Interpreter:
             try:
                 pairs = rule(node, inputs)
             except (ArithmeticError, LookupError, TypeError, ValueError, onnx.checker.ValidationError) as error:
-                raise ShapeError(_contradiction(node, inputs, str(error))) from error
+                raise _contradiction(node, inputs, str(error)) from error
         else:
             pairs = self._infer_with_onnx(node, inputs)
         zero = _is_zero(node, inputs)
         reason = result_fault(node, shapes, [shape for _, shape in pairs])
         if reason is not None:
-            raise ShapeError(_contradiction(node, inputs, reason))
+            raise _contradiction(node, inputs, reason)
         return [Fact(dtype=dtype, shape=shape, zero=zero) for dtype, shape in pairs]
 
     def _evaluate(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact] | None:
@@ -160,7 +164,7 @@ class Interpreter:
         try:
             result = entry.value(attributes_of(node), arguments)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+            raise _contradiction(node, inputs, str(error)) from error
         zero = _is_zero(node, inputs)
         return [_known(np.asarray(r), zero=zero) for r in (result if isinstance(result, tuple) else (result,))]
 
@@ -187,8 +191,13 @@ class Interpreter:
         try:
             outputs = infer_node_outputs(schema, proto, types, data, opset_imports=imports)
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
-            raise ShapeError(_contradiction(node, inputs, str(error))) from error
+            raise _contradiction(node, inputs, str(error)) from error
         return [_from_type(outputs.get(name), node, inputs) for name in proto.output]
+
+
+def _input_fact(dtype: ir.DataType, shape: Shape, length: int | None) -> Fact:
+    value = None if length is None else np.full(shape, length, dtype=dtype.numpy())
+    return Fact(dtype=dtype, shape=shape, value=value)
 
 
 def attribute_key(attribute: ir.Attr) -> object:
@@ -249,18 +258,22 @@ def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fac
             "expected a tensor; export the model without sequences, optionals and maps."
         )
     if proto is None or kind is None or not proto.tensor_type.HasField("shape"):
-        raise ShapeError(_contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes"))
+        raise _contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes")
     dims = proto.tensor_type.shape.dim
     if not all(dim.HasField("dim_value") for dim in dims):
-        raise ShapeError(_contradiction(node, inputs, "an output's size depends on the inputs' elements"))
+        raise _contradiction(node, inputs, "an output's size depends on the inputs' elements")
     return ir.DataType(proto.tensor_type.elem_type), tuple(dim.dim_value for dim in dims)
 
 
-def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) -> str:
+class MisfitError(ShapeError):
+    """The operands of a node do not fit each other: the message has them at one set of sizes."""
+
+    def __init__(self, message: str, node: ir.Node) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def _contradiction(node: ir.Node, inputs: Sequence[Fact | None], reason: str) -> MisfitError:
     found = ", ".join("-" if f is None else f"{f.dtype.name}{list(f.shape)}" for f in inputs)
     first_line = reason.strip().partition("\n")[0][:300].rstrip(".")
-    return (
-        f'node {node.op_type} "{node.name}" does not fit its inputs ({found:.300}): {first_line}. '
-        "Expected sizes that the model accepts together; if an input has a size of its own, say it with "
-        "--dim NAME=SIZE (for instance --dim height=224)."
-    )
+    return MisfitError(f'node {node.op_type} "{node.name}" does not fit its inputs ({found:.300}): {first_line}.', node)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -20,9 +22,12 @@ SMALL_NBYTES = 4096
 """Tensors up to this size are in memory, wherever the source has them: so a build sees the same in either case."""
 
 
-def load_with_weights(path: Path) -> Source:
-    """The model at `path`, every file of its weights checked; raises ModelLoadError for what cannot be built."""
-    source = load(path)
+def load_with_weights(path: Path, fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
+    """The model at `path`, its inputs `fixed`, every file of its weights checked.
+
+    Raises ModelLoadError for what cannot be built.
+    """
+    source = load(path, fixed)
     check_external_data(source)
     source.guard.remember(companions(path))
     for value in source.model.graph.initializers.values():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 import onnx_ir as ir
@@ -12,9 +14,10 @@ from google.protobuf.message import DecodeError
 
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.source.external_data import bind_external_data, check_regions
+from furiosa_llm.builder.source.fixed_inputs import fix_inputs
 from furiosa_llm.builder.source.guard import SourceGuard
 from furiosa_llm.builder.source.protobuf_scan import Lean, read_lean
-from furiosa_llm.builder.source.validate import validate
+from furiosa_llm.builder.source.validate import drop_fallbacks, validate
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +37,11 @@ class Source:
     """Knows the model's files as they were."""
 
 
-def load(path: str | os.PathLike[str]) -> Source:
-    """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model."""
+def load(path: str | os.PathLike[str], fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
+    """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model.
+
+    The inputs that `fixed` names are initializers of that value.
+    """
     file = Path(path)
     if file.is_dir():
         candidates = sorted(p.name for p in file.glob("*.onnx"))
@@ -48,7 +54,9 @@ def load(path: str | os.PathLike[str]) -> Source:
     guard = SourceGuard()
     guard.remember([file])
     lean = _read(file)
+    drop_fallbacks(lean.proto)
     validate(lean.proto, file.name, lean.left_out)
+    fix_inputs(lean.proto, fixed, file.name)
     try:
         model = ir.from_proto(lean.proto)
     except ir.serde.SerdeError as error:

@@ -56,6 +56,18 @@ def validate(proto: ModelProto, name: str, left_out: Mapping[int, LeftOut]) -> N
     _check_expansion(proto, functions, name)
 
 
+def drop_fallbacks(proto: ModelProto) -> None:
+    """Leave out functions that say what an op of onnxruntime's own does, for runtimes that have not got it.
+
+    Onnxruntime takes its op, whatever the function says.
+    """
+    opsets = {_domain(entry.domain): entry.version for entry in proto.opset_import}
+    for function in list(proto.functions):
+        domain = _domain(function.domain)
+        if domain and domain in opsets and is_operator(function.name, domain, opsets[domain]):
+            proto.functions.remove(function)
+
+
 def _check_node(
     node: NodeProto, opsets: dict[str, int], functions: dict[FunctionKey, FunctionProto], name: str
 ) -> None:

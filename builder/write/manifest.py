@@ -102,7 +102,7 @@ def _inputs(build: Build) -> tuple[InputInfo, ...]:
                 dtype=build.probes.facts[value].dtype.name,
                 shape=shape,
                 layout=_static_layouts(shape, build.lowered.input_layouts[str(value.name)]),
-                role=cast(InputRole, role_of(value)),
+                role="state" if value in build.states.values else cast(InputRole, role_of(value)),
             )
         )
     return tuple(found)
@@ -136,7 +136,7 @@ def _states(build: Build) -> tuple[State, ...]:
             input=str(pair.input.name),
             output=str(pair.output.name),
             sequence_dim=pair.sequence_dim,
-            mode="in_place" if pair.in_place else "append",
+            mode=pair.mode,
         )
         for pair in build.states.pairs
     )

@@ -16,6 +16,7 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.write.shards import num_shards
+from furiosa_llm.builder.write.whole import shortfalls
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
@@ -67,6 +68,8 @@ class BuildReport:
     """How many attentions became one op with its cache."""
     attentions_left: tuple[str, ...]
     """A line for each attention that was left as it is, and why."""
+    shortfalls: tuple[str, ...]
+    """A line for each large weight that is whole, and for each split that takes many collectives, with the cause."""
     faults: tuple[str, ...]
     """Where program and manifest alone do not show that the split model is the unsplit one; empty: they do."""
     num_nodes: int
@@ -85,13 +88,14 @@ def report_of(
     read = {value.name for node in build.lowered.graph for value in node.inputs if value is not None}
     replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
     originals = {id(value.const_value): value for value in build.source.model.graph.initializers.values()}
+    model_nbytes = sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None)
     return BuildReport(
         artifact=artifact,
         tensor_parallel_size=mesh.size,
         weight_nbytes=sum(t.local_nbytes for t in tensors if t.name in read),
         replicated_nbytes=sum(t.local_nbytes for t in replicated),
         padding_nbytes=padding_nbytes(tensors, mesh),
-        model_nbytes=sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None),
+        model_nbytes=model_nbytes,
         stored_nbytes=sum(f.nbytes for f in manifest.files if f.path.startswith("weights-")),
         state_nbytes_per_token=sum(manifest.state_nbytes.values()),
         collectives=dict(Counter(collective.kind for collective in manifest.collectives)),
@@ -101,6 +105,7 @@ def report_of(
         notes=notes(build.analysis),
         fused_attentions=build.fusion.fused,
         attentions_left=build.fusion.left,
+        shortfalls=shortfalls(build, model_nbytes),
         faults=faults,
         num_nodes=len(build.lowered.graph),
         seconds=seconds,

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -25,7 +26,7 @@ from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import default_name
-from furiosa_llm.cli.options import Command, Sizes, option
+from furiosa_llm.cli.options import Command, FixedInput, GivenRole, Sizes, option
 from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.units import nbytes
 
@@ -47,6 +48,8 @@ WORKERS = click.option(
 )
 _SHOWN_REPLICATED = 3
 _SHOWN_LEFT = 6
+_MOSTLY_WHOLE = 1.3
+"""Times what an even split would leave on a PE."""
 
 
 def planning_options(command: Command) -> Command:
@@ -61,6 +64,8 @@ def planning_options(command: Command) -> Command:
             callback=lambda _, __, path: None if path is None else read_tactics(path),
         ),
         option("max_padding", BUILD),
+        option("fixed", BUILD, "--fix", type=FixedInput(), multiple=True, callback=lambda _, __, given: dict(given)),
+        option("roles", BUILD, "--role", type=GivenRole(), multiple=True, callback=lambda _, __, given: dict(given)),
         option("dims", BUILD, "--dim", type=Sizes(), multiple=True, callback=lambda _, __, sizes: dict(sizes)),
     ):
         command = add(command)
@@ -192,6 +197,9 @@ def closing_table(report: BuildReport) -> Table:
     table.add_column("per PE")
     table.add_column("", overflow="fold")
     share = report.weight_nbytes / report.model_nbytes if report.model_nbytes else 0.0
+    if share * report.tensor_parallel_size > _MOSTLY_WHOLE:
+        cause = f": {report.shortfalls[0]}" if report.shortfalls else ""
+        table.add_row("not well split", f"each PE has {share:.1%} of the weights{escape(cause)}")
     table.add_row("weights", f"{nbytes(report.weight_nbytes)} of {nbytes(report.model_nbytes)} ({share:.1%})")
     table.add_row("KV cache per token", nbytes(report.state_nbytes_per_token))
     counts = ", ".join(f"{count} {kind}" for kind, count in report.collectives.items()) or "none"
@@ -211,7 +219,7 @@ def closing_table(report: BuildReport) -> Table:
         table.add_row("attention left", line)
     if len(left) > _SHOWN_LEFT:
         table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
-    for note in report.notes:
+    for note in (*report.notes, *map(escape, report.shortfalls[:_SHOWN_LEFT])):
         table.add_row("note", note)
     table.add_row("static proof", _proof(report))
     padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""

@@ -27,6 +27,33 @@ class Sizes(click.ParamType[tuple[str, int]]):
         return key, int(size)
 
 
+class FixedInput(click.ParamType[tuple[str, int]]):
+    """`INPUT=VALUE`: a boolean or an integer."""
+
+    name = "INPUT=VALUE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """The input's name and its value."""
+        key, _, text = str(value).rpartition("=")
+        number = {"true": 1, "false": 0}.get(text.lower(), int(text) if text.removeprefix("-").isdecimal() else None)
+        if not key or number is None:
+            self.fail(f"{value!r} is not INPUT=VALUE, for instance use_cache_branch=true", param, ctx)
+        return key, number
+
+
+class GivenRole(click.ParamType[tuple[str, str]]):
+    """`INPUT=ROLE`, or `INPUT=ROLE[DIM,...]`."""
+
+    name = "INPUT=ROLE"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """The input's name and its role."""
+        key, _, text = str(value).partition("=")
+        if not key or not text:
+            self.fail(f"{value!r} is not INPUT=ROLE, for instance pos=positions[3,batch,sequence]", param, ctx)
+        return key, text
+
+
 class Numbers(click.ParamType[tuple[float, ...]]):
     """`1,2,4`: positive numbers, of the type `kind`; among floats there is `inf`."""
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from furiosa_llm.builder import ModelPlan, OptionError, plan_model
+from furiosa_llm.builder.lower.interface import InterfaceValue, interface_of
 from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annotated_plan
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.cli.build import BUILD, planning_options
@@ -61,6 +63,7 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 @option(
     "pipeline_parallel_size", ENGINE, default=1, show_default=True, help="Pipeline stages to annotate with --emit-onnx."
 )
+@click.option("--roles", "show_roles", is_flag=True, help="Show what each input and output is taken for, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def plan(
     model: Path,
@@ -68,6 +71,7 @@ def plan(
     emit_onnx: Path | None,
     pipeline_parallel_size: int,
     fuse_attention: bool,
+    show_roles: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -91,6 +95,9 @@ def plan(
         click.echo(json.dumps(planned.to_json(), indent=2))
         return
     console = Console()
+    if show_roles:
+        console.print(_roles(interface_of(builds[0])), crop=False)
+        return
     console.print(_figures(planned), crop=False)
     for size_plan in planned.plans:
         console.print()
@@ -103,6 +110,18 @@ def plan(
                 f"tp {size_plan.tensor_parallel_size}: {_known(size_plan.working_nbytes)} are alive inside a step, "
                 f"which neither table nor engine counts; choose a smaller chunk or batch."
             )
+
+
+def _roles(values: Sequence[InterfaceValue]) -> Table:
+    """What each input and output is taken for."""
+    table = Table(title="inputs and outputs", title_justify="left")
+    for column in ("name", "shape", "role", "from"):
+        table.add_column(column, overflow="fold")
+    for one in values:
+        tie = " (a tie that the name broke)" if one.tie else ""
+        shape = f"{one.dtype} [{', '.join(map(str, one.shape))}]"
+        table.add_row(*map(escape, (one.name, shape, one.role, one.why + tie)))
+    return table
 
 
 def _figures(found: ModelPlan) -> Table:

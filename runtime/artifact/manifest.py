@@ -33,9 +33,21 @@ DIGEST_PREFIX = b'{\n "digest": "'
 _DIGEST_LENGTH = 64
 
 Task = Literal["decoder", "encoder", "other"]
-InputRole = Literal["token_ids", "attention_mask", "position_ids", "token_type_ids", "state", "other"]
+LENGTH_ROLES = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
+"""Roles of inputs that hold a number of positions, for each sequence or for all, and the name of that number."""
+InputRole = Literal[
+    "token_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "past_length",
+    "sequence_length",
+    "total_length",
+    "state",
+    "other",
+]
 OutputRole = Literal["logits", "state", "other"]
-StateMode = Literal["append", "in_place"]
+StateMode = Literal["append", "in_place", "replace"]
 CollectiveKind = Literal["AllReduce", "AllGather"]
 
 
@@ -152,16 +164,23 @@ class OutputInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """An input and the output that replaces it in the next step; both grow along `sequence_dim`.
+    """An input and the output that replaces it in the next step.
 
-    `append`: the output is the input with the new positions appended. `in_place`: one buffer of a fixed capacity may
-    be bound to both, and the attention mask says where the new positions go.
+    `append`: the output is the input with the new positions appended along `sequence_dim`. `in_place`: one buffer of a
+    fixed capacity may be bound to both, and the attention mask says where the new positions go. `replace`: the output
+    is of the input's size, all of it new; `sequence_dim` is None.
     """
 
     input: str
     output: str
-    sequence_dim: int
+    sequence_dim: int | None
     mode: StateMode
+
+    @property
+    def grown_dim(self) -> int:
+        """The dimension that a state grows in; for those that do."""
+        assert self.sequence_dim is not None, "a state of a fixed size"
+        return self.sequence_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +232,9 @@ class Manifest:
 
         What an encoder gave, which the decoder reads and nothing replaces, is among them.
         """
-        return {info.name: self._position_nbytes(info) for info in self.inputs if info.role == "state"}
+        fixed = {state.input for state in self.states if state.mode == "replace"}
+        states = [info for info in self.inputs if info.role == "state" and info.name not in fixed]
+        return {info.name: self._position_nbytes(info) for info in states}
 
     def payload_nbytes(self, collective: Collective) -> int:
         """The bytes that `collective` gives each rank for a decoded token: every dynamic dimension is 1."""
@@ -244,6 +265,12 @@ def seal(document: Mapping[str, Any]) -> bytes:
     data = (json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
     start = len(DIGEST_PREFIX)
     return data[:start] + manifest_digest(data).encode() + data[start + _DIGEST_LENGTH :]
+
+
+def fixed_inputs(manifest: Manifest) -> dict[str, int]:
+    """The inputs of the model that the build made constants, with their values."""
+    found = manifest.provenance.options.get("fixed")
+    return {k: int(v) for k, v in found.items() if isinstance(v, int)} if isinstance(found, dict) else {}
 
 
 def manifest_digest(data: bytes) -> str:

@@ -218,9 +218,9 @@ def _value(field: Field, mesh: Mesh, roles: Sequence[str]) -> dict[str, Any]:
             where.fail("null for a dynamic dimension and a layout for every other")
         if dim is not None and global_size(dim) != size:
             where.fail(f"a layout of {size} indices", f"one of {global_size(dim)}")
-        fault = None if dim is None else fault_of(dim)
+        fault = None if dim is None else fault_of(dim, once=False)
         if fault is not None:
-            where.fail("a layout with each index on one rank", f"one in which {fault}")
+            where.fail("a layout with each index on some rank", f"one in which {fault}")
         if dim is not None and axes_of(dim) and role != "state":
             where.fail("a layout that is not split, because only states may be split")
     dtype = member["dtype"].choice(tuple(DTYPES))
@@ -233,7 +233,7 @@ def _state(field: Field) -> State:
     return State(
         input=member["input"].name(),
         output=member["output"].name(),
-        sequence_dim=member["sequence_dim"].integer(),
+        sequence_dim=member["sequence_dim"].optional(lambda f: f.integer()),
         mode=mode,
     )
 

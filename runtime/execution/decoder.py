@@ -6,7 +6,7 @@ It runs on anything that can be bound to memory: an artifact's executor, or the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,6 +106,7 @@ class DecoderSession:
         self._model = model
         self._interface = interface
         self._logits = next(info for info in interface.outputs if info.role == "logits")
+        self._singly = takes_one_position(interface.inputs)
         self._batch = 0
         self._capacity = 0
         self._wanted_capacity = 0
@@ -131,6 +132,10 @@ class DecoderSession:
         """
         total = self._checked_length(token_ids)
         batch, sequence = token_ids.shape
+        if sequence > 1 and self._singly:
+            for position in range(sequence):
+                logits = self.step(token_ids[:, position : position + 1])
+            return logits
         if batch != self._batch:
             self._allocate(batch)
         if max(total, self._wanted_capacity) > self._capacity:
@@ -165,7 +170,7 @@ class DecoderSession:
 
     def _bind_states(self, lane: _Lane, total: int) -> None:
         """Binds the states for a step that ends at `total` tokens: those in place only when their memory is new."""
-        for rank, buffers in self._each("append"):
+        for rank, buffers in (*self._each("append"), *self._each("replace")):
             buffers.extend(self.length, total)
             lane.bound.bind_input(rank, buffers.state.input, buffers.past)
             lane.bound.bind_output(rank, buffers.state.output, buffers.present)
@@ -197,6 +202,17 @@ class DecoderSession:
             buffers.reserve(self._capacity, self.length)
 
 
+def takes_one_position(inputs: Sequence[InputInfo]) -> bool:
+    """Whether a step has one new position, no more."""
+    return any(info.role == "token_ids" and info.shape[-1] == 1 for info in inputs)
+
+
+def fixed_batch(inputs: Sequence[InputInfo]) -> int | None:
+    """How many sequences every step has, if that is fixed."""
+    sizes = [info.shape[0] for info in inputs if info.role == "token_ids"]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
 def check_interface(interface: DecoderInterface) -> None:
     """Raises UnsupportedError if the model is no decoder, or has states that cannot be stepped."""
     has_ids = any(info.role == "token_ids" for info in interface.inputs)
@@ -204,7 +220,13 @@ def check_interface(interface: DecoderInterface) -> None:
         raise UnsupportedError(
             "the model is not a decoder: it has no input for token ids or no output for logits; use `furiosa-llm run`"
         )
+    batch = fixed_batch(interface.inputs)
+    if batch is not None and batch > 1 and all(state.mode == "in_place" for state in interface.states):
+        raise UnsupportedError(f"a batch of {batch} whose caches are written in place; use `furiosa-llm run`")
     paired = {state.input for state in interface.states}
+    for state in interface.states:
+        if (batch or "batch") not in interface.state_shapes[state.input]:
+            raise UnsupportedError(f"state {state.input!r:.80} is not of a batch of sequences; use `furiosa-llm run`")
     for name, shape in interface.state_shapes.items():
         if name not in paired:
             raise UnsupportedError(f"state {name!r:.80} is not made by the model itself; use `furiosa-llm run`")

@@ -14,6 +14,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map, local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.execution.binding import BoundProgram
@@ -56,6 +57,7 @@ class Executor(Closing):
         self._counters = new_counters(1)
         [self._row] = rows_of(self._counters)
         self._bound = self.bind(unbound=_of_unknown_shape(artifact, program))
+        self._defaults = default_inputs(artifact)
 
     @property
     def decoder_interface(self) -> DecoderInterface:
@@ -96,6 +98,7 @@ class Executor(Closing):
         name, a wrong type or shape, and ExecutionError if a segment fails.
         """
         manifest = self.artifact.manifest
+        inputs = {**{name: array for name, array in self._defaults.items() if name not in inputs}, **inputs}
         sizes = known_sizes(self._check_inputs(inputs))
         with self._lock:
             if not (self._chunks_singly and is_chunk_of_many(sizes)):

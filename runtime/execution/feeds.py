@@ -8,17 +8,32 @@ import numpy as np
 import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
-from furiosa_llm.runtime.artifact.manifest import InputInfo
+from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo
 from furiosa_llm.runtime.errors import UnsupportedError
 
 TokenIds = npt.NDArray[np.int64]
 
-_SHAPES: dict[str, tuple[str, str]] = {
-    "token_ids": ("batch", "sequence"),
-    "attention_mask": ("batch", "total"),
-    "position_ids": ("batch", "sequence"),
-    "token_type_ids": ("batch", "sequence"),
-}
+
+def is_fed(info: InputInfo) -> bool:
+    """Whether an input can be made from token ids: its role says what of, and its dimensions are those of a step."""
+    rows, positions = _dims(info.shape, ("batch",)), _dims(info.shape, ("sequence",))
+    match info.role:
+        case "token_ids" | "token_type_ids":
+            return len(info.shape) == 2 and rows[0] and positions[1]
+        case "position_ids":
+            front = all(isinstance(size, int) for size in info.shape[:-2])
+            return len(info.shape) >= 2 and front and rows[-2] and positions[-1]
+        case "attention_mask" if len(info.shape) == 2:
+            return rows[0] and info.shape[1] == "total"
+        case "attention_mask":
+            return len(info.shape) == 4 and rows[0] and info.shape[1] == 1 and positions[2] and info.shape[3] == "total"
+        case role:
+            return role in LENGTH_ROLES and len(info.shape) <= 1 and all(rows)
+
+
+def _dims(shape: Sequence[int | str], names: Sequence[str]) -> list[bool]:
+    """Which dimensions have one of `names`, or a size of their own."""
+    return [isinstance(size, int) or size in names for size in shape]
 
 
 class StepFeeds:
@@ -30,7 +45,7 @@ class StepFeeds:
     def __init__(self, inputs: Sequence[InputInfo]) -> None:
         self._infos = [info for info in inputs if info.role != "state"]
         for info in self._infos:
-            if _SHAPES.get(info.role) != info.shape:
+            if not is_fed(info):
                 raise UnsupportedError(
                     f"input {info.name!r:.80} of role {info.role!r} and shape {list(info.shape)} cannot be made from "
                     f"token ids; use `furiosa-llm run` and give it as a tensor"
@@ -51,22 +66,35 @@ class StepFeeds:
         for info in self._infos:
             if info.role == "attention_mask":
                 behind = starts if cached is None else np.full_like(starts, cached)
-                yield info.name, self._mask(info, behind + sequence)
+                yield info.name, self._mask(info, behind, sequence)
+                continue
+            if info.role in LENGTH_ROLES:
+                number = {"past": starts, "sequence": np.full_like(starts, sequence), "total": starts + sequence}
+                found = number[LENGTH_ROLES[info.role]].astype(DTYPES[info.dtype].numpy)
+                yield info.name, found if info.shape == ("batch",) else found[:1].reshape([1] * len(info.shape))
                 continue
             array = self._kept.get(info.name)
-            if array is None or array.shape != token_ids.shape:
-                array = self._kept[info.name] = np.zeros(token_ids.shape, dtype=DTYPES[info.dtype].numpy)
+            front = tuple(int(size) for size in info.shape[:-2])
+            if array is None or array.shape != (*front, *token_ids.shape):
+                array = self._kept[info.name] = np.zeros((*front, *token_ids.shape), dtype=DTYPES[info.dtype].numpy)
                 yield info.name, array
             if info.role == "token_ids":
                 array[...] = token_ids
             elif info.role == "position_ids":
                 array[...] = starts[:, None] + np.arange(sequence)
 
-    def _mask(self, info: InputInfo, totals: TokenIds) -> Array:
+    def _mask(self, info: InputInfo, behind: TokenIds, sequence: int) -> Array:
+        dtype, totals = DTYPES[info.dtype].numpy, behind + sequence
         batch, total = totals.size, int(totals.max())
+        if len(info.shape) == 4:
+            last = behind[:, None, None, None] + np.arange(sequence)[:, None]
+            seen = np.arange(total) <= last
+            if not np.issubdtype(dtype, np.floating):
+                return seen.astype(dtype)
+            return np.where(seen, 0, np.finfo(dtype).min).astype(dtype)
         if (totals == total).all():
             ones = self._ones.get(info.name)
             if ones is None or ones.size < batch * total:
-                ones = self._ones[info.name] = np.ones(2 * batch * total, dtype=DTYPES[info.dtype].numpy)
+                ones = self._ones[info.name] = np.ones(2 * batch * total, dtype=dtype)
             return ones[: batch * total].reshape(batch, total)
-        return (np.arange(total) < totals[:, None]).astype(DTYPES[info.dtype].numpy)
+        return (np.arange(total) < totals[:, None]).astype(dtype)

@@ -86,7 +86,7 @@ class SegmentLoader:
         self._lanes = lanes
         self._settings = settings
         self._flexible = {
-            name: state.sequence_dim
+            name: state.grown_dim
             for state in artifact.manifest.states
             if state.mode == "in_place"
             for name in (state.input, state.output)

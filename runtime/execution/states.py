@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from furiosa_llm.runtime.artifact.dimensions import Shape, shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import State
@@ -25,23 +27,26 @@ class StateBuffers:
     """The memory of one state on one rank; `past` is what the next step reads, `present` what it writes.
 
     In place: one buffer of `capacity` positions, past and present at once; what lies beyond the valid ones is finite,
-    because kernels may read it before they mask it. Append: two, between which past and present alternate, because the
-    present has the past copied into it.
+    because kernels may read it before they mask it. Otherwise two, between which past and present alternate: the
+    present of a state that is appended to has the past copied into it, that of a state of a fixed size is all new.
     """
 
-    __slots__ = ("_dtype", "_flat", "_in_place", "_inner", "_outer", "past", "present", "state")
+    __slots__ = ("_dtype", "_flat", "_inner", "_length", "_outer", "past", "present", "state")
 
     def __init__(self, state: State, dtype: str, shape: tuple[int, ...]) -> None:
         self.state = state
         self._dtype = dtype
-        self._in_place = state.mode == "in_place"
-        self._outer, self._inner = shape[: state.sequence_dim], shape[state.sequence_dim + 1 :]
+        dim = len(shape) if state.sequence_dim is None else state.sequence_dim
+        self._outer, self._inner = shape[:dim], shape[dim + 1 :]
+        self._length = 0  # positions in `present`, once the step that writes it has run
         self._flat = self._allocate(0)
         self.past = self.present = self._tensor(self._flat[0], 0)
 
     def reserve(self, capacity: int, length: int) -> None:
         """Makes room for `capacity` positions and keeps the first `length`."""
         self._catch_up(length)
+        if self.state.mode == "replace":
+            return
         kept = self.past.array
         self._flat = self._allocate(capacity)
         self.past = self.present = self._tensor(self._flat[0], capacity if self._in_place else length)
@@ -50,27 +55,42 @@ class StateBuffers:
 
     def rewind(self) -> None:
         """Forgets all positions and keeps the memory."""
+        self._length = 0
+        if self.state.mode == "replace":
+            self._flat[0][...] = 0
         if not self._in_place:
             self.past = self.present = self._tensor(self._flat[0], 0)
 
     def extend(self, past: int, total: int) -> None:
-        """Makes `past` the state of that many positions and `present` the place for `total`; for append states."""
+        """Makes `past` the state of that many positions and `present` the place for `total`; not for those in place."""
         self._catch_up(past)
+        self._length = total
         self.present = self._tensor(self._flat[1], total)
+
+    @property
+    def _in_place(self) -> bool:
+        return self.state.mode == "in_place"
 
     def _catch_up(self, length: int) -> None:
         """Makes the present of the last step, if it succeeded and so has `length` positions, the past of the next."""
-        if not self._in_place and self.past.array.shape[self.state.sequence_dim] != length:
-            self._flat.reverse()
-            self.past = self.present
+        if self._in_place or self.present is self.past or self._length != length:
+            return
+        self._flat.reverse()
+        self.past = self.present
 
     def _allocate(self, capacity: int) -> list[Array]:
-        shape = (math.prod(self._outer) * capacity * math.prod(self._inner),)
+        shape = (math.prod(self._shape(capacity)),)
         nbytes = array_nbytes(self._dtype, shape)
-        return [Block(nbytes).array(self._dtype, shape) for _ in range(1 if self._in_place else 2)]
+        found = [Block(nbytes).array(self._dtype, shape) for _ in range(1 if self._in_place else 2)]
+        if self.state.mode == "replace":
+            found[0][...] = 0
+        return found
+
+    def _shape(self, length: int) -> tuple[int, ...]:
+        return self._outer if self.state.sequence_dim is None else (*self._outer, length, *self._inner)
 
     def _tensor(self, flat: Array, length: int) -> Tensor:
-        shape = (*self._outer, length, *self._inner)
+        shape = self._shape(length)
         return wrap(flat[: math.prod(shape)].reshape(shape), self._dtype)
 
 
@@ -88,10 +108,35 @@ class BindsStates(Protocol):
     def array(self, rank: int, name: str) -> Array: ...  # noqa: D102
 
 
+class _Rows:
+    """One state as a row for each sequence: where its batch is, and how a row looks."""
+
+    __slots__ = ("batch_dim", "dtype", "grown_dim", "shape", "state")
+
+    def __init__(self, state: State, dtype: str, shape: Shape, batch: int | None) -> None:
+        self.state, self.dtype = state, dtype
+        self.batch_dim = shape.index("batch" if batch is None else batch)
+        sizes = shape_of(shape, {"batch": 1, "past": 0, "total": 0})
+        self.shape = (*sizes[: self.batch_dim], *sizes[self.batch_dim + 1 :])
+        dim = state.sequence_dim
+        self.grown_dim = None if dim is None else dim - (dim > self.batch_dim)
+        """The dimension of a row that grows."""
+
+    def span(self, start: int, stop: int) -> tuple[slice, ...]:
+        """Positions of a row."""
+        return () if self.grown_dim is None else ((slice(None),) * self.grown_dim + (slice(start, stop),))
+
+    def of_length(self, length: int) -> tuple[int, ...]:
+        """The shape of a row of so many positions."""
+        dim = self.grown_dim
+        return self.shape if dim is None else (*self.shape[:dim], length, *self.shape[dim + 1 :])
+
+
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
     A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
+    `batch` is the model's, if it is fixed.
     """
 
     def __init__(
@@ -102,11 +147,10 @@ class SlotStates:
         *,
         ranks: Sequence[int],
         slots: int,
+        batch: int | None = None,
     ) -> None:
-        empty = {"batch": slots, "past": 0, "total": 0}
-        self._states = tuple(states)
-        self._dtypes = dtypes
-        self._shapes = {state.input: shape_of(shapes[state.input], empty) for state in states}
+        self._states = tuple(_Rows(state, dtypes[state.input], shapes[state.input], batch) for state in states)
+        self._slots = slots
         self._ranks = tuple(ranks)
         self._capacity = 0
         self._used = 0
@@ -124,26 +168,25 @@ class SlotStates:
             return False
         old, self._capacity = self._capacity, grown_capacity(length, self._capacity)
         self._views.clear()
-        for state in self._states:
-            dim = state.sequence_dim
-            shape = self._shapes[state.input]
-            shape = (*shape[:dim], self._capacity, *shape[dim + 1 :])
-            dtype = self._dtypes[state.input]
+        for rows in self._states:
+            if old and rows.grown_dim is None:
+                continue
+            shape = (self._slots, *rows.of_length(self._capacity))
             for rank in self._ranks:
-                buffer = Block(array_nbytes(dtype, shape)).array(dtype, shape)
+                buffer = Block(array_nbytes(rows.dtype, shape)).array(rows.dtype, shape)
                 if old:
-                    kept = self._buffers[rank, state.input][: self._used]
-                    buffer[: self._used][(slice(None),) * dim + (slice(0, old),)] = kept
-                self._buffers[rank, state.input] = buffer
+                    kept = self._buffers[rank, rows.state.input][: self._used]
+                    buffer[: self._used][(slice(None), *rows.span(0, old))] = kept
+                self._buffers[rank, rows.state.input] = buffer
         return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of slot `source` to slot `target`."""
         self._used = max(self._used, target + 1)
-        for state in self._states:
-            where = (slice(None),) * (state.sequence_dim - 1) + (slice(0, length),)
+        for rows in self._states:
+            where = rows.span(0, length)
             for rank in self._ranks:
-                buffer = self._buffers[rank, state.input]
+                buffer = self._buffers[rank, rows.state.input]
                 buffer[target][where] = buffer[source][where]
 
     def touch(self, count: int) -> None:
@@ -155,9 +198,9 @@ class SlotStates:
         if slot >= self._used:
             return ()
         found: list[tuple[Array, Array]] = []
-        for state in self._states:
-            where = (slice(None),) * (state.sequence_dim - 1) + (slice(position, position + 1),)
-            places = [self._buffers[rank, state.input][slot][where] for rank in self._ranks]
+        for rows in self._states:
+            where = rows.span(position, position + 1)
+            places = [self._buffers[rank, rows.state.input][slot][where] for rank in self._ranks]
             found += [(place, place.copy()) for place in places]
         return found
 
@@ -171,9 +214,9 @@ class SlotStates:
         key = (first, count)
         if key not in self._views:
             self._views[key] = [
-                (rank, state, wrap(self._buffers[rank, state.input][first : first + count], self._dtypes[state.input]))
+                (rank, rows.state, wrap(self._buffers[rank, rows.state.input][first : first + count], rows.dtype))
                 for rank in self._ranks
-                for state in self._states
+                for rows in self._states
             ]
         return self._views[key]
 
@@ -195,51 +238,57 @@ class StagedStates(SlotStates):
         *,
         ranks: Sequence[int],
         slots: int,
+        batch: int | None = None,
     ) -> None:
-        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots)
+        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots, batch=batch)
         self._blocks: dict[tuple[int, str], Block] = {}
         self._windows: dict[str, int] = {}
 
     def cached(self, past: int) -> int:
         """How many of `past` positions a step is given, of the state that keeps most."""
-        return max((min(past, self._windows.get(state.input, past)) for state in self._states), default=past)
+        growing = [rows.state.input for rows in self._states if rows.grown_dim is not None]
+        return max((min(past, self._windows.get(name, past)) for name in growing), default=past)
 
     def stage(self, bound: BindsStates, slots: Sequence[int], past: int) -> None:
-        """Binds the `past` positions of `slots`, or as many of the last as the model looks back on."""
-        for state in self._states:
-            given = min(past, self._windows.get(state.input, past))
-            where = (slice(None),) * (state.sequence_dim - 1) + (slice(past - given, past),)
+        """Binds the `past` positions of `slots`, or as many of the last as the model looks back on.
+
+        A state of a fixed size is all zeros where nothing has been stepped.
+        """
+        for rows in self._states:
+            name = rows.state.input
+            given = min(past, self._windows.get(name, past))
+            where = rows.span(past - given, past)
             for rank in self._ranks:
-                buffer = self._buffers[rank, state.input]
-                taken = self._past(rank, state, len(slots), given)
+                buffer = self._buffers[rank, name]
+                taken = self._past(rank, rows, len(slots), given)
+                by_row = np.moveaxis(taken, rows.batch_dim, 0)
                 for row, slot in enumerate(slots):
-                    taken[row] = buffer[slot][where]
-                bound.bind_input(rank, state.input, wrap(taken, self._dtypes[state.input]))
+                    by_row[row] = buffer[slot][where] if past or rows.grown_dim is not None else 0
+                bound.bind_input(rank, name, wrap(taken, rows.dtype))
 
     def finish(self, bound: BindsStates, slots: Sequence[int], past: int, total: int) -> None:
         """Keeps what a step from `past` to `total` positions has added, as far as it gives it."""
-        for state in self._states:
-            dim = state.sequence_dim - 1
-            whole = min(past, self._windows.get(state.input, past)) + total - past
+        for rows in self._states:
+            name = rows.state.input
+            whole = min(past, self._windows.get(name, past)) + total - past
             for rank in self._ranks:
-                made = bound.array(rank, state.output)
-                length = made.shape[state.sequence_dim]
-                if length < whole:
-                    self._windows[state.input] = length
-                added = min(total - past, length)
-                source = (slice(None),) * dim + (slice(length - added, length),)
-                target = (slice(None),) * dim + (slice(total - added, total),)
+                made = np.moveaxis(bound.array(rank, rows.state.output), rows.batch_dim, 0)
+                source = target = rows.span(0, 0)
+                if rows.grown_dim is not None:
+                    length = made.shape[rows.grown_dim + 1]
+                    if length < whole:
+                        self._windows[name] = length
+                    added = min(total - past, length)
+                    source, target = rows.span(length - added, length), rows.span(total - added, total)
                 for row, slot in enumerate(slots):
-                    self._buffers[rank, state.input][slot][target] = made[row][source]
+                    self._buffers[rank, name][slot][target] = made[row][source]
 
-    def _past(self, rank: int, state: State, rows: int, length: int) -> Array:
-        """Memory for the past of `rows` sequences of `length` positions, used again for the next step."""
-        dim = state.sequence_dim
-        one = self._shapes[state.input]
-        shape = (rows, *one[1:dim], length, *one[dim + 1 :])
-        dtype = self._dtypes[state.input]
-        nbytes = array_nbytes(dtype, shape)
-        block = self._blocks.get((rank, state.input))
+    def _past(self, rank: int, rows: _Rows, count: int, length: int) -> Array:
+        """Memory for the past of `count` sequences of `length` positions, used again for the next step."""
+        one = rows.of_length(length)
+        shape = (*one[: rows.batch_dim], count, *one[rows.batch_dim :])
+        nbytes = array_nbytes(rows.dtype, shape)
+        block = self._blocks.get((rank, rows.state.input))
         if block is None or block.nbytes < nbytes:
-            block = self._blocks[rank, state.input] = Block(nbytes + nbytes // 2)
-        return block.array(dtype, shape)
+            block = self._blocks[rank, rows.state.input] = Block(nbytes + nbytes // 2)
+        return block.array(rows.dtype, shape)

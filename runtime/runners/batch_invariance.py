@@ -159,7 +159,7 @@ class _Probe:
         whole = self._run(session, segment, Span(rows=1, last=TOKENS))
         states = [one for one in self._artifact.manifest.states if f"0/{one.input}" in segment.inputs]
         # Where other segments cut the caches to a window, those behind the first part are not known here.
-        known = all(f"0/{state.output}" in whole.arrays for state in states)
+        known = all(f"0/{s.output}" in whole.arrays and s.sequence_dim is not None for s in states)
         known &= not self._feeds.from_caches.intersection(map(_original, segment.inputs))
         for cut in _CUTS:
             head = self._run(session, segment, Span(rows=1, last=cut))
@@ -169,7 +169,7 @@ class _Probe:
                 continue
             inputs = self._inputs(segment, Span(rows=1, first=cut, last=TOKENS))
             for state in states:
-                cached = (slice(None),) * state.sequence_dim + (slice(PAST + cut),)
+                cached = (slice(None),) * state.grown_dim + (slice(PAST + cut),)
                 inputs[f"0/{state.input}"] = np.ascontiguousarray(whole.arrays[f"0/{state.output}"][cached])
             if _difference(_run(session, segment, inputs, self._lanes.types), whole, at_end=True) is not None:
                 return False

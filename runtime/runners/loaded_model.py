@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from onnx import ModelProto
 
+from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.execution.decoder import DecoderInterface, check_interface, interface_of
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
+from furiosa_llm.runtime.execution.decoder import (
+    DecoderInterface,
+    check_interface,
+    fixed_batch,
+    interface_of,
+    takes_one_position,
+)
+from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
 from furiosa_llm.runtime.placement.stages import Stage
@@ -44,12 +54,15 @@ class Traits:
     """What a model's steps may be. `rows`: how rows of unequal lengths are decoded together.
 
     "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal. `in_place`: states are
-    written where they are read. `selects`: logits are computed of wanted positions only.
+    written where they are read. `selects`: logits are computed of wanted positions only. `singly`: a step has one
+    position. `batch`: every step has so many rows.
     """
 
     rows: Literal["ragged", "equal"]
     in_place: bool
     selects: bool
+    singly: bool = False
+    batch: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +75,8 @@ class LoadedModel:
     traits: Traits
     own: tuple[int, ...]
     companions: Companions = NO_COMPANIONS
+    defaults: Mapping[str, Array] = field(default_factory=dict)
+    """Inputs that are the same in every step."""
 
     @property
     def logits(self) -> str:
@@ -89,6 +104,9 @@ def load_model(
     manifest = artifact.manifest
     interface = interface_of(manifest)
     check_interface(interface)
+    defaults = default_inputs(artifact)
+    read = {name for node in artifact.program.graph.node for name in used_names(node)}
+    StepFeeds([info for info in interface.inputs if info.name in read and info.name not in defaults])
     serving, traits = serving_of(artifact, companions.doubled)
     graphs = cut_stages(
         serving.model,
@@ -111,6 +129,7 @@ def load_model(
         traits=traits,
         own=tuple(range(count)) if own is None else tuple(own),
         companions=companions,
+        defaults=defaults,
     )
 
 
@@ -125,6 +144,8 @@ def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[Servi
         rows="ragged" if serving.ragged else "equal",
         in_place=all(state.mode == "in_place" for state in manifest.states),
         selects=serving.selects,
+        singly=takes_one_position(manifest.inputs),
+        batch=fixed_batch(manifest.inputs),
     )
     return serving, traits
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from furiosa_llm.runtime.artifact.dimensions import GROWING
 from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.execution.binding import Allocate, BoundProgram, RunsLanes, private_block
 from furiosa_llm.runtime.execution.counters import Counters, count_run, count_send, rows_of
 from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
@@ -31,6 +32,7 @@ class Step:
 
     `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted. If it is `twice`,
     `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
+    So they have the last sequence `padding` times more, for a model with a batch of its own.
     """
 
     slots: tuple[int, ...]
@@ -39,6 +41,7 @@ class Step:
     starts: tuple[int, ...]
     wanted: tuple[int, ...]
     twice: bool = False
+    padding: int = 0
 
     def sizes(self, cached: int) -> dict[str, int]:
         """The sizes of the step's dynamic dimensions, after `cached` positions."""
@@ -54,7 +57,15 @@ class Step:
 
 def steps_of(batch: Batch, traits: Traits, companions: Companions = NO_COMPANIONS) -> list[Step]:
     """The runs of the model that make up `batch`."""
-    return [_with_companions(step, companions) for step in _steps(batch, traits)]
+    steps = [_with_companions(step, companions) for step in _steps(batch, traits)]
+    return steps if traits.batch is None else [_padded(step, traits.batch) for step in steps]
+
+
+def _padded(step: Step, batch: int) -> Step:
+    """`step` with so many rows as every step has."""
+    missing = batch - len(step.token_ids)
+    token_ids = np.concatenate([step.token_ids, *[step.token_ids[-1:]] * missing])
+    return replace(step, token_ids=token_ids, starts=step.starts + step.starts[-1:] * missing, padding=missing)
 
 
 def _with_companions(step: Step, companions: Companions) -> Step:
@@ -69,13 +80,28 @@ def _steps(batch: Batch, traits: Traits) -> list[Step]:
         count = len(batch.tokens)
         wanted = tuple(range(count)) if batch.logits == "all" else (count - 1,)
         token_ids = np.array([batch.tokens], dtype=np.int64)
+        if traits.singly:
+            return [_single(batch, position, wanted) for position in range(count)]
         return [Step(slots=(batch.slot,), rows=(), token_ids=token_ids, starts=(batch.start,), wanted=wanted)]
     if traits.rows == "ragged":
         return [_decode(batch, range(len(batch.rows)))]
     by_start: dict[int, list[int]] = {}
     for index, row in enumerate(batch.rows):
         by_start.setdefault(row.start, []).append(index)
-    return [_decode(batch, run) for rows in by_start.values() for run in (_runs(rows) if traits.in_place else [rows])]
+    runs = [run for rows in by_start.values() for run in (_runs(rows) if traits.in_place else [rows])]
+    most = traits.batch or max(map(len, runs))
+    return [_decode(batch, run[i : i + most]) for run in runs for i in range(0, len(run), most)]
+
+
+def _single(batch: Prefill, position: int, wanted: Sequence[int]) -> Step:
+    """One position of a prompt; `rows` says where its logits belong if they are wanted."""
+    return Step(
+        slots=(batch.slot,),
+        rows=tuple(index for index, one in enumerate(wanted) if one == position),
+        token_ids=np.array([[batch.tokens[position]]], dtype=np.int64),
+        starts=(batch.start + position,),
+        wanted=(0,),
+    )
 
 
 def _decode(batch: Decode, rows: Sequence[int]) -> Step:
@@ -125,7 +151,11 @@ class _Use:
             allocate=allocate,
         )
         self._read = {value.name for value in graph.model.graph.input}
-        self._feeds = StepFeeds([info for info in model.interface.inputs if info.name in self._read])
+        self._feeds = StepFeeds(
+            [info for info in model.interface.inputs if info.name in self._read and info.name not in model.defaults]
+        )
+        for name in self._read & model.defaults.keys():
+            self.bound.bind_shared(name, model.defaults[name])
         self._received = graph.received
         self._ranks = own_ranks(model, program)
 
@@ -166,6 +196,7 @@ class StageBuffers:
             model.interface.state_shapes,
             ranks=own_ranks(model, program),
             slots=slots + model.companions.lone,
+            batch=model.traits.batch,
         )
         self._overwritten: Overwritten = ()
         self._uses: dict[tuple[int, bool], _Use] = {}
@@ -188,7 +219,7 @@ class StageBuffers:
         self._states.touch(max(step.slots) + 1)
         if isinstance(self._states, StagedStates):
             use.prepare(step, self._states.cached(past), earlier)
-            self._states.stage(use.bound, step.slots * (2 if step.twice else 1), past)
+            self._states.stage(use.bound, step.slots * (2 if step.twice else 1) + step.slots[-1:] * step.padding, past)
             return use
         use.prepare(step, None, earlier)
         if grown:
@@ -255,10 +286,10 @@ class GroupRunner:
             logits = self._step(step, occupy)
             if whole is None:
                 whole = np.empty((sum(len(one.rows) for one in steps), logits.shape[1]), dtype=logits.dtype)
-            if logits.size:
+            if logits.size and step.rows:
                 whole[list(step.rows)] = logits
         assert whole is not None, "a batch of no step"
-        return whole
+        return whole[:0] if isinstance(batch, Prefill) and batch.logits == "none" else whole
 
     def _step(self, step: Step, occupy: Occupy) -> Array:
         uses: list[_Use] = []
@@ -278,5 +309,14 @@ class GroupRunner:
             return np.empty((0, 0), dtype=np.float32)
         logits = uses[-1].bound.array(0, self._model.logits)[: len(step.slots)]
         if not self._model.traits.selects:
-            logits = logits[:, list(step.wanted)]
+            logits = self._wanted(logits, step)
         return logits.reshape(-1, logits.shape[-1])
+
+    def _wanted(self, logits: Array, step: Step) -> Array:
+        """The logits of the wanted positions, of all that the model gives."""
+        positions = step.token_ids.shape[1]
+        if logits.ndim == 3 and logits.shape[1] == 1 < positions:
+            if step.wanted != (positions - 1,):
+                raise UnsupportedError("the model gives the last position's logits only; ask for no others")
+            return logits
+        return logits[:, list(step.wanted)] if logits.ndim == 3 else logits[:, None]

@@ -20,7 +20,7 @@ from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInfo
+from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manifest, OutputInfo
 from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
 from furiosa_llm.runtime.execution.memory import array_nbytes
 
@@ -269,6 +269,8 @@ class Inputs:
         if info.role == "position_ids":
             positions = np.arange(sizes["past"], sizes["past"] + sizes["sequence"])
             return np.broadcast_to(positions, shape).astype(dtype)
+        if info.role in LENGTH_ROLES:
+            return np.full(shape, sizes[LENGTH_ROLES[info.role]], dtype=dtype)
         if dtype.kind in "iub":
             return self._random.integers(0, 2, shape).astype(dtype)
         return self._random.standard_normal(shape).astype(dtype)

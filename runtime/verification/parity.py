@@ -18,7 +18,7 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
-from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.manifest import Manifest, fixed_inputs
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError
@@ -169,6 +169,7 @@ class Subject:
             states=manifest.states,
             threads=self._threads,
             accuracy_level=0,
+            fixed=fixed_inputs(manifest),
         )
         known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
         self._inputs = Inputs(self._reference, manifest, known, np.random.default_rng(seed + 1))

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -28,9 +29,9 @@ class ReferenceModel:
     """The unsplit model in the file `path`, described by the `inputs`, `outputs` and `states` of its artifact.
 
     A state that the artifact has in place is appended to here if the model itself has no op that writes it in place.
-    `threads` are onnxruntime's intra-op threads. `accuracy_level`, if given, replaces that of every MatMulNBits.
-    Raises InputError if the file is not a model with these inputs and outputs, ExecutionError if onnxruntime
-    cannot load it.
+    `fixed` are inputs that are constants here. `threads` are onnxruntime's intra-op threads. `accuracy_level`, if
+    given, replaces that of every MatMulNBits. Raises InputError if the file is not a model with these inputs and
+    outputs, ExecutionError if onnxruntime cannot load it.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class ReferenceModel:
         states: Sequence[State],
         threads: int = 1,
         accuracy_level: int | None = None,
+        fixed: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._path = Path(path)
         self._inputs = tuple(inputs)
         self._outputs = tuple(outputs)
         model = _read_model(self._path)
         self._states = _own_states(model, states)
+        _fix(model, fixed)
         _check_names(self._path, "inputs", [v.name for v in model.graph.input], [i.name for i in inputs])
         _check_names(self._path, "outputs", [v.name for v in model.graph.output], [o.name for o in outputs])
         if accuracy_level is not None:
@@ -96,10 +99,21 @@ class ReferenceModel:
             raise ExecutionError(f"onnxruntime cannot run {self._path}: {error}") from error
 
 
+def _fix(model: onnx.ModelProto, fixed: Mapping[str, int]) -> None:
+    """Makes the inputs that a build has fixed initializers of the model, too."""
+    for value in [value for value in model.graph.input if value.name in fixed]:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        constant = np.full([1] * len(tensor.shape.dim), fixed[value.name], dtype=dtype)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(constant, value.name))
+        model.graph.input.remove(value)
+
+
 def _own_states(model: onnx.ModelProto, states: Sequence[State]) -> tuple[State, ...]:
     """The states as the model itself keeps them; a build may have put them in place."""
     in_place = {name for node in model.graph.node if node.op_type == "GroupQueryAttention" for name in node.input}
-    return tuple(s if s.input in in_place else dataclasses.replace(s, mode="append") for s in states)
+    kept = {s.input for s in states if s.mode != "in_place"} | in_place
+    return tuple(s if s.input in kept else dataclasses.replace(s, mode="append") for s in states)
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:

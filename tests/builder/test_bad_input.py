@@ -213,7 +213,7 @@ def test_inputs_of_unknown_rank(folder: Path) -> None:
 
 def test_shapes_that_contradict_each_other(folder: Path) -> None:
     proto = model(IDS, LOGITS, NODES, {"e": (32, 8), "w": (9, 32)})
-    refuse(ShapeError, folder, proto, "MatMul", "[5, 7, 8]", "[9, 32]", "does not fit its inputs")
+    refuse(ShapeError, folder, proto, "MatMul", "[batch, sequence, 8]", "[9, 32]", "does not fit its inputs")
 
 
 def test_sizes_that_depend_on_values(folder: Path) -> None:

@@ -84,6 +84,9 @@ class _Replacing:
         output, key, value = self._new.add_all(
             "GroupQueryAttention", operands, [""] * 3, domain=MICROSOFT, attributes=attributes
         )
+        wanted = self._facts[0][found.results[0]].dtype
+        if wanted != self._dtype:  # scores of another type than the caches, and nothing behind them casts back
+            output = self._new.add("Cast", [output], to=int(wanted))
         results = (self._unpacked(output), key, value)
         nodes = self._new.put_before(found.anchor)
         return Replacement(nodes=nodes, results=results, bias=bias, in_place=self._in_place)

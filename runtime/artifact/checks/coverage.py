@@ -50,28 +50,29 @@ def check_coverage(section: Mapping[str, Field], manifest: Manifest) -> None:
         _check_second_layouts(section["tensors"], manifest.tensors, indices, originals[name])
 
 
-def fault_of(dim: Dim) -> str | None:
-    """Why the ranks do not hold every index of `dim` exactly once; None if they do.
+def fault_of(dim: Dim, *, once: bool = True) -> str | None:
+    """Why the ranks do not hold every index of `dim`, and if it is to be `once`, exactly once; None if they do.
 
     A leaf deals out its indices. A concatenation is covered if its parts are and lie over the same axes: a part with
     fewer axes would lie on several ranks. A product is covered if its parts are and lie over different axes: a rank has
-    one position on a shared axis, which pairs the pieces of one part with some pieces of the other only.
+    one position on a shared axis, which pairs the pieces of one part with some pieces of the other only. States may lie
+    on several ranks, as a cache does where there are more ranks than heads: each computes the same.
     """
-    return _judged(dim)[0]
+    return _judged(dim, once)[0]
 
 
-def _judged(dim: Dim) -> tuple[str | None, frozenset[int]]:
+def _judged(dim: Dim, once: bool) -> tuple[str | None, frozenset[int]]:
     """The fault of a layout, and its axes."""
     if isinstance(dim, Leaf):
         return None, frozenset(dim.axes)
     axes: frozenset[int] = frozenset()
     for position, part in enumerate(parts_of(dim)):
-        fault, own = _judged(part)
+        fault, own = _judged(part, once)
         if fault is not None:
             return fault, own
         if isinstance(dim, Prod) and axes & own:
             return f"two parts of a product are split over mesh axis {min(axes & own)}: some indices lie nowhere", own
-        if isinstance(dim, Cat) and position and axes != own:
+        if isinstance(dim, Cat) and once and position and axes != own:
             shown = f"{sorted(axes)} and {sorted(own)}"
             return f"parts of a concatenation are split over mesh axes {shown}: some indices lie on several ranks", own
         axes |= own

@@ -61,7 +61,9 @@ def _check_states(section: Mapping[str, Field], manifest: Manifest) -> None:
 
 
 def _check_pair(field: Field, state: State, before: InputInfo, after: OutputInfo) -> None:
-    if not state.sequence_dim < len(before.shape):
+    if (state.sequence_dim is None) != (state.mode == "replace"):
+        field.child("sequence_dim").fail("null for the mode 'replace', and a dimension for the others")
+    if state.sequence_dim is not None and not state.sequence_dim < len(before.shape):
         field.child("sequence_dim").fail(f"a dimension below {len(before.shape)}")
     others = [index for index in range(len(before.shape)) if index != state.sequence_dim]
     same = len(before.shape) == len(after.shape) and before.dtype == after.dtype
@@ -70,7 +72,7 @@ def _check_pair(field: Field, state: State, before: InputInfo, after: OutputInfo
             "an input and an output that differ in their sequence dimension only",
             f"{before.dtype} {list(before.shape)} and {after.dtype} {list(after.shape)}",
         )
-    if before.layout[state.sequence_dim] is not None:
+    if state.sequence_dim is not None and before.layout[state.sequence_dim] is not None:
         field.child("sequence_dim").fail("a dynamic dimension")
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, DType
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -17,6 +19,7 @@ from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
 from furiosa_llm.runtime.artifact.manifest import OriginalInitializer, StoredTensor
 from furiosa_llm.runtime.artifact.reader import Artifact, Window
+from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.artifact.tools.runs import Extent, extent_of, joined_extents, pieces, places, shifted
 
 Bytes = npt.NDArray[np.uint8]
@@ -41,6 +44,23 @@ def read_original(artifact: Artifact, name: str) -> Bytes:
         )
     _check_entry(artifact, entry)
     return read_whole(artifact, entry.stored)
+
+
+def default_inputs(artifact: Artifact) -> dict[str, npt.NDArray[Any]]:
+    """What inputs are that a caller leaves out: those that the model has initializers for."""
+    entries = {entry.name: entry for entry in artifact.manifest.initializers}
+    wanted = {info.name: info for info in artifact.manifest.inputs if info.name in entries}
+    if not wanted:
+        return {}
+    kept = {tensor.name: tensor for tensor in read_source(artifact).graph.initializer}
+    found: dict[str, npt.NDArray[Any]] = {}
+    for name, info in wanted.items():
+        if entries[name].stored:
+            data = read_original(artifact, name).view(DTYPES[info.dtype].numpy)
+            found[name] = data.reshape(entries[name].shape)
+        else:
+            found[name] = onnx.numpy_helper.to_array(kept[name])
+    return found
 
 
 def read_whole(artifact: Artifact, stored: Sequence[str]) -> Bytes:

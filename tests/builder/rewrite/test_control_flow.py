@@ -208,14 +208,16 @@ def body(text: str, trips: str = "three", outputs: str = "", results: str = "") 
 ONE = "one = Constant<value_int=1>() z = Constant<value_int=0>() shape = Shape(input_ids) k = Gather(shape, z)"
 REFUSED = {
     "shapes": (branches("r = Relu(u)", "q = ReduceMax(u, ax)"),
-               ("[5, 7, 512] and FLOAT[5, 7, 1]", "the same type and shape", "separate models")),
-    "types": (branches("r = Relu(u)", "q = Cast<to=11>(u)"), ("FLOAT[5, 7, 512] and DOUBLE[5, 7, 512]",)),
+               ("[batch, sequence, 512] and FLOAT[batch, sequence, 1]", "the same type and shape", "separate models")),
+    "types": (branches("r = Relu(u)", "q = Cast<to=11>(u)"),
+              ("FLOAT[batch, sequence, 512] and DOUBLE[batch, sequence, 512]",)),
     "shapes that a size decides": (
         branches("r = Relu(u)", "q = ReduceMax(u, ax)", "many", f"{ONE} many = Greater(k, one)"),
-        ("[5, 7, 1]", "separate models"),
+        ("[batch, sequence, 1]", "separate models"),
     ),
     "carried shapes": (body("again = Identity(c) next = Concat<axis=1>(s, s)"),
-                       ("position 0 goes in as FLOAT[5, 7, 512] and comes out as FLOAT[5, 14, 512]", "unrolled")),
+                       ("goes in as FLOAT[batch, sequence, 512] and comes out as FLOAT[batch, sequence*2, 512]",
+                        "unrolled")),
     "unknown trips": (body("again = Identity(c) next = Relu(s) t = Neg(s)", "n", ", all", ", float t"),
                       ("how many there are depends on the inputs' elements", "unrolled")),
     "an early end": (body("m = ReduceMax<keepdims=0>(s) again = Less(m, half) next = Relu(s) t = Neg(s)", "three",

@@ -102,13 +102,13 @@ class Prepared:
 def _feed(value: ir.Value, shape: tuple[int, ...], sizes: SizeSet, rng: np.random.Generator) -> Array:
     assert value.dtype is not None
     match role_of(value):
-        case "token_ids":
+        case "token_ids" if str(value.name).endswith("_ids"):  # of a vocabulary, not of a table of a few rows
             array: Array = rng.integers(0, 1000, shape)
         case "token_type_ids":
             array = rng.integers(0, 2, shape)
         case "attention_mask":
             array = np.ones(shape, dtype=np.int64)
-        case "position_ids":
+        case "position_ids" if str(value.name).startswith("pos"):
             array = np.broadcast_to(np.arange(sizes.past, sizes.past + shape[-1]), shape)
         case _ if value.dtype is ir.DataType.BOOL:
             array = rng.integers(0, 2, shape)
@@ -150,7 +150,7 @@ def _prepare(source: Source, proto: onnx.ModelProto, simplified: bool, fused: bo
         source=source,
         model=model,
         probes=probes,
-        states=find_states(model.graph, probes.facts),
+        states=find_states(model.graph, probes.facts, probes.others),
         analysis=analyse(model.graph, probes.facts, probes.others),
     )
 

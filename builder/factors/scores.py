@@ -1,0 +1,73 @@
+"""Which output holds the scores of the next token: what ends in a product as wide as the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.shapes.interface import role_of
+from furiosa_llm.builder.shapes.interpreter import Facts
+
+_PRODUCTS = frozenset(
+    ("Conv", "Einsum", "FusedMatMul", "Gemm", "MatMul", "MatMulBnb4", "MatMulInteger", "MatMulNBits", "QLinearMatMul")
+)
+# fmt: off
+_BEHIND = frozenset((
+    "Add", "Cast", "Clip", "DequantizeLinear", "Div", "Gather", "GatherND", "Identity", "LogSoftmax", "Mul",
+    "QuantizeLinear", "Reshape", "Slice", "Softmax", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
+))
+# fmt: on
+"""What may lie between the product and the output."""
+
+
+def find_scores(graph: ir.Graph, facts: Facts, states: Iterable[ir.Value]) -> ir.Value | None:
+    """The output that has next-token scores, if there is one: by what it is made of; a name chooses between several."""
+    carried = set(states)
+    others = [v for v in graph.outputs if v not in carried and facts[v].dtype.is_floating_point() and facts[v].shape]
+    named = next((value for value in others if value.name == "logits"), None)
+    widths = list(_tables(graph, facts))
+    found = [value for value in others if _is_wide(value, facts, widths)]
+    return named if named is not None else next(iter(found), None)
+
+
+def _is_wide(value: ir.Value, facts: Facts, tables: list[tuple[int, int]]) -> bool:
+    """Whether `value` ends in a product that is about as wide as a table of tokens is long, and no hidden state is."""
+    width = facts[value].shape[-1]
+    if not any(width == facts[product].shape[-1] for product in _products(value)):
+        return False
+    return any(width == rows or (width != hidden and 2 * width >= rows) for rows, hidden in tables)
+
+
+def _products(value: ir.Value) -> Iterator[ir.Value]:
+    """What products give that `value` is another form of."""
+    queue, seen = [value], {value}
+    while queue:
+        current = queue.pop()
+        node = current.producer()
+        if node is None:
+            continue
+        if node.op_type in _PRODUCTS:
+            yield current
+        elif node.op_type in _BEHIND:
+            fresh = [v for v in node.inputs if v is not None and v not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
+
+
+def _tables(graph: ir.Graph, facts: Facts) -> Iterator[tuple[int, int]]:
+    """The numbers of rows and the widths of what token ids index."""
+    queue = [value for value in graph.inputs if role_of(value) == "token_ids"]
+    seen = set(queue)
+    while queue:
+        for node, port in queue.pop().uses():
+            if node.op_type in ("Gather", "GatherBlockQuantized") and port == 1 and node.inputs[0] is not None:
+                table = facts[node.inputs[0]].shape
+                yield max(table[:1], default=0), facts[node.outputs[0]].shape[-1] if facts[node.outputs[0]].shape else 0
+            elif node.op_type == "EmbedLayerNormalization" and node.inputs[2] is not None:
+                rows, width = facts[node.inputs[2]].shape
+                yield rows, width
+            elif node.op_type in _BEHIND | {"Concat", "Expand", "Flatten", "Max", "Min", "Equal", "Less", "Not", "And"}:
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)

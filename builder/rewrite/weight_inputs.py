@@ -1,0 +1,45 @@
+"""Inputs that are used as weights, adapters for instance: every rank is given all of one, and computes with its part.
+
+An Identity behind such an input has the rule that its output is computed whole and then cut, so that what the input is
+multiplied with may be split, as it may where the weight is stored.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.rules.elementwise import CUT
+from furiosa_llm.builder.shapes.roles import role_of
+
+_FORMS = frozenset(("Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Mul", "Div"))
+_SECOND = frozenset(("MatMul", "Gemm", "FusedMatMul", "Einsum"))
+
+
+def cut_weight_inputs(graph: ir.Graph) -> None:
+    """Put an Identity behind every input that is multiplied with as a weight is, in place."""
+    for value in graph.inputs:
+        if role_of(value) != "other" or value.dtype is None or not value.dtype.is_floating_point():
+            continue
+        if value.shape is None or len(value.shape) < 2 or not _is_weight(value):
+            continue
+        copy = ir.Node("", "Identity", [value], name=f"{value.name}/part")
+        copy.meta[CUT] = True
+        own = copy.outputs[0]
+        own.name, own.type, own.shape = f"{value.name}/part", value.type, value.shape
+        value.replace_all_uses_with(own)
+        copy.replace_input_with(0, value)
+        graph.insert_before(graph[0], copy)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether `value`, perhaps in another form, is the second operand of a product."""
+    queue, seen = [value], {value}
+    while queue:
+        for node, port in queue.pop().uses():
+            if node.op_type in _SECOND and port == 1:
+                return True
+            if node.op_type in _FORMS and (port == 0 or node.op_type == "Mul"):
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+    return False

@@ -1,0 +1,368 @@
+"""What each graph input is for, found by following its data; names only break ties.
+
+An input whose elements are looked up in a table of weights is token ids (or token types, or learned positions); what
+becomes rotary angles is positions; what is added to attention scores, or selects among them, is a mask. What is
+appended to, or written into, and given back is state, and so is what an attention op says it keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from furiosa_llm.builder.errors import OptionError
+from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN, graphs_of, num_captured
+from furiosa_llm.builder.shapes.flow import grown_output, is_kept
+
+LENGTHS = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
+"""Roles of inputs that hold a number of positions, and of which."""
+ROLES = ("token_ids", "attention_mask", "position_ids", "token_type_ids", *LENGTHS, "state", "other")
+_NAMES = (
+    ("token_ids", re.compile(r"(decoder_)?input_ids|tokens|token_ids")),
+    ("attention_mask", re.compile(r"(encoder_|decoder_)?attention_mask")),
+    ("position_ids", re.compile(r"position_ids|cache_position")),
+    ("token_type_ids", re.compile(r"token_type_ids")),
+    ("state", re.compile(r"(past|cache|present).*")),
+)
+_INTEGERS = frozenset((ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL))
+_ROLE = "furiosa_llm.role"
+GIVEN = "the user says so"
+_FEW_ROWS = 4
+"""A table with no more rows than this is one of token types."""
+
+_ANGLE_PORTS = {"RotaryEmbedding": (1, 3), "MRotaryEmbedding": (1,), "GroupQueryAttention": (9,)}
+_MASK_PORTS = {"Attention": (3, 5), "MultiHeadAttention": (4, 5), "GroupQueryAttention": (5, 6, 10)}
+_TOKEN_PORTS = {"EmbedLayerNormalization": 0}
+_LENGTH_PORTS = {
+    ("", "TensorScatter"): {2: "past_length"},
+    ("", "Attention"): {6: "total_length"},
+    ("com.microsoft", "GroupQueryAttention"): {6: "total_length"},
+}
+_WRITE_PORTS = {"TensorScatter": 2, "ScatterND": 1, "ScatterElements": 1}
+# fmt: off
+_MOVES = frozenset((
+    "Cast", "Clip", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Max", "Min",
+    "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
+))
+_ARITHMETIC = frozenset((
+    "Add", "And", "CumSum", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Mul", "Neg", "Not",
+    "Or", "ReduceMax", "ReduceMin", "ReduceSum", "Sub", "Sum", "Trilu", "Xor",
+))
+_MOVE_FIRST = frozenset(("Expand", "Gather", "GatherElements", "GatherND", "Reshape", "Slice"))
+_ANGLE_FORMS = frozenset(
+    ("Cast", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+)
+_PRODUCTS = frozenset(("Einsum", "Gemm", "MatMul"))
+_WEIGHT_FORMS = frozenset(("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"))
+# fmt: on
+"""What may lie between an input and the place that tells its role."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """What an input is for, and from what that was inferred."""
+
+    name: str
+    why: str
+    dims: tuple[int | str, ...] | None = None
+    """What the user says its dimensions are."""
+    tie: bool = False
+    """Whether what the graph does left a choice that the input's name settled."""
+
+
+def role_of(value: ir.Value) -> str:
+    """The role of a graph input."""
+    return inferred_role(value).name
+
+
+def inferred_role(value: ir.Value) -> Role:
+    """The role of a graph input, and why; by its name alone in a graph that was never looked at as a whole."""
+    found = value.meta.get(_ROLE)
+    return found if isinstance(found, Role) else _by_name(value)
+
+
+def settle_role(value: ir.Value, role: Role) -> None:
+    """Say what an input is for that the graph has not told."""
+    value.meta[_ROLE] = role
+
+
+def has_roles(graph: ir.Graph) -> bool:
+    """Whether the roles of the inputs have been found."""
+    return all(_ROLE in value.meta for value in graph.inputs)
+
+
+def find_roles(graph: ir.Graph, given: Mapping[str, Role]) -> None:
+    """Find the role of every input of a normalised graph, and keep it with the input; `given` is what the user says.
+
+    A graph is looked at once: what later passes make of it does not change what its inputs are for.
+    """
+    names = [str(value.name) for value in graph.inputs]
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise OptionError(f"--role names {unknown}, but the inputs are {names}.")
+    outside = _closure_outputs(graph)
+    traces = {value: _trace(value, outside) for value in graph.inputs}
+    chosen = {value: given[str(value.name)] for value in graph.inputs if str(value.name) in given}
+    for value, trace in traces.items():
+        if value not in chosen:
+            role = _by_flow(value, trace)
+            if role is not None:
+                chosen[value] = role
+    chosen |= _lookups(graph, {v: t for v, t in traces.items() if v not in chosen and t.tables}, chosen)
+    for value in graph.inputs:
+        value.meta[_ROLE] = chosen.get(value) or _by_name(value)
+
+
+_ALIASES = {
+    "tokens": "token_ids",
+    "mask": "attention_mask",
+    "positions": "position_ids",
+    "token_types": "token_type_ids",
+}
+_GIVEN = re.compile(r"([a-z_]+)(?:\[([^\[\]]*)\])?")
+
+
+def read_role(name: str, text: str) -> Role:
+    """What the user says of the input `name`: `positions`, or `positions[3,batch,sequence]`; OptionError otherwise."""
+    match = _GIVEN.fullmatch(text.replace(" ", ""))
+    role = "" if match is None else _ALIASES.get(match[1], match[1])
+    if match is None or role not in ROLES:
+        known = ", ".join(sorted({*_ALIASES, "state", "other"}))
+        raise OptionError(f"--role {name}={text}: expected one of {known}, for instance positions[3,batch,sequence].")
+    dims = None
+    if match[2] is not None:
+        dims = tuple(int(dim) if dim.isdecimal() else dim for dim in match[2].split(","))
+    return Role(name=role, why=GIVEN, dims=dims)
+
+
+def _by_name(value: ir.Value) -> Role:
+    name, integer = str(value.name), value.dtype in _INTEGERS
+    for role, pattern in _NAMES:
+        if pattern.fullmatch(name) and integer == (role != "state"):
+            return Role(name=role, why="its name", tie=True)
+    return Role(name="other", why="nothing tells what it is for")
+
+
+# -- where the data goes -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class _Trace:
+    """What is done with an input's elements."""
+
+    tables: list[ir.Value] = dataclasses.field(default_factory=list)
+    """Tables of weights that it indexes, as it is."""
+    angles: str = ""
+    scores: str = ""
+    length: tuple[str, str] = ("", "")
+    """The role as a number of positions, and why."""
+    kept: str = ""
+    """How it comes out again."""
+
+
+def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _Trace:
+    found = _Trace()
+    if value.dtype is None:
+        return found
+    integer = value.dtype in _INTEGERS
+    seen: set[tuple[ir.Value, bool]] = set()
+    queue = [(value, True)]
+    while queue:
+        current, plain = queue.pop()
+        if (current, plain) in seen:
+            continue
+        seen.add((current, plain))
+        for node, port in current.uses():
+            if _is_end(node, port, found, plain=plain):
+                continue
+            moved = node.op_type in _MOVES and not (port and node.op_type in _MOVE_FIRST)
+            if moved or node.op_type in _ARITHMETIC or (integer and node.op_type in _PRODUCTS):
+                queue.extend((output, plain and moved) for output in node.outputs)
+            elif node.domain == CLOSURE_DOMAIN:
+                queue.extend((inner, plain) for inner in _passed_into(node, port))
+        queue.extend((outer, plain) for outer in outside.get(current, ()))
+    if not integer or value.dtype is ir.DataType.INT32:
+        found.kept = kept_by(value)
+    return found
+
+
+def _is_end(node: ir.Node, port: int, found: _Trace, *, plain: bool) -> bool:
+    """Note what `node` does with its input `port`; whether the trace ends there."""
+    op = node.op_type
+    length = _LENGTH_PORTS.get((node.domain, op), {}).get(port)
+    if length is not None:
+        if plain:
+            found.length = (length, f"{_shown(node)} takes it for that")
+        return True
+    if op in ("Gather", "GatherBlockQuantized") and port == 1:
+        table = _weight(node.inputs[0])
+        if table is not None and plain:
+            if _becomes_angles(node.outputs[0]):
+                found.angles = found.angles or f"{_shown(node)} looks up rotary angles by it"
+            else:
+                found.tables.append(table)
+        return True
+    if _TOKEN_PORTS.get(op) == port and node.inputs[2] is not None:
+        found.tables.append(node.inputs[2])
+        return True
+    if op in ("Cos", "Sin") or port in _ANGLE_PORTS.get(op, ()):
+        found.angles = found.angles or f"{_shown(node)} makes rotary angles of it"
+        return True
+    if (op == "Softmax" and port == 0) or port in _MASK_PORTS.get(op, ()):
+        found.scores = found.scores or f"it reaches the attention scores of {_shown(node)}"
+        return True
+    return op in ("Shape", "Size") or _WRITE_PORTS.get(op) == port
+
+
+def _shown(node: ir.Node) -> str:
+    return f'{node.op_type} "{node.name}"'
+
+
+def _passed_into(node: ir.Node, port: int) -> Iterator[ir.Value]:
+    """What a captured input is called in the graphs of a closure."""
+    own = len(node.inputs) - num_captured(node)
+    if port >= own:
+        for graph in graphs_of(node):
+            yield graph.inputs[len(graph.inputs) - num_captured(node) + port - own]
+
+
+def _closure_outputs(graph: ir.Graph) -> dict[ir.Value, list[ir.Value]]:
+    """The outputs of the closures of `graph` that each output of their graphs becomes."""
+    found: dict[ir.Value, list[ir.Value]] = {}
+    for node in graph:
+        if node.domain == CLOSURE_DOMAIN and node.op_type == "If":
+            for branch in graphs_of(node):
+                for own, outer in zip(branch.outputs, node.outputs, strict=True):
+                    found.setdefault(own, []).append(outer)
+    return found
+
+
+def _weight(value: ir.Value | None) -> ir.Value | None:
+    """The table of two dimensions and more that `value` is in another form, if it is one of weights."""
+    while value is not None and not value.is_initializer():
+        node = value.producer()
+        if node is None or node.op_type not in _WEIGHT_FORMS:
+            return None
+        value = node.inputs[0]
+    return value if value is not None and value.shape is not None and len(value.shape) > 1 else None
+
+
+def _becomes_angles(value: ir.Value) -> bool:
+    """Whether what is looked up is only multiplied with what is computed, as tables of rotary angles are."""
+    queue, turned = [value], False
+    while queue:
+        for node, port in queue.pop().uses():
+            if node.op_type in _ANGLE_FORMS and port == 0:
+                queue.extend(node.outputs)
+            elif not (_turns(node, port) or (node.op_type == "Concat" and not node.outputs[0].is_graph_output())):
+                return False
+            else:
+                queue.extend(node.outputs if node.op_type == "Concat" else ())
+                turned = True
+    return turned
+
+
+def _turns(node: ir.Node, port: int) -> bool:
+    """Whether `node` turns vectors by its input `port`: multiplies it with them, or is a rotary embedding."""
+    if node.op_type != "Mul":
+        return node.op_type == "RotaryEmbedding" and port > 0
+    other = node.inputs[1 - port]
+    source = None if other is None else other.producer()
+    if source is not None and source.op_type in ("Cast", "CastLike"):
+        other = source.inputs[0]
+    return other is not None and not other.is_initializer() and other is not node.inputs[port]
+
+
+def kept_by(value: ir.Value) -> str:
+    """How the input comes out again: what appends to it, or writes into it; empty if nothing does."""
+    queue, seen = [value], {value}
+    while queue:
+        for node, port in queue.pop().uses():
+            grown = grown_output(node, port)
+            if grown is not None and _comes_out(grown):
+                return f"{_shown(node)} adds to it, and the result is an output"
+            if is_kept(node, port):
+                queue.extend(_fresh(node.outputs, seen))
+    return ""
+
+
+def _comes_out(value: ir.Value) -> bool:
+    queue, seen = [value], {value}
+    while queue:
+        current = queue.pop()
+        if current.is_graph_output():
+            return True
+        for node, port in current.uses():
+            if node.op_type == "Concat" or is_kept(node, port):
+                queue.extend(_fresh(node.outputs, seen))
+    return False
+
+
+def _fresh(values: Sequence[ir.Value], seen: set[ir.Value]) -> list[ir.Value]:
+    found = [value for value in values if value not in seen]
+    seen.update(found)
+    return found
+
+
+# -- what that says ------------------------------------------------------------------------------------------------
+
+
+def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
+    """The role that what the graph does leaves no doubt of."""
+    rank = 0 if value.shape is None else len(value.shape)
+    named = _by_name(value)
+    if trace.kept and rank > 1:
+        return Role(name="state", why=trace.kept)
+    if value.dtype in _INTEGERS and trace.angles and value.dtype is not ir.DataType.BOOL:
+        return Role(name="position_ids", why=trace.angles)
+    if trace.length[0] and rank < 2 and value.dtype in _INTEGERS:
+        return Role(name=trace.length[0], why=trace.length[1])
+    if trace.tables or not trace.scores or rank < 2 or named.name == "state":
+        return None
+    if named.name == "position_ids":  # positions may be compared to hide what comes later
+        return Role(name="position_ids", why=f"{trace.scores}; its name tells positions from a mask", tie=True)
+    return Role(name="attention_mask", why=trace.scores)
+
+
+def _lookups(
+    graph: ir.Graph, found: Mapping[ir.Value, _Trace], chosen: Mapping[ir.Value, Role]
+) -> dict[ir.Value, Role]:
+    """The roles of inputs that index tables: the largest table is that of the vocabulary."""
+    roles: dict[ir.Value, Role] = {}
+    taken = {role.name for role in chosen.values()}
+    for value in sorted(found, key=lambda v: -max(map(_rows, found[v].tables))):
+        why = f'it indexes the table "{found[value].tables[0].name}"'
+        named, rows = _by_name(value), max(map(_rows, found[value].tables))
+        free = [role for role in ("token_ids", "position_ids", "token_type_ids") if role not in taken]
+        if named.name in free and len(found) + len(taken & {"token_ids"}) > 1:
+            role = Role(name=named.name, why=f"{why}, and its name", tie=True)
+        elif "position_ids" in free and named.name != "token_ids" and _is_embedded(graph, found[value].tables, value):
+            role = Role(name="position_ids", why=f"{why}, and another input has the embeddings")
+        else:
+            kind = "token_type_ids" if rows <= _FEW_ROWS and "token_type_ids" in free else next(iter(free), "other")
+            role = Role(name=kind, why=why)
+        roles[value] = role
+        taken.add(role.name)
+    return roles
+
+
+def _is_embedded(graph: ir.Graph, tables: list[ir.Value], value: ir.Value) -> bool:
+    """Whether another input has vectors as wide as a table's rows, one for each position."""
+    widths = {math.prod(t.shape.numpy()[1:]) for t in tables if t.shape is not None}
+    places = [other.shape for other in graph.inputs if other.dtype is not None and other.dtype.is_floating_point()]
+    return any(
+        shape is not None
+        and len(shape) == 3
+        and shape[2] in widths
+        and value.shape is not None
+        and str(shape[1]) == str(value.shape[-1])
+        for shape in places
+    )
+
+
+def _rows(table: ir.Value) -> int:
+    return table.shape.numpy()[0] if table.shape is not None else 0

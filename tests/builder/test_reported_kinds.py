@@ -1,0 +1,121 @@
+"""Graphs that were built wrongly or doubted: each builds, runs equal to itself unsplit, and proves completely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.verification import ParityOptions, verify_artifact
+from tests.support.builder.graphs import model
+
+_WIDTH = 64
+
+
+def _weight(*shape: int) -> Any:
+    return (np.random.default_rng([*shape]).standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+
+
+def _ints(*numbers: int) -> Any:
+    return np.array(numbers, dtype=np.int64)
+
+
+_WEIGHTS = {
+    "emb": _weight(128, _WIDTH),
+    "w1": _weight(_WIDTH, 256),
+    "w2": _weight(256, _WIDTH),
+    "head": _weight(_WIDTH, 128),
+    "wq": _weight(_WIDTH, 64),
+    "wk": _weight(_WIDTH, 32),
+    "wv": _weight(_WIDTH, 32),
+    "wo": _weight(64, _WIDTH),
+    "types": _weight(8, _WIDTH),
+    "norm": _weight(8),
+    "zero": np.array([[0]]),
+    "axis": _ints(1),
+    "one": np.array(1),
+    "two": np.array(2),
+    "none": np.array(0),
+    "heads": _ints(0, -1, 8),
+    "q64": _ints(0, -1, 64),
+    "k32": _ints(0, -1, 32),
+    "q4": _ints(0, 0, 8, 8),
+    "k4": _ints(0, 0, 4, 8),
+    "b3": _ints(0, 0, 64),
+    "scale": np.float32(0.35),
+    "shown": np.float32(0),
+    "hidden": np.float32(-1e9),
+}
+_FEED_FORWARD = "h = MatMul(x2, w1) g = Relu(h) y = MatMul(g, w2) z = Add(x2, y) logits = MatMul(z, head)"
+
+
+def _checked(folder: Path, inputs: str, outputs: str, nodes: str, tp: int, **types: Any) -> BuildReport:
+    words = set(nodes.replace("(", " ").replace(")", " ").replace(",", " ").split())
+    weights = {name: np.asarray(array) for name, array in _WEIGHTS.items() if name in words}
+    weights = {name: array.astype(types.get(name, array.dtype)) for name, array in weights.items()}
+    path = folder / "model.onnx"
+    onnx.save(model(inputs, outputs, nodes, weights, opset=23), path)
+    report = ArtifactBuilder(path, tensor_parallel_size=tp).build(folder / "artifact")
+    found = verify_artifact(folder / "artifact", against=path, options=ParityOptions(threads=1))
+    assert [(check.name, check.faults) for check in found.record.checks if not check.passed] == []
+    return report
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["s = Shape(input_ids) i = ConstantOfShape<value = int64[1] {0}>(s)", "s = Shape(input_ids) i = Expand(zero, s)"],
+)
+def test_a_lookup_by_an_index_that_is_a_constant(index: str, tmp_path: Path) -> None:
+    """Of token types: which rank has the row is known, and no input tells it."""
+    nodes = f"x = Gather(emb, input_ids) {index} t = Gather(types, i) x2 = Add(x, t) {_FEED_FORWARD}"
+    report = _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 128] logits", nodes, 4)
+    assert report.collectives["AllReduce"] == 2
+
+
+@pytest.mark.parametrize("tp", [4, 8])
+def test_norms_per_head_in_front_of_group_query_attention(tp: int, tmp_path: Path) -> None:
+    """Reshapes to sequence times heads and back, of queries and of keys, which only together explain the op."""
+    nodes = f"""
+        x = Gather(emb, input_ids) q0 = MatMul(x, wq) k0 = MatMul(x, wk) v = MatMul(x, wv)
+        q1 = Reshape(q0, heads) q2 = RMSNormalization<axis=-1>(q1, norm) q = Reshape(q2, q64)
+        k1 = Reshape(k0, heads) k2 = RMSNormalization<axis=-1>(k1, norm) k = Reshape(k2, k32)
+        sum = ReduceSum<keepdims=0>(attention_mask, axis) last = Sub(sum, one) lengths = Cast<to=6>(last)
+        size = Shape(attention_mask) long = Gather(size, one) total = Cast<to=6>(long)
+        o, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads=8, kv_num_heads=4>
+            (q, k, v, past_k, past_v, lengths, total)
+        a = MatMul(o, wo) x2 = Add(x, a) {_FEED_FORWARD}
+    """
+    caches = "float[batch, 4, past, 8] past_k, float[batch, 4, past, 8] past_v"
+    inputs = f"int64[batch, seq] input_ids, int64[batch, total] attention_mask, {caches}"
+    outputs = "float[batch, seq, 128] logits, float[batch, 4, t, 8] present_k, float[batch, 4, t, 8] present_v"
+    report = _checked(tmp_path, inputs, outputs, nodes, tp)
+    assert (report.collectives["AllReduce"], report.collectives["AllGather"]) == (3, 1)
+
+
+def test_scores_in_float32_over_caches_in_float16(tmp_path: Path) -> None:
+    """Nothing behind the attention casts back: the fused op's output is cast to what the model goes on with."""
+    nodes = (
+        f"""
+        x = Gather(emb, input_ids) q0 = MatMul(x, wq) k0 = MatMul(x, wk) v0 = MatMul(x, wv)
+        q1 = Reshape(q0, q4) k1 = Reshape(k0, k4) v1 = Reshape(v0, k4)
+        q2 = Transpose<perm=[0,2,1,3]>(q1) k2 = Transpose<perm=[0,2,1,3]>(k1) v2 = Transpose<perm=[0,2,1,3]>(v1)
+        present_k = Concat<axis=2>(past_k, k2) present_v = Concat<axis=2>(past_v, v2)
+        kf = Cast<to=1>(present_k) qf = Cast<to=1>(q2) vf = Cast<to=1>(present_v) kt = Transpose<perm=[0,1,3,2]>(kf)
+        s0 = MatMul(qf, kt) s1 = Mul(s0, scale) new = Shape(input_ids) n = Gather(new, one)
+        old = Shape(past_k) p = Gather(old, two) all = Add(n, p) keys = Range(none, all, one)
+        rows0 = Range(p, all, one) rows = Unsqueeze(rows0, axis) seen = LessOrEqual(keys, rows)
+        mask = Where(seen, shown, hidden) s2 = Add(s1, mask) w = Softmax<axis=-1>(s2) o0 = MatMul(w, vf)
+        o1 = Transpose<perm=[0,2,1,3]>(o0) o2 = Reshape(o1, b3) a = MatMul(o2, wo) xf = Cast<to=1>(x)
+        x2 = Add(xf, a) {_FEED_FORWARD}
+    """.replace("MatMul(x, wk)", "MatMul(x, wq)")
+        .replace("MatMul(x, wv)", "MatMul(x, wq)")
+        .replace("k4", "q4")
+    )
+    inputs = "int64[batch, seq] input_ids, float16[batch, 8, past, 8] past_k, float16[batch, 8, past, 8] past_v"
+    outputs = "float[batch, seq, 128] logits, float16[batch, 8, t, 8] present_k, float16[batch, 8, t, 8] present_v"
+    report = _checked(tmp_path, inputs, outputs, nodes, 4, emb=np.float16, wq=np.float16)
+    assert (report.fused_attentions, report.attentions_left) == (1, ())
