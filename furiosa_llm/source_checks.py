@@ -263,7 +263,7 @@ def _entry_faults(
     expected: Sequence[onnx.TensorProto | onnx.ValueInfoProto],
 ) -> Iterator[str]:
     entries, wanted = ({entry.name: entry for entry in side} for side in (found, expected))
-    for name in entries.keys() - wanted.keys():
+    for name in sorted(entries.keys() - wanted.keys()):
         yield f"{what} {name!r:.{_SHOWN}} is in no lowering of {SOURCE_NAME}"
     for name, other in wanted.items():
         if name not in entries:

@@ -41,6 +41,8 @@ class _Sequence:
         self._reference = reference
         self._manifest = manifest
         self._logits = next(info.name for info in manifest.outputs if info.role == "logits")
+        shape = next(info.shape for info in manifest.inputs if info.role == "token_ids")
+        self._rows, self._width = (dim if isinstance(dim, int) else None for dim in shape)
         sizes = known_sizes({"batch": 1, "sequence": 0, "past": 0})
         self._states = {
             info.name: np.zeros(shape_of(info.shape, sizes), dtype=DTYPES[info.dtype].numpy)
@@ -54,13 +56,21 @@ class _Sequence:
         return len(self.tokens) - _DECODED
 
     def advance(self, count: int) -> Array:
-        """The model's logits for the next `count` tokens: of each, or of the last one where it gives no others."""
-        tokens = np.array([self.tokens[self.stepped : self.stepped + count]], dtype=np.int64)
+        """The model's logits for the next `count` tokens: of each, or of the last one where it gives no others.
+
+        A model for one token at a time is stepped so; one for a number of sequences has this one in each row.
+        """
+        width = self._width or count
+        return np.concatenate([self._step(width) for _ in range(count // width)])
+
+    def _step(self, count: int) -> Array:
+        tokens = np.array([self.tokens[self.stepped : self.stepped + count]] * (self._rows or 1), dtype=np.int64)
         feeds = dict(StepFeeds(self._manifest.inputs).update(tokens, self.stepped))
         found = self._reference.run(feeds | self._states)
         self._states = {state.input: found[state.output] for state in self._manifest.states}
         self.stepped += count
-        return found[self._logits].reshape(-1, found[self._logits].shape[-1])
+        logits = found[self._logits]
+        return logits[0].reshape(-1, logits.shape[-1])
 
 
 def engine_errors(
