@@ -41,7 +41,7 @@ from furiosa_llm.builder.write.streaming import MAX_WORKERS
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
-Stage = Callable[[str], None]
+OnStage = Callable[[str], None]
 """Told the name of each stage as it begins."""
 
 
@@ -79,7 +79,7 @@ class Assembly:
         seconds = time.monotonic() - started
         return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
 
-    def lowered(self, told: Stage) -> Build:
+    def lowered(self, told: OnStage) -> Build:
         """Everything up to the program; nothing is written. `told` is told the name of each stage."""
         mesh = self.options.mesh
         told("load")
@@ -94,13 +94,13 @@ class Assembly:
         return analysed.lowered_by(analysed.planning.follow(assignment, mesh))
 
 
-def analyse_model(path: Path, options: BuildOptions, *, told: Stage) -> Analysed:
+def analyse_model(path: Path, options: BuildOptions, *, told: OnStage) -> Analysed:
     """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
     told("load")
     return analyse_source(load(path, options.fixed), options, told=told)
 
 
-def analyse_source(source: Source, options: BuildOptions, *, told: Stage) -> Analysed:
+def analyse_source(source: Source, options: BuildOptions, *, told: OnStage) -> Analysed:
     """Everything up to the analysis of a model."""
     model = normalize(source)
     find_roles(model.graph, {name: read_role(name, text) for name, text in options.roles.items()})
@@ -135,7 +135,7 @@ class Analysed:
         """Plans for any mesh."""
         return Planning(self.analysis, self.states, self.probes)
 
-    def lowered_for(self, options: BuildOptions, *, told: Stage) -> Build:
+    def lowered_for(self, options: BuildOptions, *, told: OnStage) -> Build:
         """Plan for the mesh of `options` and lower.
 
         What the model's own multi-device annotations say is kept, too. Raises PlanError if annotations and tactics ask

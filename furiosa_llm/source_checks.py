@@ -32,7 +32,7 @@ from furiosa_llm.builder.write.artifact import model_info, tool
 from furiosa_llm.builder.write.manifest import manifest_of
 from furiosa_llm.builder.write.onnx_files import program_proto, source_proto
 from furiosa_llm.builder.write.shards import cut_shard, num_shards
-from furiosa_llm.builder.write.streaming import Placement, WrittenWeights
+from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.graphs import attribute_graphs
@@ -105,7 +105,7 @@ def _weights(artifact: Artifact, build: Build) -> WrittenWeights:
     placements = {}
     for tensor in build.tensors():
         known = artifact.tensors.get(tensor.name)
-        placements[tensor.name] = Placement(
+        placements[tensor.name] = FilePosition(
             file=_NONE if known is None else known.file,
             offset=artifact.offsets.get(tensor.name, 0),
             nbytes=DTYPES[tensor.dtype.name].nbytes(tensor.local_shape),
@@ -122,12 +122,12 @@ def _weights(artifact: Artifact, build: Build) -> WrittenWeights:
     )
 
 
-def _made(placement: Placement, tensor: ShardedTensor, mesh: Mesh) -> Placement:
+def _made(placement: FilePosition, tensor: ShardedTensor, mesh: Mesh) -> FilePosition:
     digest = hashlib.sha256()
     for position in range(num_shards(tensor, mesh)):
         for piece in cut_shard(tensor, None, mesh, position):
             digest.update(piece.tobytes())
-    return Placement(placement.file, placement.offset, placement.nbytes, digest.hexdigest())
+    return FilePosition(placement.file, placement.offset, placement.nbytes, digest.hexdigest())
 
 
 def check_given(artifact: Artifact, model: str | os.PathLike[str]) -> Check:

@@ -22,7 +22,7 @@ from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_
 from furiosa_llm.runtime.artifact.tools.record import Check, Compared, Verification
 from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison
+from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, UNFIT, Found, Parity, Subject
 from furiosa_llm.source_checks import check_given, check_lowering
 
@@ -224,7 +224,7 @@ def _tolerance(manifest: Manifest) -> float:
     return HALF_TOLERANCE if any(tensor.dtype == "FLOAT16" for tensor in manifest.tensors) else TOLERANCE
 
 
-def _output_check(name: str, found: Found[OutputError], tolerance: float, folder: Path) -> Check:
+def _output_check(name: str, found: Found[OutputDifference], tolerance: float, folder: Path) -> Check:
     errors = found.errors
     faults = [
         f"{error.case}: {error.output!r:.80} is "

@@ -22,7 +22,7 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.tools.record import CHECKS, Verification, parse_verification
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.program import lanes
-from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison
+from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
 from furiosa_llm.runtime.verification.parity import Findings, Found, Subject
 from furiosa_llm.verification import ParityOptions, verify_artifact
 from tests.runtime.verification.test_parity import image, save
@@ -184,7 +184,7 @@ def test_tokens_that_differ_by_more_than_the_error_are_faults(
         return TokenComparison(prompt="p", tokens=3, first_difference=3, gap=gap, logit_error=1e-5, magnitude=5.0)
 
     def compare(*_: object) -> Findings:
-        fine = OutputError(case="c", output="o", absolute=0.0, relative=0.0, mean=0.0, finite=True)
+        fine = OutputDifference(case="c", output="o", absolute=0.0, relative=0.0, mean=0.0, finite=True)
         outputs = Found(errors=[fine])
         tokens = Found(errors=[compared(1e-6), compared(0.5)])
         return Findings(stitched=outputs, executor=outputs, engine=outputs, tokens=tokens)

@@ -14,7 +14,7 @@ from furiosa_llm.builder.lower.layouts import Layouts
 from furiosa_llm.builder.lower.lookup import emit_lookup
 from furiosa_llm.builder.lower.program_builder import ProgramBuilder, ShardedTensor
 from furiosa_llm.builder.lower.sizes import SizeRewriter
-from furiosa_llm.builder.plan.outcome import Assignment, Outcome, Step
+from furiosa_llm.builder.plan.outcome import Assignment, NodeAction, Outcome
 from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
@@ -64,7 +64,7 @@ class _Lowering:
             self._now[value] = emitted
             self._expected[emitted] = self._layouts.local_shape(value)
         for info in self._analysis.nodes:
-            self._emit(info, self._outcome.steps.get(info.node) or Step(info))
+            self._emit(info, self._outcome.steps.get(info.node) or NodeAction(info))
         for value in graph.outputs:
             self._program.graph.outputs.append(self._output(value))
 
@@ -91,7 +91,7 @@ class _Lowering:
 
     # -- one node ------------------------------------------------------------------------------------------------
 
-    def _emit(self, info: NodeInfo, step: Step) -> None:
+    def _emit(self, info: NodeInfo, step: NodeAction) -> None:
         node = info.node
         for value in step.reduce:
             self._now[value] = self._all_reduce(value)
@@ -125,7 +125,7 @@ class _Lowering:
             for attribute, products in info.rule.attributes.items()
         }
 
-    def _raw_names(self, info: NodeInfo, step: Step) -> list[str]:
+    def _raw_names(self, info: NodeInfo, step: NodeAction) -> list[str]:
         """Names of what the node itself gives; the plain name belongs to the value once it is finished."""
         changed = {port for port, _ in step.slices}
         if step.average_parts > 1 or info.rule.ignores_values:
@@ -133,7 +133,7 @@ class _Lowering:
         names = [str(value.name) if value.name else "" for value in info.node.outputs]
         return [f"{n}/raw" if p in changed or n in self._output_names else n for p, n in enumerate(names)]
 
-    def _finish(self, info: NodeInfo, step: Step, port: int, value: ir.Value, emitted: ir.Value) -> ir.Value:
+    def _finish(self, info: NodeInfo, step: NodeAction, port: int, value: ir.Value, emitted: ir.Value) -> ir.Value:
         """What a node's output needs after the node: averaging, global sizes, the rank's part."""
         name = str(value.name)
         if step.average_parts > 1:
@@ -157,7 +157,7 @@ class _Lowering:
         indices = self._program.per_rank(f"indices/{value.name}", axes_of(dim), shards)
         return self._program.one("Gather", [emitted, indices], name=f"{value.name}/part{d}", axis=d)
 
-    def _operand(self, value: ir.Value, port: int, step: Step) -> ir.Value:
+    def _operand(self, value: ir.Value, port: int, step: NodeAction) -> ir.Value:
         whole = step.gather.get(port, ())
         if value.is_initializer():
             emitted = self._program.weight(value, self._layouts.with_whole(value, whole))

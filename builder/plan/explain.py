@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from furiosa_llm.builder.factors.analysis import Analysis
-from furiosa_llm.builder.plan.groups import Group
+from furiosa_llm.builder.plan.groups import LeafGroup
 from furiosa_llm.builder.plan.outcome import Axes
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.plan.search import Refused
@@ -67,22 +67,22 @@ class _Holdings:
     def __init__(self, plan: Plan, analysis: Analysis) -> None:
         self._plan = plan
         self._analysis = analysis
-        self._members: dict[Group, list[ir.Value]] = {}
+        self._members: dict[LeafGroup, list[ir.Value]] = {}
         groups = {leaf: group for group in plan.groups for leaf in group.leaves}
         for value in analysis.graph.initializers.values():
             leaves = {leaf for factor in analysis.dims[value] for leaf in factor.leaves()}
             for group in {groups[leaf] for leaf in leaves if leaf in groups}:
                 self._members.setdefault(group, []).append(value)
 
-    def model_nbytes(self, group: Group) -> int:
+    def model_nbytes(self, group: LeafGroup) -> int:
         return sum(self._nbytes(value) for value in self._members.get(group, ()))
 
-    def replicated_nbytes(self, group: Group) -> int:
+    def replicated_nbytes(self, group: LeafGroup) -> int:
         """What a PE holds of the group's weights beyond an even share."""
         size = self._plan.mesh.size
         return sum(round(self._nbytes(v) * (1 / self._parts(v) - 1 / size)) for v in self._members.get(group, ()))
 
-    def padding_nbytes(self, group: Group, padded_size: int) -> int:
+    def padding_nbytes(self, group: LeafGroup, padded_size: int) -> int:
         """What a PE holds of the group's weights because this dimension is padded."""
         more = padded_size / group.size - 1
         return sum(round(self._nbytes(v) / self._parts(v) * more) for v in self._members.get(group, ()))
@@ -97,7 +97,7 @@ class _Holdings:
         return math.prod(fact.shape) * fact.dtype.bitwidth // 8
 
 
-def _explained(plan: Plan, group: Group, holdings: _Holdings) -> Explained:
+def _explained(plan: Plan, group: LeafGroup, holdings: _Holdings) -> Explained:
     axes = plan.choices.get(group, ())
     parts = plan.mesh.parts(axes)
     padded = -(-group.size // parts) * parts
@@ -140,7 +140,7 @@ def _merit(refused: Refused, charge: float) -> float:
 
 
 def _why(
-    plan: Plan, group: Group, axes: Axes, padded: int, alternatives: tuple[Alternative, ...], pinned_by: str | None
+    plan: Plan, group: LeafGroup, axes: Axes, padded: int, alternatives: tuple[Alternative, ...], pinned_by: str | None
 ) -> str:
     """One sentence."""
     if pinned_by is not None:

@@ -17,7 +17,7 @@ from furiosa_llm.builder.shapes.interface import role_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Group:
+class LeafGroup:
     """Leaves that play the same part in every layer, and are therefore split alike."""
 
     leaves: tuple[Factor, ...]
@@ -74,7 +74,7 @@ def group_leaves(
     leaves: Sequence[Factor],
     counts: Mapping[ir.Value, int] = MappingProxyType({}),
     apart: Mapping[Factor, object] = MappingProxyType({}),
-) -> list[Group]:
+) -> list[LeafGroup]:
     """Leaves with the same signature: where they occur in which operand of which weight, and in what place.
 
     `counts` says for how many weights of the model a weight stands (1 if absent); leaves that differ in `apart` are not
@@ -104,7 +104,7 @@ def group_leaves(
         first = alike[0]
         where = sorted({f"{op}[{port}]{list(shape)} dim {d}" for op, port, shape, d, _ in places[first]})
         groups.append(
-            Group(
+            LeafGroup(
                 leaves=tuple(alike),
                 size=first.size,
                 nbytes=sum(_nbytes(analysis, w) * counts.get(w, 1) for leaf in alike for w in weights_of[leaf]),

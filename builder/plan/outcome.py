@@ -32,7 +32,7 @@ class Collective:
 
 
 @dataclasses.dataclass(slots=True)
-class Step:
+class NodeAction:
     """What to do at one node, besides the node itself."""
 
     info: NodeInfo
@@ -58,7 +58,7 @@ class Step:
 class Outcome:
     """What a sweep found."""
 
-    steps: dict[ir.Node, Step] = dataclasses.field(default_factory=dict)
+    steps: dict[ir.Node, NodeAction] = dataclasses.field(default_factory=dict)
     """Nodes at which there is something to do; all others run as they are."""
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     output_reduce: list[ir.Value] = dataclasses.field(default_factory=list)

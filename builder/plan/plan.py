@@ -14,7 +14,7 @@ from furiosa_llm.builder.factors.factor import Factor
 from furiosa_llm.builder.factors.probe import PricedStep, Probes
 from furiosa_llm.builder.factors.repeats import Reduced, reduce_repeats
 from furiosa_llm.builder.factors.states import States, find_states
-from furiosa_llm.builder.plan.groups import Group, candidates, group_leaves
+from furiosa_llm.builder.plan.groups import LeafGroup, candidates, group_leaves
 from furiosa_llm.builder.plan.outcome import Assignment, Axes, Outcome
 from furiosa_llm.builder.plan.pricing import Price, Pricer, Subject
 from furiosa_llm.builder.plan.search import MAX_PADDING, Decision, Pin, Planner, Refused, assignment_of
@@ -26,7 +26,7 @@ class Plan:
     """The outcome of planning one model for one mesh."""
 
     mesh: Mesh
-    choices: Mapping[Group, Axes]
+    choices: Mapping[LeafGroup, Axes]
     assignment: Assignment
     outcome: Outcome
     price: Price
@@ -35,7 +35,7 @@ class Plan:
     charge: float
     """Bytes that one collective was held to be worth."""
     refused: tuple[Refused, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[LeafGroup, ...]
     """Every group that was considered, the largest first."""
     pins: Mapping[Factor, Pin]
     """What was not the planner's choice."""
@@ -175,9 +175,9 @@ def _on_whole(decision: Decision, leaves: Mapping[Factor, Factor]) -> Decision:
     stood_for: dict[Factor, list[Factor]] = {}
     for leaf, small in leaves.items():
         stood_for.setdefault(small, []).append(leaf)
-    groups: dict[Group, Group] = {}
+    groups: dict[LeafGroup, LeafGroup] = {}
 
-    def whole(group: Group) -> Group:
+    def whole(group: LeafGroup) -> LeafGroup:
         if group not in groups:
             members = tuple(leaf for small in group.leaves for leaf in stood_for.get(small, ()))
             groups[group] = dataclasses.replace(group, leaves=members)

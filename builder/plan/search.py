@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.factors.factor import Factor
-from furiosa_llm.builder.plan.groups import Group, candidates, group_leaves
+from furiosa_llm.builder.plan.groups import LeafGroup, candidates, group_leaves
 from furiosa_llm.builder.plan.outcome import Axes
 from furiosa_llm.builder.plan.pricing import Price, Pricer, Subject
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -41,7 +41,7 @@ class Pin:
 class Refused:
     """An alternative that was not taken."""
 
-    group: Group
+    group: LeafGroup
     axes: Axes
     reason: str
     saved_nbytes: float | None = None
@@ -54,9 +54,9 @@ class Refused:
 class Decision:
     """What the planner chose for one subject."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[LeafGroup, ...]
     """Every group that was considered, the largest first."""
-    choices: Mapping[Group, Axes]
+    choices: Mapping[LeafGroup, Axes]
     price: Price
     unsplit: Price
     """The price of the plan that splits nothing."""
@@ -70,7 +70,7 @@ _Rank = tuple[float, float, float, int]
 """How good a move is: bytes saved per collective added, bytes saved, less bytes carried, less sums."""
 
 
-def assignment_of(choices: Mapping[Group, Axes]) -> dict[Factor, Axes]:
+def assignment_of(choices: Mapping[LeafGroup, Axes]) -> dict[Factor, Axes]:
     """The axes of every leaf."""
     return {leaf: axes for group, axes in choices.items() if axes for leaf in group.leaves}
 
@@ -115,12 +115,12 @@ class Planner:
 
     # -- what somebody else chose --------------------------------------------------------------------------------
 
-    def _pin(self, group: Group) -> Pin | None:
+    def _pin(self, group: LeafGroup) -> Pin | None:
         return self._pins.get(group.leaves[0])
 
-    def _pinned(self) -> dict[Group, Axes]:
+    def _pinned(self) -> dict[LeafGroup, Axes]:
         """The choices to start from: pinned groups, each on the axes where that is cheapest."""
-        choices: dict[Group, Axes] = {}
+        choices: dict[LeafGroup, Axes] = {}
         for group in self.groups:
             pin = self._pin(group)
             if pin is None or pin.parts == 1:
@@ -132,7 +132,7 @@ class Planner:
             choices[group] = min(possible, key=lambda axes: (possible[axes], axes))
         return choices
 
-    def _impossible(self, group: Group, pin: Pin, results: Mapping[Axes, Price | str]) -> str:
+    def _impossible(self, group: LeafGroup, pin: Pin, results: Mapping[Axes, Price | str]) -> str:
         reasons = [r for r in results.values() if isinstance(r, str)]
         if not reasons:
             fitting = [run for run in self._runs if self._allows(group, run)]
@@ -144,34 +144,34 @@ class Planner:
             f"which cannot be: {reasons[0]}; take it back, or choose another number of parts."
         )
 
-    def _allows(self, group: Group, axes: Axes) -> bool:
+    def _allows(self, group: LeafGroup, axes: Axes) -> bool:
         pin = self._pin(group)
         if pin is None:
             return True
         parts = self._mesh.parts(axes)
         return parts > 1 if pin.parts is None else parts == pin.parts
 
-    def _options(self, group: Group) -> list[Axes]:
+    def _options(self, group: LeafGroup) -> list[Axes]:
         """The axes that a group may be split over."""
         return [axes for axes in self._runs if self._fits(group, axes) and self._allows(group, axes)]
 
     # -- search --------------------------------------------------------------------------------------------------
 
-    def _price_of(self, choices: Mapping[Group, Axes]) -> Price:
+    def _price_of(self, choices: Mapping[LeafGroup, Axes]) -> Price:
         result = self._evaluate(choices)
         assert not isinstance(result, str), result
         return result
 
-    def _descend(self, choices: dict[Group, Axes]) -> dict[Group, Axes]:
+    def _descend(self, choices: dict[LeafGroup, Axes]) -> dict[LeafGroup, Axes]:
         """Make the best move as long as there is one."""
         while (move := self._best_move(choices)) is not None:
             choices = move
         return choices
 
-    def _best_move(self, choices: dict[Group, Axes]) -> dict[Group, Axes] | None:
+    def _best_move(self, choices: dict[LeafGroup, Axes]) -> dict[LeafGroup, Axes] | None:
         """The move with the most bytes saved per collective added, if it is worth its collectives."""
         best = self._price_of(choices)
-        found: dict[Group, Axes] | None = None
+        found: dict[LeafGroup, Axes] | None = None
         found_rank: _Rank = (0.0, 0.0, 0.0, 0)
         moves = ((group, axes) for group in self.groups if not choices.get(group) for axes in self._options(group))
         for group, axes in moves:
@@ -188,7 +188,7 @@ class Planner:
                 found, found_rank = trial, rank
         return found
 
-    def _improve(self, choices: dict[Group, Axes]) -> dict[Group, Axes]:
+    def _improve(self, choices: dict[LeafGroup, Axes]) -> dict[LeafGroup, Axes]:
         """Try every other choice for each group, and what follows from it, until none is cheaper."""
         best = self._price_of(choices)
         unsplit = self._price_of({})
@@ -212,8 +212,8 @@ class Planner:
         return {g: a for g, a in choices.items() if a}
 
     def _trials(
-        self, choices: Mapping[Group, Axes], group: Group, axes: Axes
-    ) -> Iterator[tuple[dict[Group, Axes], Group | None]]:
+        self, choices: Mapping[LeafGroup, Axes], group: LeafGroup, axes: Axes
+    ) -> Iterator[tuple[dict[LeafGroup, Axes], LeafGroup | None]]:
         """The choice itself and, where it collides with another group's, the choice with those axes taken away from
         that group, which is named.
         """
@@ -227,7 +227,7 @@ class Planner:
                 if self._allows(other, left):
                     yield {**trial, other: left}, other
 
-    def _refusals(self, choices: Mapping[Group, Axes], best: Price) -> Iterator[Refused]:
+    def _refusals(self, choices: Mapping[LeafGroup, Axes], best: Price) -> Iterator[Refused]:
         """For every group what wider splits would have cost, and for one that is split what it would cost whole."""
         for group in self.groups:
             chosen = choices.get(group, ())
@@ -235,7 +235,7 @@ class Planner:
                 if len(axes) > len(chosen) or (chosen and not axes):
                     yield self._refusal(choices, best, group, axes)
 
-    def _refusal(self, choices: Mapping[Group, Axes], best: Price, group: Group, axes: Axes) -> Refused:
+    def _refusal(self, choices: Mapping[LeafGroup, Axes], best: Price, group: LeafGroup, axes: Axes) -> Refused:
         if not self._fits(group, axes):
             return Refused(group=group, axes=axes, reason=self._padding(group, axes))
         pin = self._pin(group)
@@ -256,17 +256,17 @@ class Planner:
         reason = place + _bargain(saved, more)
         return Refused(group=group, axes=axes, reason=reason, saved_nbytes=saved, collectives=more)
 
-    def _fits(self, group: Group, axes: Axes) -> bool:
+    def _fits(self, group: LeafGroup, axes: Axes) -> bool:
         parts = self._mesh.parts(axes)
         return group.size > 1 and math.ceil(group.size / parts) * parts <= self._max_padding * group.size
 
-    def _padding(self, group: Group, axes: Axes) -> str:
+    def _padding(self, group: LeafGroup, axes: Axes) -> str:
         parts = self._mesh.parts(axes)
         padded = math.ceil(group.size / parts) * parts
         factor, limit = padded / group.size, self._max_padding
         return f"{group.size} over {parts} needs padding to {padded} ({factor:.2f}x, limit {limit}x)"
 
-    def _evaluate(self, choices: Mapping[Group, Axes]) -> Price | str:
+    def _evaluate(self, choices: Mapping[LeafGroup, Axes]) -> Price | str:
         key = tuple(sorted((self._numbers[g], a) for g, a in choices.items() if a))
         if key not in self._prices:
             priced = self._pricer.price(assignment_of(choices))
@@ -297,6 +297,6 @@ def _outranks(rank: _Rank, other: _Rank) -> bool:
     return rank[0] > other[0]
 
 
-def _gives_up(choices: Mapping[Group, Axes], trial: Mapping[Group, Axes]) -> bool:
+def _gives_up(choices: Mapping[LeafGroup, Axes], trial: Mapping[LeafGroup, Axes]) -> bool:
     """Whether a trial leaves axes unused that the choices use, so that other groups may take them."""
     return any(set(axes) - set(trial.get(group, ())) for group, axes in choices.items())

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.factors.factor import Factor, Kind, segments_of, to_dim
 from furiosa_llm.builder.factors.states import States
-from furiosa_llm.builder.plan.outcome import Assignment, Axes, Collective, InfeasibleError, Outcome, Step
+from furiosa_llm.builder.plan.outcome import Assignment, Axes, Collective, InfeasibleError, NodeAction, Outcome
 from furiosa_llm.builder.plan.padding import (
     Contents,
     content_at,
@@ -93,8 +93,8 @@ class SweepPass:
                 found.append((d, split))
         return found
 
-    def _visit(self, info: NodeInfo) -> Step | None:
-        step, node = Step(info), info.node
+    def _visit(self, info: NodeInfo) -> NodeAction | None:
+        step, node = NodeAction(info), info.node
         split = {p: s for p, v in enumerate(node.inputs) if v is not None and (s := self._split(v))}
         if info.rule.ignores_values:
             return step if split else None
@@ -118,7 +118,7 @@ class SweepPass:
         outputs_split = any(self._split(v) for v in node.outputs)
         return step if split or outputs_split or step.partial or step.reduce else None
 
-    def _demand_whole(self, info: NodeInfo, step: Step, split: Mapping[int, Split]) -> None:
+    def _demand_whole(self, info: NodeInfo, step: NodeAction, split: Mapping[int, Split]) -> None:
         """Gather what the node needs whole; a table that cannot be looked up in parts is needed whole, too."""
         tables = [] if step.lookup else [factor.find() for factor in info.looked_up]
         for port, dims in split.items():
@@ -170,7 +170,7 @@ class SweepPass:
 
     # -- partial sums --------------------------------------------------------------------------------------------
 
-    def _incoming(self, info: NodeInfo, step: Step) -> Axes:
+    def _incoming(self, info: NodeInfo, step: NodeAction) -> Axes:
         """Decide which partial inputs pass through; the rest is summed first. Returns the axes that pass."""
         node = info.node
         ports = [p for p, v in enumerate(node.inputs) if v is not None and v in self._partial]
@@ -184,7 +184,7 @@ class SweepPass:
                 self._reduce(present(node.inputs[port]), step)
         return self._partial_axes(node, passing)
 
-    def _passing(self, info: NodeInfo, ports: list[int], step: Step) -> list[int]:
+    def _passing(self, info: NodeInfo, ports: list[int], step: NodeAction) -> list[int]:
         node, rule = info.node, info.rule
         single = all(self._ground.consumers.get(present(node.inputs[p])) == 1 for p in ports)
         if not single or any(p in step.gather for p in ports):
@@ -214,7 +214,7 @@ class SweepPass:
             axes = _union(axes, self._partial[present(node.inputs[port])])
         return axes
 
-    def _reduce(self, value: ir.Value, step: Step) -> None:
+    def _reduce(self, value: ir.Value, step: NodeAction) -> None:
         axes = self._partial.pop(value, ())
         if axes:
             step.reduce.append(value)
@@ -231,7 +231,7 @@ class SweepPass:
                     found.setdefault(place, []).append(d)
         return found
 
-    def _follow_padding(self, info: NodeInfo, step: Step) -> None:
+    def _follow_padding(self, info: NodeInfo, step: NodeAction) -> None:
         """Make sure that padding does no harm at this node, and find out what its outputs' padding holds."""
         inputs = {p: self._content(v, step.gather.get(p, ())) for p, v in enumerate(info.node.inputs) if v is not None}
         for factor in info.reduced:
@@ -256,7 +256,9 @@ class SweepPass:
         known = self._contents.get(value, {})
         return {place: known[place] for place in self._places(value, whole)} if whole else known
 
-    def _contract_padding(self, info: NodeInfo, step: Step, inputs: Mapping[int, Contents], place: Factor) -> None:
+    def _contract_padding(
+        self, info: NodeInfo, step: NodeAction, inputs: Mapping[int, Contents], place: Factor
+    ) -> None:
         found = {port: content_at(contents, place) for port, contents in inputs.items()}
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
@@ -292,7 +294,7 @@ class SweepPass:
                     if owner.setdefault(axis, (leaf, d)) != (leaf, d):
                         raise InfeasibleError(f'"{value.name}" would be split twice over mesh axis {axis}')
 
-    def _check_node(self, info: NodeInfo, step: Step, split: Mapping[int, Split]) -> None:
+    def _check_node(self, info: NodeInfo, step: NodeAction, split: Mapping[int, Split]) -> None:
         """No mesh axis may be used by two different factors, or by a factor and a partial sum, inside one node."""
         node = info.node
         inputs: list[Factor] = []

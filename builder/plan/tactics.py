@@ -24,7 +24,7 @@ from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.factors.analysis import Analysis, find_weight_derived
 from furiosa_llm.builder.factors.factor import Factor
 from furiosa_llm.builder.factors.states import States
-from furiosa_llm.builder.plan.groups import Group, candidates, group_leaves
+from furiosa_llm.builder.plan.groups import LeafGroup, candidates, group_leaves
 from furiosa_llm.builder.plan.search import Pin
 from furiosa_llm.builder.rewrite.control_flow import ORIGINAL_NAME
 
@@ -89,7 +89,7 @@ def _spelled(parts: int | None) -> str:
 # -- what a tactic speaks of ---------------------------------------------------------------------------------------
 
 
-def _matches(tactic: Tactic, analysis: Analysis, groups: Sequence[Group]) -> list[Factor]:
+def _matches(tactic: Tactic, analysis: Analysis, groups: Sequence[LeafGroup]) -> list[Factor]:
     if tactic.selector == "role":
         roles = _ALIASES.get(tactic.pattern, (tactic.pattern,))
         return [leaf for group in groups if group.role in roles for leaf in _of_layers(group, tactic.layers)]
@@ -110,7 +110,7 @@ def _matches(tactic: Tactic, analysis: Analysis, groups: Sequence[Group]) -> lis
     return list(found)
 
 
-def _of_layers(group: Group, layers: tuple[int, ...] | None) -> Iterator[Factor]:
+def _of_layers(group: LeafGroup, layers: tuple[int, ...] | None) -> Iterator[Factor]:
     count = len(group.leaves)
     for position, leaf in enumerate(group.leaves):
         if layers is None or position in layers or position - count in layers:
@@ -134,7 +134,7 @@ def _fits(names: Iterable[str], pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _nothing_found(tactic: Tactic, analysis: Analysis, groups: Sequence[Group]) -> str:
+def _nothing_found(tactic: Tactic, analysis: Analysis, groups: Sequence[LeafGroup]) -> str:
     if tactic.selector == "role":
         known = ", ".join(sorted(f'"{role}" ({n} layers)' for role, n in _layer_counts(groups).items()))
         return f'{tactic.origin} speaks of role "{tactic.pattern}", which nothing has; this model has {known}.'
@@ -152,7 +152,7 @@ def _known_names(tactic: Tactic, node: ir.Node) -> set[str]:
     return {str(v.name) for v in node.inputs if v is not None and v.is_initializer()}
 
 
-def _layer_counts(groups: Sequence[Group]) -> dict[str, int]:
+def _layer_counts(groups: Sequence[LeafGroup]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for group in groups:
         counts[group.role] = max(counts.get(group.role, 0), len(group.leaves))

@@ -17,7 +17,7 @@ from furiosa_llm.builder.write.onnx_files import program_proto, source_proto, wr
 from furiosa_llm.builder.write.output_folder import check_free_space
 from furiosa_llm.builder.write.report import plan_json
 from furiosa_llm.builder.write.shards import num_shards
-from furiosa_llm.builder.write.streaming import Placement, WrittenWeights, write_weights
+from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights, write_weights
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
 from furiosa_llm.runtime.artifact.pooling import POOLING_NAME
 from furiosa_llm.runtime.artifact.reader import SplitModel
@@ -74,7 +74,7 @@ def planned(build: Build) -> SplitModel:
     """What an artifact of `build` would be, without all that is known only when its weights are written."""
     tensors, shapes = build.tensors(), program_shapes(build)
     unwritten = WrittenWeights(
-        placements={t.name: Placement(file="", offset=0, nbytes=t.local_nbytes, sha256="") for t in tensors},
+        placements={t.name: FilePosition(file="", offset=0, nbytes=t.local_nbytes, sha256="") for t in tensors},
         files=(),
         source_digests=dict.fromkeys((id(tensor.source) for tensor in tensors), ""),
     )

@@ -11,7 +11,7 @@ from furiosa_llm.builder.lower.blocks import find_blocks
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shapes
 from furiosa_llm.builder.shapes.interface import role_of
-from furiosa_llm.builder.write.streaming import Placement, WrittenWeights
+from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights
 from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim
@@ -60,7 +60,7 @@ def manifest_of(
     )
 
 
-def _tensors(build: Build, placements: Mapping[str, Placement]) -> tuple[StoredTensor, ...]:
+def _tensors(build: Build, placements: Mapping[str, FilePosition]) -> tuple[StoredTensor, ...]:
     originals = build.source.model.graph.initializers.items()
     origins = {id(value.const_value): name for name, value in reversed(list(originals))}
     return tuple(

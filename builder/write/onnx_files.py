@@ -13,7 +13,7 @@ from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.builder.source.tensors import load_in_place, read_packed
 from furiosa_llm.builder.write.closures import open_closures
-from furiosa_llm.builder.write.streaming import Placement
+from furiosa_llm.builder.write.streaming import FilePosition
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.graphs import all_tensors
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, FileEntry, Manifest
@@ -47,7 +47,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def program_proto(
     graph: ir.Graph,
-    placements: Mapping[str, Placement],
+    placements: Mapping[str, FilePosition],
     shapes: Mapping[str, tuple[ir.DataType, tuple[int | str | None, ...]]],
     ir_version: int,
 ) -> onnx.ModelProto:

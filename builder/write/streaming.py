@@ -40,12 +40,12 @@ _ALIGNMENT = 64
 _SYNCED_NBYTES = 128 * 2**20
 """After so many bytes the disk is told to begin, so that it does not stand idle until the end."""
 Bytes = npt.NDArray[np.uint8]
-Progress = Callable[[int], None]
+BytesWritten = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Placement:
+class FilePosition:
     """Where a tensor lies: its file, and the byte where shard 0 begins."""
 
     file: str
@@ -60,13 +60,13 @@ class Placement:
 class WrittenWeights:
     """What was written: each stored tensor's place, the files, and the digest of each source by its `id`."""
 
-    placements: Mapping[str, Placement]
+    placements: Mapping[str, FilePosition]
     files: Sequence[FileEntry]
     source_digests: Mapping[int, str]
 
 
 def write_weights(
-    folder: Path, tensors: Sequence[ShardedTensor], mesh: Mesh, progress: Progress, *, workers: int
+    folder: Path, tensors: Sequence[ShardedTensor], mesh: Mesh, progress: BytesWritten, *, workers: int
 ) -> WrittenWeights:
     """Write all tensors into as many safetensors files as it takes, in their order.
 
@@ -193,10 +193,10 @@ class _File:
         self.header = len(body).to_bytes(8, "little") + body
         self.nbytes = len(self.header) + position
 
-    def placement(self, tensor: ShardedTensor, sha256: str) -> Placement:
+    def placement(self, tensor: ShardedTensor, sha256: str) -> FilePosition:
         """Where a tensor of this file lies in it."""
         offset = len(self.header) + self._offsets[tensor.name]
-        return Placement(self.path.name, offset, tensor.local_nbytes, sha256)
+        return FilePosition(self.path.name, offset, tensor.local_nbytes, sha256)
 
 
 def _files(tensors: Sequence[ShardedTensor], mesh: Mesh) -> Iterator[list[ShardedTensor]]:
@@ -221,7 +221,7 @@ class _Output:
         stream: BinaryIO,
         hasher: Hasher,
         syncing: concurrent.futures.ThreadPoolExecutor | None,
-        progress: Progress,
+        progress: BytesWritten,
     ) -> None:
         self._stream = stream
         self._digest = hasher.digest()

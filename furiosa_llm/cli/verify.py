@@ -16,7 +16,7 @@ from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verification
 from furiosa_llm.runtime.artifact.units import counted
-from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison
+from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity
 from furiosa_llm.verification import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions, Report, verify_artifact
 
@@ -164,7 +164,7 @@ def _outputs_table(parity: Parity) -> Table:
     return table
 
 
-def _worst(errors: Sequence[OutputError]) -> str:
+def _worst(errors: Sequence[OutputDifference]) -> str:
     if not errors:
         return ""
     worst = max(errors, key=lambda error: (not error.finite, error.mean))

@@ -7,7 +7,7 @@ from bisect import insort
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from furiosa_llm.runtime.engine.slots import WORTH_A_COPY, Group, Pages, SequenceState, reusable_length
+from furiosa_llm.runtime.engine.slots import WORTH_A_COPY, Pages, SequenceState, SlotGroup, reusable_length
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
 from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
 
@@ -59,7 +59,7 @@ class Scheduler:
         limits = self.limits
         self._pages = Pages(limits.num_pages, limits.page_size)
         self._groups = [
-            Group(index, limits.slots_per_group, self._pages, limits.prefix_caching, limits.batch_invariant)
+            SlotGroup(index, limits.slots_per_group, self._pages, limits.prefix_caching, limits.batch_invariant)
             for index in range(limits.num_groups)
         ]
         self._sequences: dict[int, SequenceState] = {}
@@ -217,7 +217,7 @@ class Scheduler:
             if sequence.aborted or sequence_id in finished:
                 self._leave(sequence)
 
-    def _group_of(self, batch: Batch) -> Group:
+    def _group_of(self, batch: Batch) -> SlotGroup:
         group = self._groups[batch.group] if batch.group < len(self._groups) else None
         if group is None or group.under_way is not batch:
             raise SchedulingError(
@@ -251,7 +251,7 @@ class Scheduler:
             " one more can follow"
         )
 
-    def _note_computed(self, group: Group, batch: Batch) -> None:
+    def _note_computed(self, group: SlotGroup, batch: Batch) -> None:
         if isinstance(batch, Decode):
             for row in batch.rows:
                 self._sequences[row.sequence_id].slot.length += 1
@@ -286,7 +286,7 @@ class Scheduler:
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.slot.length
 
-    def _choose_group(self, sequence: SequenceState) -> Group:
+    def _choose_group(self, sequence: SequenceState) -> SlotGroup:
         """The group with the longest match, of the groups that have the fewest sequences or one more.
 
         No match is worth leaving a group empty while another is not: a stage would have nothing to do.
@@ -295,13 +295,13 @@ class Scheduler:
         least = min(group.load for group in open_groups)
         suitable = [group for group in open_groups if group.load <= least + min(least, 1)]
 
-        def rank(group: Group) -> tuple[int, int, bool]:
+        def rank(group: SlotGroup) -> tuple[int, int, bool]:
             match = group.match(sequence.tokens, sequence.reusable)
             return (-match if match >= WORTH_A_COPY else 0, group.load, not group.is_ready_for_a_prompt)
 
         return min(suitable, key=rank)
 
-    def _next_batch(self, group: Group) -> Batch | None:
+    def _next_batch(self, group: SlotGroup) -> Batch | None:
         """The batch whose turn it is, or the other kind if there is no batch of it."""
         if group.prefilling is not None and group.prefill_is_next:
             return self._prefill(group, group.prefilling)
@@ -310,7 +310,7 @@ class Scheduler:
             return self._prefill(group, group.prefilling)
         return decode
 
-    def _prefill(self, group: Group, sequence: SequenceState) -> Prefill:
+    def _prefill(self, group: SlotGroup, sequence: SequenceState) -> Prefill:
         start = sequence.slot.length
         end, logits = sequence.chunk(start, self.limits.prefill_chunk_size)
         return Prefill(
@@ -323,7 +323,7 @@ class Scheduler:
             logits=logits,
         )
 
-    def _decode(self, group: Group) -> Decode | None:
+    def _decode(self, group: SlotGroup) -> Decode | None:
         if not self._make_room_for_next_tokens(group) or not group.decoding:
             return None
         group.compact()
@@ -333,7 +333,7 @@ class Scheduler:
         )
         return Decode(group=group.index, copies=group.take_copies(), rows=rows)
 
-    def _make_room_for_next_tokens(self, group: Group) -> bool:
+    def _make_room_for_next_tokens(self, group: SlotGroup) -> bool:
         """Gives each decoding sequence the page of its next token, the earliest first; False if it has to wait.
 
         When pages run out, the latest of the sequences that have no batch under way gives up its own. It may be the one

@@ -47,7 +47,7 @@ class SequenceState:
     """Whether what it generated is computed again as it was at first, one token at a time."""
     delivered: int = 0
     """How many of the prompt's tokens had their logits computed already, where `prompt_logits` asks for them."""
-    group: Group | None = None
+    group: SlotGroup | None = None
     """The group it runs in; None while it waits."""
     seat: Slot | None = None
     pages: int = 0
@@ -130,7 +130,7 @@ class Pages:
             slot.tokens, slot.last_used = [], 0
 
 
-class Group:
+class SlotGroup:
     """The slots of one group, the sequences in them, and the copies that its next batch has to begin with.
 
     Decoding sequences need not be in the first slots until a decode is scheduled: a slot in the middle that was left

@@ -69,7 +69,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class ComparedStep:
     """One step: its case, its sizes by dimension, global inputs by name, and the unsplit model's outputs for them."""
 
     case: Case
@@ -149,7 +149,7 @@ def _has_sequence(manifest: Manifest) -> bool:
     return any("sequence" in parse_dimension(dim).names for dim in dims)
 
 
-def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[Step]:
+def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[ComparedStep]:
     """Each of `cases` with inputs, run on the reference; one is made when the one before it is done with.
 
     Raises UnsupportedError for a dimension without a size, and ExecutionError if the reference fails.
@@ -205,7 +205,7 @@ class Inputs:
         self._presents: dict[str, Array] = {}
         self._made = {state.input for state in manifest.states}
 
-    def step(self, case: Case) -> Step:
+    def step(self, case: Case) -> ComparedStep:
         """The step of a case; raises ExecutionError if the reference cannot run it."""
         sizes = {**self._sizes, "batch": case.batch, "sequence": case.sequence, "past": case.past}
         if self._varies and case.length >= _FIRST_OCTAVE:
@@ -215,7 +215,7 @@ class Inputs:
             inputs |= {name: self._extended(rows, inputs[name].shape) for name, rows in self._short().items()}
         elif case.past:
             inputs |= self._after({**sizes, "past": 0, "sequence": case.past})
-        return Step(case=case, sizes=sizes, inputs=inputs, expected=self._reference.run(inputs))
+        return ComparedStep(case=case, sizes=sizes, inputs=inputs, expected=self._reference.run(inputs))
 
     def runs(self, length: int) -> bool:
         """Whether the reference runs at a length."""

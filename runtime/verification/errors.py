@@ -21,7 +21,7 @@ hundredfold (SmolLM2, random tokens: 1e-6 at half of the positions, 7e-5 at one 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputError:
+class OutputDifference:
     """The difference between artifact and model in one output of one case.
 
     `absolute` is the greatest of all elements, in the output's own units; `relative` is `absolute` over the greatest
@@ -78,7 +78,7 @@ def magnitude_of(values: Array, *, logits: bool) -> float:
 
 def output_error(
     case: str, name: str, pairs: Iterable[tuple[Array, Array]], whole: Array, *, logits: bool
-) -> OutputError:
+) -> OutputDifference:
     """The error of pairs of what was found and what was expected, which is a part of `whole`."""
     magnitude = magnitude_of(whole, logits=logits) or 1.0
     relative, same, squares, count = 0.0, True, 0.0, 0
@@ -92,7 +92,7 @@ def output_error(
             errors = errors[finite]
         relative = max(relative, float(errors.max(initial=0.0)))
         squares, count = squares + float(np.square(errors).sum(dtype=np.float64)), count + errors.size
-    return OutputError(
+    return OutputDifference(
         case=case,
         output=name,
         absolute=relative * magnitude,

@@ -29,16 +29,16 @@ from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.runtime.verification.cases import (
     Case,
+    ComparedStep,
     Inputs,
     Lengths,
-    Step,
     cases_of,
     configured_sizes,
     lengths_of,
     steps_of,
     within_limit,
 )
-from furiosa_llm.runtime.verification.errors import OutputError, TokenComparison, output_error
+from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison, output_error
 from furiosa_llm.runtime.verification.reference import ReferenceModel, set_accuracy_level
 from furiosa_llm.runtime.verification.serving import SHORTEST, engine_errors
 from furiosa_llm.runtime.verification.stitching import SplitModel
@@ -64,9 +64,9 @@ class Parity:
     `lengths`; all of it follows from `seed`. `accuracy_level_replaced`: MatMulNBits ran at level 0 instead of its own.
     """
 
-    stitched: tuple[OutputError, ...]
-    outputs: tuple[OutputError, ...]
-    engine: tuple[OutputError, ...]
+    stitched: tuple[OutputDifference, ...]
+    outputs: tuple[OutputDifference, ...]
+    engine: tuple[OutputDifference, ...]
     tokens: tuple[TokenComparison, ...]
     cases: tuple[Case, ...]
     lengths: Lengths
@@ -75,7 +75,7 @@ class Parity:
 
     def within(self, tolerance: float) -> bool:
         """Whether every relative error is at most `tolerance`, and tokens differ only where they are ties within it."""
-        found: list[OutputError | TokenComparison] = [*self.stitched, *self.outputs, *self.engine, *self.tokens]
+        found: list[OutputDifference | TokenComparison] = [*self.stitched, *self.outputs, *self.engine, *self.tokens]
         return all(one.within(tolerance) for one in found)
 
 
@@ -103,9 +103,9 @@ class Found(Generic[_T]):
 class Findings:
     """The same as `Parity`, where each way of running may have failed."""
 
-    stitched: Found[OutputError] = field(default_factory=Found)
-    executor: Found[OutputError] = field(default_factory=Found)
-    engine: Found[OutputError] = field(default_factory=Found)
+    stitched: Found[OutputDifference] = field(default_factory=Found)
+    executor: Found[OutputDifference] = field(default_factory=Found)
+    engine: Found[OutputDifference] = field(default_factory=Found)
     tokens: Found[TokenComparison] = field(default_factory=Found)
 
 
@@ -206,10 +206,10 @@ class Subject:
             findings.engine.extend(self._in_time(self._engine))
         return findings
 
-    def _in_time(self, compare: Callable[[], Iterable[OutputError]]) -> Callable[[], Iterable[OutputError]]:
+    def _in_time(self, compare: Callable[[], Iterable[OutputDifference]]) -> Callable[[], Iterable[OutputDifference]]:
         """`compare`, begun only if `check` allows it."""
 
-        def run() -> Iterable[OutputError]:
+        def run() -> Iterable[OutputDifference]:
             self._check()
             return compare()
 
@@ -223,7 +223,7 @@ class Subject:
             self._check()
             yield compare_tokens(executor, self._reference, tokenizer.encode(prompt), prompt, max_tokens)
 
-    def _engine(self) -> tuple[OutputError, ...]:
+    def _engine(self) -> tuple[OutputDifference, ...]:
         """The errors of an engine's steps; none if an engine does not run models of this kind."""
         random = np.random.default_rng(self._seed + 2)
         try:
@@ -260,7 +260,7 @@ class _Stitched:
         self._threads = threads
         self._session: Session | None = None
 
-    def errors(self, step: Step, logits: Collection[str]) -> list[OutputError]:
+    def errors(self, step: ComparedStep, logits: Collection[str]) -> list[OutputDifference]:
         """The errors of a step; raises ExecutionError if it does not run."""
         if self._singly and is_chunk_of_many(step.sizes):
             step = self._first_row(step)
@@ -272,7 +272,7 @@ class _Stitched:
             raise ExecutionError(f"onnxruntime cannot run the ranks of the program in one graph: {error}") from error
         return [self._error(step, name, parts, logits=name in logits) for name, parts in found.items()]
 
-    def _error(self, step: Step, name: str, parts: Sequence[Array], *, logits: bool) -> OutputError:
+    def _error(self, step: ComparedStep, name: str, parts: Sequence[Array], *, logits: bool) -> OutputDifference:
         whole = step.expected[name]
         pairs = self._split.parts(name, parts, whole)
         if pairs is None:
@@ -282,7 +282,7 @@ class _Stitched:
             )
         return output_error(str(step.case), name, pairs, whole, logits=logits)
 
-    def _first_row(self, step: Step) -> Step:
+    def _first_row(self, step: ComparedStep) -> ComparedStep:
         """A step's first sequence: GroupQueryAttention takes several tokens behind a past in a batch of one only."""
         manifest = self._manifest
         shapes = {info.name: info.shape for info in manifest.inputs}
@@ -318,7 +318,7 @@ class _Executed(Closing):
             self._executor = Executor(self._artifact, threads=self._threads, exact=True)
         return self._executor
 
-    def errors(self, step: Step, logits: Collection[str]) -> list[OutputError]:
+    def errors(self, step: ComparedStep, logits: Collection[str]) -> list[OutputDifference]:
         """The errors of a step; raises as running does."""
         errors = []
         for name, found in self.executor.run(step.inputs).items():

@@ -22,7 +22,7 @@ from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Prefill, Row
 from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
 from furiosa_llm.runtime.verification.cases import Lengths, Model
-from furiosa_llm.runtime.verification.errors import OutputError, output_error
+from furiosa_llm.runtime.verification.errors import OutputDifference, output_error
 
 _DECODED = 4
 """Tokens of each sequence that are not in its prompt."""
@@ -69,13 +69,14 @@ class _Sequence:
         found = self._reference.run(feeds | self._states)
         self._states = {state.input: found[state.output] for state in self._manifest.states}
         self.stepped += count
-        logits = found[self._logits]
-        return logits[0].reshape(-1, logits.shape[-1])
+        logits: Array = found[self._logits][0]
+        rows: Array = logits.reshape(-1, logits.shape[-1])
+        return rows
 
 
 def engine_errors(
     artifact: Artifact, reference: Model, lengths: Lengths, *, threads: int, random: np.random.Generator
-) -> tuple[OutputError, ...]:
+) -> tuple[OutputDifference, ...]:
     """The errors of logits in each kind of the engine's steps.
 
     `lengths` allow SHORTEST tokens. Raises ExecutionError if the engine cannot run the program, and UnsupportedError

@@ -120,8 +120,8 @@ EXECUTION = (
     Fault(
         name="the first of the new positions are kept",
         file="runtime/execution/states.py",
-        old="source = (slice(None),) * dim + (slice(length - added, length),)",
-        new="source = (slice(None),) * dim + (slice(0, added),)",
+        old="source, target = rows.span(length - added, length), rows.span(total - added, total)",
+        new="source, target = rows.span(0, added), rows.span(total - added, total)",
         effect="caches that are appended to repeat their beginning: nonsense from the second token on",
         hints=("tests/runtime/execution/test_states.py",),
     ),

@@ -18,7 +18,7 @@ from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo
 from furiosa_llm.builder.factors.factor import Factor, FactorConflictError, Kind, unify
 from furiosa_llm.builder.plan.annotations.check_specs import Placed
 from furiosa_llm.builder.plan.annotations.correspondence import Correspondence
-from furiosa_llm.builder.plan.annotations.device_placement import Placement, Split
+from furiosa_llm.builder.plan.annotations.device_placement import DeviceSpec, Split
 from furiosa_llm.builder.plan.annotations.finding import Finding, error, warning
 from furiosa_llm.builder.plan.annotations.nodes import annotations_of, label_of
 from furiosa_llm.builder.rules.rule import DimExpr, Signature, parse
@@ -44,8 +44,8 @@ def check_operators(
 ) -> Iterator[Finding]:
     """Check every annotated node of the main graph that the analysed graph still has."""
     infos = {info.node: info for info in analysis.nodes}
-    specs: dict[tuple[str, int, str], Placement] = {}
-    given: dict[tuple[str, str], Placement] = {}
+    specs: dict[tuple[str, int, str], DeviceSpec] = {}
+    given: dict[tuple[str, str], DeviceSpec] = {}
     for entry in placed:
         if not entry.annotation.is_inner:
             configuration = entry.annotation.configuration
@@ -57,7 +57,7 @@ def check_operators(
         counterpart = None if annotation.is_inner else correspondence.node(annotation.node)
         if counterpart is None or counterpart not in infos:
             continue
-        placements: dict[Port, Placement] = {}
+        placements: dict[Port, DeviceSpec] = {}
         for name, port, is_output, value in correspondence.operands(annotation.node):
             found = specs.get((annotation.configuration, annotation.number, name))
             if found is None and not is_output:
@@ -74,7 +74,7 @@ class _Node:
     """One annotated node."""
 
     def __init__(
-        self, node: onnx.NodeProto, info: NodeInfo, analysis: Analysis, placements: Mapping[Port, Placement]
+        self, node: onnx.NodeProto, info: NodeInfo, analysis: Analysis, placements: Mapping[Port, DeviceSpec]
     ) -> None:
         self._node, self._info, self._analysis = node, info, analysis
         self._label = label_of(node)
@@ -132,7 +132,7 @@ class _Node:
         unify([dim], factors)
         return tied
 
-    def _leaves(self, port: Port, placement: Placement, axis: int) -> _Parts | None:
+    def _leaves(self, port: Port, placement: DeviceSpec, axis: int) -> _Parts | None:
         """The split leaves of an axis; None if the axis is split in a way that its leaves cannot tell."""
         found: _Parts = {}
         if not placement.of_axis(axis):

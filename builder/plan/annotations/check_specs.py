@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 
-from furiosa_llm.builder.plan.annotations.device_placement import Placement, placement_from
+from furiosa_llm.builder.plan.annotations.device_placement import DeviceSpec, placement_from
 from furiosa_llm.builder.plan.annotations.emit import FIRST_IR_VERSION, UNEVEN_CEIL, UNEVEN_KEY
 from furiosa_llm.builder.plan.annotations.finding import Finding, error, warning
 from furiosa_llm.builder.plan.annotations.nodes import (
@@ -28,7 +28,7 @@ class Placed:
 
     annotation: Annotation
     tensor: str
-    placement: Placement
+    placement: DeviceSpec
 
 
 def check_configurations(model: onnx.ModelProto) -> Iterator[Finding]:

@@ -44,7 +44,7 @@ class Split:
     parts: int
     """Into how many parts it is split; 1: not at all."""
     positions: tuple[int, ...]
-    """For every device, in the order of `Placement.devices`, the part that it holds."""
+    """For every device, in the order of `DeviceSpec.devices`, the part that it holds."""
 
     @property
     def is_even(self) -> bool:
@@ -53,7 +53,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
+class DeviceSpec:
     """Which device holds which part of a tensor; two placements are equal if they mean the same."""
 
     devices: tuple[int, ...]
@@ -76,7 +76,7 @@ class Placement:
         return " and ".join(found) or "whole on every device"
 
 
-def placement_of(axes: Sequence[Sequence[Component] | None], mesh: Mesh, *, first_device: int = 0) -> Placement | None:
+def placement_of(axes: Sequence[Sequence[Component] | None], mesh: Mesh, *, first_device: int = 0) -> DeviceSpec | None:
     """The placement of a tensor, given what each of its axes is the product of; None if no sharding spec can say it.
 
     That is so for an axis that is no product (None): a concatenation whose segments are each split, packed query, key
@@ -91,11 +91,11 @@ def placement_of(axes: Sequence[Sequence[Component] | None], mesh: Mesh, *, firs
             parts = mesh.parts(component.mesh_axes)
             raw.append(Split(axis=axis, size=component.size, parts=parts, positions=positions))
     devices = tuple(range(first_device, first_device + mesh.size))
-    placement = Placement(devices=devices, splits=_merged(raw))
+    placement = DeviceSpec(devices=devices, splits=_merged(raw))
     return placement if all(_shards(placement)) else None
 
 
-def placement_from(spec: onnx.ShardingSpecProto, shape: Sequence[int | None]) -> Placement:
+def placement_from(spec: onnx.ShardingSpecProto, shape: Sequence[int | None]) -> DeviceSpec:
     """What a well-formed spec of a tensor of `shape` (None: dynamic) means."""
     groups = {entry.key: tuple(entry.value) for entry in spec.index_to_device_group_map}
     flat = [(dim.axis % len(shape), simple) for dim in spec.sharded_dim for simple in dim.simple_sharding]
@@ -114,7 +114,7 @@ def placement_from(spec: onnx.ShardingSpecProto, shape: Sequence[int | None]) ->
         for column, (axis, simple) in enumerate(flat)
     ]
     raw.sort(key=lambda split: split.axis)
-    return Placement(devices=devices, splits=_merged(_with_sizes(raw, shape)))
+    return DeviceSpec(devices=devices, splits=_merged(_with_sizes(raw, shape)))
 
 
 def _with_sizes(splits: Sequence[Split], shape: Sequence[int | None]) -> list[Split]:
@@ -166,7 +166,7 @@ def _joined(axis: int, outer: Split, inner: Split) -> Split:
     )
 
 
-def _shards(placement: Placement) -> list[list[int]]:
+def _shards(placement: DeviceSpec) -> list[list[int]]:
     """The devices that hold each shard, in row-major order of the shards."""
     held: dict[tuple[int, ...], list[int]] = {}
     for number, device in enumerate(placement.devices):
@@ -174,7 +174,7 @@ def _shards(placement: Placement) -> list[list[int]]:
     return [held.get(index, []) for index in itertools.product(*(range(split.parts) for split in placement.splits))]
 
 
-def to_proto(tensor: str, placement: Placement) -> onnx.ShardingSpecProto:
+def to_proto(tensor: str, placement: DeviceSpec) -> onnx.ShardingSpecProto:
     """The sharding spec of `tensor`."""
     spec = onnx.ShardingSpecProto(tensor_name=tensor)
     shards = _shards(placement)
@@ -196,7 +196,7 @@ def to_proto(tensor: str, placement: Placement) -> onnx.ShardingSpecProto:
 # -- from one placement to another -------------------------------------------------------------------------------
 
 
-def relation(before: Placement, after: Placement) -> Relation:
+def relation(before: DeviceSpec, after: DeviceSpec) -> Relation:
     """How a tensor placed as `before` gets to where `after` wants it."""
     if before == after:
         return "same"
@@ -209,7 +209,7 @@ def relation(before: Placement, after: Placement) -> Relation:
     return "exchange"
 
 
-def _is_within(small: Placement, large: Placement, device: int) -> bool:
+def _is_within(small: DeviceSpec, large: DeviceSpec, device: int) -> bool:
     """Whether what a device holds under `small` is part of what it holds under `large`."""
     return all(
         _is_axis_within(small.of_axis(axis), large.of_axis(axis), device)

@@ -15,7 +15,7 @@ from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.factor import Factor, Kind
 from furiosa_llm.builder.plan.annotations.correspondence import Correspondence
-from furiosa_llm.builder.plan.annotations.device_placement import Component, Placement, placement_of, to_proto
+from furiosa_llm.builder.plan.annotations.device_placement import Component, DeviceSpec, placement_of, to_proto
 from furiosa_llm.builder.plan.outcome import Assignment, Outcome
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.runtime.artifact.graphs import all_tensors
@@ -110,7 +110,7 @@ class _Writer:
         }
         self._correspondence = correspondence
         self._configuration = configuration
-        self._placements: dict[tuple[ir.Value, tuple[int, ...], int], Placement | None] = {}
+        self._placements: dict[tuple[ir.Value, tuple[int, ...], int], DeviceSpec | None] = {}
 
     def annotate(self, node: onnx.NodeProto, stage: int | None) -> None:
         """Annotate one node; one without a counterpart gets its stage, if there is any."""
@@ -132,7 +132,7 @@ class _Writer:
                 entry.pipeline_stage = stage
         _set_metadata(node, UNSAID_KEY, ", ".join(unsaid) or None)
 
-    def _operands(self, node: onnx.NodeProto, first_device: int) -> Iterator[tuple[str, Placement | None]]:
+    def _operands(self, node: onnx.NodeProto, first_device: int) -> Iterator[tuple[str, DeviceSpec | None]]:
         """Every tensor of the node that holds data and has a counterpart, with its placement there."""
         counterpart = self._correspondence.node(node)
         step = self._outcome.steps.get(counterpart) if counterpart is not None else None
@@ -144,7 +144,7 @@ class _Writer:
             whole = step.gather.get(port, ()) if step is not None and not is_output else ()
             yield name, self._placement(value, whole, first_device)
 
-    def _placement(self, value: ir.Value, whole: Collection[int], first_device: int) -> Placement | None:
+    def _placement(self, value: ir.Value, whole: Collection[int], first_device: int) -> DeviceSpec | None:
         key = (value, tuple(whole), first_device)
         if key not in self._placements:
             factors = self._analysis.dims[value]

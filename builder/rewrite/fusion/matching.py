@@ -19,7 +19,7 @@ from furiosa_llm.builder.rewrite.fusion.tracing import (
     MOVES,
     REPEATS,
     VIEWS,
-    Step,
+    Hop,
     cache_source,
     factor_port,
     is_guard,
@@ -114,7 +114,7 @@ class _Matcher:
                 raise LeftAloneError(f'{node.op_type} "{node.name}" changes the weights behind its softmax')
         raise LeftAloneError("no softmax gives its weights")
 
-    def _ways_back(self, value: ir.Value, depth: int = 0) -> Iterator[list[Step]]:
+    def _ways_back(self, value: ir.Value, depth: int = 0) -> Iterator[list[Hop]]:
         """Paths from the softmax back to a product with cached keys: each node with the port of the scores."""
         node = value.producer()
         if node is None or node.domain or depth > MAX_STEPS:
@@ -128,7 +128,7 @@ class _Matcher:
             for rest in self._ways_back(operand(node, port), depth + 1):
                 yield [(node, port), *rest]
 
-    def _read(self, steps: list[Step]) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
+    def _read(self, steps: list[Hop]) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
         """Scale, soft cap and terms along `steps`, which go from the softmax back; each kind has its place."""
         terms: list[Term] = []
         scaled = False
@@ -150,7 +150,7 @@ class _Matcher:
                 self._scale *= factor
         return *self._product(steps, start=len(steps) - 1), tuple(reversed(terms))
 
-    def _product(self, steps: list[Step], *, start: int) -> tuple[ir.Value, Cache]:
+    def _product(self, steps: list[Hop], *, start: int) -> tuple[ir.Value, Cache]:
         """The query, and the cached keys; what lies behind `start` scales the scores before the soft cap."""
         for node, port in steps[start:-1]:
             if node.op_type in FACTORS:

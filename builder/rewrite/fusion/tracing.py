@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rewrite.fusion.match import LeftAloneError
 
-Step = tuple[ir.Node, int]
+Hop = tuple[ir.Node, int]
 """A node, and which of its inputs the data came in by."""
 
 VIEWS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -78,9 +78,9 @@ def _number(tensor: ir.TensorProtocol) -> float | None:
     return float(tensor.numpy().item())
 
 
-def cache_source(value: ir.Value, through: frozenset[str] | set[str]) -> tuple[ir.Node, list[Step]] | None:
+def cache_source(value: ir.Value, through: frozenset[str] | set[str]) -> tuple[ir.Node, list[Hop]] | None:
     """The Concat of a cache behind `value`, and the nodes on the way to it with the port of the data."""
-    path: list[Step] = []
+    path: list[Hop] = []
     current = value
     for _ in range(MAX_STEPS):
         node = current.producer()

@@ -14,7 +14,7 @@ from furiosa_llm.builder import OptionError
 from furiosa_llm.builder.artifact_builder import ArtifactBuilder
 from furiosa_llm.builder.factors.factor import to_dim
 from furiosa_llm.builder.factors.probe import PricedStep
-from furiosa_llm.builder.plan.groups import Group, candidates
+from furiosa_llm.builder.plan.groups import LeafGroup, candidates
 from furiosa_llm.builder.plan.mesh import mesh_of
 from furiosa_llm.builder.plan.outcome import Collective
 from furiosa_llm.builder.plan.plan import Plan, Planning
@@ -43,7 +43,7 @@ def axes_by_size(plan: Plan, size: int) -> list[tuple[int, ...]]:
     return sorted({axes for group, axes in plan.choices.items() if group.size == size})
 
 
-def padding(group: Group, parts: int) -> float:
+def padding(group: LeafGroup, parts: int) -> float:
     return math.ceil(group.size / parts) * parts / group.size
 
 

@@ -15,7 +15,7 @@ from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.verification.errors import OutputError
+from furiosa_llm.runtime.verification.errors import OutputDifference
 from tests.runtime.test_llm import ZOO
 from tests.support.runtime.models import LlamaSize, llama, mlp
 from tests.support.runtime.spmd import Spmd
@@ -90,7 +90,7 @@ def test_what_is_not_finite_must_be_the_same(value: float, tmp_path: Path) -> No
 def test_both_ways_of_running_are_compared(tmp_path: Path) -> None:
     report = verify_against(mlp(Mesh((2,))).write(tmp_path / "a"), save(mlp(ONE), tmp_path))
     assert [(error.case, error.output) for error in report.stitched] == [("forward 2x9", "y")]
-    far = OutputError(case="c", output="o", absolute=1.0, relative=1.0, mean=1.0, finite=True)
+    far = OutputDifference(case="c", output="o", absolute=1.0, relative=1.0, mean=1.0, finite=True)
     assert report.within(1e-5)
     assert not dataclasses.replace(report, stitched=(far,)).within(1e-5)
     assert not dataclasses.replace(report, outputs=(far,)).within(1e-5)

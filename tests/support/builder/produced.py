@@ -18,7 +18,7 @@ from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.write import manifest as parts
 from furiosa_llm.builder.write import onnx_files
 from furiosa_llm.builder.write.shards import num_shards
-from furiosa_llm.builder.write.streaming import Placement
+from furiosa_llm.builder.write.streaming import FilePosition
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import Manifest, ModelInfo, Provenance
 from tests.support.builder.faults import Subject
@@ -41,10 +41,10 @@ def produced(prepared: Prepared, mesh: Mesh, assignment: Assignment, outcome: Ou
         lowered=lowered,
     )
     shapes = program_shapes(build)
-    placements: dict[str, Placement] = {}
+    placements: dict[str, FilePosition] = {}
     offset = 0
     for tensor in build.tensors():
-        placements[tensor.name] = Placement(_FILE, offset, tensor.local_nbytes, sha256="0" * 64)
+        placements[tensor.name] = FilePosition(_FILE, offset, tensor.local_nbytes, sha256="0" * 64)
         offset += tensor.local_nbytes * num_shards(tensor, mesh)
     manifest = Manifest(
         provenance=Provenance(tool="test 0", libraries={}, options={}, source_sha256="0" * 64),

@@ -11,7 +11,7 @@ from onnx_ir import serde
 from furiosa_llm.builder.plan.annotations.correspondence import Correspondence
 from furiosa_llm.builder.plan.annotations.device_placement import (
     Component,
-    Placement,
+    DeviceSpec,
     placement_from,
     placement_of,
     relation,
@@ -23,7 +23,7 @@ from tests.support.builder.sharding_specs import ALL, EACH, PAIRS, Axes, Devices
 MESH = Mesh((2, 2))
 
 
-def place(axes: Axes, devices: Devices, *shape: int | None) -> Placement:
+def place(axes: Axes, devices: Devices, *shape: int | None) -> DeviceSpec:
     return placement_from(spec("t", axes, devices), shape)
 
 
