@@ -75,7 +75,7 @@ class SequenceState:
         whole = self.prompt_length if self.batch_invariant and not behind_prompt else len(self.tokens)
         end = start + 1 if behind_prompt else cut(start, size, whole)
         if self.prompt_logits and self.delivered < self.prompt_length:
-            return (min(end, self.delivered), "none") if start < self.delivered else (end, "all")
+            return (cut(start, size, self.delivered), "none") if start < self.delivered else (end, "all")
         return end, "last" if end == len(self.tokens) else "none"
 
 
@@ -197,6 +197,8 @@ class SlotGroup:
             places = [self.slots[num_decoding]]
         sequence.pages = self._pages.needed(len(sequence.tokens) + 1)
         self._seat(sequence, places, now)
+        if sequence.prompt_logits and sequence.slot.length == sequence.delivered - 1:
+            sequence.slot.length = max(0, sequence.delivered - LEAST_CHUNK)  # or one token would be computed alone
         self._pages.held += sequence.pages
         sequence.group = self
         self.prefilling = sequence

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from furiosa_llm.runtime.engine.scheduler import Scheduler
+from furiosa_llm.runtime.engine.slots import Pages, SequenceState, SlotGroup
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
 from furiosa_llm.runtime.runners.batch import Copy, Decode, Prefill, Row
 from tests.support.runtime.scheduler_cases import complete, decode, limits, members, prefill, prompt, run, start
@@ -331,6 +332,31 @@ def test_what_an_unknown_sequence_found_is_not_known() -> None:
 def test_limits_of_nothing_are_refused(name: str) -> None:
     with pytest.raises(CapacityError, match=f"{name} is 0: expected at least 1"):
         limits(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("found", "start", "chunks"),
+    [(3, 3, [(6, "all")]), (2, 1, [(3, "none"), (6, "all")]), (1, 1, [(3, "none"), (6, "all")]), (0, 0, [(3, "none")])],
+)
+def test_no_token_is_alone_before_the_logits_that_are_still_wanted(
+    found: int, start: int, chunks: list[tuple[int, str]]
+) -> None:
+    """A prompt is preempted after the logits of three of its tokens, and finds `found` of them again."""
+    group = SlotGroup(0, 1, Pages(8, 4), True, False)
+    tokens = [*range(1, found + 1), 99]
+    earlier = SequenceState(sequence_id=0, arrival=0, tokens=tokens, prompt_length=1, prompt_logits=False)
+    group.admit(earlier, 3, 1)
+    earlier.slot.length = found
+    group.leave(earlier, 2)
+    prompt = SequenceState(
+        sequence_id=1, arrival=1, tokens=list(range(1, 13)), prompt_length=12, prompt_logits=True, delivered=3
+    )
+    group.admit(prompt, 3, 3)
+    assert prompt.slot.length == start
+    at = start
+    for end, logits in chunks:
+        assert prompt.chunk(at, 3) == (end, logits)
+        at = end
 
 
 # Random traces; `python -m tests.campaigns.fuzz_scheduler` runs more of them
