@@ -27,15 +27,22 @@ class _Handle:
 
 
 class _Core:
-    """Gives each request its tokens one by one from a thread of its own, which first waits for `delay` seconds."""
+    """Gives each request its tokens one by one from a thread of its own.
 
-    def __init__(self, delay: float = 0.001, failing: Sequence[str] = (), broken: str | None = None) -> None:
+    That first waits for `delay` seconds, and until `held` requests were sent.
+    """
+
+    def __init__(
+        self, delay: float = 0.001, failing: Sequence[str] = (), broken: str | None = None, held: int = 1
+    ) -> None:
         self.running = self.most = 0
         self.asked: list[tuple[str, int, SamplingParams]] = []
         self.handles: list[_Handle] = []
         self._delay = delay
         self._failing = failing
         self._broken = broken
+        self._held = held
+        self._all_sent = threading.Event()
         self._lock = threading.Lock()
 
     def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams, sink: Sink) -> Any:
@@ -45,11 +52,14 @@ class _Core:
             self.running += 1
             self.most = max(self.most, self.running)
         self.asked.append((request_id, len(prompt), params))
+        if len(self.asked) >= self._held:
+            self._all_sent.set()
         threading.Timer(self._delay, self._run, (request_id, params.max_tokens, sink)).start()
         self.handles.append(_Handle())
         return self.handles[-1]
 
     def _run(self, request_id: str, tokens: int, sink: Sink) -> None:
+        self._all_sent.wait()
         error = ReplicaError("lost") if request_id in self._failing else None
         for token in range(tokens):
             last = token == tokens - 1
@@ -72,7 +82,7 @@ def _observe(core: _Core, **options: Any) -> Observed:
 
 
 def test_all_at_once() -> None:
-    core = _Core(delay=0.1)
+    core = _Core(held=5)
     observed = _observe(core)
     assert observed.max_concurrency == core.most == 5
     assert [(prompt, params.max_tokens) for _, prompt, params in core.asked] == [(n, n) for n in (1, 2, 3, 4, 5)]
@@ -83,7 +93,7 @@ def test_all_at_once() -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 2, 3])
 def test_no_more_than_the_limit_are_under_way(concurrency: int) -> None:
-    core = _Core()
+    core = _Core(held=concurrency)
     observed = _observe(core, concurrency=concurrency)
     assert core.most == observed.max_concurrency == concurrency
     assert all(record.ended is not None for record in observed.records)
