@@ -1,4 +1,4 @@
-"""Compile time: an ONNX model in, an artifact out. Knows op rules and costs, no requests."""
+"""Compile time: build an artifact from an ONNX model. This package knows op rules and costs, but no requests."""
 
 from furiosa_llm.builder.artifact_builder import ArtifactBuilder
 from furiosa_llm.builder.errors import (

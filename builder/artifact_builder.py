@@ -80,9 +80,9 @@ class ArtifactBuilder:
         Args:
             save_dir: The folder to write.
             force: Replace it if it is an artifact already.
-            progress: Told the stages, and the bytes as they are written.
+            progress: Called with each stage, and with the bytes as they are written.
             workers: Threads that read, cut, hash and write weights, 1 to 5; by default 5. The artifact's bytes do not
-                depend on it.
+                depend on their number.
         """
         if self._composite is None:
             return self._build(self._model, Path(save_dir), self._name, force, progress, workers)

@@ -31,25 +31,26 @@ _SPELLINGS = (
     ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"),
     ("encoder.onnx", "decoder.onnx", "decoder_with_past.onnx"),
 )
-"""How exporters call an encoder, the decoder beside it, and the same decoder behind a past."""
+"""The file names that exporters give to an encoder, to its decoder without a past, and to its decoder with a past."""
 
 _STATE_PREFIX = re.compile(r"(past_key_values|past|present_key_values|present)[._]?")
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 
 PartBuild = Callable[[Path, Path, str], BuildReport]
-"""Builds a model (or whatever a part is made from) into the folder for its part, which has a name."""
+"""Builds a part from a model (or from whatever it is made of), into a folder, under a name."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderDecoder:
-    """The files of an encoder-decoder: `sources` by the part that each becomes."""
+    """The files of an encoder-decoder."""
 
     folder: Path
     sources: Mapping[PartName, Path]
+    """Part of the artifact -> the file that becomes it."""
 
 
 def find_encoder_decoder(folder: Path) -> EncoderDecoder | None:
-    """The encoder-decoder in `folder`; None if it is no folder with an encoder in it.
+    """The encoder-decoder in `folder`; None if `folder` is not a folder with an encoder in it.
 
     Raises ModelLoadError for an encoder without the decoder that makes the first token.
     """
@@ -69,7 +70,7 @@ def find_encoder_decoder(folder: Path) -> EncoderDecoder | None:
 
 
 def check_options(options: BuildOptions) -> None:
-    """Raise OptionError for options that are about the values of one graph."""
+    """Raise OptionError for options that name values of one graph, because a folder has several graphs."""
     for given, name in ((options.dims, "--dim"), (options.tactics, "--tactics")):
         if given:
             raise OptionError(
@@ -80,7 +81,7 @@ def check_options(options: BuildOptions) -> None:
 def build_composite(
     model: EncoderDecoder, destination: Path, *, name: str, build_part: PartBuild, force: bool
 ) -> BuildReport:
-    """Write the composite artifact of `model` to `destination`, or nothing; the report has those of the parts."""
+    """Write the composite artifact of `model` to `destination`, or nothing; the report contains its parts' reports."""
     decoder = model.sources["decoder"]
     start, ends = start_token(decoder), end_tokens(decoder)
     report = build_parts(
@@ -136,7 +137,7 @@ def write_composite(folder: Path, *, name: str, start: int, ends: tuple[int, ...
 
 
 def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: float) -> BuildReport:
-    """One report of all parts: memory is that of all together, a token's costs are those of the decoder's step."""
+    """One report of all parts: it adds up their memory, and takes the costs of a token from the decoder's report."""
     parts = tuple(reports.values())
     return dataclasses.replace(
         reports["decoder"],
@@ -161,7 +162,7 @@ def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: 
 
 
 def _hidden_link(encoder: Manifest, decoder: Manifest) -> HiddenLink:
-    """The encoder's output for each token, and the decoder's input for as many of the same width."""
+    """The encoder's output with a vector for each token, and the decoder's input that takes vectors of that width."""
     outputs = [o for o in encoder.outputs if o.dtype in _FLOATS and o.shape[:2] == ("batch", "sequence")]
     inputs = [i for i in decoder.inputs if i.role == "other" and i.shape[:2] == ("batch", "encoder")]
     pairs = [(o, i) for o in outputs for i in inputs if (o.dtype, o.shape[2:]) == (i.dtype, i.shape[2:])]
@@ -178,7 +179,7 @@ def _shown(outputs: list[OutputInfo]) -> str:
 
 
 def _state_links(first: Manifest, decoder: Manifest) -> tuple[StateLink, ...]:
-    """For each state of the decoder the output of the first step's decoder that has the same name behind its prefix."""
+    """For each state of the decoder the output of the first step's decoder that has the same name after its prefix."""
     becomes = {state.input: state.output for state in decoder.states}
     outputs = {_STATE_PREFIX.sub("", info.name, count=1): info.name for info in first.outputs if info.role == "state"}
     links = []

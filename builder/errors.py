@@ -12,11 +12,11 @@ class ModelLoadError(BuildError):
 
 
 class UnsupportedModelError(BuildError):
-    """The graph holds something that cannot be partitioned, an If that cannot be inlined for instance."""
+    """The graph holds something that cannot be partitioned, for instance an If that cannot be inlined."""
 
 
 class ShapeError(BuildError):
-    """The shapes of the graph contradict each other, or a size is needed that nobody gave."""
+    """The shapes of the graph contradict each other, or a size is missing that the user has to give."""
 
 
 class PlanError(BuildError):
@@ -24,7 +24,7 @@ class PlanError(BuildError):
 
 
 class AnnotationError(BuildError):
-    """A model's multi-device annotations contradict each other, or what was asked for."""
+    """A model's multi-device annotations contradict each other, or the options of the build."""
 
 
 class ConstraintError(BuildError):

@@ -1,4 +1,4 @@
-"""`plan_model`: what a build would give for each tensor parallel size, without the weights and without writing it."""
+"""`plan_model`: what a build would give for each tensor parallel size; it reads no weights and writes no artifact."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from furiosa_llm.runtime.placement.stages import choose_stages, divide_blocks
 from furiosa_llm.runtime.placement.topology import make_topology
 
 CARDS = (1, 2, 4, 8, 16, 32)
-"""How many cards are tried."""
+"""The numbers of cards that are tried."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """The least pipelined way to fit a number of cards."""
+    """The deployment on a number of cards that has the fewest pipeline stages."""
 
     cards: int
     pipeline_parallel_size: int
@@ -53,7 +53,7 @@ class Deployment:
     """Weights, KV cache and activations on a PE of the fullest card, whose PEs share its memory."""
     fits: bool
     free_tokens: int
-    """How many more positions of KV cache each replica has room for; 0 if it does not fit, or has no cache."""
+    """How many more positions of KV cache each replica has room for; 0 if the model does not fit, or has no cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,25 +75,26 @@ class SizePlan:
     tensor_parallel_size: int
     weight_nbytes: int
     replicated_nbytes: int
-    """Of the weights, those that every PE holds alike."""
+    """The weights that every PE holds alike."""
     padding_nbytes: int
-    """Of all PEs' weights together, zeros that stand for padding."""
+    """The zeros that pad the weights, of all PEs together."""
     state_nbytes: int
     """KV cache at the workload's context and batch."""
     state_nbytes_per_token: int
     activation_nbytes: int | None
-    """What waits between segments in the larger of a decode and a prefill step; None if the program does not say."""
+    """Values that wait between segments, in the larger of a decode and a prefill step; None if the program does not
+    state their sizes."""
     working_nbytes: int | None
-    """The most alive at once in those steps, inside segments too, which the engine does not admit by; None if the model
-    does not take the workload's sizes."""
+    """The most bytes alive at once in those steps, also inside segments; None if the model does not take the workload's
+    sizes. The engine does not admit requests by this number."""
     collectives: tuple[CollectiveCost, ...]
     choices: tuple[Explained, ...]
     replicated: tuple[str, ...]
-    """Ops that were replicated for want of a rule, and why."""
+    """Ops that are replicated because no rule can split them, and why."""
     num_blocks: int
-    """Pipeline stages are runs of these."""
+    """A pipeline stage is a run of blocks."""
     floor_us: float
-    """Reading the weights once at the PE's memory bandwidth: no decode step is faster with one stage."""
+    """The time to read the weights once at the PE's memory bandwidth: with one stage no decode step is faster."""
     deployments: tuple[Deployment, ...]
 
 
@@ -103,11 +104,11 @@ class ModelPlan:
 
     model: str
     num_nodes: int
-    """Of the normalised graph."""
+    """Nodes of the normalised graph."""
     num_parameters: int
     """Elements of the model's floating point and quantised weights of two or more dimensions, and of vectors."""
     nbytes: int
-    """Of the model's initializers."""
+    """Bytes of the model's initializers."""
     workload: Workload
     plans: tuple[SizePlan, ...]
 
@@ -133,7 +134,7 @@ def plan_model(
     roles: Mapping[str, str] | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> tuple[ModelPlan, tuple[Build, ...]]:
-    """Plan a model; its weights' files need not be there, and are not read.
+    """Plan a model; the files of its weights need not exist, and are not read.
 
     Args:
         model: Path of the .onnx file.
@@ -151,7 +152,7 @@ def plan_model(
         fixed: Makes an input a constant: one boolean or integer.
 
     Returns:
-        The figures for people, and the plans and programs behind them, one for each size.
+        The figures for people, and the builds with the plans and programs that they describe, one for each size.
     """
     options = BuildOptions(
         dims=dict(dims or {}),
@@ -210,7 +211,7 @@ def write_annotated_plan(build: Build, path: str | os.PathLike[str], stages: int
 
 
 def size_plan(build: Build, workload: Workload) -> SizePlan:
-    """The figures of a build that nothing is written of, for `workload`."""
+    """The figures of a build, of which nothing is written, for `workload`."""
     model = planned(build)
     blocks, memory = read_blocks(model), Memory(model)
 
@@ -247,9 +248,9 @@ def _collectives(manifest: Manifest) -> Iterator[CollectiveCost]:
 def _deployments(
     size: int, blocks: int, stages_of: Callable[[int], Sequence[StageMemory]], workload: Workload
 ) -> Iterator[Deployment]:
-    """For each number of cards the fewest stages that fit; where none fits, the most stages."""
+    """For each number of cards the deployment that fits with the fewest stages; if none fits, the one with the most."""
     if size > PES_PER_CARD:
-        return  # the ranks of a stage are on one card
+        return  # all ranks of a stage must be on one card
     for cards in CARDS:
         possible = [n for n in range(1, min(cards, blocks) + 1) if cards * PES_PER_CARD % (size * n) == 0]
         for count in possible:

@@ -37,12 +37,12 @@ CONSTANTS = Kind(
     "integers by name", lambda value: isinstance(value, Mapping) and all(map(INTEGER.accepts, value.values()))
 )
 _RARE = frozenset(("roles", "fixed"))
-"""Options that are recorded only if they are given."""
+"""Options that the manifest records only if they are given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """What a build was asked for."""
+    """The options of one build."""
 
     tensor_parallel_size: Annotated[int, Option("How many PEs share each matrix: 4 or 8.", INTEGER)] = 4
     max_seq_len_to_capture: Annotated[
@@ -80,7 +80,7 @@ class BuildOptions:
 
     @property
     def mesh(self) -> Mesh:
-        """The ranks of that size."""
+        """The mesh of `tensor_parallel_size` ranks."""
         return mesh_of(self.tensor_parallel_size)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A build from beginning to end: the one place where the order of its stages stands.
+"""A build from beginning to end: the one place that states the order of its stages.
 
 `Assembly.build` reads top to bottom: load, `analyse_source` (normalize, rewrite, analyse), plan, lower, write, prove.
 """
@@ -42,22 +42,22 @@ from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
 OnStage = Callable[[str], None]
-"""Told the name of each stage as it begins."""
+"""Called with the name of each stage when the stage begins."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """How an artifact is made, whatever it is built from."""
+    """How an artifact is made, from whatever source."""
 
     options: BuildOptions
     name: str
-    """The artifact's."""
+    """The artifact's name."""
     load: Callable[[], Source]
-    """Gives the source, its files checked."""
+    """Returns the source, whose files are checked."""
     check: Callable[[Source, Manifest], None]
-    """Raises if what was written cannot be vouched for: the source has changed meanwhile, or was damaged."""
+    """Raises if the written artifact cannot be trusted: the source changed meanwhile, or was damaged."""
     plan: Mapping[str, Any] | None = None
-    """The `plan` of a manifest that is followed; by default one is made."""
+    """The `plan` of a manifest to follow; by default a new plan is made."""
 
     def build(self, destination: Path, *, force: bool, progress: Progress | None, workers: int | None) -> BuildReport:
         """Write the artifact to `destination`, or nothing; see `ArtifactBuilder`."""
@@ -80,7 +80,7 @@ class Assembly:
         return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
 
     def lowered(self, told: OnStage) -> Build:
-        """Everything up to the program; nothing is written. `told` is told the name of each stage."""
+        """Run all stages up to the program; nothing is written. `told` is called with the name of each stage."""
         mesh = self.options.mesh
         told("load")
         analysed = analyse_source(self.load(), self.options, told=told)
@@ -95,13 +95,13 @@ class Assembly:
 
 
 def analyse_model(path: Path, options: BuildOptions, *, told: OnStage) -> Analysed:
-    """Everything up to the analysis of the model at `path`, whose weights need not be there; see `analyse_source`."""
+    """Run all stages up to the analysis of the model at `path`, whose weights need not exist; see `analyse_source`."""
     told("load")
     return analyse_source(load(path, options.fixed), options, told=told)
 
 
 def analyse_source(source: Source, options: BuildOptions, *, told: OnStage) -> Analysed:
-    """Everything up to the analysis of a model."""
+    """Run all stages up to the analysis of a model."""
     model = normalize(source)
     find_roles(model.graph, {name: read_role(name, text) for name, text in options.roles.items()})
     told("analyse")
@@ -120,7 +120,7 @@ def analyse_source(source: Source, options: BuildOptions, *, told: OnStage) -> A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysed:
-    """A model of which everything is known that does not depend on the mesh."""
+    """A model, and everything about it that does not depend on the mesh."""
 
     source: Source
     model: ir.Model
@@ -138,8 +138,9 @@ class Analysed:
     def lowered_for(self, options: BuildOptions, *, told: OnStage) -> Build:
         """Plan for the mesh of `options` and lower.
 
-        What the model's own multi-device annotations say is kept, too. Raises PlanError if annotations and tactics ask
-        for what cannot be, and AnnotationError or ConstraintError for annotations that contradict each other.
+        The plan also keeps what the model's own multi-device annotations say. Raises PlanError if annotations and
+        tactics ask for the impossible, and AnnotationError or ConstraintError for annotations that contradict each
+        other.
         """
         told("plan")
         pins = {} if options.tactics is None else options.tactics.pins(self.analysis, self.states)
@@ -151,7 +152,7 @@ class Analysed:
         return self.lowered_by(plan)
 
     def lowered_by(self, plan: Plan) -> Build:
-        """Emit the program of a plan that is made already."""
+        """Emit the program of a plan that exists already."""
         return Build(
             source=self.source,
             model=self.model,
@@ -167,7 +168,7 @@ class Analysed:
 def default_name(model: Path) -> str:
     """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`.
 
-    A folder with a model of several files has its own name.
+    A folder that holds a model of several files gives the name itself.
     """
     if model.is_dir():
         return model.resolve().name

@@ -1,4 +1,4 @@
-"""Make the artifact for another tensor parallel size from an artifact, as if from the model it was built from."""
+"""Make an artifact for another tensor parallel size from an artifact, as a build of the original model would."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def reshard(
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> BuildReport:
-    """Write the artifact that a build of the same model with the same options, but this size, gives: byte for byte.
+    """Write, byte for byte, the artifact that a build of the same model with the same options but this size gives.
 
     The model itself is not needed. Every original is put together from its shards and compared with the digest that
-    the first build recorded, so that no damage is carried on. Of a composite artifact every part is made so.
+    the first build recorded, so that damage is not copied. A composite artifact is made anew part by part.
 
     Args:
         artifact: Folder of the artifact to start from.
@@ -88,7 +88,7 @@ def _reshard(
 
 
 def _check_originals(before: Artifact, after: Manifest) -> None:
-    """Raise ArtifactError if an original that both artifacts store is not what the first build read."""
+    """Raise ArtifactError if an original that both artifacts store differs from what the first build read."""
     found = {entry.name: entry.sha256 for entry in after.initializers}
     for entry in before.manifest.initializers:
         digest = found[entry.name]

@@ -1,4 +1,4 @@
-"""Build other weights of a model by the plan of an artifact: nothing is planned again, everything is checked."""
+"""Build other weights of a model with the plan of an artifact: nothing is planned again, everything is checked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from furiosa_llm.runtime.artifact.source import read_source
 _WEIGHT_TYPES = frozenset(
     (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 )
-"""Initializers of these types may have other elements; those of other types steer shapes, unless they are stored."""
+"""Initializers of these types may have other elements. Initializers of other types may not, unless they are stored,
+because shapes depend on them."""
 
 _NOTES = ("doc_string", "metadata_props")
 _MODEL_NOTES = (*_NOTES, "producer_name", "producer_version", "domain", "model_version", "ir_version")
@@ -79,7 +80,7 @@ def build_by_plan_of(
 
 
 def _check_same_graph(source: Source, artifact: Artifact) -> None:
-    """Raise PlanError unless the model is the artifact's but for its weights' elements, and notes for people."""
+    """Raise PlanError unless the model is the artifact's except for its weights' elements and notes for people."""
     stored = {entry.name for entry in artifact.manifest.initializers if entry.stored}
     expected = read_source(artifact)
     _check_initializers(source.proto, expected)
@@ -117,7 +118,7 @@ def _kinds(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what does not make two graphs different: initializers, which are compared apart, and notes for people."""
+    """Remove what does not make graphs different: initializers, which are compared separately, and notes for people."""
     for field in _MODEL_NOTES:
         model.ClearField(field)
     for graph in (model.graph, *all_graphs(model.graph.node)):

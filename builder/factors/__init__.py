@@ -1,1 +1,1 @@
-"""Which dimensions run over the same indices: probes, the rules applied, states, repeated layers."""
+"""Find which dimensions run over the same indices: probe sizes, apply the rules, find states and repeated layers."""

@@ -1,4 +1,4 @@
-"""Factor analysis: one topological pass of the op rules, which ties every dimension of the graph to its factors."""
+"""Factor analysis: one topological pass applies the op rules and ties every dimension of the graph to its factors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class NodeInfo:
     full_outputs: set[Port]
     """Output dimensions that are computed whole, even if their factor is split."""
     contracts: bool
-    """Whether something is contracted, if only whole."""
+    """Whether the node contracts a dimension, even one that must be whole."""
     reduced: list[Factor]
-    """What is contracted; if split, the output is a partial sum."""
+    """The contracted factors; if one is split, the output is a partial sum."""
     looked_up: list[Factor]
-    """What indexes a table; if split, the output is a partial sum."""
+    """The factors that index a table; if one is split, the output is a partial sum."""
     symbols: Mapping[str, Factor]
-    """The rule's symbols; their local sizes are what attributes must say."""
+    """The rule's symbols; attributes must state their local sizes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Analysis:
     nodes: tuple[NodeInfo, ...]
     dims: Mapping[ir.Value, Sequence[Factor]]
     pinned: frozenset[Factor]
-    """Leaves that ops use inside, which may never be split."""
+    """Leaves that ops use internally, which may never be split."""
 
     def is_dynamic(self, value: ir.Value, dim: int) -> bool:
         """Whether a dimension's size differs from run to run."""
@@ -94,7 +94,7 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
                 unlinked |= expression.symbols
     unlinked = _with_companions(unlinked, uses)
     whole = signature.full | unlinked
-    # What could not be linked is whole on every rank: neither contracted nor looked up in parts, and of global size.
+    # A symbol that could not be linked is whole on every rank: not contracted or looked up in parts, of global size.
     linked = symbols.keys() - unlinked
     info = NodeInfo(
         node=view.node,
@@ -110,7 +110,7 @@ def _apply(view: NodeView, rule: Rule, dims: Mapping[ir.Value, list[Factor]]) ->
 
 
 def _size_vectors(info: NodeInfo, dims: Mapping[ir.Value, list[Factor]]) -> Iterator[Factor]:
-    """The dimensions of vectors of sizes and positions, which are never split: all ranks compute with all of them."""
+    """The dimensions of vectors of sizes and positions, never split because every rank computes with all elements."""
     ports = {operand.port for operand in info.rule.shape_operands}
     vectors = [v for port, v in enumerate(info.node.inputs) if port in ports and v is not None]
     if info.rule.ignores_values:
@@ -121,7 +121,7 @@ def _size_vectors(info: NodeInfo, dims: Mapping[ir.Value, list[Factor]]) -> Iter
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Use:
-    """One operand of a node: the value, what the rule says of it, and where it is."""
+    """One operand of a node: the value, what the rule says of it, and its place."""
 
     value: ir.Value
     operand: tuple[DimExpr, ...]
@@ -130,14 +130,14 @@ class _Use:
 
 
 def _uses(view: NodeView, signature: Signature) -> Iterator[_Use]:
-    """Every value of the node with its operand; absent ones left out."""
+    """Every present input and output of the node, each with its operand."""
     sides = ((view.node.inputs, signature.inputs), (view.node.outputs, signature.outputs))
     for is_output, (values, operands) in enumerate(sides):
         for port, value in enumerate(values):
             if value is None:
                 continue
             operand = operands[port] if port < len(operands) else None
-            if operand is None:  # The rule does not speak of it: it may mean anything, so it must be whole.
+            if operand is None:  # The rule does not mention the value, which may mean anything, so it must be whole.
                 operand = (DimExpr("full"),) * len(view.facts[value].shape)
             yield _Use(value, operand, port, bool(is_output))
 
@@ -153,7 +153,7 @@ def _whole_ports(uses: Sequence[_Use], whole: Set[str], *, is_output: bool) -> s
 
 
 def _with_companions(symbols: set[str], uses: Sequence[_Use]) -> set[str]:
-    """`symbols` and those that share a dimension with one of them: it cannot be whole for one and split for another."""
+    """`symbols`, and those symbols that share a dimension with them: a dimension cannot be both whole and split."""
     shared = {s for use in uses for e in use.operand if e.symbols & symbols for s in e.symbols}
     return symbols if shared <= symbols else _with_companions(symbols | shared, uses)
 
@@ -186,7 +186,7 @@ def _link(factor: Factor, expression: DimExpr, symbols: dict[str, Factor], sizes
             unify([factor], [concatenation([product(segment) for segment in segments])])
     except FactorConflictError:
         if expression.name is not None:
-            symbols.setdefault(expression.name, Factor(factor.find().size))  # attributes may speak of it
+            symbols.setdefault(expression.name, Factor(factor.find().size))  # attributes may mention it
         return False
     return True
 
@@ -198,7 +198,7 @@ def _symbol(name: str, symbols: dict[str, Factor], sizes: Mapping[str, int]) -> 
 
 
 def find_weight_derived(analysis: Analysis) -> set[ir.Value]:
-    """Initializers, what is computed from nothing else, and what data movement alone makes of them."""
+    """Initializers, values that are computed from nothing else, and values that data movement alone makes of them."""
     constant = set(analysis.graph.initializers.values())
     derived = set(constant)
     for info in analysis.nodes:

@@ -3,7 +3,7 @@
 Every dimension of every value is a `Factor`: a leaf, a row-major product of factors, a concatenation of factors, or the
 prefix of a longer factor (176 columns in blocks of 32 are the first indices of 6 blocks, which are split as wholes).
 Two dimensions that run over the same indices share one factor, so that deciding how a factor is split decides it for
-every value at once. Factors are refined in place: a leaf of 768 becomes the product (12, 64) once a Reshape tells.
+every value at once. Factors are refined in place: a leaf of 768 becomes the product (12, 64) once a Reshape shows it.
 
 Unification is exact index arithmetic. It can fail (`FactorConflictError`), never be wrong; a caller that meets a
 conflict demands the whole dimension at that node instead.
@@ -31,7 +31,7 @@ class Kind(enum.Enum):
     PRODUCT = enum.auto()
     CONCATENATION = enum.auto()
     PREFIX = enum.auto()
-    """The first indices of its only kid, which is longer, but not twice as long."""
+    """The first indices of its only kid, which is longer than the prefix but less than twice as long."""
 
 
 _serial = itertools.count()
@@ -68,7 +68,7 @@ class Factor:
         self.kind, self.kids = kind, list(kids)
 
     def leaves(self) -> Iterator[Factor]:
-        """The leaves below this factor, in order, a leaf as often as it occurs."""
+        """The leaves below this factor, in order, each as often as it occurs."""
         root = self.find()
         if root.kind is Kind.LEAF:
             yield root
@@ -97,8 +97,8 @@ def product(factors: Sequence[Factor]) -> Factor:
 def prefix(size: int, factors: Sequence[Factor]) -> Factor:
     """The first `size` indices of the row-major product of `factors`.
 
-    Raises FactorConflictError if that is not most of them. So nothing inside a prefix is as long as the prefix itself,
-    and unification cannot make a factor a part of itself.
+    Raises FactorConflictError if they are not more than half. So no factor inside a prefix's kid is as long as the
+    prefix itself, and unification cannot make a factor a part of itself.
     """
     whole = product(factors)
     if whole.size == size:
@@ -123,7 +123,7 @@ def concatenation(factors: Sequence[Factor]) -> Factor:
 
 
 def flatten(factors: Sequence[Factor]) -> list[Factor]:
-    """`factors` as one product list of leaves, concatenations and prefixes, without those of size 1."""
+    """`factors` as one product list of leaves, concatenations and prefixes, without factors of size 1."""
     flat: list[Factor] = []
     for factor in factors:
         root = factor.find()
@@ -137,7 +137,7 @@ def flatten(factors: Sequence[Factor]) -> list[Factor]:
 def unify(left: Sequence[Factor], right: Sequence[Factor]) -> None:
     """Make two product lists that describe the same index space share their factors.
 
-    Raises FactorConflictError if they cannot; what they have come to share by then is right all the same.
+    Raises FactorConflictError if they cannot; the factors that they share by then are right all the same.
     """
     a, b = deque(flatten(left)), deque(flatten(right))
     size = math.prod(f.size for f in a)
@@ -181,7 +181,7 @@ def segment(factor: Factor, start: int, stop: int) -> Factor:
 
 
 def segments_of(factor: Factor) -> list[Factor]:
-    """The segments of every concatenation below `factor`, or the factor itself if there is none."""
+    """The segments of every concatenation below `factor`, or the factor itself if there is no concatenation."""
     root = factor.find()
     if root.kind is Kind.LEAF:
         return [root]
@@ -219,7 +219,7 @@ def _expand(product_: Factor) -> Iterator[Factor]:
 
 
 def to_dim(factor: Factor, axes: Mapping[Factor, tuple[int, ...]]) -> Dim:
-    """The layout of `factor` when leaves are split as `axes` says (leaves that are absent are replicated)."""
+    """The layout of `factor` when leaves are split as `axes` says; leaves that `axes` lacks are replicated."""
     root = factor.find()
     if root.kind is Kind.LEAF:
         return Leaf(root.size, axes.get(root, ()))
@@ -256,7 +256,7 @@ def _cut_larger(smalls: deque[Factor], larges: deque[Factor]) -> None:
 
 
 def _take(queue: deque[Factor], size: int) -> list[Factor]:
-    """Remove a prefix of exactly `size` indices from a product list, cutting a leaf where that is needed."""
+    """Remove a prefix of exactly `size` indices from a product list, cutting a leaf if necessary."""
     taken: list[Factor] = []
     while size > 1:
         if not queue:
@@ -284,7 +284,7 @@ def _merge(x: Factor, y: Factor) -> None:
     elif x.kind is Kind.PREFIX:
         short, long = sorted((x, y), key=lambda factor: factor.kids[0].find().size)
         part = short.kids[0]
-        unify([part], [prefix(part.find().size, long.kids)])  # blocks of 128 are four of 32
+        unify([part], [prefix(part.find().size, long.kids)])  # a block of 128 is four blocks of 32
         long.forward(short)
     else:
         while (offsets := _offsets(x)) != _offsets(y):  # cutting one may cut the other, where they share segments

@@ -1,4 +1,4 @@
-"""What a misfit says to people: dimensions by name, what the inputs behind them were taken for, and what settles it."""
+"""The message of a misfit, for people: dimensions by name, what inputs were taken for, and the options that help."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SHOWN = 4
 
 
 def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable[[], object]) -> ShapeError:
-    """The error without the sizes that were tried, naming inputs, what they were taken for, and the options.
+    """The error without the sizes that were tried; it names the inputs, what they were taken for, and the options.
 
-    `again` meets the same misfit at other sizes, which tells sizes that were tried from those of the model.
+    `again` meets the same misfit at other sizes, which distinguishes the tried sizes from the model's own.
     """
     message = named(error, kinds, again)
     behind = list(_inputs_behind(error.node, graph))
@@ -36,7 +36,7 @@ def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable
 
 
 def named(error: BuildError, kinds: Kinds, again: Callable[[], object]) -> str:
-    """The message of an error in which what differs when it is met `again`, at other sizes, is named."""
+    """The message of an error, with names for the sizes that differ when the error is met `again`, at other sizes."""
     try:
         again()
     except BuildError as found:

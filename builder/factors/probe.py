@@ -26,15 +26,15 @@ from furiosa_llm.builder.shapes.roles import LENGTHS, Role, settle_role
 
 SMALL = SizeSet(batch=2, sequence=1, past=1, encoder=2, others=(3, 5, 7, 11))
 LARGE = SizeSet(batch=2, sequence=1031, past=2053, encoder=1033, others=(1039, 1049, 1051, 1061))
-"""Beyond the other sizes at both ends: a size that is bounded (by a window, or by a table) is not constant here."""
+"""Both lie beyond the other sizes: a size that is bounded (by a window, or by a table) is not constant at these."""
 
 DimensionKinds = dict[str, tuple[int | str, ...]]
 
 _MOST_COUNTS = 3
-"""So many single integers are tried as each number of positions."""
+"""How many single integers may be tried as each number of positions."""
 
 CONTEXTS = ((511, 575), (127, 143), (31, 39), (11, 13))
-"""Past lengths to price at, a shorter and a longer one; models with a window take only the small ones."""
+"""Pairs of past lengths to price at, the shorter one first; models with a window take only the small lengths."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +45,12 @@ class Probes:
     """What each dimension of each input is: a size, or the name of a dynamic dimension."""
     facts: Facts
     others: Facts
-    """At other sizes of every dynamic dimension."""
+    """Facts at other sizes of every dynamic dimension."""
     decode: PricedStep
     longer: PricedStep
     extremes: tuple[Facts, ...]
-    """At very small and very large sizes, which tell a size that is constant from one that is merely bounded; those
-    that the model does not take are left out."""
+    """Facts at very small and very large sizes, which distinguish a constant size from a bounded one; sizes that the
+    model does not take are left out."""
 
     @property
     def all_facts(self) -> tuple[Facts, ...]:
@@ -90,9 +90,9 @@ def _extreme_runs(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKin
 
 
 def _first_accepted(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
-    """The first run of what the dimensions are taken for, or of what they may be instead, that the graph accepts.
+    """The first run that the graph accepts, with what the dimensions are taken for or with what they may be instead.
 
-    Some models are valid for one new position at a time only; some masks speak of the new positions alone.
+    Some models are valid for one new position at a time only; some masks cover the new positions alone.
     """
     try:
         return _first_run(interpreter, graph, kinds)
@@ -126,8 +126,8 @@ def _renamed(kinds: DimensionKinds, names: Mapping[int | str, int | str]) -> Dim
 def _first_run(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
     """The facts, and the kinds with the sizes that follow from the graph.
 
-    What one layer's cache turns out to be is guessed of every dimension of the same unknown name, so that the number
-    of runs does not grow with the number of layers; a guess that proves wrong is corrected.
+    A size that is found for one layer's cache is guessed for every dimension of the same unknown name, so that the
+    number of runs does not grow with the number of layers; a wrong guess is corrected.
     """
     found: dict[tuple[str, int], int] = {}
     guessed: dict[str, int] = {}
@@ -157,7 +157,7 @@ def _size(
 
 
 def _priced_steps(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:
-    """One new position after two contexts; for models without a past, one and two positions."""
+    """Steps of one new position after each of two contexts; for models without a past, of one and of two positions."""
     names = {kind for dims in kinds.values() for kind in dims}
     positions = 2 if "sequence" in names and "past" not in names else 1
     failure: ShapeError | None = None

@@ -2,7 +2,7 @@
 
 Two nodes are alike if they do the same to operands of the same facts, and are wired alike: to the same value, to a
 node equally far back, or to a weight or input of their own that plays the same part throughout the copy. Names play no
-part, so that layers are found in any exporter's graph; a period of several layers is found as well as one of one.
+part, so that layers are found in any exporter's graph; a period may be one layer or several.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import onnx_ir as ir
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts, attribute_key
 
 _CANDIDATES = 16
-"""How many distances between like nodes are tried as a period."""
+"""How many distances between nodes of one kind are tried as a period."""
 _KEPT = 3
-"""Copies that a reduced graph keeps: the first, one that stands for those behind it, and the last."""
+"""Copies that a reduced graph keeps: the first, one that stands for all copies between, and the last."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Repeat:
 
     @property
     def stop(self) -> int:
-        """The node behind the last copy."""
+        """The node after the last copy."""
         return self.start + self.period * self.copies
 
     def copy_of(self, index: int) -> int:
@@ -74,18 +74,18 @@ class _Wiring:
         self.kinds = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     def producer(self, value: ir.Value) -> tuple[int, int] | None:
-        """Number of the node that gives `value`, and as which output."""
+        """The number of the node that gives `value`, and the number of the output."""
         node = value.producer()
         return None if node is None else (self.index[node], value.index() or 0)
 
     def alike(self, i: int, j: int, own: Mapping[ir.Value, ir.Value]) -> dict[ir.Value, ir.Value] | None:
-        """Whether nodes i < j are wired alike: the pairs of their own weights and inputs, or None.
+        """The pairs of the own weights and inputs of nodes i < j if these are wired alike, else None.
 
         `own` are the pairs that were found before in the same copy.
         """
         pairs: dict[ir.Value, ir.Value] = {}
         for a, b in zip(self.nodes[i].inputs, self.nodes[j].inputs, strict=True):
-            if a is None or b is None:  # both are: their nodes have one key
+            if a is None or b is None:  # both are None: their nodes have one key
                 continue
             first, second = self.producer(a), self.producer(b)
             if first is None and second is None:
@@ -100,8 +100,8 @@ class _Wiring:
 
 
 class _FactNumbers:
-    """A number for what is known of a value, the same for values that are alike: numbers that a model was trained to
-    (small biases are known) make no difference, sizes and positions do.
+    """Numbers what is known of a value: values that are alike have one number. Sizes and positions make a difference,
+    trained numbers (small biases are known) do not.
     """
 
     def __init__(self, facts: Sequence[Facts]) -> None:
@@ -123,7 +123,7 @@ class _FactNumbers:
 
 
 def _key(node: ir.Node, facts: _FactNumbers) -> object:
-    """What a node does, to what."""
+    """A key for what a node does, and to operands of which facts."""
     attributes = tuple(sorted((name, attribute_key(a)) for name, a in node.attributes.items()))
     operands = tuple(facts.of(v) for v in (*node.inputs, *node.outputs))
     origins = tuple(None if v is None else (v.is_initializer(), v.is_graph_input()) for v in node.inputs)
@@ -132,7 +132,7 @@ def _key(node: ir.Node, facts: _FactNumbers) -> object:
 
 
 def find_repeats(graph: ir.Graph, facts: Sequence[Facts]) -> list[Repeat]:
-    """The runs of at least four equal copies, longest first cut out, then those before and behind it."""
+    """The runs of at least four equal copies: the longest is cut out first, then runs before and after it."""
     wiring = _Wiring(graph, facts)
     found: list[Repeat] = []
     spans = [(0, len(wiring.nodes))]
@@ -164,7 +164,7 @@ def _dropped(repeat: Repeat) -> int:
 
 
 def _periods(kinds: npt.NDArray[np.int64]) -> list[int]:
-    """The commonest distances from a node to the next of its kind, shorter ones first."""
+    """The commonest distances from a node to the next of its kind, in ascending order."""
     last: dict[int, int] = {}
     gaps: Counter[int] = Counter()
     for i, kind in enumerate(kinds.tolist()):
@@ -175,13 +175,13 @@ def _periods(kinds: npt.NDArray[np.int64]) -> list[int]:
 
 
 def _runs(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Where `flags` are set: (first, behind the last)."""
+    """Where `flags` are set: the first index, and the index after the last."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
     yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 def _wired(wiring: _Wiring, first: int, last: int, period: int) -> Repeat | None:
-    """The longest run of copies among the nodes of which `i` and `i + period` are of one kind (first <= i < last)."""
+    """The longest run of copies among nodes of which `i` and `i + period` are of one kind for first <= i < last."""
     best: Repeat | None = None
     start = first
     own: dict[ir.Value, ir.Value] = {}
@@ -200,8 +200,8 @@ def _wired(wiring: _Wiring, first: int, last: int, period: int) -> Repeat | None
 
 
 def _is_closed(wiring: _Wiring, repeat: Repeat) -> bool:
-    """Whether nobody but the copy itself and the next one reads what the copies between the first and the last give,
-    and nobody but the copy itself reads its own weights and inputs.
+    """Whether only the copy itself and the next copy read the outputs of each copy between the first and the last, and
+    only the copy itself reads its own weights and inputs.
     """
     last = repeat.copies - 1
     shared = _external(wiring, repeat, 1) & _external(wiring, repeat, last)
@@ -267,7 +267,7 @@ class _Reduction:
         return Reduced(graph=graph, stand_ins=self._stand_ins, counts=Counter(self._stand_ins.values()))
 
     def _only_read_by(self, dropped: set[int]) -> set[ir.Value]:
-        """Weights and inputs that none but dropped nodes read."""
+        """Weights and inputs that only dropped nodes read."""
         values = {v for i in dropped for v in self._nodes[i].inputs if v is not None and v.producer() is None}
         return {
             v for v in values if not v.is_graph_output() and all(self._index[user] in dropped for user, _ in v.uses())

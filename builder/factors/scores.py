@@ -1,4 +1,4 @@
-"""Which output holds the scores of the next token: what ends in a product as wide as the vocabulary."""
+"""Which output holds the scores of the next token: the output that ends in a product as wide as the vocabulary."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _BEHIND = frozenset((
     "QuantizeLinear", "Reshape", "Slice", "Softmax", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where",
 ))
 # fmt: on
-"""What may lie between the product and the output."""
+"""Ops that may lie between the product and the output."""
 
 
 def find_scores(graph: ir.Graph, facts: Facts, states: Iterable[ir.Value]) -> ir.Value | None:
-    """The output that has next-token scores, if there is one: by what it is made of; a name chooses between several."""
+    """The output that holds next-token scores, if there is one: found by its computation, or by the name `logits`."""
     carried = set(states)
     others = [v for v in graph.outputs if v not in carried and facts[v].dtype.is_floating_point() and facts[v].shape]
     named = next((value for value in others if value.name == "logits"), None)
@@ -32,7 +32,7 @@ def find_scores(graph: ir.Graph, facts: Facts, states: Iterable[ir.Value]) -> ir
 
 
 def _is_wide(value: ir.Value, facts: Facts, tables: list[tuple[int, int]]) -> bool:
-    """Whether `value` ends in a product that is about as wide as a table of tokens is long, and no hidden state is."""
+    """Whether `value` ends in a product about as wide as a token table is long, but not as wide as a hidden state."""
     width = facts[value].shape[-1]
     if not any(width == facts[product].shape[-1] for product in _products(value)):
         return False
@@ -40,7 +40,7 @@ def _is_wide(value: ir.Value, facts: Facts, tables: list[tuple[int, int]]) -> bo
 
 
 def _products(value: ir.Value) -> Iterator[ir.Value]:
-    """What products give that `value` is another form of."""
+    """The outputs of products of which `value` is another form."""
     queue, seen = [value], {value}
     while queue:
         current = queue.pop()
@@ -56,7 +56,7 @@ def _products(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _tables(graph: ir.Graph, facts: Facts) -> Iterator[tuple[int, int]]:
-    """The numbers of rows and the widths of what token ids index."""
+    """The numbers of rows and the widths of the tables that token ids index."""
     queue = [value for value in graph.inputs if role_of(value) == "token_ids"]
     seen = set(queue)
     while queue:

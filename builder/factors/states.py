@@ -35,14 +35,14 @@ class States:
 
     pairs: tuple[StatePair, ...]
     values: frozenset[ir.Value]
-    """Every graph input and output that carries state, those without a partner too (a prefill graph has no past)."""
+    """Every graph input and output that carries state, also without a partner (a prefill graph has no past)."""
 
 
 def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
     """The state inputs and outputs of `graph`, and which output becomes which input.
 
-    What is appended to pairs with what comes of it; what keeps its size pairs with what is computed of it, of the same
-    type and shape at the sizes of `facts` and of `others`.
+    An input that ops append to pairs with the output that holds the result. An input that keeps its size pairs with an
+    output that is computed from it and has the same type and shape at the sizes of `facts` and of `others`.
     """
     named = [value for value in graph.inputs if role_of(value) == "state"]
     pairs = {value: pair for value in named if (pair := _grown_pair(value, facts)) is not None}
@@ -62,7 +62,7 @@ def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
 
 
 def _grown_pair(value: ir.Value, facts: Facts) -> StatePair | None:
-    """The output that holds the same positions as `value`, and the new ones behind them."""
+    """The output that holds the same positions as `value`, and the new positions after them."""
     for appended, node in _appended(value):
         for output in _as_outputs(appended):
             before, after = facts[value], facts[output]
@@ -77,9 +77,9 @@ def _grown_pair(value: ir.Value, facts: Facts) -> StatePair | None:
 
 
 def _writes_in_place(node: ir.Node) -> bool:
-    """Whether `node` has all of its caches in the graph's own inputs and outputs, which nothing else reads.
+    """Whether all caches of `node` are graph inputs and outputs that nothing else reads.
 
-    What else reads a cache in place would find it as long as its buffer.
+    Another reader of a cache in place would find it as long as its buffer.
     """
     entry = op_of(node)
     if entry is None or not entry.in_place:
@@ -94,12 +94,12 @@ def _writes_in_place(node: ir.Node) -> bool:
 
 
 def _is_fixed(value: ir.Value, d: int) -> bool:
-    """Whether a dimension of an input has one size only: then no new positions lie behind it."""
+    """Whether a dimension of an input has one size only: then no new positions are appended in it."""
     return value.shape is not None and isinstance(value.shape[d], int)
 
 
 def _appended(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
-    """Values that hold `value` with new positions, each with the node that appended them."""
+    """Values that hold `value` with new positions, each with the node that appends these."""
     queue, seen = [value], {value}
     while queue:
         for node, port in queue.pop().uses():
@@ -112,7 +112,7 @@ def _appended(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
 
 
 def _as_outputs(value: ir.Value) -> Iterator[ir.Value]:
-    """The graph outputs that `value` is, possibly behind a change of form, or stacked with others."""
+    """The graph outputs that are `value`, possibly in another form or stacked with others."""
     queue, seen = [value], {value}
     while queue:
         current = queue.pop()
@@ -129,7 +129,7 @@ def _as_outputs(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _keeps_its_size(value: ir.Value, facts: Facts, others: Facts) -> bool:
-    """Whether `value` has numbers of a size that at most one dimension, that of the batch, changes."""
+    """Whether `value` has elements as a state has them, and at most one dynamic dimension, the batch."""
     fact, other = facts[value], others[value]
     changed = sum(a != b for a, b in zip(fact.shape, other.shape, strict=True))
     return len(fact.shape) > 1 and changed <= 1 and fact.dtype.is_floating_point() | (role_of_state(value))
@@ -141,9 +141,9 @@ def role_of_state(value: ir.Value) -> bool:
 
 
 def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], facts: Facts) -> Iterator[StatePair]:
-    """Pair outputs with the inputs that they are computed of: each with the last one that no earlier output has.
+    """Pair each output with the input that it is computed from, if earlier outputs leave exactly one such input.
 
-    What one layer keeps depends on what all layers before it have kept; the output that depends on least comes first.
+    A layer's state depends on the states of all layers before it, so outputs that depend on fewer inputs come first.
     """
     reached = {value: _reached(value, outputs) for value in inputs} if outputs else {}
     sources = (
@@ -169,7 +169,7 @@ def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], fac
 
 
 def _reached(value: ir.Value, outputs: Sequence[ir.Value]) -> set[ir.Value]:
-    """Those of `outputs` that are computed of the elements of `value`."""
+    """The values among `outputs` that are computed from the elements of `value`."""
     queue, seen = [value], {value}
     while queue:
         for node, _ in queue.pop().uses():

@@ -1,6 +1,6 @@
 """Inline the branches of an If: the one that is always taken, or both where they are cheap and cannot fail.
 
-What follows an inlined branch is split like anything else; an If that stays is run whole by every rank.
+The nodes of an inlined branch are split like any others; every rank runs the whole of an If that stays.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from furiosa_llm.builder.shapes.closures import BRANCHES, CLOSURE_DOMAIN, nodes_
 from furiosa_llm.builder.shapes.interpreter import Interpreter
 
 _MOST_NODES = 64
-"""Of one branch; both are computed in every run."""
+"""The most nodes of one branch to inline both: both are computed in every run."""
 _OLDEST_WHERE = 9
-"""The opset that brought it."""
+"""The opset that introduced Where."""
 _SELECTABLE = frozenset(
     (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.INT32, ir.DataType.INT64)
 )
-"""The types that kernels of Where take."""
+"""The types that kernels of Where accept."""
 
 
 def settle_branches(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object]) -> Probes:
-    """Inline what can be inlined of the Ifs of a normalised model, in place, and probe the result.
+    """Inline the Ifs of a normalised model where possible, in place, and probe the result.
 
     Raises UnsupportedModelError for an If that stays and whose branches give different types or shapes.
     """
@@ -49,7 +49,7 @@ def _is_if(node: ir.Node) -> bool:
 
 
 def _inline_decided(model: ir.Model, probes: Probes) -> bool:
-    """Inline the branches that are taken whatever the sizes are; returns whether there are any."""
+    """Inline the branches that are taken at any sizes; returns whether there are any."""
     analysis = analyse(model.graph, probes.facts, probes.others)
     proven = proven_conditions(model, analysis, probes.kinds, probes.all_facts)
     found = False
@@ -63,7 +63,7 @@ def _inline_decided(model: ir.Model, probes: Probes) -> bool:
 
 
 def _inline_both(model: ir.Model, probes: Probes) -> bool:
-    """Inline both branches where that is safe, and select between what they give; returns whether it is anywhere."""
+    """Inline both branches where that is safe, and select between their outputs; returns whether any were inlined."""
     if model.graph.opset_imports.get("", 1) < _OLDEST_WHERE:
         return False
     interpreter = Interpreter(model)
@@ -76,7 +76,7 @@ def _inline_both(model: ir.Model, probes: Probes) -> bool:
 
 
 def _may_select(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
-    """Whether both branches may be computed at these sizes: total, cheap, and of one shape."""
+    """Whether both branches may be computed at these sizes: they are total and cheap, and have outputs of one shape."""
     own, captured = node.inputs[0], [facts[present(value)] for value in node.inputs[1:]]
     around = {present(own): facts[present(own)]}
     branches = [node.attributes[name].as_graph() for name in BRANCHES]
@@ -88,12 +88,12 @@ def _may_select(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
 
 
 def _are_total(node: ir.Node, branches: Sequence[ir.Graph], facts: Facts, interpreter: Interpreter) -> bool:
-    """Whether the branches of an If give the same shapes, for whatever elements; their facts are added to `facts`."""
+    """Whether the branches of an If give the same shapes for any elements; their facts are added to `facts`."""
     for branch in branches:
         try:
             interpreter.interpret(branch, facts)
         except (ShapeError, UnsupportedModelError):
-            return False  # at these sizes it is only right not to take it
+            return False  # at these sizes the branch is valid only if it is not taken
         if not all(_is_total(inner, facts, interpreter) for inner in branch):
             return False
     rank = len(facts[present(node.inputs[0])].shape)
@@ -104,7 +104,7 @@ def _are_total(node: ir.Node, branches: Sequence[ir.Graph], facts: Facts, interp
 def _is_total(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
     if node.domain:
         return False
-    if node.op_type == "If":  # which will be inlined, too, in the next round
+    if node.op_type == "If":  # the next round will inline it too
         return _are_total(node, [node.attributes[name].as_graph() for name in BRANCHES], facts, interpreter)
     entry = op_of(node)
     if entry is None or entry.total is None:

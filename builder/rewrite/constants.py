@@ -1,5 +1,5 @@
-"""Turn Constant nodes into initializers, in branches and bodies too. Like onnx-ir's own pass, but nodes are removed
-together: that pass looks at every graph output again for each of them, which is quadratic in layers.
+"""Turn Constant nodes into initializers, also in branches and bodies. Like onnx-ir's own pass, but nodes are removed
+together: that pass looks at every graph output again for each removed node, which is quadratic in layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _TENSORS = {
     "value_string": np.str_,
     "value_strings": np.str_,
 }
-"""Attributes that spell a tensor out, and its elements."""
+"""Attributes that hold a tensor's elements -> the type of the elements."""
 
 
 def lift_constants(model: ir.Model) -> None:
@@ -43,7 +43,7 @@ def lift_constants(model: ir.Model) -> None:
 
 
 def _tensor_of(node: ir.Node, name: str) -> ir.TensorProtocol | None:
-    """The tensor that a Constant gives; None for what is no plain tensor (a sparse one)."""
+    """The tensor that a Constant gives; None if it is not a plain tensor (but a sparse one)."""
     if len(node.attributes) != 1:
         return None
     (attribute,) = node.attributes.values()

@@ -1,4 +1,4 @@
-"""Make closures of If, Loop and Scan, see `shapes.closures`, and put a branch in the place of its If."""
+"""Make closures of If, Loop and Scan (see `shapes.closures`), and replace an If by one of its branches."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ORIGINAL_NAME = "original_name"
 """The key under which a copy of an initializer carries the name of the original."""
 
 _OLDEST_SCAN = 9
-"""Before it, Scan worked on batches."""
+"""Before this opset, Scan worked on batches."""
 
 
 # -- closing -------------------------------------------------------------------------------------------------------
 
 
 def close(graph: ir.Graph) -> None:
-    """Make every node of `graph` that has graphs a closure; their initializers become those of `graph`.
+    """Make every node of `graph` that has graphs a closure; the initializers of these graphs move to `graph`.
 
     Raises UnsupportedModelError for ops with graphs other than If, Loop and Scan.
     """
@@ -75,7 +75,7 @@ def _hoist_initializers(inner: ir.Graph, graph: ir.Graph) -> None:
 
 
 def add_initializer(graph: ir.Graph, initializer: ir.Value, name: str) -> ir.Value:
-    """A new initializer of `graph` with the same tensor; renaming a value would rename the source's tensor, too."""
+    """A new initializer of `graph` with the same tensor; renaming a value would also rename the source's tensor."""
     names = (name if number == 0 else f"{name}/{number}" for number in itertools.count())
     free = next(candidate for candidate in names if candidate not in graph.initializers)
     tensor = initializer.const_value
@@ -86,7 +86,7 @@ def add_initializer(graph: ir.Graph, initializer: ir.Value, name: str) -> ir.Val
 
 
 def _captured(node: ir.Node) -> dict[ir.Value, None]:
-    """The values that the graphs of `node` read and do not have, in order."""
+    """The values that the graphs of `node` read but do not contain, in order."""
     own: set[ir.Value] = set()
     read: dict[ir.Value, None] = {}
     for graph in graphs_within(node):
@@ -99,7 +99,7 @@ def _captured(node: ir.Node) -> dict[ir.Value, None]:
 
 
 def _pass_in(graph: ir.Graph, captured: Sequence[ir.Value]) -> None:
-    """Let `graph` read its own inputs in place of the captured values."""
+    """Make `graph` read new inputs of its own in place of the captured values."""
     given = {v: ir.Value(name=v.name, type=v.type, shape=v.shape) for v in captured}
     graph.inputs.extend(given.values())
     for node in ir.traversal.RecursiveGraphIterator(graph):
@@ -113,7 +113,7 @@ def _pass_in(graph: ir.Graph, captured: Sequence[ir.Value]) -> None:
 
 
 def _compute_outputs(graph: ir.Graph) -> None:
-    """Let a node give every output, each once: kernels do not take values from outside as outputs of a branch."""
+    """Make a node compute every output, each once: kernels do not accept outside values as outputs of a branch."""
     seen: set[ir.Value] = set()
     for position, value in enumerate(graph.outputs):
         producer = value.producer()
@@ -125,7 +125,7 @@ def _compute_outputs(graph: ir.Graph) -> None:
 
 
 def _name_apart(node: ir.Node) -> None:
-    """Give all values in the graphs of `node` different names: those passed in had theirs outside."""
+    """Give all values in the graphs of `node` different names: captured values still have their names from outside."""
     taken: set[str] = set()
     for graph in graphs_within(node):
         for value in (*graph.inputs, *(output for inner in graph for output in inner.outputs)):
@@ -140,7 +140,7 @@ def _name_apart(node: ir.Node) -> None:
 
 
 def splice(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> list[ir.Value]:
-    """Move the nodes of a branch of the closure `node` in front of it; returns the branch's outputs."""
+    """Move the nodes of a branch of the closure `node` before `node`; returns the branch's outputs."""
     captured = node.inputs[len(node.inputs) - num_captured(node) :]
     for inside, outside in zip(branch.inputs, captured, strict=True):
         assert outside is not None
@@ -168,7 +168,7 @@ def replace_outputs(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value]) 
     for old, new in zip(node.outputs, values, strict=True):
         if not old.uses() and not old.is_graph_output():
             continue
-        # The new value may be one that the graph has anyway.
+        # The new value may be one that the graph has already.
         alias = ir.Node("", "Identity", [new], name=f"{old.name}/branch")
         alias.outputs[0].name = old.name
         alias.outputs[0].type, alias.outputs[0].shape = old.type, old.shape
@@ -188,7 +188,7 @@ def take_constant_branches(graph: ir.Graph) -> None:
 
 
 def constant_condition(node: ir.Node) -> bool | None:
-    """The condition of an If, if it is an initializer of one element."""
+    """The condition of an If if it is an initializer of one element, else None."""
     value = node.inputs[0] if node.op_type == "If" else None
     if value is None or not value.is_initializer() or value.is_graph_input():
         return None

@@ -1,5 +1,5 @@
 """Remove what nothing reads. onnx-ir's own pass looks at every graph output again for each node that it removes, which
-is quadratic in layers; this one removes all nodes at once, and leaves that pass what else it tidies.
+is quadratic in layers; this pass removes all nodes at once, and leaves the rest of the tidying to that pass.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from onnx_ir.passes import common as passes
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Remove nodes and initializers that no output depends on, and outputs of nodes that nobody reads.
+    """Remove nodes and initializers that no output depends on, and outputs of nodes that nothing reads.
 
     The nodes must be in topological order, and closed over what branches and bodies read.
     """

@@ -1,4 +1,4 @@
-"""Take fused ops apart that could not be split whole: each becomes ops that give the same and split better."""
+"""Decompose fused ops that cannot be split: each becomes ops that compute the same and can be split better."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _AXES_ARE_INPUT = 13
 
 
 class _Emitter(NodeWriter):
-    """Writes for the node that is taken apart, named after it."""
+    """Writes new nodes for the node that is decomposed, named after it."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         super().__init__(graph, lambda label: f"{node.outputs[0].name}/{label}")
@@ -27,7 +27,7 @@ class _Emitter(NodeWriter):
 
 
 def decompose(graph: ir.Graph) -> None:
-    """Take every node apart for which there is a way (see `DECOMPOSITIONS`), in place."""
+    """Decompose every node whose op is in `DECOMPOSITIONS`, in place."""
     for node in list(graph):
         if node.domain != MICROSOFT:
             continue
@@ -50,9 +50,9 @@ def decompose(graph: ir.Graph) -> None:
 
 
 def _forget_order(node: ir.Node) -> None:
-    """Take away the g_idx of a MatMulNBits whose rows are in order, as they are without it.
+    """Remove the g_idx of a MatMulNBits whose rows are in order, as they are without it.
 
-    Not beside zero points, of which onnxruntime's kernel for g_idx makes other numbers than the one without.
+    With zero points it stays, because onnxruntime's kernel for g_idx then gives other numbers than the one without.
     """
     order = node.inputs[4] if len(node.inputs) > 4 else None
     tensor = None if order is None else order.const_value
@@ -61,14 +61,14 @@ def _forget_order(node: ir.Node) -> None:
     block = node.attributes["block_size"].as_int()
     try:
         found = tensor.numpy()
-    except FileNotFoundError:  # planning goes on without the weights
+    except FileNotFoundError:  # planning continues without the weights
         return
     if np.array_equal(found, np.arange(found.size) // block):
         node.replace_input_with(4, None)
 
 
 def _dynamic_quantize_matmul(emitter: _Emitter) -> list[ir.Value | None]:
-    """Codes with one scale for all activations, then a product whose contraction can be split."""
+    """Quantise all activations with one scale, then multiply the codes: the contraction can be split."""
     codes, scale, point = emitter.add_all("DynamicQuantizeLinear", [emitter.input(0)], ["codes", "codes/1", "codes/2"])
     inputs = [codes, emitter.input(1), scale, emitter.input(2), point, emitter.input(3), emitter.input(4)]
     while inputs[-1] is None:
@@ -77,7 +77,7 @@ def _dynamic_quantize_matmul(emitter: _Emitter) -> list[ir.Value | None]:
 
 
 def _embed_layer_normalization(emitter: _Emitter) -> list[ir.Value | None]:
-    """Tables that are looked up one by one, so that the large one can be split by words."""
+    """Look up the tables one by one, so that the large one can be split by words."""
     ids, segments, words, positions, segment_table, gamma, beta, mask, places = (emitter.input(p) for p in range(9))
     if places is None:  # 0, 1, ... of every sequence
         zero, one = (emitter.constant(np.array(v, dtype=np.int64), str(v)) for v in (0, 1))
@@ -99,7 +99,7 @@ def _epsilon(node: ir.Node) -> float:
 
 
 def _mask_lengths(emitter: _Emitter, ids: ir.Value | None, mask: ir.Value | None) -> ir.Value:
-    """How many ones there are in the mask of each sequence; 0 without a mask, as the op says."""
+    """The number of ones in the mask of each sequence; 0 without a mask, as the op defines."""
     int32 = int(ir.DataType.INT32)
     if mask is None:
         numbers = emitter.add("Cast", [ids], "numbers", to=int32)
@@ -118,4 +118,4 @@ DECOMPOSITIONS: dict[str, Callable[[_Emitter], list[ir.Value | None]]] = {
     "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
     "EmbedLayerNormalization": _embed_layer_normalization,
 }
-"""Op of onnxruntime's own domain -> what gives the values of its outputs (None: the output is not read)."""
+"""Op of onnxruntime's own domain -> function that gives the values of its outputs (None: the output is not read)."""

@@ -1,6 +1,6 @@
 """Model-local functions: every call is replaced by a copy of the function's body.
 
-In one pass over the nodes: a file of a few kilobytes may stand for a hundred thousand.
+All calls are inlined in one pass over the nodes, because a file of a few kilobytes may stand for a hundred thousand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Inliner:
         self._taken = {str(v.name) for graph in model.graphs() for v in _values_of(graph)}
 
     def run(self, graph: ir.Graph) -> None:
-        """Inline the calls in `graph`, in what is inlined, and in the graphs inside of nodes."""
+        """Inline the calls in `graph`, in inlined bodies, and in the graphs inside nodes."""
         pending = list(graph)
         while pending:
             node = pending.pop()
@@ -51,7 +51,7 @@ class _Inliner:
                 pending += list(inner)
 
     def _inline(self, call: ir.Node, function: ir.Function) -> Sequence[ir.Node]:
-        """Put a copy of the function's body in the place of `call`; returns its nodes."""
+        """Replace `call` by a copy of the function's body; returns the copy's nodes."""
         graph = call.graph
         assert isinstance(graph, ir.Graph)
         defaults = {a.name: a for a in function.attributes.values() if a.value is not None}
@@ -73,7 +73,7 @@ class _Inliner:
         return nodes
 
     def _pass_on(self, graph: ir.Graph, call: ir.Node, old: ir.Value, new: ir.Value | None) -> None:
-        """Let those who read an output of the call read the body's; a graph output keeps its name and its type."""
+        """Make the readers of an output of the call read the body's output; a graph output keeps its name and type."""
         if not old.is_graph_output():
             self._check(_replace(old, new))
             return
@@ -87,7 +87,7 @@ class _Inliner:
         old.replace_all_uses_with(output, replace_graph_outputs=True)
 
     def _check(self, changed: Sequence[ir.Node]) -> None:
-        """Look at nodes whose attributes or inputs came from a call, as at those of a file."""
+        """Check nodes whose attributes or inputs came from a call, as the nodes of a file are checked."""
         for node in changed:
             if node.op_identifier() not in self._functions:
                 check_node(ir.to_proto(node), self._imports, self._name)
@@ -97,7 +97,7 @@ class _Inliner:
             for node in graph:
                 node.name = self._free(node.name or node.op_type)
             for value in _values_of(graph):
-                if value.name and value.const_value is None:  # a tensor's name is the file's, too
+                if value.name and value.const_value is None:  # a tensor's name belongs to the source, too
                     value.name = self._free(value.name)
 
     def _free(self, name: str) -> str:
@@ -117,13 +117,13 @@ def _values_of(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _outputs(body: ir.Graph, arguments: Sequence[ir.Value | None]) -> list[ir.Value | None]:
-    """What the body gives; a function may give one of its inputs as it is."""
+    """The outputs of the body; a function may return one of its inputs unchanged."""
     given = dict(zip(body.inputs, arguments, strict=True))
     return [given.get(value, value) for value in body.outputs]
 
 
 def _replace(value: ir.Value, other: ir.Value | None) -> list[ir.Node]:
-    """Let those who read `value` read the other one; returns those who have one input less."""
+    """Make the readers of `value` read `other`; returns the nodes that have one input less."""
     if other is not None:
         value.replace_all_uses_with(other)
         return []
@@ -134,9 +134,9 @@ def _replace(value: ir.Value, other: ir.Value | None) -> list[ir.Node]:
 
 
 def _set_attributes(body: ir.Graph, given: Mapping[str, ir.Attr]) -> list[ir.Node]:
-    """Replace what refers to an attribute of the function by the call's; what the call leaves out has no value.
+    """Replace references to attributes of the function by the call's; an attribute that the call lacks has no value.
 
-    Returns the nodes that are changed, whose attributes nobody has looked at yet.
+    Returns the changed nodes, whose attributes are not checked yet.
     """
     changed: dict[ir.Node, None] = {}
     for node in ir.traversal.RecursiveGraphIterator(body):
@@ -161,7 +161,7 @@ def _set_attributes(body: ir.Graph, given: Mapping[str, ir.Attr]) -> list[ir.Nod
 
 
 def _harmonize_opsets(model: ir.Model, name: str) -> None:
-    """Every op of a function must be the same in the model's opset; exporters write functions for an older one."""
+    """Refuse a function with an op that differs in the model's opset; exporters write functions for an older opset."""
     imports = model.graph.opset_imports
     for function in model.functions.values():
         for domain, version in function.opset_imports.items():
@@ -178,7 +178,7 @@ def _harmonize_opsets(model: ir.Model, name: str) -> None:
 
 
 def _since(node: ir.Node, version: int) -> int | None:
-    """The version in which a node's op got the definition that it has in `version`; None if it is not known here."""
+    """The version in which a node's op got the definition that it has in `version`; None for an unknown op."""
     try:
         return int(onnx.defs.get_schema(node.op_type, version, node.domain).since_version)
     except onnx.defs.SchemaError:

@@ -35,7 +35,7 @@ def normalize(source: Source) -> ir.Model:
     """
     try:
         for graph in _roots(source.model):
-            graph.sort()  # a clone needs its nodes in order, and a cycle has none
+            graph.sort()  # a clone needs its nodes in topological order, which a cycle does not have
     except ValueError as error:
         raise ModelLoadError(f"{source.path.name} is not a valid graph: {error}; export the model again.") from error
     _check_values(source.model, source)
@@ -67,9 +67,9 @@ def normalize(source: Source) -> ir.Model:
 
 
 def _settle_defaults(model: ir.Model) -> None:
-    """Inputs that are initializers, too: constants in files that list all of them, else inputs with a default.
+    """Settle inputs that are also initializers: constants in files that list all of these, else inputs with a default.
 
-    Early versions of ONNX had every initializer among the inputs; since then those are that a caller may replace.
+    Early versions of ONNX listed every initializer among the inputs; later ones list those that a caller may replace.
     """
     graph = model.graph
     listed = [value for value in graph.inputs if value.is_initializer()]
@@ -85,7 +85,7 @@ def _settle_defaults(model: ir.Model) -> None:
 
 
 def _compute_outputs(graph: ir.Graph) -> None:
-    """Let a node give every graph output that is an initializer."""
+    """Make a node give every graph output that is an initializer."""
     for position, value in enumerate(graph.outputs):
         if not value.is_initializer():
             continue
@@ -99,7 +99,7 @@ def _compute_outputs(graph: ir.Graph) -> None:
 
 
 def _remove_identities(graph: ir.Graph) -> None:
-    """Remove every Identity but those between two values that both have a name to keep."""
+    """Remove every Identity, except between two values that both have a name to keep."""
     removed = []
     for node in graph:
         if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
@@ -122,12 +122,12 @@ def _remove_identities(graph: ir.Graph) -> None:
 
 
 def _roots(model: ir.Model) -> list[ir.Graph]:
-    """The main graph, and those of the functions."""
+    """The main graph and the graphs of the functions."""
     return [model.graph, *(function.graph for function in model.functions.values())]
 
 
 def _check_values(model: ir.Model, source: Source) -> None:
-    """Every node input must come from somewhere, and every graph input and output must have a type and its own name."""
+    """Check that every node input has a source, and that every graph input and output has a type and its own name."""
     for graph in _roots(model):
         _check_scope(graph, set(), source)
     for value in model.graph.outputs:
@@ -149,7 +149,7 @@ def _check_values(model: ir.Model, source: Source) -> None:
 
 
 def _check_scope(graph: ir.Graph, around: Set[ir.Value], source: Source) -> None:
-    """Check a graph that sees the values `around`, and the graphs in it."""
+    """Check a graph that may read the values `around`, and the graphs in it."""
     known = {*around, *graph.inputs, *graph.initializers.values()}
     for node in graph:
         for value in node.inputs:

@@ -16,11 +16,11 @@ from furiosa_llm.builder.rewrite.weight_inputs import cut_weight_inputs
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rewritten:
-    """What is known of a graph that all passes have been over."""
+    """What is known of a graph after all passes."""
 
     probes: Probes
     whole: Probes
-    """Of the graph before any of its arithmetic was folded: more values, and the same facts."""
+    """Probes of the graph before its arithmetic was folded: they cover more values, with the same facts."""
     fusion: Fusion
 
 
@@ -29,7 +29,7 @@ def rewrite(
 ) -> Rewritten:
     """Rewrite a normalised model in place, probing it again after each pass that changed it; see `analyse_source`.
 
-    Without `fold` the arithmetic of sizes stays as it was exported.
+    Without `fold`, the arithmetic of sizes stays as it was exported.
     """
     cut_weight_inputs(model.graph)
     probes = whole = settle_branches(model, dims, config)

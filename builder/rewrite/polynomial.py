@@ -12,7 +12,7 @@ Monomial = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Polynomial:
-    """A polynomial in named sizes: monomials, sorted, with their coefficients, none of them zero."""
+    """A polynomial in named sizes: sorted monomials with coefficients that are not zero."""
 
     terms: tuple[tuple[Monomial, int], ...]
 
@@ -23,11 +23,11 @@ class Polynomial:
 
     @staticmethod
     def constant(number: int) -> Polynomial:
-        """A number."""
+        """The polynomial that is a number."""
         return Polynomial.of({(): number})
 
     def number(self) -> int | None:
-        """The value, if it is a number."""
+        """The value if the polynomial is a number, else None."""
         if not self.terms:
             return 0
         return self.terms[0][1] if len(self.terms) == 1 and not self.terms[0][0] else None

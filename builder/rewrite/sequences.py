@@ -1,4 +1,4 @@
-"""Replace sequences of tensors by the tensors in them, where it is known how many there are."""
+"""Replace sequences of tensors by the tensors in them, if their number is known."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class _Replacer:
         self._new: NodeWriter
 
     def replace(self, node: ir.Node) -> None:
-        """Find out what is in the sequence that `node` makes, or let its readers have what it takes from one."""
+        """Record what is in the sequence that `node` makes, or give its readers the value that it takes from one."""
         self._new = NodeWriter(self._graph, lambda label: f"{node.outputs[0].name}/{label}{next(self._names)}")
         _OPS[node.op_type](self, node)
         self._new.put_before(node)
 
-    # -- what makes sequences ------------------------------------------------------------------------------------
+    # -- ops that make sequences ------------------------------------------------------------------------------------
 
     def construct(self, node: ir.Node) -> None:
         self._elements[node.outputs[0]] = [value for value in node.inputs if value is not None]
@@ -94,7 +94,7 @@ class _Replacer:
         step = int(given)
         return [min(step, size - start) for start in range(0, size, step)]
 
-    # -- what takes from them ------------------------------------------------------------------------------------
+    # -- ops that take from them ------------------------------------------------------------------------------------
 
     def at(self, node: ir.Node) -> None:
         elements = self._sequence(node)
@@ -141,14 +141,14 @@ class _Replacer:
         )
 
     def _axes_op(self, op_type: str, value: ir.Value, axis: int) -> ir.Value:
-        """Squeeze or Unsqueeze."""
+        """The output of a new Squeeze or Unsqueeze."""
         if self._opset < _SIZES_ARE_INPUT:
             return self._new.add(op_type, [value], op_type, axes=[axis])
         return self._new.add(op_type, [value, self._new.vector(axis, label="axis")], op_type)
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
         old = node.outputs[0]
-        if old.is_graph_output():  # an output keeps its name, and what it is may have one as well
+        if old.is_graph_output():  # an output keeps its name, and the value may have a name to keep as well
             alias = ir.Node("", "Identity", [value], name=f"{old.name}/output")
             alias.outputs[0].name, alias.outputs[0].type, alias.outputs[0].shape = old.name, old.type, old.shape
             self._new.put_before(node)

@@ -1,4 +1,4 @@
-"""Simplify a normalised graph: sizes instead of shape arithmetic, and what several layers compute alike only once."""
+"""Simplify a normalised graph: replace shape arithmetic by sizes, and compute only once what several layers share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def simplify(model: ir.Model, probes: Probes) -> bool:
 
 
 def _merge_single_elements(graph: ir.Graph) -> None:
-    """Let equal constants of one element be one value: they tie no dimensions together, and equal nodes become one."""
+    """Merge equal constants of one element: they tie no dimensions together, and nodes that read them become equal."""
     first: dict[tuple[ir.DataType, tuple[int, ...], bytes], ir.Value] = {}
     for value in list(graph.initializers.values()):
         tensor = value.const_value

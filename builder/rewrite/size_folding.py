@@ -27,9 +27,9 @@ from furiosa_llm.builder.shapes.interpreter import Facts, attributes_of
 
 _MAX_ELEMENTS = 64
 _MIN_NODES = 16
-"""Graphs with less shape arithmetic than this are left as they are: they have little to win."""
+"""Graphs with less shape arithmetic than this are left as they are, because they have little to gain."""
 _ARITHMETIC = frozenset(("Add", "Concat", "Mul", "Sub"))
-"""Besides the ops that only move elements, those whose numpy evaluation works on polynomials as it does on numbers."""
+"""Ops, besides those that only move elements, whose numpy evaluation works on polynomials as it does on numbers."""
 
 Sizes = npt.NDArray[Any]
 """An array of polynomials or of booleans."""
@@ -38,7 +38,7 @@ Sizes = npt.NDArray[Any]
 def fold_sizes(
     model: ir.Model, analysis: Analysis, kinds: Mapping[str, tuple[int | str, ...]], probes: Sequence[Facts]
 ) -> int:
-    """Rewrite `model` in place; returns how many nodes went. `probes` are facts at very different sizes."""
+    """Rewrite `model` in place; returns how many nodes were removed. `probes` are facts at very different sizes."""
     before = len(model.graph)
     folder = _Folder(model, analysis, kinds, probes)
     folder.run()
@@ -49,7 +49,7 @@ def fold_sizes(
 def proven_conditions(
     model: ir.Model, analysis: Analysis, kinds: Mapping[str, tuple[int | str, ...]], probes: Sequence[Facts]
 ) -> dict[ir.Value, bool]:
-    """The single booleans of `model` that are the same whatever the sizes are, and what they are."""
+    """The single booleans of `model` that are the same at any sizes, with their values."""
     folder = _Folder(model, analysis, kinds, probes)
     folder.evaluate()
     known = folder.known.items()
@@ -118,7 +118,7 @@ class _Folder:
         if root.kind is Kind.LEAF:
             return None
         if root.kind is Kind.PREFIX:
-            return Polynomial.constant(root.size)  # of a block-quantised weight, and those never change
+            return Polynomial.constant(root.size)  # a dimension of a block-quantised weight, which never changes
         kids = [self._polynomial(kid) or self._static(kid) for kid in root.kids]
         total = kids[0]
         for kid in kids[1:]:
@@ -128,7 +128,7 @@ class _Folder:
         return total
 
     def _static(self, factor: Factor) -> Polynomial | None:
-        """The size of a factor that some weight has: those never change."""
+        """The size of a factor of some weight, which never changes; None for any other factor."""
         if not hasattr(self, "_fixed"):
             self._fixed = {
                 leaf
@@ -167,7 +167,7 @@ class _Folder:
             None,
             "type",
             "decode",
-        ):  # elements that are moved, and numbers that say where from or where to
+        ):  # the first input's elements are moved; the other inputs are numbers that say from where or to where
             arguments = [inputs[0], *map(_numbers, inputs[1:])]
         else:
             return ()
@@ -204,7 +204,7 @@ class _Folder:
     # -- what is written -----------------------------------------------------------------------------------------
 
     def _is_read(self, value: ir.Value) -> bool:
-        """Whether something that is not itself folded away reads `value`."""
+        """Whether a node that is not itself folded away reads `value`."""
         known = self.known[value]
         if known is _NOTHING or known.ndim > 1 or not _can_be_written(known):
             return False
@@ -272,7 +272,7 @@ class _Folder:
 
 
 def _can_be_written(sizes: Sizes) -> bool:
-    """Whether every number in it is an int64."""
+    """Whether every number in `sizes` fits an int64."""
     polynomials = sizes.reshape(-1) if sizes.dtype == object else ()
     return all(abs(c) < _BEYOND_INT64 for polynomial in polynomials for _, c in polynomial.terms)
 
@@ -287,7 +287,7 @@ def _polynomials(elements: Sequence[Polynomial | None], shape: tuple[int, ...]) 
 
 
 def _numbers(sizes: Sizes | None) -> npt.NDArray[np.int64] | None:
-    """The elements as numbers, if they are."""
+    """The elements as numbers; None unless all are numbers."""
     if sizes is None or sizes.dtype != object:
         return None
     numbers = [e.number() for e in sizes.reshape(-1)]
@@ -356,4 +356,4 @@ _ON_SIZES: Mapping[str, Callable[[Sequence[Sizes | None]], Sizes | None]] = {
     "Or": _logical(np.logical_or),
     "Where": _where,
 }
-"""Ops that decide something about sizes."""
+"""Ops that are evaluated on sizes by a function of their own."""

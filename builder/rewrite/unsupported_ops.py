@@ -1,4 +1,4 @@
-"""Ops that no program for simulated PEs can hold, as onnxruntime has no CPU kernel for them, each with a remedy."""
+"""Ops that no program for simulated PEs can hold because onnxruntime has no CPU kernel for them; each with a remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from furiosa_llm.builder.source.load import Source
 
 
 def refuse_unsupported_ops(model: ir.Model, source: Source) -> None:
-    """Raise UnsupportedModelError for the first op that onnxruntime cannot run on a CPU, on whatever shapes."""
+    """Raise UnsupportedModelError for the first op that onnxruntime cannot run on a CPU at any shapes."""
     for node in model.graph:
         entry = op_of(node)
         if entry is not None and entry.remedy is not None:

@@ -1,7 +1,7 @@
-"""Inputs that are used as weights, adapters for instance: every rank is given all of one, and computes with its part.
+"""Inputs that are used as weights, for instance adapters: every rank is given all of one, and computes with its part.
 
-An Identity behind such an input has the rule that its output is computed whole and then cut, so that what the input is
-multiplied with may be split, as it may where the weight is stored.
+An Identity after such an input has the rule that its output is computed whole and then cut, so that the product may be
+split, as it may be with a stored weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SECOND = frozenset(("MatMul", "Gemm", "FusedMatMul", "Einsum"))
 
 
 def cut_weight_inputs(graph: ir.Graph) -> None:
-    """Put an Identity behind every input that is multiplied with as a weight is, in place."""
+    """Put an Identity after every input that a product uses as a weight, in place."""
     for value in graph.inputs:
         if role_of(value) != "other" or value.dtype is None or not value.dtype.is_floating_point():
             continue

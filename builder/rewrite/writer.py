@@ -12,16 +12,16 @@ from onnx_ir.tape import Tape
 
 
 class NodeWriter:
-    """Makes nodes, and the constants that they read; the graph has the nodes after `put_before`."""
+    """Makes nodes, and the constants that they read; `put_before` puts the nodes into the graph."""
 
     def __init__(self, graph: ir.Graph, name: Callable[[str], str]) -> None:
-        """Writes for `graph`; `name` gives every output and constant its name, by its label."""
+        """Writes for `graph`; `name` gives the name of an output or constant with a given label."""
         self._graph = graph
         self._name = name
         self._tape = Tape()
 
     def add(self, op_type: str, inputs: Sequence[ir.Value | None], label: str = "", **attributes: object) -> ir.Value:
-        """The output of a new node of the standard's."""
+        """The output of a new node with an op of the standard."""
         return self.add_all(op_type, inputs, [label], attributes=attributes)[0]
 
     def add_all(
@@ -33,7 +33,7 @@ class NodeWriter:
         domain: str = "",
         attributes: Mapping[str, object] | None = None,
     ) -> Sequence[ir.Value]:
-        """The outputs of a new node, one for each label; the node is named as the first."""
+        """The outputs of a new node, one for each label; the node has the name of the first output."""
         outputs = [ir.Value(name=self._name(label)) for label in labels]
         given: Mapping[str, Any] = attributes or {}
         return self._tape.op_multi_out(op_type, inputs, given, outputs=outputs, domain=domain, name=outputs[0].name)

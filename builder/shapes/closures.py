@@ -1,8 +1,9 @@
 """If, Loop and Scan as closures: nodes whose graphs read nothing but their own inputs.
 
-In ONNX a branch or a body may read any value around it, which is no input of the node: every pass that follows inputs
-(dead code, consumers, placements, segments) would miss it. `rewrite.control_flow.close` makes such captured values
-inputs of the node and of its graphs, and gives the node CLOSURE_DOMAIN; `write.closures` writes it back as ONNX has it.
+In ONNX a branch or a body may read any value around it, although the value is not an input of the node: every pass that
+follows inputs (dead code, consumers, placements, segments) would miss it. `rewrite.control_flow.close` makes such
+captured values inputs of the node and of its graphs, and gives the node CLOSURE_DOMAIN; `write.closures` writes the
+node back in ONNX's form.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from furiosa_llm.builder.rules import OPS
 from furiosa_llm.builder.rules.control_flow import CLOSURE_DOMAIN as CLOSURE_DOMAIN
 
 CAPTURED = "captured"
-"""The attribute of a closure that says how many of its last inputs, and of each of its graphs, are captured values."""
+"""The attribute of a closure that says how many of the last inputs, of the node and of each graph, are captured."""
 BRANCHES = ("then_branch", "else_branch")
-"""Of an If: taken if the condition holds, and if not."""
+"""The branches of an If: taken if the condition holds, and if it does not."""
 
 
 def is_control_flow(node: ir.Node) -> bool:
@@ -26,7 +27,7 @@ def is_control_flow(node: ir.Node) -> bool:
 
 
 def graphs_of(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that are attributes of a node."""
+    """The graphs among the attributes of a node."""
     graphs: list[ir.Graph] = []
     for attribute in node.attributes.values():
         if attribute.type is ir.AttributeType.GRAPH:

@@ -1,7 +1,7 @@
-"""Types and shapes of what If, Loop and Scan give, found by interpreting their graphs.
+"""Types and shapes of the outputs of If, Loop and Scan, found by interpreting their graphs.
 
-Both branches of an If must give the same types and shapes, and what a Loop or Scan carries must keep its own. How often
-a Loop runs must be known if it collects something from each iteration.
+Both branches of an If must give the same types and shapes, and the values that a Loop or Scan carries must keep their
+types and shapes. If a Loop collects something from each iteration, the number of its iterations must be known.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from furiosa_llm.builder.rules.facts import Fact, Facts
 from furiosa_llm.builder.shapes.closures import BRANCHES, num_captured
 
 Walk = Callable[[ir.Graph, Facts], None]
-"""Interprets the nodes of a graph, given the facts of its inputs and of what it captures; adds theirs."""
+"""Interprets the nodes of a graph: reads the facts of its inputs and captured values, adds the facts of its nodes."""
 Inputs = Sequence[Fact | None]
 
 SIBLINGS = "siblings"
-"""The key under which a graph carries the names of the model files beside its own."""
+"""The key under which a graph carries the names of the model files next to its own."""
 
 
 class ControlFlow:
-    """Interprets the graphs inside of nodes.
+    """Interprets the graphs inside nodes.
 
-    If `lenient`, an If whose condition is known at these sizes gives what the branch gives that is taken: for finding
-    out which branches are always taken.
+    If `lenient`, an If whose condition is known at these sizes has the outputs of the branch that is taken: this serves
+    to find out which branches are always taken.
     """
 
     def __init__(self, walk: Walk, siblings: Sequence[str], *, lenient: bool) -> None:
@@ -91,7 +91,7 @@ def _reads_constants(node: ir.Node) -> bool:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Scope:
-    """A node with graphs, and what these can see."""
+    """A node with graphs, and the values that these graphs can read."""
 
     node: ir.Node
     captured: Inputs
@@ -118,7 +118,7 @@ class Scope:
         )
 
     def check_carried(self, before: Sequence[Fact], after: Sequence[Fact]) -> None:
-        """What is carried from one iteration to the next keeps its type and shape."""
+        """Refuse the node unless each value carried from one iteration to the next keeps its type and shape."""
         for position, (first, later) in enumerate(zip(before, after, strict=True)):
             if (first.dtype, first.shape) != (later.dtype, later.shape):
                 raise self.fault(
@@ -138,7 +138,7 @@ def _loop(scope: Scope, own: Inputs) -> list[Fact]:
         if fact is not None and (fact.dtype is not dtype or _elements(fact) != 1):
             raise scope.fault(f"its number of iterations or its condition is {_shown(fact)}", f"one {dtype.name}")
     iteration = Fact(dtype=ir.DataType.INT64, shape=())
-    goes_on = Fact(dtype=ir.DataType.BOOL, shape=(), value=np.array(True))  # or the body would not be run
+    goes_on = Fact(dtype=ir.DataType.BOOL, shape=(), value=np.array(True))  # true, as otherwise the body would not run
     results = scope.run("body", [iteration, goes_on, *carried])
     again, after = results[0], results[1 : 1 + len(carried)]
     scope.check_carried(carried, after)
@@ -157,7 +157,7 @@ def _loop(scope: Scope, own: Inputs) -> list[Fact]:
 
 
 def after_iterations(carried: Sequence[Fact]) -> list[Fact]:
-    """Facts of what a loop carries once it has ended, after any number of iterations."""
+    """Facts of the values that a loop carries when it has ended, after any number of iterations."""
     return [_any_elements(fact) for fact in carried]
 
 
@@ -204,7 +204,7 @@ def _axes(scope: Scope, name: str, count: int) -> Sequence[int]:
 
 
 def _common(first: Fact, second: Fact) -> Fact:
-    """What is known of a value that is one or the other."""
+    """What is known of a value that is either of two."""
     same = first.value is not None and second.value is not None and np.array_equal(first.value, second.value)
     return dataclasses.replace(first, value=first.value if same else None, zero=first.zero and second.zero)
 

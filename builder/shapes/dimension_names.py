@@ -1,4 +1,4 @@
-"""Name the dynamic dimensions of the program by what they are at two sets of sizes."""
+"""Name the dynamic dimensions of the program by their sizes at two sets of input sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def names_of_sizes(kinds: Mapping[str, tuple[int | str, ...]]) -> dict[Sizes, st
 
 
 def dimension(sizes: Sizes, names: Mapping[Sizes, str]) -> int | str | None:
-    """A size, or an expression over `names`; None if the dimension is none of the known forms."""
+    """A size, or an expression over `names`; None if the dimension has no known form."""
     if sizes[0] == sizes[1]:
         return sizes[0]
     if sizes in names:

@@ -9,11 +9,11 @@ import onnx_ir as ir
 from furiosa_llm.builder.shapes.flow import cache_output, grown_output, is_kept
 
 _Dims = tuple[int | None, ...]
-"""For each dimension of a value the one of the state that it is."""
+"""For each dimension of a value, the dimension of the state that it is; None if it is not known."""
 
 
 def growing_dim(state: ir.Value) -> int | None:
-    """The dimension of the graph input `state` that new positions are appended in; None if none is found."""
+    """The dimension of the graph input `state` in which an op appends new positions; None if no op is found to."""
     if state.shape is None:
         return None
     queue: list[tuple[ir.Value, _Dims]] = [(state, tuple(range(len(state.shape))))]
@@ -49,7 +49,7 @@ def _grown(node: ir.Node, port: int, dims: _Dims) -> int | None:
 
 
 def _moved(node: ir.Node, dims: _Dims) -> _Dims | None:
-    """`dims` behind a change of form; None where that is not known."""
+    """`dims` after a change of form; None if they are not known then."""
     match node.op_type:
         case "Cast" | "Identity" | "Slice" | "Split":
             return dims

@@ -1,8 +1,8 @@
 """What each dimension of the graph's inputs is, and the sizes to probe them with.
 
-The same symbol is the same size, wherever it stands. What the symbols are follows from the roles of the inputs they
-stand in (see `furiosa_llm.builder.shapes.roles`): tokens are [batch, sequence], a state grows in past, a mask ends in
-total. What is then left is settled by where it stands.
+The same symbol is the same size, wherever it stands. What a symbol means follows from the roles of the inputs in which
+it stands (see `furiosa_llm.builder.shapes.roles`): tokens are [batch, sequence], a state grows in past, a mask ends in
+total. The meaning of any other symbol follows from its place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SizeSet:
     past: int
     encoder: int
     others: tuple[int, ...]
-    """For dimensions of which nothing is known, in order of appearance."""
+    """Sizes for the dimensions of which nothing is known, in order of appearance."""
 
     @property
     def total(self) -> int:
@@ -38,7 +38,7 @@ class SizeSet:
 
 PROBE = SizeSet(batch=5, sequence=7, past=11, encoder=13, others=(19, 23, 29, 31, 37, 41, 43, 47))
 SECOND_PROBE = SizeSet(batch=3, sequence=5, past=17, encoder=29, others=(53, 59, 61, 67, 71, 73, 79, 83))
-"""Distinct primes: a product tells its factors, and what differs between the two is dynamic."""
+"""Both are distinct primes: a product shows its factors, and a size that differs between the two is dynamic."""
 
 _COUNTS = frozenset((ir.DataType.INT32, ir.DataType.INT64))
 _SUM = re.compile(r"\s*([^\s+*/()-]+)\s*\+\s*([^\s+*/()-]+)\s*")
@@ -51,8 +51,8 @@ def dimension_kinds(
 ) -> dict[str, tuple[int | str, ...]]:
     """For each graph input its dimensions: a size, or one of batch, sequence, past, total, encoder, or another name.
 
-    `given` are sizes that the user said for symbols or for `input.symbol`; `config` is the model's config.json, which
-    tells the image size of vision models.
+    `given` are sizes that the user gave for symbols or for `input.symbol`; `config` is the model's config.json, which
+    states the image size of vision models.
     """
     if not has_roles(graph):
         find_roles(graph, {})
@@ -76,7 +76,7 @@ def dimension_kinds(
 
 
 def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
-    """Take a single integer for the size of the dimensions that have its name."""
+    """Take a single integer input for the size of the dimensions that have its name."""
     roles = {kind: role for role, kind in LENGTHS.items()}
     for value in graph.inputs:
         role = roles.get(symbols.get(str(value.name), ""))
@@ -85,7 +85,7 @@ def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
 
 
 def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
-    """The elements of the inputs that hold one number of positions, by name."""
+    """The name of each input that holds a number of positions -> that number."""
     return {
         str(value.name): getattr(sizes, LENGTHS[role])
         for value in graph.inputs
@@ -94,7 +94,7 @@ def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
 
 
 def open_counts(graph: ir.Graph) -> list[ir.Value]:
-    """The single integers of which nothing tells what they count."""
+    """The inputs that are single integers and for which nothing shows what they count."""
     singles = [value for value in graph.inputs if value.dtype in _COUNTS and _is_single(value)]
     return [v for v in singles if role_of(v) == "other" and inferred_role(v).why != GIVEN]
 
@@ -106,11 +106,11 @@ def _is_single(value: ir.Value) -> bool:
 _Place = tuple[ir.Value, int]
 """An input and one of its dimensions."""
 _RANK = {"user": 0, "token_ids": 1, "position_ids": 2, "state": 3, "token_type_ids": 4, "attention_mask": 5, "other": 6}
-"""Whose word counts for a symbol that stands in several inputs."""
+"""The order in which roles decide about a symbol that stands in several inputs."""
 
 
 def _symbol(place: _Place) -> str | None:
-    """The symbol of a dimension; None for one without a name, and for a size."""
+    """The symbol of a dimension; None for a dimension without a name, and for a size."""
     value, d = place
     assert value.shape is not None
     dim = value.shape[d]
@@ -118,12 +118,12 @@ def _symbol(place: _Place) -> str | None:
 
 
 def _shown(place: _Place) -> str:
-    """What a dimension is called where it has no symbol."""
+    """The symbol of a dimension, or the name that stands for it if it has no symbol."""
     return _symbol(place) or f"{place[0].name}.{place[1]}"
 
 
 def _given_sizes(graph: ir.Graph, given: Mapping[str, int]) -> dict[_Place, int]:
-    """The dimensions whose sizes the user said."""
+    """The dimensions whose sizes the user gave."""
     unused, found = set(given), {}
     dynamic = list(_dynamic(graph))
     for place in dynamic:
@@ -145,7 +145,7 @@ def _dynamic(graph: ir.Graph) -> Iterator[_Place]:
 
 
 def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[str, str]]:
-    """What the roles of the inputs say of their dynamic dimensions, and which role said it."""
+    """For dynamic dimensions: what the role of their input says that they are, and which role says it."""
     found: dict[_Place, tuple[str, str]] = {}
     dynamic = [place for place in _dynamic(graph) if place not in sizes]
     grows = {v: growing_dim(v) for v in graph.inputs if role_of(v) == "state"}
@@ -185,7 +185,7 @@ def _is_embedding(graph: ir.Graph, value: ir.Value) -> bool:
 
 
 def _of_steps(role: str, behind: int, rank: int, *, has_state: bool) -> str | None:
-    """A dimension of tokens, positions or a mask, with `behind` others behind it."""
+    """What a dimension of tokens, positions or a mask is, if `behind` other dimensions follow it."""
     if role == "attention_mask":
         last = "total" if has_state else "sequence"
         names = (last, "batch") if rank == 2 else (last, "sequence")
@@ -226,7 +226,7 @@ def _kinds(
 
 
 def _of_symbol(symbol: str | None, symbols: Mapping[str, str]) -> str | None:
-    """What a symbol is in other inputs; a sum of past and sequence is total."""
+    """What a symbol means in other inputs; a sum of past and sequence is total."""
     if symbol is None:
         return None
     if symbol in symbols:
@@ -239,7 +239,7 @@ def _of_symbol(symbol: str | None, symbols: Mapping[str, str]) -> str | None:
 def _by_place(
     value: ir.Value, d: int, found: Mapping[int, int | str], config: Mapping[str, object], inner: Collection[str]
 ) -> int | str:
-    """What a dimension of which nothing is known is taken for; the symbols `inner` are never that of the batch."""
+    """What a dimension is taken for if nothing is known of it; no symbol in `inner` is taken for the batch."""
     assert value.shape is not None
     symbol = _shown((value, d))
     free = [other for other in range(len(value.shape)) if other not in found or other == d]

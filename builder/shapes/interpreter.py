@@ -1,8 +1,8 @@
 """Abstract shape interpreter: run the graph on shapes and on the few small tensors that shapes depend on.
 
 Concrete sizes stand for the dynamic dimensions; running twice, at two sets of distinct primes, tells which dimensions
-are dynamic. No weight is ever read. Types and shapes of standard ops come from `onnx.shape_inference`, those of
-onnxruntime's own ops from their entries in `builder.rules`.
+are dynamic. No weight is ever read. `onnx.shape_inference` gives the types and shapes of standard ops; the entries in
+`builder.rules` give the types and shapes of onnxruntime's own ops.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _MAX_READ_NBYTES = 1024
 class Interpreter:
     """Interprets one graph at any number of input size sets.
 
-    `collectives` are the shape rules of the program's own ops, which are no ops of a model. If `lenient`, the branches
-    of an If need not agree where its condition is known.
+    `collectives` are the shape rules of the program's own ops, which no model contains. If `lenient`, the branches of
+    an If need not agree where its condition is known.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Interpreter:
         self._constants = {v: self._intern(_constant_fact(v)) for v in model.graph.initializers.values()}
 
     def run(self, sizes: Mapping[str, Shape], lengths: Mapping[str, int] = MappingProxyType({})) -> Facts:
-        """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if they contradict.
+        """Facts of every value when graph input `name` has the shape `sizes[name]`; ShapeError if shapes contradict.
 
         `lengths` are the elements of inputs that shapes depend on.
         """
@@ -77,7 +77,7 @@ class Interpreter:
         return facts
 
     def run_inside(self, sizes: Mapping[str, Shape]) -> Facts:
-        """As `run`, with the facts of what is in branches and bodies; those of a body are of any of its iterations."""
+        """Like `run`, with the facts of values in branches and bodies; the facts of a body hold for any iteration."""
         self._inside.clear()
         return self.run(sizes) | self._inside
 
@@ -86,7 +86,7 @@ class Interpreter:
         self._inside.update((v, facts[v]) for v in (*graph.inputs, *(v for node in graph for v in node.outputs)))
 
     def interpret(self, graph: ir.Graph, facts: Facts) -> None:
-        """Add the facts of what the nodes of `graph` give to `facts`, which holds those of all that they read."""
+        """Add the facts of the nodes' outputs to `facts`, which holds the facts of all values that `graph` reads."""
         for node in graph:
             inputs = [None if v is None else facts[v] for v in node.inputs]
             if is_control_flow(node):
@@ -115,7 +115,7 @@ class Interpreter:
         return found
 
     def _infer_once(self, node: ir.Node, inputs: Sequence[Fact | None]) -> list[Fact]:
-        """The outputs' facts. What many layers do alike is inferred once: only NonZero gives other sizes each time."""
+        """The outputs' facts. Equal nodes of all layers are inferred once: only NonZero gives other sizes each time."""
         if node.op_type == "NonZero" and not node.domain:
             assert inputs[0] is not None
             unknown = [Fact(dtype=ir.DataType.INT64, shape=(len(inputs[0].shape), next(self._fresh)))]
@@ -201,7 +201,7 @@ def _input_fact(dtype: ir.DataType, shape: Shape, length: int | None) -> Fact:
 
 
 def attribute_key(attribute: ir.Attr) -> object:
-    """What an attribute says, to compare it; a tensor is compared by its elements."""
+    """A key to compare an attribute by; a tensor is compared by its elements."""
     if attribute.type is ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
         return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
@@ -224,7 +224,7 @@ def _constant_fact(value: ir.Value) -> Fact:
 
 
 def _read(tensor: ir.TensorProtocol) -> npt.NDArray[Any] | None:
-    """The elements of a small constant; None where planning goes on without its data file."""
+    """The elements of a small constant; None if its data file is absent, as it may be when planning."""
     try:
         return tensor.numpy()
     except FileNotFoundError:
@@ -237,7 +237,7 @@ def _known(value: npt.NDArray[Any], *, zero: bool) -> Fact:
 
 
 def _is_zero(node: ir.Node, inputs: Sequence[Fact | None]) -> bool:
-    """Whether a node gives zeros at any sizes: what happens to be zero at these sizes is not meant."""
+    """Whether a node gives zeros at any sizes, and not by chance at the present sizes."""
     first = inputs[0] if inputs else None
     if node.op_type == "ConstantOfShape":
         return not _fill_value(node)
@@ -266,7 +266,7 @@ def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fac
 
 
 class MisfitError(ShapeError):
-    """The operands of a node do not fit each other: the message has them at one set of sizes."""
+    """The operands of a node do not fit each other; the message shows their shapes at one set of sizes."""
 
     def __init__(self, message: str, node: ir.Node) -> None:
         super().__init__(message)

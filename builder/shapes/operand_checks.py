@@ -14,7 +14,7 @@ from furiosa_llm.builder.source.validate_tensors import MAX_ELEMENTS
 
 
 def operand_fault(node: ir.Node, shapes: Shapes) -> str | None:
-    """What is wrong with the shapes of a node's inputs, if anything."""
+    """What is wrong with the shapes of a node's inputs; None if nothing is."""
     entry = op_of(node)
     demands = NOTHING_SPECIAL if entry is None else entry.operands
     for port, ranks in demands.ranks.items():
@@ -31,7 +31,7 @@ def operand_fault(node: ir.Node, shapes: Shapes) -> str | None:
 
 
 def result_fault(node: ir.Node, shapes: Shapes, results: Sequence[Shape]) -> str | None:
-    """What is wrong with the shapes that were inferred for a node's outputs, if anything."""
+    """What is wrong with the shapes that were inferred for a node's outputs; None if nothing is."""
     for shape in results:
         if any(size < 0 for size in shape) or math.prod(shape) > MAX_ELEMENTS:
             return f"an output would have the shape {list(shape)}"

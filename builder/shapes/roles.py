@@ -1,8 +1,9 @@
 """What each graph input is for, found by following its data; names only break ties.
 
-An input whose elements are looked up in a table of weights is token ids (or token types, or learned positions); what
-becomes rotary angles is positions; what is added to attention scores, or selects among them, is a mask. What is
-appended to, or written into, and given back is state, and so is what an attention op says it keeps.
+An input whose elements index a table of weights is token ids (or token types, or learned positions); an input that
+becomes rotary angles is positions; an input that is added to attention scores, or selects among them, is a mask. An
+input that ops append to, or write into, and that comes out again is state, and so is an input that an attention op says
+it keeps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN, graphs_of, num_c
 from furiosa_llm.builder.shapes.flow import grown_output, is_kept
 
 LENGTHS = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
-"""Roles of inputs that hold a number of positions, and of which."""
+"""Roles of inputs that hold a number of positions -> the dimension that they count."""
 ROLES = ("token_ids", "attention_mask", "position_ids", "token_type_ids", *LENGTHS, "state", "other")
 _NAMES = (
     ("token_ids", re.compile(r"(decoder_)?input_ids|tokens|token_ids")),
@@ -32,7 +33,7 @@ _INTEGERS = frozenset((ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL))
 _ROLE = "furiosa_llm.role"
 GIVEN = "the user says so"
 _FEW_ROWS = 4
-"""A table with no more rows than this is one of token types."""
+"""A table with no more rows than this is a table of token types."""
 
 _ANGLE_PORTS = {"RotaryEmbedding": (1, 3), "MRotaryEmbedding": (1,), "GroupQueryAttention": (9,)}
 _MASK_PORTS = {"Attention": (3, 5), "MultiHeadAttention": (4, 5), "GroupQueryAttention": (5, 6, 10)}
@@ -59,7 +60,7 @@ _ANGLE_FORMS = frozenset(
 _PRODUCTS = frozenset(("Einsum", "Gemm", "MatMul"))
 _WEIGHT_FORMS = frozenset(("Cast", "DequantizeLinear", "Identity", "Reshape", "Transpose"))
 # fmt: on
-"""What may lie between an input and the place that tells its role."""
+"""Ops that may lie between an input and the node that shows its role."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +70,9 @@ class Role:
     name: str
     why: str
     dims: tuple[int | str, ...] | None = None
-    """What the user says its dimensions are."""
+    """What its dimensions are, if the user says it."""
     tie: bool = False
-    """Whether what the graph does left a choice that the input's name settled."""
+    """Whether the graph left a choice that the input's name settled."""
 
 
 def role_of(value: ir.Value) -> str:
@@ -80,13 +81,13 @@ def role_of(value: ir.Value) -> str:
 
 
 def inferred_role(value: ir.Value) -> Role:
-    """The role of a graph input, and why; by its name alone in a graph that was never looked at as a whole."""
+    """The role of a graph input, and why; inferred from the name alone if `find_roles` has not seen the graph."""
     found = value.meta.get(_ROLE)
     return found if isinstance(found, Role) else _by_name(value)
 
 
 def settle_role(value: ir.Value, role: Role) -> None:
-    """Say what an input is for that the graph has not told."""
+    """Set the role of an input whose role the graph does not show."""
     value.meta[_ROLE] = role
 
 
@@ -98,7 +99,7 @@ def has_roles(graph: ir.Graph) -> bool:
 def find_roles(graph: ir.Graph, given: Mapping[str, Role]) -> None:
     """Find the role of every input of a normalised graph, and keep it with the input; `given` is what the user says.
 
-    A graph is looked at once: what later passes make of it does not change what its inputs are for.
+    A graph is analysed once, because later passes do not change what its inputs are for.
     """
     names = [str(value.name) for value in graph.inputs]
     unknown = sorted(given.keys() - set(names))
@@ -152,16 +153,16 @@ def _by_name(value: ir.Value) -> Role:
 
 @dataclasses.dataclass(slots=True)
 class _Trace:
-    """What is done with an input's elements."""
+    """What the graph does with an input's elements."""
 
     tables: list[ir.Value] = dataclasses.field(default_factory=list)
-    """Tables of weights that it indexes, as it is."""
+    """Tables of weights that the input indexes directly."""
     angles: str = ""
     scores: str = ""
     length: tuple[str, str] = ("", "")
-    """The role as a number of positions, and why."""
+    """The input's role as a number of positions, and why."""
     kept: str = ""
-    """How it comes out again."""
+    """How the input comes out again, see `kept_by`."""
 
 
 def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _Trace:
@@ -191,7 +192,7 @@ def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _
 
 
 def _is_end(node: ir.Node, port: int, found: _Trace, *, plain: bool) -> bool:
-    """Note what `node` does with its input `port`; whether the trace ends there."""
+    """Note what `node` does with its input `port`; returns whether the trace ends there."""
     op = node.op_type
     length = _LENGTH_PORTS.get((node.domain, op), {}).get(port)
     if length is not None:
@@ -223,7 +224,7 @@ def _shown(node: ir.Node) -> str:
 
 
 def _passed_into(node: ir.Node, port: int) -> Iterator[ir.Value]:
-    """What a captured input is called in the graphs of a closure."""
+    """The values that stand for a captured input in the graphs of a closure."""
     own = len(node.inputs) - num_captured(node)
     if port >= own:
         for graph in graphs_of(node):
@@ -231,7 +232,7 @@ def _passed_into(node: ir.Node, port: int) -> Iterator[ir.Value]:
 
 
 def _closure_outputs(graph: ir.Graph) -> dict[ir.Value, list[ir.Value]]:
-    """The outputs of the closures of `graph` that each output of their graphs becomes."""
+    """Output of a graph of a closure in `graph` -> the closure's outputs that it becomes."""
     found: dict[ir.Value, list[ir.Value]] = {}
     for node in graph:
         if node.domain == CLOSURE_DOMAIN and node.op_type == "If":
@@ -242,7 +243,7 @@ def _closure_outputs(graph: ir.Graph) -> dict[ir.Value, list[ir.Value]]:
 
 
 def _weight(value: ir.Value | None) -> ir.Value | None:
-    """The table of two dimensions and more that `value` is in another form, if it is one of weights."""
+    """The table of weights, of two or more dimensions, of which `value` is another form; None if there is none."""
     while value is not None and not value.is_initializer():
         node = value.producer()
         if node is None or node.op_type not in _WEIGHT_FORMS:
@@ -252,7 +253,7 @@ def _weight(value: ir.Value | None) -> ir.Value | None:
 
 
 def _becomes_angles(value: ir.Value) -> bool:
-    """Whether what is looked up is only multiplied with what is computed, as tables of rotary angles are."""
+    """Whether the looked-up rows are only multiplied with computed values, as rows of rotary angles are."""
     queue, turned = [value], False
     while queue:
         for node, port in queue.pop().uses():
@@ -278,7 +279,7 @@ def _turns(node: ir.Node, port: int) -> bool:
 
 
 def kept_by(value: ir.Value) -> str:
-    """How the input comes out again: what appends to it, or writes into it; empty if nothing does."""
+    """How the input comes out again: which op appends to it, or writes into it; empty if no op does."""
     queue, seen = [value], {value}
     while queue:
         for node, port in queue.pop().uses():
@@ -308,11 +309,11 @@ def _fresh(values: Sequence[ir.Value], seen: set[ir.Value]) -> list[ir.Value]:
     return found
 
 
-# -- what that says ------------------------------------------------------------------------------------------------
+# -- what the trace says -------------------------------------------------------------------------------------------
 
 
 def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
-    """The role that what the graph does leaves no doubt of."""
+    """The role that the trace shows beyond doubt; None if it shows none."""
     rank = 0 if value.shape is None else len(value.shape)
     named = _by_name(value)
     if trace.kept and rank > 1:
@@ -331,7 +332,7 @@ def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
 def _lookups(
     graph: ir.Graph, found: Mapping[ir.Value, _Trace], chosen: Mapping[ir.Value, Role]
 ) -> dict[ir.Value, Role]:
-    """The roles of inputs that index tables: the largest table is that of the vocabulary."""
+    """The roles of inputs that index tables; the largest table holds the vocabulary."""
     roles: dict[ir.Value, Role] = {}
     taken = {role.name for role in chosen.values()}
     for value in sorted(found, key=lambda v: -max(map(_rows, found[v].tables))):

@@ -1,1 +1,1 @@
-"""A model file and what lies next to it: read, checked, and its weights left where they are."""
+"""Read and check a model file and the files next to it; the weights stay where they are."""

@@ -1,4 +1,4 @@
-"""Which files beside a model belong to it: those in its folder, and those that a link in it may lead to."""
+"""Which files next to a model belong to it: files in its folder, and files that a link in the folder may lead to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from furiosa_llm.builder.errors import ModelLoadError
 
 
 def folders_of(model: Path) -> tuple[Path, ...]:
-    """Where a link beside `model` may lead: the folder as it is named, and the one where the model really lies.
+    """The folders into which a link next to `model` may lead: the named folder, and the one that holds the real file.
 
-    In a cache of Hugging Face's, the files of a model are links from one folder into another.
+    In a Hugging Face cache, the files of a model are links from one folder into another.
     """
     return tuple(dict.fromkeys((Path(os.path.realpath(model.parent)), Path(os.path.realpath(model)).parent)))
 
@@ -20,7 +20,8 @@ def folders_of(model: Path) -> tuple[Path, ...]:
 def find_beside(model: Path, name: str | Path, what: str) -> Path | None:
     """The file `name` in the folder of `model`; None if it is absent.
 
-    Raises ModelLoadError, which begins with `what`, if it is no regular file or a link that leads elsewhere.
+    Raises ModelLoadError, whose message begins with `what`, if it is not a regular file, or is a link that leads
+    elsewhere.
     """
     path = model.parent / name
     try:

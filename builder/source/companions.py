@@ -1,4 +1,4 @@
-"""What lies beside a model: its configuration, tokenizer and chat template."""
+"""The files next to a model: its configuration, tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ COMPANIONS = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files that go into the artifact as they are."""
+"""Files that are copied into the artifact unchanged."""
 
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 def companions(model: Path) -> list[Path]:
-    """The files beside `model` that belong to it; raises ModelLoadError for a link that leads out of its folder."""
+    """The files next to `model` that belong to it; raises ModelLoadError for a link that leads out of its folder."""
     return [path for name in COMPANIONS if (path := _companion(model, name)) is not None]
 
 
@@ -41,7 +41,7 @@ def _companion(model: Path, name: str) -> Path | None:
 
 
 def read_json(model: Path, name: str) -> dict[str, Any]:
-    """A JSON object beside the model; empty if there is none."""
+    """The JSON object in a file next to the model; empty if there is no such file."""
     path = _companion(model, name)
     if path is None:
         return {}

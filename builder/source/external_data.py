@@ -1,4 +1,4 @@
-"""External data of a model: which files hold it, that they may be read, and that its tensors lie inside of them."""
+"""External data of a model: find its files, and check that they may be read and that its tensors lie inside them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from furiosa_llm.builder.source.tensors import SourceTensor
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 _LONGEST_LOCATION, _LONGEST_NAME = 4000, 255
-"""Of paths, and of one name in them, in bytes, on the file systems in use."""
+"""The longest path, and the longest name in a path, in bytes, on the file systems in use."""
 _DRIVE = re.compile(r"[A-Za-z]:")
 _SMALL_NBYTES = 65536
 """Attributes up to this size go into the program as they are."""
@@ -36,10 +36,10 @@ class _Place:
 
 
 def bind_external_data(model: ir.Model, path: Path, left_out: Collection[str] = ()) -> list[Path]:
-    """Let the external tensors of `model`, which was read from `path`, find their files, and list these.
+    """Bind the external tensors of `model`, which was read from `path`, to their files, and return these files.
 
     `left_out` are the initializers of the main graph whose data is in the model's file itself. Raises ModelLoadError
-    for a file that may not be read; absent ones are none of the list.
+    for a file that may not be read; absent files are not returned.
     """
     files: dict[Path, None] = {}
     found: dict[str, Path | None] = {}
@@ -76,7 +76,7 @@ def _bound(tensor: ir.ExternalTensor, folder: Path) -> SourceTensor:
 
 
 def _places(model: ir.Model) -> Iterator[_Place]:
-    """Every tensor of the model, in branches and functions too."""
+    """Every tensor of the model, also in branches and functions."""
     roots: list[ir.Graph] = [model.graph, *(function.graph for function in model.functions.values())]
     for graph in itertools.chain.from_iterable((root, *root.subgraphs()) for root in roots):
         for value in graph.initializers.values():
@@ -99,7 +99,7 @@ def _put_attribute(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
 
 
 def _file_of(what: str, location: str, model: Path) -> Path | None:
-    """The file of a location as the model has it; None if it is absent."""
+    """The file of a location that the model states; None if the file is absent."""
     parts = Path(location).parts
     name_lengths = [len(os.fsencode(part)) for part in parts]
     if len(os.fsencode(location)) > _LONGEST_LOCATION or any(length > _LONGEST_NAME for length in name_lengths):
@@ -129,10 +129,10 @@ def _file_of(what: str, location: str, model: Path) -> Path | None:
 
 
 def check_regions(model: ir.Model, path: Path) -> None:
-    """Raise ModelLoadError unless every external tensor has its bytes in a file, to itself or as a whole with others.
+    """Raise ModelLoadError unless every external tensor lies in a file and shares all or none of its bytes with others.
 
-    Tensors of the same bytes, whatever their shapes, are one weight under several names; what overlaps otherwise
-    cannot have been meant.
+    Tensors of the same bytes, whatever their shapes, are one weight under several names; any other overlap cannot be
+    intended.
     """
     regions: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
     sizes: dict[str, tuple[int, tuple[int, int]]] = {}
@@ -150,7 +150,7 @@ def check_regions(model: ir.Model, path: Path) -> None:
 
 
 def _size_of(what: str, location: str, model: Path) -> tuple[int, tuple[int, int]]:
-    """How many bytes a file has, and what tells it from others by whatever name."""
+    """The number of bytes of a file, and what identifies the file under any name."""
     file = find_beside(model, location, f'{what} has its data in "{location}"')
     if file is None:
         raise ModelLoadError(

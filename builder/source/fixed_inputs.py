@@ -1,4 +1,4 @@
-"""Inputs that the user fixes to one value: they become initializers of the model."""
+"""Inputs that the user fixes to one value; they become initializers of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INTEGERS = frozenset((TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64))
 def fix_inputs(proto: ModelProto, fixed: Mapping[str, int], name: str) -> None:
     """Make every input that `fixed` names an initializer of that value, in place; `name` is the file's, for errors.
 
-    Raises OptionError for an input that there is not, or that is no single boolean or integer.
+    Raises OptionError for an input that does not exist, or that is not a single boolean or integer.
     """
     inputs = {value.name: value for value in proto.graph.input}
     for key, number in fixed.items():

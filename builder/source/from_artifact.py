@@ -19,13 +19,13 @@ from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.artifact.tools.originals import read_original
 
 SMALL_NBYTES = 4096
-"""Tensors up to this size are in memory, wherever the source has them: so a build sees the same in either case."""
+"""Tensors up to this size are in memory, wherever the source has them, so that a build sees the same in both cases."""
 
 
 def load_with_weights(path: Path, fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
-    """The model at `path`, its inputs `fixed`, every file of its weights checked.
+    """The model at `path`, with the inputs of `fixed` made constants and every file of its weights checked.
 
-    Raises ModelLoadError for what cannot be built.
+    Raises ModelLoadError for a model that cannot be built.
     """
     source = load(path, fixed)
     check_external_data(source)
@@ -40,7 +40,7 @@ def load_with_weights(path: Path, fixed: Mapping[str, int] = MappingProxyType({}
 def source_of(artifact: Artifact) -> Source:
     """The model that an artifact was built from: its graph from source.onnx, its weights from the stored tensors.
 
-    Raises ArtifactError if the folder has files besides the manifest's that a build would read.
+    Raises ArtifactError if the folder has files that a build would read but that the manifest does not list.
     """
     folder, manifest = artifact.folder, artifact.manifest
     listed = {entry.path for entry in manifest.files}

@@ -1,4 +1,4 @@
-"""The tokens that an encoder-decoder's generation begins and ends with, from what lies beside the model."""
+"""The tokens that an encoder-decoder's generation begins and ends with, from the files next to the model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _START_KEYS = ("decoder_start_token_id", "bos_token_id")
 
 
 def start_token(model: Path) -> tuple[int, str]:
-    """The token that a completion begins with, and the file that tells it; raises ModelLoadError if none does.
+    """The token that a completion begins with, and the file that states it; raises ModelLoadError if no file does.
 
-    Without a configuration it is the token that the tokenizer pads with, which such models are trained with.
+    Without a configuration it is the tokenizer's padding token, because such models are trained with it.
     """
     for key in _START_KEYS:
         for name in _CONFIGS:
@@ -34,9 +34,9 @@ def start_token(model: Path) -> tuple[int, str]:
 
 
 def end_tokens(model: Path) -> tuple[tuple[int, ...], str]:
-    """The tokens that end a completion, and the file that tells them; raises ModelLoadError if none does.
+    """The tokens that end a completion, and the file that states them; raises ModelLoadError if no file does.
 
-    Without a configuration it is the special token that the tokenizer puts behind a text.
+    Without a configuration it is the special token that the tokenizer puts after a text.
     """
     configured = eos_token_ids(model)
     if configured:

@@ -1,4 +1,4 @@
-"""Notice that a model's files change while a build reads them."""
+"""Detect that a model's files change while a build reads them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _Identity = tuple[int, int, int, int]
 
 
 class SourceGuard:
-    """Remembers what a model's files were like when the model was loaded."""
+    """Remembers the identity of a model's files when the model was loaded."""
 
     def __init__(self) -> None:
         self._found: dict[Path, _Identity] = {}
 
     def remember(self, paths: Iterable[Path]) -> None:
-        """Remember files as they are now, and as they were before if they are known already; absent ones are not."""
+        """Remember files as they are now; a file that is known already stays as it was, an absent one is left out."""
         for path in paths:
             identity = _identity(path)
             if identity is not None:
@@ -25,7 +25,7 @@ class SourceGuard:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files, as they were named."""
+        """The remembered files, by the paths that were given."""
         return tuple(self._found)
 
     def check_unchanged(self) -> None:

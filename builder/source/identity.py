@@ -18,10 +18,10 @@ from furiosa_llm.runtime.artifact.tools.record import Check
 
 
 def check_identity(artifact: Artifact, model: str | os.PathLike[str]) -> Check:
-    """Compares the ONNX file `model` with what the artifact says of its source, weight by weight.
+    """Compare the ONNX file `model`, weight by weight, with what the artifact says of its source.
 
-    Weights are read one at a time. Raises ModelLoadError if the file is not a model, or its weights are not where it
-    says.
+    Weights are read one at a time. Raises ModelLoadError if the file is not a model, or if its weights do not lie
+    where it says.
     """
     source = load(model, fixed_inputs(artifact.manifest))
     check_external_data(source)
@@ -58,7 +58,7 @@ def _kept_in_source(artifact: Artifact) -> dict[str, str]:
 
 
 def _difference(tensor: ir.TensorProtocol, entry: OriginalInitializer, kept: str | None) -> str | None:
-    """In what `tensor` differs from the artifact's `entry`; `kept` is the digest of its data in source.onnx."""
+    """How `tensor` differs from the artifact's `entry`, if it does; `kept` is the digest of its data in source.onnx."""
     found = (tensor.dtype.name, tuple(tensor.shape.numpy()))
     if found != (entry.dtype, entry.shape):
         return f"{found[0]} {list(found[1])}, of the artifact {entry.dtype} {list(entry.shape)}"

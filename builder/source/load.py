@@ -1,4 +1,4 @@
-"""Read an ONNX model lazily: the graph into memory, the weights left where they are."""
+"""Read an ONNX model lazily: the graph is read into memory, the weights stay where they are."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from furiosa_llm.builder.source.validate import drop_fallbacks, validate
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A model file as it was found."""
+    """A model file as it was read."""
 
     path: Path
     """The file itself; its folder is where external data, the tokenizer and the configuration are looked for."""
     model: ir.Model
-    """The graph; tensors with external data, and large ones of the file's own, are `SourceTensor`s: read when asked."""
+    """The graph. Tensors with external data, and large ones in the file itself, are `SourceTensor`s, read at access."""
     proto: onnx.ModelProto
     """The file's content; large initializers refer to their bytes in the file as external data. Not to be changed."""
     sha256: str = ""
-    """Of the file without what was passed over in it, so of all of it if all its large initializers are external; empty
-    for a model that comes from no file."""
+    """Digest of the bytes of the file that were read: of the whole file if all its large initializers are external,
+    else without their data. Empty for a model that comes from no file."""
     guard: SourceGuard = dataclasses.field(default_factory=SourceGuard)
-    """Knows the model's files as they were."""
+    """Remembers the model's files as they were."""
 
 
 def load(path: str | os.PathLike[str], fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
     """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model.
 
-    The inputs that `fixed` names are initializers of that value.
+    The inputs that `fixed` names become initializers of the given values.
     """
     file = Path(path)
     if file.is_dir():
@@ -87,7 +87,7 @@ def _read(file: Path) -> Lean:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first line of the error that others were raised from, without a full stop."""
+    """The first line of the error at the end of the chain of causes, without a full stop."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -95,5 +95,5 @@ def root_cause(error: BaseException) -> str:
 
 
 def check_external_data(source: Source) -> None:
-    """Raise ModelLoadError unless every external tensor lies inside a file that is there, to itself."""
+    """Raise ModelLoadError unless every external tensor lies inside a file that exists; see `check_regions`."""
     check_regions(source.model, source.path)

@@ -1,4 +1,4 @@
-"""What sentence-transformers puts beside an encoder, as the one file that an artifact carries of it: pooling.json."""
+"""The files that sentence-transformers puts next to an encoder, as one file in the artifact: pooling.json."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _INSTEAD = f"remove {_MODULES}, or write a {POOLING_NAME} beside the model (see 
 
 
 def pooling_json(model: Path) -> bytes | None:
-    """The bytes of pooling.json as told by modules.json beside `model`; None if there is none, or a pooling.json.
+    """The bytes of pooling.json from the modules.json next to `model`; None without modules.json, or with pooling.json.
 
-    Raises ModelLoadError for modules that an artifact cannot stand for, because vectors without them are others.
+    Raises ModelLoadError for modules that an artifact cannot apply, because vectors without them would differ.
     """
     modules = _modules(model)
     if modules is None or find_beside(model, POOLING_NAME, f"{model.parent / POOLING_NAME} goes with the model"):

@@ -1,9 +1,9 @@
 """Read a model file without the large tensors in it: their bytes are passed over, and the tensors refer to them.
 
 A model file is one protobuf message (https://protobuf.dev/programming-guides/encoding/), and parsing it whole keeps its
-weights in memory twice. So the file is gone through field by field: model, graph, initializers. What is left out of an
-initializer becomes external data whose file is the model file itself; everything else is parsed as usual, which also
-checks it.
+weights in memory twice. So the scanner goes through the file field by field: model, graph, initializers. What is left
+out of an initializer becomes external data whose file is the model file itself; everything else is parsed as usual,
+which also checks it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from onnx import ModelProto, TensorProto
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 LEFT_OUT_NBYTES = 4096
-"""Payloads above this are left out; nothing that shapes are computed from is as large."""
+"""Payloads above this size are left out; nothing that shapes are computed from is as large."""
 MAX_FIELDS = 2_000_000
-"""A file with more is parsed whole: going through it here would take longer than it needs memory."""
+"""A file with more fields is parsed whole: a scan here would cost more time than it saves memory."""
 MAX_MESSAGE_NBYTES = 2**31 - 1
-"""Of a message, and of a field in one: protobuf's own limit."""
+"""The largest message, and the largest field in a message: protobuf's own limit."""
 
 _VARINT, _FIXED64, _LEN, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
 _GRAPH = ModelProto.DESCRIPTOR.fields_by_name["graph"].number
@@ -31,11 +31,11 @@ _INITIALIZER = ModelProto.DESCRIPTOR.fields_by_name["graph"].message_type.fields
 _TYPES = {"float_data": TensorProto.FLOAT, "double_data": TensorProto.DOUBLE}
 _WIDTHS = {"raw_data": 1, "float_data": 4, "double_data": 8}
 _PAYLOADS = {TensorProto.DESCRIPTOR.fields_by_name[name].number: name for name in _WIDTHS}
-"""Fields whose bytes are the elements as ONNX packs them: those of floats, too, when they are packed."""
+"""Fields whose bytes are the elements as ONNX packs them; the float fields are such fields if they are packed."""
 _ELSEWHERE = ("double_data", "external_data", "float_data", "int32_data", "int64_data", "string_data", "uint64_data")
-"""Where else a tensor's elements may be; protobuf would merge them, or let the last one count."""
+"""Other fields that may hold a tensor's elements; protobuf would merge them, or let the last one count."""
 _FIRST_READ, _LONGEST_READ = 256, 65536
-"""Bytes of one read: few behind a payload, as the next may follow soon, then twice as many each time."""
+"""Bytes of one read: few after a payload, because the next may follow soon, then twice as many each time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class LeftOut:
 
     @property
     def entries(self) -> int:
-        """What the field counts: bytes of raw_data, numbers of the others."""
+        """The number of entries of the field: bytes in raw_data, numbers in the others."""
         return self.nbytes // _WIDTHS[self.field]
 
 
@@ -59,9 +59,9 @@ class Lean:
 
     proto: ModelProto
     left_out: Mapping[int, LeftOut]
-    """By the initializer's position in the graph."""
+    """Position of an initializer in the graph -> what was left out of it."""
     sha256: str
-    """Of the bytes that were read, in their order: of the whole file, if nothing was left out."""
+    """Digest of the bytes that were read, in their order: of the whole file, if nothing was left out."""
 
 
 class _OddError(Exception):
@@ -69,7 +69,7 @@ class _OddError(Exception):
 
 
 def read_lean(file: Path) -> Lean:
-    """The model in `file`; raises ValueError or protobuf's DecodeError if it is none, and OSError."""
+    """The model in `file`; raises ValueError or protobuf's DecodeError if the file is not a model, and OSError."""
     with file.open("rb", buffering=0) as opened:
         size = os.fstat(opened.fileno()).st_size
         try:
@@ -83,7 +83,7 @@ def read_lean(file: Path) -> Lean:
 
 
 class _Bytes:
-    """A file from front to back; what is passed over is kept for `take`, unless it is left out."""
+    """Reads a file from front to back; bytes that are passed over are kept for `take`, unless they are left out."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.position = 0
@@ -91,7 +91,7 @@ class _Bytes:
         self._descriptor = descriptor
         self._buffer = bytearray()
         self._start = 0
-        """Where in the file the buffer begins."""
+        """The position in the file at which the buffer begins."""
         self._next_read = _LONGEST_READ
 
     def varint(self, end: int) -> int:
@@ -109,7 +109,7 @@ class _Bytes:
         raise ValueError(f"a number at byte {self.position} does not end")
 
     def skip(self, nbytes: int) -> None:
-        """Pass over bytes that will be taken."""
+        """Pass over bytes that a later `take` returns."""
         self.position += nbytes
 
     def take(self) -> bytes:
@@ -121,14 +121,14 @@ class _Bytes:
         return taken
 
     def leave_out(self, nbytes: int) -> None:
-        """Pass over bytes without reading them; all before them must have been taken."""
+        """Pass over bytes without reading them; all bytes before them must have been taken."""
         self.position += nbytes
         del self._buffer[:nbytes]
         self._start = self.position
         self._next_read = _FIRST_READ
 
     def rewind(self, position: int) -> None:
-        """Go back to a place up to which all was taken."""
+        """Go back to a position up to which all bytes were taken."""
         self.position = self._start = position
         self._buffer.clear()
 
@@ -166,7 +166,7 @@ class _Scanner:
         return self._message(end, _INITIALIZER, self._initializer)
 
     def _message(self, end: int, number: int, rewritten: Callable[[int], list[bytes]]) -> list[bytes]:
-        """A message up to `end`, in pieces; its fields `number` are what `rewritten` makes of them."""
+        """A message up to `end`, in pieces; `rewritten` gives the new content of its fields `number`."""
         pieces: list[bytes] = []
         while self._data.position < end:
             start = self._data.position
@@ -194,7 +194,7 @@ class _Scanner:
         return [self._take()]
 
     def _without_payload(self, end: int) -> tuple[list[bytes], LeftOut | None]:
-        """A tensor up to `end`, in pieces, without its first large payload, and what that is."""
+        """A tensor up to `end`, in pieces, without its first large payload, and that payload's place."""
         pieces: list[bytes] = []
         left_out: LeftOut | None = None
         while self._data.position < end:
@@ -244,7 +244,7 @@ class _Scanner:
 
 
 def _is_all_data(left_out: LeftOut, rest: TensorProto) -> bool:
-    """Whether a payload is all that its tensor consists of, in a type whose elements its bytes are."""
+    """Whether a payload is all the data of its tensor, and its bytes are elements of the tensor's type."""
     if rest.data_location != TensorProto.DEFAULT or rest.HasField("segment") or rest.HasField("raw_data"):
         return False
     if any(len(getattr(rest, field)) for field in _ELSEWHERE):
@@ -255,7 +255,7 @@ def _is_all_data(left_out: LeftOut, rest: TensorProto) -> bool:
 
 
 def _reference(location: str, left_out: LeftOut) -> bytes:
-    """The fields that make a tensor external, to follow its others."""
+    """The fields that make a tensor external, to be appended to its other fields."""
     try:
         tensor = TensorProto(data_location=TensorProto.EXTERNAL)
         for key, value in (("location", location), ("offset", left_out.offset), ("length", left_out.nbytes)):

@@ -1,4 +1,4 @@
-"""Read tensors out of a model's files: into memory of their own, never mapped, as mapped pages count as memory used."""
+"""Read tensors from a model's files into their own memory: never mapped, because mapped pages count as memory used."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 _PIECE_NBYTES = 4 * 2**20
 _BLOCK_NBYTES = 4096
-"""What direct reads are aligned to: a multiple of any disk's block."""
+"""The alignment of direct reads: a multiple of any disk's block."""
 STREAMED_NBYTES = 2**20
-"""Of a piece that is passed on at once."""
+"""The most bytes of a piece that is passed on at once."""
 
 
 class SourceTensor(ir.ExternalTensor):
-    """A tensor that lies in a file of the model, the .onnx file itself or another; it is read anew at each access."""
+    """A tensor that lies in a file of the model (the .onnx file itself or another) and is read anew at each access."""
 
     def numpy(self) -> npt.NDArray[Any]:
         """The elements. Raises FileNotFoundError if the file is absent, and ModelLoadError if it cannot be read."""
@@ -46,10 +46,10 @@ class SourceTensor(ir.ExternalTensor):
 
 
 class DeferredTensor(ir.LazyTensor):
-    """A tensor of the type and shape of another whose bytes are put together whenever they are asked for."""
+    """A tensor with the type and shape of another, whose bytes are put together anew at each access."""
 
     def __init__(self, like: ir.TensorProtocol, packed: Callable[[], npt.NDArray[np.uint8]]) -> None:
-        """`packed` gives the bytes as ONNX packs them, `[n]`."""
+        """`packed` returns the bytes as ONNX packs them, `[n]`."""
         self.packed = packed
         shape = ir.Shape(like.shape.numpy())
         super().__init__(self._read, dtype=like.dtype, shape=shape, name=like.name)
@@ -72,7 +72,7 @@ def read_packed(
     """The bytes of a tensor as ONNX packs them, little-endian: one dimension, at most this one copy in memory.
 
     `seen` is given the bytes piece by piece, in order, while they are still in the cache. Raises ModelLoadError if the
-    file that they lie in is gone, too short or cannot be read.
+    file that holds them is gone, is too short or cannot be read.
     """
     if isinstance(tensor, ir.ExternalTensor):
         try:
@@ -86,7 +86,7 @@ def read_packed(
 
 
 def read_pieces(tensor: ir.ExternalTensor) -> Iterator[npt.NDArray[np.uint8]]:
-    """The same bytes in pieces of at most `STREAMED_NBYTES`, of which none is kept; raises as `read_packed` does."""
+    """The same bytes in pieces of at most `STREAMED_NBYTES`, without keeping any; raises as `read_packed` does."""
     total = DTYPES[tensor.dtype.name].nbytes(tensor.shape.numpy())
     try:
         with _opened(tensor) as fill:
@@ -105,9 +105,9 @@ def _missing(tensor: ir.ExternalTensor) -> ModelLoadError:
 
 
 def load_in_place(tensor: onnx.TensorProto, folder: Path) -> None:
-    """Let an external tensor of a model in `folder` hold its data itself; raises ModelLoadError as `read_packed` does.
+    """Make an external tensor of a model in `folder` hold its data itself; raises ModelLoadError as `read_packed` does.
 
-    Where the data lies must have been checked.
+    The caller must have checked where the data lies.
     """
     external = ir.serde.deserialize_tensor(tensor)
     assert isinstance(external, ir.ExternalTensor)
@@ -131,7 +131,7 @@ def _read(
 
 @contextlib.contextmanager
 def _opened(tensor: ir.ExternalTensor) -> Iterator[Callable[[npt.NDArray[np.uint8], int], None]]:
-    """Gives a function that fills a buffer with the tensor's bytes from one of them on."""
+    """Gives a function that fills a buffer with the tensor's bytes, starting at a given byte."""
     path, offset = Path(tensor.path), tensor.offset or 0
 
     def fill(buffer: npt.NDArray[np.uint8], start: int) -> None:
@@ -164,10 +164,10 @@ def _opened(tensor: ir.ExternalTensor) -> Iterator[Callable[[npt.NDArray[np.uint
 
 
 def _read_some(descriptor: int, direct: _DirectFile, buffer: npt.NDArray[np.uint8], offset: int) -> int:
-    """Fill the beginning of a buffer with what a file has at `offset`; how many bytes it was, 0 at the end.
+    """Fill the beginning of a buffer with the bytes of a file at `offset`; returns their number, 0 at the end.
 
-    What is in the page cache is copied from there. All else goes past it where the file system lets it: a copy less,
-    and the page cache is left to the artifact that is being written.
+    Bytes in the page cache are copied from there. All others are read past it where the file system allows: that saves
+    one copy, and leaves the page cache to the artifact that is being written.
     """
     if not direct.is_open:
         return os.preadv(descriptor, [buffer.data], offset)
@@ -182,7 +182,7 @@ def _read_some(descriptor: int, direct: _DirectFile, buffer: npt.NDArray[np.uint
 
 
 class _DirectFile:
-    """A file read past the page cache, if its file system can do that; whole blocks are read and cut to measure."""
+    """A file read past the page cache, if its file system can do that: whole blocks are read, then cut to size."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -191,7 +191,7 @@ class _DirectFile:
     def __enter__(self) -> _DirectFile:
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
-        except OSError:  # a file system without it; the file itself is open already
+        except OSError:  # a file system without direct reads; the file itself is open already
             return self
         self._blocks = mmap.mmap(-1, _PIECE_NBYTES + 2 * _BLOCK_NBYTES)  # at the beginning of a page
         return self
@@ -203,11 +203,11 @@ class _DirectFile:
 
     @property
     def is_open(self) -> bool:
-        """Whether the file system can do it."""
+        """Whether the file system can read past the page cache."""
         return self._descriptor is not None
 
     def read(self, buffer: npt.NDArray[np.uint8], offset: int) -> int:
-        """As `os.preadv` of one buffer."""
+        """Like `os.preadv` with one buffer."""
         assert self._descriptor is not None
         first = offset // _BLOCK_NBYTES * _BLOCK_NBYTES
         wanted = min(len(buffer), _PIECE_NBYTES)

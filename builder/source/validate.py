@@ -1,6 +1,6 @@
 """Check the fields of an ONNX file before anything is built from them: versions, names, types, functions.
 
-What is looked at here is what later stages take for granted. Nodes are compared with their operators' definitions in
+Later stages take for granted what is checked here. Nodes are compared with their operators' definitions in
 `furiosa_llm.builder.source.validate_nodes`, tensors with their data in `furiosa_llm.builder.source.validate_tensors`.
 """
 
@@ -19,17 +19,18 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import all_graphs, all_nodes
 
 MAX_INLINED_NODES = 100_000
-"""Functions that call functions double with every level: a small file may stand for more nodes than memory holds."""
+"""Functions that call functions may double the nodes with every level, so that a small file stands for more nodes than
+memory holds."""
 _OLDEST_OPSET = 7
-"""Before it, elementwise ops aligned dimensions by an attribute."""
+"""Before this opset, elementwise ops aligned dimensions by an attribute."""
 _OLDEST_IR_VERSION = 3
-"""Before it, models did not say which opset they use."""
+"""Before this version, models did not say which opset they use."""
 
 FunctionKey = tuple[str, str, str]
 
 
 def validate(proto: ModelProto, name: str, left_out: Mapping[int, LeftOut]) -> None:
-    """Raise ModelLoadError if the model in the file `name` is damaged, UnsupportedModelError if it is beyond us.
+    """Raise ModelLoadError if the model in the file `name` is damaged, UnsupportedModelError if it is not supported.
 
     `left_out` is what was left out of the graph's initializers, by their positions.
     """
@@ -57,9 +58,9 @@ def validate(proto: ModelProto, name: str, left_out: Mapping[int, LeftOut]) -> N
 
 
 def drop_fallbacks(proto: ModelProto) -> None:
-    """Leave out functions that say what an op of onnxruntime's own does, for runtimes that have not got it.
+    """Remove functions that define an op of onnxruntime's own for runtimes that lack the op.
 
-    Onnxruntime takes its op, whatever the function says.
+    Onnxruntime runs its own op, whatever the function says.
     """
     opsets = {_domain(entry.domain): entry.version for entry in proto.opset_import}
     for function in list(proto.functions):
@@ -136,7 +137,7 @@ def _domain(domain: str) -> str:
 
 
 def _check_names(graph: GraphProto, name: str, left_out: Mapping[int, LeftOut]) -> None:
-    """Every value of a graph has one source and a name of its own."""
+    """Refuse a graph unless each of its values has one source and a name of its own."""
     if graph.sparse_initializer:
         raise UnsupportedModelError(
             f'{name}: graph "{graph.name}" has sparse initializers, expected dense ones; '
@@ -176,7 +177,7 @@ def _distinct(kind: str, values: list[str], name: str) -> set[str]:
 
 
 def _check_value(value: ValueInfoProto, name: str) -> None:
-    """An input or output of the model; types other than tensors are refused once the graph is known."""
+    """Check an input or output of the model; types other than tensors are refused later, when the graph is known."""
     check_text(f"{name}: an input or output", value.name)
     where = f'{name}: "{value.name}"'
     if not value.type.HasField("tensor_type"):
@@ -266,7 +267,7 @@ def _check_function(function: FunctionProto, name: str) -> None:
 
 
 def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionProto], name: str) -> None:
-    """Functions must not call themselves, and all calls together must stand for a number of nodes that memory holds."""
+    """Refuse functions that call themselves, and calls that together stand for more nodes than memory holds."""
     calls = {key: [_key(n) for n in all_nodes(f.node) if _key(n) in functions] for key, f in functions.items()}
     sizes: dict[FunctionKey, int] = {}
     for root in functions:

@@ -1,4 +1,4 @@
-"""Compare a node with the definition of its operator: inputs and outputs in number, attributes by name and type."""
+"""Compare a node with its operator's definition: the number of inputs and outputs, names and types of attributes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLAGS = frozenset(
     ("allowzero", "ceil_mode", "exclusive", "fmod", "is_causal", "keepdims", "largest", "noop_with_empty_axes",
      "reverse", "saturate", "sorted", "transA", "transB", "upper")
 )  # fmt: skip
-"""Integer attributes that are yes or no; kernels disagree about what another number means."""
+"""Integer attributes that mean yes or no; kernels disagree about the meaning of other numbers."""
 _ELEMENT_TYPES = frozenset(("dtype", "output_dtype", "to"))
 _TYPES: Mapping[object, int] = {
     getattr(OpSchema.AttrType, name): number
@@ -47,7 +47,7 @@ _INTEGERS = frozenset(
 
 
 def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: FunctionProto | None = None) -> None:
-    """Raise ModelLoadError if `node` is not what its operator, or the function that it calls, takes."""
+    """Raise ModelLoadError if `node` does not fit its operator, or the function that it calls."""
     where = f"{file}: node {node.op_type!r:.80} {node.name!r:.200}"
     check_text(where, node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
     where = f'{file}: node {node.op_type} "{node.name}"'
@@ -71,7 +71,7 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: F
 
 
 def is_operator(op_type: str, domain: str, version: int) -> bool:
-    """Whether an op has a definition here, which a function of its name would replace."""
+    """Whether this package knows a definition of an op, which a function of the same name would replace."""
     return _definition(op_type, domain, version) is not None
 
 
@@ -87,7 +87,7 @@ def _check_attributes(node: NodeProto, where: str) -> None:
         seen.add(name)
         if attribute.type not in AttributeProto.AttributeType.values() or not attribute.type:
             _fail(where, f"has the attribute {name} of the unknown type {attribute.type}", "a type that ONNX defines")
-        if not attribute.ref_attr_name:  # what a call gives instead is checked once it is there
+        if not attribute.ref_attr_name:  # the attribute that a call puts in its place is checked after inlining
             _check_value(attribute, where)
 
 
@@ -110,7 +110,7 @@ def _is_type(attribute: AttributeProto) -> bool:
 
 
 def _check_graphs(node: NodeProto, where: str) -> None:
-    """The graphs of If, Loop and Scan take and give as many values as their node."""
+    """Check that the graphs of If, Loop and Scan take and give as many values as their node."""
     entry = OPS.get((CLOSURE_DOMAIN, node.op_type))
     if entry is None or entry.graphs is None:
         return
@@ -155,7 +155,7 @@ def _check_count(where: str, what: str, count: int, allowed: range) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _definition(op_type: str, domain: str, version: int) -> Definition | None:
-    """The definition of an operator; None if it is not known here, which is found out when its shape is asked for."""
+    """The definition of an operator; None for an unknown one, which shape inference refuses later."""
     try:
         schema = onnx.defs.get_schema(op_type, version, domain)
     except onnx.defs.SchemaError:

@@ -13,7 +13,7 @@ from furiosa_llm.builder.source.protobuf_scan import LeftOut
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
 MAX_ELEMENTS = 2**40
-"""Of one tensor. The largest weights have some 2**32; a product of damaged sizes would overflow."""
+"""The most elements of one tensor. The largest weights have some 2**32; a product of damaged sizes would overflow."""
 
 _FIELDS: Mapping[int, tuple[str, int]] = {
     TensorProto.FLOAT: ("float_data", 1),
@@ -25,19 +25,20 @@ _FIELDS: Mapping[int, tuple[str, int]] = {
     TensorProto.COMPLEX128: ("double_data", 2),
     TensorProto.STRING: ("string_data", 1),
 }
-"""Where elements lie that are not in raw_data, and how many numbers make one; all other types lie in int32_data."""
+"""Type -> the field of elements that are not in raw_data, and how many numbers make an element; the elements of all
+other types lie in int32_data."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BITS = {"COMPLEX64": 64, "COMPLEX128": 128}
 
 
 def dtype_name(number: int) -> str:
-    """ONNX's name of an element type."""
+    """ONNX's name for an element type."""
     known = number in TensorProto.DataType.values()
     return str(TensorProto.DataType.Name(number)) if known else f"number {number}"
 
 
 def check_text(where: str, *texts: object) -> None:
-    """Raise ModelLoadError for a name that no message could show; protobuf gives bytes for what is not UTF-8."""
+    """Raise ModelLoadError for a name that no message could show; protobuf gives bytes for text that is not UTF-8."""
     for text in texts:
         if not isinstance(text, str) or _CONTROL.search(text):
             raise ModelLoadError(
@@ -47,10 +48,10 @@ def check_text(where: str, *texts: object) -> None:
 
 
 def check_tensor(tensor: TensorProto, where: str, *, any_type: bool = False, left_out: LeftOut | None = None) -> None:
-    """Raise ModelLoadError unless the tensor's data has the length that its type and dimensions take.
+    """Raise ModelLoadError unless the tensor's data has the length that its type and dimensions need.
 
-    Raise UnsupportedModelError for a type that artifacts cannot hold, unless it may be of `any_type`. `left_out` is
-    what was left out when the tensor was read, which is external data by now.
+    Raise UnsupportedModelError for a type that artifacts cannot hold, unless the tensor may be of `any_type`.
+    `left_out` is what was left out when the tensor was read; by now it is external data.
     """
     check_text(repr(where)[1:-1], tensor.name)
     dims, dtype = list(tensor.dims), dtype_name(tensor.data_type)

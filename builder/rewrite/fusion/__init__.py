@@ -1,4 +1,4 @@
-"""Attention recognised by structure: decomposed attention with a growing cache becomes one GroupQueryAttention."""
+"""Recognise attention by its structure: decomposed attention with a growing cache becomes one GroupQueryAttention."""
 
 from furiosa_llm.builder.rewrite.fusion.fuse import Fusion, fuse_attention
 

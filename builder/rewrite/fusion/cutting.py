@@ -1,4 +1,4 @@
-"""Cut a part out of a graph as a model: from chosen values back to a boundary and to the graph's inputs."""
+"""Cut a part of a graph out as a model: from chosen values back to a boundary and to the graph's inputs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from furiosa_llm.builder.rewrite.fusion.match import LeftAloneError
 from furiosa_llm.builder.shapes.interpreter import Facts
 
 _MAX_CONSTANT_NBYTES = 2**24
-"""All constants of a cut together; an attention has small ones, and more of them is a sign of the model's weights."""
+"""The most bytes of all constants of a cut: an attention has small ones, so more bytes are a sign of weights."""
 _IR_VERSION = 10
 
 
 def cut(graph: ir.Graph, outputs: Sequence[ir.Value], boundary: Iterable[ir.Value], facts: Facts) -> onnx.ModelProto:
-    """The nodes that `outputs` are computed by from `boundary` and inputs of `graph`, as a model.
+    """The nodes that compute `outputs` from `boundary` and inputs of `graph`, as a model.
 
-    `facts` tell the types and the number of dimensions of its inputs. Raises LeftAloneError if the nodes need large
+    `facts` give the types of its inputs and their numbers of dimensions. Raises LeftAloneError if the nodes need large
     constants, or constants whose data is absent.
     """
     ends = set(boundary)
@@ -43,7 +43,7 @@ def cut(graph: ir.Graph, outputs: Sequence[ir.Value], boundary: Iterable[ir.Valu
 
 
 def _ancestors(outputs: Sequence[ir.Value], ends: set[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The nodes behind `outputs`, each behind those that it reads, and the values that no such node gives."""
+    """The nodes that `outputs` depend on, in topological order, and the values that they read but do not give."""
     nodes: dict[ir.Node, None] = {}
     leaves: dict[ir.Value, None] = {}
     stack: list[tuple[ir.Value, bool]] = [(value, False) for value in outputs]

@@ -1,4 +1,4 @@
-"""The pass: match every attention, write its replacement, prove it, and take it or leave the graph as it was."""
+"""The pass: match every attention, write its replacement, prove it, and then use it or leave the graph as it was."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from furiosa_llm.builder.rewrite.fusion.trial import TOLERANCES, prove
 from furiosa_llm.builder.rules.view import MICROSOFT
 
 _OLDEST_OPSET = 13
-"""Since then Unsqueeze takes its axes as an input."""
+"""Since this opset, Unsqueeze takes its axes as an input."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fusion:
-    """What was done to the attentions of a model."""
+    """What the pass did to the attentions of a model."""
 
     fused: int = 0
     left: tuple[str, ...] = ()
     """A line for each attention that stays as it is: the node that names it, and why."""
     changed: bool = False
-    """Whether the graph is another now, and must be probed again; sizes may come from other inputs than before."""
+    """Whether the graph has changed and must be probed again; sizes may come from other inputs than before."""
 
 
 def fuse_attention(model: ir.Model, probes: Probes) -> Fusion:
-    """Replace decomposed attention in `model` by GroupQueryAttention, each replacement proved on numbers first."""
+    """Replace decomposed attention in `model` by GroupQueryAttention, after proving each replacement on numbers."""
     return _Pass(model, probes).run()
 
 
@@ -45,7 +45,7 @@ class _Pass:
         self._probes = probes
         self._facts = (probes.facts, probes.others)
         self._proved: dict[object, str | None] = {}
-        """For each structure the reason why its replacement is wrong, None if it is right."""
+        """Structure of an attention -> the reason why its replacement is wrong; None if it is right."""
         self._left: dict[ir.Node, str] = {}
 
     def run(self) -> Fusion:
@@ -88,7 +88,7 @@ class _Pass:
         return found
 
     def _fuse(self, found: Match, sizes: Sizes) -> bool:
-        """Replace one attention; whether it was."""
+        """Replace one attention; returns whether it was replaced."""
         replacement: Replacement | None = None
         try:
             interior = interior_of(found)
@@ -116,7 +116,7 @@ class _Pass:
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be what `old` is, and have its name where that is an output's."""
+    """Make `new` take the place of `old`, and its name if `old` is a graph output."""
     if old.is_graph_output():
         name, old.name = old.name, f"{old.name}/unfused"
         new.name, new.type, new.shape = name, old.type, old.shape

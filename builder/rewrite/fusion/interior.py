@@ -1,4 +1,4 @@
-"""The nodes of an attention between its boundary and its output, and when two attentions are alike."""
+"""The nodes of an attention between its boundary and its output, and a key to compare two attentions by."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SMALL_NBYTES = 1024
 
 
 def interior_of(found: Match) -> dict[ir.Node, None]:
-    """Nodes that the output needs and that query, keys or values lead to, in the order of the computation.
+    """Nodes that the output depends on and that depend on query, keys or values, in the order of the computation.
 
-    Raises LeftAloneError if a value between them is read elsewhere, or if the mask is made from one.
+    Raises LeftAloneError if a value between them is read elsewhere, or if the mask is computed from one.
     """
     starts = {found.query.value, found.key.present, found.value.present}
     inside = _nodes_between(starts, found.output.value)
@@ -55,9 +55,9 @@ def _nodes_between(starts: set[ir.Value], end: ir.Value) -> dict[ir.Node, None]:
 
 
 def structure_of(found: Match, interior: dict[ir.Node, None], facts: Facts) -> object:
-    """A key that is equal for two attentions of one graph if the same is computed from boundaries of the same form.
+    """A key, equal for two attentions of one graph if they compute the same from boundaries of the same form.
 
-    Values that the attention does not compute itself (its mask) must be the same ones.
+    Values that the attention does not compute itself (its mask) must be identical.
     """
     numbers: dict[ir.Value, object] = {}
     heads = (found.query, found.key.new, found.value.new)
@@ -65,7 +65,7 @@ def structure_of(found: Match, interior: dict[ir.Node, None], facts: Facts) -> o
         numbers[one.value] = (position, one.form, one.num_heads, one.size)
     for position, cache in enumerate((found.key, found.value)):
         numbers[cache.past] = ("past", position, cache.past.is_graph_input(), facts[cache.past].dtype)
-        numbers[cache.present] = ("present", position)  # of the past and what the new heads' form tells
+        numbers[cache.present] = ("present", position)  # computed from the past and the new heads, whose form is known
     rows = []
     for row, node in enumerate(interior):
         inputs = tuple(None if v is None else numbers.get(v, _leaf(v)) for v in node.inputs)
@@ -76,7 +76,7 @@ def structure_of(found: Match, interior: dict[ir.Node, None], facts: Facts) -> o
 
 
 def _leaf(value: ir.Value) -> object:
-    """What tells a value from outside from others: a small constant's elements, or itself."""
+    """What identifies a value from outside: the elements of a small constant, or the value itself."""
     tensor = value.const_value if value.is_initializer() else None
     if tensor is None or tensor.nbytes > _SMALL_NBYTES:
         return id(value)

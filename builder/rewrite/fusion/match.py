@@ -1,4 +1,4 @@
-"""What the matcher finds: the values around one attention, and how the scores were made between them."""
+"""What the matcher finds: the values around one attention, and how the scores are computed between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Form = Literal["heads first", "heads inside", "packed"]
 
 
 class LeftAloneError(Exception):
-    """Why an attention stays as it is; its message ends up in the report."""
+    """Why an attention stays as it is; the report shows the message."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +23,12 @@ class Heads:
     form: Form
     num_heads: int
     size: int
-    """Elements of a head's vector."""
+    """The number of elements of a head's vector."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """The positions before this step, this step's, and both: `b kv t d` all three."""
+    """Keys or values of the positions before this step, of this step's, and of both: each is `b kv t d`."""
 
     past: ir.Value
     new: Heads
@@ -37,16 +37,14 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One step from the scaled scores to the softmax, which adds `value` to them or puts it where they are hidden.
-
-    With `condition`, positions where it is `keeps` stay and the others become `value`. A term without `value` is a
-    change of the scores' form or type, from `before` to `after`.
-    """
+    """One step from the scaled scores to the softmax, which adds a value to them or puts it where they are hidden."""
 
     before: ir.Value
     after: ir.Value
     value: ir.Value | None = None
+    """None for a step that only changes the scores' form or type, from `before` to `after`."""
     condition: ir.Value | None = None
+    """If present, scores stay where it equals `keeps`, and the others become `value`."""
     keeps: bool = True
 
 
@@ -62,13 +60,13 @@ class Match:
     output: Heads
     scale: float
     softcap: float
-    """0 for none."""
+    """0 without a soft cap."""
     terms: tuple[Term, ...]
-    """In the order of the computation."""
+    """The terms in the order of the computation."""
 
     @property
     def boundary(self) -> tuple[ir.Value, ...]:
-        """The values that the attention is computed from, but for its mask."""
+        """The values that the attention is computed from, except for its mask."""
         return (self.query.value, self.key.new.value, self.value.new.value, self.key.past, self.value.past)
 
     @property

@@ -68,7 +68,7 @@ class _Matcher:
     # -- from the product with the values to the scores ----------------------------------------------------------
 
     def _fused(self) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
-        """An Attention op; its defaults are those of the standard."""
+        """Match an Attention op, with the defaults of the standard."""
         node = self._anchor
         if len(node.outputs) > 1 and any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
             raise LeftAloneError("its scores are read elsewhere")
@@ -98,7 +98,7 @@ class _Matcher:
         return query, key, terms
 
     def _softmax(self, weights: ir.Value) -> ir.Node:
-        """The Softmax behind `weights`; between them only changes of form and a guard against NaN."""
+        """The Softmax that gives `weights`, with only changes of form and a guard against NaN between them."""
         current = weights
         for _ in range(MAX_STEPS):
             node = current.producer()
@@ -115,7 +115,7 @@ class _Matcher:
         raise LeftAloneError("no softmax gives its weights")
 
     def _ways_back(self, value: ir.Value, depth: int = 0) -> Iterator[list[Hop]]:
-        """Paths from the softmax back to a product with cached keys: each node with the port of the scores."""
+        """Paths from the softmax back to a product with cached keys: each node with the port that the scores enter."""
         node = value.producer()
         if node is None or node.domain or depth > MAX_STEPS:
             return
@@ -129,7 +129,7 @@ class _Matcher:
                 yield [(node, port), *rest]
 
     def _read(self, steps: list[Hop]) -> tuple[ir.Value, Cache, tuple[Term, ...]]:
-        """Scale, soft cap and terms along `steps`, which go from the softmax back; each kind has its place."""
+        """Read scale, soft cap and terms along `steps`, which go back from the softmax; each kind has its place."""
         terms: list[Term] = []
         scaled = False
         for (node, port), (before, _) in itertools.pairwise(steps):
@@ -151,7 +151,7 @@ class _Matcher:
         return *self._product(steps, start=len(steps) - 1), tuple(reversed(terms))
 
     def _product(self, steps: list[Hop], *, start: int) -> tuple[ir.Value, Cache]:
-        """The query, and the cached keys; what lies behind `start` scales the scores before the soft cap."""
+        """The query and the cached keys; the steps from `start` on scale the scores before the soft cap."""
         for node, port in steps[start:-1]:
             if node.op_type in FACTORS:
                 self._scale *= self._factor(node, port)
@@ -165,7 +165,7 @@ class _Matcher:
     # -- queries, caches and the output --------------------------------------------------------------------------
 
     def _cache(self, value: ir.Value, *, scaled: bool) -> Cache:
-        """The cache behind `value`, past changes of form, repeated heads and, for keys, factors."""
+        """The cache that `value` comes from, through changes of form, repeated heads and, for keys, factors."""
         found = cache_source(value, REPEATS | (FACTORS if scaled else frozenset()))
         if found is None:
             raise LeftAloneError("its keys or values are not appended to a cache")
@@ -212,7 +212,7 @@ class _Matcher:
         )
 
     def _heads(self, value: ir.Value, num_heads: int, size: int) -> Heads:
-        """`value`, which has heads first, or what it is a transposition of."""
+        """`value`, which has heads first, or the value that it is a transposition of."""
         form: Form = "heads first"
         node = value.producer()
         if node is not None and node.op_type == "Transpose" and _permutation(node) == (0, 2, 1, 3):
@@ -226,7 +226,7 @@ class _Matcher:
         return Heads(value=value, form=form, num_heads=num_heads, size=size)
 
     def _output(self, query: Heads) -> Heads:
-        """The furthest value behind the anchor that only changes the form of its output."""
+        """The furthest value after the anchor that is only another form of the anchor's output."""
         current, found = self._anchor.outputs[0], None
         for _ in range(4):
             form = self._form(current, query)
@@ -266,7 +266,7 @@ class _Matcher:
         return node.op_type in FACTORS and scalar(operand(node, 1 - port)) is not None
 
     def _factor(self, node: ir.Node, port: int) -> float:
-        """What `node` multiplies its input `port` with."""
+        """The number by which `node` multiplies its input `port`."""
         number = scalar(operand(node, 1 - port))
         if number is None or (node.op_type == "Div" and (port == 1 or not number)):
             raise LeftAloneError(f'{node.op_type} "{node.name}" scales by more than one constant')

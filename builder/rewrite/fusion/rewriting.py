@@ -1,7 +1,7 @@
-"""Write the GroupQueryAttention that stands for a match: its operands, its mask, and the sizes that it is told.
+"""Write the GroupQueryAttention that replaces a match: its operands, its mask, and the sizes that it is given.
 
-The op is causal by itself and knows padding only behind the valid positions. So whatever the graph adds to the scores,
-computed as in the graph, goes in as the op's bias, and every sequence is said to have the whole length.
+The op is causal by itself and knows padding only after the valid positions. So everything that the graph adds to the
+scores, computed as in the graph, becomes the op's bias, and every sequence is given the whole length.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from furiosa_llm.builder.shapes.interpreter import Facts, Shape
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Replacement:
-    """Nodes in the graph that nothing reads yet, and what they give."""
+    """New nodes in the graph that nothing reads yet, and their results."""
 
     nodes: tuple[ir.Node, ...]
     results: tuple[ir.Value, ir.Value, ir.Value]
-    """In the order of `Match.results`."""
+    """The results in the order of `Match.results`."""
     bias: ir.Value | None
-    """What is added to the scores, `b|1 h|1 s t`, none of it lower than the lowest number."""
+    """The value that is added to the scores, `b|1 h|1 s t`; no element is lower than the type's lowest number."""
     in_place: bool
-    """Whether the op may write into the caches that it reads: all sizes come from elsewhere."""
+    """Whether the op may write into the caches that it reads: no size comes from a cache."""
 
 
 def is_in_place(found: Match, sizes: Sizes) -> bool:
-    """Whether the caches of `found` are the graph's own, and other inputs tell how much of them is valid."""
+    """Whether the caches of `found` are graph inputs, and other inputs show how much of them is valid."""
     caches = (found.key.past, found.value.past)
     return sizes.has("batch", "sequence", "total") and all(v.is_graph_input() for v in caches)
 
 
 def replace(found: Match, facts: tuple[Facts, Facts], sizes: Sizes) -> Replacement:
-    """Write the replacement of `found` in front of its anchor; raises LeftAloneError where the op has no such form."""
+    """Write the replacement of `found` before its anchor; raises LeftAloneError if the op has no such form."""
     return _Replacing(found, facts, sizes).run()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Bias:
-    """A bias as it grows: a value of 4 dimensions, and its shapes at the two sets of sizes."""
+    """The bias so far: a value of 4 dimensions, and its shapes at the two sets of sizes."""
 
     value: ir.Value
     shapes: tuple[Shape, ...]
@@ -85,7 +85,7 @@ class _Replacing:
             "GroupQueryAttention", operands, [""] * 3, domain=MICROSOFT, attributes=attributes
         )
         wanted = self._facts[0][found.results[0]].dtype
-        if wanted != self._dtype:  # scores of another type than the caches, and nothing behind them casts back
+        if wanted != self._dtype:  # the scores have another type than the caches, and nothing after them casts back
             output = self._new.add("Cast", [output], to=int(wanted))
         results = (self._unpacked(output), key, value)
         nodes = self._new.put_before(found.anchor)
@@ -94,7 +94,7 @@ class _Replacing:
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     def _total_size(self) -> ir.Value:
-        """The number of positions, past and new."""
+        """The number of positions, past and new together."""
         if self._in_place:
             return self._sizes["total"]
         past = size_of(self._new, self._match.key.past, 2)
@@ -131,7 +131,7 @@ class _Replacing:
     # -- the mask ------------------------------------------------------------------------------------------------
 
     def _bias(self) -> ir.Value | None:
-        """What the terms make of scores that are zero."""
+        """The bias: the result of applying the terms to scores of zero."""
         bias: _Bias | None = None
         dtype: ir.DataType | None = None
         for term in self._match.terms:
@@ -182,7 +182,7 @@ class _Replacing:
         return _Bias(value, tuple((s[0] // heads, heads, *s[1:]) for s in shapes))
 
     def _spread(self, bias: _Bias) -> ir.Value:
-        """The bias with a dimension of all new and one of all positions, as the op wants it."""
+        """The bias with one dimension of all new positions and one of all positions, as the op requires."""
         query, rows = self._match.query, []
         at = 2 if query.form == "heads first" else 1
         for shape, facts in zip(bias.shapes, self._facts, strict=True):

@@ -13,9 +13,9 @@ Kinds = Mapping[str, tuple[int | str, ...]]
 
 
 class Sizes:
-    """Sizes of the graph's inputs other than caches as int64 vectors of one element, each written once.
+    """Sizes of the graph's inputs other than caches, as int64 vectors of one element, each written once.
 
-    A cache in place is longer than what is valid of it, so that its length says nothing.
+    A cache in place is longer than its valid positions, so its length is of no use.
     """
 
     def __init__(self, graph: ir.Graph, kinds: Kinds) -> None:
@@ -48,7 +48,7 @@ class Sizes:
         return all(kind in self._sources for kind in kinds)
 
     def __getitem__(self, kind: str) -> ir.Value:
-        """The size `kind`; `past` is what `total` and `sequence` leave."""
+        """The size `kind`; `past` is `total` minus `sequence`."""
         if kind not in self._known:
             if kind == "past":
                 self._known[kind] = self._new.add("Sub", [self["total"], self["sequence"]])
@@ -58,7 +58,7 @@ class Sizes:
         return self._known[kind]
 
     def replace_shape_of(self, cache: ir.Value) -> None:
-        """Let every node that asks for the shape of the graph input `cache` have it from the other inputs."""
+        """Make every node that reads the shape of the graph input `cache` get it from the other inputs."""
         for node in [node for node, _ in cache.uses() if node.op_type == "Shape" and not node.domain]:
             start, end = (None if a is None else a.as_int() for a in map(node.attributes.get, ("start", "end")))
             dims = self._kinds[str(cache.name)][start:end]

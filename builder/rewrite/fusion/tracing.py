@@ -1,4 +1,4 @@
-"""Follow an attention's wiring: where it may be found, what lies behind a value, and which numbers it is scaled by."""
+"""Follow an attention's wiring: its anchors, the cache that a value comes from, and the numbers that scale it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import onnx_ir as ir
 from furiosa_llm.builder.rewrite.fusion.match import LeftAloneError
 
 Hop = tuple[ir.Node, int]
-"""A node, and which of its inputs the data came in by."""
+"""A node, and the number of the input at which the data came in."""
 
 VIEWS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-"""What changes no element, only the form or the type of a value."""
+"""Ops that change no element, only the form or the type of a value."""
 MOVES = VIEWS | {"Transpose"}
 REPEATS = MOVES | {"Expand"}
 FACTORS = frozenset({"Div", "Mul"})
 _BEHIND_SOFTMAX = VIEWS | {"Add", "Div", "Dropout", "Mul", "Slice", "Where"}
-"""What may lie between softmax and product; whether it is harmless is looked at later, with a line in the report."""
+"""Ops that may lie between softmax and product; a later check whether they are harmless adds a line to the report."""
 MAX_STEPS = 16
-"""More nodes than any exporter puts between two ends of an attention that are looked for."""
+"""The most nodes of a path: more than any exporter puts between two ends of an attention."""
 
 
 def anchors(graph: ir.Graph) -> list[ir.Node]:
@@ -35,7 +35,7 @@ def anchors(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _weighings(softmax: ir.Value) -> list[ir.Node]:
-    """The products that take a softmax, possibly behind a change of form or a guard against NaN."""
+    """The products that read a softmax, possibly through a change of form or a guard against NaN."""
     found: list[ir.Node] = []
     queue, seen = [softmax], {softmax}
     while queue and len(seen) < MAX_STEPS:
@@ -49,7 +49,7 @@ def _weighings(softmax: ir.Value) -> list[ir.Node]:
 
 
 def scalar(value: ir.Value, depth: int = 0) -> float | None:
-    """The number that `value` holds at any sizes and inputs, if it is one."""
+    """The number that `value` holds at any sizes and inputs; None if it is not one constant number."""
     tensor = value.const_value if value.is_initializer() else None
     if tensor is not None:
         return _number(tensor)
@@ -79,7 +79,7 @@ def _number(tensor: ir.TensorProtocol) -> float | None:
 
 
 def cache_source(value: ir.Value, through: frozenset[str] | set[str]) -> tuple[ir.Node, list[Hop]] | None:
-    """The Concat of a cache behind `value`, and the nodes on the way to it with the port of the data."""
+    """The Concat of the cache that `value` comes from, and the nodes on the way to it with the port of the data."""
     path: list[Hop] = []
     current = value
     for _ in range(MAX_STEPS):
@@ -106,7 +106,7 @@ def _is_past(value: ir.Value) -> bool:
 
 
 def factor_port(node: ir.Node) -> int | None:
-    """Which input of a Mul or Div is the data, if the other is a number."""
+    """Which input of a Mul or Div is the data if the other is a number."""
     for port in (0, 1) if node.op_type == "Mul" else (0,):
         if scalar(operand(node, 1 - port)) is not None:
             return port
@@ -114,7 +114,7 @@ def factor_port(node: ir.Node) -> int | None:
 
 
 def is_guard(node: ir.Node) -> bool:
-    """Where(IsNaN(x), 0, x)."""
+    """Whether `node` is Where(IsNaN(x), 0, x)."""
     condition, zero, kept = (operand(node, port) for port in range(3))
     test = condition.producer()
     return test is not None and test.op_type == "IsNaN" and test.inputs[0] is kept and scalar(zero) == 0

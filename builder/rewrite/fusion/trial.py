@@ -1,4 +1,4 @@
-"""Prove a replacement on numbers: run it and the original side by side on random queries, caches and masks."""
+"""Prove a replacement on numbers: run it and the original on the same random queries, caches and masks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from furiosa_llm.builder.shapes.interpreter import Facts
 Array = npt.NDArray[Any]
 
 TOLERANCES = {ir.DataType.FLOAT: 2e-5, ir.DataType.FLOAT16: 5e-3}
-"""Of the greatest magnitude in the original's output; other types have no such op on a CPU."""
+"""Type -> greatest difference, as a fraction of the greatest magnitude in the original's output; other types have no
+such op on a CPU."""
 
 _ROOM = 5
-"""By how many positions a cache in place is longer than what is valid of it."""
+"""By how many positions a cache in place is longer than its valid part."""
 _HIDDEN = 1e4
-"""A score is hidden if this much and more is taken from it; float16 has no more than 65504."""
+"""A score is hidden if at least this much is subtracted from it; float16 has no number above 65504."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,18 +57,18 @@ CASES = (
     Case(batch=1, sequence=4, past=5),
     Case(batch=1, sequence=5, past=8, hidden="left"),
 )
-"""Prefill, decode, and a chunk behind a past; the op takes a chunk of one sequence only."""
+"""Prefill, decode, and a chunk after a past; the op takes a chunk of one sequence only."""
 
 
 LONG_CASE = Case(batch=1, sequence=24, past=36)
-"""A longer one, for what begins far away only; models with a small window do not take it."""
+"""A longer case, for effects that begin only far away; models with a small window do not take it."""
 
 
 def prove(found: Match, replacement: Replacement, graph: ir.Graph, kinds: Kinds, facts: Facts) -> None:
-    """Compare `replacement` with what it replaces; raises LeftAloneError with the difference, or why there is none.
+    """Compare `replacement` with what it replaces; raises LeftAloneError with the difference, or why they cannot run.
 
-    Queries, new keys and values, and caches are random. Rows of scores that the mask hides wholly have no meaning and
-    are not compared, but then no other row may look at their positions.
+    Queries, new keys and values, and caches are random. Rows of scores that the mask hides completely have no meaning
+    and are not compared, but then no other row may attend to their positions.
     """
     dtype = facts[found.query.value].dtype
     original = _Part(graph, found.results, found.boundary, facts, "the original")
@@ -87,7 +88,7 @@ def prove(found: Match, replacement: Replacement, graph: ir.Graph, kinds: Kinds,
 
 
 class _Part:
-    """A part of the graph in a session."""
+    """A part of the graph, in an onnxruntime session."""
 
     def __init__(
         self, graph: ir.Graph, outputs: Sequence[ir.Value], boundary: Sequence[ir.Value], facts: Facts, what: str
@@ -118,7 +119,7 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     *(ort_state.EPFail, ort_state.Fail, ort_state.InvalidArgument, ort_state.InvalidGraph, ort_state.InvalidProtobuf),
     *(ort_state.NotImplemented, ort_state.RuntimeException),
 )
-"""What onnxruntime raises: its exceptions have no common base of their own."""
+"""The exceptions that onnxruntime raises: they have no common base of their own."""
 
 
 def _session(model: onnx.ModelProto) -> ort.InferenceSession:
@@ -143,11 +144,11 @@ class _Feeds:
         self._random = random
 
     def arrays(self) -> dict[str, Array]:
-        """By name, those of the graph's inputs and of the attention's boundary."""
+        """The arrays for the graph's inputs and the attention's boundary, by name."""
         feeds = {str(value.name): self._input(value) for value in self._graph.inputs}
         case, found = self._case, self._found
         for heads, strength in ((found.query, 3), (found.key.new, 1), (found.value.new, 1)):
-            # Strong queries: what a soft cap or a scale does to the scores must show.
+            # Strong queries, so that the effect of a soft cap or a scale on the scores shows.
             feeds[str(heads.value.name)] = self._normal(heads.value, self._shape(heads), strength)
         for cache in (found.key, found.value):
             shape = (case.batch, cache.new.num_heads, case.past, cache.new.size)
@@ -186,7 +187,7 @@ class _Feeds:
 
 
 def _with_room(feeds: Mapping[str, Array], found: Match, room: int) -> dict[str, Array]:
-    """`feeds` with caches that have `room` behind their past."""
+    """`feeds` with caches that have room for `room` positions after their past."""
     given = dict(feeds)
     for cache in (found.key, found.value):
         past = given[str(cache.past.name)]
