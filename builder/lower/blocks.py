@@ -11,7 +11,7 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
 MAX_CROSSING = 2
-"""The residual stream, and what was added to it last where the two are not yet summed."""
+"""Two values may cross: the residual stream, and the value that is still to be added to it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class BlockSpan:
 
 
 def levels(nodes: Sequence[ir.Node]) -> dict[ir.Value, int]:
-    """For every value the number of collectives on the longest way to it; -1 if it follows from initializers alone."""
+    """For every value the number of collectives on the longest path to it; -1 if it follows from initializers alone."""
     level: dict[ir.Value, int] = {}
     for node in nodes:
         present = [v for v in node.inputs if v is not None]
@@ -37,7 +37,7 @@ def levels(nodes: Sequence[ir.Node]) -> dict[ir.Value, int]:
 
 
 def find_blocks(graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, ShardedTensor]) -> list[BlockSpan]:
-    """Cut the program behind collectives, at most once between two uses of different layers' states."""
+    """Cut the program after collectives, at most once between two uses of different layers' states."""
     nodes = list(graph)
     level = levels(nodes)
     crossing = _crossings(nodes, level)
@@ -65,7 +65,7 @@ def find_blocks(graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, Sh
 
 
 def _crossings(nodes: Sequence[ir.Node], level: Mapping[ir.Value, int]) -> dict[int, list[str]]:
-    """For every place behind a collective the values that cross it, but for those that follow from inputs alone."""
+    """For every place after a collective the values that cross it, except values that follow from inputs alone."""
     last_use = {v: i for i, node in enumerate(nodes) for v in node.inputs if v is not None}
     alive: dict[ir.Value, int] = {}
     found: dict[int, list[str]] = {}
@@ -78,9 +78,9 @@ def _crossings(nodes: Sequence[ir.Node], level: Mapping[ir.Value, int]) -> dict[
 
 
 def _states_used(nodes: Sequence[ir.Node], states: Sequence[str], level: Mapping[ir.Value, int]) -> list[int]:
-    """For every place the number of states whose elements have met what collectives before it gave, or gone into one.
+    """For every place the number of states used before it: combined with a collective's result, or read by one.
 
-    What is made of states and other inputs alone (a window of the past) can be made again where it is read.
+    What follows from states and other inputs alone (a window of the past) can be computed again where it is read.
     """
     behind = {state: frozenset((state,)) for state in states}
     seen, counts = set[str](), [0]

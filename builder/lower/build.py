@@ -19,12 +19,12 @@ from furiosa_llm.builder.source.load import Source
 from furiosa_llm.runtime.artifact.manifest import Task
 
 _OLDEST_IR_VERSION = 8
-"""What the graph in memory is written as, at least."""
+"""The least IR version that the graph in memory is written with."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """The source, what was found out about it, and the program made of it."""
+    """The source, its analysis and plan, and the program made of it."""
 
     source: Source
     model: ir.Model
@@ -64,8 +64,8 @@ class Build:
         """Stored tensors in the order in which they are written.
 
         Those with the largest elements come first, so that every window of a file is aligned to its elements; then in
-        the order in which the program first reads their sources, unused ones last. All of one source follow each
-        other, so that it is read once.
+        the order in which the program first reads their sources, unused ones last. The tensors of one source follow
+        each other, so that it is read once.
         """
         reads = (str(value.name) for node in self.lowered.graph for value in node.inputs if value is not None)
         order = {name: position for position, name in enumerate(dict.fromkeys(reads))}
@@ -86,7 +86,7 @@ class Build:
         return sorted(self.lowered.tensors.values(), key=place)
 
     def stored_initializers(self) -> dict[str, tuple[str, ...]]:
-        """Original initializer -> the stored tensors that make it up; those are absent whose data source.onnx keeps."""
+        """Original initializer -> the stored tensors that make it up; initializers kept in source.onnx are absent."""
         by_source: dict[int, dict[object, list[str]]] = {}
         for tensor in self.lowered.tensors.values():
             if tensor.source is not None:

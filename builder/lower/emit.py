@@ -35,7 +35,7 @@ class Lowered:
 def lower(analysis: Analysis, mesh: Mesh, assignment: Assignment, outcome: Outcome, model: ir.Model) -> Lowered:
     """Emit the program of an assignment whose sweep had this outcome.
 
-    `model` is the source: those of its initializers that the program does not read are kept, too.
+    `model` is the source; its initializers are kept even if the program does not read them.
     """
     lowering = _Lowering(analysis, Layouts(analysis, assignment, mesh), outcome, ProgramBuilder(analysis.graph, mesh))
     lowering.run()
@@ -69,7 +69,7 @@ class _Lowering:
             self._program.graph.outputs.append(self._output(value))
 
     def keep_unused(self, model: ir.Model) -> None:
-        """Store what the program does not read, so that the original model can be rebuilt."""
+        """Store the initializers that the program does not read, so that the original model can be rebuilt."""
         used = {id(tensor.source) for tensor in self._program.tensors.values()}
         for name, value in model.graph.initializers.items():
             assert value.const_value is not None
@@ -114,7 +114,7 @@ class _Lowering:
             self._now[value] = self._finish(info, step, port, value, emitted)
 
     def _local_attributes(self, info: NodeInfo) -> dict[str, object]:
-        """Attributes that are sizes, as the ranks must have them."""
+        """The attributes that are sizes, with each rank's local sizes."""
         mesh = self._layouts.mesh
 
         def size(symbols: str) -> int:
@@ -126,7 +126,7 @@ class _Lowering:
         }
 
     def _raw_names(self, info: NodeInfo, step: NodeAction) -> list[str]:
-        """Names of what the node itself gives; the plain name belongs to the value once it is finished."""
+        """Names of the node's own outputs; the plain name belongs to the value after `_finish`."""
         changed = {port for port, _ in step.slices}
         if step.average_parts > 1 or info.rule.ignores_values:
             changed.add(0)
@@ -134,7 +134,7 @@ class _Lowering:
         return [f"{n}/raw" if p in changed or n in self._output_names else n for p, n in enumerate(names)]
 
     def _finish(self, info: NodeInfo, step: NodeAction, port: int, value: ir.Value, emitted: ir.Value) -> ir.Value:
-        """What a node's output needs after the node: averaging, global sizes, the rank's part."""
+        """Append what an output needs after its node: averaging, global sizes, the rank's part."""
         name = str(value.name)
         if step.average_parts > 1:
             dtype = self._analysis.facts[value].dtype
@@ -180,7 +180,7 @@ class _Lowering:
         return self._masked(value, emitted, valid, "cleared")
 
     def _masked(self, value: ir.Value, emitted: ir.Value, mask: ir.Value, label: str) -> ir.Value:
-        """Zeros where a mask says so: by Where, as zero times infinity is not zero."""
+        """Zeros where the mask is false. This takes Where, because zero times infinity is not zero."""
         dtype = self._analysis.facts[value].dtype
         zero = self._program.constant(np.zeros((), dtype=dtype.numpy()), dtype)
         return self._program.one("Where", [mask, emitted, zero], name=f"{emitted.name}/{label}")
@@ -198,7 +198,7 @@ class _Lowering:
         return self._program.node(kind, [data], name=name, domain=COLLECTIVE_DOMAIN, attributes=attributes)[0]
 
     def _gather(self, value: ir.Value, whole: tuple[int, ...]) -> ir.Value:
-        """`value` with some dimensions whole; gathered once for all who need the same."""
+        """`value` with some dimensions whole; gathered once for all nodes that need the same dimensions whole."""
         emitted = self._now[value]
         for count in range(1, len(whole) + 1):
             key = (value, whole[:count])

@@ -1,4 +1,4 @@
-"""What each input and output of a model is taken for, and from what that was inferred: for people."""
+"""What each input and output of a model is taken for, and what that was inferred from, for people to read."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Layouts:
         return self._found[value]
 
     def of_factor(self, factor: Factor) -> Dim:
-        """The layout of a factor, not simplified: every segment that the analysis has told apart is still there."""
+        """The layout of a factor, not simplified: every segment that the analysis distinguishes is still there."""
         return to_dim(factor, self._assignment)
 
     def of_dimension(self, value: ir.Value, d: int) -> Dim:

@@ -26,8 +26,8 @@ def emit_lookup(
 ) -> ir.Value:
     """Emit a Gather whose table is split over `axes` on the axis that is looked up.
 
-    Each rank looks up what it holds and gives zeros for the rest, so that the sum over the ranks is the result. An
-    index that is out of the table's range is out of range on every rank, and fails as it did before.
+    Each rank looks up the rows that it holds and gives zeros for the others, so that the sum over the ranks is the
+    result. An index out of the table's range is out of range on every rank, and fails as in the unsplit model.
     """
     node, axis = info.node, info.rule.axis
     assert axis is not None
@@ -52,7 +52,7 @@ def _local_index(
     axes: Axes,
     dim: Dim,
 ) -> tuple[ir.Value, ir.Value]:
-    """Whether this rank holds the row, and where: row 0 for rows of other ranks, and out of range for no row at all."""
+    """Whether this rank holds the row, and its local index: 0 for other ranks' rows, out of range for no row at all."""
     source = info.node.inputs[1]
     assert source is not None
     kind = facts[source].dtype
@@ -79,5 +79,5 @@ def _local_index(
 
 
 def _at_least(program: ProgramBuilder, left: ir.Value, right: ir.Value, name: str) -> ir.Value:
-    """GreaterOrEqual in terms that opsets before 12 know, too."""
+    """GreaterOrEqual, written with ops that exist before opset 12."""
     return program.one("Not", [program.one("Less", [left, right], name=f"{name}/not")], name=name)

@@ -1,7 +1,7 @@
-"""The SPMD program under construction: a new graph, the constants in it, and the weights behind it.
+"""The SPMD program under construction: a new graph, its constants, and its weights.
 
-All ranks run this one graph. What differs between ranks lies in `ShardedTensor`s: weights, and the few small tensors
-that tell a rank its place (whether it is the first of its group, where its part of a table begins).
+All ranks run this one graph. What differs between ranks lies in `ShardedTensor`s: weights, and a few small tensors
+from which a rank knows its place (whether it is the first of its group, where its part of a table begins).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ShardedTensor:
     local_shape: tuple[int, ...]
     shard_axes: Axes
     layout: tuple[Dim, ...] | None
-    """A layout per dimension of `source`; None for tensors of the builder's own."""
+    """A layout per dimension of `source`; None for a tensor that the builder made."""
     source: ir.TensorProtocol | None
     """The original weight that the shards are cut from."""
     part: Part | None = None
@@ -43,7 +43,7 @@ class ShardedTensor:
     whole_layout: tuple[Dim, ...] | None = None
     """The layout of all of `source`."""
     made: Callable[[], npt.NDArray[np.generic]] | None = None
-    """For tensors of the builder's own: gives all shards, `[number of shards, *local shape]`."""
+    """For a tensor that the builder made: returns all shards, `[number of shards, *local shape]`."""
 
     @property
     def local_nbytes(self) -> int:
@@ -83,7 +83,7 @@ class ProgramBuilder:
         if isinstance(outputs, int):
             outputs = [unique if outputs == 1 else f"{unique}/{i}" for i in range(outputs)]
         values = [ir.Value(name=self._unique(o, self._names) if o else "") for o in outputs]
-        # The function checks what it is given; its annotation lists all that an attribute may hold.
+        # The function checks its argument; the annotation lists all types that an attribute may have.
         attrs = [
             a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type]
             for k, a in (attributes or {}).items()
@@ -121,7 +121,7 @@ class ProgramBuilder:
         return self._constants[key]
 
     def per_rank(self, key: str, axes: Axes, shards: npt.NDArray[np.generic]) -> ir.Value:
-        """A tensor of the builder's own that differs along `axes`: `shards` is `[parts, *local shape]`."""
+        """A tensor made by the builder that differs along `axes`: `shards` is `[parts, *local shape]`."""
         name = f"rank/{key}/{'.'.join(map(str, axes))}"
         full_key = (name, shards.tobytes())
         if full_key not in self._constants:
@@ -169,7 +169,7 @@ class ProgramBuilder:
     def _add_parts(
         self, name: str, tensor: ir.TensorProtocol, layout: tuple[Dim, ...], d: int, segments: Sequence[Dim]
     ) -> ir.Value:
-        """A weight whose segments are split over different axes: stored apart, so that nothing is stored twice."""
+        """A weight whose segments are split over different axes, stored apart so that nothing is stored twice."""
         parts: list[ir.Value] = []
         start = 0
         for number, dim in enumerate(segments):
@@ -208,7 +208,7 @@ class ProgramBuilder:
             self._add_stored(name, tensor, layout, layout, None)
 
     def _register(self, tensor: ShardedTensor) -> ir.Value:
-        """A program initializer whose data will be in a weights file; until it is written it has none."""
+        """A program initializer whose data will be in a weights file; it has no data until the file is written."""
         self.tensors[tensor.name] = tensor
         value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.local_shape), type=ir.TensorType(tensor.dtype))
         shape = ir.Shape(tensor.local_shape)
@@ -236,5 +236,5 @@ def _segments_by_axes(dim: Dim) -> list[Dim]:
 
 
 def _is_here(tensor: ir.TensorProtocol) -> bool:
-    """Whether a tensor's data can be read: plans are made without the files that hold it."""
+    """Whether a tensor's data can be read: plans may be made without the files that hold it."""
     return not isinstance(tensor, ir.ExternalTensor) or Path(tensor.path).is_file()

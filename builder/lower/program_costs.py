@@ -14,11 +14,11 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
 
 def program_costs(build: Build, sizes: SizeSet) -> dict[ir.Node, Cost]:
-    """The cost of each node but the collectives, in the order in which they run; the same on every rank.
+    """The cost of each node except collectives, in the order in which they run; the same on every rank.
 
-    Nodes count as they are written, what a compiler folds or fuses (the transposition of a weight) among them. Sizes
-    that follow from data are those of the interpreter: an export that picks the tokens of each expert with NonZero
-    costs too much.
+    Nodes count as they are written, even where a compiler folds or fuses them (the transposition of a weight). Sizes
+    that follow from data are the interpreter's, so the cost of an export that picks the tokens of each expert with
+    NonZero is too high.
 
     Raises ShapeError if the model does not take the sizes.
     """

@@ -33,7 +33,7 @@ def _global_shape(build: Build, value: ir.Value, names: dict[tuple[int, int], st
 def program_shapes(build: Build) -> dict[str, ValueShape]:
     """Local shapes of inputs, outputs and all values that a collective touches or that cross one.
 
-    The program is interpreted on the way, and every value compared with what the plan says.
+    This interprets the program, and compares the shape of every value with the plan's.
     """
     interpret = interpreter(ir.Model(build.lowered.graph, ir_version=build.ir_version), build.plan.mesh).run
     graph = build.model.graph
@@ -59,7 +59,7 @@ def _named(
 
 
 def _is_chosen(value: ir.Value) -> bool:
-    """Whether an If chooses `value` among constants, whose sizes may differ: tables for short and for long contexts."""
+    """Whether an If chooses `value` among constants of perhaps different sizes: tables for short and long contexts."""
     node = value.producer()
     if node is None or node.op_type != "If":
         return False

@@ -1,7 +1,7 @@
-"""Sizes in a program: global in all shape arithmetic, local where an op is told a size.
+"""Sizes in a program: global in all shape arithmetic, local where an op takes a size.
 
-`Shape` of a split value is followed by a node that restores the global sizes, so that everything computed from it is
-what it was before. An operand that holds sizes or positions is made local where it is consumed.
+`Shape` of a split value is followed by a node that restores the global sizes, so that everything computed from them is
+as in the unsplit model. An operand that holds sizes or positions is made local where it is consumed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from furiosa_llm.builder.rules.rule import ShapeOperand
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Mesh, Prod, axes_of, global_size, local_size
 
 _SPLIT_SIZES_ARE_INPUT = 13
-"""Since this opset, Split takes its sizes as an input."""
+"""The first opset in which Split takes its sizes as an input."""
 
 
 class SizeRewriter:
-    """Makes sizes global behind Shape, and local in front of ops."""
+    """Makes sizes global after Shape, and local before ops that take them."""
 
     def __init__(self, analysis: Analysis, layouts: Layouts, program: ProgramBuilder) -> None:
         self._analysis = analysis
@@ -89,7 +89,7 @@ class SizeRewriter:
             inputs[operand.port] = self._local[key]
 
     def _localise_repeats(self, info: NodeInfo, port: int, inputs: list[ir.Value | None]) -> None:
-        """How often this rank's part of the input is in its part of the output."""
+        """Make repeats local: how often this rank's part of the input occurs in its part of the output."""
         data, repeats = present(info.node.inputs[0]), present(info.node.inputs[port])
         raw = self._analysis.facts[repeats].value
         before, after = self._layouts.of(data), self._layouts.of(info.node.outputs[0])
@@ -97,7 +97,7 @@ class SizeRewriter:
         changed: dict[int, int] = {}
         for d in self._layouts.split_dims(info.node.outputs[0]):
             if (0, d) in info.full_outputs or self._analysis.is_dynamic(data, d):
-                continue  # of a dynamic dimension the repeats are 1
+                continue  # the repeats of a dynamic dimension are 1
             assert raw is not None, f"{info.node.op_type} {info.node.name}: the repeats of a split value are not known"
             local = local_size(after[d], mesh) // local_size(before[d], mesh)
             if local != int(raw[d]):
@@ -157,7 +157,7 @@ class SizeRewriter:
         changed: dict[int, int] = {}
         for i, axis in enumerate(axes):
             dim = self._layouts.of_dimension(data, axis)
-            # A split dimension of dynamic size is kept as a whole or demanded whole: its bounds stay right.
+            # Slice keeps all of a split dimension of dynamic size, or the dimension is whole: its bounds stay right.
             if axes_of(dim) and (0, axis) not in info.full_inputs and not self._analysis.is_dynamic(data, axis):
                 size = global_size(dim)
                 position = min(max(int(raw[i]) + (size if raw[i] < 0 else 0), 0), size)

@@ -1,7 +1,7 @@
-"""The most that a PE has alive at once in a step, inside segments too: what the reader of an artifact cannot see.
+"""The most bytes that a PE has alive at once in a step, inside segments too, where an artifact does not show them.
 
-The engine admits requests by what waits between segments (`runtime/placement/capacity.py`). Where a single node makes
-far more, as in mixtures that gather a matrix for each token, a plan has to say so.
+The engine admits requests by the values that wait between segments (`runtime/placement/capacity.py`). Where a single
+node makes far more, as in mixtures that gather a matrix for each token, the plan has to show it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from furiosa_llm.runtime.placement.capacity import Workload
 
 
 def working_nbytes(build: Build, workload: Workload) -> int | None:
-    """The most that is alive between two nodes of a decode and of a prefill step; None if the model takes neither.
+    """The most bytes alive at any node of a decode and of a prefill step; None if the model takes neither.
 
-    States are left out: they are in the KV cache. A view counts as a copy; kernels' own scratch memory is not known.
+    States do not count, because they are in the KV cache. A view counts as a copy. Kernels' scratch memory is unknown.
     """
     context, batch = workload.max_model_len, workload.max_batch_size
     chunk = min(workload.prefill_chunk_size, context)
@@ -47,7 +47,7 @@ def _peak_nbytes(build: Build, sizes: SizeSet) -> int | None:
 
 
 def _alive_nbytes(nodes: Sequence[ir.Node], outputs: set[str], states: set[str], facts: Facts) -> int:
-    """The most that is alive at one node, its own outputs included."""
+    """The most bytes alive at one node, its own outputs included."""
     last_use = {str(v.name): i for i, node in enumerate(nodes) for v in node.inputs if v is not None}
     last_use.update(dict.fromkeys(outputs, len(nodes)))
     alive = peak = 0

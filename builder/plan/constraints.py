@@ -48,9 +48,9 @@ class _Demand:
 def leaf_parts(constraints: Iterable[tuple[Constraint, ir.Value]], analysis: Analysis) -> Mapping[Factor, LeafParts]:
     """What constraints on values of the analysed graph say of the leaves that plans are made of.
 
-    Leaves that are not mentioned are free. Where several leaves make up a dimension and no other constraint tells their
-    shares, the dimension is split outermost first, into contiguous parts. Raises ConstraintError if two constraints
-    contradict each other, or if one asks for parts that the dimension cannot have.
+    Leaves that are not mentioned are free. Where several leaves make up a dimension and no other constraint determines
+    their shares, the dimension is split outermost first, into contiguous parts. Raises ConstraintError if two
+    constraints contradict each other, or if one asks for parts that the dimension cannot have.
     """
     demands = [_demand(constraint, value, analysis) for constraint, value in constraints]
     found: dict[Factor, LeafParts] = {}
@@ -90,7 +90,7 @@ def _demand(constraint: Constraint, value: ir.Value, analysis: Analysis) -> _Dem
 
 
 def _without_prefixes(factor: Factor) -> list[Factor]:
-    """The product that `factor` is; what runs over whole blocks, the last one short, is split as the blocks are."""
+    """The product that `factor` is; a prefix of whole blocks, the last of them short, is split as its blocks are."""
     return [
         part
         for found in flatten([factor])

@@ -24,7 +24,7 @@ class Alternative:
     axes: tuple[int, ...]
     reason: str
     saved_nbytes: float | None
-    """What it would save (negative: cost); None if it cannot be."""
+    """What it would save (negative: cost); None if it is infeasible."""
     collectives: int | None
     """How many collectives it would add (negative: save)."""
 
@@ -38,19 +38,19 @@ class Explained:
     count: int
     """How many dimensions (usually one per layer) the choice is for."""
     axes: tuple[int, ...]
-    """The mesh axes it rides on; none: it is whole on every PE."""
+    """The mesh axes it is split over; empty if it is whole on every PE."""
     parts: int
     padded_size: int
     weights: tuple[str, ...]
     """Names of the weights of the first layer."""
     nbytes: int
-    """The weights that it is a dimension of, in the model."""
+    """Bytes of the weights that have this dimension, in the unsplit model."""
     replicated_nbytes: int
-    """What every PE holds more of them than an even split over all PEs would give it; padding not counted."""
+    """Bytes of them that every PE holds beyond an even share over all PEs; padding is not counted."""
     padding_nbytes: int
-    """What every PE holds for padding this dimension."""
+    """Bytes that every PE holds because this dimension is padded."""
     pinned_by: str | None
-    """Whose choice it was, if not the planner's."""
+    """Who made the choice, if not the planner."""
     why: str
     alternatives: tuple[Alternative, ...]
 

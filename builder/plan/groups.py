@@ -37,10 +37,10 @@ _Place = tuple[str, int, tuple[int, ...], int, int]
 
 
 def candidates(analysis: Analysis, states: States) -> list[Factor]:
-    """Leaves worth splitting: those of weights that are contracted or looked up, which no op uses inside.
+    """Leaves worth splitting: the leaves of weights that are contracted or looked up, and that no op uses inside.
 
-    The head vector, the innermost of a KV cache, stays whole, too: attention kernels work on whole heads.
-    So do the inputs of the model that are no state: every rank is given them as they are.
+    The head vector, the innermost leaf of a KV cache, stays whole, because attention kernels work on whole heads.
+    Inputs of the model that are not states stay whole, because every rank receives them unsplit.
     """
     weights = find_weight_derived(analysis)
     kept_whole = set(analysis.pinned) | set(_head_vectors(analysis, states))
@@ -61,7 +61,7 @@ def candidates(analysis: Analysis, states: States) -> list[Factor]:
 
 
 def _head_vectors(analysis: Analysis, states: States) -> Iterator[Factor]:
-    """The innermost leaf of what lies behind the positions of a cache."""
+    """The innermost leaf of the dimensions that follow the positions of a cache."""
     for value in states.values:
         dynamic = [d for d in range(1, len(analysis.dims[value])) if analysis.is_dynamic(value, d)]
         if dynamic and dynamic[-1] + 1 < len(analysis.dims[value]):
@@ -122,7 +122,7 @@ def _nbytes(analysis: Analysis, value: ir.Value) -> int:
 
 
 class _Roles:
-    """Names for leaves, from what they do in the graph, for reports and for people's own choices."""
+    """Names for leaves, by what they do in the graph: for reports, and for people to choose leaves by."""
 
     def __init__(self, analysis: Analysis, states: States) -> None:
         dims = analysis.dims
@@ -146,7 +146,7 @@ class _Roles:
                     self._beside.setdefault(leaf, set()).update(product)
 
     def of(self, leaf: Factor) -> str:
-        """What `leaf` is to people."""
+        """The name of `leaf`."""
         roles = (
             ("key/value heads", leaf in self._state),
             ("vocabulary", leaf in self._vocabulary),

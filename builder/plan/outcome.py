@@ -41,15 +41,15 @@ class NodeAction:
     gather: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Input number -> dimensions to make whole for this node."""
     mask: dict[int, Axes] = dataclasses.field(default_factory=dict)
-    """Inputs that count once: over these axes the first rank alone contributes, the others contribute zeros."""
+    """Input number -> the axes over which it counts once: the first rank contributes it, the others give zeros."""
     clear: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """Input number -> dimensions whose padding to replace by zeros for this node."""
     slices: list[Port] = dataclasses.field(default_factory=list)
     """Output dimensions that are computed whole and cut to the rank's part afterwards."""
     lookup: Axes = ()
-    """The table is split over these axes: look up what is here, zeros for the rest."""
+    """The axes that the table is split over: a rank looks up the rows that it holds, and gives zeros for the rest."""
     average_parts: int = 1
-    """How many local means are added up."""
+    """How many local means are added up; the sum is divided by it."""
     partial: Axes = ()
     """The axes over which the outputs are partial sums."""
 

@@ -33,12 +33,12 @@ class Plan:
     unsplit: Price
     """The price of the plan that splits nothing."""
     charge: float
-    """Bytes that one collective was held to be worth."""
+    """Bytes that one collective was counted as."""
     refused: tuple[Refused, ...]
     groups: tuple[LeafGroup, ...]
     """Every group that was considered, the largest first."""
     pins: Mapping[Factor, Pin]
-    """What was not the planner's choice."""
+    """The choices that the planner was given."""
     evaluations: int
     """How many assignments were priced."""
 
@@ -69,7 +69,7 @@ class Planning:
         return plan
 
     def follow(self, assignment: Assignment, mesh: Mesh) -> Plan:
-        """The plan that an assignment made earlier is, priced anew; PlanError if it cannot be for this graph."""
+        """The plan with an assignment that was made earlier, priced anew; PlanError if this graph does not allow it."""
         analysis, states = self._whole.analysis, self._whole.states
         leaves = candidates(analysis, states)
         strange = [leaf for leaf in assignment if leaf not in set(leaves)]
@@ -130,7 +130,7 @@ class Planning:
 
 
 def _small_subject(whole: Subject, reduced: Reduced) -> Subject:
-    """The reduced graph, analysed anew: its factors are its own."""
+    """The reduced graph, analysed anew, because its factors are other objects than the whole graph's."""
     facts, others = reduced.facts(whole.analysis.facts), reduced.facts(whole.analysis.others)
 
     def step(priced: PricedStep) -> PricedStep:
@@ -155,13 +155,13 @@ def _leaf_pairs(whole: Subject, small: Subject, reduced: Reduced) -> dict[Factor
             continue  # an unused weight
         others = small.analysis.dims[reduced.stand_ins[value]]
         for factor, other in zip(analysis.dims[value], others, strict=True):
-            # Where the trees differ, the price on the whole graph will tell.
+            # Where the trees differ, the price on the whole graph will show it.
             pairs.update(zip(factor.leaves(), other.leaves(), strict=False))
     return pairs
 
 
 def _carried_over(pins: Mapping[Factor, Pin], leaves: Mapping[Factor, Factor]) -> dict[Factor, Pin] | None:
-    """The pins on the reduced graph's leaves; None if they tell apart leaves that one leaf stands for."""
+    """The pins on the reduced graph's leaves; None if leaves with different pins have the same leaf there."""
     carried: dict[Factor, Pin] = {}
     for leaf, pin in pins.items():
         if leaf in leaves:
@@ -171,7 +171,7 @@ def _carried_over(pins: Mapping[Factor, Pin], leaves: Mapping[Factor, Factor]) -
 
 
 def _on_whole(decision: Decision, leaves: Mapping[Factor, Factor]) -> Decision:
-    """The decision, said of the whole graph's leaves."""
+    """The decision in terms of the whole graph's leaves."""
     stood_for: dict[Factor, list[Factor]] = {}
     for leaf, small in leaves.items():
         stood_for.setdefault(small, []).append(leaf)

@@ -35,13 +35,13 @@ class Price:
     nbytes: float
     """Weights, KV cache and collectives' payload."""
     payload_nbytes: float
-    """Of those, what collectives carry, as often as a rank touches it."""
+    """The part of `nbytes` that collectives carry, counted as often as a rank touches it."""
     collectives: int
     sums: int
     """How many of them are AllReduces."""
 
     def total(self, charge: float) -> float:
-        """Everything in bytes, when a collective is worth `charge` bytes."""
+        """The whole price in bytes, if a collective counts as `charge` bytes."""
         return self.nbytes + charge * self.collectives
 
 
@@ -56,10 +56,10 @@ class Subject:
     longer: PricedStep
     """A step with more context, to see which collectives grow with it."""
     counts: Mapping[ir.Value, int] = dataclasses.field(default_factory=dict)
-    """For how many values of the model a value stands, in a graph of which repeated layers were left out."""
+    """In a graph without its repeated layers: how many values of the model a value represents."""
 
     def count(self, value: ir.Value) -> int:
-        """For how many values of the model `value` stands."""
+        """How many values of the model `value` represents."""
         return self.counts.get(value, 1)
 
 
@@ -67,7 +67,7 @@ class Pricer:
     """Prices assignments of one subject."""
 
     def __init__(self, subject: Subject, mesh: Mesh, leaves: Sequence[Factor]) -> None:
-        """`leaves` are those that assignments may split."""
+        """`leaves` are the leaves that assignments may split."""
         self._subject = subject
         self._mesh = mesh
         self._sweeper = Sweeper(subject.analysis, mesh, leaves, subject.states)
@@ -78,7 +78,7 @@ class Pricer:
         self.median_matrix = self._median_matrix()
         """Bytes of the median weight matrix among those that can be split."""
         self.charge = COLLECTIVE_CHARGE * self.median_matrix
-        """Bytes that a collective is worth."""
+        """Bytes that a collective counts as."""
 
     def _median_matrix(self) -> float:
         facts = self._subject.decode.facts
@@ -96,7 +96,7 @@ class Pricer:
         return math.prod(fact.shape) * fact.dtype.bitwidth / 8
 
     def price(self, assignment: Assignment) -> tuple[Price, Outcome] | str:
-        """The price of an assignment and what its sweep found, or why it cannot be."""
+        """The price of an assignment and what its sweep found, or why it is infeasible."""
         try:
             outcome = self._sweeper.sweep(assignment)
         except InfeasibleError as error:
@@ -137,7 +137,7 @@ class Pricer:
 
 
 def find_scales(analysis: Analysis) -> set[ir.Value]:
-    """Scales, zero points and biases: weights that run over a part of the indices of another weight of their node."""
+    """Scales, zero points and biases: weights whose leaves are some of those of another weight of their node."""
     found: set[ir.Value] = set()
     for info in analysis.nodes:
         weights = [v for v in info.node.inputs if v is not None and v.is_initializer()]
@@ -149,8 +149,10 @@ def find_scales(analysis: Analysis) -> set[ir.Value]:
 
 
 def _passes_over_payload(collective: Collective) -> int:
-    """How often a rank touches the payload: a sum is received and added; a gathered value is received and put into
-    its new order, unless it leaves the program at once.
+    """How often a rank touches the payload.
+
+    A rank receives a sum and adds it. It receives a gathered value and puts it into its new order, unless the value
+    leaves the program at once.
     """
     if collective.kind == "AllReduce":
         return 2

@@ -23,18 +23,18 @@ MOVE_TOLERANCE = 0.03
 MAX_DETOUR = 0.2
 """How much of the gain a change may give back at first, when other changes follow from it."""
 MAX_PADDING = 1.34
-"""How much larger padding may make one factor. A factor of blocks counts whole ones: 5.5 blocks are stored as 6 before
-any split, so that 6 over 8 ranks are 1.33, and the price has the bytes."""
+"""How much larger padding may make one factor. A factor of blocks counts whole blocks: 5.5 blocks are stored as 6
+before any split, so that 6 blocks over 8 ranks are 1.33 times as large; the price counts the bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """How many parts a leaf must be split into: somebody's choice, not the planner's."""
+    """How many parts a leaf must be split into, by the choice of somebody else than the planner."""
 
     parts: int | None
-    """1: it must not be split; None: it must be split, the planner says how far."""
+    """1: it must not be split; None: it must be split, and the planner chooses how far."""
     origin: str
-    """Who said so, for messages."""
+    """Who chose it, for messages."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Refused:
     axes: Axes
     reason: str
     saved_nbytes: float | None = None
-    """What it would have saved one rank per decoded token; None if it cannot be."""
+    """What it would have saved one rank per decoded token; None if it is infeasible."""
     collectives: int | None = None
     """How many collectives it would have added."""
 
@@ -61,13 +61,13 @@ class Decision:
     unsplit: Price
     """The price of the plan that splits nothing."""
     charge: float
-    """Bytes that one collective was held to be worth."""
+    """Bytes that one collective was counted as."""
     refused: tuple[Refused, ...]
     evaluations: int
 
 
 _Rank = tuple[float, float, float, int]
-"""How good a move is: bytes saved per collective added, bytes saved, less bytes carried, less sums."""
+"""How good a move is: bytes saved per collective added, bytes saved, minus the bytes carried, minus the sums."""
 
 
 def assignment_of(choices: Mapping[LeafGroup, Axes]) -> dict[Factor, Axes]:
@@ -85,7 +85,7 @@ class Planner:
         max_padding: float = MAX_PADDING,
         pins: Mapping[Factor, Pin] | None = None,
     ) -> None:
-        """`pins` are choices that are made already."""
+        """`pins` are choices that are already made."""
         self._mesh = mesh
         self._max_padding = max_padding
         self._pins = dict(pins or {})
@@ -98,7 +98,7 @@ class Planner:
         self._runs = _runs(mesh)
 
     def decide(self) -> Decision:
-        """The plan that greedy descent finds, with what it refused; PlanError if it cannot be as it is pinned."""
+        """The plan that greedy descent finds, with what it refused; PlanError if the pins are infeasible."""
         unsplit = self._evaluate({})
         assert not isinstance(unsplit, str), unsplit
         choices = self._improve(self._descend(self._pinned()))
@@ -113,7 +113,7 @@ class Planner:
             evaluations=len(self._prices),
         )
 
-    # -- what somebody else chose --------------------------------------------------------------------------------
+    # -- pins ----------------------------------------------------------------------------------------------------
 
     def _pin(self, group: LeafGroup) -> Pin | None:
         return self._pins.get(group.leaves[0])
@@ -228,7 +228,7 @@ class Planner:
                     yield {**trial, other: left}, other
 
     def _refusals(self, choices: Mapping[LeafGroup, Axes], best: Price) -> Iterator[Refused]:
-        """For every group what wider splits would have cost, and for one that is split what it would cost whole."""
+        """What wider splits of each group would have cost, and what each group that is split would cost whole."""
         for group in self.groups:
             chosen = choices.get(group, ())
             for axes in (*self._runs, ()):
@@ -275,7 +275,7 @@ class Planner:
 
 
 def _bargain(saved: float, more: int) -> str:
-    """An alternative's price beside the plan's: bytes that a rank reads and receives for a token, and collectives."""
+    """An alternative's price compared with the plan's: bytes that a rank reads and receives per token, collectives."""
     verb = "save" if saved >= 0 else "cost"
     noun = "fewer collective" if more < 0 else "more collective"
     counts = f" for {counted(abs(more), noun)}" if more else ""
@@ -289,7 +289,7 @@ def _runs(mesh: Mesh) -> list[Axes]:
 
 
 def _outranks(rank: _Rank, other: _Rank) -> bool:
-    """Whether a move is better; of two that save about the same the one whose collectives carry and add less."""
+    """Whether a move is better; of two that save about the same, the one whose collectives carry and add less is."""
     if math.isinf(rank[0]) or math.isinf(other[0]):
         return rank > other
     if abs(rank[0] - other[0]) <= MOVE_TOLERANCE * max(rank[0], other[0]):

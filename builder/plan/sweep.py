@@ -23,7 +23,7 @@ class Sweeper:
     """Sweeps one analysed graph; what does not depend on the assignment is computed once."""
 
     def __init__(self, analysis: Analysis, mesh: Mesh, candidates: Iterable[Factor], states: States) -> None:
-        """`candidates` are the leaves that assignments may split."""
+        """`candidates` are all the leaves that assignments may split."""
         wanted = set(candidates)
         leaves = {
             value: tuple(
@@ -63,7 +63,7 @@ class Sweeper:
             if leaf in self._ground.analysis.pinned and axes:
                 raise InfeasibleError(f"factor of {leaf.size} is used whole inside an op")
             if leaf.size <= 1 and axes:
-                raise InfeasibleError("a factor of 1 would be split")  # equal ones are not tied to each other
+                raise InfeasibleError("a factor of 1 would be split")  # dimensions of 1 are not tied to each other
             uneven = leaf.size % self._ground.mesh.parts(axes) or leaf in self._ground.in_prefixes
             if leaf in self._dynamic_leaves and uneven and axes:
                 raise InfeasibleError(f"factor of {leaf.size} would be padded inside a dynamic dimension")
@@ -87,7 +87,7 @@ def _find_active(analysis: Analysis, touched_values: set[ir.Value]) -> list[Node
 def _count_consumers(analysis: Analysis) -> dict[ir.Value, int]:
     """How many nodes read a value's elements, graph outputs counted.
 
-    A reader of its shape alone does not count, nor does a node that only such readers follow.
+    A node that reads only the value's shape does not count, nor does a node whose outputs only such nodes read.
     """
     counts: dict[ir.Value, int] = dict.fromkeys(analysis.graph.outputs, 1)
     for info in reversed(analysis.nodes):

@@ -34,9 +34,9 @@ class Ground:
     mesh: Mesh
     states: States
     leaves: Mapping[ir.Value, tuple[tuple[int, tuple[Factor, ...]], ...]]
-    """For every value its dimensions that have leaves which may be split, with those leaves."""
+    """For every value, the dimensions that have leaves which may be split, each with these leaves."""
     in_prefixes: frozenset[Factor]
-    """The leaves that are below some prefix: splitting them makes padding, however evenly."""
+    """The leaves that are below some prefix: splitting them makes padding, even if they are split evenly."""
     active: Sequence[NodeInfo]
     """The nodes that a split leaf or a partial sum can reach."""
     consumers: Mapping[ir.Value, int]
@@ -119,7 +119,7 @@ class SweepPass:
         return step if split or outputs_split or step.partial or step.reduce else None
 
     def _demand_whole(self, info: NodeInfo, step: NodeAction, split: Mapping[int, Split]) -> None:
-        """Gather what the node needs whole; a table that cannot be looked up in parts is needed whole, too."""
+        """Gather what the node needs whole, including a table that cannot be looked up in parts."""
         tables = [] if step.lookup else [factor.find() for factor in info.looked_up]
         for port, dims in split.items():
             value = info.node.inputs[port]
@@ -171,7 +171,7 @@ class SweepPass:
     # -- partial sums --------------------------------------------------------------------------------------------
 
     def _incoming(self, info: NodeInfo, step: NodeAction) -> Axes:
-        """Decide which partial inputs pass through; the rest is summed first. Returns the axes that pass."""
+        """Decide which partial inputs pass through, and sum the others first. Returns the axes that pass."""
         node = info.node
         ports = [p for p, v in enumerate(node.inputs) if v is not None and v in self._partial]
         if not ports:
@@ -250,7 +250,7 @@ class SweepPass:
             }
 
     def _content(self, value: ir.Value, whole: Collection[int]) -> Contents:
-        """What padding holds in an input of which the dimensions `whole` have been gathered, and have none."""
+        """What padding holds in an input whose dimensions `whole` have been gathered, and so have no padding."""
         if value.is_initializer():
             return dict.fromkeys(self._places(value, whole), Content.ZERO)
         known = self._contents.get(value, {})
@@ -263,7 +263,8 @@ class SweepPass:
         if info.rule.average:
             raise InfeasibleError(f"{info.node.op_type} would average over padding")
         if all(content is not Content.ZERO or port in info.rule.offset for port, content in found.items()):
-            # The last block of a weight holds what the exporter left there: the operand that ends before it is cleared.
+            # The end of a weight's last block holds what the exporter left there, so the operand that ends before it is
+            # the one to be cleared.
             ending = [port for port, contents in inputs.items() if place in contents and place.kind is Kind.PREFIX]
             if not ending or info.rule.offset:
                 raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
@@ -277,7 +278,7 @@ class SweepPass:
     # -- feasibility ---------------------------------------------------------------------------------------------
 
     def _check_interface(self, value: ir.Value) -> None:
-        """Only states are split outside of the program, and only in dimensions of a size that is known."""
+        """Of inputs and outputs only states may be split, and only in dimensions whose size is known."""
         split = self._split(value)
         if split and value not in self._ground.states.values:
             raise InfeasibleError(f'input "{value.name}" would be split')

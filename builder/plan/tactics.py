@@ -72,7 +72,7 @@ class Tactics:
 
 
 def add_pin(pins: dict[Factor, Pin], leaf: Factor, pin: Pin) -> None:
-    """Add a pin; PlanError if there is another one that says otherwise."""
+    """Add a pin; PlanError if it contradicts an earlier one."""
     before = pins.setdefault(leaf, pin)
     if before.parts != pin.parts:
         said, says = (_spelled(p.parts) for p in (before, pin))
@@ -86,7 +86,7 @@ def _spelled(parts: int | None) -> str:
     return "shard" if parts is None else "replicate" if parts == 1 else f"{parts} parts"
 
 
-# -- what a tactic speaks of ---------------------------------------------------------------------------------------
+# -- what a tactic selects -----------------------------------------------------------------------------------------
 
 
 def _matches(tactic: Tactic, analysis: Analysis, groups: Sequence[LeafGroup]) -> list[Factor]:

@@ -1,4 +1,4 @@
-"""A static checker of artifacts: from the program and the manifest alone, that the ranks compute one unsplit model."""
+"""A static checker of artifacts: it proves from program and manifest alone that the ranks compute one unsplit model."""
 
 from furiosa_llm.builder.proof.checker import check_program, constants_of, prove
 from furiosa_llm.builder.proof.placement import Fault, ProofReport

@@ -1,4 +1,4 @@
-"""Which pieces of a node's operands each symbol of its op's rule stands for."""
+"""Which pieces of a node's operands each symbol of the op's rule stands for."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Symbols = dict[str, Dim]
 
 
 def uses(signature: Signature, inputs: Mapping[int, Placement]) -> list[tuple[int, int, Dim, DimExpr]]:
-    """Every input dimension: port, position, what it is, and what the rule says of it."""
+    """Every input dimension: its port, its position, its pieces, and its expression in the rule."""
     found: list[tuple[int, int, Dim, DimExpr]] = []
     for port, placement in inputs.items():
         operand = signature.inputs[port] if port < len(signature.inputs) else None
-        if operand is None:  # the rule does not speak of it: it may mean anything, so it must be whole
+        if operand is None:  # the rule does not mention it: it may mean anything, so it must be whole
             operand = (DimExpr("full"),) * len(placement.dims)
         if len(operand) != len(placement.dims):
             raise ContradictionError(
@@ -41,9 +41,9 @@ def global_sizes(
     shapes: Sequence[Sequence[Size]],
     given: Mapping[str, Size],
 ) -> dict[str, Size]:
-    """The sizes of symbols in the unsplit model: those `given`, and of those that are a dimension by themselves.
+    """The sizes of symbols in the unsplit model: the sizes `given`, and those of symbols that are a whole dimension.
 
-    `shapes` are the outputs' there.
+    `shapes` are the outputs' shapes in the unsplit model.
     """
     found: dict[str, Size] = {}
     for _, _, dim, expression in uses(signature, inputs):
@@ -63,7 +63,7 @@ def _named(expression: DimExpr, size: Size) -> dict[str, Size]:
 def bind(
     signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, Size], mesh: Mesh
 ) -> tuple[Symbols, frozenset[str]]:
-    """What every symbol is, by global sizes; and the symbols that are no run of pieces, which must be whole."""
+    """The pieces of every symbol, by global sizes; and the symbols that are no run of pieces, which must be whole."""
     known: Symbols = {}
     unlinked: set[str] = set()
     for port, d, dim, expression in uses(signature, inputs):
@@ -84,14 +84,14 @@ def bind(
                     REBUILD,
                 )
             known[symbol] = same
-    # What the outputs alone have is made by the op, all of it on every rank.
+    # The op makes what only the outputs have, all of it on every rank.
     made = {s for operand in signature.outputs for expression in operand or () for s in expression.symbols}
     known |= {s: pieces.run(sizes[s]) for s in made if s in sizes and s not in known and s not in unlinked}
     return known, frozenset(unlinked)
 
 
 def _check_size(port: int, d: int, dim: Dim, expression: DimExpr, sizes: Mapping[str, Size]) -> None:
-    """A dimension has as many indices as its symbols say."""
+    """Check that a dimension has as many indices as its symbols say."""
     if not expression.segments or _is_lone(expression):
         return
     wanted = [_product([sizes[s] for s in segment]) for segment in expression.segments]
@@ -138,7 +138,7 @@ def _parts(dim: Dim, expression: DimExpr, sizes: Mapping[str, Size]) -> list[tup
 def _parts_of_prefix(
     dim: Dim, expression: DimExpr, sizes: Mapping[str, Size], mesh: Mesh
 ) -> list[tuple[str, Dim]] | None:
-    """The prefix itself, and its product: of whole blocks, which are dealt out as their elements are."""
+    """The prefix itself, and its product of whole blocks, which are dealt out as their elements are."""
     assert expression.name is not None
     first, *inner = expression.segments[0]
     plain = pieces.merged(dim)
@@ -183,9 +183,9 @@ def compose(
 
 
 def solve(signature: Signature, inputs: Mapping[int, Placement], sizes: Mapping[str, int]) -> Symbols:
-    """What symbols are, by local sizes: what is pinned takes no axis, and what is left over belongs to who is left.
+    """The pieces of symbols, by local sizes: pinned symbols take no axis, and the rest belongs to the last symbol.
 
-    A dimension of 1 says the least: it may be one that is broadcast, where a rank has one of what there are several.
+    A dimension of 1 says the least: it may be broadcast, or a rank may have one of several indices there.
     """
     known: Symbols = {}
     whole = signature.pin | signature.full
@@ -221,7 +221,7 @@ def _narrow_all(
 
 
 def _narrow(dim: Dim, symbols: list[str], known: Symbols, whole: Collection[str], sizes: Mapping[str, int]) -> None:
-    """Strip what is known or whole off both ends; what is left is the last symbol's."""
+    """Strip what is known or whole off both ends; the rest belongs to the last symbol."""
     while len(symbols) > 1:
         last, first = symbols[-1], symbols[0]
         if last in known or last in whole:
@@ -247,10 +247,10 @@ Attributes = dict[str, int | list[int]]
 
 
 def unsplit_attributes(rule: Rule, signature: Signature, inputs: Mapping[int, Placement]) -> list[Attributes]:
-    """Attributes that are sizes, as the unsplit model may have them; ContradictionError if the operands do not tell.
+    """Attributes that are sizes, as the unsplit model may have them; ContradictionError if operands do not settle them.
 
-    `rule` is that of the node as a rank has it. Where a rank has one of something, a group of a convolution for
-    instance, there may be one in all, or one for each rank: the operands must fit what the rule says of either.
+    `rule` is the rule of the node as a rank has it. Where a rank has one of something, for instance one group of a
+    convolution, there may be one in all, or one for each rank: the operands must fit the rule in either case.
     """
     symbols = solve(signature, inputs, rule.sizes)
     whole = {tuple(e.segments[0]): dim for _, _, dim, e in uses(signature, inputs) if e.kind == "product" and dim}
@@ -270,7 +270,7 @@ def unsplit_attributes(rule: Rule, signature: Signature, inputs: Mapping[int, Pl
         known = {**sizes, **dict(zip(missing, picks, strict=True))}
         attributes: Attributes = {}
         for name, every in products.items():
-            # A dimension's size is known, whatever it is made of.
+            # A dimension's size is known, whatever its pieces are.
             values = [
                 pieces.global_size(whole[own])[0] if own in whole else math.prod(known[s] for s in own) for own in every
             ]
@@ -280,7 +280,7 @@ def unsplit_attributes(rule: Rule, signature: Signature, inputs: Mapping[int, Pl
 
 
 def _readings(symbol: str, rule: Rule, signature: Signature, inputs: Mapping[int, Placement]) -> list[int]:
-    """How many there may be in all of what a rank has one of: as many as the ranks that a dimension is dealt out to."""
+    """How many there may be in all where a rank has one: one, or one for each rank that a dimension is split over."""
     if rule.sizes.get(symbol) != 1:
         return []
     found = {1: None}

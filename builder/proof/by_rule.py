@@ -1,4 +1,4 @@
-"""What a node makes of its operands' placements, by the rule of its op, applied to the node of the unsplit model."""
+"""The placements of a node's outputs, by the rule of its op applied to the node of the unsplit model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 _TOLD_SIZES = {"Resize": 3}
-"""Operands that say the sizes of an output, of ops that are not among the `Movers`."""
+"""Op type -> the operand that gives the sizes of an output, for ops that `Movers` does not handle."""
 
 
 class RuleTransfer:
@@ -171,7 +171,7 @@ class RuleTransfer:
 
 
 def check_axes(dims: Sequence[Dim], partial: Collection[int]) -> None:
-    """No mesh axis may be used twice in one tensor: the ranks would hold a diagonal of it."""
+    """Check that no mesh axis is used twice in one tensor: the ranks would hold a diagonal of it."""
     seen = list(partial)
     for dim in dims:
         for axis in pieces.axes_of(dim):
@@ -181,7 +181,7 @@ def check_axes(dims: Sequence[Dim], partial: Collection[int]) -> None:
 
 
 def check_linear(node: ir.Node, ports: Sequence[int], inputs: Mapping[int, Placement], facts: LocalFacts) -> None:
-    """What is added to a partial sum must be one over the same axes, or zero."""
+    """Check that what is added to a partial sum is a partial sum over the same axes, or zero."""
     every = {port: one.partial for port, one in inputs.items() if one.partial}
     wanted = next(iter(every.values()), frozenset())
     for port, one in inputs.items():
@@ -250,7 +250,7 @@ def _reduced(contracted: Sequence[Dim]) -> frozenset[int]:
 def _check_whole(
     signature: Signature, inputs: Mapping[int, Placement], symbols: Mapping[str, Dim], unlinked: frozenset[str]
 ) -> None:
-    """Dimensions that the op needs whole must be."""
+    """Check that dimensions which the op needs whole are whole."""
     whole = signature.full | signature.pin
     for port, d, dim, expression in uses(signature, inputs):
         needed = expression.kind in ("full", "one") or expression.symbols & unlinked
@@ -267,7 +267,7 @@ def _check_whole(
 
 
 def _check_attribute(node: ir.Node, name: str, text: str, symbols: Mapping[str, Dim]) -> None:
-    """An attribute that is a size, or a list of them, is what a rank needs."""
+    """Check that an attribute that is a size, or a list of sizes, is what a rank needs."""
     expected = [math.prod(pieces.local_size(symbols[s])[0] for s in product.split()) for product in text.split(",")]
     attribute = node.attributes.get(name)
     found = [] if attribute is None else np.atleast_1d(attribute.value).tolist()
@@ -276,7 +276,7 @@ def _check_attribute(node: ir.Node, name: str, text: str, symbols: Mapping[str, 
 
 
 def _restore_sizes(node: ir.Node, local: Facts, known: Facts) -> None:
-    """Sizes that an op is told, as the unsplit model has them: what a rank keeps of its own size keeps its size."""
+    """Restore the unsplit model's sizes in an operand of sizes: where it keeps a rank's size, it keeps the model's."""
     port = _TOLD_SIZES.get(node.op_type, len(node.inputs)) if not node.domain else len(node.inputs)
     data, target = node.inputs[0] if node.inputs else None, node.inputs[port] if port < len(node.inputs) else None
     sizes = known[target].value if target is not None else None
@@ -318,6 +318,6 @@ def _rows(
 
 
 def _detach(node: ir.Node) -> None:
-    """Take a made-up node out of its operands' lists of uses."""
+    """Remove a node that exists only for the proof from its operands' lists of uses."""
     for port in range(len(node.inputs)):
         node.replace_input_with(port, None)

@@ -1,4 +1,4 @@
-"""The checker of produced programs: derives how every value lies over the ranks, and finds what contradicts it."""
+"""The checker of programs: it derives how every value lies over the ranks, and finds what contradicts that."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 
 _MAX_RETRIES = 32
-"""How many faulty nodes are tried with other readings of the reshapes before them."""
+"""For how many faulty nodes other readings of the reshapes before them are tried."""
 _MAX_KEYS = 6
-"""How many different reshapes before a faulty node are read otherwise, the nearest first."""
+"""How many different reshapes before a faulty node are given other readings, the nearest first."""
 _MAX_WAYS = 3
-"""In how many other ways each of two is read, the likeliest first."""
+"""How many other readings each of a pair of reshapes is given, the likeliest first."""
 
 
 def prove(path: str | os.PathLike[str]) -> ProofReport:
@@ -57,7 +57,7 @@ def prove(path: str | os.PathLike[str]) -> ProofReport:
 
 
 def constants_of(artifact: Artifact) -> Constants:
-    """A reader of stored tensors: `(name, rank)` to the elements of local shape."""
+    """A reader of stored tensors: a function of `(name, rank)` that returns the elements, in local shape."""
 
     def read(name: str, rank: int) -> npt.NDArray[Any]:
         tensor = artifact.tensors[name]
@@ -70,8 +70,8 @@ def constants_of(artifact: Artifact) -> Constants:
 def check_program(program: onnx.ModelProto, manifest: Manifest, constants: Constants) -> ProofReport:
     """Derive the placement of every value of `program` from it and `manifest` alone, and report what is wrong.
 
-    `constants` gives the elements of a stored tensor that the builder made (one whose layout is None) on one rank; big
-    weights are never asked for. Nothing is raised for a fault: a program that cannot be decided has one, too.
+    `constants` returns the elements of a stored tensor that the builder made (its layout is None) on one rank; it is
+    never called for big weights. No fault is raised as an error. A program that cannot be decided has a fault.
     """
     faults = [*stored.check_interface(manifest, program)]
     if faults:
@@ -108,7 +108,7 @@ class _Checker:
         self._ranks = RankTransfer(self._facts, mesh, constants, sub_dimensions(self._described()))
 
     def report(self, faults: Sequence[Fault]) -> ProofReport:
-        """The faults given, and those of the program."""
+        """The report of the faults given and of the program's faults."""
         self._start()
         for position, node in enumerate(self._nodes):
             self._visit(position, node)
@@ -183,7 +183,7 @@ class _Checker:
         if all(isinstance(one, Placement) and one.is_whole for one in held if one is not None):
             entry = op_of(node)
             copies = entry is not None and entry.moves == "copies" and not self._are_integers(node)
-            if not copies and not node.domain:  # what onnxruntime's own ops need is in their rules alone
+            if not copies and not node.domain:  # only the rules know what onnxruntime's own ops need
                 return [whole(self._facts.shape(value)) for value in node.outputs]
         if node.op_type == "Mul" and any(isinstance(one, Placement) and one.scale != 1 for one in held):
             return self._divided(node, held)
@@ -195,7 +195,7 @@ class _Checker:
         return self._rules.outputs(node, held)
 
     def _check_alike(self, node: ir.Node) -> None:
-        """Equal operands must give equal results, and graphs inside a node must read nothing but what is whole."""
+        """Check that equal operands give equal results, and that graphs inside a node read only whole values."""
         inner = list(nodes_within(node))
         if any((entry := op_of(one)) is not None and entry.random for one in (node, *inner)):
             raise ContradictionError("numbers drawn at random on each rank", "the same numbers on all ranks", REBUILD)
@@ -248,7 +248,7 @@ class _Checker:
         return ways[self._choices.get(key, 0)]
 
     def _read_otherwise(self, position: int) -> bool:
-        """Whether everything up to a faulty node is right with another reading of a reshape before it, or of two."""
+        """Whether everything up to a faulty node is right with another reading of one or two reshapes before it."""
         self._retries += 1
         if self._retries > _MAX_RETRIES:
             return False
@@ -258,7 +258,7 @@ class _Checker:
         )
 
     def _fits(self, keys: Sequence[object], position: int) -> bool:
-        """Whether everything up to a node is right with other readings of all of `keys`, which are then kept."""
+        """Whether everything up to a node is right with other readings of all `keys`; if so, they are kept."""
         before, kept = dict(self._held), {key: self._choices.get(key, 0) for key in keys}
         others = [[n for n in range(self._ways[key][1]) if n != kept[key]] for key in keys]
         if len(keys) > 1:

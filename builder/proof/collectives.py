@@ -1,4 +1,4 @@
-"""What collectives make of their inputs, and whether they are the ones that are needed."""
+"""The placements that collectives give, and whether each collective is the one that its input needs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _all_gather(data: Placement, axes: tuple[int, ...], d: int, mesh: Mesh) -> P
 
 
 def _with_axes(dim: Dim, axes: tuple[int, ...], mesh: Mesh) -> Dim:
-    """Copies, taken for a split over those axes that nothing else in the dimension is split over."""
+    """Copies, read as a split over those of `axes` that nothing else in the dimension is split over."""
     missing = tuple(pieces.Axis(a, mesh.shape[a]) for a in axes if a not in pieces.axes_of(dim))
     place = next((i for i, piece in enumerate(dim) if isinstance(piece, pieces.Copies)), None)
     if not missing or place is None:

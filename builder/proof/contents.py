@@ -17,8 +17,8 @@ from furiosa_llm.builder.rules.rule import Rule
 def content_of(placement: Placement, place: Place) -> Content | None:
     """What a tensor holds at a place of padding; None if nothing is padding there.
 
-    Of a place that is split over some of its axes, but ends elsewhere, it is known at best that all is finite: the
-    padding of whole blocks says nothing of a block that is filled in part.
+    Contents known for a place that shares an axis but ends elsewhere show at best that everything here is finite: the
+    padding of whole blocks says nothing about a block that is filled in part.
     """
     found: list[Content] = []
     for other in (other for dim in placement.dims for other in pieces.places(dim)):
@@ -31,7 +31,7 @@ def content_of(placement: Placement, place: Place) -> Content | None:
 
 
 def check_contraction(rule: Rule, inputs: Mapping[int, Placement], contracted: Sequence[Dim]) -> None:
-    """Padding may be contracted where one operand has zeros there, and no operand what times zero is not zero."""
+    """Check contracted padding: one operand must be zero there, and none infinite or NaN, because 0 * inf is NaN."""
     for place in dict.fromkeys(place for dim in contracted for place in pieces.places(dim)):
         found = {port: c for port, one in inputs.items() if (c := content_of(one, place)) is not None}
         if rule.average:
@@ -51,7 +51,7 @@ def check_contraction(rule: Rule, inputs: Mapping[int, Placement], contracted: S
 
 
 def check_positions(node: ir.Node, rule: Rule, inputs: Mapping[int, Placement], facts: LocalFacts) -> None:
-    """Padding must be neither a position nor an integer divisor."""
+    """Check that padding is neither a position nor an integer divisor."""
     integers = facts.first[node.outputs[0]].dtype.is_integer()
     for port in (rule.indices, rule.divisor if integers else None):
         one = inputs.get(port) if port is not None else None
@@ -65,7 +65,7 @@ def check_positions(node: ir.Node, rule: Rule, inputs: Mapping[int, Placement], 
 def contents_of(
     rule: Rule, inputs: Mapping[int, Placement], dims: Sequence[Dim], *, zero: bool
 ) -> dict[Place, Content]:
-    """What the padding of an output holds."""
+    """What the padding of an output holds, by place."""
     wanted = dict.fromkeys(place for dim in dims for place in pieces.places(dim))
     return {place: Content.ZERO if zero else _content(rule, inputs, place) for place in wanted}
 

@@ -21,11 +21,11 @@ from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manif
 
 _SIZES = {"batch": (5, 3), "sequence": (7, 5), "past": (11, 17), "encoder": (13, 29), "encoder_sequence": (13, 29)}
 _OTHERS = ((19, 53), (23, 59), (29, 61), (31, 67), (37, 71), (41, 73), (43, 79), (47, 83))
-"""Distinct primes, so that a product tells its factors; what differs between the two sets is dynamic."""
+"""Distinct primes, so that a product determines its factors; what differs between the two sets is dynamic."""
 
 
 def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
-    """A size for every name of a dynamic dimension of the inputs, twice."""
+    """Two sets of sizes, each with a size for every name of a dynamic dimension of the inputs."""
     dims = (dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str))
     names = dict.fromkeys(name for dim in dims for name in parse_dimension(dim).names)
     both: tuple[dict[str, int], dict[str, int]] = ({}, {})
@@ -43,7 +43,7 @@ class RankInterpreter(Interpreter):
     """Interprets the program node by node, as one rank runs it."""
 
     def __init__(self, model: ir.Model, mesh: Mesh, fresh: int) -> None:
-        """`fresh` is where sizes begin that depend on elements, those of NonZero."""
+        """`fresh` is the first of the sizes given to dimensions that depend on elements, as in NonZero."""
         super().__init__(model, collective_shapes(mesh))
         self._fresh = itertools.count(fresh, 10)
 
@@ -55,7 +55,7 @@ class RankInterpreter(Interpreter):
     def infer(self, node: ir.Node, inputs: Sequence[Fact | None], around: Facts) -> list[Fact]:
         """Facts of a node's outputs; ShapeError or UnsupportedModelError if there are none.
 
-        `around` are the facts of all values that graphs inside of the node may read.
+        `around` are the facts of all values that graphs inside the node may read.
         """
         if is_control_flow(node):
             return self._control_flow.infer(node, inputs, around)
@@ -63,7 +63,7 @@ class RankInterpreter(Interpreter):
 
 
 class LocalFacts:
-    """What is known of every value as one rank has it, at both sets of sizes."""
+    """What is known about every value on one rank, at both sets of sizes."""
 
     def __init__(self, model: ir.Model, manifest: Manifest) -> None:
         hide_stored_data(model)
@@ -101,13 +101,13 @@ class LocalFacts:
         return None if first is None or second is None else (first, second)
 
     def is_zero(self, value: ir.Value) -> bool:
-        """Whether every element is zero at any sizes."""
+        """Whether every element is zero, whatever the sizes."""
         return self.first[value].zero and self.second[value].zero
 
     def infer_global(
         self, node: ir.Node, inputs: tuple[Sequence[Fact | None], Sequence[Fact | None]]
     ) -> tuple[list[Fact], list[Fact]]:
-        """Facts of a node's outputs for inputs as the unsplit model has them."""
+        """Facts of a node's outputs for the unsplit model's inputs."""
         return self._both[0].infer(node, inputs[0], self.first), self._both[1].infer(node, inputs[1], self.second)
 
 
@@ -118,7 +118,7 @@ def _local(info: InputInfo, mesh: Mesh, sizes: Mapping[str, int]) -> Shape:
 
 
 def _length(info: InputInfo, shape: Shape, sizes: Mapping[str, int]) -> npt.NDArray[Any] | None:
-    """The element of an input that holds one number of positions."""
+    """The element of an input that holds a number of positions."""
     name = LENGTH_ROLES.get(info.role, "")
     if name not in sizes or any(size != 1 for size in shape):
         return None
@@ -126,7 +126,7 @@ def _length(info: InputInfo, shape: Shape, sizes: Mapping[str, int]) -> npt.NDAr
 
 
 def hide_stored_data(model: ir.Model) -> None:
-    """Forget where stored initializers lie: what rank 0 has there must never be taken for what all ranks have."""
+    """Forget where stored initializers lie: the proof must never take rank 0's data for the data of all ranks."""
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
@@ -135,6 +135,6 @@ def hide_stored_data(model: ir.Model) -> None:
 
 
 def global_fact(fact: Fact, shape: Shape) -> Fact:
-    """A fact of the unsplit model: the elements stand only where the value is whole."""
+    """A fact of the unsplit model; it keeps the elements only if the value is whole."""
     same = fact.shape == shape
     return dataclasses.replace(fact, shape=shape, value=fact.value if same else None)

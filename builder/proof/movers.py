@@ -1,4 +1,4 @@
-"""Ops that are told sizes or positions: what a rank is told must be what its part of the tensor needs."""
+"""Ops that take sizes or positions as operands: a rank must get the sizes that its part of the tensor needs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from furiosa_llm.builder.proof.regroup import candidates
 from furiosa_llm.builder.rules.facts import present
 
 Choose = Callable[[ir.Node, object, Sequence[tuple[Dim, ...]]], tuple[Dim, ...]]
-"""Picks one of several readings of a node; the second argument tells like situations by being equal."""
+"""Picks one of several readings of a node; the second argument is equal in situations that must be read alike."""
 
 
 class Movers:
-    """Transfers of ops that are told sizes or positions."""
+    """Transfers of ops that take sizes or positions as operands."""
 
     def __init__(self, facts: LocalFacts, choose: Choose) -> None:
         self._facts = facts
@@ -51,7 +51,7 @@ class Movers:
         return self.table[node.op_type](node, placements)
 
     def _moved(self, node: ir.Node, data: Placement, dims: Sequence[tuple[Dim, ...]]) -> list[Held]:
-        """Outputs that hold the input's elements, in other places."""
+        """Outputs that hold the input's elements in other places."""
         found: list[Held] = []
         for value, own in zip(node.outputs, dims, strict=True):
             expected = self._facts.shape(value)
@@ -130,7 +130,7 @@ class Movers:
             count = pieces.over(after, before)
             if count is None:
                 raise ContradictionError(f"{after[0]} elements of {before[0]} repeated", "a multiple", REBUILD)
-            dims.append(pieces.join((Copies(count),), dim))  # where a rank has one copy, each may have one of several
+            dims.append(pieces.join((Copies(count),), dim))  # one copy on a rank may be one of several in the model
         return self._moved(node, operands[0], [tuple(dims)])
 
     # -- some of the elements ------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Movers:
         return None if values is None else [int(a) % rank for a in values[0]]
 
     def _bounds(self, node: ir.Node, i: int, size: Size) -> list[Size] | None:
-        """The sizes before, inside and behind the i-th cut of a dimension; None if not known or not a run."""
+        """The sizes before, inside and after the i-th cut of a dimension; None if not known or not a run."""
         if "starts" in node.attributes:
             start, end = node.attributes["starts"].as_ints()[i], node.attributes["ends"].as_ints()[i]
             runs = [slice(start, end).indices(n) for n in size]
@@ -203,7 +203,7 @@ class Movers:
     # -- sizes ---------------------------------------------------------------------------------------------------
 
     def _shape(self, node: ir.Node, operands: Sequence[Placement]) -> list[Held]:
-        """Sizes of a rank's part are not the model's; the program must restore those."""
+        """The sizes of a rank's part, which are not the model's: the program must restore the model's sizes."""
         dims = operands[0].dims
         start = node.attributes["start"].as_int() if "start" in node.attributes else 0
         end = node.attributes["end"].as_int() if "end" in node.attributes else None
@@ -221,5 +221,5 @@ class Movers:
 
 
 def _is_on_all_ranks(one: Placement) -> bool:
-    """Whether every rank has the same sizes; those of a constant vector are copies of one."""
+    """Whether every rank has the same sizes; a constant vector counts as copies of one size."""
     return not one.partial and all(pieces.is_whole(dim) for dim in one.dims)

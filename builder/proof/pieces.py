@@ -1,4 +1,4 @@
-"""How one dimension lies over the ranks, in a normal form: a product of pieces, the outermost first.
+"""How one dimension lies over the ranks, in a normal form: a product of pieces, outermost first.
 
 Sizes are pairs, one for each of two sets of sizes of the dynamic dimensions. Two dimensions that lie alike have equal
 pieces: an axis stands for itself, whole runs are merged, and a concatenation takes in whatever follows it.
@@ -23,7 +23,7 @@ ONE: Size = (1, 1)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive indices that every rank holds."""
+    """Consecutive indices, all of which every rank holds."""
 
     size: Size
 
@@ -40,7 +40,7 @@ class Axis:
 class Padded:
     """`size` indices dealt out over `axes`, `count` to each rank; what lies beyond `size` is padding.
 
-    `count` may be more than the least that is enough: 176 columns in blocks of 32 are dealt out in 6 blocks.
+    `count` may be more than the least that suffices: 176 columns in blocks of 32 are dealt out as 6 blocks.
     """
 
     size: int
@@ -74,7 +74,7 @@ Piece = Run | Axis | Padded | Copies | Gathered | Cat
 Dim = tuple[Piece, ...]
 Measure = Callable[[Dim], Size]
 Place = tuple[tuple[int, ...], Fraction]
-"""The axes of a padded piece, and how many ranks' parts it fills: what lies beyond those is padding."""
+"""The axes of a padded piece, and how many ranks' parts it fills; what lies beyond these parts is padding."""
 
 
 def times(a: Size, b: Size) -> Size:
@@ -83,7 +83,7 @@ def times(a: Size, b: Size) -> Size:
 
 
 def over(a: Size, b: Size) -> Size | None:
-    """The quotient at both sets of sizes; None if there is none."""
+    """The quotient at both sets of sizes; None if it is not an integer."""
     if not b[0] or not b[1] or a[0] % b[0] or a[1] % b[1]:
         return None
     return a[0] // b[0], a[1] // b[1]
@@ -121,7 +121,7 @@ def global_size(dim: Dim) -> Size:
 
 
 def pieces_of(dim: Dim) -> Iterator[Piece]:
-    """Every piece that is no concatenation, in order."""
+    """Every piece that is not a concatenation, in order."""
     for piece in dim:
         if isinstance(piece, Cat):
             for part in piece.parts:
@@ -147,7 +147,7 @@ def is_whole(dim: Dim) -> bool:
 
 
 def has_copies(dim: Dim) -> bool:
-    """Whether some piece is open to interpretation."""
+    """Whether some piece is `Copies`, which several splits may explain."""
     return any(isinstance(piece, Copies) for piece in pieces_of(dim))
 
 
@@ -207,7 +207,7 @@ def _is_run(dim: Dim) -> bool:
 
 
 def of_layout(dim: stored.Dim, mesh: Mesh) -> Dim:
-    """The normal form of a layout of the manifest; LayoutError for one that it cannot be decided for."""
+    """The normal form of a layout of the manifest; LayoutError if it cannot be decided."""
     match dim:
         case stored.Leaf(size, axes):
             parts = mesh.parts(axes)
@@ -224,7 +224,7 @@ def of_layout(dim: stored.Dim, mesh: Mesh) -> Dim:
 
 
 def _first(size: int, dim: Dim) -> Dim:
-    """The first `size` indices of a dimension of whole blocks, of which every rank has as many, one after the other."""
+    """The first `size` indices of a dimension of whole blocks, where each rank has a run of equally many blocks."""
     if is_whole(dim):
         return run((size, size))
     split = dim[:-1] if isinstance(dim[-1], Run) else dim
@@ -331,7 +331,7 @@ def _segments_of_cat(parts: list[Dim], sizes: Sequence[Size], measure: Measure) 
 
 
 def unify(a: Dim, b: Dim) -> Dim | None:
-    """What both dimensions are, copies taken for whatever the other has there; None if they lie differently."""
+    """What both dimensions are, with copies read as what the other has there; None if they lie differently."""
     if a == b or merged(a) == merged(b):
         return a
     if not has_copies(a) and not has_copies(b):
@@ -346,7 +346,7 @@ def unify(a: Dim, b: Dim) -> Dim | None:
 
 
 def _unify_parts(parts: Sequence[Dim], other: Dim) -> Dim | None:
-    """A concatenation with copies in it, and a dimension that can be cut where its parts end."""
+    """Unify a concatenation that has copies with a dimension that can be cut where the parts end."""
     cut = segments(other, [local_size(part) for part in parts], local_size)
     if cut is None:
         return None
@@ -367,7 +367,7 @@ def _unify_copies(a: Dim, b: Dim) -> Dim | None:
 
 
 def _strip(a: Dim, b: Dim, *, at_end: bool) -> tuple[Dim, Dim, Dim]:
-    """What both dimensions have in common at one end, and the rest of each."""
+    """The pieces that both dimensions have in common at one end, and the rest of each."""
     end = -1 if at_end else 0
     common: Dim = ()
     while a and b:
@@ -390,7 +390,7 @@ def _strip(a: Dim, b: Dim, *, at_end: bool) -> tuple[Dim, Dim, Dim]:
 
 
 def merged(dim: Dim) -> Dim:
-    """The same dimension with what follows a padded piece taken into it: 11 heads of 16 are 176 in parts of 16."""
+    """The same dimension, each padded piece merged with what follows it: 11 heads of 16 are 176 in parts of 16."""
     made: list[Piece] = []
     for piece in dim:
         last = made[-1] if made else None
@@ -405,7 +405,7 @@ def merged(dim: Dim) -> Dim:
 
 
 def index_map(dim: Dim, mesh: Mesh, rank: int) -> npt.NDArray[np.int64]:
-    """The global index behind each local index of `rank` at the first set of sizes, -1 where it is padding."""
+    """The global index of each local index of `rank` at the first set of sizes; -1 is padding."""
     combined = np.zeros(1, dtype=np.int64)
     for piece in dim:
         part, size = _map_of(piece, mesh, rank), global_size((piece,))[0]

@@ -1,4 +1,4 @@
-"""What is derived of a value: how its dimensions lie over the ranks, and what else sets ranks apart."""
+"""What is derived about a value: how its dimensions lie over the ranks, and what else differs between ranks."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Indices = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A tensor of the unsplit model, as the ranks hold it."""
+    """How the ranks hold a tensor of the unsplit model."""
 
     dims: tuple[Dim, ...]
     partial: frozenset[int] = frozenset()
     """The mesh axes over which the ranks' tensors are to be summed."""
     scale: int = 1
-    """How often the tensor is counted, besides: means of parts, before they are divided by the number of parts."""
+    """How many times too large the tensor is: means of parts are added up, then divided by the number of parts."""
     contents: Mapping[Place, Content] = dataclasses.field(default_factory=dict)
     """What is in the padding at each place."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether every rank holds all of the tensor, in order, and nothing is open to interpretation."""
+        """Whether every rank holds all of the tensor, in order, and the placement has no `Copies`."""
         plain = all(isinstance(piece, pieces.Run) for dim in self.dims for piece in dim)
         return plain and not self.partial and self.scale == 1
 
@@ -44,7 +44,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RankConstant:
-    """A constant of the builder's own, different from rank to rank."""
+    """A constant that the builder made, different from rank to rank."""
 
     dims: tuple[Dim, ...]
     axes: Axes
@@ -66,13 +66,13 @@ class RankFunction:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """Rows of a split table, looked up at positions that differ from rank to rank; right only where a mask says so."""
+    """Rows of a split table, looked up at positions that differ from rank to rank; right only where a mask is true."""
 
     dims: tuple[Dim, ...]
     table: Dim
     indices: ir.Value
     trailing: int
-    """How many dimensions follow those of the indices."""
+    """How many dimensions follow the dimensions of the indices."""
     contents: Mapping[Place, Content]
 
     def __str__(self) -> str:
@@ -81,9 +81,9 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSizes:
-    """A vector computed from local sizes where the unsplit model has `expected`, at both sets of sizes.
+    """A vector computed from local sizes, where the unsplit model has `expected` at both sets of sizes.
 
-    A negative number stands for any multiple: the dimension has copies, of which there may be any number.
+    A negative number stands for any multiple: the dimension has any number of copies.
     """
 
     dims: tuple[Dim, ...]
@@ -95,7 +95,7 @@ class LocalSizes:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unknown:
-    """Nothing is known, because of a fault that is reported already."""
+    """Nothing is known, because of a fault that has been reported."""
 
     def __str__(self) -> str:
         return "unknown"
@@ -110,7 +110,7 @@ def whole(shape: Sequence[Size]) -> Placement:
 
 
 class ContradictionError(Exception):
-    """A node that no unsplit model explains; caught by the checker, which makes a `Fault` of it."""
+    """A node that no unsplit model explains; the checker catches it and reports a `Fault`."""
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{found}; expected {expected}")
@@ -119,7 +119,7 @@ class ContradictionError(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """Something in an artifact that contradicts the rest of it, or that cannot be decided."""
+    """Something in an artifact that contradicts the rest, or that cannot be decided."""
 
     node: str
     """The node, as `op type "name"`; or the entry of the manifest."""

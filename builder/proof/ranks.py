@@ -1,4 +1,4 @@
-"""Where ranks differ on purpose: masks that count something once, rows of split tables, parts of whole dimensions."""
+"""Where ranks differ on purpose: masks that count a value once, rows of split tables, parts of whole dimensions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ Array = npt.NDArray[Any]
 Constants = Callable[[str, int], Array]
 """The elements of a stored tensor on one rank."""
 
-# No facts about ops, but the form of the lookups that the builder writes (lower/lookup.py): anything else is refused.
+# These are not facts about ops, but the form of the lookups that the builder writes (lower/lookup.py). Any other form
+# is refused.
 # fmt: off
 ELEMENTWISE = frozenset((
     "Add", "And", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Not", "Or",
@@ -47,10 +48,10 @@ _SHAPED = frozenset(("Unsqueeze", "Identity"))
 
 
 class RankTransfer:
-    """Transfers of nodes that have an operand of the builder's own, different from rank to rank."""
+    """Transfers of nodes that have an operand made by the builder, different from rank to rank."""
 
     def __init__(self, facts: LocalFacts, mesh: Mesh, constants: Constants, known: Sequence[Dim]) -> None:
-        """`known` are the dimensions that the manifest describes, the readings to try for a part of a dimension."""
+        """`known` are the dimensions that the manifest describes; they are the readings to try for a part of one."""
         self._facts = facts
         self._mesh = mesh
         self._constants = constants
@@ -101,7 +102,7 @@ class RankTransfer:
         return dataclasses.replace(data, partial=partial)
 
     def _cleared(self, data: Placement, masks: Sequence[Array]) -> Held:
-        """Zeros in the padding of one dimension, and only there."""
+        """`data` with zeros in the padding of one dimension, and only there."""
         d = len(data.dims) - masks[0].ndim
         if d < 0 or masks[0].shape[1:] != (1,) * (masks[0].ndim - 1):
             raise ContradictionError(f"a mask of local shape {masks[0].shape}", "one dimension's places", REBUILD)
@@ -129,7 +130,8 @@ class RankTransfer:
         if not pieces.is_whole(data.dims[axis]) or indices[0].ndim != 1:
             raise ContradictionError("a split dimension of which ranks take parts", "a whole dimension", REBUILD)
         size = pieces.global_size(data.dims[axis])
-        # Padding repeats element 0: the order of the constant's axes tells readings apart that differ in padding only.
+        # Padding repeats element 0, so only the order of the constant's axes distinguishes readings that differ in
+        # nothing but padding.
         readings = list(self._readings(size[0], len(indices[0])))
         for dim in sorted(readings, key=lambda reading: pieces.axes_of(reading) != axes_given):
             maps = (np.maximum(pieces.index_map(dim, self._mesh, rank), 0) for rank in range(self._mesh.size))
@@ -156,13 +158,13 @@ class RankTransfer:
                 if not remainder and -(-rest // parts) * outer * inner == count:
                     leaf = of_layout(Leaf(rest, axes), self._mesh)
                     yield pieces.join(pieces.run((outer, outer)), leaf, pieces.run((inner, inner)))
-            if count < size < count * parts:  # in whole blocks, the last one filled in part
+            if count < size < count * parts:  # in whole blocks, the last of them filled in part
                 yield (pieces.Padded(size, axes, count),)
 
     # -- tables --------------------------------------------------------------------------------------------------
 
     def _function(self, node: ir.Node, held: Sequence[Held | None]) -> Held:
-        """Integers of the rank's own, computed element by element."""
+        """Integers that differ from rank to rank, computed element by element."""
         for value, one in zip(node.inputs, held, strict=True):
             fine = isinstance(one, RankConstant | RankFunction) or (isinstance(one, Placement) and one.is_whole)
             if value is not None and not fine:
@@ -194,7 +196,7 @@ class RankTransfer:
         raise ContradictionError(f"a lookup in a split table in which {problem}", "each row from one rank", REBUILD)
 
     def _without_trailing(self, value: ir.Value, count: int) -> ir.Value:
-        """The mask before it was given one dimension for each that follows those of the indices."""
+        """The mask before one dimension was appended for each that follows the dimensions of the indices."""
         for _ in range(count):
             producer = value.producer()
             if producer is None or producer.op_type != "Unsqueeze" or self._unsqueezed(producer) != (-1,):
@@ -214,7 +216,7 @@ class RankTransfer:
         return tuple(a - rank if a >= 0 else a for a in found)
 
     def _check_lookup(self, table: Dim, indices: ir.Value, here: ir.Value, source: ir.Value) -> str:
-        """What is wrong if `source` holds the rows of the whole table that are wanted; empty if nothing is."""
+        """What is wrong if `source` holds the wanted rows of the whole table; empty if nothing is."""
         size, count = pieces.global_size(table)[0], pieces.local_size(table)[0]
         wanted = np.arange(-size - 2, size + 2, dtype=np.int64)
         rows = np.where(wanted < 0, wanted + size, wanted)
@@ -240,7 +242,7 @@ class RankTransfer:
     def _evaluate(
         self, wanted: Sequence[ir.Value], source: ir.Value, elements: Array, rank: int
     ) -> tuple[Array, ...] | None:
-        """Values of one rank as functions of `source`, for each of its elements; None if they depend on more."""
+        """One rank's values as functions of `source`, element by element; None if they depend on more."""
         known: dict[ir.Value, Array] = {source: elements}
         found = [self._evaluate_one(value, known, rank) for value in wanted]
         if any(one is None for one in found):
@@ -273,7 +275,7 @@ class RankTransfer:
 
 
 def restored(node: ir.Node, held: Sequence[Held | None], facts: LocalFacts) -> list[Held]:
-    """Sizes of a rank's part, on their way to be the model's: `Where(split, sizes, local)` or a product with parts."""
+    """A step that turns a rank's sizes into the model's: `Where(split, sizes, local)`, or a product with parts."""
     sizes = next(one for one in held if isinstance(one, LocalSizes))
     values = facts.values(node.outputs[0])
     others = [one for one in held if one is not sizes and one is not None]
@@ -298,13 +300,13 @@ def _is_whole(one: Held) -> bool:
 
 
 def _sources(value: ir.Value, facts: LocalFacts) -> Iterator[ir.Value]:
-    """The values that a computation, element by element, may start from, the nearest first."""
+    """The values that an elementwise computation may start from, the nearest first."""
     queue, seen = [value], {value}
     while queue:
         current = queue.pop(0)
         node = current.producer()
         inner = node is not None and node.op_type in ELEMENTWISE
-        if facts.first[current].value is None or not inner:  # constants, too, may be positions
+        if facts.first[current].value is None or not inner:  # constants may be positions, too
             yield current
         if node is None or not inner:
             continue

@@ -1,7 +1,7 @@
 """Reshape, seen on one rank: which pieces of the input make up which dimension of the output.
 
-Sizes on a rank settle where everything goes that a rank holds more than one index of. An axis takes no room on a rank:
-between two such pieces it may belong to any dimension, and the candidates are tried in the order of their likelihood.
+Local sizes settle where each piece goes of which a rank holds more than one index. An axis takes no room on a rank:
+between two pieces with room it may belong to any dimension, and the candidates are tried in order of likelihood.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class _Gap:
 
     pieces: list[_Tagged] = dataclasses.field(default_factory=list)
     before: int | None = None
-    """The output dimension in front of the gap that has room, and the input dimension that it ends with."""
+    """The output dimension before the gap that has room."""
     before_dim: int | None = None
+    """The input dimension that `before` ends with."""
     ones: list[int] = dataclasses.field(default_factory=list)
     """The output dimensions of local size 1 in the gap."""
     after: int | None = None
-    """The output dimension behind the gap, and the input dimension that it begins with."""
+    """The output dimension after the gap."""
     after_dim: int | None = None
+    """The input dimension that `after` begins with."""
     after_is_dynamic: bool = False
 
 
@@ -120,7 +122,7 @@ def _cut(piece: Piece, size: Size) -> tuple[Dim, Dim] | None:
 
 
 _Bin = tuple[int, bool, list[Piece]]
-"""An output dimension, whether the pieces come behind those with room, and the pieces."""
+"""An output dimension, whether the pieces come after the pieces with room, and the pieces."""
 
 
 def _distributions(gap: _Gap) -> Iterator[tuple[float, list[_Bin]]]:
@@ -145,13 +147,13 @@ def _price(gap: _Gap, target: int, tagged: _Tagged) -> float:
     between = sorted({t.dim for t in gap.pieces} - {gap.before_dim, gap.after_dim})
     spare = len(between) < len(gap.ones)
     if tagged.dim == gap.before_dim == gap.after_dim and not gap.ones and not gap.after_is_dynamic:
-        return 1.0 if target == gap.before else 0.0  # a factor that is split has its axes in front of its own indices
-    if tagged.dim in (gap.before_dim, gap.after_dim):  # what is at the end of a dimension stays there, or is parted
+        return 1.0 if target == gap.before else 0.0  # a factor that is split has its axes before its own indices
+    if tagged.dim in (gap.before_dim, gap.after_dim):  # a piece at the end of a dimension stays there or is cut off
         own, other = (gap.before, gap.after) if tagged.dim == gap.before_dim else (gap.after, gap.before)
         return 4.0 if target == other else float(spare) if target == own else 0.0 if spare else 2.0
     if target == gap.before:
         return 3.0 if gap.ones else 1.5
-    if target == gap.after:  # heads join their vectors if these follow, and the batch if the sequence does
+    if target == gap.after:  # heads join their vectors if these follow, and the batch if the sequence follows
         return 2.0 if gap.ones or gap.after_is_dynamic else 1.0
     place = min(between.index(tagged.dim), len(gap.ones) - 1)
     return 0.1 * abs(gap.ones.index(target) - place)

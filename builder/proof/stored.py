@@ -1,4 +1,4 @@
-"""Whether the manifest agrees with itself and with the program: stored tensors, windows, collectives, interface."""
+"""Check that the manifest agrees with itself and the program: stored tensors, windows, collectives, interface."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fault(where: str, what: str, expected: str) -> Fault:
 
 
 def check_interface(manifest: Manifest, program: onnx.ModelProto) -> Iterator[Fault]:
-    """The program's inputs and outputs are those of the manifest, in its order."""
+    """Check that the program's inputs and outputs are the manifest's, in its order."""
     for what, values, infos in (
         ("inputs", program.graph.input, manifest.inputs),
         ("outputs", program.graph.output, manifest.outputs),
@@ -36,7 +36,7 @@ def check_interface(manifest: Manifest, program: onnx.ModelProto) -> Iterator[Fa
 
 
 def check_layouts(manifest: Manifest) -> Iterator[Fault]:
-    """Every layout has a normal form, without which nothing can be said of what is laid out so."""
+    """Check that every layout has a normal form, without which nothing is known about tensors that have the layout."""
     named: list[tuple[str, Sequence[Dim | None]]] = []
     named += [(f'tensor "{tensor.name}"', tensor.layout or ()) for tensor in manifest.tensors]
     named += [(f'input "{info.name}"', info.layout) for info in manifest.inputs]
@@ -53,7 +53,7 @@ def check_layouts(manifest: Manifest) -> Iterator[Fault]:
 
 
 def check_tensors(manifest: Manifest, program: onnx.ModelProto) -> Iterator[Fault]:
-    """Every stored tensor: its layout, its local shape, its shards, its initializer and its window."""
+    """Check every stored tensor: its layout, its local shape, its shards, its initializer and its window."""
     initializers = {tensor.name: tensor for tensor in program.graph.initializer}
     originals = {original.name: original for original in manifest.initializers}
     for tensor in manifest.tensors:
@@ -106,7 +106,7 @@ def _check_origin(where: str, tensor: StoredTensor, originals: Mapping[str, Orig
 
 
 def _check_parts(manifest: Manifest) -> Iterator[Fault]:
-    """The parts of an original must be all of it, in order, each index once."""
+    """Check that the parts of an original are all of it, in order, each index once."""
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     for original in manifest.initializers:
         parts = [tensors[name].part for name in original.stored if name in tensors]
@@ -125,7 +125,7 @@ def _check_parts(manifest: Manifest) -> Iterator[Fault]:
 
 
 def _check_windows(manifest: Manifest, initializers: Mapping[str, onnx.TensorProto]) -> Iterator[Fault]:
-    """Stored tensors lie one behind the other in their files, each as large as its shards."""
+    """Check that stored tensors lie one after the other in their files, each as large as its shards."""
     ends: dict[str, int] = {}
     windows: list[tuple[str, int, int, StoredTensor]] = []
     for tensor in manifest.tensors:
@@ -150,7 +150,7 @@ def _check_windows(manifest: Manifest, initializers: Mapping[str, onnx.TensorPro
 
 
 def check_collectives(manifest: Manifest, model: ir.Model, facts: LocalFacts) -> Iterator[Fault]:
-    """The manifest's list of collectives is the program's, in its order."""
+    """Check that the manifest's list of collectives is the program's, in its order."""
     nodes = [node for node in model.graph if node.domain == COLLECTIVE_DOMAIN]
     names = [node.name for node in nodes]
     listed = [collective.id for collective in manifest.collectives]
@@ -197,7 +197,7 @@ def _size(dim: int | str, sizes: Mapping[str, int]) -> int | None:
 
 
 def check_output(one: Held, info: OutputInfo, mesh: Mesh) -> None:
-    """An output is whole, or a state with the layout that the manifest declares; ContradictionError if not."""
+    """Check that an output is whole, or a state with the manifest's layout; ContradictionError if not."""
     if not isinstance(one, Placement) or one.partial or one.scale != 1:
         raise ContradictionError(f"an output {info.name!r}: {one}", "a tensor that is summed up", REBUILD)
     if len(info.layout) != len(one.dims):
@@ -219,7 +219,7 @@ def check_output(one: Held, info: OutputInfo, mesh: Mesh) -> None:
 
 
 def check_states(manifest: Manifest, model: ir.Model) -> Iterator[Fault]:
-    """A state comes out as it went in, and is computed from what went in."""
+    """Check that a state's output is split as its input is, and is computed from it."""
     inputs = {info.name: info for info in manifest.inputs}
     outputs = {info.name: info for info in manifest.outputs}
     values = {str(value.name): value for value in model.graph.outputs}
@@ -240,7 +240,7 @@ def _ancestors(value: ir.Value) -> set[str]:
     seen, stack = {value}, [value]
     while stack:
         node = stack.pop().producer()
-        within = () if node is None else (node, *nodes_within(node))  # branches read what is around them
+        within = () if node is None else (node, *nodes_within(node))  # branches read values around them
         for operand in (value for inner in within for value in inner.inputs):
             if operand is not None and operand not in seen:
                 seen.add(operand)

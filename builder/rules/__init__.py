@@ -1,4 +1,4 @@
-"""What is known of each op, one small file for each kind of op; `registry` is the one table of all of them."""
+"""What is known about each op, in one small file for each kind of op; `registry` is the one table of all ops."""
 
 from furiosa_llm.builder.rules import (
     attention,

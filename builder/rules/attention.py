@@ -28,7 +28,7 @@ def _mask(view: NodeView, port: int) -> list[str]:
 
 
 def group_query_attention(view: NodeView) -> Rule:
-    """Query, key and value apart or packed in the query; caches are `b kv s d`."""
+    """Query, key and value are separate or packed in the query; caches are `b kv s d`."""
     heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
     packed = not view.has(1)
     width = view.shape(0)[2]
@@ -36,7 +36,7 @@ def group_query_attention(view: NodeView) -> Rule:
     query = ["b", "*", "[kv g d|kv d|kv d]" if packed else "(kv g d)"]
     key = None if packed else ["b", "*", "(kv d)"]
     quantised = view.has(12) or view.has(13)
-    cache = ["b", "kv", "*", "*" if quantised else "d"]  # codes of four bits lie two in a byte
+    cache = ["b", "kv", "*", "*" if quantised else "d"]  # a byte holds two codes of four bits
     operands: list[list[str] | None] = [query, key, key]
     operands += [cache if view.has(port) else None for port in (3, 4)]
     operands += whole_inputs(view, 5)
@@ -140,7 +140,7 @@ def rotary_embedding(view: NodeView) -> Rule:
 
 
 def rotary_embedding_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op: positions (of each sequence, or the first of all) before the caches."""
+    """Onnxruntime's op: the positions (of each sequence, or one first position for all) come before the caches."""
     rest = whole_inputs(view, 1)
     if view.rank(1) == 2:
         rest[0] = ["1" if view.shape(1)[0] == 1 else "b", "*"]
@@ -182,9 +182,9 @@ def _group_query_attention_fault(node: ir.Node, shapes: Shapes) -> str | None:
 
 
 def attention_flops(view: NodeView, queries: int, keys: int, sizes: int, *, biased: bool, window: int = 0) -> int:
-    """FLOPs of `queries`, of all sequences and heads, that each see `keys`, or the last `window` of them.
+    """FLOPs of `queries`, counted over all sequences and heads, that each see `keys`, or the last `window` of them.
 
-    `sizes` are those of a key's and a value's head vector together.
+    `sizes` is the size of a key's head vector plus the size of a value's.
     """
     seen = min(keys, window) if window > 0 else keys
     per_score = 1 + SOFTMAX + biased + (3 if view.attribute("softcap", 0) else 0)
@@ -192,7 +192,7 @@ def attention_flops(view: NodeView, queries: int, keys: int, sizes: int, *, bias
 
 
 def cache_reads(view: NodeView, ports: tuple[int, ...], window: int = 0) -> dict[int, int]:
-    """The bytes read of the caches at some inputs: all, or what a window reaches back from the first new position."""
+    """The bytes read of the caches at some inputs: all of them, or a window back from the first new position."""
     return taken(view, ports, -2, window - 1) if window > 0 else {}
 
 
@@ -233,7 +233,7 @@ def _attention_cost(view: NodeView) -> Cost:
 
 
 def _rotary_cost(view: NodeView) -> Cost:
-    """Of every pair in the rotated part of a head vector, four products and two sums; rows of the caches are read."""
+    """Four products and two sums for every pair in the rotated part of a head vector; rows of the caches are read."""
     positions, caches = (3, (1, 2)) if not view.node.domain else (1, (2, 3))
     shape, half = view.shape(0), view.shape(caches[0])[-1]
     heads = shape[1] if len(shape) == 4 else int(view.attribute("num_heads", 0)) or shape[2] // (2 * half)

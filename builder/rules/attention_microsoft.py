@@ -1,6 +1,6 @@
-"""onnxruntime's own attention ops: Attention, QAttention, MultiHeadAttention and the one for decoding.
+"""onnxruntime's own attention ops: Attention, QAttention, MultiHeadAttention and DecoderMaskedMultiHeadAttention.
 
-Heads h are split. What the ops project inside (Attention's hidden dimension) must be whole, as a softmax follows.
+Heads h are split. What the ops project inside (Attention's hidden dimension) must be whole, because a softmax follows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _batch(view: NodeView, mask: int) -> str:
 
 
 def _mask(view: NodeView, port: int) -> _Operand:
-    """A mask by batch, or numbers of positions."""
+    """A mask for each sequence, or numbers of positions."""
     if not view.has(port):
         return None
     rest = ["*"] * (view.rank(port) - 1)
@@ -126,7 +126,7 @@ def _quantized_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> 
 
 def _query_key_value(view: NodeView, b: str, heads: int) -> tuple[list[_Operand], int, int]:
     """Query, key and value in the forms that the op knows, and the sizes of their head vectors."""
-    cache = view.has(1) and view.rank(1) == 4  # of cross attention: heads apart already
+    cache = view.has(1) and view.rank(1) == 4  # the cache of a cross attention has a dimension of heads
     if view.rank(0) == 5:
         size = view.shape(0)[4]
         return [[b, "*", "h", "*", "d"], None, None], size, size
@@ -155,10 +155,10 @@ def multi_head_attention(view: NodeView) -> Rule:
 
 
 def decoder_attention(view: NodeView) -> Rule:
-    """MultiHeadAttention of one new position, its biases behind everything else.
+    """MultiHeadAttention of one new position, with its biases after all other inputs.
 
-    Its cross attention alone is split: a self attention's states come out in the buffers they go in by, so no rule
-    for it could be proved.
+    Only its cross attention is split: a self attention's states come out in the buffers of its inputs, so no rule for
+    it could be proved.
     """
     if view.has(5) or view.has(8) or view.has(9) or not view.has(1) or view.rank(1) != 4:
         return whole(view, note="DecoderMaskedMultiHeadAttention in place, or with beams: replicated")
@@ -220,7 +220,7 @@ def _heads_shape(node: ir.Node, inputs: Sequence[Fact | None], past: Fact | None
 
 
 def _projected_attention_cost(view: NodeView) -> Cost:
-    """Attention and QAttention: a product, with a bias, in front of the attention."""
+    """Attention and QAttention: a product with a bias, then the attention."""
     quantized = view.node.op_type == "QAttention"
     past, bias = (8, None) if quantized else (4, 5)
     (batch, new, inner), width = view.shape(0), view.shape(1)[1]
@@ -235,7 +235,7 @@ def _projected_attention_cost(view: NodeView) -> Cost:
 
 
 def _heads_cost(view: NodeView) -> Cost:
-    """MultiHeadAttention, also of one new position."""
+    """MultiHeadAttention, and the form of it for one new position."""
     decoder = view.node.op_type != "MultiHeadAttention"
     past, bias, projection = (5, 4, 10) if decoder else (6, 5, 3)
     heads = int(view.attribute("num_heads"))

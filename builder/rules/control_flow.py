@@ -17,7 +17,7 @@ def control_flow(view: NodeView) -> Rule:
 
 
 def _control_flow_cost(view: NodeView) -> Cost:
-    """The dearer branch of an If, every iteration of a Loop or Scan; the view has the facts of what is inside, too."""
+    """The dearer branch of an If, every iteration of a Loop or Scan; the view has the inner graphs' facts, too."""
     if view.node.op_type == "If":
         branches = [_inside(view, f"{name}_branch") for name in ("then", "else")]
         return max(branches, key=lambda cost: (cost.flops, cost.nbytes_read + cost.nbytes_written))
@@ -35,7 +35,7 @@ def _loop_length(view: NodeView) -> int:
 
 
 def _scan_length(view: NodeView) -> int:
-    """The size that the first scanned input has more than the body sees of it."""
+    """The number of iterations: the dimension of the first scanned input that the body does not see."""
     inner = view.node.attributes["body"].as_graph().inputs
     port = next(p for p, value in enumerate(inner) if view.rank(p) > len(view.facts[value].shape))
     axis: int = view.attribute("scan_input_axes", (0,))[0]

@@ -1,4 +1,4 @@
-"""Convolutions, pools, and what else works on images: channels and batch pass, positions are whole."""
+"""Convolutions, pools, and other ops on images: channels and batch pass, positions are whole."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def conv(view: NodeView) -> Rule:
 
 
 def fused_conv(view: NodeView) -> Rule:
-    """Conv with a sum and an activation behind it, which need the whole sum over input channels."""
+    """Conv followed by an addition and an activation, which need the whole sum over input channels."""
     space = _space(view)
     grouped = int(view.attribute("group", 1)) > 1
     data, out = ["b", "(g i)" if grouped else "*", *space], ["b", "(g o)", *space]
@@ -57,7 +57,7 @@ def fused_conv(view: NodeView) -> Rule:
 
 
 def conv_transpose(view: NodeView) -> Rule:
-    """Conv with the weight's channels the other way round."""
+    """Conv with the input channels first in the weight."""
     space = _space(view)
     groups = int(view.attribute("group", 1))
     inputs, outputs = view.shape(1)[:2]
@@ -93,7 +93,7 @@ def conv_integer(view: NodeView) -> Rule:
 
 
 def quantized_conv(view: NodeView) -> Rule:
-    """Output channels alone: the sum over input channels is rounded to 8 bits inside the op, so it must be whole."""
+    """Only output channels are split: the op rounds the sum over input channels to 8 bits, so it must be whole."""
     space = _space(view)
     grouped = int(view.attribute("group", 1)) > 1
     channels = "(g o)"
@@ -118,7 +118,7 @@ def _positions_whole(view: NodeView, padding: Padding = "finite") -> Rule:
 
 
 def average_pool(view: NodeView) -> Rule:
-    """Linear."""
+    """Linear: partial sums pass."""
     return dataclasses.replace(_positions_whole(view, "moves"), linear=(0,))
 
 
@@ -163,14 +163,14 @@ def _scaled_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
 
 
 def depth_to_space(view: NodeView) -> Rule:
-    """Channels hold a p by q block of pixels each, in front of or behind what they become."""
+    """The channels are a product of the output's channels and a p by q block of pixels, in either order."""
     block = int(view.attribute("blocksize"))
     packed = "(p q c)" if view.attribute("mode", "DCR") == "DCR" else "(c p q)"
     return _blocks(["b", packed, "h", "w"], ["b", "c", "(h p)", "(w q)"], block)
 
 
 def space_to_depth(view: NodeView) -> Rule:
-    """The other way round."""
+    """The inverse of DepthToSpace."""
     block = int(view.attribute("blocksize"))
     return _blocks(["b", "c", "(h p)", "(w q)"], ["b", "(p q c)", "h", "w"], block)
 
@@ -184,7 +184,7 @@ def _blocks(left: list[str], right: list[str], block: int) -> Rule:
 
 
 def batch_normalization(view: NodeView) -> Rule:
-    """In inference an affine map of each channel; training is not for here."""
+    """In inference, an affine map of each channel; training is not supported."""
     if view.attribute("training_mode", 0):
         return whole(view, note="BatchNormalization in training: replicated")
     names = ["b", "c", *words(view.rank(0) - 2, "x")]
@@ -214,7 +214,7 @@ def group_normalization(view: NodeView) -> Rule:
 
 
 def local_response_normalization(view: NodeView) -> Rule:
-    """Neighbouring channels are needed."""
+    """Each channel needs its neighbours, so channels are whole."""
     names = ["b", "*", *words(view.rank(0) - 2, "x")]
     return Rule(text=f"{spell(names)} -> {spell(names)}", padding="finite")
 
@@ -241,7 +241,7 @@ def _conv_transpose_cost(view: NodeView) -> Cost:
 
 
 def _pool_cost(view: NodeView) -> Cost:
-    """One operation for each element of a window, and Lp's powers."""
+    """One operation for each element of a window, and the powers of LpPool."""
     window = math.prod(view.attribute("kernel_shape", view.shape(0)[2:]))
     return elementwise(window * (2 if "Lp" in view.node.op_type else 1))(view)
 

@@ -1,20 +1,21 @@
 """What a node costs: FLOPs, and bytes read and written, as functions of the shapes that it sees.
 
-On local shapes a cost is that of one PE. Nothing here knows of a device: whoever does takes off what its kernels save.
-The conventions:
+On local shapes the cost is the cost on one PE. Nothing here knows a device: its cost model has to subtract what its
+kernels save. The conventions:
 
-* An addition, a comparison and a transcendental function (exp, tanh, erf, sqrt, ...) count 1 FLOP, of integers as of
+* An addition, a comparison and a transcendental function (exp, tanh, erf, sqrt, ...) count 1 FLOP, for integers as for
   floating point numbers; a multiplication with the addition of its result counts 2. A function that is made of others
-  is their sum (a sigmoid 4, a softmax 5 an element). Selecting, converting and moving count 0, and so does what unpacks
-  the weight of a product (MatMulNBits, QMoE), scales all of it or is done once for a row. Products with padding count.
+  counts their sum (a sigmoid 4, a softmax 5 per element). Selecting, converting and moving count 0, and so does work
+  that unpacks the weight of a product (MatMulNBits, QMoE), scales all of it, or is done once for a row. Products with
+  padding count.
 * Every input is read once, and every output that has a name is written once, each element at its own width: packed
   weights as packed, with their scales and zero points. Scratch memory does not count.
-* Views (Reshape, Squeeze, Identity, ...) cost nothing. What moves or selects reads no more than it gives: a table that
-  is looked up is read by rows. A cache is one buffer: attention and TensorScatter read the past and write what is new.
+* Views (Reshape, Squeeze, Identity, ...) cost nothing. An op that moves or selects reads no more than it gives: a table
+  is looked up row by row. A cache is one buffer: attention and TensorScatter read the past and write new positions.
 * Attention computes scores, softmax and values over the present length, the past and the new positions, and the masked
   half of a causal prefill counts. With a local window no query sees more keys than that.
-* Of experts each token goes through `k`. Of `n` experts, weights are read of those that `t` tokens are expected to
-  touch by uniform routing, `n * (1 - (1 - k / n) ** t)`: `k` for one token, and never more than `n`.
+* Each token goes through `k` of `n` experts. Weights are read of the experts that `t` tokens are expected to touch if
+  routing is uniform, `n * (1 - (1 - k / n) ** t)`: `k` for one token, and never more than `n`.
 * A recurrence (LSTM, LinearAttention, ...) is computed step by step, and reads its weights once.
 * A Loop whose number of iterations is not known counts once; an If costs its dearer branch.
 """
@@ -58,7 +59,7 @@ _FUNCTIONS: dict[str, int] = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What is computed and moved."""
+    """How much is computed and moved."""
 
     flops: int = 0
     nbytes_read: int = 0
@@ -72,7 +73,7 @@ class Cost:
         )
 
     def __mul__(self, count: int) -> Cost:
-        """The cost of `count` times the same."""
+        """The cost of doing the same `count` times."""
         return Cost(
             flops=self.flops * count,
             nbytes_read=self.nbytes_read * count,
@@ -84,7 +85,7 @@ CostFunction = Callable[[NodeView], Cost]
 
 
 def function_flops(name: str) -> int:
-    """FLOPs of a function of one element: an op type, or what an attribute calls it."""
+    """FLOPs of a function of one element; `name` is an op type or an attribute's name for the function."""
     return _FUNCTIONS.get(name.lower(), 1)
 
 
@@ -107,7 +108,7 @@ def nothing(_: NodeView) -> Cost:
 
 
 def generated(view: NodeView) -> Cost:
-    """Written from sizes alone."""
+    """The output is written, and nothing but sizes is read."""
     return dataclasses.replace(spent(view, 0), nbytes_read=0)
 
 
@@ -121,7 +122,7 @@ def elementwise(per_output: int) -> CostFunction:
 
 
 def reduction(per_input: int, per_output: int = 0) -> CostFunction:
-    """FLOPs for each element of the first input, and of what is left of it."""
+    """FLOPs for each element of the first input, and for each element of the first output."""
 
     def cost(view: NodeView) -> Cost:
         return spent(view, per_input * math.prod(view.shape(0)) + per_output * math.prod(view.out()))
@@ -130,7 +131,7 @@ def reduction(per_input: int, per_output: int = 0) -> CostFunction:
 
 
 def movement(view: NodeView) -> Cost:
-    """Of the first input no more is read than is given; the others are sizes and positions."""
+    """No more of the first input is read than is written; the other inputs are sizes and positions."""
     return spent(view, 0, reads={0: min(view.fact(0).nbytes, spent(view, 0).nbytes_written)})
 
 
@@ -140,7 +141,7 @@ def copied(view: NodeView) -> Cost:
 
 
 def taken(view: NodeView, tables: tuple[int, ...], axis: int, rows: int) -> dict[int, int]:
-    """The bytes read of `tables` if `rows` of what their axis holds are looked up."""
+    """The bytes read of `tables` if `rows` indices of their axis are looked up."""
     return {p: view.fact(p).nbytes * min(rows, n) // n for p in tables if view.has(p) and (n := view.shape(p)[axis])}
 
 

@@ -34,12 +34,12 @@ def broadcast(view: NodeView) -> Rule:
 
 
 def pointwise(padding: Padding) -> RuleFunction:
-    """Not linear: a partial sum must be added up first."""
+    """Not linear: a partial sum must first be added up."""
     return lambda view: dataclasses.replace(broadcast(view), padding=padding)
 
 
 def _of_all(dtype: ir.DataType | int = 0) -> ShapeRule:
-    """The shape to which all inputs are broadcast, of one type or of that of an input."""
+    """The shape to which all inputs are broadcast, with a given type or the type of an input."""
 
     def infer(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
         present = [fact for fact in inputs if fact is not None]
@@ -62,12 +62,12 @@ def power(view: NodeView) -> Rule:
 
 
 def activation(view: NodeView) -> Rule:
-    """Activations of onnxruntime's, with an optional bias."""
+    """Onnxruntime's activations, with an optional bias."""
     return dataclasses.replace(broadcast(view), padding="sum")
 
 
 def gated_add(view: NodeView) -> Rule:
-    """`x + y * gate`, one gate for each row; a gate that is projected inside the op contracts what it is made of."""
+    """`x + y * gate`, one gate for each row; where the op projects the gate itself, it contracts the gate's input."""
     if view.has(3):
         return whole(view, note="GatedAdd with a projection inside: replicated")
     return dataclasses.replace(broadcast(view), padding="sum")
@@ -117,7 +117,7 @@ def _cast_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
 
 
 def cast_like(view: NodeView) -> Rule:
-    """A Cast that takes its type from the second input, of which nothing else matters."""
+    """A Cast to the type of the second input, of which nothing else matters."""
     names = words(view.rank(0))
     return dataclasses.replace(
         cast(view), text=f"{spell(names, ['.'] * view.rank(1))} -> {spell(names)}", padding_ports=(0,)
@@ -134,7 +134,7 @@ def dropout(view: NodeView) -> Rule:
 
 
 def quantized_elementwise(view: NodeView) -> Rule:
-    """Codes with one scale for all of them: each element is computed alone."""
+    """Codes with one scale for all of them: each element is computed by itself."""
     return dataclasses.replace(broadcast(view), padding="finite")
 
 
@@ -154,7 +154,7 @@ def _quantized_where_shape(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferre
 
 
 def _cost(view: NodeView) -> Cost:
-    """Of any number of inputs: `n - 1` operations, and Mean's division."""
+    """For `n` inputs, `n - 1` operations an element, and Mean's division."""
     name = view.node.op_type
     match name:
         case "Sum" | "Max" | "Min" | "Mean":
@@ -169,14 +169,14 @@ def _cost(view: NodeView) -> Cost:
 
 
 def _gated_add_cost(view: NodeView) -> Cost:
-    """A gate that is projected inside is a product for each row, and a sigmoid."""
+    """A gate that the op projects takes a product for each row, and a sigmoid."""
     rows = math.prod(view.out()[:-1])
     projected = rows * (2 * view.shape(3)[0] + SIGMOID) if view.has(3) else 0
     return elementwise(2)(view) + Cost(flops=projected)
 
 
 def _dropout_cost(view: NodeView) -> Cost:
-    """A view in inference, but for the mask."""
+    """A view in inference, except for the mask."""
     return spent(view, 0, reads={0: 0}, writes={0: 0})
 
 
@@ -269,11 +269,11 @@ op("BiasGelu", domain=MICROSOFT, rule=activation, shape=as_input, definition=tak
 op("ScaledSiLU", domain=MICROSOFT, rule=activation, shape=as_input, cost=_cost)
 op("GatedAdd", domain=MICROSOFT, rule=gated_add, shape=as_input, cost=_gated_add_cost)
 CUT = "furiosa_llm.cut"
-"""The mark of an Identity whose input every rank has whole, and whose output it has its part of."""
+"""The mark of an Identity whose input every rank has whole, and of whose output every rank has its part."""
 
 
 def identity(view: NodeView) -> Rule:
-    """What it is given, or of an input that is whole, the rank's part."""
+    """The input itself, or the rank's part of an input that is whole."""
     if not view.node.meta.get(CUT):
         return negate(view)
     names = words(len(view.out()))

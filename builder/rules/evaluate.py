@@ -17,11 +17,11 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 Attributes = dict[str, Any]
 Evaluator = Callable[[Attributes, Sequence[Array | None]], Array | tuple[Array, ...]]
-"""Of attributes and inputs: the outputs."""
+"""Computes the outputs from attributes and inputs."""
 ShapeEvaluator = Callable[[Attributes, tuple[int, ...]], Array]
-"""Of attributes and the shape of input 0: the output."""
+"""Computes the output from attributes and the shape of input 0."""
 SizeFunction = Callable[[Sequence[Array]], float]
-"""Of the inputs that are there: how many elements an op makes of them."""
+"""Computes the number of elements that an op makes from the inputs that are present."""
 
 
 def _ints(value: Array | None) -> tuple[int, ...]:
@@ -295,7 +295,7 @@ def scatter_nd(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
 
 
 def _combine(attributes: Attributes, data: Array, places: tuple[Array, ...], updates: Array) -> None:
-    """Write or accumulate updates at places, one after the other."""
+    """Write or accumulate updates at places, one after another."""
     how = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
     reduction = attributes.get("reduction", "none")
     if reduction == "none":
@@ -314,7 +314,7 @@ def trilu(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
 
 
 def quiet(evaluator: Evaluator) -> Evaluator:
-    """ONNX computes log(0) and 1/0 without a word, and so do we."""
+    """The evaluator without numpy's warnings: ONNX computes log(0) and 1/0 silently."""
 
     def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array | tuple[Array, ...]:
         with np.errstate(all="ignore"):
@@ -343,7 +343,7 @@ def size(_: Attributes, of: tuple[int, ...]) -> Array:
     return np.asarray(np.prod(of, dtype=np.int64))
 
 
-# -- how much is made: in floating point, as it may be more than an integer holds -----------------------------------
+# -- numbers of elements: in floating point, because they may exceed an integer's range -----------------------------
 
 
 def made_of_target(inputs: Sequence[Array]) -> float:

@@ -1,4 +1,4 @@
-"""onnxruntime's fused mixtures of experts: MoE, QMoE and the router in front of them."""
+"""onnxruntime's fused mixtures of experts: MoE, QMoE and the router before them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView
 
 _PAIRED = {1: "(i u)", 2: "[i|i]"}
-"""How gate and up projections share fc1, by the attribute swiglu_fusion: interleaved, or one after the other."""
+"""Attribute swiglu_fusion -> how gate and up projections share fc1: interleaved, or one after the other."""
 
 
 def mixture_of_experts(view: NodeView) -> Rule:
@@ -102,7 +102,7 @@ def _quantized_experts(view: NodeView, rows: list[str], width: str) -> list[list
 
 
 _PAIRED_BLOCKS = {1: "(k u v w s)", 2: "[k u v w|k u v w]"}
-"""How gate and up projections share the first product, by the attribute swiglu_fusion."""
+"""Attribute swiglu_fusion -> how gate and up projections share the first product."""
 
 
 def group_router(view: NodeView) -> Rule:
@@ -146,7 +146,7 @@ def _experts_cost(view: NodeView) -> Cost:
 
 
 def _group_router_cost(view: NodeView) -> Cost:
-    """A sigmoid, a bias and a comparison for each score, behind a product if the router projects."""
+    """A sigmoid, a bias and a comparison for each score, after a product if the router projects."""
     scores = math.prod(view.out(0) or view.out(1))
     projected = 2 * view.shape(2)[1] if view.has(2) else 0
     return spent(view, scores * (projected + SIGMOID + 2))

@@ -19,13 +19,13 @@ class Fact:
     dtype: ir.DataType
     shape: Shape
     value: npt.NDArray[Any] | None = None
-    """The elements, for small tensors that do not depend on the inputs' elements."""
+    """The elements of a small tensor that does not depend on the inputs' elements; else None."""
     zero: bool = False
     """Every element is zero, whatever the inputs hold."""
 
     @property
     def nbytes(self) -> int:
-        """What the elements take, packed if they are smaller than a byte."""
+        """The bytes of the elements, packed if they are smaller than a byte."""
         return -(-math.prod(self.shape) * self.dtype.bitwidth // 8)
 
 
@@ -36,6 +36,6 @@ _T = TypeVar("_T", ir.Value, Fact)
 
 
 def present(value: _T | None) -> _T:
-    """An input, or what is known of it, that is there: its op is none without it."""
+    """An input, or what is known about it, that cannot be absent, because its op requires it."""
     assert value is not None
     return value

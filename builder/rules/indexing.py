@@ -18,9 +18,9 @@ from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attrib
 
 
 def gather(view: NodeView) -> Rule:
-    """A table (an initializer) may be split along the axis that is looked up; data must be whole there.
+    """A table (an initializer) may be split along the axis that is looked up; other data must be whole there.
 
-    Tables of numbers and of codes: one rank has the row, and zeros add nothing to it.
+    This holds for tables of numbers and of codes: one rank has the row, and the other ranks' zeros add nothing to it.
     """
     rank = view.rank(0)
     axis = int(view.attribute("axis", 0)) % rank
@@ -37,7 +37,7 @@ def gather(view: NodeView) -> Rule:
 
 
 def gather_elements(view: NodeView) -> Rule:
-    """Dimensions of equal size pass, but for the axis."""
+    """Dimensions of equal size pass, except the axis."""
     rank = view.rank(0)
     axis = int(view.attribute("axis", 0)) % rank
     names = words(rank)
@@ -49,7 +49,7 @@ def gather_elements(view: NodeView) -> Rule:
 
 
 def scatter_elements(view: NodeView) -> Rule:
-    """Dimensions of equal size pass, but for the axis; jointly linear in data and updates."""
+    """Dimensions of equal size pass, except the axis; jointly linear in data and updates."""
     rank = view.rank(0)
     axis = int(view.attribute("axis", 0)) % rank
     same = zip(view.shape(0), view.shape(1), strict=True)
@@ -94,7 +94,7 @@ def tensor_scatter(view: NodeView) -> Rule:
 
 
 def compress(view: NodeView) -> Rule:
-    """A constant selection along one axis; without an axis, of all elements."""
+    """A constant selection along one axis, or without an axis, from all elements."""
     axis = view.attribute("axis")
     kept = None if axis is None else int(axis) % view.rank(0)
     dims = ["*" if kept in (None, d) else n for d, n in enumerate(words(view.rank(0)))]
@@ -118,7 +118,7 @@ def _compress_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
 
 
 def reverse_sequence(view: NodeView) -> Rule:
-    """The first positions of each sequence, as many as its length, are turned round."""
+    """The first positions of each sequence, as many as its length, are put into reverse order."""
     time = int(view.attribute("time_axis", 0)) % view.rank(0)
     names = words(view.rank(0))
     lengths = names[int(view.attribute("batch_axis", 1)) % view.rank(0)]

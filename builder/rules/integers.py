@@ -1,8 +1,8 @@
-"""Integer arithmetic: activations quantised as the model runs or ahead of it, and products of codes.
+"""Integer arithmetic: activations quantised dynamically or with constant scales, and products of codes.
 
-A scale that is found as the model runs (DynamicQuantizeLinear) is taken over the whole tensor, so the tensor must be
-whole: ranks that took it over their own part would round otherwise than the unsplit model. From there on everything is
-exact: codes are cut for nothing, and sums of products in int32 are the same in parts.
+A dynamic scale (DynamicQuantizeLinear) is computed over the whole tensor, so the tensor must be whole: ranks that
+computed it over their own part would round differently from the unsplit model. Everything after it is exact: cutting
+codes costs nothing, and sums of products in int32 are the same in parts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attrib
 
 
 def offsets(view: NodeView, zero_points: Mapping[int, int]) -> tuple[int, ...]:
-    """Of the inputs with a zero point (data input -> its zero point's input) those whose zeros are not zeros."""
+    """The data inputs whose code 0 is not the number 0; `zero_points` maps data inputs to the inputs of zero points."""
     return tuple(port for port, point in zero_points.items() if view.has(point) and not view.fact(point).zero)
 
 
@@ -34,7 +34,7 @@ def per_channel(view: NodeView, port: int, channel: str) -> list[str] | None:
 
 
 def dynamic_quantize(view: NodeView) -> Rule:
-    """One scale for all elements, from the greatest and the least of them; the codes are each rank's part again."""
+    """One scale for all elements, from the greatest and the least of them; the codes are again each rank's part."""
     dims = words(view.rank(0))
     note = "DynamicQuantizeLinear takes one scale over all elements: its input is whole (gathered where it was split)"
     clause = f"; full {' '.join(dims)}" if dims else ""
@@ -111,7 +111,7 @@ def _matmul_integer_to_float_shape(_: ir.Node, inputs: Sequence[Fact | None]) ->
 
 
 def qlinear_matmul(view: NodeView) -> Rule:
-    """Columns alone: the sum is rounded to 8 bits inside the op, so it must be whole."""
+    """Only columns are split: the op rounds the sum to 8 bits, so it must be whole."""
     found = _product(view, 0, 3, (1, 2), (4, 5), {0: 2, 3: 5})
     if found is None:
         return whole(view, note="QLinearMatMul with scales for each matrix: replicated")
@@ -164,7 +164,7 @@ def _product_shape(a: Fact | None, b: Fact | None, kind: Fact | None) -> Inferre
 
 
 def matmul_bnb4(view: NodeView) -> Rule:
-    """Rows of 4-bit codes, two in a byte, in blocks that are never cut; all rows one behind the other."""
+    """Rows of 4-bit codes, two in a byte, in blocks that are never cut; all rows one after the other."""
     size, columns, block = (int(view.attribute(name)) for name in ("K", "N", "block_size"))
     if size % block or not view.attribute("transB", 1):
         return whole(view, note="MatMulBnb4 whose blocks run from row to row, or transposed: replicated")
@@ -188,7 +188,7 @@ def _matmul_bnb4_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred
 
 
 def quantized_softmax(view: NodeView) -> Rule:
-    """Softmax of codes; before opset 13 it took everything from the axis on for one."""
+    """Softmax of codes; before opset 13 it took all dimensions from the axis on as one."""
     rank = view.rank(0)
     axis = int(view.attribute("axis", -1)) % rank
     along = [axis] if int(view.attribute("opset", 13)) >= 13 else range(axis, rank)
@@ -197,7 +197,7 @@ def quantized_softmax(view: NodeView) -> Rule:
 
 
 def quantized_concat(view: NodeView) -> Rule:
-    """Triples of codes, scale and zero point behind the result's scale and zero point; the axis is a concatenation."""
+    """Triples of codes, scale and zero point follow the result's scale and zero point; the axis is a concatenation."""
     axis = int(view.attribute("axis")) % len(view.out())
     names = words(len(view.out()))
     ports = range(2, len(view.node.inputs), 3)
@@ -218,7 +218,7 @@ def _quantized_concat_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inf
 
 
 def _product_cost(view: NodeView) -> Cost:
-    """A product of codes, of which the sum is scaled or rounded to codes again, or neither."""
+    """A product of codes; its sum is scaled, rounded to codes again, or neither."""
     after = {"QLinearMatMul": QUANTIZE, "MatMulIntegerToFloat": 1}
     return product(view, view.shape(0)[-1], per_output=after.get(view.node.op_type, 0), bias=6)
 

@@ -74,7 +74,7 @@ def gemm(view: NodeView) -> Rule:
 
 
 def fused_gemm(view: NodeView) -> Rule:
-    """Gemm with an activation behind it, which needs the whole sum: what is contracted is whole."""
+    """Gemm followed by an activation, which needs the whole sum: the contracted dimension is whole."""
     return Rule(text=f"{spell(*_gemm_operands(view, '*'))} -> m n", padding="finite")
 
 

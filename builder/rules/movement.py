@@ -20,7 +20,7 @@ from furiosa_llm.builder.rules.rule import Rule, ShapeOperand
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView
 
 _END = 2**31 - 1
-"""What exporters write, at least, for a slice that goes on to the end."""
+"""The least bound that exporters write for a slice that extends to the end."""
 
 
 def regroup(before: Sequence[int], after: Sequence[int]) -> tuple[list[str], list[str], dict[str, int]]:
@@ -43,7 +43,7 @@ def regroup(before: Sequence[int], after: Sequence[int]) -> tuple[list[str], lis
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of dimensions (those of size 1 left out) that hold equally many elements on both sides."""
+    """The smallest runs of dimensions (dimensions of size 1 left out) that hold equally many elements on both sides."""
     groups: list[tuple[list[int], list[int]]] = []
     rest_before = [d for d, size in enumerate(before) if size != 1]
     rest_after = [d for d, size in enumerate(after) if size != 1]
@@ -107,7 +107,7 @@ def transpose(view: NodeView) -> Rule:
 
 
 def expand(view: NodeView) -> Rule:
-    """Equal dimensions pass; what is broadcast is free to be split on the output side."""
+    """Equal dimensions pass; broadcast dimensions may be split on the output side."""
     before, after = view.shape(0), view.out()
     names = words(len(after))
     tail = names[len(names) - len(before) :]
@@ -157,7 +157,7 @@ def split(view: NodeView) -> Rule:
 
 
 def slice_(view: NodeView) -> Rule:
-    """An axis that is cut at constant places, one by one, is a concatenation; any other cut needs the axis whole."""
+    """An axis cut at constant bounds with step 1 is a concatenation; any other cut needs the axis whole."""
     rank = view.rank(0)
     bounds = _slice_bounds(view)
     left, right = words(rank), words(rank)
@@ -197,7 +197,7 @@ def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
             bounds[axis] = "unknown"
             continue
         start, stop, _ = slice(int(starts[i]), int(ends[i])).indices(size)
-        # What is all of a dynamic dimension at these sizes need not be so at larger ones.
+        # A slice that takes all of a dynamic dimension at these sizes need not do so at larger sizes.
         all_of_it = int(starts[i]) == 0 and int(ends[i]) >= _END
         if stop <= start or (view.is_dynamic(0, axis) and not all_of_it):
             bounds[axis] = "unknown"
@@ -207,7 +207,7 @@ def _slice_bounds(view: NodeView) -> dict[int, tuple[int, int] | str] | None:
 
 
 def tile(view: NodeView) -> Rule:
-    """An axis a that is repeated r times is (r a) behind it; where it was 1, any part of it may be made."""
+    """An axis a that is repeated r times becomes (r a); an axis of 1 may be split freely in the output."""
     shape, known = view.shape(0), view.static_value(1)
     repeats = view.fact(1).value if known is None else known
     left, right = words(view.rank(0)), words(view.rank(0))
@@ -228,7 +228,7 @@ def tile(view: NodeView) -> Rule:
 
 
 def trilu(view: NodeView) -> Rule:
-    """The two last dimensions are compared with each other."""
+    """Positions in the last two dimensions are compared with each other, so both are whole."""
     names = [*words(view.rank(0))[:-2], "*", "*"]
     return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(names)}", linear=(0,), padding="moves")
 
@@ -240,7 +240,7 @@ def expand_dims(view: NodeView) -> Rule:
 
 
 def pad(view: NodeView) -> Rule:
-    """Axes that are not padded pass; linear where zeros, or elements that are there already, are put around."""
+    """Axes that are not padded pass; linear if the padding is zeros or elements of the input."""
     pads = view.static_value(1) if view.has(1) else np.asarray(view.attribute("pads", ()), dtype=np.int64)
     axes = view.static_value(3)
     if pads is None or not pads.size or (view.has(3) and axes is None):

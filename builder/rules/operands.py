@@ -1,4 +1,4 @@
-"""What an op takes: inputs and outputs in number, attributes, and the shapes of operands that fit each other."""
+"""What an op takes: the numbers of inputs and outputs, the attributes, and operand shapes that fit each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OperandCheck = Callable[[ir.Node, Shapes], str | None]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Operands:
-    """What an op demands of its operands' shapes, and ONNX's own shape inference does not check.
+    """What an op demands of its operands' shapes where ONNX's own shape inference does not check it.
 
     onnxruntime's own ops have no shape inference at all: their rules may count on what is checked here.
     """
@@ -27,7 +27,7 @@ class Operands:
     along_axis: bool = False
     """Whether the op works along a dimension of input 0, which a scalar does not have."""
     axis: tuple[int, int] | None = (0, -1)
-    """What is added to minus the rank, and to the rank, for the least and the greatest `axis`; None: see `check`."""
+    """What to add to minus the rank for the least `axis`, and to the rank for the greatest; None: see `check`."""
     check: OperandCheck | None = None
 
 
@@ -43,11 +43,11 @@ class Definition:
     """Name -> the number of its type."""
     required_attributes: frozenset[str]
     takes_others: bool = False
-    """Whether there are attributes of which nothing is known here."""
+    """Whether the op may have attributes that are not listed here."""
 
 
 def takes(inputs: range, required: Sequence[int], *integers: str, outputs: int = 1) -> Definition:
-    """The definition of an op of onnxruntime's: `integers` are the attributes that it does not go without.
+    """The definition of one of onnxruntime's ops: `integers` are its required attributes.
 
     See https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
     """
@@ -62,7 +62,7 @@ def takes(inputs: range, required: Sequence[int], *integers: str, outputs: int =
 
 
 def axis_fault(node: ir.Node, shapes: Shapes, lowest: int = 0, highest: int = -1) -> str | None:
-    """An axis that is not there: kernels refuse it, shape inference often does not look."""
+    """What is wrong with the axis, if anything: kernels refuse an axis out of range, shape inference often does not."""
     attribute = node.attributes.get("axis")
     if attribute is None:
         return None
@@ -80,7 +80,7 @@ def has(shapes: Shapes, port: int) -> bool:
 
 NOTHING_SPECIAL = Operands()
 AXES_INPUT = Operands(ranks={1: (0, 1)})
-"""Axes are a list, or one number."""
+"""The axes in input 1 are a list or one number."""
 ALONG_AXIS = Operands(along_axis=True)
 SCALED = Operands(axis=None, check=lambda node, shapes: None if shapes[1] in ((), (1,)) else axis_fault(node, shapes))
 """The axis does not matter if there is one scale for all elements."""

@@ -1,7 +1,7 @@
-"""What padding holds: zeros in stored weights, and in computed values whatever comes of those.
+"""What padding holds: zeros in stored weights, and in computed values whatever the ops make of these.
 
-A contraction over padding is right if one operand is zero there and no operand is infinite or not a number, as zero
-times those is not zero.
+A contraction over padding is right if one operand is zero there and no operand is infinite or NaN, because zero times
+these is not zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from furiosa_llm.builder.rules.rule import Rule
 
 
 class Content(enum.IntEnum):
-    """What a value holds at one place of padding; the greater, the less is known."""
+    """What a value holds at one place of padding; the greater the number, the less is known."""
 
     ZERO = 0
     FINITE = 1
@@ -24,7 +24,7 @@ class Content(enum.IntEnum):
 def content_after(rule: Rule, ports: Collection[int], content_at: Callable[[int], Content | None]) -> Content:
     """What an output holds at a place of padding.
 
-    `ports` are the inputs that are there; `content_at(port)` is what an input holds at the place, None if nothing is
+    `ports` are the inputs that are present; `content_at(port)` is what an input holds at the place, None if nothing is
     padding there.
     """
     if rule.divisor is not None and rule.divisor in ports and content_at(rule.divisor) is not None:

@@ -18,7 +18,7 @@ from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attrib
 def matmul_nbits(view: NodeView) -> Rule:
     """`n` output columns; the contraction is (bytes, blocks, block), and neither a block nor a byte is ever cut.
 
-    A byte is one of zero points, which belong to as many blocks as share it.
+    The bytes are bytes of packed zero points; each belongs to all blocks whose zero points share it.
     """
     bits, block = int(view.attribute("bits", 4)), int(view.attribute("block_size"))
     size, columns = int(view.attribute("K")), int(view.attribute("N"))
@@ -28,7 +28,8 @@ def matmul_nbits(view: NodeView) -> Rule:
     packed = view.has(3) and view.fact(3).dtype is ir.DataType.UINT8 and bits < 8
     per_byte = 8 // bits if packed else 1
     bytes_ = -(-blocks // per_byte)
-    # The last block, or a row's last byte of zero points, may be filled in part; splits are between whole ones.
+    # The last block, or a row's last byte of zero points, may be filled in part; splits lie between whole blocks and
+    # bytes.
     even = size == bytes_ * per_byte * block
     contraction, contracted = ("(k u w)", "k u") if even else ("x<k u w>", "x")
     groups, group = ("(k u)", "k u") if blocks == bytes_ * per_byte else ("g<k u>", "g")
@@ -48,7 +49,7 @@ def matmul_nbits(view: NodeView) -> Rule:
 
 
 def _in_any_order(view: NodeView, columns: int) -> Rule:
-    """Rows that g_idx deals out in any order are whole; columns are split, if scales and zero points have any."""
+    """Rows that g_idx assigns in any order are whole; columns are split if scales and zero points have columns."""
     rows = words(view.rank(0) - 1)
     if any(view.has(port) and view.rank(port) != 2 for port in (2, 3)):
         return whole(view, note="MatMulNBits with g_idx and scales in one vector: replicated")

@@ -1,6 +1,6 @@
-"""Linear attention and what goes with it: states that heads or channels keep for themselves from step to step.
+"""Linear attention and related ops: each head or channel keeps a state of its own from step to step.
 
-Heads are split, and with them their states; positions follow from each other, so they are whole.
+Heads are split together with their states; each position depends on the one before, so positions are whole.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attrib
 def linear_attention(view: NodeView) -> Rule:
     """Packed heads; g query heads share the state of each key head.
 
-    Onnxruntime's op: also g value heads, each with a state, for each query head, and a window of states.
+    Onnxruntime's op also allows g value heads, each with a state, for each query head, and a window of states.
     """
     queries, states = int(view.attribute("q_num_heads")), int(view.attribute("kv_num_heads"))
     size, value_size = view.shape(0)[2] // queries, view.shape(2)[2] // states
-    shared = queries >= states  # else the other way round: several states for each query head
+    shared = queries >= states  # else there are several states for each query head
     kv, outputs = ("kv", "kv g") if shared else ("kv g", "kv g")
     query = "kv g" if shared else "kv"
     key = kv if view.shape(1)[2] == states * size else query
@@ -127,12 +127,12 @@ def _gated_delta_net_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Infe
 
 
 def causal_conv(view: NodeView) -> Rule:
-    """Channels are convolved each for itself."""
+    """Each channel is convolved by itself."""
     return _causal_conv(view)
 
 
 def causal_conv_microsoft(view: NodeView) -> Rule:
-    """Onnxruntime's op: channels also last, and a window of states."""
+    """Onnxruntime's op also allows channels in the last dimension, and a window of states."""
     if len(view.node.outputs) > 2 or view.attribute("input_channels", 0):
         return whole(view, note="CausalConvWithState that records updates, or takes some channels: replicated")
     return _causal_conv(view)
@@ -165,7 +165,7 @@ def _causal_conv_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred
 
 
 def gated_rms_norm(view: NodeView) -> Rule:
-    """Groups of as many elements as there are scales are normalised each for itself."""
+    """Each group of as many elements as there are scales is normalised by itself."""
     rows, size = [f"r{i}" for i in range(view.rank(0) - 1)], math.prod(view.shape(1))
     dims = [*rows, "(h c)"]
     return Rule(
@@ -176,9 +176,9 @@ def gated_rms_norm(view: NodeView) -> Rule:
 
 
 def recurrence_flops(view: NodeView, tokens: int, queries: int, states: int, key_size: int, size: int) -> int:
-    """FLOPs of `tokens` that update `states` of `key_size * size` and read them by `queries`, and scale what is read.
+    """FLOPs of `tokens` that update `states` of `key_size * size`, read them with `queries`, and scale the results.
 
-    An update adds an outer product. A gate multiplies the state first; the delta rule takes off what the state holds
+    An update adds an outer product. A gate multiplies the state first; the delta rule subtracts what the state holds
     for the key.
     """
     kind = view.attribute("update_rule", "gated_delta")
@@ -189,7 +189,7 @@ def recurrence_flops(view: NodeView, tokens: int, queries: int, states: int, key
 
 
 def _linear_attention_cost(view: NodeView) -> Cost:
-    """An exponential for each gate; of a window of states the last is read."""
+    """The recurrence, and an exponential for each gate; of a window of states only the last is read."""
     queries, states = int(view.attribute("q_num_heads")), int(view.attribute("kv_num_heads"))
     tokens, size = math.prod(view.shape(0)[:2]), view.shape(2)[2] // states
     flops = recurrence_flops(view, tokens, queries, states, view.shape(0)[2] // queries, size)
@@ -204,7 +204,7 @@ def _linear_attention_gate_cost(view: NodeView) -> Cost:
 
 
 def _gated_delta_net_cost(view: NodeView) -> Cost:
-    """LinearAttention with activations of its gates, and normalised keys and queries, inside."""
+    """LinearAttention, with activations of the gates and normalisation of keys and queries inside."""
     *tokens, states, size = view.out()
     key_size = view.shape(0)[-1] if view.has(1) else view.shape(6)[3]
     packed = view.shape(0)[-1] - states * size
@@ -219,7 +219,7 @@ def _gated_delta_net_cost(view: NodeView) -> Cost:
 
 
 def _causal_conv_cost(view: NodeView) -> Cost:
-    """Every output is a product over the window; of a window of states the last is read."""
+    """Every output is a product over the window; of a window of states only the last is read."""
     activated = function_flops(view.attribute("activation", "none"))
     window = int(view.attribute("state_window", 0))
     reads = {3: view.fact(3).nbytes // window} if window and view.has(3) else {}

@@ -53,13 +53,13 @@ def reduce_sum(view: NodeView) -> Rule:
 
 
 def reduce_mean(view: NodeView) -> Rule:
-    """Local means, divided by the number of parts, add up; means of integers are rounded, and do not."""
+    """Local means, divided by the number of parts, add up; means of integers are rounded, so they do not."""
     exact = view.fact(0).dtype.is_floating_point()
     return _reduction(view, summed=exact, average=exact)
 
 
 def reduce_magnitude(view: NodeView) -> Rule:
-    """Sums of what is not linear in the elements: local sums add up, partial ones do not pass."""
+    """Sums of terms that are not linear in the elements: local sums add up, but partial sums do not pass through."""
     return _reduction(view, summed=True, linear=False)
 
 
@@ -74,7 +74,7 @@ def reduce_logarithm(view: NodeView) -> Rule:
 
 
 def _along_axis(view: NodeView, axes: Collection[int], padding: Padding = "finite") -> Rule:
-    """The axes must be whole, the rest passes."""
+    """The axes must be whole; all other dimensions pass."""
     names = ["*" if d in axes else n for d, n in enumerate(words(view.rank(0)))]
     outputs = [names] * len(view.node.outputs)
     return Rule(text=f"{spell(names, *whole_inputs(view))} -> {spell(*outputs)}", padding=padding)
@@ -85,7 +85,7 @@ def _axis(view: NodeView, default: int) -> int:
 
 
 def softmax(view: NodeView) -> Rule:
-    """Everything along the axis is needed; before opset 13, everything from the axis on, which was 1."""
+    """Everything along the axis is needed; before opset 13, everything from the axis on, which was 1 by default."""
     if view.opset < 13:
         return _along_axis(view, range(_axis(view, 1), view.rank(0)))
     return _along_axis(view, [_axis(view, -1)])
@@ -97,7 +97,7 @@ def lp_normalization(view: NodeView) -> Rule:
 
 
 def top_k(view: NodeView) -> Rule:
-    """Values and indices along the axis."""
+    """Values and indices are compared along the axis, which must be whole."""
     return _along_axis(view, [_axis(view, -1)])
 
 
@@ -135,7 +135,7 @@ def one_hot(view: NodeView) -> Rule:
 
 
 def layer_normalization(view: NodeView) -> Rule:
-    """Dimensions from the axis on must be whole; the statistics have 1 there."""
+    """Dimensions from the axis on must be whole; the statistics have size 1 there."""
     axis = _axis(view, -1)
     names = words(view.rank(0))
     dims = [n if d < axis else "*" for d, n in enumerate(names)]
@@ -150,7 +150,7 @@ def _padding_of_norm(view: NodeView) -> Padding:
 
 
 def _norm_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
-    """Also for opsets in which ONNX had none of these ops, and onnxruntime had."""
+    """The shapes of a norm, also in opsets in which onnxruntime has the op and ONNX does not yet."""
     data = present(inputs[0])
     axis = attributes_of(node).get("axis", -1) % len(data.shape)
     statistics = (ir.DataType.FLOAT, (*data.shape[:axis], *[1] * (len(data.shape) - axis)))

@@ -1,4 +1,4 @@
-"""The one registry of ops: `(domain, op type) -> Op`, the entry that holds all that is known of the op."""
+"""The one registry of ops: `(domain, op type) -> Op`, the entry that holds all that is known about the op."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import Inferred, NodeView, RuleFunction, ShapeRule
 
 _STANDARD_OPSET = 21
-"""The opset whose ops onnxruntime's own are like."""
+"""The opset of the standard ops that onnxruntime's own ops resemble."""
 
 Movement = Literal["form", "type", "window", "choice", "decode", "sign", "copies"]
 """What an op makes of input 0's elements, if it computes nothing.
@@ -32,7 +32,7 @@ times.
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Op:
-    """All that is known of one op."""
+    """All that is known about one op."""
 
     rule: RuleFunction | None = None
     """Which dimensions run over the same indices, and what becomes of partial sums and of padding.
@@ -45,11 +45,11 @@ class Op:
     value: Evaluator | None = None
     """Its outputs' elements, for the small tensors that shapes are computed with; None: they are never evaluated."""
     made: SizeFunction | None = None
-    """How many elements `value` makes, where those may be more than it is given."""
+    """How many elements `value` makes, where it may make more than it takes."""
     of_shape: ShapeEvaluator | None = None
     """Its output's elements where they follow from input 0's shape alone."""
     total: Literal["always", "floats"] | None = None
-    """Whether it gives something for whatever elements, or for whatever floats: it may be computed in vain."""
+    """Whether it fails for no elements, or for no floats, so that it may be computed even if nothing needs it."""
     moves: Movement | None = None
     """What it makes of input 0's elements, if it computes nothing."""
     operands: Operands = NOTHING_SPECIAL
@@ -57,11 +57,11 @@ class Op:
     definition: Definition | None = None
     """What it takes and gives, for an op that ONNX does not define."""
     graphs: Callable[[int, int], tuple[int, int]] | None = None
-    """The number of inputs and of outputs of its graphs, given those of a node."""
+    """The numbers of inputs and outputs of its graphs, given the node's numbers of inputs and outputs."""
     core_dims: int = 0
     """The number of last dimensions of its operands that are not aligned with each other."""
     caches: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    """Inputs that come out with new positions, as which output."""
+    """Input -> the output that is this input with new positions."""
     in_place: bool = False
     """Whether it writes new positions into the buffer of such an input, if that has room."""
     random: bool = False
@@ -78,7 +78,7 @@ class Op:
 
     @property
     def keeps_zeros(self) -> bool:
-        """Whether it makes zeros of zeros, at any sizes."""
+        """Whether it turns zeros into zeros, at any sizes."""
         return self.moves not in (None, "decode")
 
 
@@ -108,7 +108,7 @@ OPS: dict[tuple[str, str], Op] = {}
 
 
 def op(*op_types: str, domain: str = "", **facts: Unpack[_OpFields]) -> None:
-    """Enter op types of one domain of which the same is known: `facts` are fields of `Op`."""
+    """Enter op types of one domain with the same entry: `facts` are fields of `Op`."""
     if value := facts.get("value"):
         facts["value"] = quiet(value)
     entry = Op(**facts)
@@ -144,7 +144,7 @@ def as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
 
 
 def standard_shape(op_type: str, *, drop_inputs_from: int | None = None) -> ShapeRule:
-    """The shape rule of an op of onnxruntime's that has the shapes of a standard op."""
+    """The shape rule of one of onnxruntime's ops that has the shapes of a standard op."""
 
     def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
         proto = ir.to_proto(node)
@@ -177,7 +177,7 @@ def words(count: int, prefix: str = "") -> list[str]:
 
 
 def spell(*operands: list[str] | None) -> str:
-    """Operands of a rule's text."""
+    """The operands as they are written in a rule's text."""
     return ", ".join("_" if dims is None else " ".join(dims) for dims in operands)
 
 
@@ -195,8 +195,8 @@ def whole(view: NodeView, note: str | None = None) -> Rule:
 def rule_of(view: NodeView) -> Rule:
     """The rule of a node; an op without one is replicated, with a note.
 
-    A rule may compare sizes only where the op's meaning makes equal sizes the same dimension. Where it says something
-    else at other sizes, two dimensions were equal by chance, and nothing is said. Raises ShapeError for a node that the
+    A rule may compare sizes only where the op's meaning makes equal sizes the same dimension. Where its text differs at
+    other sizes, two dimensions were equal by chance, and the op is replicated. Raises ShapeError for a node that the
     rule of its op does not fit.
     """
     name = f"{view.node.domain or 'ai.onnx'}::{view.node.op_type}"
@@ -219,11 +219,11 @@ def rule_of(view: NodeView) -> Rule:
 
 
 def cost_of(view: NodeView) -> Cost:
-    """The cost of a node; one without an entry reads and writes all that it has, and what it computes is not known."""
+    """The cost of a node; an op without an entry reads all inputs and writes all outputs, and its FLOPs are unknown."""
     entry = op_of(view.node)
     return copied(view) if entry is None or entry.cost is None else entry.cost(view)
 
 
 def costs_of(graph: ir.Graph, facts: Facts, opset: int) -> dict[ir.Node, Cost]:
-    """The cost of each node of a graph; the facts are those of all of its values, inside of bodies and branches too."""
+    """The cost of each node of a graph; `facts` has the facts of all its values, also inside bodies and branches."""
     return {node: cost_of(NodeView(node, facts, facts, opset)) for node in graph}

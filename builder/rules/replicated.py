@@ -49,11 +49,11 @@ _GATES = {
     "GRU": (3, 2 * SIGMOID + 6),
     "RNN": (1, 1),
 }
-"""How many gates there are, and the FLOPs that make a new state of them."""
+"""Op -> the number of gates, and the FLOPs that compute a new state from them."""
 
 
 def _recurrent_cost(view: NodeView) -> Cost:
-    """At every step all gates are products of input and state, and their sum with a bias; then the state."""
+    """At every step each gate is a sum of products with input and state and a bias; then comes the new state."""
     rows = math.prod(view.shape(0)[:2])
     gates, after = _GATES[view.node.op_type]
     directions, _, hidden = view.shape(2)
@@ -63,7 +63,7 @@ def _recurrent_cost(view: NodeView) -> Cost:
 
 
 def _fourier_cost(view: NodeView) -> Cost:
-    """Fast transforms: 5 n log2 n FLOPs for n points, which STFT weighs first."""
+    """Fast transforms: 5 n log2 n FLOPs for n points, which STFT first multiplies by a window."""
     if view.node.op_type == "DFT":
         axis = view.static_value(2) if view.has(2) else view.attribute("axis", -2 if view.opset >= 20 else 1)
         points, length = math.prod(view.shape(0)[:-1]), view.shape(0)[int(axis)] if axis is not None else 1
@@ -84,7 +84,7 @@ def _sampled_cost(view: NodeView) -> Cost:
 
 
 def _deformed_conv_cost(view: NodeView) -> Cost:
-    """Conv of four weighted neighbours of each position."""
+    """Conv over values that are each interpolated from four weighted neighbours."""
     taps, channels = math.prod(view.shape(1)[2:]), view.shape(0)[1]
     sampled = 8 * math.prod(view.out()) // view.out()[1] * channels * taps
     return product(view, math.prod(view.shape(1)[1:]), bias=3) + Cost(flops=sampled)
@@ -95,7 +95,7 @@ def _affine_grid_cost(view: NodeView) -> Cost:
 
 
 def _sparse_attention_cost(view: NodeView) -> Cost:
-    """All blocks are counted, those that the mask leaves out, too."""
+    """All blocks count, including blocks that the mask leaves out."""
     batch, new, width = view.shape(0)
     heads, kv = int(view.attribute("num_heads")), int(view.attribute("kv_num_heads"))
     size, keys = width // (heads if view.has(1) else heads + 2 * kv), view.shape(3)[2]

@@ -6,8 +6,8 @@ A rule is a line of text in the manner of Shardy's sharding rules (https://openx
 
 One operand per comma, one word per dimension. A word is a symbol; `(h d)`, a row-major product of symbols;
 `[h d|kv d]`, a concatenation of products; `k<q w>`, named k, the first indices of a product whose last block is filled
-in part; `1`, a dimension of size 1 that is broadcast; `.`, a dimension about which
-nothing is said; `*`, a dimension that must be whole on every rank; `_` alone is an absent operand. Clauses:
+in part; `1`, a dimension of size 1 that is broadcast; `.`, a dimension about which nothing is said; `*`, a dimension
+that must be whole on every rank; `_` alone is an absent operand. Clauses:
 
     reduce k   k is contracted: if it is split, the output is a partial sum
     full s     every dimension that contains s must be whole on every rank
@@ -60,27 +60,28 @@ class Signature:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ShapeOperand:
-    """An input that holds sizes or positions, to be made local where the dimension that it speaks of is split."""
+    """An input that holds sizes or positions, to be made local where the dimension that it refers to is split."""
 
     port: int
     kind: Literal["dims", "repeats", "split", "starts", "ends"]
     """`dims`: the sizes of output 0's dimensions; `repeats`: how often input 0 is in output 0, by dimensions;
     `split`: the outputs' sizes on the axis; Slice's bounds."""
     kept: tuple[int, ...] = ()
-    """Sizes that are right locally, too, as the op finds out itself what they stand for."""
+    """Sizes that are right locally, too, because the op itself replaces them by actual sizes."""
 
 
 Padding = Literal["moves", "product", "sum", "finite", "fragile", "lost"]
 """What an op makes of padding, which lies at the same places in its inputs and outputs.
 
 `moves`: what the inputs hold there (and f(0) = 0); `product`: zero if any input has zeros; `sum`: zero if all inputs
-have zeros; `finite`: something finite; `fragile`: zero of zeros, but of anything else perhaps NaN; `lost`: anything.
+have zeros; `finite`: something finite; `fragile`: zero from zeros, but perhaps NaN from anything else; `lost`:
+anything.
 """
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What the partitioner must know of one node."""
+    """What the partitioner must know about one node."""
 
     text: str
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -103,7 +104,7 @@ class Rule:
     padding: Padding = "lost"
     """What the outputs hold where the inputs have padding."""
     padding_ports: tuple[int, ...] | None = None
-    """The inputs that `padding` speaks of; None: all of them."""
+    """The inputs that `padding` refers to; None: all of them."""
     offset: tuple[int, ...] = ()
     """Inputs from which something is subtracted before they are contracted, so that their zeros add to the sum."""
     divisor: int | None = None

@@ -1,4 +1,4 @@
-"""A node as rules see it, and what a rule of each kind is: a function of a node."""
+"""A node as rules see it, and the types of rules, which are functions of a node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 class SizeMismatchError(ShapeError):
-    """A graph input has a dimension whose size follows from the graph; the prober takes it over and tries again."""
+    """A graph input has a dimension whose size follows from the graph; the prober sets this size and tries again."""
 
     def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
         super().__init__(
@@ -35,7 +35,7 @@ class SizeMismatchError(ShapeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeView:
-    """A node with what is known of its inputs and outputs, as rules see it."""
+    """A node with what is known about its inputs and outputs, as rules see it."""
 
     node: ir.Node
     facts: Facts
@@ -53,7 +53,7 @@ class NodeView:
         return port < len(self.node.inputs) and self.node.inputs[port] is not None
 
     def fact(self, port: int) -> Fact:
-        """What is known of input `port`, which must be there."""
+        """What is known about input `port`, which must be present."""
         value = self.node.inputs[port]
         assert value is not None
         return self.facts[value]
@@ -103,4 +103,4 @@ RuleFunction = Callable[[NodeView], Rule]
 Inferred = list[tuple[ir.DataType, Shape]]
 """The types and shapes of a node's outputs."""
 ShapeRule = Callable[[ir.Node, Sequence[Fact | None]], Inferred]
-"""Of a node and what is known of its inputs."""
+"""Computes these from a node and what is known about its inputs."""

@@ -1,4 +1,4 @@
-"""Write every file of an artifact: the weights, the two graphs, what lies next to the model, the manifest last."""
+"""Write every file of an artifact: the weights, the two graphs, files from next to the model, and the manifest last."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_artifact(
 ) -> Manifest:
     """Write the artifact of `build` into `folder`; OutputError if the disk has no room.
 
-    `plan` is the manifest's, by default the build's own.
+    `plan` is written into the manifest; by default it is the build's.
     """
     tensors = build.tensors()
     shapes = program_shapes(build)
@@ -71,7 +71,7 @@ def write_artifact(
 
 
 def planned(build: Build) -> SplitModel:
-    """What an artifact of `build` would be, without all that is known only when its weights are written."""
+    """The artifact that `build` would give, without what is known only when its weights are written."""
     tensors, shapes = build.tensors(), program_shapes(build)
     unwritten = WrittenWeights(
         placements={t.name: FilePosition(file="", offset=0, nbytes=t.local_nbytes, sha256="") for t in tensors},
@@ -109,7 +109,7 @@ def model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
 
 
 def tool() -> str:
-    """What makes artifacts: this distribution and its version."""
+    """The tool that makes artifacts: this distribution and its version."""
     return f"furiosa-llm-onnx {importlib.metadata.version('furiosa-llm-onnx')}"
 
 

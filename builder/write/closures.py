@@ -1,4 +1,4 @@
-"""Write closures back as ONNX has them."""
+"""Turn closures back into ONNX's own form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from furiosa_llm.builder.shapes.closures import CAPTURED, CLOSURE_DOMAIN
 
 
 def open_closures(model: ModelProto) -> None:
-    """Write the closures of `model` as ONNX has them, in place: graphs read captured values by their names."""
+    """Turn the closures of `model` into ONNX's own form, in place: graphs read captured values by their names."""
     taken = {name for node in model.graph.node for name in node.output}
     taken |= {value.name for value in (*model.graph.input, *model.graph.initializer)}
     for node in model.graph.node:

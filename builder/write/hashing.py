@@ -1,4 +1,4 @@
-"""SHA-256 of bytes that pass by, taken in threads of their own: several digests of the same bytes at once."""
+"""SHA-256 of a stream of bytes, computed in separate threads: several digests of the same bytes at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 _QUEUE_LENGTH = 32
-"""Pieces that may wait for a thread that hashes."""
+"""How many pieces may wait for a hashing thread."""
 
 
 class Hasher:
-    """Takes digests, in a thread of its own if `threaded`."""
+    """Computes digests, in a thread of its own if `threaded`."""
 
     def __init__(self, *, threaded: bool) -> None:
         self._queue: queue.Queue[Callable[[], None] | None] | None = None
@@ -37,7 +37,7 @@ class Hasher:
         return Digest(self)
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do `work` now, or after all that was given before."""
+        """Do `work` now, or, if threaded, after all work submitted before."""
         if self._queue is None:
             work()
         else:
@@ -51,18 +51,18 @@ class Hasher:
 
 
 class Digest:
-    """One SHA-256, taken by a hasher."""
+    """One SHA-256, computed by a hasher."""
 
     def __init__(self, hasher: Hasher) -> None:
         self._hasher = hasher
         self._sha256 = hashlib.sha256()
 
     def update(self, piece: npt.NDArray[np.uint8]) -> None:
-        """Take bytes that follow those so far; they must not change before the digest is asked for."""
+        """Append bytes to the hashed stream; they must not change before the digest is asked for."""
         self._hasher.run(lambda: self._sha256.update(piece.data))
 
     def hexdigest(self) -> str:
-        """The digest of everything so far, once it is taken."""
+        """The digest of all bytes so far; waits until it is computed."""
         done = threading.Event()
         self._hasher.run(done.set)
         done.wait()

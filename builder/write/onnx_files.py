@@ -23,7 +23,7 @@ _DATA_FIELDS = (
     *("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data", "external_data"),
     "data_location",
 )
-"""Where a TensorProto may have its elements."""
+"""The fields of TensorProto that may hold its elements."""
 
 
 def write_bytes(folder: Path, name: str, data: bytes) -> FileEntry:
@@ -51,7 +51,7 @@ def program_proto(
     shapes: Mapping[str, tuple[ir.DataType, tuple[int | str | None, ...]]],
     ir_version: int,
 ) -> onnx.ModelProto:
-    """program.onnx: external initializers at the windows of shard 0, `shapes` as inputs', outputs' and value_info."""
+    """program.onnx: external initializers at the windows of shard 0, `shapes` on inputs, outputs and in value_info."""
     proto = ir.to_proto(ir.Model(graph, ir_version=ir_version))
     open_closures(proto)
     for initializer in proto.graph.initializer:
@@ -80,7 +80,7 @@ def _value_info(name: str, dtype: ir.DataType, shape: Sequence[int | str | None]
 
 
 def source_proto(source: Source, stored: Container[str]) -> onnx.ModelProto:
-    """source.onnx: the original model, its stored initializers without data, all others with it, as `raw_data`.
+    """source.onnx: the original model; `stored` initializers have no data, all others have theirs as `raw_data`.
 
     How the source held an initializer (inline or external, in which field) makes no difference to the result.
     """

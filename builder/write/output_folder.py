@@ -1,7 +1,7 @@
-"""The folder that a build writes: a temporary one beside the destination, renamed as the last act.
+"""The folder that a build writes: a temporary one next to the destination, renamed at the very end.
 
-A build holds a lock on its temporary folder, which goes with the process. So what an interrupted build left behind is
-told from what another is writing at this moment: the first is removed, the second is an error.
+A build holds a lock on its temporary folder, which ends with the process. The lock distinguishes a folder that an
+interrupted build has left, which is removed, from one that another build is writing, which is an error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME
 from furiosa_llm.runtime.artifact.units import nbytes as shown
 
 _SPARE_NBYTES = 64 * 2**20
-"""Free space to ask for beyond the weights: program, tokenizer, the file system's own."""
+"""Free space to demand beyond the weights: for program, tokenizer and the file system's own data."""
 
 
 @contextlib.contextmanager
 def output_folder(destination: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `destination` that takes its place when the block ends well, and vanishes otherwise.
+    """A temporary folder next to `destination` that takes its place if the block succeeds, and vanishes otherwise.
 
-    What a build that was killed left behind is removed first; an artifact that it was about to replace is put back.
-    Raises OutputError if the destination exists and `force` is not given, is not an artifact, is being written by
-    another build, or cannot be written.
+    What a killed build has left is removed first, and an artifact that it was about to replace is put back. Raises
+    OutputError if the destination exists and `force` is not given, is not an artifact, is being written by another
+    build, or cannot be written.
     """
     _check_name(destination)
     temporary = destination.with_name(f".{destination.name}.building")
@@ -57,7 +57,7 @@ def output_folder(destination: Path, *, force: bool) -> Iterator[Path]:
 
 
 def check_free_space(folder: Path, nbytes: int) -> None:
-    """Raise OutputError unless the file system of `folder` has room for `nbytes` of weights and what goes with them."""
+    """Raise OutputError unless the file system of `folder` has room for `nbytes` of weights and for the small files."""
     free = shutil.disk_usage(folder).free
     if free < nbytes + _SPARE_NBYTES:
         raise OutputError(
@@ -133,7 +133,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _restore(destination: Path, replaced: Path) -> None:
-    """Undo what a build that was killed while it replaced an artifact has left of it."""
+    """Put an artifact back if a build was killed while it replaced it."""
     if not os.path.lexists(replaced):
         return
     if os.path.lexists(destination):

@@ -1,4 +1,4 @@
-"""Read the sources of stored tensors in order, ahead of whoever writes them and within a bound on memory."""
+"""Read the sources of stored tensors in order, ahead of the writer and within a bound on memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from furiosa_llm.builder.source.tensors import STREAMED_NBYTES, SourceTensor, re
 from furiosa_llm.builder.write.hashing import Digest, Hasher
 
 LEAST_ROOM_NBYTES = 64 * 2**20
-"""What may be in memory though the largest tensor is smaller."""
+"""Bytes that may be in memory even if the largest tensor is smaller."""
 
 PIECES_NBYTES = 16 * 2**20
-"""What may wait of a tensor that passes by in pieces."""
+"""Bytes of a tensor read in pieces that may wait to be written."""
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReadTensor:
-    """All bytes of a source as ONNX packs them, and their digest, which may be taken yet."""
+    """All bytes of a source as ONNX packs them, and their digest, which may still be being computed."""
 
     data: Bytes
     digest: Digest
@@ -35,8 +35,9 @@ class ReadTensor:
 class SourceReader:
     """Gives sources one after the other, in the order in which they were announced.
 
-    At any time the bytes read but not yet taken over, and those of the tensor that was given last, are at most those of
-    the largest tensor that is read whole, or `LEAST_ROOM_NBYTES`, and `PIECES_NBYTES` of those in pieces.
+    The bytes in memory at any time are those that were read but not yet taken, and those of the tensor given last. They
+    are at most the bytes of the largest tensor that is read whole, or `LEAST_ROOM_NBYTES`, plus `PIECES_NBYTES` for
+    tensors read in pieces.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class SourceReader:
         try:
             for item in self._items:
                 self._queue.put(item)
-                del item  # or it would be in memory until the next one is read
+                del item  # it would stay in memory until the next one is read
         finally:
             self._queue.put(None)
 
@@ -134,7 +135,7 @@ class _Room:
         self.closed = False
 
     def take(self, nbytes: int) -> bool:
-        """Wait for so much room; False if there will be none any more."""
+        """Wait until `nbytes` fit; False if the room was closed."""
         with self._changed:
             self._changed.wait_for(lambda: self.closed or self._free >= nbytes)
             self._free -= nbytes
@@ -147,7 +148,7 @@ class _Room:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let nobody wait any more."""
+        """End all waiting, now and later."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()

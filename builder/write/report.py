@@ -26,7 +26,7 @@ class Decision:
     """How one group of factors is split."""
 
     role: str
-    """What they are to people, as `furiosa-llm plan` names them."""
+    """The factors' name for people, as in `furiosa-llm plan`."""
     size: int
     count: int
     """How many factors (usually one per layer) play this part."""
@@ -45,15 +45,15 @@ class BuildReport:
     """Path of the folder that was written."""
     tensor_parallel_size: int
     weight_nbytes: int
-    """What each rank reads."""
+    """Bytes of weights that each rank reads."""
     replicated_nbytes: int
-    """Of those, what every rank has alike."""
+    """The part of `weight_nbytes` that is the same on every rank."""
     padding_nbytes: int
-    """Of all ranks together: zeros that are stored for padding."""
+    """Bytes of zeros that are stored for padding, of all ranks together."""
     model_nbytes: int
-    """The original model's initializers."""
+    """Bytes of the original model's initializers."""
     stored_nbytes: int
-    """The weights files."""
+    """Bytes of the weights files."""
     state_nbytes_per_token: int
     """KV cache, per rank and position."""
     collectives: Mapping[str, int]
@@ -63,7 +63,7 @@ class BuildReport:
     replicated: tuple[str, ...]
     """Weights that are on every rank, largest first, and why."""
     notes: tuple[str, ...]
-    """Ops that were replicated for want of a better rule."""
+    """Ops that were replicated because they have no better rule."""
     fused_attentions: int
     """How many attentions became one op with its cache."""
     attentions_left: tuple[str, ...]
@@ -71,12 +71,12 @@ class BuildReport:
     shortfalls: tuple[str, ...]
     """A line for each large weight that is whole, and for each split that takes many collectives, with the cause."""
     faults: tuple[str, ...]
-    """Where program and manifest alone do not show that the split model is the unsplit one; empty: they do."""
+    """Where program and manifest alone do not prove that the split model computes the unsplit one; empty: they do."""
     num_nodes: int
     seconds: float
     peak_rss_nbytes: int
     parts: tuple[BuildReport, ...] = ()
-    """Of a composite artifact: the reports of its parts, which this one sums up."""
+    """For a composite artifact, the reports of its parts, which this report sums up."""
 
 
 def report_of(
@@ -114,7 +114,7 @@ def report_of(
 
 
 def _why_whole(tensor: ShardedTensor, build: Build) -> str:
-    """Which ops read a replicated weight; they need it whole, or splitting it is not worth its collectives."""
+    """Which ops read a replicated weight, which they need whole or which is not worth the collectives of a split."""
     readers = {
         node.op_type
         for node in build.lowered.graph

@@ -1,4 +1,4 @@
-"""Cut weights into the shards that the artifact stores: packed bytes in, packed bytes out, a piece at a time."""
+"""Cut weights into the shards that the artifact stores, from packed bytes to packed bytes, a piece at a time."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
 PIECE_NBYTES = 2**20
-"""About how much of a shard is put together at once; small enough to stay in a core's cache."""
+"""About how many bytes of a shard are put together at once: few enough to stay in a core's cache."""
 
 _MOST_RUNS = 4096
-"""Above so many runs of indices one call of `take` is faster than a copy for each."""
+"""With more runs of indices than this, one call of `take` is faster than a copy for each run."""
 
 
 def num_shards(tensor: ShardedTensor, mesh: Mesh) -> int:
@@ -33,7 +33,7 @@ def cut_shard(tensor: ShardedTensor, data: Bytes | None, mesh: Mesh, position: i
 
     Args:
         tensor: The stored tensor.
-        data: All bytes of its source, packed as ONNX packs them; None for a tensor of the builder's own.
+        data: All bytes of its source, packed as ONNX packs them; None for a tensor that the builder made.
         mesh: The ranks.
         position: Which shard, counted from 0.
 
@@ -56,7 +56,7 @@ def cut_shard(tensor: ShardedTensor, data: Bytes | None, mesh: Mesh, position: i
     if whole_bytes is not None:
         yield from _pieces(data.reshape(*shape[:-1], shape[-1] // per_byte), [*maps[:-1], whole_bytes])
         return
-    # Elements that share bytes with those of other ranks: unpacked, one byte for each.
+    # These elements share bytes with elements of other ranks, so they are unpacked to one byte each.
     elements = _unpacked(data, bits, math.prod(shape)).reshape(shape)
     packed = _packed(np.concatenate([*_pieces(elements, maps), np.empty(0, np.uint8)]), bits)
     yield from (packed[start : start + PIECE_NBYTES] for start in range(0, len(packed), PIECE_NBYTES))
@@ -78,7 +78,7 @@ def is_in_order(tensor: ShardedTensor, mesh: Mesh) -> bool:
 
 
 def _maps(tensor: ShardedTensor, mesh: Mesh, position: int) -> list[Indices]:
-    """For each dimension the index in the source behind each local one; -1 is padding."""
+    """For each dimension, the source's index of each local index; -1 is padding."""
     assert tensor.layout is not None
     rank = next(r for r in range(mesh.size) if mesh.position(r, tensor.shard_axes) == position)
     maps = [index_map(dim, mesh, rank) for dim in tensor.layout]

@@ -1,7 +1,7 @@
 """Stream weights from the source through the index maps into safetensors files: read, cut, hash and write at once.
 
-Every byte of a source is read once, and never more of it is in memory than its largest tensor. What each thread does
-is in the order of the bytes, so that the files do not depend on how many there are.
+Every byte of a source is read once, and never more than its largest tensor is in memory. Each thread works in the order
+of the bytes, so that the files do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MAX_WEIGHTS_FILE_NBYTES = 4 * 2**30
 """A weights file is closed before it grows beyond this; a single larger tensor has a file of its own."""
 
 _HELPERS = ("files", "tensors", "reading", "originals")
-"""What threads of their own do, in the order in which they relieve the one that writes: digests of files (and waiting
-for the disk), digests of stored tensors, reading, digests of originals."""
+"""The tasks that get a thread of their own, the one that relieves the writing thread most first: digests of files (and
+waiting for the disk), digests of stored tensors, reading, digests of originals."""
 MAX_WORKERS = 1 + len(_HELPERS)
 
 _ALIGNMENT = 64
 _SYNCED_NBYTES = 128 * 2**20
-"""After so many bytes the disk is told to begin, so that it does not stand idle until the end."""
+"""After every so many bytes the disk starts to write them, so that it is not idle until the end."""
 Bytes = npt.NDArray[np.uint8]
 BytesWritten = Callable[[int], None]
 """Called with the number of bytes written since the last call."""
@@ -51,9 +51,9 @@ class FilePosition:
     file: str
     offset: int
     nbytes: int
-    """Of one shard."""
+    """Bytes of one shard."""
     sha256: str
-    """Of all shards."""
+    """The digest of all shards."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +72,13 @@ def write_weights(
 
     Args:
         folder: Where the files are written.
-        tensors: What to write; those of one source follow each other, so that it is read once.
+        tensors: The tensors to write; tensors of one source follow each other, so that it is read once.
         mesh: The ranks.
-        progress: Told of every piece.
+        progress: Called for every piece.
         workers: Threads to use, from 1 to `MAX_WORKERS`.
 
     Raises:
-        ModelLoadError: The source cannot be read, or not any more.
+        ModelLoadError: The source cannot be read, or no longer.
         OSError: A file cannot be written.
     """
     parts = enumerate(_files(tensors, mesh), start=1)
@@ -108,7 +108,7 @@ def write_weights(
 def _write_tensor(
     output: _Output, tensor: ShardedTensor, sources: _Sources, reader: SourceReader, hasher: Hasher
 ) -> str:
-    """Write all shards of a tensor and give their digest."""
+    """Write all shards of a tensor and return their digest."""
     own = hasher.digest()
     if sources.is_streamed(tensor):
         for piece in reader.pieces(tensor.source.nbytes if tensor.source is not None else 0):
@@ -128,7 +128,7 @@ def _write_tensor(
 
 
 class _Sources:
-    """What the tensors are cut from, in the order in which it is read."""
+    """The sources that the tensors are cut from, in the order in which they are read."""
 
     def __init__(self, tensors: Sequence[ShardedTensor], mesh: Mesh) -> None:
         self.mesh = mesh
@@ -145,7 +145,7 @@ class _Sources:
         self._digest: Digest
 
     def is_streamed(self, tensor: ShardedTensor) -> bool:
-        """Whether the tensor is its source's bytes in their order, for which there is no need to have them all."""
+        """Whether the tensor has its source's bytes in their order, so that they are not needed all at once."""
         return self._streamed.get(id(tensor.source), False)
 
     def whole(self, tensor: ShardedTensor, reader: SourceReader) -> Bytes | None:
@@ -214,7 +214,7 @@ def _files(tensors: Sequence[ShardedTensor], mesh: Mesh) -> Iterator[list[Sharde
 
 
 class _Output:
-    """A file that is hashed as it is written, and brought to disk while more is."""
+    """A file that is hashed as it is written, and brought to disk while the rest is being written."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class _Output:
         self._sync: concurrent.futures.Future[None] | None = None
 
     def write_header(self, header: bytes) -> None:
-        """Write what does not count as progress."""
+        """Write the header, which does not count as progress."""
         self._write(np.frombuffer(header, dtype=np.uint8))
 
     def write(self, piece: Bytes) -> None:
@@ -240,7 +240,7 @@ class _Output:
         self._progress(len(piece))
 
     def finish(self) -> str:
-        """The digest, once everything is on disk."""
+        """Wait until everything is on disk, and return the digest."""
         self._stream.flush()
         if self._sync is not None:
             self._sync.result()

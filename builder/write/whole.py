@@ -9,9 +9,9 @@ from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
 
 _SHARE = 0.01
-"""Of all weights: a matrix that is larger and whole is worth a line."""
+"""A whole matrix gets a line if it is larger than this share of all weights."""
 _MANY = 4
-"""So many sums for one split, where a layer's heads or feed-forward have one."""
+"""A split with this many sums gets a line; the heads or the feed-forward of a layer need one sum."""
 
 
 def shortfalls(build: Build, model_nbytes: int) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def _cause(tensor: ShardedTensor, build: Build) -> str:
 
 
 def _scattered(build: Build) -> Iterator[str]:
-    """Splits that give a sum for each of many products: attention head by head has its heads in separate weights."""
+    """Splits that need a sum for each of many products, as when attention has each head in a weight of its own."""
     sums = Counter(leaf for info in build.analysis.nodes for factor in info.reduced for leaf in factor.leaves())
     for group, axes in build.plan.choices.items():
         count = sum(sums[leaf] for leaf in group.leaves)

@@ -15,7 +15,8 @@ from furiosa_llm.runtime.program.stage_graph import RECOMPUTED_NBYTES
 
 _MICROSOFT = "com.microsoft"
 
-# The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say what is read.
+# These facts about ops are repeated here because the runtime imports nothing from the builder, which has the ops'
+# entries, and an artifact does not record what is read.
 _LOOKED_UP: Mapping[tuple[str, str], tuple[tuple[int, ...], int]] = {
     ("", "Gather"): ((0,), 1),
     ("", "RotaryEmbedding"): ((1, 2), 3),
@@ -26,7 +27,7 @@ _LOOKED_UP: Mapping[tuple[str, str], tuple[tuple[int, ...], int]] = {
 """Op -> its inputs that are tables, of which a token reads some rows, and the input that says which."""
 
 _EXPERTS = {(_MICROSOFT, "MoE"): 2, (_MICROSOFT, "QMoE"): 2}
-"""Op -> its first input that has something for each expert; a token reads those of `k` experts."""
+"""Op -> its first input that has a part for each expert; a token reads the parts of `k` experts."""
 
 
 class _Origin(IntEnum):
@@ -39,7 +40,7 @@ class _Origin(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockReads:
-    """What a block, which is the nodes [`first_node`, `stop_node`) of program.onnx, reads on one rank."""
+    """What a block, the nodes [`first_node`, `stop_node`) of program.onnx, reads on one rank."""
 
     first_node: int
     stop_node: int
@@ -47,7 +48,7 @@ class BlockReads:
     """Stored tensor -> the bytes of it that a decoded token of one sequence reads: nothing of tables that are only
     looked up by token or position, and of experts the share that a token is routed to."""
     kept: Mapping[str, int]
-    """Stored tensor that must be there -> its bytes; tables and what is computed again included."""
+    """Stored tensor that must be in memory -> its bytes, including tables and tensors for values computed again."""
 
 
 def block_starts(model: SplitModel) -> tuple[int, ...]:
@@ -62,15 +63,20 @@ def read_blocks(model: SplitModel) -> tuple[BlockReads, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Read:
-    """A node reads the value `name`: some rows only, or what belongs to so many `experts` for each token."""
+    """How a node reads the value `name`."""
 
     name: str
     rows_only: bool = False
+    """Whether a token reads some rows only."""
     experts: int | None = None
+    """The number of experts whose parts a token reads; None if the value has no experts."""
 
 
 class _Reading:
-    """`origin` is every value's; `behind` the stored tensors whose elements a value follows from, but collectives."""
+    """The reading of a model.
+
+    `origin` is the origin of each value, `behind` the stored tensors that its elements follow from without collectives.
+    """
 
     def __init__(self, model: SplitModel) -> None:
         self._model = model
@@ -105,7 +111,7 @@ class _Reading:
         decoded: dict[str, int] = {}
         kept: set[str] = set()
         for node in self._nodes[start:stop]:
-            # What follows from initializers alone is computed where it is read, wherever it is written.
+            # What follows from initializers alone is computed in the block that reads it, wherever its node is.
             if all(self.origin[name] is _Origin.INITIALIZERS for name in node.output if name):
                 continue
             for read in self._reads(node):
@@ -124,7 +130,7 @@ class _Reading:
         )
 
     def _reads(self, node: NodeProto) -> Iterator[_Read]:
-        """What `node` reads elements of."""
+        """The values whose elements `node` reads."""
         if node.op_type == "Shape":
             return
         op = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
@@ -155,7 +161,7 @@ class _Reading:
         return min(nbytes, -(-nbytes * read.experts // experts))
 
     def _for_recomputing(self, name: str) -> frozenset[str]:
-        """The stored tensors for computing `name` again; none if it is sent."""
+        """The stored tensors needed to compute `name` again; none if it is sent."""
         tensors = self.behind[name]
         small = all(self._model.tensors[tensor].local_nbytes <= RECOMPUTED_NBYTES for tensor in tensors)
         return tensors if small else frozenset()

@@ -1,8 +1,8 @@
 """What lies in the memory of PEs and cards: weights, KV cache and activations of every stage, and how many pages fit.
 
-Everything follows from manifest and program, nothing is measured: the memory is that of the simulated cards, not the
-host's. The PEs of a card share its memory, so replicas on one card keep each shard once; on different cards each keeps
-its own. KV caches and activations are each replica's own.
+Everything follows from manifest and program, and nothing is measured: it is the simulated cards' memory, not the
+host's. The PEs of a card share its memory, so replicas on one card keep each shard once; replicas on different cards
+keep a copy each. Each replica has its own KV caches and activations.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ DEFAULT_LENGTH = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a replica is to hold at once: `max_batch_size` sequences of up to `max_model_len` tokens.
-
-    Prompts are prefilled one at a time, `prefill_chunk_size` tokens in a step.
-    """
+    """What a replica is to hold at once. Prompts are prefilled one at a time."""
 
     max_batch_size: int = 1
+    """The number of sequences."""
     max_model_len: int = DEFAULT_LENGTH
+    """The most tokens of a sequence."""
     prefill_chunk_size: int = DEFAULT_CHUNK_SIZE
+    """The most tokens of a prompt in a step."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_model_len", "prefill_chunk_size"):
@@ -47,33 +47,31 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """What one stage of one replica keeps on each of its PEs, in bytes.
-
-    `kv_nbytes_per_token` are those of one position of one sequence. `activation_nbytes` is the block that values
-    between the segments take in the larger of a decode and a prefill step; kernels' own scratch memory is not known.
-    None: it cannot be told from the model. `received_nbytes_per_token` is what comes from earlier stages for one
-    position; None: the program does not declare it.
-    """
+    """What one stage of one replica keeps on each of its PEs, in bytes."""
 
     weight_nbytes: int
     kv_nbytes_per_token: int
+    """The KV cache of one position of one sequence."""
     activation_nbytes: int | None
+    """The block that values between the segments take in the larger of a decode and a prefill step, without kernels'
+    scratch memory, which is not known; None if it does not follow from the model."""
     received_nbytes_per_token: int | None
+    """What comes from earlier stages for one position; None if the program does not declare it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardMemory:
-    """What is kept on the PEs of the card `npu` that are used, in bytes; `capacity_nbytes` is the share of those PEs.
-
-    `kv_nbytes` is for the workload, and activations that are not known count nothing.
-    """
+    """What the used PEs of the card `npu` keep, in bytes."""
 
     npu: int
     num_pes: int
     capacity_nbytes: int
+    """The used PEs' share of the card's memory."""
     weight_nbytes: int
     kv_nbytes: int
+    """The KV cache for the workload."""
     activation_nbytes: int
+    """The activations; activations that are not known count as 0."""
 
     @property
     def pe_nbytes(self) -> int:
@@ -92,7 +90,7 @@ def stage_memory(model: SplitModel, stages: Sequence[Stage], workload: Workload)
 
 
 class Memory:
-    """What the stages of a model keep, however it is cut and whatever it is to hold."""
+    """What the stages of a model keep, for any cut into stages and any workload."""
 
     def __init__(self, model: SplitModel) -> None:
         self._model = model
@@ -116,7 +114,7 @@ class Memory:
 
 
 def _states_kept_at(model: SplitModel) -> list[tuple[int, int]]:
-    """For each state the node whose stage keeps it, which makes its next value or reads it first, and its bytes."""
+    """For each state the node whose stage keeps it (it makes the next value or is the first reader), and the bytes."""
     nodes = model.program.graph.node
     read_at = {name: at for at in reversed(range(len(nodes))) for name in used_names(nodes[at])}
     made_at = {name: at for at, node in enumerate(nodes) for name in node.output}
@@ -143,7 +141,7 @@ def _lifetimes(program: Program) -> dict[str, Lifetime]:
 def card_memory(
     topology: Topology, stages: Sequence[StageMemory], workload: Workload, *, pe_nbytes: int = PE_NBYTES
 ) -> tuple[CardMemory, ...]:
-    """What every used card keeps for `workload`; `stages` are those of a replica, `pe_nbytes` the memory of a PE."""
+    """What every used card keeps for `workload`; `stages` are a replica's stages, `pe_nbytes` is the memory of a PE."""
     tokens = workload.max_batch_size * workload.max_model_len
     return tuple(
         CardMemory(
@@ -161,7 +159,7 @@ def card_memory(
 def kv_pages(
     topology: Topology, stages: Sequence[StageMemory], *, page_size: int, pe_nbytes: int = PE_NBYTES
 ) -> int | None:
-    """How many pages of `page_size` tokens each replica has room for, on the card that has least; None without a cache.
+    """How many pages of `page_size` tokens each replica has room for on the fullest card; None without a cache.
 
     All replicas get equally many. Raises CapacityError where weights and activations leave no room for a page.
     """
@@ -186,7 +184,7 @@ def kv_pages(
 def check_weights(
     model: SplitModel, topology: Topology, stages: Sequence[Stage], *, pe_nbytes: int = PE_NBYTES
 ) -> None:
-    """Raises CapacityError, which says by how much and which number of stages would do, if weights alone do not fit."""
+    """Raises CapacityError if weights alone do not fit; it says by how much, and how many stages would suffice."""
     weights = [
         StageMemory(
             weight_nbytes=stage.weight_nbytes,

@@ -11,7 +11,7 @@ from furiosa_llm.runtime.artifact.card import FUSIBLE, PES_PER_CARD
 from furiosa_llm.runtime.errors import DeviceError
 
 MAX_CARDS = 1024
-"""A machine has no more: cards are numbered below this."""
+"""The most cards of a machine; their numbers are below it."""
 
 _FORMS = "npu:0, npu:0:*, npu:0:3 or npu:0:0-3, several separated by commas"
 
@@ -28,7 +28,7 @@ class PE:
 
 
 def first_pes(count: int) -> tuple[PE, ...]:
-    """The first `count` PEs there are: card after card."""
+    """The first `count` PEs, card after card."""
     return tuple(PE(npu=number // PES_PER_CARD, index=number % PES_PER_CARD) for number in range(count))
 
 

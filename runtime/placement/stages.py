@@ -1,4 +1,4 @@
-"""Cuts an artifact's blocks into pipeline stages: so that the slowest is as fast as can be, or as the user says."""
+"""Cuts an artifact's blocks into pipeline stages: so that the slowest is as fast as possible, or as the user says."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A run of blocks that one group of PEs computes. Bytes are of one PE.
+    """A run of blocks that one group of PEs computes: the nodes [`first_node`, `stop_node`) of program.onnx.
 
-    `index` counts stages from 0. The stage has `num_blocks` blocks from `first_block` on, which are the nodes
-    [`first_node`, `stop_node`) of program.onnx. `cost_nbytes` are the bytes of stored tensors that one decoded token
-    reads, which is what stages are balanced by; `weight_nbytes` those that are kept in memory, embedding tables
-    included. A tensor that two stages read is kept in both.
+    Bytes are of one PE. A tensor that two stages read is kept in both.
     """
 
     index: int
+    """The stage's number, counted from 0."""
     first_block: int
     num_blocks: int
     first_node: int
     stop_node: int
     cost_nbytes: int
+    """The bytes of stored tensors that one decoded token reads; stages are balanced by it."""
     weight_nbytes: int
+    """The bytes of stored tensors that are kept in memory, embedding tables included."""
 
 
 def choose_stages(
@@ -37,10 +37,10 @@ def choose_stages(
     pipeline_parallel_size: int | None = None,
     num_blocks_per_pp_stage: Sequence[int] | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages of `model`: `pipeline_parallel_size` of them, or those that `num_blocks_per_pp_stage` counts out.
+    """The stages of `model`: `pipeline_parallel_size` of them, or with the blocks that `num_blocks_per_pp_stage` gives.
 
-    The largest `cost_nbytes` of a stage is as small as it can be, and costs are as even as that allows. With neither
-    argument there is one stage. Raises TopologyError if both are given, or do not go with the artifact's blocks.
+    The largest `cost_nbytes` of a stage is as small as possible, and costs are as even as that allows. With neither
+    argument there is one stage. Raises TopologyError if both are given, or do not fit the artifact's blocks.
     """
     return divide_blocks(
         read_blocks(model),
@@ -55,7 +55,7 @@ def divide_blocks(
     pipeline_parallel_size: int | None = None,
     num_blocks_per_pp_stage: Sequence[int] | None = None,
 ) -> tuple[Stage, ...]:
-    """As `choose_stages`, of a model that has `blocks`."""
+    """As `choose_stages`, for a model that has `blocks`."""
     costs = [sum(block.decoded.values()) for block in blocks]
     if num_blocks_per_pp_stage is not None:
         counts = _block_counts(num_blocks_per_pp_stage)
@@ -79,10 +79,10 @@ def divide_blocks(
 
 
 def balance(costs: Sequence[int], stages: int) -> tuple[int, ...]:
-    """How many consecutive blocks each of `stages` stages gets, at least one; `costs` are the blocks'.
+    """How many consecutive blocks each of `stages` stages gets, at least one; `costs` are the blocks' costs.
 
-    The largest sum of a stage is minimal; among such cuts the sum of squares of costs is (which is least where they are
-    most even), then that of block counts.
+    The largest cost of a stage is minimal; among such cuts the sum of squares of the stages' costs is minimal (least
+    where they are most even), and then the sum of squares of block counts.
     """
     sums = [0, *accumulate(costs)]
     limit = _least_limit(costs, stages)
@@ -113,7 +113,7 @@ def _least_limit(costs: Sequence[int], stages: int) -> int:
 
 
 def _num_stages(costs: Sequence[int], limit: int) -> int:
-    """How many stages of at most `limit` it takes."""
+    """How many stages are needed if each costs at most `limit`."""
     count, left = 0, -1
     for cost in costs:
         if cost > left:

@@ -20,15 +20,16 @@ StagePEs = tuple[PE, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """Where everything runs: `replicas[replica][stage]` are the PEs of that stage, in the order of their ranks.
-
-    The sizes count PEs that share each matrix, stages of a replica, and replicas.
-    """
+    """Where everything runs."""
 
     tensor_parallel_size: int
+    """The number of PEs that share each matrix."""
     pipeline_parallel_size: int
+    """The number of stages of a replica."""
     data_parallel_size: int
+    """The number of replicas."""
     replicas: tuple[tuple[StagePEs, ...], ...]
+    """`replicas[replica][stage]` are the PEs of that stage, in the order of their ranks."""
 
     @property
     def pes(self) -> tuple[PE, ...]:
@@ -47,16 +48,17 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Arguments of `make_topology` that it accepts; `text` is how a person gives those that differ from the refused."""
+    """Arguments of `make_topology` that it accepts."""
 
     text: str
+    """How a person gives the arguments that differ from the refused ones."""
     pipeline_parallel_size: int
     data_parallel_size: int | None
     devices: str
 
 
 class RefusedTopologyError(TopologyError):
-    """`choices` are what `make_topology` accepts instead, everything else being as it was asked for."""
+    """`choices` are what `make_topology` accepts instead, with everything else as it was asked for."""
 
     def __init__(self, message: str, choices: tuple[Choice, ...] = ()) -> None:
         super().__init__(message)
@@ -69,17 +71,16 @@ class _RuleError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
-    """What was asked for, defaults filled in; `data_parallel_size` None is to be inferred.
-
-    `most_stages` is the most that are suggested.
-    """
+    """What was asked for, with defaults filled in."""
 
     tensor: int
     pipeline: int
     data: int | None
+    """The data parallel size; None: it is to be inferred."""
     pes: tuple[PE, ...]
     allow_subset: bool
     most_stages: int
+    """The most stages that a refusal suggests."""
 
     @property
     def replicas(self) -> int:
@@ -188,7 +189,7 @@ def _fuse(pes: Sequence[PE], size: int) -> list[StagePEs]:
 
 
 def _take_stages(unused: list[StagePEs], request: _Request) -> tuple[StagePEs, ...]:
-    """The groups of the next replica, which are taken out of `unused`."""
+    """The groups of the next replica, which are removed from `unused`."""
     stages: list[StagePEs] = []
     for stage in range(request.pipeline):
         group = next((g for g in unused if not stages or g[0].npu > stages[-1][0].npu), None)

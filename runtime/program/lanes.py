@@ -1,8 +1,8 @@
-"""Lanes: the ranks that one thread steps, side by side in one graph, so that a segment of theirs is one call.
+"""Lanes: the ranks that one thread steps, side by side in one graph, so that a segment of all of them is one call.
 
-Each rank's nodes are there as the program has them. What several ranks would compute from the same operands is there
-once: norms, masks and rotary tables are alike on all ranks. The partial sums of a lane's ranks are added in its graph,
-neighbours first, so that a sum has the same order, and the same bits, for any number of lanes.
+The graph has each rank's nodes as the program has them. What several ranks would compute from the same operands is
+there once: norms, masks and rotary tables are alike on all ranks. The partial sums of a lane's ranks are added in its
+graph, neighbours first, so that a sum has the same order, and the same bits, for any number of lanes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ADDED_IN_GRAPH = frozenset({"FLOAT", "DOUBLE", "INT32", "INT64", *_NARROW})
 """Types that onnxruntime's Add has a kernel for, here or after a Cast to FLOAT."""
 
 Alike = Mapping[tuple[int, str], int]
-"""(rank, value) -> the first rank on which the value is the same; a value that is not there is a rank's own."""
+"""(rank, value) -> the first rank on which the value is the same; absent values differ from all other ranks'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,35 +35,33 @@ class Part:
 
 
 Sum = Part | tuple["Sum", "Sum"]
-"""In which order parts are added: the two sums of a pair, then both."""
+"""The order in which parts are added: first the two sums of a pair, then the pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """A collective over one group of ranks, between lanes.
-
-    `total` is what an AllReduce adds up, None for an AllGather, whose `parts` are in the order of the group. `out` is
-    the result's name, the same in each of the `lanes` that want it.
-    """
+    """A collective over one group of ranks, between lanes."""
 
     call: CollectiveCall
     total: Sum | None
+    """What an AllReduce adds up; None for an AllGather."""
     parts: tuple[Part, ...]
+    """What an AllGather puts together, in the order of the group."""
     out: str
+    """The result's name, the same in each of `lanes`."""
     lanes: tuple[int, ...]
+    """The lanes that read the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneSegment:
-    """A segment of one lane: nodes, inputs and outputs under the lane's names.
-
-    `initializers` are by the lane's name the program's, and a rank whose shard it is.
-    """
+    """A segment of one lane: nodes, inputs and outputs under the lane's names."""
 
     nodes: tuple[NodeProto, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     initializers: Mapping[str, tuple[str, int]]
+    """The lane's name of an initializer -> its name in the program, and a rank that has this shard."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +74,14 @@ class LaneSection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """A program on all lanes of a mesh. `types` has the values that cross sections, by the lanes' names."""
+    """A program on all lanes of a mesh."""
 
     program: Program
     mesh: Mesh
     ranks: tuple[tuple[int, ...], ...]
     sections: tuple[LaneSection, ...]
     types: Mapping[str, ValueType]
+    """The types of the values that cross sections, by the lanes' names."""
     alike: Alike
 
     def name(self, rank: int, value: str) -> str:
@@ -99,8 +98,8 @@ def lanes_of(
 ) -> Lanes:
     """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
 
-    `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says of graph inputs
-    on which ranks they are alike.
+    `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says on which ranks
+    graph inputs are alike.
     """
     ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
     return _Laying(program, mesh, ranks, find_alike(program, mesh, shard_axes, inputs)).run()
@@ -112,7 +111,7 @@ def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def alike_inputs(manifest: Manifest) -> Alike:
-    """On which ranks the graph inputs are alike: on all, if it is not split; a state is every rank's own."""
+    """On which ranks the graph inputs are alike: on all if an input is not split; each rank has its own states."""
     return {
         (rank, info.name): 0
         for info in manifest.inputs
@@ -129,9 +128,9 @@ def ranks_of(lane: int, ranks: int, lanes: int) -> tuple[int, ...]:
 def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int, ...]], inputs: Alike) -> Alike:
     """On which ranks each value is the same: computed by the same node from the same operands.
 
-    A collective gives the same to all ranks of a group. Weights that are dequantised are each rank's own even where
-    they are the same: onnxruntime fuses that with the one product that reads them, and if there are several it neither
-    fuses nor rounds as it would.
+    A collective gives all ranks of a group the same. Dequantised weights count as different even where they are the
+    same: onnxruntime fuses the dequantisation with the one product that reads it, and if several products read it, it
+    does not fuse them, and rounds differently.
     """
     alike = dict(inputs)
     stored = {tensor.name for tensor in program.model.graph.initializer}
@@ -216,7 +215,7 @@ class _Laying:
         return Exchange(call=call, total=None, parts=parts, out=out, lanes=lanes)
 
     def _sum(self, call: CollectiveCall, group: Sequence[int], sums: Sequence[list[NodeProto]]) -> Sum:
-        """The sum over `group`: what one lane has of it is added in the lane's graph."""
+        """The sum over `group`: the parts that lie in one lane are added in the lane's graph."""
         lane, dtype = self._lane_of[group[0]], self._program.types[call.input].dtype
         whole = all(self._lane_of[rank] == lane for rank in group)
         if len(group) == 1 or (whole and dtype in _ADDED_IN_GRAPH):
@@ -224,7 +223,7 @@ class _Laying:
         return (self._sum(call, _first(group), sums), self._sum(call, _rest(group), sums))
 
     def _added(self, call: CollectiveCall, group: Sequence[int], nodes: list[NodeProto]) -> str:
-        """Appends to `nodes` what adds the parts of `group`, and returns the name of their sum."""
+        """Appends to `nodes` the nodes that add the parts of `group`, and returns the name of their sum."""
         kind = self._program.types[call.input]
         if len(group) > 1:
             operands = [self._added(call, part, nodes) for part in (_first(group), _rest(group))]
@@ -244,7 +243,7 @@ class _Laying:
     def _segment(
         self, segment: Segment | None, ranks: Sequence[int], sums: Sequence[NodeProto], parts: Collection[str]
     ) -> LaneSegment | None:
-        """What one lane computes; it leaves what later segments, the caller and the exchanges read."""
+        """The segment of one lane; its outputs are what later segments, the caller and the exchanges read."""
         leaving = set(parts)
         if segment is not None:
             wanted = [name for name in segment.outputs if name in self._read or name in self._program.outputs]
@@ -267,7 +266,7 @@ class _Laying:
         )
 
     def _nodes(self, segment: Segment, ranks: Sequence[int]) -> Iterator[NodeProto]:
-        """The nodes of the ranks, without nodes that would compute what another rank's has."""
+        """The nodes of the ranks, without nodes that would compute the same as another rank's node."""
         for position in segment.nodes:
             node = self._program.model.graph.node[position]
             made = next(name for name in node.output if name)
@@ -292,7 +291,7 @@ def parts_of(exchange: Exchange) -> tuple[Part, ...]:
 
 
 def _needed(nodes: Sequence[NodeProto], leaving: Collection[str]) -> list[NodeProto]:
-    """The nodes on the way to what is `leaving`."""
+    """The nodes that the values `leaving` follow from."""
     wanted, found = set(leaving), []
     for node in reversed(nodes):
         if wanted.intersection(node.output):
@@ -310,7 +309,7 @@ def _leaves(total: Sum) -> Iterator[Part]:
 
 
 def _first(group: Sequence[int]) -> Sequence[int]:
-    """The greatest power of two of ranks that is less than all of them: these are added first."""
+    """The first ranks of `group`, as many as the greatest power of two below its size: these are added first."""
     return group[: 1 << ((len(group) - 1).bit_length() - 1)]
 
 
@@ -319,7 +318,7 @@ def _rest(group: Sequence[int]) -> Sequence[int]:
 
 
 def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
-    """Gives what `node` and the graphs in it read of the outside the names in `names`."""
+    """Gives the outer values that `node` and the graphs in it read their names in `names`."""
     for values in (node.input, node.output):
         renamed = [names.get(name, name) for name in values]
         del values[:]

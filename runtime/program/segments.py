@@ -19,7 +19,7 @@ from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, Manifest
 
 _OPSET = 21
-"""Of the standard operators, for a part whose own nodes are all of other domains: sums are added by them."""
+"""The opset of the standard ops in a part whose own nodes are all of other domains: standard ops add its sums."""
 
 _FOLDED = -1
 """The section of values that depend on initializers only: they belong to whichever segments read them."""
@@ -35,16 +35,16 @@ class ValueType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Nodes that run without waiting for other ranks.
-
-    `nodes` are positions in the program's graph; `inputs` are the graph inputs and values of earlier sections that they
-    read, `outputs` what later sections, collectives or the caller read, and `initializers` the names they use.
-    """
+    """Nodes that run without waiting for other ranks."""
 
     nodes: tuple[int, ...]
+    """The nodes' positions in the program's graph."""
     inputs: tuple[str, ...]
+    """The graph inputs and the values of earlier sections that the nodes read."""
     outputs: tuple[str, ...]
+    """The values that later sections, collectives or the caller read."""
     initializers: tuple[str, ...]
+    """The names of the initializers that the nodes read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +66,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """The sections of a program in order, its inputs and outputs, and the types of all values that cross a section.
-
-    `sizes` are the names of dynamic dimensions that the inputs' shapes give.
-    """
+    """The sections of a program in order, its inputs and outputs, and the types of all values that cross a section."""
 
     model: ModelProto
     sections: tuple[Section, ...]
@@ -77,12 +74,13 @@ class Program:
     outputs: tuple[str, ...]
     types: Mapping[str, ValueType]
     sizes: frozenset[str]
+    """The names of the dynamic dimensions that the inputs' shapes give."""
 
 
 def cut_program(model: ModelProto, collectives: Sequence[Collective], sizes: frozenset[str]) -> Program:
     """The sections of `model`, all or a part of a program that `open_artifact` has checked.
 
-    `collectives` belong to its collective nodes, in their order, and `sizes` the dynamic dimensions that its inputs
+    `collectives` belong to its collective nodes, in their order; `sizes` are the dynamic dimensions that its inputs
     give. Raises ArtifactError if `value_info` lacks the type of a value that crosses from section to section.
     """
     graph = model.graph
@@ -158,7 +156,7 @@ def _levels(graph: GraphProto) -> dict[str, int]:
 
 
 def _members(graph: GraphProto, levels: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    """The positions of the nodes of each section, the foldable nodes that they need among them."""
+    """The positions of the nodes of each section, including the foldable nodes that they need."""
     producer = {name: position for position, node in enumerate(graph.node) for name in node.output if name}
     needed: dict[int, set[int]] = {}
 

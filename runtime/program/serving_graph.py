@@ -2,8 +2,8 @@
 
 Both are changes to a copy of program.onnx, each made where the graph's structure shows that it is safe:
 
-* The hidden states of wanted positions are gathered in front of the product that makes the logits, because a prefill
-  needs the last position's alone.
+* The hidden states of wanted positions are gathered before the product that makes the logits, because a prefill needs
+  only the last position's logits.
 * GroupQueryAttention is given each row's own last position. The graph gives it the longest row's, if a build has
   fused attention, and what the mask adds up to, if the exporter wrote it.
 """
@@ -34,33 +34,32 @@ LAST_POSITIONS = "furiosa_llm.last_positions"
 _ATTENTION = "GroupQueryAttention"
 _SEQLENS, _TOTAL, _BIAS = 5, 6, 10
 """Operands of GroupQueryAttention: last position of each row, length of the longest row, what scores are added to."""
-# The form that the end of a graph must have to be cut, rather than facts about ops.
+# These are not facts about ops, but the form that the end of a graph must have to be cut.
 _PRODUCTS = frozenset({"MatMul", "MatMulNBits", "FusedMatMul", "MatMulBnb4"})
 _TWICE = "furiosa_llm.twice"
 """The first part of the names of values that have every row twice."""
 _SPLIT_COUNTS = 18
-"""From this opset on Split has the number of equal parts; before, it follows from the number of outputs."""
+"""The first opset in which Split has the number of equal parts; before, it follows from the number of outputs."""
 _ELEMENTWISE = frozenset({"Add", "Mul", "Div", "Sub", "Cast", "Tanh", "Identity", "Neg"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingGraph:
-    """A program made for an engine.
-
-    `selects`: it has the input `WANTED`. `ragged`: it has the input `LAST_POSITIONS`, and rows of a step may have
-    unequal lengths, if what `biases` names is for each row as it is for the row alone.
-    """
+    """A program made for an engine."""
 
     model: ModelProto
     selects: bool
+    """Whether it has the input `WANTED`."""
     ragged: bool
+    """Whether it has the input `LAST_POSITIONS`; then rows of a step may have unequal lengths if `biases` allow it."""
     biases: tuple[str, ...]
+    """Names of values that must be the same for each row as they would be for the row alone."""
 
 
 def serving_graph(
     program: ModelProto, manifest: Manifest, *, ragged: bool = True, doubled: Collection[str] = ()
 ) -> ServingGraph:
-    """`program` for an engine; it is itself left as it is.
+    """A copy of `program`, made for an engine.
 
     `ragged`: rows of unequal lengths are wanted. `doubled` are the types of ops that get every row twice.
     """
@@ -85,7 +84,7 @@ def serving_graph(
 
 
 def _select(model: ModelProto, logits: str) -> bool:
-    """Gathers the wanted positions in front of the last product; whether the graph's end has a form that allows it."""
+    """Gathers the wanted positions before the last product; returns whether the form of the graph's end allows it."""
     graph = model.graph
     declared = {value.name: value for value in (*graph.value_info, *graph.output)}
     found = _end_of(graph, logits)
@@ -108,7 +107,7 @@ def _select(model: ModelProto, logits: str) -> bool:
 def _end_of(graph: GraphProto, logits: str) -> tuple[NodeProto, list[str]] | None:
     """The last product with a matrix on the way to `logits`, and the values from its output on; None if there is none.
 
-    After it are only nodes that take each position by itself, and nothing else reads what is between.
+    Only nodes that take each position by itself follow it, and nothing else reads the values in between.
     """
     producer = {name: node for node in graph.node for name in node.output if name}
     constants = _constants(graph)
@@ -129,7 +128,7 @@ def _end_of(graph: GraphProto, logits: str) -> tuple[NodeProto, list[str]] | Non
 
 
 def _constants(graph: GraphProto) -> set[str]:
-    """Initializers, and what follows from them alone."""
+    """Initializers, and values that follow from them alone."""
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         if constants.issuperset(used_names(node)):
@@ -138,7 +137,7 @@ def _constants(graph: GraphProto) -> set[str]:
 
 
 def _is_by_position(node: NodeProto) -> bool:
-    """Whether `node` makes of each position of `[batch, sequence, n]` what it would make of it alone."""
+    """Whether `node` computes for each position of `[batch, sequence, n]` what it would compute for it alone."""
     if node.domain == COLLECTIVE_DOMAIN:
         dim = next((attribute.i for attribute in node.attribute if attribute.name == "dim"), None)
         return node.op_type == "AllReduce" or dim == 2
@@ -146,7 +145,7 @@ def _is_by_position(node: NodeProto) -> bool:
 
 
 def _transposes(node: NodeProto) -> bool:
-    """Whether a product turns its first operand before it takes it: positions are then not where they seem to be."""
+    """Whether a product transposes its first operand: positions are then in another dimension than they seem to be."""
     return any(attribute.name in ("transA", "transBatchA") and attribute.i for attribute in node.attribute)
 
 
@@ -162,9 +161,8 @@ def _dims(value: ValueInfoProto) -> list[str]:
 def _is_ragged(model: ModelProto, manifest: Manifest) -> bool:
     """Whether the length of the longest row matters nowhere but in an operand of attention, and in its bias.
 
-    What follows from an input whose shape grows from step to step is marked, through every node but the ones that take
-    other sizes of it. Attention itself stops the marks, because it reads no more of a row than the length that it is
-    given.
+    What follows from an input whose shape grows from step to step is marked, through every node except nodes that take
+    other sizes of it. Attention itself stops the marks, because it reads no more of a row than the length that it gets.
     """
     states = manifest.states
     if not states or any(state.mode != "in_place" for state in states):
@@ -208,10 +206,10 @@ def _grows(value: ValueInfoProto, start: int, end: int | None) -> bool:
 
 
 def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -> bool:
-    """Whether what rows of unequal lengths add to their scores is, for each row, what it would be for the row alone.
+    """Whether rows of unequal lengths add to their scores, each, what the row would add alone.
 
-    The part of the graph that makes it is run as rank 0 has it, for rows of up to `longest` positions: a window that is
-    counted from the end of the longest row is found out if it is shorter than that.
+    The part of the graph that makes these values is run as rank 0 has it, for rows of up to `longest` positions: this
+    detects a window that is counted from the end of the longest row if it is shorter than `longest`.
     """
     if not serving.biases:
         return True
@@ -248,7 +246,7 @@ class PartOfGraph:
 
 
 def part_of_graph(source: ModelProto, artifact: Artifact, names: Sequence[str]) -> PartOfGraph | None:
-    """What makes the values `names` in the program `source`; None if they wait for a collective."""
+    """The part of the program `source` that makes the values `names`; None if they wait for a collective."""
     live = set(names)
     nodes: list[NodeProto] = []
     for node in reversed(source.graph.node):
@@ -276,7 +274,7 @@ def _inline(tensor: TensorProto, artifact: Artifact) -> TensorProto:
 
 
 def _feed(info: InputInfo, lengths: list[int]) -> Array:
-    """What a decode step feeds the input: one new token for rows that have `lengths` tokens already."""
+    """What a decode step feeds to the input: one new token for rows that already have `lengths` tokens."""
     sizes = {"batch": len(lengths), "sequence": 1, "past": max(lengths), "total": max(lengths) + 1}
     shape = tuple(dim if isinstance(dim, int) else parse_dimension(dim).value(sizes) for dim in info.shape)
     array = np.zeros(shape, dtype=DTYPES[info.dtype].numpy)
@@ -295,7 +293,7 @@ def _quiet() -> onnxruntime.SessionOptions:
 
 
 def _double(model: ModelProto, op_types: Collection[str]) -> None:
-    """Gives the nodes of `op_types` every row twice, and takes the first half of what they make of it."""
+    """Gives the nodes of `op_types` every row twice, and takes the first half of their outputs."""
     if not op_types:
         return
     graph = model.graph
@@ -321,7 +319,7 @@ def _double(model: ModelProto, op_types: Collection[str]) -> None:
 
 
 def _remove_dead(model: ModelProto) -> None:
-    """Removes the nodes that nothing reads any more."""
+    """Removes the nodes whose outputs nothing reads any more."""
     graph = model.graph
     live = {value.name for value in graph.output}
     kept: list[NodeProto] = []

@@ -1,8 +1,8 @@
 """Cuts a program into pipeline stages: the nodes of each, what crosses between them, and what each computes anew.
 
 A value that follows from the step's inputs alone (a mask, a rotary table) is computed anew in each stage that reads
-it, unless that takes a stored tensor of some size, or a state that another stage keeps: then it is sent. The size of a
-state can be told from any other of the same shape.
+it, unless that needs a large stored tensor, or a state that another stage keeps: then it is sent. The sizes of a state
+can be taken from any other state of the same shape.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ stored tensor above this size is needed for it."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageGraph:
-    """One stage of a program, as a model of its own.
-
-    `received` are by name the stage that each value comes from; `sent` leave for later stages; `collectives` are those
-    of the collective nodes in order; `states` are kept by this stage.
-    """
+    """One stage of a program, as a model of its own."""
 
     index: int
     model: ModelProto
     collectives: tuple[Collective, ...]
+    """The collectives of the collective nodes, in their order."""
     states: tuple[State, ...]
+    """The states that this stage keeps."""
     received: Mapping[str, int]
+    """Value that comes from an earlier stage -> that stage."""
     sent: tuple[str, ...]
+    """The values that leave for later stages."""
 
 
 def cut_stages(
@@ -47,9 +47,9 @@ def cut_stages(
     states: Sequence[State],
     tensors: Mapping[str, StoredTensor],
 ) -> tuple[StageGraph, ...]:
-    """The stages of `model`, the first of which begins at the first node and each other one behind a collective.
+    """The stages of `model`: the first begins at the first node, each other one after a collective.
 
-    `starts` gives for each stage the output of the collective that it begins behind, None for the first. Raises
+    `starts` gives for each stage the output of the collective that it begins after, None for the first. Raises
     ArtifactError if a value that must be sent has no type in the program.
     """
     return _Cutting(model, starts, collectives, states, tensors).run()
@@ -73,7 +73,7 @@ class _Cutting:
         self._declared: dict[str, ValueInfoProto] = {
             value.name: value for value in (*graph.value_info, *graph.input, *graph.output)
         }
-        known = {collective.id: collective for collective in collectives}  # of which serving may need fewer
+        known = {collective.id: collective for collective in collectives}  # serving may need only some of them
         self._collectives = {n.output[0]: known[n.name] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN}
         self._first = [0 if start is None else self._producer[start] + 1 for start in starts]
         self._waits = following(self._nodes)
@@ -101,7 +101,7 @@ class _Cutting:
         return range(self._first[stage], ends[stage])
 
     def _part(self, stage: int) -> tuple[list[int], list[str]]:
-        """The positions of the nodes of a stage, those that it computes anew among them, and what it receives."""
+        """The positions of the nodes of a stage, including nodes that it computes anew, and the values it receives."""
         own = self._own(stage)
         positions = set(own)
         received: dict[str, None] = {}
@@ -122,7 +122,7 @@ class _Cutting:
         return sorted(positions), sorted(received, key=lambda name: self._producer[name])
 
     def _computed_anew(self, name: str, states: set[str]) -> set[int] | None:
-        """The nodes that `name` follows from, None if it is better sent by a stage that has other than `states`."""
+        """The nodes that `name` follows from; None if they need a large stored tensor or a state not in `states`."""
         positions: set[int] = set()
         read: set[str] = set()
         pending = [name]
@@ -174,7 +174,7 @@ class _Cutting:
         )
 
     def _needed(self, positions: Sequence[int], wanted: set[str]) -> list[NodeProto]:
-        """The nodes that make what is `wanted`, and collectives, which every rank takes part in."""
+        """The nodes that make the values `wanted`, and all collectives, because every rank takes part in these."""
         nodes: list[NodeProto] = []
         wanted = set(wanted)
         for at in reversed(positions):
@@ -185,7 +185,7 @@ class _Cutting:
         return nodes[::-1]
 
     def _with_own_states(self, node: NodeProto, kept: set[str]) -> NodeProto:
-        """`node`, or if it takes the shape of a state that is not in `kept`, that of one that is and has the same."""
+        """`node`; if it takes the shape of a state not in `kept`, it takes it of a state in `kept` of equal shape."""
         if node.op_type != "Shape" or node.input[0] in kept or node.input[0] not in self._state_shapes:
             return node
         shape = self._state_shapes[node.input[0]]

@@ -2,8 +2,8 @@
 
 onnxruntime chooses kernels by the processor and by the number of rows, and not all of them add in one order. So each
 kind of segment in the program is run as rank 0 has it, for several numbers of rows and of tokens, on the kernels that
-will serve, and the bits are compared. Where those of a row differ, the segment's nodes are run one by one to find the
-ops to blame.
+will serve, and the bits are compared. Where the bits of a row differ, the segment's nodes are run one by one to find
+the ops to blame.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from furiosa_llm.runtime.runners.probe_feeds import FLOATS, MOST_ROWS, PAST, TOK
 _ROWS = (1, 2, 3, 5, 16)
 """Numbers of rows whose bits are compared with those of the same rows among `MOST_ROWS`."""
 _CUTS = (2, 3, 4, 5, 6, 7, 9, 11, 14, 16, 19)
-"""Behind so many of `TOKENS` tokens a prompt is cut in two, whose bits are compared with those of the whole."""
+"""Numbers of tokens after which a prompt of `TOKENS` is cut in two; the bits are compared with the whole prompt's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class KernelDifference:
     node: str
     """The name of the node that differs most."""
     nodes: int
-    """How many nodes of this type differ, of those that were probed: layers that are alike are probed once."""
+    """How many of the probed nodes of this type differ; layers that are alike are probed once."""
     rows: tuple[int, ...]
     """Numbers of rows among which a row has other bits than among 64."""
     relative: float
@@ -58,12 +58,12 @@ class BatchInvariance:
     chunks: bool
     """Whether a prompt has the same bits however it is cut, into pieces of two tokens or more."""
     unprobed: tuple[str, ...]
-    """Values that no probe can be made for, because they are neither numbers nor known before a collective; and those
+    """Values that no probe can be made for, because they are neither numbers nor known before a collective; and values
     whose segment onnxruntime could not run on random values, with its error."""
 
     @property
     def invariant(self) -> bool:
-        """Whether a row has the same bits in every batch as it is."""
+        """Whether a row has the same bits in every batch without companions."""
         return self.companions == NO_COMPANIONS
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class BatchInvariance:
 def probe_batch_invariance(artifact: Artifact, *, mapped: bool = False) -> BatchInvariance:
     """Runs the decode step of `artifact`, a decoder, for several numbers of rows and compares the bits.
 
-    `mapped` is for weights that are left in their file, which other kernels multiply. Costs about what it takes to load
+    `mapped` is for weights that are left in their file, which other kernels multiply. It costs about as much as loading
     one layer, the embedding and the head of one rank. Raises what `load_model` does.
     """
     found = _Probe(artifact, mapped).run()
@@ -114,7 +114,7 @@ class _Probe:
         self._doubled = doubled
 
     def run(self) -> BatchInvariance:
-        """What differs, and the companions that are enough for it, if no more ops have to be doubled."""
+        """The differences, and the companions that remove them unless more ops have to be doubled."""
         differences: list[KernelDifference] = []
         unprobed: dict[str, None] = {}
         rows: set[int] = set()
@@ -130,7 +130,7 @@ class _Probe:
                     rows |= found
                     differences += self._blame(session, segment, found)
                 chunks = chunks and self._chunks_are_alike(session, segment)
-            except ORT_ERRORS as error:  # random values are not what the segment computes with
+            except ORT_ERRORS as error:  # the segment does not take random values
                 unprobed[f"{_original(segment.outputs[0])}: {type(error).__name__}: {error}"] = None
         enough = not unprobed and rows <= {1}
         return BatchInvariance(
@@ -141,7 +141,7 @@ class _Probe:
         )
 
     def _distinct_segments(self) -> Iterator[LaneSegment]:
-        """The segments of rank 0, and of those that are alike the first."""
+        """The segments of rank 0; of segments that are alike, the first."""
         seen: set[tuple[bytes, ...]] = set()
         for step in self._lanes.sections:
             segment = step.segments[0]
@@ -150,15 +150,15 @@ class _Probe:
                 yield segment
 
     def _differing_rows(self, session: Session, segment: LaneSegment) -> set[int]:
-        """Of `_ROWS` those with which some row has other bits than among `MOST_ROWS`."""
+        """The numbers in `_ROWS` with which some row has other bits than among `MOST_ROWS`."""
         most = self._run(session, segment, Span(rows=MOST_ROWS))
         return {rows for rows in _ROWS if _difference(self._run(session, segment, Span(rows=rows)), most) is not None}
 
     def _chunks_are_alike(self, session: Session, segment: LaneSegment) -> bool:
-        """Whether the tokens of a prompt have the same bits in either part of it, behind the other's caches."""
+        """Whether a prompt's tokens have the same bits in two parts, the second after the first's caches."""
         whole = self._run(session, segment, Span(rows=1, last=TOKENS))
         states = [one for one in self._artifact.manifest.states if f"0/{one.input}" in segment.inputs]
-        # Where other segments cut the caches to a window, those behind the first part are not known here.
+        # Where other segments cut the caches to a window, the caches after the first part are not known here.
         known = all(f"0/{s.output}" in whole.arrays and s.sequence_dim is not None for s in states)
         known &= not self._feeds.from_caches.intersection(map(_original, segment.inputs))
         for cut in _CUTS:
@@ -176,7 +176,7 @@ class _Probe:
         return True
 
     def _without_logits(self, found: _Values) -> _Values:
-        """What does not belong to the last token alone, of which a part of a prompt has another."""
+        """The values that do not belong to the last token alone, because a part of a prompt has another last token."""
         shapes = {name: self._lanes.types[name].shape or () for name in found.arrays}
         return replace(found, arrays={name: a for name, a in found.arrays.items() if "wanted" not in shapes[name]})
 
@@ -190,7 +190,7 @@ class _Probe:
     # -- the op to blame -----------------------------------------------------------------------------------------
 
     def _blame(self, session: Session, segment: LaneSegment, rows: set[int]) -> list[KernelDifference]:
-        """The nodes of `segment` that differ by themselves, given what the others give them among `MOST_ROWS` rows."""
+        """The nodes of `segment` that differ by themselves when their inputs are those among `MOST_ROWS` rows."""
         constants = set(segment.initializers)
         made = [node for node in segment.nodes if not _is_constant(node, constants)]
         whole = replace(segment, outputs=tuple(name for node in made for name in node.output if name))
@@ -215,7 +215,7 @@ class _Probe:
     def _blame_node(
         self, segment: LaneSegment, node: NodeProto, known: Mapping[int, _Values]
     ) -> KernelDifference | None:
-        """Runs `node` on the values that it has among `MOST_ROWS` rows, and on the first rows of them."""
+        """Runs `node` on its inputs among `MOST_ROWS` rows, and on the first rows of these."""
         part, types = _alone(segment, node), known[MOST_ROWS].types
         session = SegmentLoader(self._artifact, replace(self._lanes, types=types), self._settings).load(part)
         whole = {name: known[MOST_ROWS].arrays[name] for name in part.inputs}
@@ -255,8 +255,8 @@ def _run(
 def _difference(few: _Values, most: _Values, *, at_end: bool = False) -> float | None:
     """How far the rows of `few` differ from the first, or the last, of `most`, relative to the largest element.
 
-    None if every bit is the same. Rows are the outermost of whatever dimension they are in. Integers are sizes, places
-    and tokens, which are exact; what is longer in `few` is a part of the caches, and no row's.
+    None if every bit is the same. Rows are the outermost indices of whichever dimension they are in. Integers are
+    sizes, places and tokens, which are exact; a dimension longer in `few` belongs to the caches, and to no row.
     """
     worst: float | None = None
     for name, ours in few.arrays.items():
@@ -295,7 +295,7 @@ def _original(name: str) -> str:
 
 
 def _signature(segment: LaneSegment, lanes: Lanes) -> tuple[bytes, ...]:
-    """The segment without its names: two that are alike have the same."""
+    """The segment without its names: segments that are alike have the same signature."""
     stored = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
     numbers: dict[str, str] = {}
     parts: list[bytes] = []
@@ -317,7 +317,7 @@ def _signature(segment: LaneSegment, lanes: Lanes) -> tuple[bytes, ...]:
 
 
 def _is_constant(node: NodeProto, constants: set[str]) -> bool:
-    """Whether `node` reads `constants` alone; then what it gives is added to them."""
+    """Whether `node` reads `constants` alone; if so, its outputs are added to them."""
     if not constants.issuperset(used_names(node)):
         return False
     constants.update(node.output)

@@ -1,7 +1,7 @@
 """The steps that an artifact and its model are compared on: their lengths, and random inputs for them.
 
-A fault may show at some lengths only. Besides a few short steps there is one of each kind in every octave up to the
-longest sequence, at a length drawn from it, and one that ends at the longest itself.
+A fault may show at some lengths only. So in addition to a few short steps there is a step of each kind in every octave
+up to the longest sequence, at a length drawn from the octave, and one that ends at the longest length itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ENCODER = "encoder"
 _OTHER_SIZES = {_ENCODER: 7}
 
 _UNLIMITED = 1024
-"""The longest sequence of a model that knows no limit."""
+"""The longest sequence for a model without a limit."""
 _FIRST_OCTAVE = 16
 _LONGEST_CHUNK = 64
 _STEP_OPERATIONS = 4e10
@@ -37,11 +37,11 @@ _STEP_OPERATIONS = 4e10
 _STEP_NBYTES = 2**26
 """Bytes that the states, or the outputs for the new tokens, of one step may take."""
 _LEAST = 64
-"""So many tokens are compared, whatever they cost."""
+"""At least this many tokens are compared, whatever they cost."""
 
 
 class Model(Protocol):
-    """What can be run on tensors: an executor, or the unsplit model."""
+    """Anything that runs on tensors: an executor, or the unsplit model."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs by name, for global inputs by name."""
@@ -50,13 +50,14 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """The sizes of a step. Its past is a short one and then random rows of that if it is `drawn`, else a prefill's."""
+    """The sizes of a step."""
 
     kind: str
     batch: int
     sequence: int
     past: int
     drawn: bool = False
+    """Whether its past is a short prefill's, extended by random rows of it; else it is a prefill's."""
 
     @property
     def length(self) -> int:
@@ -70,12 +71,15 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedStep:
-    """One step: its case, its sizes by dimension, global inputs by name, and the unsplit model's outputs for them."""
+    """A step with its inputs and the outputs that are expected for them."""
 
     case: Case
     sizes: Mapping[str, int]
+    """The size of each dimension, by its name."""
     inputs: Mapping[str, Array]
+    """The global inputs, by name."""
     expected: Mapping[str, Array]
+    """The unsplit model's outputs, by name."""
 
 
 _SHORT = (
@@ -88,15 +92,18 @@ _FORWARD = Case(kind="forward", batch=2, sequence=9, past=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """How far a model is compared: `limit` is its own, None for none; `past` tokens in all, `new` ones in one step."""
+    """How long the sequences and steps are that a model is compared on."""
 
     limit: int | None
+    """The model's own limit; None if it has none."""
     past: int
+    """The tokens of a sequence in all."""
     new: int
+    """The new tokens of one step."""
 
 
 def lengths_of(manifest: Manifest, most: int | None = None) -> Lengths:
-    """What is affordable, or `most` tokens in all: new tokens cost products, those before them memory."""
+    """The lengths that are affordable, or `most` tokens in all: new tokens cost products, past tokens cost memory."""
     limit = manifest.model.max_sequence_length
     longest = min(limit or _UNLIMITED, most or sys.maxsize)
     weights = sum(math.prod(entry.shape) for entry in manifest.initializers if entry.stored)
@@ -118,7 +125,7 @@ def _token_nbytes(info: InputInfo | OutputInfo) -> int:
 def cases_of(manifest: Manifest, lengths: Lengths, random: np.random.Generator) -> list[Case]:
     """The steps that the model of `manifest` is compared on.
 
-    A decoder's are a prefill, a decode step and a chunk behind a past; another model has whole runs.
+    For a decoder they are prefills, decode steps and chunks after a past; for another model they are whole runs.
     """
     if not manifest.states:
         whole = [length for length in _drawn(lengths.new, random) if _has_sequence(manifest)]
@@ -150,7 +157,7 @@ def _has_sequence(manifest: Manifest) -> bool:
 
 
 def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[ComparedStep]:
-    """Each of `cases` with inputs, run on the reference; one is made when the one before it is done with.
+    """Each of `cases` with inputs, run on the reference; a step is made when the caller asks for it.
 
     Raises UnsupportedError for a dimension without a size, and ExecutionError if the reference fails.
     """
@@ -160,13 +167,13 @@ def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[ComparedStep]:
         except ExecutionError:
             if case.batch == 1:
                 raise
-            # GroupQueryAttention takes several tokens behind a past in a batch of one only.
+            # GroupQueryAttention takes several tokens after a past only in a batch of one.
             step = inputs.step(replace(case, batch=1))
         yield step
 
 
 def within_limit(inputs: Inputs, lengths: Lengths) -> Lengths:
-    """`lengths`, shortened to what the reference runs: a model without a limit may have a table of positions."""
+    """`lengths`, shortened to what the reference runs: a model that declares no limit may have a table of positions."""
     if lengths.limit is not None or inputs.runs(lengths.past):
         return lengths
     good, bad = 1, lengths.past
@@ -177,7 +184,7 @@ def within_limit(inputs: Inputs, lengths: Lengths) -> Lengths:
 
 
 def configured_sizes(path: Path | None) -> dict[str, int]:
-    """Sizes of dimensions besides batch and sequence: those of an image are in the config.json at `path`, if any."""
+    """Sizes of dimensions other than batch and sequence: an image's sizes are in the config.json at `path`, if any."""
     if path is None:
         return {}
     try:
@@ -191,7 +198,7 @@ def configured_sizes(path: Path | None) -> dict[str, int]:
 class Inputs:
     """Makes steps, with random inputs that `random` draws, and runs them on the reference.
 
-    `sizes` are those of dynamic dimensions besides batch, sequence and past.
+    `sizes` are the sizes of dynamic dimensions other than batch, sequence and past.
     """
 
     def __init__(
@@ -238,9 +245,9 @@ class Inputs:
         return {state.input: presents[state.output] for state in self._manifest.states}
 
     def _extended(self, rows: Array, shape: tuple[int, ...]) -> Array:
-        """An array of `shape` that begins with `rows` and goes on with random ones of them, along every dimension.
+        """An array of `shape` that begins with `rows` and continues with random rows of these, along every dimension.
 
-        The first is drawn no second time: models attend to it, wherever they are, when nothing else fits.
+        The first row is never drawn again: models attend to it from every position when nothing else fits.
         """
         for dim, size in enumerate(shape):
             known = rows.shape[dim]

@@ -1,4 +1,4 @@
-"""How far what an artifact gives is from what the unsplit model gives, and when that is too far."""
+"""How far an artifact's outputs are from the unsplit model's, and when that is too far."""
 
 from __future__ import annotations
 
@@ -11,64 +11,62 @@ import numpy as np
 from furiosa_llm.runtime.artifact.dtypes import Array
 
 LOGIT_MAGNITUDE = 64.0
-"""The magnitude that a tolerance of logits refers to, at most: an entry of -1e9, which masks a token, allows no error
-of others. So the tolerance is absolute, too: 6.4e-3 where 1e-4 is relative."""
+"""The greatest magnitude that a tolerance of logits refers to: an entry of -1e9, which masks a token, must not allow an
+error in other entries. So the tolerance is absolute, too: a relative 1e-4 allows at most 6.4e-3."""
 
 
 OUTLIER = 20.0
-"""How many times a tolerance the error of a single element may be: at a rare token a model magnifies rounding a
+"""How many times the tolerance the error of a single element may be: at a rare token a model magnifies rounding a
 hundredfold (SmolLM2, random tokens: 1e-6 at half of the positions, 7e-5 at one in some thousands)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDifference:
-    """The difference between artifact and model in one output of one case.
-
-    `absolute` is the greatest of all elements, in the output's own units; `relative` is `absolute` over the greatest
-    magnitude of the model's output, and `mean` the root of the mean square of all errors over that magnitude. All are
-    of the elements that are finite on both sides; `finite` says that the others are equal, NaN to NaN.
-    """
+    """The difference between artifact and model in one output of one case, over the elements finite on both sides."""
 
     case: str
     output: str
     absolute: float
+    """The greatest error of an element, in the output's own units."""
     relative: float
+    """`absolute` over the greatest magnitude of the model's output."""
     mean: float
+    """The root of the mean square of all errors, over the same magnitude."""
     finite: bool
+    """Whether the elements that are not finite on both sides are equal, NaN to NaN."""
 
     def within(self, tolerance: float) -> bool:
-        """Whether the mean error is at most `tolerance`, and no element's more than OUTLIER times that."""
+        """Whether the mean error is at most `tolerance`, and no element's error more than OUTLIER times as large."""
         return self.finite and self.mean <= tolerance and self.relative <= OUTLIER * tolerance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenComparison:
-    """The greedy tokens of one prompt on both sides.
-
-    `first_difference` is the position of the first token that differs, None if none does; `gap` is the distance between
-    the model's two best logits there, `logit_error` the greatest difference in the logits up to there (infinite where
-    one side is not finite), and `magnitude` the model's greatest logit, LOGIT_MAGNITUDE at most.
-    """
+    """The greedy tokens of one prompt on both sides."""
 
     prompt: str
     tokens: int
     first_difference: int | None
+    """The position of the first token that differs; None if no token differs."""
     gap: float | None
+    """The distance between the model's two best logits at that position."""
     logit_error: float
+    """The greatest difference in the logits up to that position; infinite where one side is not finite."""
     magnitude: float
+    """The magnitude of the model's greatest logit, LOGIT_MAGNITUDE at most."""
 
     def within(self, tolerance: float) -> bool:
         """Whether the logits are as near as `tolerance` allows, and the first token that differs, if any, is a tie.
 
-        A tie is a choice between logits that are no further apart than that, either. How wrong the artifact itself is
-        excuses nothing.
+        A tie is a choice between logits that are no further apart than the tolerance. The artifact's own error does not
+        widen it.
         """
         allowed = tolerance * self.magnitude
         return self.logit_error <= allowed and (self.gap is None or self.gap <= allowed)
 
 
 def magnitude_of(values: Array, *, logits: bool) -> float:
-    """The greatest finite magnitude, of logits LOGIT_MAGNITUDE at most."""
+    """The greatest finite magnitude; for logits, LOGIT_MAGNITUDE at most."""
     magnitudes = np.abs(_numbers(values))
     greatest = float(magnitudes.max(initial=0.0))
     if not math.isfinite(greatest):
@@ -79,7 +77,7 @@ def magnitude_of(values: Array, *, logits: bool) -> float:
 def output_error(
     case: str, name: str, pairs: Iterable[tuple[Array, Array]], whole: Array, *, logits: bool
 ) -> OutputDifference:
-    """The error of pairs of what was found and what was expected, which is a part of `whole`."""
+    """The error over pairs of an actual and an expected part, where the expected parts are parts of `whole`."""
     magnitude = magnitude_of(whole, logits=logits) or 1.0
     relative, same, squares, count = 0.0, True, 0.0, 0
     for found, expected in pairs:
@@ -103,5 +101,5 @@ def output_error(
 
 
 def _numbers(values: Array) -> Array:
-    """What differences can be taken of."""
+    """The values in a type that has differences."""
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)

@@ -52,26 +52,30 @@ DEFAULT_PROMPTS = (
 )
 
 UNFIT = (ArtifactError, ExecutionError, InputError)
-"""What an artifact whose files are all there may still raise when it is run."""
+"""The errors that running may raise for an artifact whose files are all there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
     """How far artifact and unsplit model are apart.
 
-    `stitched` are the errors of all ranks in one graph, each the greatest of any rank's part; `outputs` those of the
-    executor, `engine` those of an engine's steps. `cases` are the steps that the first two were compared in, of
-    `lengths`; all of it follows from `seed`. `accuracy_level_replaced`: MatMulNBits ran at level 0 instead of its own.
+    All of it follows from `seed`.
     """
 
     stitched: tuple[OutputDifference, ...]
+    """The errors of all ranks in one graph, each the greatest over the ranks' parts."""
     outputs: tuple[OutputDifference, ...]
+    """The executor's errors."""
     engine: tuple[OutputDifference, ...]
+    """The errors of an engine's steps."""
     tokens: tuple[TokenComparison, ...]
     cases: tuple[Case, ...]
+    """The steps that `stitched` and `outputs` compare."""
     lengths: Lengths
+    """The lengths of `cases`."""
     seed: int
     accuracy_level_replaced: bool
+    """Whether MatMulNBits ran at level 0 instead of its own."""
 
     def within(self, tolerance: float) -> bool:
         """Whether every relative error is at most `tolerance`, and tokens differ only where they are ties within it."""
@@ -84,7 +88,7 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class Found(Generic[_T]):
-    """What one way of running gave: its errors, up to the failure that ended it, if any."""
+    """The result of one way of running: its errors up to the failure that ended it, if any."""
 
     errors: list[_T] = field(default_factory=list)
     failure: FuriosaLLMError | None = None
@@ -122,12 +126,12 @@ def verify_against(
 ) -> Parity:
     """Runs the artifact in the folder `path` and the model it was built from on the same inputs.
 
-    A decoder is compared in prefill, in decode and in a chunk behind a past, every state among the outputs, at lengths
+    A decoder is compared in prefill, in decode and in a chunk after a past, every state among the outputs, at lengths
     drawn by `seed` up to `max_length` (None: what is affordable), and in the steps of an engine; then `prompts` are
     completed greedily by `max_tokens` tokens each, if the artifact has a tokenizer. Another model is compared in whole
-    runs. `sizes` gives dynamic dimensions that have no size of their own here; those of an image are taken from the
-    model's config.json if it lies in the artifact. Raises ArtifactError, InputError and ExecutionError as loading and
-    running do, and UnsupportedError if a dimension has no size.
+    runs. `sizes` are the sizes of other dynamic dimensions; an image's sizes are taken from the model's config.json if
+    it lies in the artifact. Raises ArtifactError, InputError and ExecutionError as loading and running do, and
+    UnsupportedError if a dimension has no size.
     """
     artifact = open_artifact(path)
     subject = Subject(artifact, model_path, sizes=sizes, threads=threads, seed=seed, max_length=max_length)
@@ -139,7 +143,7 @@ def verify_against(
 
 
 class Subject:
-    """An artifact beside its unsplit model; see `verify_against`.
+    """An artifact and its unsplit model; see `verify_against`.
 
     The unsplit model is loaded here. Raises InputError if it has other inputs or outputs than the artifact, and
     ExecutionError if onnxruntime refuses it. `check` is called before each step, and may raise ExecutionError.
@@ -177,7 +181,7 @@ class Subject:
         self._cases = cases_of(manifest, self._lengths, np.random.default_rng(seed))
 
     def parity(self, findings: Findings) -> Parity:
-        """What was found, without the failures."""
+        """The findings without the failures."""
         return Parity(
             stitched=tuple(findings.stitched.errors),
             outputs=tuple(findings.executor.errors),
@@ -190,7 +194,7 @@ class Subject:
         )
 
     def compare(self, prompts: Sequence[str] = DEFAULT_PROMPTS, max_tokens: int = 32) -> Findings:
-        """Every comparison; raises UnsupportedError if a dimension has no size, and what the unsplit model raises."""
+        """Makes all comparisons; raises UnsupportedError if a dimension has no size, and the unsplit model's errors."""
         findings = Findings()
         manifest = self._artifact.manifest
         stitched = _Stitched(self._artifact, self._threads)
@@ -233,7 +237,7 @@ class Subject:
 
 
 def _completes(manifest: Manifest) -> bool:
-    """Whether the model goes on from tokens alone: a decoder whose states are all of its own making."""
+    """Whether the model continues from tokens alone: a decoder that makes all of its states itself."""
     made = {state.input for state in manifest.states}
     return manifest.model.task == "decoder" and all(i.name in made for i in manifest.inputs if i.role == "state")
 
@@ -283,7 +287,7 @@ class _Stitched:
         return output_error(str(step.case), name, pairs, whole, logits=logits)
 
     def _first_row(self, step: ComparedStep) -> ComparedStep:
-        """A step's first sequence: GroupQueryAttention takes several tokens behind a past in a batch of one only."""
+        """A step's first sequence: GroupQueryAttention takes several tokens after a past only in a batch of one."""
         manifest = self._manifest
         shapes = {info.name: info.shape for info in manifest.inputs}
         shapes |= {info.name: info.shape for info in manifest.outputs}

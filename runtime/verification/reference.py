@@ -1,7 +1,7 @@
-"""The unsplit model on plain onnxruntime: what an artifact is verified and measured against.
+"""The unsplit model on plain onnxruntime, which an artifact is verified and measured against.
 
-One session with as many threads as asked for, its inputs and outputs bound once; the states of a model that can write
-them in place are one buffer, bound as past and present.
+It is one session with as many threads as asked for, whose inputs and outputs are bound once. If the model can write a
+state in place, past and present are bound to one buffer.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettin
 class ReferenceModel:
     """The unsplit model in the file `path`, described by the `inputs`, `outputs` and `states` of its artifact.
 
-    A state that the artifact has in place is appended to here if the model itself has no op that writes it in place.
+    A state that the artifact keeps in place is appended to here if the model itself has no op that writes it in place.
     `fixed` are inputs that are constants here. `threads` are onnxruntime's intra-op threads. `accuracy_level`, if
-    given, replaces that of every MatMulNBits. Raises InputError if the file is not a model with these inputs and
+    given, replaces the level of every MatMulNBits. Raises InputError if the file is not a model with these inputs and
     outputs, ExecutionError if onnxruntime cannot load it.
     """
 
@@ -88,7 +88,7 @@ class ReferenceModel:
         return {info.name: unwrap(raw, info.dtype).array.copy() for info, raw in results}
 
     def bind_steps(self, external: frozenset[str]) -> Bound:
-        """The model bound to memory of its own, but for the outputs `external`."""
+        """The model bound to memory of its own, except for the outputs `external`."""
         return _BoundModel(self._session, self._inputs, self._outputs, external)
 
     def step(self, bound: Bound) -> None:
@@ -100,7 +100,7 @@ class ReferenceModel:
 
 
 def _fix(model: onnx.ModelProto, fixed: Mapping[str, int]) -> None:
-    """Makes the inputs that a build has fixed initializers of the model, too."""
+    """Turns the inputs that a build has fixed into initializers of the model, too."""
     for value in [value for value in model.graph.input if value.name in fixed]:
         tensor = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)

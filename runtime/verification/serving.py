@@ -1,4 +1,4 @@
-"""What an engine's steps give beside the unsplit model: prompts whole and in chunks, batches, and a slot that moves.
+"""An engine's steps compared with the unsplit model: prompts whole and in chunks, batches, and a slot that moves.
 
 The engine cuts the program for serving and keeps the states of its sequences in slots, which no run on whole tensors
 does. Tokens are given, not chosen; the model is stepped with the same ones, sequence by sequence.
@@ -27,12 +27,12 @@ from furiosa_llm.runtime.verification.errors import OutputDifference, output_err
 _DECODED = 4
 """Tokens of each sequence that are not in its prompt."""
 SHORTEST = 2 * _DECODED
-"""The shortest sequence that is taken apart."""
+"""The shortest sequence that is stepped in parts."""
 _SLOTS = 3
 
 
 class _Sequence:
-    """A sequence in a slot: `tokens`, of which `stepped` are in it, and the model's states behind them."""
+    """A sequence in a slot: `tokens`, of which `stepped` are in the slot, and the model's states after these."""
 
     def __init__(self, slot: int, tokens: list[int], reference: Model, manifest: Manifest) -> None:
         self.slot = slot
@@ -56,9 +56,10 @@ class _Sequence:
         return len(self.tokens) - _DECODED
 
     def advance(self, count: int) -> Array:
-        """The model's logits for the next `count` tokens: of each, or of the last one where it gives no others.
+        """The model's logits for the next `count` tokens: of each, or of the last one where the model gives no others.
 
-        A model for one token at a time is stepped so; one for a number of sequences has this one in each row.
+        A model for one token at a time is stepped token by token. A model for a fixed number of sequences gets this
+        sequence in each row.
         """
         width = self._width or count
         return np.concatenate([self._step(width) for _ in range(count // width)])

@@ -1,7 +1,7 @@
-"""All ranks of a split program side by side in one onnxruntime session: its results without any of our executor.
+"""All ranks of a split program side by side in one onnxruntime session: its results without our executor.
 
-Every node and value of rank r is there under the prefix `r<r>/`, and what all ranks hold alike once, under `all/`;
-AllReduce is a chain of additions and AllGather a Concat over the ranks of a group.
+Every node and value of rank r has the prefix `r<r>/`; what is the same on all ranks is there once, under `all/`.
+AllReduce is a chain of additions, and AllGather a Concat, over the ranks of a group.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ _INLINE_NBYTES = 1024
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitModel:
-    """A program with what it takes to run it on all ranks of its mesh.
-
-    `inputs` and `outputs` are the layouts of its global inputs and outputs. `initializer` gives an initializer of the
-    program as a rank sees it: inline, or external in a file of `folder`. Those named in `shared` are equal on all
-    ranks.
-    """
+    """A program with all that is needed to run it on all ranks of its mesh."""
 
     program: ModelProto
     mesh: Mesh
     inputs: Mapping[str, Layout]
+    """The layouts of the global inputs."""
     outputs: Mapping[str, Layout]
+    """The layouts of the global outputs."""
     initializer: Callable[[TensorProto, int], TensorProto]
+    """Returns an initializer of the program as a rank sees it: inline, or external in a file of `folder`."""
     shared: frozenset[str] = frozenset()
+    """The names of the initializers that are equal on all ranks."""
     folder: Path = Path()
 
     @staticmethod
@@ -116,9 +115,9 @@ class SplitModel:
         }
 
     def parts(self, name: str, found: Sequence[Array], whole: Array) -> list[tuple[Array, Array]] | None:
-        """What each rank found of the output `name`, padding left out, beside the same part of `whole`.
+        """Each rank's part of the output `name`, padding left out, paired with the same part of `whole`.
 
-        None if a rank's shape or type is another than its part's, or an element of `whole` is in no rank's part.
+        None if a rank's shape or type differs from its part's, or if an element of `whole` is in no rank's part.
         """
         covered = np.zeros(whole.shape, dtype=np.bool_)
         pairs = []
@@ -135,7 +134,7 @@ class SplitModel:
     def greatest_error(self, found: Mapping[str, Sequence[Array]], expected: Mapping[str, Array]) -> dict[str, float]:
         """For each output the greatest error over all ranks, relative to the output's greatest magnitude.
 
-        Infinite for parts of another shape or type, an element that no rank has, and one that is not finite.
+        Infinite for parts of another shape or type, for an element that no rank has, and for one that is not finite.
         """
         return {name: _error(self.parts(name, found[name], expected[name]), expected[name]) for name in self.outputs}
 
@@ -229,7 +228,7 @@ def _collective(node: NodeProto, mesh: Mesh) -> list[NodeProto]:
         sources = [_own(rank, node.input[0]) for rank in group]
         for rank in group:
             target = _own(rank, node.output[0])
-            if node.op_type == "AllReduce":  # by Add: onnxruntime's Sum knows no integers
+            if node.op_type == "AllReduce":  # by Add, because onnxruntime's Sum takes no integers
                 sums = [*(f"{target}/sum{i}" for i in range(len(sources) - 2)), target]
                 for left, right, total in zip([sources[0], *sums], sources[1:], sums, strict=False):
                     nodes.append(helper.make_node("Add", [left, right], [total]))

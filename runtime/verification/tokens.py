@@ -15,7 +15,7 @@ from furiosa_llm.runtime.verification.errors import TokenComparison, magnitude_o
 def compare_tokens(
     executor: DecoderModel, reference: DecoderModel, tokens: Sequence[int], prompt: str, max_tokens: int
 ) -> TokenComparison:
-    """Completes `tokens`, which are those of `prompt`, by `max_tokens` on both sides, or to the first that differs."""
+    """Completes the `tokens` of `prompt` by `max_tokens` on both sides, or up to the first token that differs."""
     ours, theirs = DecoderSession(executor), DecoderSession(reference)
     token_ids = np.array([tokens], dtype=np.int64)
     error, magnitude, compared = 0.0, 0.0, 0
@@ -42,7 +42,7 @@ def compare_tokens(
 
 
 def _difference(found: Array, expected: Array) -> float:
-    """The greatest difference of two finite logits; infinite if others are not the same."""
+    """The greatest difference of two finite logits; infinite if logits that are not finite differ."""
     finite = np.isfinite(expected) & np.isfinite(found)
     if not np.array_equal(found[~finite], expected[~finite], equal_nan=True):
         return math.inf

@@ -33,8 +33,8 @@ def is_annotated(model: onnx.ModelProto) -> bool:
 def check_sharding(model: onnx.ModelProto, path: Path) -> list[Finding]:
     """Everything that is wrong with the annotations of `model`, errors first; empty if nothing is, or there are none.
 
-    `path` is the model's file: what lies beside it (small external tensors, the configuration) may tell shapes. Weights
-    are not read. A model whose shapes cannot be inferred is checked as far as it declares them, with a warning.
+    `path` is the model's file; shapes may follow from what lies next to it (small external tensors, the configuration).
+    Weights are not read. A model whose shapes cannot be inferred is checked as far as it declares them, with a warning.
     """
     if not is_annotated(model):
         return []
@@ -94,7 +94,7 @@ def _inferred(
 def _combined(
     declared: Mapping[str, DeclaredShape], inferred: Mapping[str, DeclaredShape]
 ) -> Iterator[tuple[str, DeclaredShape]]:
-    """Inferred shapes, with the symbols and the sizes that are declared where nothing else is known."""
+    """The inferred shapes; where nothing is inferred, the symbols and sizes that the model declares."""
     for name, shape in inferred.items():
         known = declared.get(name, ())
         if len(known) == len(shape):

@@ -30,7 +30,7 @@ def check_neighbours(model: onnx.ModelProto, placed: Sequence[Placed]) -> Iterat
         if before is not None:
             yield from _check_value(before, entry)
         elif entry.tensor in constant:
-            # Nobody says how it comes in, so that its first reader does.
+            # Nothing else says how the value comes in, so its first reader says it.
             yield from _check_shared(first_read.setdefault(key, entry), entry)
     for configuration in model.configuration:
         yield from _check_stages(model, configuration.name)

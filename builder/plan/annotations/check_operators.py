@@ -61,7 +61,7 @@ def check_operators(
         for name, port, is_output, value in correspondence.operands(annotation.node):
             found = specs.get((annotation.configuration, annotation.number, name))
             if found is None and not is_output:
-                found = given.get((annotation.configuration, name))  # as the standard has it: where it was left
+                found = given.get((annotation.configuration, name))  # by the standard, where its producer left it
             if found is not None and all(split.axis < len(analysis.dims[value]) for split in found.splits):
                 placements[is_output, port] = found
         nodes.append(_Node(annotation.node, infos[counterpart], analysis, placements))
@@ -133,7 +133,7 @@ class _Node:
         return tied
 
     def _leaves(self, port: Port, placement: DeviceSpec, axis: int) -> _Parts | None:
-        """The split leaves of an axis; None if the axis is split in a way that its leaves cannot tell."""
+        """The split leaves of an axis; None if its leaves cannot express the way in which it is split."""
         found: _Parts = {}
         if not placement.of_axis(axis):
             return found
@@ -185,7 +185,7 @@ class _Node:
         )
 
     def _check_whole(self, parts: Mapping[tuple[Port, int], _Parts]) -> Iterator[Finding]:
-        """What the operator needs whole, and what it works on inside, must not be split."""
+        """Dimensions that the operator needs whole, or uses inside, must not be split."""
         for (port, axis), found in parts.items():
             if port[0] or not found:
                 continue
@@ -234,7 +234,7 @@ class _Node:
         for (port, axis), split in parts.items():
             expressions = self._expressions(port)
             expression = expressions[axis] if axis < len(expressions) else None
-            # A concatenation has a part of each segment on every device, which one axis of shards cannot tell.
+            # A concatenation has a part of each segment on every device, which one axis of shards cannot express.
             if expression is None or expression.kind != "product":
                 continue
             for symbol in expression.symbols:

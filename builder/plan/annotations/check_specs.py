@@ -134,7 +134,7 @@ class _SpecChecker:
         self._shapes = shapes
         self._uneven = uneven
         self.padded: list[Finding] = []
-        """Uneven shards of which the model says what becomes of them."""
+        """Findings of uneven shards for which the model says how they are padded."""
 
     def shape_of(self, spec: onnx.ShardingSpecProto) -> DeclaredShape | None:
         """The shape of the spec's tensor, if it is known."""

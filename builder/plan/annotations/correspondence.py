@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 
 class Correspondence:
-    """A model's own graph beside the normalised (and perhaps simplified) one.
+    """Which nodes and values of a model's own graph are which in the normalised (and perhaps simplified) one.
 
-    Normalising keeps the names of what it keeps, but for aliases: an Identity goes, and the value keeps one of the two
-    names. Of equal nodes one is kept; the others are found by what reads them. Nodes that were folded or inlined have
-    no counterpart.
+    Normalising keeps the names of what it keeps, except for aliases: it removes an Identity, and the value keeps one of
+    the two names. It keeps one of several equal nodes; the others are found by what reads them. Nodes that were folded
+    or inlined have no counterpart.
     """
 
     def __init__(self, original: onnx.GraphProto, graph: ir.Graph) -> None:
@@ -41,7 +41,7 @@ class Correspondence:
         return self._values.get(name)
 
     def node(self, original: onnx.NodeProto) -> ir.Node | None:
-        """The node that computes what `original` computes, in the same way: the same operator on as many inputs."""
+        """The node that computes what `original` computes with the same operator and as many inputs."""
         found = self.value(next((name for name in original.output if name), ""))
         node = found.producer() if found is not None else None
         if node is None or (node.op_type, node.domain) != (original.op_type, _domain(original)):

@@ -42,7 +42,7 @@ class Split:
     size: int | None
     """The component's size; None if it is dynamic."""
     parts: int
-    """Into how many parts it is split; 1: not at all."""
+    """Into how many parts it is split; 1 if it is whole."""
     positions: tuple[int, ...]
     """For every device, in the order of `DeviceSpec.devices`, the part that it holds."""
 
@@ -77,10 +77,10 @@ class DeviceSpec:
 
 
 def placement_of(axes: Sequence[Sequence[Component] | None], mesh: Mesh, *, first_device: int = 0) -> DeviceSpec | None:
-    """The placement of a tensor, given what each of its axes is the product of; None if no sharding spec can say it.
+    """The placement of a tensor, given the product that each of its axes is; None if no sharding spec can express it.
 
-    That is so for an axis that is no product (None): a concatenation whose segments are each split, packed query, key
-    and value projections for instance. No device's part of it is a block of the axis.
+    No spec can express an axis that is no product (None): a concatenation whose segments are each split, for instance
+    packed query, key and value projections, because no device's part of it is a block of the axis.
     """
     raw: list[Split] = []
     for axis, components in enumerate(axes):
@@ -100,7 +100,7 @@ def placement_from(spec: onnx.ShardingSpecProto, shape: Sequence[int | None]) ->
     groups = {entry.key: tuple(entry.value) for entry in spec.index_to_device_group_map}
     flat = [(dim.axis % len(shape), simple) for dim in spec.sharded_dim for simple in dim.simple_sharding]
     shards = list(itertools.product(*(range(simple.num_shards) for _, simple in flat)))
-    if len(shards) == 1:  # replicated: however many entries, each is a copy
+    if len(shards) == 1:  # replicated: each entry is a copy, however many there are
         shards *= len(spec.device)
     held = {d: index for key, index in zip(spec.device, shards, strict=True) for d in groups.get(key, (key,))}
     devices = tuple(sorted(held))
@@ -118,7 +118,7 @@ def placement_from(spec: onnx.ShardingSpecProto, shape: Sequence[int | None]) ->
 
 
 def _with_sizes(splits: Sequence[Split], shape: Sequence[int | None]) -> list[Split]:
-    """The components with sizes that follow from the axis' size, where one component of it does not tell its own."""
+    """The components; where one component of an axis has no size, its size follows from the axis' size."""
     filled: list[Split] = []
     for split in splits:
         siblings = [other for other in splits if other.axis == split.axis]

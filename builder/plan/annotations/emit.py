@@ -49,10 +49,10 @@ def annotate(
     """The model of `source`, unsplit and unchanged, with the plan as annotations of its nodes.
 
     Every node that the analysed graph still has gets a sharding spec for each tensor of data with dimensions, split or
-    replicated. An input that the node needs whole is replicated there, and a sum of partial results is where the sum
-    will lie. Left out, and named in the node's metadata under UNSAID_KEY, are tensors that no sharding spec can
-    describe. `stages` is the pipeline stage of the nodes that compute some values, by the values' names; nodes that
-    it does not tell run in the first stage that needs them. Stage s uses the devices s * tp to s * tp + tp - 1.
+    replicated. An input that the node needs whole is replicated there, and partial results are placed where their sum
+    will lie. Tensors that no sharding spec can describe are left out, and named in the node's metadata under
+    UNSAID_KEY. `stages` maps names of values to the pipeline stages of the nodes that compute them; other nodes run in
+    the first stage that needs them. Stage s uses the devices s * tp to s * tp + tp - 1.
     """
     model = onnx.load(source.path, load_external_data=False)
     num_stages = max(stages.values(), default=0) + 1 if stages else 1
@@ -138,7 +138,7 @@ class _Writer:
         step = self._outcome.steps.get(counterpart) if counterpart is not None else None
         for name, port, is_output, value in self._correspondence.operands(node):
             fact = self._analysis.facts.get(value)
-            # Sizes and positions that are known beforehand are no data: every device has them.
+            # Sizes and positions that are known before the program runs are not data: every device has them.
             if fact is None or not fact.shape or (fact.value is not None and not fact.dtype.is_floating_point()):
                 continue
             whole = step.gather.get(port, ()) if step is not None and not is_output else ()
@@ -167,7 +167,7 @@ class _Writer:
 
 
 def _node_stages(graph: onnx.GraphProto, stages: Mapping[str, int]) -> list[int]:
-    """The stage of every node: as told, or the first stage that needs it, or the last of those that it needs."""
+    """The stage of every node: as given, or the first stage that needs it, or the last stage that it needs."""
     found: dict[int, int] = {}
     needed: dict[str, int] = {}
     told = [max((stages[name] for name in node.output if name in stages), default=None) for node in graph.node]
@@ -194,7 +194,7 @@ def write_annotated(model: onnx.ModelProto, source: Source, path: str | os.PathL
     """Write an annotated model to `path`, its external data left where it is.
 
     References to external data are relative to the file, and may not leave its folder. Raises OutputError if the data
-    would not be found from there, or if there is a file already. Where the data is absent anyway, nothing is changed.
+    would not be found from there, or if the file exists. Where the data is absent anyway, references are not changed.
     """
     target = Path(path)
     if target.exists():
@@ -223,7 +223,7 @@ def write_annotated(model: onnx.ModelProto, source: Source, path: str | os.PathL
 
 
 def _relocate(tensor: onnx.TensorProto, folder: Path, target: Path) -> None:
-    """Let a reference that was relative to `folder` be relative to the folder of `target`."""
+    """Change a reference that was relative to `folder` to be relative to the folder of `target`."""
     entry = next(entry for entry in tensor.external_data if entry.key == "location")
     data, here = folder / entry.value, target.resolve().parent
     if here == folder or not data.exists():

@@ -32,11 +32,11 @@ def read_constraints(
 ) -> tuple[Constraint, ...]:
     """What the annotations of `model` demand of a plan for `tensor_parallel_size` devices, in the order of its nodes.
 
-    A model may be annotated for several configurations: the one counts whose nodes each use that many devices. The spec
-    of the node that computes a value says how it is to lie; that of a reader counts for model inputs, weights and
-    values of nodes without a spec for them, where a reader that wants the value whole gives way to one that does not
-    (gathering for one node is no contradiction). `ranks` are the numbers of dimensions of values whose shape the model
-    does not declare.
+    A model may be annotated for several configurations; the configuration whose nodes each use that many devices is
+    taken. The spec of the node that computes a value says how it is to lie. For model inputs, weights and values of
+    nodes without a spec for them, the reader's spec counts; a reader that wants the value whole then gives way to one
+    that does not (gathering for one node is no contradiction). `ranks` are the numbers of dimensions of values whose
+    shape the model does not declare.
 
     Raises AnnotationError if two nodes want one value split differently, if a spec is malformed, or if none or several
     of the configurations fit.
@@ -65,7 +65,7 @@ def constraints_of(
 ) -> tuple[tuple[Constraint, ir.Value], ...]:
     """What the annotations of `source`, if it has any, demand of values of the graph that was made of it.
 
-    Values that the graph no longer has, sizes that were folded for instance, are left out. Raises AnnotationError as
+    Values that the graph no longer has, for instance sizes that were folded, are left out. Raises AnnotationError as
     `read_constraints` does.
     """
     if not any(node.device_configurations for node in source.model.graph):
@@ -142,7 +142,7 @@ def _add_reader(found: dict[str, _Demand], name: str, demand: _Demand) -> None:
 
 
 def _check_same(name: str, before: _Demand, after: _Demand) -> None:
-    """Two nodes may want a value in one split only; that one of them wants it whole is no contradiction."""
+    """All nodes that want a value split must want the same split; wanting it whole contradicts none of them."""
     first, second = _split_dims(before.parts), _split_dims(after.parts)
     if first and second and first != second:
         raise AnnotationError(
