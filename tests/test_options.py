@@ -102,7 +102,7 @@ def test_signatures_of_builds(function: Callable[..., Any], others: set[str]) ->
     assert set(signature) - set(BUILD) == others
     for name in set(signature) - others:
         option, parameter = BUILD[name], signature[name]
-        assert parameter.default == (option.default or None if name == "dims" else option.default)
+        assert parameter.default == (None if option.default == {} else option.default)
         assert f"{name}: {option.help}" in text
 
 

@@ -61,11 +61,13 @@ def candidates(analysis: Analysis, states: States) -> list[Factor]:
 
 
 def _head_vectors(analysis: Analysis, states: States) -> Iterator[Factor]:
-    """The innermost leaf of the dimensions that follow the positions of a cache."""
+    """The innermost dimension of caches, if it follows the positions; of three dimensions it holds the heads, too."""
     for value in states.values:
-        dynamic = [d for d in range(1, len(analysis.dims[value])) if analysis.is_dynamic(value, d)]
-        if dynamic and dynamic[-1] + 1 < len(analysis.dims[value]):
-            yield from list(analysis.dims[value][-1].leaves())[-1:]
+        dims = analysis.dims[value]
+        dynamic = [d for d in range(1, len(dims)) if analysis.is_dynamic(value, d)]
+        if dynamic and dynamic[-1] + 1 < len(dims):
+            leaves = list(dims[-1].leaves())
+            yield from leaves if len(dims) > 3 else leaves[-1:]
 
 
 def group_leaves(

@@ -178,7 +178,7 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
 
 def _is_embedding(graph: ir.Graph, value: ir.Value) -> bool:
     """Whether `value` has a vector for each position, in a model that takes no tokens."""
-    if value.shape is None or len(value.shape) != 3 or _is_encoders(value) or value.dtype is None:
+    if value.shape is None or len(value.shape) != 3 or _is_encoders(value) or value.dtype is None or not value.uses():
         return False
     alone = not any(role_of(other) == "token_ids" for other in graph.inputs)
     return alone and value.dtype.is_floating_point() and isinstance(value.shape[2], int)

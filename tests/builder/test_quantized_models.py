@@ -41,9 +41,10 @@ ROWS = {
     "zero points": (dataclasses.replace(SMALL, zero_points=True), 3, 1),
     # Two heads fill a block. 9 heads are 5 pairs over two ranks; the other two share the inputs of Q, K and V.
     "block 128 and heads of 64": (dataclasses.replace(MANY, block=128), 7, 1),
-    # Three heads that share keys are a block and a half: they are not split with their blocks, but gathered.
-    "block 128 and groups of 192": (dataclasses.replace(WIDE, block=128), 3, 3),
-    "block 256 and groups of 192": (dataclasses.replace(WIDE, block=256, ffn=1400), 3, 3),
+    # Three heads that share keys are a block and a half: they are not split with their blocks, but gathered. Their
+    # output product has its columns split instead of its rows, and is gathered, too.
+    "block 128 and groups of 192": (dataclasses.replace(WIDE, block=128), 3, 5),
+    "block 256 and groups of 192": (dataclasses.replace(WIDE, block=256, ffn=1400), 3, 5),
 }
 """Model, AllReduce and AllGather, the same at 4 and 8."""
 

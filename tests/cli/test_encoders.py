@@ -86,7 +86,7 @@ def test_verify_inspect_and_generate(t5: Path, copy: Path, cli: Cli) -> None:
         assert (copy / part / "verification.json").is_file()
     shown = cli("inspect", copy)
     assert "encoder-decoder, begins with token 0, ends at 2; last_hidden_state of the encoder" in shown.out
-    assert shown.out.count("passed: structure") == 3
+    assert shown.out.count("passed: static proof") == 3
     described = json.loads(cli("inspect", "--json", copy).out)
     assert described["digest"] == open_composite(copy).digest
     assert described["composite"]["decoder_start_token_id"] == 0

@@ -66,7 +66,6 @@ ALIKE_ON_ALL = {
     "NonZero": "positions",
     "Range": "positions",
     "com.microsoft.GatherBlockQuantized": "rows are looked up on every rank, and one rank has each",
-    "furiosa_llm.closure.If": "nothing inside is split",
     "furiosa_llm.closure.Loop": "nothing inside is split",
     "furiosa_llm.closure.Scan": "nothing inside is split",
 }
