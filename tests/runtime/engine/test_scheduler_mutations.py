@@ -46,8 +46,8 @@ IN_SLOTS = {
         "            return 0 if self.batch_invariant else self.delivered\n",
         "            pass\n",
     ),
-    "logits of the prompt left out": ('(min(end, self.delivered), "none")', '(end, "none")'),
-    "logits of the prompt twice": ('(min(end, self.delivered), "none")', '(end, "all")'),
+    "logits of the prompt left out": ('(cut(start, size, self.delivered), "none")', '(end, "none")'),
+    "logits of the prompt twice": ('(cut(start, size, self.delivered), "none")', '(end, "all")'),
     "a slot keeps tokens without pages": ("self._pages.cached += self._pages.needed(slot.length)", "pass"),
     "a reused slot keeps its pages": ("        self._pages.keep_only(target, 0)\n", ""),
     "nothing is evicted for a prompt that is not found": (
