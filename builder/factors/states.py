@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules import op_of
-from furiosa_llm.builder.shapes.flow import grown_output, is_kept
+from furiosa_llm.builder.shapes.flow import as_outputs, grown_output, is_kept, reached
 from furiosa_llm.builder.shapes.interface import role_of
-from furiosa_llm.builder.shapes.interpreter import Facts
+from furiosa_llm.builder.shapes.interpreter import Fact, Facts
 from furiosa_llm.runtime.artifact.manifest import StateMode
 
 _STATE_OUTPUT = re.compile(r"present.*")
@@ -64,7 +64,7 @@ def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
 def _grown_pair(value: ir.Value, facts: Facts) -> StatePair | None:
     """The output that holds the same positions as `value`, and the new positions after them."""
     for appended, node in _appended(value):
-        for output in _as_outputs(appended):
+        for output in as_outputs(appended):
             before, after = facts[value], facts[output]
             sizes = zip(before.shape, after.shape, strict=False)
             grown = [d for d, (a, b) in enumerate(sizes) if a != b]
@@ -100,29 +100,11 @@ def _is_fixed(value: ir.Value, d: int) -> bool:
 
 def _appended(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
     """Values that hold `value` with new positions, each with the node that appends these."""
-    queue, seen = [value], {value}
-    while queue:
-        for node, port in queue.pop().uses():
-            if is_kept(node, port):
-                fresh = [output for output in node.outputs if output not in seen]
-                seen.update(fresh)
-                queue.extend(fresh)
-            elif (grown := grown_output(node, port)) is not None and (node.op_type != "Concat" or port == 0):
+    for form in reached([value], is_kept):
+        for node, port in form.uses():
+            grown = None if is_kept(node, port) else grown_output(node, port)
+            if grown is not None and (node.op_type != "Concat" or port == 0):
                 yield grown, node
-
-
-def _as_outputs(value: ir.Value) -> Iterator[ir.Value]:
-    """The graph outputs that are `value`, possibly in another form or stacked with others."""
-    queue, seen = [value], {value}
-    while queue:
-        current = queue.pop()
-        if current.is_graph_output():
-            yield current
-        for node, port in current.uses():
-            if node.op_type == "Concat" or is_kept(node, port):
-                fresh = [output for output in node.outputs if output not in seen]
-                seen.update(fresh)
-                queue.extend(fresh)
 
 
 # -- states of a fixed size ----------------------------------------------------------------------------------------
@@ -132,10 +114,10 @@ def _keeps_its_size(value: ir.Value, facts: Facts, others: Facts) -> bool:
     """Whether `value` has elements as a state has them, and at most one dynamic dimension, the batch."""
     fact, other = facts[value], others[value]
     changed = sum(a != b for a, b in zip(fact.shape, other.shape, strict=True))
-    return len(fact.shape) > 1 and changed <= 1 and fact.dtype.is_floating_point() | (role_of_state(value))
+    return len(fact.shape) > 1 and changed <= 1 and (fact.dtype.is_floating_point() or _is_state(value))
 
 
-def role_of_state(value: ir.Value) -> bool:
+def _is_state(value: ir.Value) -> bool:
     """Whether a graph input is a state; quantised caches have integers."""
     return value.is_graph_input() and role_of(value) == "state"
 
@@ -145,21 +127,13 @@ def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], fac
 
     A layer's state depends on the states of all layers before it, so outputs that depend on fewer inputs come first.
     """
-    reached = {value: _reached(value, outputs) for value in inputs} if outputs else {}
-    sources = (
-        {
-            output: [
-                v
-                for v in inputs
-                if output in reached[v]
-                and facts[v].shape == facts[output].shape
-                and facts[v].dtype == facts[output].dtype
-            ]
-            for output in outputs
-        }
-        if reached
-        else {}
-    )
+    if not outputs:
+        return
+    computed = {value: _computed_from(value, outputs) for value in inputs}
+    sources = {
+        output: [v for v in inputs if output in computed[v] and _are_alike(facts[v], facts[output])]
+        for output in outputs
+    }
     taken: set[ir.Value] = set()
     for output in sorted(sources, key=lambda output: len(sources[output])):
         free = [value for value in sources[output] if value not in taken]
@@ -168,13 +142,10 @@ def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], fac
             yield StatePair(input=free[0], output=output, sequence_dim=None, mode="replace")
 
 
-def _reached(value: ir.Value, outputs: Sequence[ir.Value]) -> set[ir.Value]:
+def _are_alike(one: Fact, other: Fact) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _computed_from(value: ir.Value, outputs: Sequence[ir.Value]) -> set[ir.Value]:
     """The values among `outputs` that are computed from the elements of `value`."""
-    queue, seen = [value], {value}
-    while queue:
-        for node, _ in queue.pop().uses():
-            if node.op_type not in ("Shape", "Size"):
-                fresh = [output for output in node.outputs if output not in seen]
-                seen.update(fresh)
-                queue.extend(fresh)
-    return seen.intersection(outputs)
+    return set(outputs).intersection(reached([value], lambda node, _: node.op_type not in ("Shape", "Size")))

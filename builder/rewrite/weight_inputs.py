@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules.elementwise import CUT
+from furiosa_llm.builder.shapes.flow import reached
 from furiosa_llm.builder.shapes.roles import role_of
 
 _FORMS = frozenset(("Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Mul", "Div"))
@@ -33,13 +34,9 @@ def cut_weight_inputs(graph: ir.Graph) -> None:
 
 def _is_weight(value: ir.Value) -> bool:
     """Whether `value`, perhaps in another form, is the second operand of a product."""
-    queue, seen = [value], {value}
-    while queue:
-        for node, port in queue.pop().uses():
-            if node.op_type in _SECOND and port == 1:
-                return True
-            if node.op_type in _FORMS and (port == 0 or node.op_type == "Mul"):
-                fresh = [output for output in node.outputs if output not in seen]
-                seen.update(fresh)
-                queue.extend(fresh)
-    return False
+
+    def changes_its_form(node: ir.Node, port: int) -> bool:
+        return node.op_type in _FORMS and (port == 0 or node.op_type == "Mul")
+
+    forms = reached([value], changes_its_form)
+    return any(node.op_type in _SECOND and port == 1 for form in forms for node, port in form.uses())

@@ -1,6 +1,8 @@
-"""What ops do with a state: which ops append to it, write into it, or only change its form."""
+"""Where values go, and what ops do with a state: append to it, write into it, or only change its form."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -29,3 +31,23 @@ def is_kept(node: ir.Node, port: int) -> bool:
     """Whether `node` gives its input `port` in another form, or a window or a part of it."""
     entry = op_of(node)
     return port == 0 and entry is not None and (entry.moves in ("form", "type", "window") or node.op_type in _PARTS)
+
+
+def reached(start: Iterable[ir.Value], passes: Callable[[ir.Node, int], bool]) -> Iterator[ir.Value]:
+    """`start`, and the outputs of every node that is reached at an input port that `passes`, each value once."""
+    queue = list(start)
+    seen = set(queue)
+    while queue:
+        value = queue.pop()
+        yield value
+        for node, port in value.uses():
+            if passes(node, port):
+                fresh = [output for output in node.outputs if output not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+
+
+def as_outputs(value: ir.Value) -> Iterator[ir.Value]:
+    """The graph outputs that are `value`, possibly in another form or stacked with others."""
+    forms = reached([value], lambda node, port: node.op_type == "Concat" or is_kept(node, port))
+    return (form for form in forms if form.is_graph_output())

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN, graphs_of, num_captured
-from furiosa_llm.builder.shapes.flow import grown_output, is_kept
+from furiosa_llm.builder.shapes.flow import as_outputs, grown_output, is_kept, reached
 
 LENGTHS = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
 """Roles of inputs that hold a number of positions -> the dimension that they count."""
@@ -254,16 +254,18 @@ def _weight(value: ir.Value | None) -> ir.Value | None:
 
 def _becomes_angles(value: ir.Value) -> bool:
     """Whether the looked-up rows are only multiplied with computed values, as rows of rotary angles are."""
-    queue, turned = [value], False
-    while queue:
-        for node, port in queue.pop().uses():
+
+    def joins(node: ir.Node) -> bool:
+        return node.op_type == "Concat" and not node.outputs[0].is_graph_output()
+
+    turned = False
+    for rows in reached([value], lambda node, port: (node.op_type in _ANGLE_FORMS and port == 0) or joins(node)):
+        for node, port in rows.uses():
             if node.op_type in _ANGLE_FORMS and port == 0:
-                queue.extend(node.outputs)
-            elif not (_turns(node, port) or (node.op_type == "Concat" and not node.outputs[0].is_graph_output())):
+                continue
+            if not (_turns(node, port) or joins(node)):
                 return False
-            else:
-                queue.extend(node.outputs if node.op_type == "Concat" else ())
-                turned = True
+            turned = True
     return turned
 
 
@@ -280,33 +282,12 @@ def _turns(node: ir.Node, port: int) -> bool:
 
 def kept_by(value: ir.Value) -> str:
     """How the input comes out again: which op appends to it, or writes into it; empty if no op does."""
-    queue, seen = [value], {value}
-    while queue:
-        for node, port in queue.pop().uses():
+    for form in reached([value], is_kept):
+        for node, port in form.uses():
             grown = grown_output(node, port)
-            if grown is not None and _comes_out(grown):
+            if grown is not None and any(as_outputs(grown)):
                 return f"{_shown(node)} adds to it, and the result is an output"
-            if is_kept(node, port):
-                queue.extend(_fresh(node.outputs, seen))
     return ""
-
-
-def _comes_out(value: ir.Value) -> bool:
-    queue, seen = [value], {value}
-    while queue:
-        current = queue.pop()
-        if current.is_graph_output():
-            return True
-        for node, port in current.uses():
-            if node.op_type == "Concat" or is_kept(node, port):
-                queue.extend(_fresh(node.outputs, seen))
-    return False
-
-
-def _fresh(values: Sequence[ir.Value], seen: set[ir.Value]) -> list[ir.Value]:
-    found = [value for value in values if value not in seen]
-    seen.update(found)
-    return found
 
 
 # -- what the trace says -------------------------------------------------------------------------------------------
