@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.working_memory import working_nbytes
+from furiosa_llm.builder.lower.weight_reads import weight_reads
+from furiosa_llm.builder.lower.working_memory import WorkingMemory, working_memory
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
@@ -22,38 +24,18 @@ from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
-from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PES_PER_CARD
+from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.options import COUNT
-from furiosa_llm.runtime.placement.block_reads import read_blocks
-from furiosa_llm.runtime.placement.capacity import (
-    DEFAULT_CHUNK_SIZE,
-    DEFAULT_LENGTH,
-    Memory,
-    StageMemory,
-    Workload,
-    card_memory,
-    kv_pages,
-)
-from furiosa_llm.runtime.placement.stages import choose_stages, divide_blocks
-from furiosa_llm.runtime.placement.topology import make_topology
+from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, Workload
+from furiosa_llm.runtime.placement.deployments import MOST_CARDS, Deployment, Deployments
+from furiosa_llm.runtime.placement.stages import choose_stages
 
-CARDS = (1, 2, 4, 8, 16, 32)
-"""The numbers of cards that are tried."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """The deployment on a number of cards that has the fewest pipeline stages."""
-
-    cards: int
-    pipeline_parallel_size: int
-    data_parallel_size: int
-    pe_nbytes: int
-    """Weights, KV cache and activations on a PE of the fullest card, whose PEs share its memory."""
-    fits: bool
-    free_tokens: int
-    """How many more positions of KV cache each replica has room for; 0 if the model does not fit, or has no cache."""
+CHUNKS = (DEFAULT_CHUNK_SIZE, 128, 64, 32)
+"""The prefill chunks that are tried where the caller does not choose one."""
+SHOWN_CARDS = (1, 2, 3, 4, 8, 16, 32)
+"""The numbers of cards in the table of rooms, beside the least that fits."""
+SHOWN_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +48,19 @@ class CollectiveCost:
     nbytes: int
     """What the collective gives each rank."""
     count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How many sequences fit at once, with the number of stages that leaves the most room."""
+
+    cards: int
+    context: int
+    sequences: int
+    """All replicas together; 0 if the model does not fit."""
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    """Both are 0 if it does not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,18 +79,32 @@ class SizePlan:
     activation_nbytes: int | None
     """Values that wait between segments, in the larger of a decode and a prefill step; None if the program does not
     state their sizes."""
-    working_nbytes: int | None
+    working: WorkingMemory | None
     """The most bytes alive at once in those steps, also inside segments; None if the model does not take the workload's
     sizes. The engine does not admit requests by this number."""
+    working_chunk: int | None
+    """The largest of `CHUNKS`, up to the plan's, with which that is no more than a PE has; None if there is none."""
     collectives: tuple[CollectiveCost, ...]
     choices: tuple[Explained, ...]
     replicated: tuple[str, ...]
     """Ops that are replicated because no rule can split them, and why."""
     num_blocks: int
     """A pipeline stage is a run of blocks."""
+    read_nbytes: tuple[int, int]
+    """Weights that a decode step reads: at least, if all sequences choose the same experts, and at most."""
     floor_us: float
-    """The time to read the weights once at the PE's memory bandwidth: with one stage no decode step is faster."""
+    """The time to read the least of them at the PE's memory bandwidth: with one stage no decode step is faster."""
+    prefill_chunk_size: int
+    """The chunk that was asked for, or else the largest of `CHUNKS` with which the fewest cards suffice."""
+    fewest: Deployment | None
+    """The deployment on the fewest cards that fits; None if none of those tried does."""
+    longest: int
+    """The most tokens of each of `SHOWN_BATCH` sequences on `fewest`, all replicas together; 0 without a cache. Where
+    nothing fits, the most tokens with which the workload does on the most cards; 0 if it never does."""
     deployments: tuple[Deployment, ...]
+    """One for each number of cards that was tried and that a topology takes."""
+    rooms: tuple[Room, ...]
+    """How many sequences fit at once, by cards and context; empty without a cache."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +118,18 @@ class ModelPlan:
     """Elements of the model's floating point and quantised weights of two or more dimensions, and of vectors."""
     nbytes: int
     """Bytes of the model's initializers."""
+    dtypes: Mapping[str, int]
+    """Bytes of the initializers by their type, most first."""
+    state_dtypes: tuple[str, ...]
+    """The types of the caches."""
+    max_sequence_length: int | None
+    """The model's own limit; None if its files do not say."""
     workload: Workload
     plans: tuple[SizePlan, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
-        work = self.workload
-        sizes = {"context": work.max_model_len, "batch": work.max_batch_size, "chunk": work.prefill_chunk_size}
+        sizes = {"context": self.workload.max_model_len, "batch": self.workload.max_batch_size}
         return {**dataclasses.asdict(self), "workload": sizes}
 
 
@@ -125,7 +139,8 @@ def plan_model(
     tensor_parallel_sizes: Sequence[int] = (4, 8),
     context: int | None = None,
     batch: int = 1,
-    chunk: int = DEFAULT_CHUNK_SIZE,
+    chunk: int | None = None,
+    cards: int | None = None,
     dims: Mapping[str, int] | None = None,
     max_padding: float = MAX_PADDING,
     tactics: Tactics | None = None,
@@ -139,9 +154,11 @@ def plan_model(
     Args:
         model: Path of the .onnx file.
         tensor_parallel_sizes: The sizes to plan for.
-        context: Positions that each sequence may reach; 2048 if None, or the model's own limit if that is less.
-        batch: Sequences decoded together.
-        chunk: New positions of one sequence in a prefill step.
+        context: Positions that each sequence may reach; if None the model's own limit, or 2048 if its files say none.
+        batch: Sequences decoded together by each replica.
+        chunk: New positions of one sequence in a prefill step; if None the largest of `CHUNKS` with which the fewest
+            cards suffice.
+        cards: The number of cards; up to 32 if None.
         dims: Sizes of input dimensions that the model leaves open, by symbol or input.symbol.
         max_padding: By how much padding may enlarge a dimension (1.34: by a third).
         tactics: Choices to keep (see docs/planning.md).
@@ -165,27 +182,29 @@ def plan_model(
     of_sizes = [dataclasses.replace(options, tensor_parallel_size=size) for size in tensor_parallel_sizes]
     for of_size in of_sizes:
         of_size.check(experimental_tp=experimental_tp)
-    for name, number in (("context", context), ("batch", batch), ("chunk", chunk)):
+    for name, number in (("context", context), ("batch", batch), ("chunk", chunk), ("cards", cards)):
         if number is not None:
             COUNT.check(name, number, OptionError)
     path = Path(model)
     analysed = analyse_model(path, options, told=lambda _: None)
     limit = companions.max_sequence_length(path)
-    workload = Workload(
-        max_batch_size=batch,
-        max_model_len=context or min(limit or DEFAULT_LENGTH, DEFAULT_LENGTH),
-        prefill_chunk_size=chunk,
-    )
+    workload = Workload(max_batch_size=batch, max_model_len=context or limit or DEFAULT_LENGTH)
     builds = tuple(analysed.lowered_for(of_size, told=lambda _: None) for of_size in of_sizes)
     initializers = analysed.source.model.graph.initializers.values()
     tensors = {id(t): t for value in initializers if (t := value.const_value) is not None}
+    dtypes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        dtypes[tensor.dtype.numpy().name] += tensor.nbytes
     plan = ModelPlan(
         model=str(path),
         num_nodes=len(analysed.model.graph),
         num_parameters=sum(tensor.size for tensor in tensors.values()),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dtypes=dict(dtypes.most_common()),
+        state_dtypes=tuple(sorted({value.dtype.numpy().name for value in builds[0].states.values if value.dtype})),
+        max_sequence_length=limit,
         workload=workload,
-        plans=tuple(size_plan(build, workload) for build in builds),
+        plans=tuple(size_plan(build, workload, chunk=chunk, cards=cards) for build in builds),
     )
     return plan, builds
 
@@ -210,17 +229,18 @@ def write_annotated_plan(build: Build, path: str | os.PathLike[str], stages: int
     write_annotated(annotated, build.source, path)
 
 
-def size_plan(build: Build, workload: Workload) -> SizePlan:
-    """The figures of a build, of which nothing is written, for `workload`."""
+def size_plan(build: Build, workload: Workload, *, chunk: int | None = None, cards: int | None = None) -> SizePlan:
+    """The figures of a build, of which nothing is written, for `workload`; see `plan_model` for `chunk` and `cards`."""
     model = planned(build)
-    blocks, memory = read_blocks(model), Memory(model)
-
-    @functools.cache
-    def stages(count: int) -> tuple[StageMemory, ...]:
-        return memory.of_stages(divide_blocks(blocks, pipeline_parallel_size=count), workload)
-
-    (whole,) = stages(1)
+    deployments = Deployments(model)
+    tried = range(1, MOST_CARDS + 1) if cards is None else (cards,)
+    workload, fewest = _chunked(deployments, workload, chunk, tried)
+    (whole,) = deployments.stages(1, workload)
     tensors = build.lowered.tensors.values()
+    least, most = weight_reads(build, workload)
+    found = [d for n in tried if (d := deployments.on(n, workload)) is not None]
+    working, working_chunk = _working(build, workload)
+    has_cache = whole.kv_nbytes_per_token > 0
     return SizePlan(
         tensor_parallel_size=build.plan.mesh.size,
         weight_nbytes=whole.weight_nbytes,
@@ -229,49 +249,78 @@ def size_plan(build: Build, workload: Workload) -> SizePlan:
         state_nbytes=whole.kv_nbytes_per_token * workload.max_batch_size * workload.max_model_len,
         state_nbytes_per_token=whole.kv_nbytes_per_token,
         activation_nbytes=whole.activation_nbytes,
-        working_nbytes=working_nbytes(build, workload),
+        working=working,
+        working_chunk=working_chunk,
         collectives=tuple(_collectives(model.manifest)),
         choices=explain(build.plan, build.analysis),
         replicated=notes(build.analysis),
-        num_blocks=len(blocks),
-        floor_us=whole.weight_nbytes / PE_BYTES_PER_S * 1e6,
-        deployments=tuple(_deployments(build.plan.mesh.size, len(blocks), stages, workload)),
+        num_blocks=deployments.num_blocks,
+        read_nbytes=(least, most),
+        floor_us=least / PE_BYTES_PER_S * 1e6,
+        prefill_chunk_size=workload.prefill_chunk_size,
+        fewest=fewest,
+        longest=_longest(deployments, fewest, found, workload) if has_cache else 0,
+        deployments=tuple(found),
+        rooms=tuple(_rooms(deployments, workload, found, fewest)) if has_cache else (),
     )
+
+
+def _chunked(
+    deployments: Deployments, workload: Workload, chunk: int | None, cards: Sequence[int]
+) -> tuple[Workload, Deployment | None]:
+    """The workload with the largest chunk with which the fewest cards suffice, and what fits on them."""
+    least = deployments.least_cards(workload, cards)
+    found = []
+    for size in CHUNKS if chunk is None else (chunk,):
+        work = dataclasses.replace(workload, prefill_chunk_size=size)
+        found.append((work, fewest := deployments.fewest(work, cards)))
+        if fewest is not None and fewest.cards == least:
+            break
+    return min(found, key=lambda pair: math.inf if pair[1] is None else pair[1].cards)
+
+
+def _working(build: Build, workload: Workload) -> tuple[WorkingMemory | None, int | None]:
+    """What is alive inside a step, and the chunk with which a PE has room for it."""
+    first = working = working_memory(build, workload)
+    smaller = iter([n for n in CHUNKS if n < workload.prefill_chunk_size])
+    chunk: int | None = workload.prefill_chunk_size
+    while working is not None and working.nbytes > PE_NBYTES:
+        if (chunk := next(smaller, None)) is None:
+            break
+        working = working_memory(build, dataclasses.replace(workload, prefill_chunk_size=chunk))
+    return first, chunk
+
+
+def _longest(
+    deployments: Deployments, fewest: Deployment | None, found: Sequence[Deployment], workload: Workload
+) -> int:
+    if fewest is None:
+        return deployments.longest(found[-1], workload) if found else 0
+    batch = -(-SHOWN_BATCH // fewest.data_parallel_size)
+    return deployments.longest(fewest, dataclasses.replace(workload, max_batch_size=batch))
+
+
+def _rooms(
+    deployments: Deployments, workload: Workload, found: Sequence[Deployment], fewest: Deployment | None
+) -> Iterator[Room]:
+    """For the shown numbers of cards, and contexts from the workload's down to a 64th of it."""
+    least = fewest.cards if fewest is not None else None
+    cards = [d.cards for d in found if d.cards in SHOWN_CARDS or d.cards == least or len(found) == 1]
+    contexts = [length for by in (64, 16, 4, 1) if (length := workload.max_model_len // by) >= 256 or by == 1]
+    for number, context in itertools.product(cards, contexts):
+        one = dataclasses.replace(workload, max_model_len=context, max_batch_size=1)
+        fitting = [(deployments.most_sequences(d, one), d) for d in deployments.all_on(number, one)]
+        most, best = max(fitting, key=lambda pair: pair[0], default=(0, None))
+        yield Room(
+            cards=number,
+            context=context,
+            pipeline_parallel_size=0 if best is None else best.pipeline_parallel_size,
+            data_parallel_size=0 if best is None else best.data_parallel_size,
+            sequences=most,
+        )
 
 
 def _collectives(manifest: Manifest) -> Iterator[CollectiveCost]:
     counts = Counter((c.kind, manifest.mesh.parts(c.axes), manifest.payload_nbytes(c)) for c in manifest.collectives)
     for (kind, parts, nbytes), count in sorted(counts.items()):
         yield CollectiveCost(kind=kind, parts=parts, nbytes=nbytes, count=count)
-
-
-def _deployments(
-    size: int, blocks: int, stages_of: Callable[[int], Sequence[StageMemory]], workload: Workload
-) -> Iterator[Deployment]:
-    """For each number of cards the deployment that fits with the fewest stages; if none fits, the one with the most."""
-    if size > PES_PER_CARD:
-        return  # all ranks of a stage must be on one card
-    for cards in CARDS:
-        possible = [n for n in range(1, min(cards, blocks) + 1) if cards * PES_PER_CARD % (size * n) == 0]
-        for count in possible:
-            deployment = _deployment(size, cards, stages_of(count), workload)
-            if deployment.fits or count == possible[-1]:
-                yield deployment
-                break
-
-
-def _deployment(size: int, cards: int, stages: Sequence[StageMemory], workload: Workload) -> Deployment:
-    topology = make_topology(
-        size, pipeline_parallel_size=len(stages), devices=[f"npu:{number}" for number in range(cards)]
-    )
-    used = card_memory(topology, stages, workload)
-    fits = all(card.free_nbytes >= 0 for card in used)
-    tokens = kv_pages(topology, stages, page_size=1) if fits else None
-    return Deployment(
-        cards=cards,
-        pipeline_parallel_size=topology.pipeline_parallel_size,
-        data_parallel_size=topology.data_parallel_size,
-        pe_nbytes=max(card.pe_nbytes for card in used),
-        fits=fits,
-        free_tokens=0 if tokens is None else tokens - workload.max_batch_size * workload.max_model_len,
-    )

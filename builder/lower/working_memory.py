@@ -6,7 +6,7 @@ node makes far more, as in mixtures that gather a matrix for each token, the pla
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -16,53 +16,76 @@ from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import interpreter
 from furiosa_llm.builder.lower.program_shapes import local_inputs
 from furiosa_llm.builder.shapes.interface import SizeSet, lengths
-from furiosa_llm.builder.shapes.interpreter import Fact, Facts
+from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.placement.capacity import Workload
 
 
-def working_nbytes(build: Build, workload: Workload) -> int | None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WorkingMemory:
+    """What is alive at once where that is most."""
+
+    nbytes: int
+    value: str
+    """The largest value among them."""
+    op: str
+    """The op that makes it."""
+
+
+def working_memory(build: Build, workload: Workload) -> WorkingMemory | None:
     """The most bytes alive at any node of a decode and of a prefill step; None if the model takes neither.
 
     States do not count, because they are in the KV cache. A view counts as a copy. Kernels' scratch memory is unknown.
     """
-    context, batch = workload.max_model_len, workload.max_batch_size
+    context = workload.max_model_len
     chunk = min(workload.prefill_chunk_size, context)
     steps = (
-        SizeSet(batch=batch, sequence=1, past=context - 1, encoder=context, others=(batch,)),
+        decode_sizes(workload),
         SizeSet(batch=1, sequence=chunk, past=context - chunk, encoder=context, others=(1,)),
     )
-    return max((peak for sizes in steps if (peak := _peak_nbytes(build, sizes)) is not None), default=None)
+    peaks = [peak for sizes in steps if (peak := _peak(build, sizes)) is not None]
+    return max(peaks, key=lambda peak: peak.nbytes, default=None)
 
 
-def _peak_nbytes(build: Build, sizes: SizeSet) -> int | None:
-    graph = build.lowered.graph
+def decode_sizes(workload: Workload) -> SizeSet:
+    """A decode step of all sequences at their full length."""
+    context, batch = workload.max_model_len, workload.max_batch_size
+    return SizeSet(batch=batch, sequence=1, past=context - 1, encoder=context, others=(batch,))
+
+
+def facts_at(build: Build, sizes: SizeSet) -> Facts | None:
+    """The types and shapes of every value of the program on one rank; None if the model does not take the sizes."""
+    program = ir.Model(build.lowered.graph, ir_version=build.ir_version)
     try:
-        facts = interpreter(ir.Model(graph, ir_version=build.ir_version), build.plan.mesh).run(
-            local_inputs(build, sizes), lengths(build.model.graph, sizes)
-        )
+        return interpreter(program, build.plan.mesh).run(local_inputs(build, sizes), lengths(build.model.graph, sizes))
     except ShapeError:
-        return None  # the model does not take these sizes: a window, or a table of positions, is shorter
+        return None  # a window, or a table of positions, is shorter
+
+
+def _peak(build: Build, sizes: SizeSet) -> WorkingMemory | None:
+    if (facts := facts_at(build, sizes)) is None:
+        return None
+    graph = build.lowered.graph
     states = {str(value.name) for value in build.states.values}
-    return _alive_nbytes(list(graph), {str(v.name) for v in graph.outputs} - states, states, facts)
+    return _most_alive(list(graph), {str(v.name) for v in graph.outputs} - states, states, facts)
 
 
-def _alive_nbytes(nodes: Sequence[ir.Node], outputs: set[str], states: set[str], facts: Facts) -> int:
-    """The most bytes alive at one node, its own outputs included."""
+def _most_alive(nodes: Sequence[ir.Node], outputs: set[str], states: set[str], facts: Facts) -> WorkingMemory:
+    """What is alive at one node, its own outputs included."""
     last_use = {str(v.name): i for i, node in enumerate(nodes) for v in node.inputs if v is not None}
     last_use.update(dict.fromkeys(outputs, len(nodes)))
-    alive = peak = 0
-    ends: dict[int, int] = {}
+    peak = WorkingMemory(nbytes=0, value="", op="")
+    alive: dict[ir.Value, int] = {}
+    ends: dict[int, list[ir.Value]] = {}
+    total = 0
     for i, node in enumerate(nodes):
         for value in node.outputs:
             name = str(value.name)
-            nbytes = 0 if name in states else _nbytes(facts[value])
-            alive += nbytes
-            until = last_use.get(name, i)
-            ends[until] = ends.get(until, 0) + nbytes
-        peak = max(peak, alive)
-        alive -= ends.pop(i, 0)
+            alive[value] = 0 if name in states else facts[value].nbytes
+            total += alive[value]
+            ends.setdefault(last_use.get(name, i), []).append(value)
+        if total > peak.nbytes:
+            largest = max(alive, key=alive.__getitem__)
+            maker = largest.producer()
+            peak = WorkingMemory(nbytes=total, value=str(largest.name), op="" if maker is None else maker.op_type)
+        total -= sum(alive.pop(value) for value in ends.pop(i, ()))
     return peak
-
-
-def _nbytes(fact: Fact) -> int:
-    return math.prod(fact.shape) * fact.dtype.bitwidth // 8

@@ -163,5 +163,5 @@ def _why(
 def _worth(whole: Alternative) -> str:
     if whole.saved_nbytes is None or whole.collectives is None:
         return f"whole is impossible beside the other choices ({whole.reason})"
-    counts = f" for {counted(-whole.collectives, 'collective')}" if whole.collectives else ""
-    return f"saves {nbytes(-whole.saved_nbytes)} per PE and token{counts}"
+    counts = f", for {counted(-whole.collectives, 'collective')}" if whole.collectives else ""
+    return f"saves each PE {nbytes(-whole.saved_nbytes)} per token{counts}"

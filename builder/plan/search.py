@@ -242,12 +242,12 @@ class Planner:
         if pin is not None and not self._allows(group, axes):
             return Refused(group=group, axes=axes, reason=f"{pin.origin} says otherwise")
         trials = [
-            (trial, f"in place of {other.role}, " if other else "")
+            (trial, f"instead of {other.role}: " if other else "")
             for trial, other in self._trials(choices, group, axes)
         ]
         alone = {g: a for g, a in choices.items() if g is group or not set(a) & set(axes)} | {group: axes}
         if all(self._allows(g, alone.get(g, ())) for g in choices):
-            trials.append((alone, "in place of all others on these axes, "))
+            trials.append((alone, "with nothing else split over these PEs: "))
         priced = [(p, place) for trial, place in trials if not isinstance(p := self._evaluate(trial), str)]
         if not priced:
             return Refused(group=group, axes=axes, reason=str(self._evaluate(trials[0][0])))
@@ -276,10 +276,9 @@ class Planner:
 
 def _bargain(saved: float, more: int) -> str:
     """An alternative's price compared with the plan's: bytes that a rank reads and receives per token, collectives."""
-    verb = "save" if saved >= 0 else "cost"
-    noun = "fewer collective" if more < 0 else "more collective"
-    counts = f" for {counted(abs(more), noun)}" if more else ""
-    return f"would {verb} {nbytes(abs(saved))} per PE and token{counts}"
+    compared = "less" if saved >= 0 else "more"
+    counts = f", {counted(abs(more), 'fewer collective' if more < 0 else 'more collective')}" if more else ""
+    return f"{nbytes(abs(saved))} {compared} per PE and token{counts}"
 
 
 def _runs(mesh: Mesh) -> list[Axes]:

@@ -82,6 +82,8 @@ class Cost:
 
 
 CostFunction = Callable[[NodeView], Cost]
+ReadFunction = Callable[[NodeView], dict[int, int]]
+"""Input -> the bytes read of it, for the inputs of which a part is read."""
 
 
 def function_flops(name: str) -> int:

@@ -127,22 +127,32 @@ def _mixture_fault(_: ir.Node, shapes: Shapes) -> str | None:
     return None
 
 
+def _experts_reads(view: NodeView) -> dict[int, int]:
+    """Only weights of experts that tokens are expected to touch."""
+    weights = range(2, min(14 if view.node.op_type == "QMoE" else 8, len(view.node.inputs)))
+    experts, per_token = view.shape(2)[0], _experts_per_token(view)
+    touched = experts * (1 - (1 - per_token / experts) ** math.prod(view.shape(0)[:-1]))
+    return {p: round(view.fact(p).nbytes * touched / experts) for p in weights if view.has(p)}
+
+
+def _experts_per_token(view: NodeView) -> int:
+    return min(int(view.attribute("k", 1)), view.shape(2)[0])
+
+
 def _experts_cost(view: NodeView) -> Cost:
-    """Each token goes through `k` experts; only weights of experts that tokens are expected to touch are read."""
+    """Each token goes through `k` experts."""
     quantized = view.node.op_type == "QMoE"
     first, last, gate = (2, 5, 8) if quantized else (2, 4, 6)
-    weights = range(2, min(14 if quantized else 8, len(view.node.inputs)))
     hidden, tokens = view.shape(0)[-1], math.prod(view.shape(0)[:-1])
     experts, width = view.shape(first)[:2]
-    per_token = min(int(view.attribute("k", 1)), experts)
-    touched = experts * (1 - (1 - per_token / experts) ** tokens)
+    per_token = _experts_per_token(view)
     inner = view.shape(last)[2] * (8 // int(view.attribute("expert_weight_bits", 4)) if quantized else 1)
     products = 2 * hidden * (width + inner + (inner if view.has(gate) else 0))
     biases = sum(view.shape(p)[1] for p in ((4, 7, 10) if quantized else (3, 5, 7)) if view.has(p))
     activated = inner * function_flops(view.attribute("activation_type", "relu"))
     routed = tokens * experts * SOFTMAX + 2 * tokens * per_token * hidden
     flops = tokens * per_token * (products + biases + activated) + routed
-    return spent(view, flops, reads={p: round(view.fact(p).nbytes * touched / experts) for p in weights if view.has(p)})
+    return spent(view, flops, reads=_experts_reads(view))
 
 
 def _group_router_cost(view: NodeView) -> Cost:
@@ -161,7 +171,15 @@ op(
     operands=Operands(
         ranks={0: (2, 3), 1: (2, 3), 2: (3,), 3: (2,), 4: (3,), 5: (2,), 6: (3,), 7: (2,)}, check=_mixture_fault
     ),
+    reads=_experts_reads,
     cost=_experts_cost,
 )
-op("QMoE", domain=MICROSOFT, rule=quantized_mixture_of_experts, shape=as_input, cost=_experts_cost)
+op(
+    "QMoE",
+    domain=MICROSOFT,
+    rule=quantized_mixture_of_experts,
+    shape=as_input,
+    reads=_experts_reads,
+    cost=_experts_cost,
+)
 op("MoEGroupRouter", domain=MICROSOFT, rule=group_router, shape=_group_router_shape, cost=_group_router_cost)

@@ -151,17 +151,36 @@ def _gather_block_quantized_shape(node: ir.Node, inputs: Sequence[Fact | None]) 
     return [(scales.dtype, (*data.shape[:axis], *indices.shape, *rest))]
 
 
-def _gather_cost(view: NodeView) -> Cost:
+def _gather_reads(view: NodeView) -> dict[int, int]:
     """Rows of the table, as many as there are indices."""
     axis = int(view.attribute("axis", 0)) % view.rank(0)
-    return spent(view, 0, reads=taken(view, (0,), axis, math.prod(view.shape(1))))
+    return taken(view, (0,), axis, math.prod(view.shape(1)))
+
+
+def _gather_cost(view: NodeView) -> Cost:
+    return spent(view, 0, reads=_gather_reads(view))
+
+
+def _gather_block_quantized_reads(view: NodeView) -> dict[int, int]:
+    """Rows of codes, scales and zero points, as many as there are indices."""
+    axis = int(view.attribute("gather_axis", 0)) % view.rank(0)
+    return taken(view, (0, 2, 3), axis, math.prod(view.shape(1)))
 
 
 def _gather_block_quantized_cost(view: NodeView) -> Cost:
-    """Rows of codes, scales and zero points, as many as there are indices."""
-    axis = int(view.attribute("gather_axis", 0)) % view.rank(0)
-    flops = DEQUANTIZE * math.prod(view.out())
-    return spent(view, flops, reads=taken(view, (0, 2, 3), axis, math.prod(view.shape(1))))
+    return spent(view, DEQUANTIZE * math.prod(view.out()), reads=_gather_block_quantized_reads(view))
+
+
+def _gather_nd_reads(view: NodeView) -> dict[int, int]:
+    """Slices of the data, as many as there are indices."""
+    *rows, depth = view.shape(1)
+    start = int(view.attribute("batch_dims", 0))
+    slices = math.prod(view.shape(0)[: start + depth])
+    return {0: view.fact(0).nbytes * min(math.prod(rows), slices) // max(slices, 1)}
+
+
+def _gather_nd_cost(view: NodeView) -> Cost:
+    return spent(view, 0, reads=_gather_nd_reads(view))
 
 
 def _scatter_cost(view: NodeView) -> Cost:
@@ -175,12 +194,35 @@ def _tensor_scatter_cost(view: NodeView) -> Cost:
     return spent(view, 0, reads={0: 0}, writes={0: view.fact(1).nbytes})
 
 
-op("Gather", rule=gather, value=evaluate.gather, moves="choice", operands=ALONG_AXIS, cost=_gather_cost)
+op(
+    "Gather",
+    rule=gather,
+    value=evaluate.gather,
+    moves="choice",
+    operands=ALONG_AXIS,
+    reads=_gather_reads,
+    cost=_gather_cost,
+)
 op("GatherElements", rule=gather_elements, value=evaluate.gather_elements, operands=ALONG_AXIS, cost=movement)
 op("ScatterElements", rule=scatter_elements, value=evaluate.scatter_elements, operands=ALONG_AXIS, cost=_scatter_cost)
 op("Scatter", rule=scatter_elements, cost=_scatter_cost)
-op("GatherND", rule=gather_nd, value=evaluate.gather_nd, moves="choice", cost=movement)
-op("GatherND", domain=MICROSOFT, rule=gather_nd, shape=standard_shape("GatherND"), moves="choice", cost=movement)
+op(
+    "GatherND",
+    rule=gather_nd,
+    value=evaluate.gather_nd,
+    moves="choice",
+    reads=_gather_nd_reads,
+    cost=_gather_nd_cost,
+)
+op(
+    "GatherND",
+    domain=MICROSOFT,
+    rule=gather_nd,
+    shape=standard_shape("GatherND"),
+    moves="choice",
+    reads=_gather_nd_reads,
+    cost=_gather_nd_cost,
+)
 op("ScatterND", rule=scatter_nd, value=evaluate.scatter_nd, cost=_scatter_cost)
 op("TensorScatter", rule=tensor_scatter, cost=_tensor_scatter_cost)
 op("Compress", rule=compress, shape=_compress_shape, value=evaluate.compress, cost=movement)
@@ -192,5 +234,6 @@ op(
     shape=_gather_block_quantized_shape,
     definition=takes(range(3, 5), (0, 1, 2)),
     operands=Operands(ranks={0: (2, 3)}),
+    reads=_gather_block_quantized_reads,
     cost=_gather_block_quantized_cost,
 )

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx.shape_inference import infer_node_outputs
 
 from furiosa_llm.builder.errors import ShapeError
-from furiosa_llm.builder.rules.cost import Cost, CostFunction, copied
+from furiosa_llm.builder.rules.cost import Cost, CostFunction, ReadFunction, copied
 from furiosa_llm.builder.rules.evaluate import Evaluator, ShapeEvaluator, SizeFunction, quiet
 from furiosa_llm.builder.rules.facts import Fact, Facts, present
 from furiosa_llm.builder.rules.operands import NOTHING_SPECIAL, Definition, Operands
@@ -68,6 +68,8 @@ class Op:
     """Whether it draws random numbers, which every rank would draw anew."""
     remedy: str | None = None
     """What to do instead of an op that onnxruntime has no CPU kernel for; None: it has one."""
+    reads: ReadFunction | None = None
+    """What it reads of tables that it selects rows of; None: it reads all of every input, or counts as if it did."""
     cost: CostFunction | None = None
     """What one rank computes and moves, at the view's sizes; None for an op that no program has."""
 
@@ -101,6 +103,7 @@ class _OpFields(TypedDict, total=False):
     in_place: bool
     random: bool
     remedy: str
+    reads: ReadFunction
     cost: CostFunction
 
 
@@ -222,6 +225,13 @@ def cost_of(view: NodeView) -> Cost:
     """The cost of a node; an op without an entry reads all inputs and writes all outputs, and its FLOPs are unknown."""
     entry = op_of(view.node)
     return copied(view) if entry is None or entry.cost is None else entry.cost(view)
+
+
+def nbytes_read(view: NodeView) -> dict[int, int]:
+    """Input -> the bytes read of it, for every input."""
+    entry = op_of(view.node)
+    whole = {port: view.fact(port).nbytes for port in range(len(view.node.inputs)) if view.has(port)}
+    return whole | (entry.reads(view) if entry is not None and entry.reads is not None else {})
 
 
 def costs_of(graph: ir.Graph, facts: Facts, opset: int) -> dict[ir.Node, Cost]:

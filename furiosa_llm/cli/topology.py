@@ -56,7 +56,7 @@ class _Report:
 @option(
     "max_model_len",
     ENGINE,
-    help=f"Tokens that each sequence may reach.  [default: {DEFAULT_LENGTH} or the model's limit]",
+    help=f"Tokens that each sequence may reach.  [default: the model's limit, or {DEFAULT_LENGTH}]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def topology(
@@ -105,7 +105,7 @@ def _length(artifact: Artifact, asked: int | None) -> int:
     limit = artifact.manifest.model.max_sequence_length
     if asked is not None and limit is not None and asked > limit:
         raise ContextLengthError(f"--max-model-len {asked} is more than the model's limit of {limit} tokens; use less")
-    return asked or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    return asked or limit or DEFAULT_LENGTH
 
 
 def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> _Report:

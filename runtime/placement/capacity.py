@@ -8,7 +8,7 @@ keep a copy each. Each replica has its own KV caches and activations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
@@ -95,22 +95,55 @@ class Memory:
     def __init__(self, model: SplitModel) -> None:
         self._model = model
         self._program = cut_program(model.program, model.manifest.collectives, size_names(model.manifest))
-        self._life = _lifetimes(self._program)
+        states = {state.output for state in model.manifest.states}
+        self._life = {name: life for name, life in _lifetimes(self._program).items() if name not in states}
+        self._touched = [self._life.keys() & {*used_names(node), *node.output} for node in model.program.graph.node]
         self._states = _states_kept_at(model)
+        self._values: dict[tuple[int, int], list[tuple[str, ValueType, Lifetime]]] = {}
+        self._peaks: dict[tuple[int, int, tuple[tuple[str, int], ...]], int | None] = {}
 
     def of_stages(self, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
         """What each of `stages`, which are all of the model, keeps on each PE."""
+        return tuple(
+            replace(bare, activation_nbytes=self._activation_nbytes(stage, workload))
+            for stage, bare in zip(stages, self.without_activations(stages), strict=True)
+        )
+
+    def without_activations(self, stages: Sequence[Stage]) -> tuple[StageMemory, ...]:
+        """The same with no activations."""
         return tuple(
             StageMemory(
                 weight_nbytes=stage.weight_nbytes,
                 kv_nbytes_per_token=sum(
                     nbytes for kept_at, nbytes in self._states if stage.first_node <= kept_at < stage.stop_node
                 ),
-                activation_nbytes=_activation_nbytes(self._model, self._program, self._life, stage, workload),
+                activation_nbytes=0,
                 received_nbytes_per_token=_received_nbytes(self._model, self._program, stage),
             )
             for stage in stages
         )
+
+    def _activation_nbytes(self, stage: Stage, workload: Workload) -> int | None:
+        peaks = [self._peak_nbytes(stage, sizes) for sizes in _steps(workload)]
+        known = [peak for peak in peaks if peak is not None]
+        return max(known) if len(known) == len(peaks) else None
+
+    def _peak_nbytes(self, stage: Stage, sizes: Mapping[str, int]) -> int | None:
+        key = (stage.first_node, stage.stop_node, tuple(sizes.items()))
+        if key not in self._peaks:
+            self._peaks[key] = self._placed_nbytes(stage, sizes)
+        return self._peaks[key]
+
+    def _placed_nbytes(self, stage: Stage, sizes: Mapping[str, int]) -> int | None:
+        nodes = (stage.first_node, stage.stop_node)
+        if nodes not in self._values:
+            touched = set().union(*self._touched[slice(*nodes)])
+            lives = [(name, alive) for name, alive in self._life.items() if name in touched]
+            self._values[nodes] = [(name, self._program.types[name], alive) for name, alive in lives]
+        nbytes_of = {kind: _nbytes(kind, sizes) for kind in {kind for _, kind, _ in self._values[nodes]}}
+        values = [(name, nbytes_of[kind], alive) for name, kind, alive in self._values[nodes]]
+        known = [(name, nbytes, alive) for name, nbytes, alive in values if nbytes is not None]
+        return place(known)[1] if len(known) == len(values) else None
 
 
 def _states_kept_at(model: SplitModel) -> list[tuple[int, int]]:
@@ -210,24 +243,7 @@ def _held(topology: Topology) -> dict[int, list[int]]:
     return dict(sorted(held.items()))
 
 
-# -- activations ---------------------------------------------------------------------------------------------------
-
-
-def _activation_nbytes(
-    model: SplitModel, program: Program, life: Mapping[str, Lifetime], stage: Stage, workload: Workload
-) -> int | None:
-    nodes = model.program.graph.node[stage.first_node : stage.stop_node]
-    states = {state.output for state in model.manifest.states}
-    touched = {name for node in nodes for name in (*used_names(node), *node.output)} - states
-    lives = {name: life[name] for name in life if name in touched}
-    peaks: list[int] = []
-    for sizes in _steps(workload):
-        values = [(name, _nbytes(program.types[name], sizes), alive) for name, alive in lives.items()]
-        known = [(name, nbytes, alive) for name, nbytes, alive in values if nbytes is not None]
-        if len(known) < len(values):
-            return None
-        peaks.append(place(known)[1])
-    return max(peaks)
+# -- steps, and what crosses between stages ---------------------------------------------------------------------------
 
 
 def _steps(workload: Workload) -> tuple[dict[str, int], ...]:

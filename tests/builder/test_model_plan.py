@@ -14,12 +14,14 @@ import pytest
 
 from furiosa_llm.builder import OptionError, plan_model
 from furiosa_llm.builder.lower.program_builder import INLINE_NBYTES
-from furiosa_llm.builder.lower.working_memory import working_nbytes
+from furiosa_llm.builder.lower.weight_reads import weight_reads
+from furiosa_llm.builder.lower.working_memory import working_memory
 from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.write.artifact import planned
+from furiosa_llm.cli.plan_tables import show_plan
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
@@ -39,6 +41,13 @@ LAYERS = {
     "qwen3-30b-a3b-dynamo-op21-bf16": 48,
     "smollm2-135m-optimum-fp32": 30,
 }
+FEWEST = {
+    "llama-3.1-8b-dynamo-op21-fp16": (2, 1),
+    "llama-3.1-70b-dynamo-op21-bf16": (5, 4),
+    "mixtral-8x7b-dynamo-op21-bf16": (3, 3),
+    "qwen3-30b-a3b-dynamo-op21-bf16": (2, 2),
+}
+"""The fewest cards at tp 4 and 8 for one sequence of the model's own limit."""
 FAST = {"qwen2.5-0.5b-dynamo-op21-fp32"}
 """The others, a few seconds each, run with the slow tests."""
 
@@ -55,9 +64,21 @@ def choice(plan: SizePlan, role: str, size: int | None = None) -> Explained:
 
 
 @pytest.mark.parametrize("name", tiered(sorted(LAYERS), FAST))
-def test_collectives_of_full_size_graphs_equal_the_plan_by_hand(name: str, graphs: Path) -> None:
-    """2L+1 AllReduces (two a layer and one for the embedding) and one AllGather of the scores."""
+def test_full_size_graphs(
+    name: str, graphs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2L+1 AllReduces (two a layer and one for the embedding), one AllGather of the scores, and the verdict first."""
     found, _ = plan_model(graphs / name / "model.onnx")
+    monkeypatch.setenv("COLUMNS", "80")
+    show_plan(found, explain=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    for line, plan in zip(lines[1:3], found.plans, strict=True):
+        assert plan.fewest is not None
+        cards = f"{plan.fewest.cards} card{'s' if plan.fewest.cards > 1 else ''}"
+        assert line.startswith(f"Fits on {cards} at tp {plan.tensor_parallel_size}: ")
+    if name in FEWEST:
+        assert tuple(plan.fewest.cards for plan in found.plans if plan.fewest is not None) == FEWEST[name]
     assert [plan.tensor_parallel_size for plan in found.plans] == [4, 8]
     for plan in found.plans:
         counts = {kind: sum(c.count for c in plan.collectives if c.kind == kind) for kind in ("AllReduce", "AllGather")}
@@ -156,21 +177,41 @@ def test_activations_are_the_most_that_is_alive(tmp_path: Path) -> None:
     inner, residual, scores = 5 * 64 // 4 * 4, 5 * 16 * 4, 5 * 40 * 4
     layer = residual + 2 * inner  # the inner values before and behind Relu, beside what is added to later
     workload = Workload(max_model_len=32, max_batch_size=5, prefill_chunk_size=1)
-    assert working_nbytes(build, workload) == max(layer, scores // 4 + scores)
+    found = working_memory(build, workload)
+    assert found is not None
+    assert found.nbytes == max(layer, scores // 4 + scores)
+    assert found.op in ("Relu", "MatMul", "AllGather")
 
 
 def test_what_fits(graphs: Path) -> None:
-    """812 GB of weights in 6 GB PEs: 17 cards at least, and so 32 of those tried."""
+    """812 GB of weights in 6 GB PEs: 17 cards at least."""
     plan = plan_of(graphs / "llama-3.1-405b-genai-bf16-cuda" / "model.onnx", 8, context=4096, batch=2)
     fits = {d.cards: d for d in plan.deployments if d.fits}
-    assert min(fits) == 32
-    assert fits[32].pipeline_parallel_size >= 17
+    assert plan.fewest == fits[min(fits)]
+    assert 17 <= min(fits) < 32
+    assert [d.cards for d in plan.deployments] == list(range(1, 33))
     for deployment in plan.deployments:
         d = deployment
         assert 8 * d.cards == 8 * d.pipeline_parallel_size * d.data_parallel_size
         assert d.pipeline_parallel_size <= d.cards
         assert d.fits == (d.pe_nbytes <= PE_NBYTES)
         assert (d.free_tokens > 0) <= d.fits
+
+
+def test_a_token_reads_the_experts_that_it_goes_through(zoo: Path) -> None:
+    """Two of four experts in each layer for one sequence, and for four sequences two to four; one row of the table."""
+    analysed = analyse_model(zoo / "tiny-mixtral-dynamo-tf5" / "model.onnx", BuildOptions(), told=lambda _: None)
+    build = analysed.lowered_for(BuildOptions(), told=lambda _: None)
+    tensors = build.lowered.tensors.values()
+    experts = sum(t.local_nbytes for t in tensors if len(t.local_shape) == 3 and t.local_shape[0] == 4)
+    table = next(t.local_nbytes for t in tensors if t.source is not None and "embed_tokens" in str(t.source.name))
+    rest = sum(t.local_nbytes for t in tensors) - experts - table
+    assert experts > rest / 4
+    row = table // 256  # of a vocabulary of 1024
+    for batch in (1, 2, 4):
+        least, most = weight_reads(build, Workload(max_batch_size=batch, max_model_len=16))
+        assert least == rest + experts // 2 + row
+        assert most == rest + min(batch * experts // 2, experts) + min(batch * row, table)
 
 
 def test_ranks_of_more_than_a_card_have_no_place(zoo: Path) -> None:
@@ -191,6 +232,8 @@ def test_json_holds_everything(zoo: Path) -> None:
     assert set(again) == set(ModelPlan.__dataclass_fields__)
     assert [set(plan) for plan in again["plans"]] == 2 * [set(SizePlan.__dataclass_fields__)]
     assert all(math.isfinite(plan["floor_us"]) for plan in again["plans"])
+    room = again["plans"][0]["rooms"][0]
+    assert (room["cards"], room["context"], room["data_parallel_size"]) == (1, 512, 2)
 
 
 def test_a_state_is_kept_where_its_next_value_is_made(zoo: Path) -> None:

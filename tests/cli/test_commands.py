@@ -208,9 +208,42 @@ def test_units() -> None:
 # -- plan ----------------------------------------------------------------------------------------------------------
 
 
-def test_plan_shows_sizes_side_by_side_with_reasons(cli: Cli, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_answers_first(cli: Cli, zoo: Path) -> None:
+    """A replica at tp 4 has half a card: two of them hold what one at tp 8 does, but for the weights."""
+    result = cli("plan", zoo / OPTIMUM / "model.onnx", "--context", 4096, "--cards", 3)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0].endswith("of float32; KV cache float32")
+    assert re.fullmatch(r"Fits on 3 cards at tp 4: [0-9,]+ sequences of 4,096 tokens\.", lines[1])
+    assert lines[2].startswith("Fits on 3 cards at tp 8: ")
+    assert len(lines) <= 40
+    assert max(map(len, lines[1:])) <= 80
+    rooms = lines[lines.index("tp 8: sequences at once, by cards and tokens of each") + 1 :]
+    assert rooms[0].split() == ["cards", "256", "1,024", "4,096"]
+    assert re.fullmatch(r"3( +[0-9,]+){3}", rooms[2])
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would(cli: Cli, zoo: Path) -> None:
+    model = zoo / OPTIMUM / "model.onnx"
+    result = cli("plan", model, "-tp", 8, "--cards", 1, "--batch", 1000, "--context", 10**6)
+    assert result.code == 1
+    (verdict,) = (line for line in result.out.splitlines() if line.startswith("Does not fit"))
+    found = re.fullmatch(
+        r"Does not fit on 1 card at tp 8: 1000 sequences of 1,000,000 tokens would need .* more on a PE; "
+        r"it fits with --context ([0-9]+)\.",
+        verdict,
+    )
+    assert found
+    assert cli("plan", model, "-tp", 8, "--cards", 1, "--batch", 1000, "--context", found[1]).code == 0
+    one_more = cli("plan", model, "-tp", 8, "--cards", 1, "--batch", 1000, "--context", int(found[1]) + 1, "--json")
+    assert one_more.code == 1
+    assert json.loads(one_more.out)["plans"][0]["fewest"] is None
+    assert cli("plan", model, "-tp", "4,8", "--cards", 1, "--batch", 1000, "--context", found[1]).code == 0
+
+
+def test_plan_explains_with_reasons(cli: Cli, zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    result = cli("plan", zoo / "tiny-qwen2-14-2-optimum" / "model.onnx", "--context", 64)
+    result = cli("plan", zoo / "tiny-qwen2-14-2-optimum" / "model.onnx", "--context", 64, "--explain")
     assert result.code == 0
     text = " ".join(result.out.replace("│", " ").split())
     for said in ("context 64", "tp 4: what is split, and why", "tp 8: what is split", "query heads per key/value head"):
@@ -221,9 +254,12 @@ def test_plan_shows_sizes_side_by_side_with_reasons(cli: Cli, zoo: Path, monkeyp
 
 
 def test_plan_warns_of_what_no_table_counts(zoo: Path, cli: Cli) -> None:
-    warning = "are alive inside a step, which neither table nor engine counts; choose a smaller chunk or batch."
-    assert warning in cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4", "--batch", 10**7).out
-    assert warning not in cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4").out
+    model = zoo / OPTIMUM / "model.onnx"
+    warning = (
+        r"tp 4: .* GB are alive inside a step, most of them \S+ \(\w+\), which neither these figures nor the engine"
+    )
+    assert re.search(warning, cli("plan", model, "-tp", "4", "--batch", 10**7).out)
+    assert not re.search(warning, cli("plan", model, "-tp", "4").out)
 
 
 def test_plan_as_json(cli: Cli, zoo: Path) -> None:
@@ -238,7 +274,7 @@ def test_plan_and_build_take_tactics(cli: Cli, zoo: Path, tmp_path: Path, monkey
     monkeypatch.setenv("COLUMNS", "200")
     tactics = tmp_path / "mine.toml"
     tactics.write_text('[[tactic]]\nrole = "vocabulary"\nplace = "replicate"\n')
-    result = cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4", "--tactics", tactics)
+    result = cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", "4", "--tactics", tactics, "--explain")
     assert "tactic 1 of mine.toml" in " ".join(result.out.replace("│", " ").split())
     built = cli("build", zoo / OPTIMUM / "model.onnx", tmp_path / "out", "--tactics", tactics)
     assert built.code == 0
