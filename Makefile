@@ -31,11 +31,15 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses auto --dist work
 
 .PHONY: test
 test: $(INSTALLED) ## the fast tests: every mechanism on a few models, in two minutes
-	$(PYTEST) -m "not real_model and not slow and not browser"
+	$(PYTEST) -m "not real_model and not slow and not browser and not release"
 
 .PHONY: test-all
-test-all: $(INSTALLED) ## all tests: every model of the zoo, the real one, long campaigns, and the page in chromium
-	$(PYTEST)
+test-all: $(INSTALLED) ## the tests: every model of the zoo, the real one, long campaigns, and the page in chromium
+	$(PYTEST) -m "not release"
+
+.PHONY: test-release
+test-release: $(INSTALLED) ## what a release tests beyond: more rows of slow families
+	$(PYTEST) -m release
 
 .PHONY: test-kernels
 test-kernels: $(INSTALLED) ## the tests that depend on onnxruntime's kernels, on those for AVX2 and SSE, by qemu (FILES=)
@@ -163,7 +167,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-wheel mutants fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

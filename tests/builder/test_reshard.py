@@ -146,9 +146,13 @@ def test_options_that_no_build_recorded(
         reshard(tmp_path / "a", tmp_path / "b", tensor_parallel_size=8)
 
 
+REAL = {(shape, *way) for shape in SHAPES for way in ((4, 8), (8, 4))}
+
+
 @pytest.mark.real_model
-@pytest.mark.parametrize(("before", "after"), [(4, 8), (8, 4)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "before", "after"), tiered(sorted(REAL), (), REAL - {("int4", 4, 8), ("optimum-fp32", 8, 4)})
+)
 def test_the_real_model(shape: str, before: int, after: int, tmp_path: Path) -> None:
     model = ensure(shape) / "model.onnx"
     for size in (before, after):

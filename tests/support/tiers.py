@@ -1,4 +1,7 @@
-"""Which rows of a large family of tests `make test` runs; the others are marked `slow` and run with `make test-all`."""
+"""Which rows of a large family of tests `make test` runs.
+
+The others are marked `slow` and run with `make test-all`, or `release` and run with `make test-release`.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,12 @@ MECHANISMS: dict[tuple[str, int], str] = {
 """The rows of the zoo that `make test` runs from end to end, model and PEs, and what each has that no other has."""
 
 
-def tiered(rows: Iterable[object], fast: Collection[object]) -> list[ParameterSet]:
-    """Parameters of a test, of which those not in `fast` are slow; a row that is a tuple has several."""
+def tiered(
+    rows: Iterable[object], fast: Collection[object], release: Collection[object] = frozenset()
+) -> list[ParameterSet]:
+    """Parameters of a test, of which those not in `fast` or `release` are slow; a row that is a tuple has several."""
     values = {row: row if isinstance(row, tuple) else (row,) for row in rows}
-    assert set(fast) <= values.keys(), f"no rows: {set(fast) - values.keys()}"
-    return [
-        pytest.param(*row, id="-".join(map(str, row)), marks=() if key in fast else pytest.mark.slow)
-        for key, row in values.items()
-    ]
+    assert set(fast) | set(release) <= values.keys(), f"no rows: {(set(fast) | set(release)) - values.keys()}"
+    marks = {**dict.fromkeys(values, (pytest.mark.slow,)), **dict.fromkeys(release, (pytest.mark.release,))}
+    marks.update(dict.fromkeys(fast, ()))
+    return [pytest.param(*row, id="-".join(map(str, row)), marks=marks[key]) for key, row in values.items()]

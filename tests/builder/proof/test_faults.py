@@ -38,6 +38,8 @@ ARTIFACTS = [
 
 FEW = 1
 """Places of each kind in each artifact that are tried; `make test` ends at the second artifact that has one."""
+SEVERAL = 2
+"""The same of `make test-all`, in every artifact; a release tries all places."""
 
 
 def a_mean_of_parts() -> onnx.ModelProto:
@@ -157,6 +159,13 @@ def test_seeded_fault_is_found(kind: str, subjects: dict[str, Subject]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeded_fault_is_found_in_every_artifact(kind: str, subjects: dict[str, Subject]) -> None:
+    _, found = missed(kind, subjects, SEVERAL)
+    assert found == []
+
+
+@pytest.mark.release
 @pytest.mark.parametrize("kind", KINDS)
 def test_seeded_fault_is_found_everywhere(kind: str, subjects: dict[str, Subject]) -> None:
     _, found = missed(kind, subjects, None)

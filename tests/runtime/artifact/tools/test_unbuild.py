@@ -25,6 +25,7 @@ from tests.conftest import Built
 from tests.support.builder.graphs import model, random
 from tests.support.builder.parity import cases_of, feeds_of
 from tests.support.runtime.shards import Original, Shards, source_of, write
+from tests.support.tiers import tiered
 
 FAST = {
     ("tiny-qwen2-14-2-optimum", 8),
@@ -90,9 +91,11 @@ def session(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+REAL = {(shape, tp) for shape in SHAPES for tp in (4, 8)}
+
+
 @pytest.mark.real_model
-@pytest.mark.parametrize("tp", [4, 8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "tp"), tiered(sorted(REAL), (), REAL - {("int4", 8), ("optimum-fp32", 4)}))
 def test_a_real_model_comes_back(shape: str, tp: int, tmp_path: Path) -> None:
     original = ensure(shape) / "model.onnx"
     ArtifactBuilder(original, tensor_parallel_size=tp).build(tmp_path / "artifact")
