@@ -37,6 +37,8 @@ def tiered(
     """Parameters of a test, of which those not in `fast` or `release` are slow; a row that is a tuple has several."""
     values = {row: row if isinstance(row, tuple) else (row,) for row in rows}
     assert set(fast) | set(release) <= values.keys(), f"no rows: {(set(fast) | set(release)) - values.keys()}"
-    marks = {**dict.fromkeys(values, (pytest.mark.slow,)), **dict.fromkeys(release, (pytest.mark.release,))}
-    marks.update(dict.fromkeys(fast, ()))
-    return [pytest.param(*row, id="-".join(map(str, row)), marks=marks[key]) for key, row in values.items()]
+    marks = dict.fromkeys(values, pytest.mark.slow) | dict.fromkeys(release, pytest.mark.release)
+    return [
+        pytest.param(*row, id="-".join(map(str, row)), marks=() if key in fast else marks[key])
+        for key, row in values.items()
+    ]
