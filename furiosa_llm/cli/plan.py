@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from furiosa_llm.builder.model_plan import CollectiveCost, SizePlan, write_annot
 from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.cli.build import BUILD, planning_options
 from furiosa_llm.cli.options import ENGINE, option
+from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.units import nbytes
 from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
@@ -106,7 +106,7 @@ def plan(
     console.print(_deployments(planned), crop=False)
     for size_plan in planned.plans:
         if (size_plan.working_nbytes or 0) > PE_NBYTES:
-            click.echo(
+            line(
                 f"tp {size_plan.tensor_parallel_size}: {_known(size_plan.working_nbytes)} are alive inside a step, "
                 f"which neither table nor engine counts; choose a smaller chunk or batch."
             )
