@@ -136,6 +136,16 @@ bench-peers: $(INSTALLED) ## this project beside other engines, on one model in 
 mutants: $(INSTALLED) ## seeded faults, one after the other in copies of the tree: which suite catches which
 	$(BIN)/python -m tests.seeded_faults
 
+MOMENTS ?= 100
+
+.PHONY: harmed-files
+harmed-files: $(INSTALLED) ## files of an artifact cut short, replaced and deleted while it serves: the same tokens (MOMENTS=100)
+	$(BIN)/python -m tests.campaigns.harmed_files --moments $(MOMENTS)
+
+.PHONY: hostile-programs
+hostile-programs: $(INSTALLED) ## programs that never end or take all memory: each ends with an error, soon and small
+	$(BIN)/python -m tests.campaigns.hostile_programs
+
 COUNT ?= 1000
 
 .PHONY: server-campaign
@@ -173,7 +183,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

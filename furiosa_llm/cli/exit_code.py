@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import threading
+from typing import NoReturn
+
 import click
 
 from furiosa_llm.cli.terminal import escaped_streams, line
@@ -23,3 +29,16 @@ def exit_code_of(cli: click.Group) -> int:
         except FuriosaLLMError as error:
             line(f"error: {' '.join(str(error).split())}", err=True)
             return error.exit_code
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process with `code`, at once if a thread does not come back from onnxruntime.
+
+    The interpreter would take the ground from under such a thread as it ends, which aborts the process.
+    """
+    if any(thread.daemon and thread.name.startswith("furiosa-") for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

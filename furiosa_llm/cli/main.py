@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 
 import click
 
@@ -13,7 +12,7 @@ from furiosa_llm.cli.build import build
 from furiosa_llm.cli.check_sharding import check_sharding_command
 from furiosa_llm.cli.diff import diff
 from furiosa_llm.cli.embed import embed
-from furiosa_llm.cli.exit_code import exit_code_of
+from furiosa_llm.cli.exit_code import end, exit_code_of
 from furiosa_llm.cli.generate import generate
 from furiosa_llm.cli.inspect import inspect
 from furiosa_llm.cli.plan import plan
@@ -56,6 +55,6 @@ for command in _COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; see `exit_code_of`."""
+    """Run the command line; see `exit_code_of` and `end`."""
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
-    sys.exit(exit_code_of(cli))
+    end(exit_code_of(cli))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -19,14 +20,14 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
 @click.option(
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
-@options(ENGINE, "threads", "full_verification")
-def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_verification: bool | None) -> None:
+@options(ENGINE, "threads", "full_verification", "step_timeout", "max_step_nbytes")
+def run(artifact: Path, inputs: Path, outputs: Path, full_verification: bool | None, **loading: Any) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.
 
     Inputs and outputs are those of the unsplit model.
     """
     arrays = _read(inputs)
-    with Executor(open_artifact(artifact, full=full_verification), threads=threads) as executor:
+    with Executor(open_artifact(artifact, full=full_verification), **loading) as executor:
         results = executor.run(arrays)
     try:
         with outputs.open("wb") as file:

@@ -87,7 +87,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @options(ENGINE, *PLACEMENT, "tokenizer", "seed", "max_batch_size", "max_model_len", "max_prompt_len")
 @options(ENGINE, "prefill_chunk_size", "enable_prefix_caching", "paged_attention_num_blocks", "npu_queue_limit")
 @options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
-@options(ENGINE, "full_verification")
+@options(ENGINE, "full_verification", "step_timeout", "max_step_nbytes")
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
 @refused_options
@@ -119,7 +119,10 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     if port:
         line(f"{', '.join(model.names)} at http://{shown}:{port}/v1")
     app = make_app(model, settings)
-    make_server(app, settings, host=host, port=port, log_level=log_level, access_log=access_log).run()
+    server = make_server(
+        app, settings, host=host, port=port, log_level=log_level, access_log=access_log, ends_process=True
+    )
+    server.run()
 
 
 def show_batch_invariance(model: Decoder) -> None:

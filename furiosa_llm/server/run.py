@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import resource
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -29,11 +31,35 @@ _OTHER_FILES = 256
 """Open files other than connections: the model's, its worker processes', and clients that are turned away."""
 
 
+_STOPPING_SECONDS = 0.5
+"""For what comes after the requests have ended."""
+
+
 class Server(uvicorn.Server):
     """uvicorn's, but for the exit code: it would end by the signal that stopped it, and a drained server is no failure.
 
-    The first SIGTERM or SIGINT lets requests end; a second SIGINT does not wait for them.
+    The first SIGTERM or SIGINT lets requests end; a second SIGINT does not wait for them. What has not stopped
+    `stop_within` seconds after the first is ended where it is: a step that does not leave its kernel, or a thread that
+    does not give the interpreter back. With `ends_process` that includes what comes after `run`.
     """
+
+    def __init__(self, config: uvicorn.Config, stop_within: float, *, ends_process: bool) -> None:
+        super().__init__(config)
+        self._stop_within = stop_within
+        self._ends_process = ends_process
+        self._stopped = threading.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stops as uvicorn does, at the latest some time later."""
+        if not self.should_exit:
+            threading.Thread(target=self._end_if_not_stopped, name="stop-watch", daemon=True).start()
+        super().handle_exit(sig, frame)
+
+    def _end_if_not_stopped(self) -> None:
+        if not self._stopped.wait(self._stop_within):
+            logger.warning("what runs has not stopped; the process ends without it")
+            logging.shutdown()
+            os._exit(0)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -45,6 +71,8 @@ class Server(uvicorn.Server):
         try:
             yield
         finally:
+            if not self._ends_process:
+                self._stopped.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -74,9 +102,16 @@ def check_address(host: str, port: int) -> None:
 
 
 def make_server(
-    app: FastAPI, settings: ServerSettings, *, host: str, port: int, log_level: str = "info", access_log: bool = True
+    app: FastAPI,
+    settings: ServerSettings,
+    *,
+    host: str,
+    port: int,
+    log_level: str = "info",
+    access_log: bool = True,
+    ends_process: bool = False,
 ) -> Server:
-    """A server of `app`, whose `run` returns when it is to stop."""
+    """A server of `app`, whose `run` returns when it is to stop; with `ends_process` so does the process, soon."""
     _make_room_for(settings.max_connections)
     config = uvicorn.Config(
         app,
@@ -93,7 +128,7 @@ def make_server(
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
         server_header=False,
     )
-    return Server(config)
+    return Server(config, settings.shutdown_timeout + _STOPPING_SECONDS, ends_process=ends_process)
 
 
 def _make_room_for(connections: int) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal, cast, get_args
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.files import open_regular
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, parse_json
 from furiosa_llm.runtime.artifact.reader import Artifact
 
@@ -38,8 +36,12 @@ class Pooling:
 
 def pooling_of(artifact: Artifact) -> Pooling:
     """What the artifact's pooling.json says; the defaults if it has none. Raises ArtifactError for a malformed one."""
-    path = artifact.companion(POOLING_NAME)
-    return Pooling() if path is None else parse_pooling(_read(path))
+    file = artifact.companion(POOLING_NAME)
+    if file is None:
+        return Pooling()
+    if file.entry.nbytes > _MAX_NBYTES:
+        raise ArtifactError(f"{file} is longer than {_MAX_NBYTES} bytes, expected three short fields; {REBUILD}")
+    return parse_pooling(file.read_bytes())
 
 
 def parse_pooling(data: bytes) -> Pooling:
@@ -56,11 +58,3 @@ def parse_pooling(data: bytes) -> Pooling:
 
 def _positive(field: Field) -> int:
     return field.integer(1)
-
-
-def _read(path: Path) -> bytes:
-    with open_regular(path) as stream:
-        data = stream.read(_MAX_NBYTES + 1)
-    if len(data) > _MAX_NBYTES:
-        raise ArtifactError(f"{path} is longer than {_MAX_NBYTES} bytes, expected three short fields; {REBUILD}")
-    return data

@@ -1,7 +1,7 @@
 """Opens an artifact: the manifest, then every other file compared with it, then the program and the source.
 
-Each file is opened once, and what is compared, hashed and parsed is what was opened. Weights are read only for their
-digests; otherwise their headers are all that is looked at.
+Each file is opened once and stays open, and what is compared, hashed, parsed and later used is what was opened. Weights
+are read only for their digests; otherwise their headers are all that is looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedReader, BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from furiosa_llm.runtime.artifact.checks.program import check_program
 from furiosa_llm.runtime.artifact.checks.source import check_source
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.files import open_regular, size_of
+from furiosa_llm.runtime.artifact.files import Folder, size_of
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import (
     MANIFEST_NAME,
@@ -74,6 +74,8 @@ class Artifact(SplitModel):
     """An open artifact."""
 
     folder: Path
+    files: Folder
+    """The folder's files, which stay open."""
     digest: str
     """The manifest's, which names the artifact."""
     offsets: Mapping[str, int]
@@ -87,35 +89,90 @@ class Artifact(SplitModel):
         return Window(file=tensor.file, offset=self.offsets[name] + shard * nbytes, nbytes=nbytes)
 
     def read_window(self, window: Window) -> npt.NDArray[np.uint8]:
-        """The bytes of `window`, uint8 `[window.nbytes]`."""
-        with open_regular(self.folder / window.file) as stream:
-            data = np.fromfile(stream, dtype=np.uint8, count=window.nbytes, offset=window.offset)
-        if data.size != window.nbytes:
-            raise ArtifactError(f"{window.file} was cut short while the artifact was open; {REBUILD}")
-        return data
+        """The bytes of `window`, uint8 `[window.nbytes]`, of a file that has not changed or of a tensor that has not.
 
-    def companion(self, name: str) -> Path | None:
-        """The path of the file `name` that came with the model; None if the manifest does not list one.
+        Raises ArtifactError if the file was cut short or altered since the artifact was opened.
+        """
+        data = self.files.read(window.file, window.offset, window.nbytes)
+        return self._compared(window) if self.files.changed(window.file) else data
+
+    def _compared(self, window: Window) -> npt.NDArray[np.uint8]:
+        """The bytes of `window`, once those of the tensor that it belongs to have its digest."""
+        for tensor in self.manifest.tensors:
+            start = self.offsets[tensor.name]
+            nbytes = tensor.local_nbytes * self.manifest.mesh.parts(tensor.shard_axes)
+            if tensor.file == window.file and start <= window.offset < start + nbytes:
+                whole = self.files.read(tensor.file, start, nbytes)
+                if hashlib.sha256(whole.data).hexdigest() != tensor.sha256:
+                    raise ArtifactError(
+                        f"{tensor.file} was altered in the tensor {tensor.name!r:.80} while the artifact was open; "
+                        f"copy the artifact again or {REBUILD}"
+                    )
+                return whole[window.offset - start :][: window.nbytes]
+        return self.files.read(window.file, window.offset, window.nbytes)
+
+    def copy_file(self, name: str, target: Path) -> None:
+        """Copies the listed file `name`; raises ArtifactError if it has not its digest (any more), and OSError."""
+        digest = hashlib.sha256()
+        with self.files.stream(name) as source, target.open("xb") as copy:
+            while chunk := source.read(2**20):
+                digest.update(chunk)
+                copy.write(chunk)
+        _check_digest(self.folder, self._entry(name), digest.hexdigest())
+
+    def _entry(self, name: str) -> FileEntry:
+        return next(entry for entry in self.manifest.files if entry.path == name)
+
+    def companion(self, name: str) -> Companion | None:
+        """The file `name` that came with the model; None if the manifest does not list one.
 
         What lies in the folder without being listed is no part of the artifact.
         """
-        return self.folder / name if any(entry.path == name for entry in self.manifest.files) else None
+        entry = next((entry for entry in self.manifest.files if entry.path == name), None)
+        return None if entry is None else Companion(self.files, entry)
 
 
-def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> Artifact:
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A file that the manifest lists, to be read as the path that it had would be.
+
+    Every method raises ArtifactError if the file was altered since the artifact was opened.
+    """
+
+    files: Folder
+    entry: FileEntry
+
+    def __str__(self) -> str:
+        return str(self.files.path / self.entry.path)
+
+    def read_bytes(self) -> bytes:
+        """The bytes."""
+        return listed_bytes(self.files, self.entry)
+
+    def read_text(self, encoding: str) -> str:
+        """The text, its ends of lines as Python has them."""
+        return TextIOWrapper(BytesIO(self.read_bytes()), encoding).read()
+
+
+def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None, files: Folder | None = None) -> Artifact:
     """The artifact in the folder `path`, with every field of every file checked.
 
     The digests of all files but the weights are compared with the manifest; `full` compares the digests of the weights
-    too (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. Raises
-    ArtifactError that says what was found, what was expected and what to do.
+    too (about a second per gigabyte), and None does if they are below FULL_BELOW_NBYTES altogether. `files` are the
+    folder's that another process has opened and compared. Raises ArtifactError that says what was found, what was
+    expected and what to do.
     """
     folder = Path(path)
-    data = manifest_bytes(folder)
+    stamped = files is not None
+    if files is None:
+        _check_folder(folder)
+        files = Folder(folder)
+    data = _manifest_in(files)
     manifest = parse_manifest(data)
     if full is None:
         full = sum(entry.nbytes for entry in manifest.files if _is_weights(entry)) < FULL_BELOW_NBYTES
     try:
-        models, offsets = _checked_files(folder, manifest, full=full)
+        models, offsets = _checked_files(files, manifest, full=full, stamped=stamped)
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be read: {error.strerror}; check the disk and copy it again") from error
     program = parse_model(models[PROGRAM_NAME], str(folder / PROGRAM_NAME))
@@ -123,6 +180,7 @@ def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> 
     check_source(parse_model(models[SOURCE_NAME], str(folder / SOURCE_NAME)), manifest)
     return Artifact(
         folder=folder,
+        files=files,
         digest=manifest_digest(data),
         manifest=manifest,
         program=program,
@@ -133,18 +191,37 @@ def open_artifact(path: str | os.PathLike[str], *, full: bool | None = None) -> 
 
 def manifest_bytes(folder: Path) -> bytes:
     """The bytes of manifest.json in `folder`; raises ArtifactError if there is none, or none of a fitting size."""
+    _check_folder(folder)
+    return _manifest_in(Folder(folder))
+
+
+def listed_bytes(files: Folder, entry: FileEntry) -> bytes:
+    """The bytes of a file that the manifest lists; raises ArtifactError if they have not its digest."""
+    path = files.path / entry.path
+    if entry.nbytes > MAX_MODEL_NBYTES:
+        raise ArtifactError(f"{path} is {entry.nbytes} bytes long, expected at most {MAX_MODEL_NBYTES}; {REBUILD}")
+    with files.stream(entry.path) as stream:
+        data = _read(path, stream, entry.nbytes)
+    _check_digest(files.path, entry, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise ArtifactError(
             f"no artifact at {folder}: found {found}, expected the folder that `furiosa-llm build` wrote"
         )
-    path = folder / MANIFEST_NAME
-    if not os.path.lexists(path):
+    if not os.path.lexists(folder / MANIFEST_NAME):
         raise ArtifactError(
             f"{folder} is not an artifact: it has no {MANIFEST_NAME}; give the folder that `furiosa-llm build` wrote, "
             f"or {REBUILD}"
         )
-    with open_regular(path) as stream:
+
+
+def _manifest_in(files: Folder) -> bytes:
+    path = files.path / MANIFEST_NAME
+    with files.stream(MANIFEST_NAME) as stream:
         nbytes = size_of(stream)
         if nbytes > MAX_MANIFEST_NBYTES:
             raise ArtifactError(f"{path} is {nbytes} bytes long, expected at most {MAX_MANIFEST_NBYTES}; {REBUILD}")
@@ -155,42 +232,40 @@ def _is_weights(entry: FileEntry) -> bool:
     return entry.path.endswith(_WEIGHTS_SUFFIX)
 
 
-def _checked_files(folder: Path, manifest: Manifest, *, full: bool) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The bytes of program.onnx and source.onnx, and where stored tensors begin; every listed file is as it should."""
+def _checked_files(
+    files: Folder, manifest: Manifest, *, full: bool, stamped: bool
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The bytes of program.onnx and source.onnx, and where stored tensors begin; every listed file is as it should.
+
+    `stamped`: what the files were when their weights were compared is known already.
+    """
     models: dict[str, bytes] = {}
     weights = [entry for entry in manifest.files if _is_weights(entry)]
     with ExitStack() as stack:
-        streams = {entry.path: stack.enter_context(_open_listed(folder, entry)) for entry in manifest.files}
+        streams = {entry.path: stack.enter_context(_open_listed(files, entry)) for entry in manifest.files}
+        if not stamped:
+            files.stamp()
         for entry in manifest.files:
             if entry.path in (PROGRAM_NAME, SOURCE_NAME):
-                models[entry.path] = _model_bytes(folder, entry, streams[entry.path])
+                models[entry.path] = listed_bytes(files, entry)
             elif not _is_weights(entry):
-                _check_digest(folder, entry, hashlib.file_digest(streams[entry.path], "sha256").hexdigest())
+                _check_digest(files.path, entry, hashlib.file_digest(streams[entry.path], "sha256").hexdigest())
         offsets = _weight_offsets({entry.path: streams[entry.path] for entry in weights}, manifest)
         if full:
-            _check_weights(folder, weights, streams, manifest.tensors, offsets)
+            _check_weights(files.path, weights, streams, manifest.tensors, offsets)
     return models, offsets
 
 
-def _open_listed(folder: Path, entry: FileEntry) -> BufferedReader:
-    path = folder / entry.path
-    stream = open_regular(path)
+def _open_listed(files: Folder, entry: FileEntry) -> BufferedReader:
+    stream = files.stream(entry.path)
     found = size_of(stream)
     if found != entry.nbytes:
         stream.close()
         raise ArtifactError(
-            f"{path}: found {found} bytes, expected {entry.nbytes}; copy the artifact again or {REBUILD}"
+            f"{files.path / entry.path}: found {found} bytes, expected {entry.nbytes}; copy the artifact again or "
+            f"{REBUILD}"
         )
     return stream
-
-
-def _model_bytes(folder: Path, entry: FileEntry, stream: BufferedReader) -> bytes:
-    path = folder / entry.path
-    if entry.nbytes > MAX_MODEL_NBYTES:
-        raise ArtifactError(f"{path} is {entry.nbytes} bytes long, expected at most {MAX_MODEL_NBYTES}; {REBUILD}")
-    data = _read(path, stream, entry.nbytes)
-    _check_digest(folder, entry, hashlib.sha256(data).hexdigest())
-    return data
 
 
 def _read(path: Path, stream: BufferedReader, nbytes: int) -> bytes:

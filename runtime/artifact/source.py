@@ -7,7 +7,6 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from furiosa_llm.runtime.artifact.checks.model import parse_model
 from furiosa_llm.runtime.artifact.checks.source import check_source
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.files import open_regular
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -15,9 +14,9 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 
 def read_source(artifact: Artifact) -> ModelProto:
     """source.onnx of `artifact`; raises ArtifactError if it is not, or not any more, what the manifest says."""
-    path = artifact.folder / SOURCE_NAME
-    with open_regular(path) as stream:
-        model = parse_model(stream.read(), str(path))
+    file = artifact.companion(SOURCE_NAME)
+    assert file is not None, "a manifest that does not list it is refused"
+    model = parse_model(file.read_bytes(), str(file))
     check_source(model, artifact.manifest)
     return model
 

@@ -161,9 +161,14 @@ class EngineArgs:
     full_verification: Annotated[
         bool | None, Option("Compare the weights with their digests as they are loaded.", SWITCH, "below 1 GB")
     ] = None
-    step_timeout: Annotated[float, Option("Seconds after which a batch that is not back counts as hung.", POSITIVE)] = (
-        300.0
-    )
+    step_timeout: Annotated[
+        float | None,
+        Option("Seconds after which a batch that is not back is ended.", POSITIVE, "by the model's size, 8 to 300"),
+    ] = None
+    max_step_nbytes: Annotated[
+        int | None,
+        Option("Bytes that onnxruntime may allocate for the steps of all replicas.", COUNT, "by the model's size"),
+    ] = None
 
     def __post_init__(self) -> None:
         check_options(self, InputError)

@@ -6,6 +6,7 @@ import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
@@ -27,6 +28,7 @@ from furiosa_llm.runtime.placement.capacity import (
 )
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
+from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS, step_nbytes, step_seconds
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.runners.local_runner import Host
@@ -154,7 +156,7 @@ def _invariance(artifact: Artifact, args: EngineArgs) -> BatchInvariance:
 
 def start(plan: Plan, args: EngineArgs) -> EngineCore:
     """Loads the weights, once for all replicas, and starts the replicas."""
-    policy = FaultPolicy(step_timeout=args.step_timeout)
+    policy = FaultPolicy(step_timeout=args.step_timeout or _step_timeout(plan))
     with ExitStack() as opened:
         host = _open_host(plan, args)
         opened.callback(host.close)
@@ -174,12 +176,25 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
     )
 
 
+def _step_timeout(plan: Plan) -> float:
+    """What a batch may take, with those of the other groups that it may wait for."""
+    tokens = max(plan.scheduling.prefill_chunk_size, plan.scheduling.slots_per_group)
+    seconds = step_seconds(plan.artifact.manifest, tokens) * len(plan.stages)
+    return min(LONGEST_STEP_SECONDS, seconds)
+
+
 def _open_host(plan: Plan, args: EngineArgs) -> Host | ProcessHost:
+    nbytes = args.max_step_nbytes or step_nbytes(
+        plan.artifact.manifest,
+        tokens=max(plan.scheduling.prefill_chunk_size, plan.scheduling.slots_per_group),
+        length=plan.scheduling.max_length,
+    )
+    of_both: dict[str, Any] = {"mapped": args.mapped, "companions": plan.companions, "max_step_nbytes": nbytes}
     if args.workers is None:
-        return Host(plan.artifact, plan.stages, threads=args.threads, mapped=args.mapped, companions=plan.companions)
+        return Host(plan.artifact, plan.stages, threads=args.threads, **of_both)
     if args.threads is not None:
         raise InputError(f"workers={args.workers} and threads={args.threads} exclude each other: leave one out")
-    return ProcessHost(plan.artifact, plan.stages, workers=args.workers, mapped=args.mapped, companions=plan.companions)
+    return ProcessHost(plan.artifact, plan.stages, workers=args.workers, **of_both)
 
 
 def load_engine(args: EngineArgs) -> EngineCore:

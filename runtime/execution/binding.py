@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 
 from furiosa_llm.runtime.artifact.dimensions import parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
@@ -23,8 +24,17 @@ from furiosa_llm.runtime.execution.counters import CollectiveMeter, Row, kind_in
 from furiosa_llm.runtime.execution.driver import Body, Waits
 from furiosa_llm.runtime.execution.exchange import Exchanger, LaneExchange
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes, lifetimes, place
-from furiosa_llm.runtime.execution.ort import ORT_ERRORS, RawBinding, RawTensor, Tensor, let_allocate, unwrap, wrap
+from furiosa_llm.runtime.execution.ort import (
+    ORT_ERRORS,
+    RawBinding,
+    RawTensor,
+    Tensor,
+    let_allocate,
+    unwrap,
+    wrap,
+)
 from furiosa_llm.runtime.execution.sessions import SectionSessions, ranks_text
+from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.lanes import Exchange, Lanes, Sum, parts_of
 from furiosa_llm.runtime.program.segments import CollectiveCall, growing_values
 
@@ -56,7 +66,7 @@ class _BoundSection:
     shapes are known only when the segments have run.
     """
 
-    run: Callable[[RawBinding, None], None] | None
+    run: Callable[[RawBinding, onnxruntime.RunOptions], None] | None
     binding: RawBinding | None
     collect: tuple[tuple[int, str], ...]
     exchange: LaneExchange | None
@@ -70,7 +80,8 @@ class BoundProgram:
     `run`; `array` gives any other output. Outputs named `unbound` are allocated by onnxruntime whatever their shape.
     Values whose shape depends on the dimensions `growing` have memory of their own, so that these may change in each
     run at little cost. `own` are the lanes that this process steps, None for all; what they exchange with others lies
-    in the memory that `allocate` gives.
+    in the memory that `allocate` gives. `interruption` ends runs from another thread; `check` is called before each,
+    and raises what speaks against it.
     """
 
     def __init__(
@@ -84,8 +95,12 @@ class BoundProgram:
         growing: frozenset[str] = frozenset(),
         own: Collection[int] | None = None,
         allocate: Allocate = private_block,
+        interruption: Interruption | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._lanes = lanes
+        self.interruption = interruption or Interruption()
+        self._check = check
         self._program = lanes.program
         self._crew = crew
         self._sessions = sessions
@@ -170,6 +185,9 @@ class BoundProgram:
 
     def run(self) -> None:
         """Runs the program once; raises ExecutionError, naming segment and ranks, if onnxruntime fails."""
+        self.interruption.check()
+        if self._check is not None:
+            self._check()
         self._meter.reset()
         self._crew.run(self._drive, len(self._own))
 
@@ -211,8 +229,9 @@ class BoundProgram:
         if section.run is None or section.binding is None:
             return
         try:
-            section.run(section.binding, None)
+            section.run(section.binding, self.interruption.options)
         except ORT_ERRORS as error:
+            self.interruption.check()
             where = ranks_text(self._lanes.ranks[lane])
             raise ExecutionError(f"segment {index} failed on {where}: {error}") from error
         if section.collect:

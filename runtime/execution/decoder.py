@@ -18,10 +18,13 @@ from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.execution.ort import Tensor
 from furiosa_llm.runtime.execution.states import StateBuffers, grown_capacity
+from furiosa_llm.runtime.program.interruption import Interruption
 
 
 class Bound(Protocol):
     """A model bound to memory; see `BoundProgram`, whose methods these are."""
+
+    interruption: Interruption
 
     def bind_shared(self, name: str, array: Array) -> None: ...  # noqa: D102
 

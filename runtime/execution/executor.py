@@ -16,7 +16,7 @@ from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.closing import Closing
-from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.errors import ExecutionError, InputError, StepTimeoutError
 from furiosa_llm.runtime.execution.binding import BoundProgram
 from furiosa_llm.runtime.execution.counters import StageCounts, count_run, new_counters, rows_of, stage_counts
 from furiosa_llm.runtime.execution.decoder import Bound, DecoderInterface, interface_of
@@ -24,7 +24,10 @@ from furiosa_llm.runtime.execution.driver import Crew, cores_for
 from furiosa_llm.runtime.execution.one_by_one import is_chunk_of_many, run_singly, takes_chunks_singly
 from furiosa_llm.runtime.execution.ort import SessionSettings, wrap
 from furiosa_llm.runtime.execution.sessions import create_sessions
+from furiosa_llm.runtime.execution.weights_files import mapped_check
+from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.lanes import alike_inputs, lanes_of, shard_axes
+from furiosa_llm.runtime.program.limits import step_nbytes, step_seconds
 from furiosa_llm.runtime.program.segments import Program, cut_program, growing_values, size_names
 
 
@@ -34,11 +37,20 @@ class Executor(Closing):
     `threads` threads step the ranks (None: one for each core this process may use; never more than ranks).
     `mapped` leaves the weights in their file instead of packing them: it starts at once and decodes slower.
     `exact` is for comparisons: no kernel rounds activations of fused quantised weights to 8 bits.
+    A run ends with StepTimeoutError after `step_timeout` seconds, and is refused more than `max_step_nbytes` of memory;
+    None: what docs/limits.md says.
     Close it, or use it as a context manager, to end its threads.
     """
 
     def __init__(
-        self, artifact: Artifact, *, threads: int | None = None, mapped: bool = False, exact: bool = False
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        mapped: bool = False,
+        exact: bool = False,
+        step_timeout: float | None = None,
+        max_step_nbytes: int | None = None,
     ) -> None:
         cores = cores_for(threads)
         self.artifact = artifact
@@ -50,10 +62,14 @@ class Executor(Closing):
             program, self.mesh, self.threads, shard_axes=shard_axes(manifest), inputs=alike_inputs(manifest)
         )
         self._chunks_singly = takes_chunks_singly(artifact.program)
+        self._step_timeout = step_timeout
+        self._check = mapped_check(artifact) if mapped else None
         settings = SessionSettings(prepack=not mapped, exact=exact)
-        self._sessions = create_sessions(artifact, self.lanes, settings, threads=cores)
+        memory = max_step_nbytes or step_nbytes(manifest)
+        self._sessions = create_sessions(artifact, self.lanes, settings, threads=cores, step_nbytes=memory)
         self._crew = Crew(self.threads)
         self._lock = threading.Lock()
+        self._interruption = Interruption()
         self._counters = new_counters(1)
         [self._row] = rows_of(self._counters)
         self._bound = self.bind(unbound=_of_unknown_shape(artifact, program))
@@ -79,6 +95,7 @@ class Executor(Closing):
             external=external,
             unbound=unbound,
             growing=growing,
+            check=self._check,
         )
 
     def bind_steps(self, external: frozenset[str]) -> Bound:
@@ -88,7 +105,7 @@ class Executor(Closing):
     def step(self, bound: Bound) -> None:
         """Runs `bound` once; calls from several threads take turns."""
         with self._lock:
-            bound.run()
+            self._run_within(bound, _TOKENS)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The program's outputs by name, for `inputs` by name: all tensors global, as the unsplit model has them.
@@ -118,7 +135,8 @@ class Executor(Closing):
         return stage_counts(self._counters)
 
     def close(self) -> None:
-        """Ends the threads; the executor cannot run any more."""
+        """Ends what runs, at its next node, and the threads; the executor cannot run any more."""
+        self._interruption.interrupt(ExecutionError("the executor was closed before the run was done"))
         self._crew.close()
 
     def _run(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
@@ -126,10 +144,21 @@ class Executor(Closing):
         for info in self.artifact.manifest.inputs:
             self._bind(info, np.asarray(inputs[info.name], order="C"))
         started = time.perf_counter_ns()
-        self._bound.run()
+        self._run_within(self._bound, max(array.size for array in inputs.values()))
         count_run(self._row, started)
         self._bound.count(self._row)
         return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
+
+    def _run_within(self, bound: Bound, tokens: int) -> None:
+        """Runs `bound`, unless it takes longer than a step of so many tokens may."""
+        seconds = self._step_timeout or step_seconds(self.artifact.manifest, tokens)
+        late = StepTimeoutError(
+            f"a run of {self.artifact.folder} was not done within {seconds:g} s; give a greater step_timeout if the "
+            f"model is that slow"
+        )
+        self._interruption = bound.interruption = Interruption()
+        with self._interruption.after(seconds, late):
+            bound.run()
 
     def _check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         infos = self.artifact.manifest.inputs
@@ -176,6 +205,10 @@ class Executor(Closing):
                     raise ArtifactError(f"output {info.name!r:.80} has the local shape {list(local.shape)}")
             whole[np.ix_(*target)] = local[np.ix_(*source)]
         return whole
+
+
+_TOKENS = 1024
+"""A step of a decoder is taken to have at most so many."""
 
 
 def _of_unknown_shape(artifact: Artifact, program: Program) -> frozenset[str]:

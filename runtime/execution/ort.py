@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -19,18 +20,22 @@ from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+from furiosa_llm.runtime.errors import StepTimeoutError
+from furiosa_llm.runtime.program.interruption import Interruption
+from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, LONGEST_LOAD_SECONDS, LONGEST_STEP_SECONDS
 
 ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     *(_state.EPFail, _state.EngineError, _state.Fail, _state.InvalidArgument, _state.InvalidGraph),
     *(_state.InvalidProtobuf, _state.ModelRequiresCompilation, _state.NoModel, _state.NoSuchFile, _state.NotFound),
-    *(_state.NotImplemented, _state.RuntimeException),
+    *(_state.NotImplemented, _state.RuntimeException, _state.ModelLoadCanceled, MemoryError),
 )
 """What onnxruntime raises: its exceptions have no common base of their own."""
 
 _CPU = _state.OrtDevice(_state.OrtDevice.cpu(), _state.OrtDevice.default_memory(), 0)
 _SILENT = 4
+_AS_REQUESTED = 1
 
 
 class RawTensor(Protocol):
@@ -81,21 +86,39 @@ class SessionSettings:
     mapped from their file, shared between sessions and processes, and decoding is slower. `exact` keeps onnxruntime
     from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul. Without `optimize` every node is run
     as it is written.
+    A session that is not made within `load_seconds` is given up, a constant that would be longer than `folded_nbytes`
+    is computed in each run, and `Session.run` ends after `run_seconds`. With `arena` it allocates from that of
+    `limit_memory`.
     """
 
     intra_op_threads: int = 1
     prepack: bool = True
     exact: bool = False
     optimize: bool = True
+    load_seconds: float = LONGEST_LOAD_SECONDS
+    folded_nbytes: int = FOLDED_NBYTES
+    run_seconds: float = LONGEST_STEP_SECONDS
+    arena: bool = False
+
+
+def limit_memory(nbytes: int) -> None:
+    """Has the sessions that are made from now on with `arena` allocate at most so much, all of them together.
+
+    What they pack of weights does not count. Sessions that there are keep the arena that they have.
+    """
+    memory = _state.OrtMemoryInfo("Cpu", _state.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, _state.OrtMemType.DEFAULT)
+    config = onnxruntime.OrtArenaCfg({"max_mem": nbytes, "arena_extend_strategy": _AS_REQUESTED})
+    onnxruntime.create_and_register_allocator(memory, config)
 
 
 class Session:
     """One onnxruntime session and what it takes to run it without Python overhead."""
 
-    __slots__ = ("_session", "run_binding")
+    __slots__ = ("_run_seconds", "_session", "run_binding")
 
     def __init__(self, model: bytes, weights_folder: os.PathLike[str], settings: SessionSettings) -> None:
         """Loads the serialised `model`, whose external data lies in `weights_folder`; raises one of ORT_ERRORS."""
+        self._run_seconds = settings.run_seconds
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.intra_op_threads
         options.inter_op_num_threads = 1
@@ -110,13 +133,21 @@ class Session:
             "session.inter_op.allow_spinning": "0",
             "session.model_external_initializers_file_folder_path": os.fspath(weights_folder),
             "session.disable_prepacking": "0" if settings.prepack else "1",
+            "session.use_env_allocators": "1" if settings.arena else "0",
+            "optimization.constant_folding_max_output_size_in_bytes": str(settings.folded_nbytes),
         }
         if settings.exact:
             entries["session.qdq_matmulnbits_accuracy_level"] = "0"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.run_binding: Callable[[RawBinding, None], None] = self._session._sess.run_with_iobinding
+        timer = threading.Timer(settings.load_seconds, options.set_load_cancellation_flag, (True,))
+        timer.daemon = True
+        timer.start()
+        try:
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        finally:
+            timer.cancel()
+        self.run_binding: Callable[[RawBinding, onnxruntime.RunOptions], None] = self._session._sess.run_with_iobinding
 
     def binding(self) -> RawBinding:
         """A new binding with nothing bound."""
@@ -124,14 +155,27 @@ class Session:
         return binding
 
     def run(self, inputs: Mapping[str, RawTensor], outputs: Sequence[str]) -> dict[str, RawTensor]:
-        """Runs once on `inputs`, and has onnxruntime allocate the `outputs`; for whoever runs it seldom."""
+        """Runs once on `inputs`, and has onnxruntime allocate the `outputs`; for whoever runs it seldom.
+
+        Raises StepTimeoutError if it takes longer than the settings let it.
+        """
         binding = self.binding()
         for name, tensor in inputs.items():
             binding.bind_ortvalue_input(name, tensor)
         for name in outputs:
             let_allocate(binding, name)
-        self.run_binding(binding, None)
+        self.run_within(self._run_seconds, binding)
         return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+    def run_within(self, seconds: float, binding: RawBinding) -> None:
+        """Runs once; raises StepTimeoutError if it takes longer, or one of ORT_ERRORS."""
+        interruption = Interruption()
+        try:
+            with interruption.after(seconds, StepTimeoutError(f"a run was not done within {seconds:g} s")):
+                self.run_binding(binding, interruption.options)
+        except ORT_ERRORS:
+            interruption.check()
+            raise
 
 
 class Tensor(NamedTuple):

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
 
 from onnx import ModelProto, TensorProto
 
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings
+from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, limit_memory
+from furiosa_llm.runtime.execution.weights_files import with_weights
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
+from furiosa_llm.runtime.program.limits import STEP_NBYTES, folded_nbytes, load_seconds, step_seconds
 from furiosa_llm.runtime.program.segments import program_part
 
 _INLINE_NBYTES = 1024
 """Tensors up to this size go into the model itself: onnxruntime can then fold them."""
+
+_GRACE_SECONDS = 0.5
+_PROBED_TOKENS = 256
+"""At most so many are in a run of a session by itself."""
 
 SectionSessions = tuple[Session | None, ...]
 """The sessions of one section, by lane; None where a lane has nothing to compute, or is not this process's."""
@@ -26,28 +38,97 @@ def create_sessions(
     settings: SessionSettings,
     *,
     threads: int,
+    step_nbytes: int = STEP_NBYTES,
     own: Collection[int] | None = None,
 ) -> tuple[SectionSessions, ...]:
     """For each section of the lanes' program the sessions of the lanes `own` (None: all).
 
-    `threads` sessions are made at a time. Raises ExecutionError, naming segment and ranks, if onnxruntime refuses one.
+    `threads` sessions are made at a time, which in all their runs together may allocate `step_nbytes`. Raises
+    ExecutionError, naming segment and ranks, if onnxruntime refuses one or does not make it in time.
     """
+    nodes = sum(len(s.nodes) for section in lanes.sections for s in section.segments if s is not None)
+    seconds = load_seconds(artifact.manifest, nodes)
+    settings = replace(settings, load_seconds=seconds, arena=True)
     loader = SegmentLoader(artifact, lanes, settings)
-    with ThreadPoolExecutor(threads, thread_name_prefix="furiosa-load") as pool:
+
+    def make(folder: Path) -> tuple[SectionSessions, ...]:
+        limit_memory(step_nbytes)
+        return _make_sessions(partial(loader.load_from, folder), lanes, threads, own, seconds)
+
+    return with_weights(artifact, make, mapped=not settings.prepack)
+
+
+def _make_sessions(
+    load: Callable[[LaneSegment, str], Session],
+    lanes: Lanes,
+    threads: int,
+    own: Collection[int] | None,
+    seconds: float,
+) -> tuple[SectionSessions, ...]:
+    pool = LoadingThreads(threads, load)
+    try:
         rows: list[list[Future[Session] | None]] = [
             [
-                pool.submit(loader.load, segment, f"segment {index} of {ranks_text(lanes.ranks[lane])}")
+                pool.submit(segment, f"segment {index} of {ranks_text(lanes.ranks[lane])}")
                 if segment is not None and (own is None or lane in own)
                 else None
                 for lane, segment in enumerate(section.segments)
             ]
             for index, section in enumerate(lanes.sections)
         ]
+        deadline = time.monotonic() + seconds
+        return tuple(tuple(made if made is None else pool.result(made, deadline) for made in row) for row in rows)
+    finally:
+        pool.close()
+
+
+class LoadingThreads:
+    """Threads that make sessions. One that onnxruntime keeps for ever is left behind: it does not hold the process."""
+
+    def __init__(self, count: int, load: Callable[[LaneSegment, str], Session]) -> None:
+        self._load = load
+        self._tasks: SimpleQueue[tuple[LaneSegment, str, Future[Session]] | None] = SimpleQueue()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"furiosa-load-{index}", daemon=True) for index in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, segment: LaneSegment, what: str) -> Future[Session]:
+        """The session of `segment`, once it is made."""
+        made: Future[Session] = Future()
+        self._tasks.put((segment, what, made))
+        return made
+
+    def result(self, made: Future[Session], deadline: float) -> Session:
+        """What was made until then, and a little later: onnxruntime itself gives up at the deadline."""
         try:
-            return tuple(tuple(made if made is None else made.result() for made in row) for row in rows)
-        except ExecutionError:
-            pool.shutdown(cancel_futures=True)
-            raise
+            return made.result(max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS)
+        except TimeoutError:
+            raise ExecutionError(
+                "onnxruntime does not come to an end with making the program ready: it computes constants for longer "
+                "than any model of this size needs; build it without them"
+            ) from None
+
+    def close(self) -> None:
+        """Lets the threads end, whatever they have not begun."""
+        self._closed = True
+        for _ in self._threads:
+            self._tasks.put(None)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _serve(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            segment, what, made = task
+            if self._closed:
+                continue
+            try:
+                made.set_result(self._load(segment, what))
+            except BaseException as error:  # noqa: BLE001 - whoever waits for it raises it
+                made.set_exception(error)
 
 
 def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) -> ModelProto:
@@ -84,7 +165,10 @@ class SegmentLoader:
     def __init__(self, artifact: Artifact, lanes: Lanes, settings: SessionSettings) -> None:
         self._artifact = artifact
         self._lanes = lanes
-        self._settings = settings
+        manifest = artifact.manifest
+        self._settings = replace(
+            settings, folded_nbytes=folded_nbytes(manifest), run_seconds=step_seconds(manifest, _PROBED_TOKENS)
+        )
         self._flexible = {
             name: state.grown_dim
             for state in artifact.manifest.states
@@ -93,8 +177,16 @@ class SegmentLoader:
         }
         self._stored = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
 
-    def load(self, segment: LaneSegment, what: str = "a part of a segment") -> Session:
-        """The session of `segment`; raises ExecutionError, naming it by `what`, if onnxruntime refuses it."""
+    def load(self, segment: LaneSegment) -> Session:
+        """The session of a part of a segment; raises ExecutionError if onnxruntime refuses it."""
+        return with_weights(
+            self._artifact,
+            lambda folder: self.load_from(folder, segment, "a part of a segment"),
+            mapped=not self._settings.prepack,
+        )
+
+    def load_from(self, folder: Path, segment: LaneSegment, what: str) -> Session:
+        """The session of `segment`, its weights in `folder`; raises ExecutionError, naming it by `what`."""
         model = lane_model(self._lanes, segment, self._flexible)
         for name, (original, rank) in segment.initializers.items():
             own = model.graph.initializer.add()
@@ -102,7 +194,7 @@ class SegmentLoader:
             own.name = name
             _point_at_window(own, self._artifact, original, rank)
         try:
-            return Session(model.SerializeToString(), self._artifact.folder, self._settings)
+            return Session(model.SerializeToString(), folder, self._settings)
         except ORT_ERRORS as error:
             raise ExecutionError(f"onnxruntime cannot load {what} of {self._artifact.folder}: {error}") from error
 

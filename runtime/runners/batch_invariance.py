@@ -17,6 +17,7 @@ from onnx import NodeProto, TensorProto
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.errors import StepTimeoutError
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, unwrap, wrap
 from furiosa_llm.runtime.execution.sessions import SegmentLoader
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
@@ -93,6 +94,9 @@ def probe_batch_invariance(artifact: Artifact, *, mapped: bool = False) -> Batch
     return replace(found, companions=again.companions, chunks=again.chunks)
 
 
+_UNPROBED: tuple[type[Exception], ...] = (*ORT_ERRORS, StepTimeoutError)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Values:
     """The results of a run: arrays by name, with their types."""
@@ -130,7 +134,7 @@ class _Probe:
                     rows |= found
                     differences += self._blame(session, segment, found)
                 chunks = chunks and self._chunks_are_alike(session, segment)
-            except ORT_ERRORS as error:  # the segment does not take random values
+            except _UNPROBED as error:  # the segment does not take random values
                 unprobed[f"{_original(segment.outputs[0])}: {type(error).__name__}: {error}"] = None
         enough = not unprobed and rows <= {1}
         return BatchInvariance(

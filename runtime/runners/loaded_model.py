@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,8 +23,10 @@ from furiosa_llm.runtime.execution.decoder import (
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
+from furiosa_llm.runtime.execution.weights_files import mapped_check
 from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.program.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
+from furiosa_llm.runtime.program.limits import step_nbytes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
 from furiosa_llm.runtime.program.serving_graph import (
     LAST_POSITIONS,
@@ -77,6 +79,8 @@ class LoadedModel:
     companions: Companions = NO_COMPANIONS
     defaults: Mapping[str, Array] = field(default_factory=dict)
     """Inputs that are the same in every step."""
+    check: Callable[[], None] | None = None
+    """Called before every step; raises what speaks against it."""
 
     @property
     def logits(self) -> str:
@@ -94,12 +98,13 @@ def load_model(
     exact: bool = False,
     own: Collection[int] | None = None,
     companions: Companions = NO_COMPANIONS,
+    max_step_nbytes: int | None = None,
 ) -> LoadedModel:
     """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
 
     `threads` sessions are made at a time; `mapped` leaves the weights in their files, and `exact` is for comparisons
-    (see `SessionSettings`). Raises UnsupportedError for a
-    model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
+    (see `SessionSettings`). Steps may allocate `max_step_nbytes`; None: what docs/limits.md says. Raises
+    UnsupportedError for a model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
     """
     manifest = artifact.manifest
     interface = interface_of(manifest)
@@ -116,11 +121,12 @@ def load_model(
         tensors=artifact.tensors,
     )
     settings = SessionSettings(prepack=not mapped, exact=exact)
+    memory = max_step_nbytes or step_nbytes(manifest)
     count = min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []
     for graph in graphs:
         laid = _lanes(artifact, graph, programs, count)
-        sessions = create_sessions(artifact, laid, settings, threads=threads, own=own)
+        sessions = create_sessions(artifact, laid, settings, threads=threads, step_nbytes=memory, own=own)
         programs.append(StageProgram(graph=graph, lanes=laid, sessions=sessions))
     return LoadedModel(
         artifact=artifact,
@@ -130,6 +136,7 @@ def load_model(
         own=tuple(range(count)) if own is None else tuple(own),
         companions=companions,
         defaults=defaults,
+        check=mapped_check(artifact) if mapped else None,
     )
 
 

@@ -34,7 +34,8 @@ class Host(Closing):
 
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files,
     and `exact` is for comparisons (see `SessionSettings`).
-    The rows that `companions` names are computed together with a copy of themselves.
+    The rows that `companions` names are computed together with a copy of themselves. `max_step_nbytes` is as for
+    `load_model`.
     Close it, or use it as a context manager, to end its threads.
     """
 
@@ -47,6 +48,7 @@ class Host(Closing):
         mapped: bool = False,
         exact: bool = False,
         companions: Companions = NO_COMPANIONS,
+        max_step_nbytes: int | None = None,
     ) -> None:
         self.threads = cores_for(threads)
         self.model = load_model(
@@ -57,6 +59,7 @@ class Host(Closing):
             mapped=mapped,
             exact=exact,
             companions=companions,
+            max_step_nbytes=max_step_nbytes,
         )
         self.crew = Crew(self.threads)
 
@@ -121,11 +124,12 @@ class LocalRunner:
         return "; ".join(doing) or "nothing is under way"
 
     def close(self) -> None:
-        """Ends the threads; batches that are under way are finished first. One that hangs is left behind."""
+        """Ends the threads, and what runs, at its next node. A thread that does not leave its node is left behind."""
         with self._closing:
             if not self._closed:
                 self._closed = True
-                for queue in self._queues:
+                for queue, group in zip(self._queues, self._groups, strict=True):
+                    group.interruption.interrupt(ExecutionError("the runner was closed before the batch was done"))
                     queue.put(None)
         deadline = time.monotonic() + _CLOSE_TIMEOUT
         for thread in self._threads:

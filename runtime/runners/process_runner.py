@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.files import Folder
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import InputError, WorkerError
@@ -44,6 +45,7 @@ class ProcessHost(Closing):
         workers: int,
         mapped: bool = False,
         companions: Companions = NO_COMPANIONS,
+        max_step_nbytes: int | None = None,
     ) -> None:
         size = artifact.manifest.mesh.size
         if not 1 <= workers <= size:
@@ -53,16 +55,18 @@ class ProcessHost(Closing):
         self._workers = workers
         self._mapped = mapped
         self._companions = companions
+        self._max_step_nbytes = max_step_nbytes
 
     def runner(self, *, slots_per_group: int) -> ProcessRunner:
         """A replica in processes of its own; raises what a worker raises that cannot load its lane."""
         return ProcessRunner(
-            str(self._artifact.folder),
+            self._artifact.files,
             self._stages,
             workers=self._workers,
             slots_per_group=slots_per_group,
             mapped=self._mapped,
             companions=self._companions,
+            max_step_nbytes=self._max_step_nbytes,
         )
 
     def close(self) -> None:
@@ -86,13 +90,14 @@ class ProcessRunner:
 
     def __init__(
         self,
-        folder: str,
+        files: Folder,
         stages: Sequence[Stage],
         *,
         workers: int,
         slots_per_group: int,
         mapped: bool = False,
         companions: Companions = NO_COMPANIONS,
+        max_step_nbytes: int | None = None,
     ) -> None:
         self._on_failure: Callable[[Exception], None] | None = None
         self._groups = len(stages)
@@ -111,13 +116,15 @@ class ProcessRunner:
             self._connections: list[Connection[Any, Any]] = []
             for lane in range(workers):
                 assignment = Assignment(
-                    folder=folder,
+                    folder=files.path,
+                    files=files.handles,
                     stages=tuple(stages),
                     lane=lane,
                     lanes=workers,
                     slots_per_group=slots_per_group,
                     mapped=mapped,
                     companions=companions,
+                    max_step_nbytes=max_step_nbytes,
                     arena=arena,
                     barriers=tuple(tuple(tuple(row) for row in rows) for rows in barriers),
                 )
@@ -193,7 +200,7 @@ class ProcessRunner:
 
     def _start(self, assignment: Assignment) -> None:
         ours, theirs = socket.socketpair()
-        inherited = [theirs.fileno(), assignment.arena]
+        inherited = [theirs.fileno(), assignment.arena, *assignment.files.descriptors]
         inherited += [d for rows in assignment.barriers for row in rows for d in row if d >= 0]
         # Not by -m, under which the worker's classes would belong to another module than ours.
         program = f"from furiosa_llm.runtime.runners.worker import main; main({theirs.fileno()})"

@@ -17,6 +17,7 @@ from furiosa_llm.runtime.execution.counters import Counters, count_run, count_se
 from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.execution.memory import Block
 from furiosa_llm.runtime.execution.states import Overwritten, SlotStates, StagedStates
+from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.segments import growing_values
 from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, Decode, Prefill
@@ -133,7 +134,14 @@ def own_ranks(model: LoadedModel, program: StageProgram) -> tuple[int, ...]:
 class _Use:
     """One form of step (its number of rows, one token or several) on one stage: bindings and the memory of values."""
 
-    def __init__(self, model: LoadedModel, program: StageProgram, crew: RunsLanes, allocate: Allocate) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        program: StageProgram,
+        crew: RunsLanes,
+        allocate: Allocate,
+        interruption: Interruption,
+    ) -> None:
         graph = program.graph
         self.states_bound: tuple[int, int] | None = None
         presents = frozenset(state.output for state in graph.states)
@@ -149,6 +157,8 @@ class _Use:
             growing=GROWING,
             own=model.own,
             allocate=allocate,
+            interruption=interruption,
+            check=model.check,
         )
         self._read = {value.name for value in graph.model.graph.input}
         self._feeds = StepFeeds(
@@ -183,9 +193,17 @@ class StageBuffers:
     """What one group has on one stage: its states, and its uses of the stage by the form of the step."""
 
     def __init__(
-        self, model: LoadedModel, program: StageProgram, *, slots: int, crew: RunsLanes, allocate: Allocate
+        self,
+        model: LoadedModel,
+        program: StageProgram,
+        *,
+        slots: int,
+        crew: RunsLanes,
+        allocate: Allocate,
+        interruption: Interruption,
     ) -> None:
         self._model = model
+        self._interruption = interruption
         self._program = program
         self._crew = crew
         self._allocate = allocate
@@ -212,7 +230,7 @@ class StageBuffers:
         rows, sequence = step.token_ids.shape
         key = (rows, sequence == 1)
         if key not in self._uses:
-            self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block)
+            self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block, self._interruption)
         use = self._uses[key]
         past = max(step.starts)
         grown = self._states.reserve(past + sequence)
@@ -266,8 +284,10 @@ class GroupRunner:
     ) -> None:
         self._model = model
         self._rows = rows_of(counters)
+        self.interruption = Interruption()
         self._memory = [
-            StageBuffers(model, program, slots=slots, crew=crew, allocate=allocate) for program in model.programs
+            StageBuffers(model, program, slots=slots, crew=crew, allocate=allocate, interruption=self.interruption)
+            for program in model.programs
         ]
 
     def run(self, batch: Batch, occupy: Occupy) -> Array:

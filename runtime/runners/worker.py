@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.artifact.files import Folder, Handles
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.errors import WorkerError
 from furiosa_llm.runtime.execution.binding import BoundProgram
@@ -37,13 +39,15 @@ class Assignment:
     `barriers` are by group, each `[sender][receiver]`.
     """
 
-    folder: str
+    folder: Path
+    files: Handles
     stages: tuple[Stage, ...]
     lane: int
     lanes: int
     slots_per_group: int
     mapped: bool
     companions: Companions
+    max_step_nbytes: int | None
     arena: int
     barriers: tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -83,13 +87,14 @@ def main(descriptor: int) -> None:
         return
     try:
         model = load_model(
-            open_artifact(assignment.folder, full=False),
+            open_artifact(assignment.folder, full=False, files=Folder(assignment.folder, assignment.files)),
             assignment.stages,
             lanes=assignment.lanes,
             threads=1,
             mapped=assignment.mapped,
             own=(assignment.lane,),
             companions=assignment.companions,
+            max_step_nbytes=assignment.max_step_nbytes,
         )
     except Exception as error:  # noqa: BLE001 - the parent raises it
         connection.send(_sendable(error))

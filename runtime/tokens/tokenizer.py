@@ -15,7 +15,7 @@ import tokenizers
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.reader import Artifact, Companion
 from furiosa_llm.runtime.errors import InputError, TokenizerError
 
 _TOKENIZER = "tokenizer.json"
@@ -53,7 +53,7 @@ class Tokenizer:
         return cls._from_files(artifact.folder, artifact.companion)
 
     @classmethod
-    def _from_files(cls, where: Path, find: Callable[[str], Path | None]) -> Tokenizer:
+    def _from_files(cls, where: Path, find: Callable[[str], Path | Companion | None]) -> Tokenizer:
         file = find(_TOKENIZER)
         if file is None:
             raise TokenizerError(
@@ -256,7 +256,7 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def _read_config(path: Path | None) -> dict[str, Any]:
+def _read_config(path: Path | Companion | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
@@ -268,7 +268,7 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     return config
 
 
-def _read_template(path: Path | None, config: Mapping[str, Any]) -> str | None:
+def _read_template(path: Path | Companion | None, config: Mapping[str, Any]) -> str | None:
     if path is not None:
         try:
             return path.read_text("utf-8")

@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manifest, OutputInfo
+from furiosa_llm.runtime.artifact.reader import Companion
 from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
 from furiosa_llm.runtime.execution.memory import array_nbytes
 
@@ -183,7 +183,7 @@ def within_limit(inputs: Inputs, lengths: Lengths) -> Lengths:
     return Lengths(limit=good, past=good, new=min(lengths.new, good))
 
 
-def configured_sizes(path: Path | None) -> dict[str, int]:
+def configured_sizes(path: Companion | None) -> dict[str, int]:
     """Sizes of dimensions other than batch and sequence: an image's sizes are in the config.json at `path`, if any."""
     if path is None:
         return {}

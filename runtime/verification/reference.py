@@ -23,6 +23,7 @@ from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.execution.decoder import Bound, DecoderInterface
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, Tensor, let_allocate, unwrap, wrap
+from furiosa_llm.runtime.program.interruption import Interruption
 
 
 class ReferenceModel:
@@ -81,7 +82,7 @@ class ReferenceModel:
         for output in self._outputs:
             let_allocate(binding, output.name)
         try:
-            self._session.run_binding(binding, None)
+            self._session.run_binding(binding, Interruption().options)
         except ORT_ERRORS as error:
             raise ExecutionError(f"onnxruntime cannot run {self._path}: {error}") from error
         results = zip(self._outputs, binding.get_outputs(), strict=True)
@@ -137,6 +138,7 @@ class _BoundModel:
         external: frozenset[str],
     ) -> None:
         self._session = session
+        self.interruption = Interruption()
         self._binding = session.binding()
         self._dtypes = {info.name: info.dtype for info in inputs} | {info.name: info.dtype for info in outputs}
         self._outputs = [info for info in outputs if info.name not in external]
@@ -168,7 +170,7 @@ class _BoundModel:
                 self.bind_output(0, info.name, wrap(block.array(info.dtype, shape), info.dtype))
 
     def run(self) -> None:
-        self._session.run_binding(self._binding, None)
+        self._session.run_binding(self._binding, self.interruption.options)
 
 
 def _read_model(path: Path) -> onnx.ModelProto:

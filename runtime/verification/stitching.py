@@ -19,6 +19,7 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_gra
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.execution.ort import Session, SessionSettings, let_allocate, unwrap, wrap
+from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS
 
 Layout = tuple[Dim | None, ...]
 """A layout per dimension; None (a dynamic dimension of a manifest) is whole."""
@@ -72,7 +73,7 @@ class SplitModel:
                 for proto in artifact.program.graph.initializer
                 if proto.name not in artifact.tensors or not artifact.tensors[proto.name].shard_axes
             ),
-            folder=artifact.folder,
+            folder=artifact.files.address,
         )
 
     def session(self, threads: int = 1) -> Session:
@@ -100,7 +101,7 @@ class SplitModel:
         names = [(rank, name) for name in outputs for rank in self._ranks()]
         for rank, name in names:
             let_allocate(binding, _own(rank, name))
-        session.run_binding(binding, None)
+        session.run_within(LONGEST_STEP_SECONDS, binding)
         found: dict[str, list[Array]] = {name: [] for name in outputs}
         for (_, name), raw in zip(names, binding.get_outputs(), strict=True):
             found[name].append(unwrap(raw, outputs[name]).array.copy())

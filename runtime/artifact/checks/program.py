@@ -6,8 +6,10 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
+import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto
 
+from furiosa_llm.runtime.artifact.checks.functions import check_functions
 from furiosa_llm.runtime.artifact.checks.model import check_inline, check_model, dtype_name, refuse
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, all_graphs, all_nodes, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, local_size
@@ -20,6 +22,9 @@ from furiosa_llm.runtime.artifact.manifest import (
     StoredTensor,
 )
 
+_LEAST_IR_VERSION = 3
+_LATEST_OPSET = 1000
+"""Of domains other than the standard operators': more than any has had."""
 _EXTERNAL_KEYS = {"location", "offset", "length"}
 
 
@@ -32,6 +37,7 @@ def check_program(program: ModelProto, manifest: Manifest, offsets: Mapping[str,
     if not graph.output:
         _fail("found no graph", "a graph with outputs")
     check_model(program, PROGRAM_NAME)
+    check_functions(program, PROGRAM_NAME)
     _check_opsets(program)
     _check_interface("input", graph.input, manifest.inputs, manifest.mesh)
     _check_interface("output", graph.output, manifest.outputs, manifest.mesh)
@@ -43,11 +49,16 @@ def check_program(program: ModelProto, manifest: Manifest, offsets: Mapping[str,
 
 def _check_opsets(program: ModelProto) -> None:
     versions: dict[str, int] = {}
+    if not _LEAST_IR_VERSION <= program.ir_version <= onnx.IR_VERSION:
+        _fail(f"found the ir_version {program.ir_version}", f"{_LEAST_IR_VERSION} to {onnx.IR_VERSION}")
     for entry in program.opset_import:
         domain = _domain(entry.domain)
         if domain in versions:
             _fail(f"found two opsets for the domain {entry.domain!r:.80}", "one")
         versions[domain] = entry.version
+        latest = onnx.defs.onnx_opset_version() if domain == "" else _LATEST_OPSET
+        if not 1 <= entry.version <= latest:
+            _fail(f"found version {entry.version} of the opset {entry.domain!r:.80}", f"1 to {latest}")
     if versions.get(COLLECTIVE_DOMAIN, 1) != 1:
         _fail(f"found version {versions[COLLECTIVE_DOMAIN]} of the opset {COLLECTIVE_DOMAIN!r}", "version 1")
     for function in program.functions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnx import ModelProto, TensorProto
 
+from furiosa_llm.runtime.artifact.checks.functions import check_functions
 from furiosa_llm.runtime.artifact.checks.model import check_inline, check_model, dtype_name, refuse
 from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, Manifest, OriginalInitializer
 
@@ -14,6 +15,7 @@ STORED_LOCATION = "artifact"
 def check_source(source: ModelProto, manifest: Manifest) -> None:
     """Raises ArtifactError for the first thing in which `source` is not what `manifest` says."""
     check_model(source, SOURCE_NAME)
+    check_functions(source, SOURCE_NAME)
     originals = {original.name: original for original in manifest.initializers}
     found: set[str] = set()
     for initializer in source.graph.initializer:

@@ -31,14 +31,14 @@ def _file_faults(artifact: Artifact, entry: FileEntry) -> Iterator[str]:
     tensors.sort(key=lambda tensor: (artifact.offsets[tensor.name], _nbytes(artifact, tensor)))
     whole = hashlib.sha256()
     try:
-        with (artifact.folder / entry.path).open("rb") as file:
+        with artifact.files.stream(entry.path) as file:
             for tensor in tensors:
-                _update(file, artifact.offsets[tensor.name] - file.tell(), [whole])
+                _update(file, entry.path, artifact.offsets[tensor.name] - file.tell(), [whole])
                 own = hashlib.sha256()
-                _update(file, _nbytes(artifact, tensor), [whole, own])
+                _update(file, entry.path, _nbytes(artifact, tensor), [whole, own])
                 if own.hexdigest() != tensor.sha256:
                     yield _differs(f"{entry.path}: stored tensor {tensor.name!r:.80}", own.hexdigest(), tensor.sha256)
-            _update(file, entry.nbytes - file.tell(), [whole])
+            _update(file, entry.path, entry.nbytes - file.tell(), [whole])
     except OSError as error:
         raise ArtifactError(f"{artifact.folder / entry.path} cannot be read: {error.strerror}") from error
     if whole.hexdigest() != entry.sha256:
@@ -50,11 +50,11 @@ def _nbytes(artifact: Artifact, tensor: StoredTensor) -> int:
     return tensor.local_nbytes * artifact.manifest.mesh.parts(tensor.shard_axes)
 
 
-def _update(file: BinaryIO, nbytes: int, digests: Sequence[hashlib._Hash]) -> None:
+def _update(file: BinaryIO, name: str, nbytes: int, digests: Sequence[hashlib._Hash]) -> None:
     while nbytes > 0:
         chunk = file.read(min(nbytes, _CHUNK_NBYTES))
         if not chunk:
-            raise ArtifactError(f"{file.name} was cut short while it was read; copy the artifact again")
+            raise ArtifactError(f"{name} was cut short while it was read; copy the artifact again")
         for digest in digests:
             digest.update(chunk)
         nbytes -= len(chunk)

@@ -16,6 +16,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.files import open_regular
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.errors import TokenizerError
 from tests.support.runtime.models import LlamaSize, llama, mlp
 from tests.support.runtime.spmd import WEIGHTS, Spmd
@@ -93,7 +94,9 @@ def test_companions_are_the_listed_files(program: Spmd, folder: Path, tmp_path: 
     listed = mlp(MESH)
     listed.files = {"tokenizer.json": b"{}"}
     artifact = open_artifact(listed.write(tmp_path / "listed"))
-    assert artifact.companion("tokenizer.json") == tmp_path / "listed" / "tokenizer.json"
+    companion = artifact.companion("tokenizer.json")
+    assert companion is not None
+    assert companion.read_text("utf-8") == "{}"
     assert artifact.companion("config.json") is None
 
 
@@ -138,15 +141,56 @@ def test_a_file_that_becomes_a_link_is_not_followed(tmp_path: Path, monkeypatch:
         open_regular(tmp_path / "link")
 
 
-def test_weights_that_are_replaced_while_the_artifact_is_open(folder: Path) -> None:
-    artifact = open_artifact(folder)
-    (folder / WEIGHTS).write_bytes(b"")
+def test_weights_that_are_cut_short_or_altered_while_the_artifact_is_open(folder: Path) -> None:
+    """By somebody who gives the file its times of change back, as far as the system lets him."""
+    artifact, path = open_artifact(folder), folder / WEIGHTS
+    before, data = path.stat(), path.read_bytes()
+    window = artifact.window("A", 0)
+    expected = artifact.read_window(window)
+    path.write_bytes(data)  # the same bytes, the tensor of which has its digest
+    np.testing.assert_array_equal(artifact.read_window(window), expected)
+    path.write_bytes(data[: window.offset] + bytes(len(data) - window.offset))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ArtifactError, match="was altered in the tensor 'A' while the artifact was open"):
+        artifact.read_window(window)
+    path.write_bytes(b"")
     with pytest.raises(ArtifactError, match="was cut short while the artifact was open"):
-        artifact.read_window(artifact.window("A", 0))
-    (folder / WEIGHTS).unlink()
-    (folder / WEIGHTS).symlink_to("program.onnx")
-    with pytest.raises(ArtifactError, match="is not a regular file"):
-        artifact.read_window(artifact.window("A", 0))
+        artifact.read_window(window)
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "a link", "a FIFO", "another file"])
+def test_what_names_stand_for_later_is_not_read(tmp_path: Path, becomes: str) -> None:
+    program = mlp(MESH)
+    program.files = {"tokenizer.json": b"{}"}
+    folder = program.write(tmp_path / "artifact")
+    artifact = open_artifact(folder)
+    window = artifact.window("A", 0)
+    expected = artifact.read_window(window)
+    for name in (WEIGHTS, "tokenizer.json", "source.onnx"):
+        path = folder / name
+        path.unlink()
+        if becomes == "a link":
+            path.symlink_to("/dev/zero")
+        elif becomes == "a FIFO":
+            os.mkfifo(path)
+        elif becomes == "another file":
+            path.write_bytes(b"x")
+    companion = artifact.companion("tokenizer.json")
+    assert companion is not None
+    assert companion.read_bytes() == b"{}"
+    assert read_source(artifact).graph.initializer
+    np.testing.assert_array_equal(artifact.read_window(window), expected)
+
+
+def test_a_companion_that_is_altered_while_the_artifact_is_open(tmp_path: Path) -> None:
+    program = mlp(MESH)
+    program.files = {"tokenizer.json": b"{}"}
+    folder = program.write(tmp_path / "artifact")
+    companion = open_artifact(folder).companion("tokenizer.json")
+    (folder / "tokenizer.json").write_bytes(b"[]")
+    assert companion is not None
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json was altered: found sha256"):
+        companion.read_bytes()
 
 
 def test_giant_models_are_refused_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,6 @@ def test_what_is_given_beside_a_scheduler_config_replaces_it() -> None:
         ({"bucket_config": [1]}, r"bucket_config must be a BucketConfig, got \[1\]"),
         ({"scheduler_config": {}}, "scheduler_config must be a SchedulerConfig, got {}"),
         ({"step_timeout": "1"}, "step_timeout must be a positive number, got '1'"),
-        ({"step_timeout": None}, "step_timeout must be a positive number, got None"),
         ({"step_timeout": float("nan")}, "step_timeout must be a positive number, got nan"),
         ({"step_timeout": 0}, "step_timeout must be a positive number, got 0"),
         ({"seed": 2**64}, r"seed must be an integer of at least 0 and below 2\*\*64, got 18446744073709551616"),

@@ -527,7 +527,8 @@ def test_closing_ends_the_threads(artifact: Artifact) -> None:
         assert len(threads_of_runners()) == len(before) + 2 + 1
         under_way = runner.submit(batch_of(3, 4))
         runner.close()
-        assert under_way.result(WAIT).shape == (1, SIZE.vocab)
+        ended = under_way.exception(WAIT)
+        assert ended is None or "the runner was closed before the batch was done" in str(ended)
         assert len(threads_of_runners()) == len(before) + 1
         with pytest.raises(ExecutionError, match="the runner is closed; make another one"):
             runner.submit(batch_of(3, 4))

@@ -113,6 +113,36 @@ def function_with_external_data(model: ModelProto) -> None:
     model.functions.append(helper.make_function("local", "f", [], ["b"], [constant], list(model.opset_import)))
 
 
+def nested_functions(model: ModelProto) -> None:
+    """Thirty functions, each of which calls the next one twice."""
+    for number in range(30):
+        calls = [helper.make_node(f"f{number + 1}", [f"v{i}"], [f"v{i + 1}"], domain="local") for i in range(2)]
+        body = calls if number < 29 else [helper.make_node("Neg", ["v0"], ["v2"])]
+        model.functions.append(helper.make_function("local", f"f{number}", ["v0"], ["v2"], body, _LOCAL))
+    _call(model, "f0")
+
+
+def _two_functions_in_a_circle(model: ModelProto) -> None:
+    for name, other in (("f0", "f1"), ("f1", "f0")):
+        body = [helper.make_node(other, ["v0"], ["v2"], domain="local")]
+        model.functions.append(helper.make_function("local", name, ["v0"], ["v2"], body, _LOCAL))
+    _call(model, "f0")
+
+
+def _function_like_an_operator(model: ModelProto) -> None:
+    model.functions.append(
+        helper.make_function("", "Relu", ["v0"], ["v2"], [helper.make_node("Neg", ["v0"], ["v2"])], _LOCAL)
+    )
+
+
+def _call(model: ModelProto, function: str) -> None:
+    model.opset_import.add(domain="local", version=1)
+    model.graph.node.append(helper.make_node(function, ["x"], ["called"], domain="local"))
+
+
+_LOCAL = [helper.make_opsetid("", 21), helper.make_opsetid("local", 1)]
+
+
 def inline_of(**fields: Any) -> Change:
     """An initializer more."""
     return lambda model: model.graph.initializer.append(TensorProto(name="added", **fields))
@@ -405,6 +435,36 @@ _PROGRAM: list[tuple[str, str, Change, str]] = [
         "two collectives swapped",
         lambda m: _swap_names([n for n in m.graph.node if n.domain == "furiosa_llm"]),
         "found 3 collective nodes, first 'collective1' for 'collective0'",
+    ),
+    (
+        "mlp",
+        "2^30 nodes by functions",
+        nested_functions,
+        "functions stand for 1610612734 nodes, expected at most 100000",
+    ),
+    (
+        "mlp",
+        "functions in a circle",
+        _two_functions_in_a_circle,
+        "calls itself, expected functions that come to an end",
+    ),
+    (
+        "mlp",
+        "a function like an operator",
+        _function_like_an_operator,
+        "function 'Relu' of the domain '' is an operator, expected another name",
+    ),
+    (
+        "mlp",
+        "an opset from the far future",
+        lambda m: setattr(m.opset_import[0], "version", 2**62),
+        "found version 4611686018427387904 of the opset '', expected 1 to",
+    ),
+    (
+        "mlp",
+        "an IR from the far future",
+        lambda m: setattr(m, "ir_version", 2**40),
+        "found the ir_version 1099511627776, expected 3 to",
     ),
     (
         "mlp",

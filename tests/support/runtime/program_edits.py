@@ -145,7 +145,7 @@ class Program:
         """Writes program and manifest; blocks begin at the nodes that they began at."""
         places = {node.name: place for place, node in enumerate(self.nodes) if node.name}
         starts = [places[name] for name in self._starts]
-        stops = [*starts[1:], len(self.nodes)]
+        stops = [*starts[1:], len(self.nodes)][: len(starts)]
         for block, start, stop in zip(self.manifest["blocks"], starts, stops, strict=True):
             block["first_node"] = start
             block["collectives"] = sum(node.domain == COLLECTIVE_DOMAIN for node in self.nodes[start:stop])

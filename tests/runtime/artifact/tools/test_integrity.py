@@ -71,11 +71,8 @@ def test_a_byte_that_belongs_to_no_tensor_is_in_the_file_s_digest(artifact: Arti
     assert fault.startswith("weights-00001.safetensors: found sha256 ")
 
 
-def test_a_file_that_shrinks_or_goes_away(artifact: Artifact) -> None:
+def test_a_file_that_shrinks(artifact: Artifact) -> None:
     path = artifact.folder / "weights-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ArtifactError, match="was cut short while it was read; copy the artifact again"):
-        check_weights(artifact)
-    path.unlink()
-    with pytest.raises(ArtifactError, match=r"weights-00001\.safetensors cannot be read: No such file"):
+    with pytest.raises(ArtifactError, match=r"weights-00001\.safetensors was cut short while it was read; copy the"):
         check_weights(artifact)

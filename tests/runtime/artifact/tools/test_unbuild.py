@@ -188,7 +188,7 @@ def test_a_source_that_was_exchanged_since(small: Artifact, tmp_path: Path) -> N
     shutil.copytree(small.folder, folder)
     opened = open_artifact(folder)
     (folder / "source.onnx").write_bytes(source_of([Original.random("w", "FLOAT", (3, 3))]))
-    with pytest.raises(ArtifactError, match=r"source\.onnx: initializer .w. is FLOAT .3, 3., expected FLOAT .32, 32."):
+    with pytest.raises(ArtifactError, match=r"source\.onnx: found \d+ bytes, expected \d+; it is being written to"):
         unbuild(opened, tmp_path / "m.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
