@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -129,12 +129,19 @@ def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], fac
     """
     if not outputs:
         return
-    computed = {value: _computed_from(value, outputs) for value in inputs}
+    computed = {value: _computed_from(value) for value in inputs}
+    moved = {value: _moved_from(value) for value in inputs}
     sources = {
         output: [v for v in inputs if output in computed[v] and _are_alike(facts[v], facts[output])]
         for output in outputs
     }
     taken: set[ir.Value] = set()
+    for output in outputs:  # what is moved or written into comes out where it goes, whatever else depends on it
+        written = [value for value in sources[output] if output in moved[value]]
+        if len(written) == 1 and written[0] not in taken:
+            taken.add(written[0])
+            sources.pop(output)
+            yield StatePair(input=written[0], output=output, sequence_dim=None, mode="replace")
     for output in sorted(sources, key=lambda output: len(sources[output])):
         free = [value for value in sources[output] if value not in taken]
         if len(free) == 1:
@@ -146,6 +153,37 @@ def _are_alike(one: Fact, other: Fact) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _computed_from(value: ir.Value, outputs: Sequence[ir.Value]) -> set[ir.Value]:
-    """The values among `outputs` that are computed from the elements of `value`."""
-    return set(outputs).intersection(reached([value], lambda node, _: node.op_type not in ("Shape", "Size")))
+def _moved_from(value: ir.Value) -> set[ir.Value]:
+    """The values that hold elements of `value`, possibly among others."""
+
+    def outputs(node: ir.Node, port: int) -> Sequence[ir.Value]:
+        grown = None if is_kept(node, port) else grown_output(node, port)
+        return node.outputs if is_kept(node, port) else () if grown is None else (grown,)
+
+    return _followed(value, outputs)
+
+
+def _computed_from(value: ir.Value) -> set[ir.Value]:
+    """The values that are computed from the elements of `value`."""
+
+    def outputs(node: ir.Node, port: int) -> Sequence[ir.Value]:
+        """Those that depend on the input `port`: of the caches of `node` only the one of that."""
+        if node.op_type in ("Shape", "Size"):
+            return ()
+        entry = op_of(node)
+        caches = {} if entry is None else entry.caches
+        others = {out for cache, out in caches.items() if port in caches and cache != port}
+        return [output for out, output in enumerate(node.outputs) if out not in others]
+
+    return _followed(value, outputs)
+
+
+def _followed(value: ir.Value, outputs: Callable[[ir.Node, int], Sequence[ir.Value]]) -> set[ir.Value]:
+    """`value`, and the `outputs` of every node that reads one that is reached."""
+    queue, seen = [value], {value}
+    while queue:
+        for node, port in queue.pop().uses():
+            fresh = [output for output in outputs(node, port) if output not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
+    return seen
