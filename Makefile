@@ -80,6 +80,11 @@ SECONDS ?= 600
 fuzz-loader: $(INSTALLED) ## damaged models: refused by name, or built and compared with the unsplit ones (SECONDS=600)
 	$(BIN)/python -m tests.campaigns.fuzz_loader --seconds $(SECONDS)
 
+.PHONY: fuzz-exports
+fuzz-exports: COUNT = 2000
+fuzz-exports: $(INSTALLED) ## decoders with their interfaces and graphs rewritten at random: equal, proved, at the same price (COUNT=2000)
+	$(BIN)/python -m tests.campaigns.fuzz_exports --count $(COUNT)
+
 .PHONY: fuzz-artifact
 fuzz-artifact: $(INSTALLED) ## damaged artifacts: refused by name, or the same as before (SECONDS=600)
 	$(BIN)/python -m tests.campaigns.fuzz_artifact --seconds $(SECONDS)
@@ -183,7 +188,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

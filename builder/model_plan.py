@@ -22,6 +22,7 @@ from furiosa_llm.builder.plan.explain import Explained, explain
 from furiosa_llm.builder.plan.search import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source import companions
+from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
 from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES
@@ -117,9 +118,9 @@ class ModelPlan:
     num_parameters: int
     """Elements of the model's floating point and quantised weights of two or more dimensions, and of vectors."""
     nbytes: int
-    """Bytes of the model's initializers."""
+    """Bytes of the model's weights."""
     dtypes: Mapping[str, int]
-    """Bytes of the initializers by their type, most first."""
+    """Bytes of the weights by their type, most first."""
     state_dtypes: tuple[str, ...]
     """The types of the caches."""
     max_sequence_length: int | None
@@ -190,16 +191,15 @@ def plan_model(
     limit = companions.max_sequence_length(path)
     workload = Workload(max_batch_size=batch, max_model_len=context or limit or DEFAULT_LENGTH)
     builds = tuple(analysed.lowered_for(of_size, told=lambda _: None) for of_size in of_sizes)
-    initializers = analysed.source.model.graph.initializers.values()
-    tensors = {id(t): t for value in initializers if (t := value.const_value) is not None}
+    tensors = weights_of(analysed.source.model)
     dtypes: Counter[str] = Counter()
-    for tensor in tensors.values():
+    for tensor in tensors:
         dtypes[tensor.dtype.numpy().name] += tensor.nbytes
     plan = ModelPlan(
         model=str(path),
         num_nodes=len(analysed.model.graph),
-        num_parameters=sum(tensor.size for tensor in tensors.values()),
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        num_parameters=sum(tensor.size for tensor in tensors),
+        nbytes=sum(tensor.nbytes for tensor in tensors),
         dtypes=dict(dtypes.most_common()),
         state_dtypes=tuple(sorted({value.dtype.numpy().name for value in builds[0].states.values if value.dtype})),
         max_sequence_length=limit,

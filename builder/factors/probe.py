@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ShapeError, UnsupportedModelError
 from furiosa_llm.builder.factors.misfit import explained, named
+from furiosa_llm.builder.shapes.growth import source_of
 from furiosa_llm.builder.shapes.interface import (
     PROBE,
     SECOND_PROBE,
     SizeSet,
     concrete,
     dimension_kinds,
+    fixed_sequence,
     lengths,
     open_counts,
+    role_of,
+    settle_batch_last,
 )
 from furiosa_llm.builder.shapes.interpreter import Facts, Interpreter, MisfitError, SizeMismatchError
 from furiosa_llm.builder.shapes.roles import LENGTHS, Role, settle_role
@@ -66,7 +70,7 @@ def probe(model: ir.Model, given: Mapping[str, int], config: Mapping[str, object
     kinds = dimension_kinds(model.graph, given, config)
     interpreter = Interpreter(model, lenient=lenient)
     try:
-        facts, kinds = _first_accepted(interpreter, model.graph, kinds)
+        facts, kinds = _first_accepted(interpreter, model.graph, partial(dimension_kinds, model.graph, given, config))
     except MisfitError as error:
         again = partial(_run, interpreter, model.graph, kinds, SECOND_PROBE)
         raise explained(error, model.graph, kinds, again) from error
@@ -89,26 +93,68 @@ def _extreme_runs(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKin
             yield _run(interpreter, graph, kinds, sizes)
 
 
-def _first_accepted(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[Facts, DimensionKinds]:
+def _first_accepted(
+    interpreter: Interpreter, graph: ir.Graph, kinds_of: Callable[[], DimensionKinds]
+) -> tuple[Facts, DimensionKinds]:
     """The first run that the graph accepts, with what the dimensions are taken for or with what they may be instead.
 
-    Some models are valid for one new position at a time only; some masks cover the new positions alone.
+    Some models are valid for one new position at a time only; some masks cover the new positions alone; some models
+    have the batch behind the sequence.
     """
+    kinds = kinds_of()
     try:
         return _first_run(interpreter, graph, kinds)
     except ShapeError as error:
-        for other in _instead(kinds):
-            with contextlib.suppress(ShapeError):
-                return _first_run(interpreter, graph, other)
-        counts = open_counts(graph)
-        for roles in itertools.product(LENGTHS, repeat=len(counts)) if 0 < len(counts) <= _MOST_COUNTS else ():
-            for value, role in zip(counts, roles, strict=True):
-                settle_role(value, Role(name=role, why="the shapes fit if it is", tie=False))
-            with contextlib.suppress(ShapeError):
-                return _first_run(interpreter, graph, kinds)
-        for value in counts:
-            settle_role(value, Role(name="other", why="nothing tells what it counts"))
+        for batch_last in (False, True):
+            settle_batch_last(graph, batch_last=batch_last)
+            found = _first_other(interpreter, graph, kinds_of())
+            if found is not None:
+                return found
+        settle_batch_last(graph, batch_last=False)
         raise error
+
+
+def _first_other(
+    interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds
+) -> tuple[Facts, DimensionKinds] | None:
+    """Like `_first_accepted`, for one order of batch and sequence; None if there is no such run."""
+    for other in (kinds, *_instead(kinds)):
+        with contextlib.suppress(ShapeError):
+            return _first_run(interpreter, graph, other)
+    counts = open_counts(graph)
+    choices = itertools.product(LENGTHS, repeat=len(counts)) if 0 < len(counts) <= _MOST_COUNTS else ()
+    fitting: list[tuple[str, ...]] = []
+    for roles in choices:
+        _settle_counts(counts, roles)
+        with contextlib.suppress(ShapeError):
+            facts, found = _first_run(interpreter, graph, kinds)
+            if _states_grow(graph, found, facts):
+                return facts, found
+            fitting.append(roles)
+    if fitting:
+        _settle_counts(counts, fitting[0])
+        return _first_run(interpreter, graph, kinds)
+    for value in counts:
+        settle_role(value, Role(name="other", why="nothing tells what it counts"))
+    return None
+
+
+def _settle_counts(counts: Sequence[ir.Value], roles: Sequence[str]) -> None:
+    for value, role in zip(counts, roles, strict=True):
+        settle_role(value, Role(name=role, why="the shapes fit if it is", tie=False))
+
+
+def _states_grow(graph: ir.Graph, kinds: DimensionKinds, facts: Facts) -> bool:
+    """Whether every state with a past comes out as long as the total."""
+    given = {facts[value].shape for value in graph.outputs}
+    total = PROBE.past + (fixed_sequence(graph) or PROBE.sequence)
+    for value in graph.inputs:
+        dims, shape = kinds[str(value.name)], facts[value].shape
+        if role_of(value) == "state" and "past" in dims:
+            grown = tuple(total if dim == "past" else size for dim, size in zip(dims, shape, strict=True))
+            if grown not in given:
+                return False
+    return True
 
 
 def _instead(kinds: DimensionKinds) -> Iterator[DimensionKinds]:
@@ -139,11 +185,14 @@ def _first_run(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds)
         try:
             return _run(interpreter, graph, tried, PROBE), tried
         except SizeMismatchError as error:
-            name = str(error.value.name)
-            kind = kinds[name][error.dim] if name in kinds else 0
-            if isinstance(kind, int) or (name, error.dim) in found:
+            source = source_of(error.value, error.dim, graph.inputs)
+            if source is None:
                 raise
-            found[name, error.dim] = error.expected
+            name, dim = str(source[0].name), source[1]
+            kind = kinds[name][dim]
+            if isinstance(kind, int) or (name, dim) in found:
+                raise
+            found[name, dim] = error.expected
             if not hasattr(PROBE, kind):
                 guessed.setdefault(kind, error.expected)
 
@@ -159,7 +208,8 @@ def _size(
 def _priced_steps(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds) -> tuple[PricedStep, PricedStep]:
     """Steps of one new position after each of two contexts; for models without a past, of one and of two positions."""
     names = {kind for dims in kinds.values() for kind in dims}
-    positions = 2 if "sequence" in names and "past" not in names else 1
+    has_past = "past" in names or any(role_of(value) in LENGTHS for value in graph.inputs)
+    positions = 2 if "sequence" in names and not has_past else 1
     failure: ShapeError | None = None
     for shorter, longer in CONTEXTS:
         sizes = SizeSet(batch=1, sequence=1, past=shorter, encoder=shorter + 1, others=(64,))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -137,6 +137,7 @@ def _replaced_pairs(
     if not outputs or max(len(inputs), len(outputs)) > MAX_REPLACED:
         return
     computed = _computed_from(graph, inputs)
+    moved = {value: _moved_from(value) for value in inputs}
     sources = {
         output: [
             value
@@ -146,6 +147,12 @@ def _replaced_pairs(
         for output in outputs
     }
     taken: set[ir.Value] = set()
+    for output in outputs:  # what is moved or written into comes out where it goes, whatever else depends on it
+        written = [value for value in sources[output] if output in moved[value]]
+        if len(written) == 1 and written[0] not in taken:
+            taken.add(written[0])
+            sources.pop(output)
+            yield StatePair(input=written[0], output=output, sequence_dim=None, mode="replace")
     for output in sorted(sources, key=lambda output: len(sources[output])):
         free = [value for value in sources[output] if value not in taken]
         if len(free) == 1:
@@ -157,13 +164,42 @@ def _are_alike(one: Fact, other: Fact) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
+def _moved_from(value: ir.Value) -> set[ir.Value]:
+    """The values that hold elements of `value`, possibly among others."""
+
+    def outputs(node: ir.Node, port: int) -> Sequence[ir.Value]:
+        grown = None if is_kept(node, port) else grown_output(node, port)
+        return node.outputs if is_kept(node, port) else () if grown is None else (grown,)
+
+    return _followed(value, outputs)
+
+
 def _computed_from(graph: ir.Graph, inputs: Sequence[ir.Value]) -> dict[ir.Value, int]:
-    """From the elements of which of `inputs` each value is computed: a bit for each of them."""
+    """From the elements of which of `inputs` each value is computed: a bit for each of them.
+
+    Of the caches of a node each output depends on the one that it is.
+    """
     found = {value: 1 << number for number, value in enumerate(inputs)}
     for node in graph:
         if node.op_type in ("Shape", "Size"):
             continue
-        used = {found[value] for value in node.inputs if value in found}
-        if used:
-            found.update(dict.fromkeys(node.outputs, functools.reduce(operator.or_, used)))
+        entry = op_of(node)
+        caches = {} if entry is None else entry.caches
+        used = {port: found[value] for port, value in enumerate(node.inputs) if value in found}
+        for out, output in enumerate(node.outputs if used else ()):
+            others = {port for port, made in caches.items() if made != out} if out in caches.values() else ()
+            bits = functools.reduce(operator.or_, (bit for port, bit in used.items() if port not in others), 0)
+            if bits:
+                found[output] = bits
     return found
+
+
+def _followed(value: ir.Value, outputs: Callable[[ir.Node, int], Sequence[ir.Value]]) -> set[ir.Value]:
+    """`value`, and the `outputs` of every node that reads one that is reached."""
+    queue, seen = [value], {value}
+    while queue:
+        for node, port in queue.pop().uses():
+            fresh = [output for output in outputs(node, port) if output not in seen]
+            seen.update(fresh)
+            queue.extend(fresh)
+    return seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo, find_weight
 from furiosa_llm.builder.factors.factor import Factor, Kind
 from furiosa_llm.builder.factors.states import States
 from furiosa_llm.builder.rules import keeps_weights
+from furiosa_llm.builder.shapes.growth import position_dim
 from furiosa_llm.builder.shapes.interface import role_of
 
 
@@ -43,7 +45,7 @@ def candidates(analysis: Analysis, states: States) -> list[Factor]:
     Inputs of the model that are not states stay whole, because every rank receives them unsplit.
     """
     weights = find_weight_derived(analysis)
-    kept_whole = set(analysis.pinned) | set(_head_vectors(analysis, states))
+    kept_whole = set(analysis.pinned) | set(_head_vectors(analysis, states, weights))
     for value in analysis.graph.inputs:
         if value not in states.values:
             kept_whole.update(leaf for factor in analysis.dims[value] for leaf in factor.leaves())
@@ -60,14 +62,39 @@ def candidates(analysis: Analysis, states: States) -> list[Factor]:
     return [leaf for leaf in found if leaf not in kept_whole]
 
 
-def _head_vectors(analysis: Analysis, states: States) -> Iterator[Factor]:
-    """The innermost dimension of caches, if it follows the positions; of three dimensions it holds the heads, too."""
+def _head_vectors(analysis: Analysis, states: States, weights: AbstractSet[ir.Value]) -> Iterator[Factor]:
+    """The dimensions of caches that are a head's vector: an op uses it inside, or one operand of a product has it.
+
+    Where nothing shows them it is the innermost dimension, if it follows the positions; of three dimensions that
+    holds the heads, too.
+    """
+    shown = {*analysis.pinned, *_vectors(analysis, weights)}
     for value in states.values:
         dims = analysis.dims[value]
-        dynamic = [d for d in range(1, len(dims)) if analysis.is_dynamic(value, d)]
-        if dynamic and dynamic[-1] + 1 < len(dims):
+        positions = [d for d in range(1, len(dims)) if analysis.is_dynamic(value, d)]
+        written = None if positions or not value.is_graph_input() else position_dim(value)
+        positions += [] if written is None else [written]
+        if not positions:
+            continue
+        found = [leaf for d, dim in enumerate(dims) if d not in positions for leaf in dim.leaves() if leaf in shown]
+        if found:
+            yield from found
+        elif positions[-1] + 1 < len(dims):
             leaves = list(dims[-1].leaves())
             yield from leaves if len(dims) > 3 else leaves[-1:]
+
+
+def _vectors(analysis: Analysis, weights: AbstractSet[ir.Value]) -> Iterator[Factor]:
+    """The leaves that only one operand of a product of scores or values has, and those that it contracts."""
+    for info in analysis.nodes:
+        operands = [value for value in info.node.inputs if value is not None]
+        if not info.contracts or len(operands) != 2 or not weights.isdisjoint(operands):
+            continue
+        if any(len(analysis.dims[value]) < 3 for value in operands):
+            continue  # a matrix that is an input: an adapter
+        one, other = ({leaf for factor in analysis.dims[v] for leaf in factor.leaves()} for v in operands)
+        yield from one ^ other
+        yield from (leaf for factor in info.reduced for leaf in factor.leaves())
 
 
 def group_leaves(

@@ -28,15 +28,31 @@ def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
     """Two sets of sizes, each with a size for every name of a dynamic dimension of the inputs."""
     dims = (dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str))
     names = dict.fromkeys(name for dim in dims for name in parse_dimension(dim).names)
+    names |= dict.fromkeys(LENGTH_ROLES[info.role] for info in manifest.inputs if info.role in LENGTH_ROLES)
     both: tuple[dict[str, int], dict[str, int]] = ({}, {})
     others = itertools.cycle(_OTHERS)
+    steps = _fixed_sequence(manifest)
     for name in names:
-        if name == "total" and {"past", "sequence"} <= names.keys():
+        if name == "total" and "past" in names and ("sequence" in names or steps is not None):
             continue
         pair = _SIZES.get(name) or next(others)
         for sizes, size in zip(both, pair, strict=True):
             sizes[name] = size
+    if steps is not None:
+        both[0]["sequence"] = both[1]["sequence"] = steps
     return known_sizes(both[0]), known_sizes(both[1])
+
+
+def _fixed_sequence(manifest: Manifest) -> int | None:
+    """How many new positions each step has, if the shape of the tokens, positions or embeddings fixes it."""
+    for info in manifest.inputs:
+        behind = 1 if info.role in ("token_ids", "position_ids") else 2 if info.role == "other" else 0
+        if not behind or len(info.shape) != behind + 1:
+            continue
+        size = info.shape[-behind]
+        if isinstance(size, int):
+            return size
+    return None
 
 
 class RankInterpreter(Interpreter):

@@ -36,6 +36,11 @@ class Placement:
         plain = all(isinstance(piece, pieces.Run) for dim in self.dims for piece in dim)
         return plain and not self.partial and self.scale == 1
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether every rank holds all of the tensor, in order, where copies are read as whole dimensions."""
+        return all(map(pieces.is_whole, self.dims)) and not self.partial and self.scale == 1
+
     def __str__(self) -> str:
         partial = f" partial over axes {sorted(self.partial)}" if self.partial else ""
         scale = f" times {self.scale}" if self.scale != 1 else ""

@@ -166,7 +166,7 @@ class RankTransfer:
     def _function(self, node: ir.Node, held: Sequence[Held | None]) -> Held:
         """Integers that differ from rank to rank, computed element by element."""
         for value, one in zip(node.inputs, held, strict=True):
-            fine = isinstance(one, RankConstant | RankFunction) or (isinstance(one, Placement) and one.is_whole)
+            fine = isinstance(one, RankConstant | RankFunction) or (isinstance(one, Placement) and one.is_equal)
             if value is not None and not fine:
                 raise ContradictionError(
                     f"a computation with ranks' own numbers and {value.name!r}: {one}",

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rules.cost import RMS_NORM, SOFTMAX, Cost, spent, taken
 from furiosa_llm.builder.rules.facts import Fact, present
-from furiosa_llm.builder.rules.operands import Operands, Shapes, has, takes
+from furiosa_llm.builder.rules.operands import Operands, Shapes, has, of_one_batch, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, SizeMismatchError, attributes_of
@@ -250,21 +250,34 @@ op(
     definition=takes(range(7, 17), (0, 5, 6), "num_heads", "kv_num_heads", outputs=4),
     operands=Operands(
         ranks={**dict.fromkeys((0, 1, 2), (3,)), 3: (4,), 4: (4,), 10: (4,), 11: (1,)},
-        check=_group_query_attention_fault,
+        check=of_one_batch({0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0, 9: 0}, _group_query_attention_fault),
     ),
     caches={3: 1, 4: 2},
     in_place=True,
     cost=_group_query_attention_cost,
 )
-op("Attention", rule=attention, caches={4: 1, 5: 2}, cost=_attention_cost)
-op("RotaryEmbedding", rule=rotary_embedding, cost=_rotary_cost)
+op(
+    "Attention",
+    rule=attention,
+    operands=Operands(check=of_one_batch({0: 0, 1: 0, 2: 0, 4: 0, 5: 0, 6: 0})),
+    caches={4: 1, 5: 2},
+    cost=_attention_cost,
+)
+op("RotaryEmbedding", rule=rotary_embedding, operands=Operands(check=of_one_batch({0: 0, 3: 0})), cost=_rotary_cost)
 op(
     "RotaryEmbedding",
     domain=MICROSOFT,
     rule=rotary_embedding_microsoft,
     shape=as_input,
     definition=takes(range(4, 5), (0, 1, 2, 3)),
-    operands=Operands(ranks={0: (3, 4)}),
+    operands=Operands(ranks={0: (3, 4)}, check=of_one_batch({0: 0, 1: 0})),
     cost=_rotary_cost,
 )
-op("MRotaryEmbedding", domain=MICROSOFT, rule=multimodal_rotary_embedding, shape=as_input, cost=_rotary_cost)
+op(
+    "MRotaryEmbedding",
+    domain=MICROSOFT,
+    rule=multimodal_rotary_embedding,
+    shape=as_input,
+    operands=Operands(check=of_one_batch({0: 0, 1: 1})),
+    cost=_rotary_cost,
+)

@@ -13,6 +13,7 @@ from furiosa_llm.builder.rules.attention import attention_flops, cache_writes
 from furiosa_llm.builder.rules.cost import Cost, spent
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import per_channel
+from furiosa_llm.builder.rules.operands import Operands, of_one_batch
 from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
@@ -255,6 +256,7 @@ op(
     domain=MICROSOFT,
     rule=attention_microsoft,
     shape=_attention_shape,
+    operands=Operands(check=of_one_batch({0: 0, 4: 1})),
     caches={4: 1},
     cost=_projected_attention_cost,
 )
@@ -263,6 +265,7 @@ op(
     domain=MICROSOFT,
     rule=quantized_attention,
     shape=_quantized_attention_shape,
+    operands=Operands(check=of_one_batch({0: 0, 8: 1})),
     caches={8: 1},
     cost=_projected_attention_cost,
 )
@@ -271,6 +274,7 @@ op(
     domain=MICROSOFT,
     rule=multi_head_attention,
     shape=_multi_head_attention_shape,
+    operands=Operands(check=of_one_batch({0: 0, 6: 0, 7: 0})),
     caches={6: 1, 7: 2},
     cost=_heads_cost,
 )

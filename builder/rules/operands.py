@@ -78,6 +78,26 @@ def has(shapes: Shapes, port: int) -> bool:
     return port < len(shapes) and shapes[port] is not None
 
 
+def of_one_batch(places: Mapping[int, int], then: OperandCheck | None = None) -> OperandCheck:
+    """A check that inputs are of one sequence, or of equally many: `places` says which dimension counts them.
+
+    `then` is checked behind it.
+    """
+
+    def check(node: ir.Node, shapes: Shapes) -> str | None:
+        found: dict[int, int] = {}
+        for port, d in places.items():
+            shape = shapes[port] if port < len(shapes) else None
+            if shape is not None and len(shape) > d and shape[d] != 1:
+                found.setdefault(shape[d], port)
+        if len(found) > 1:
+            (one, first), (other, second), *_ = found.items()
+            return f"input {first} is of {one} sequences, input {second} of {other}"
+        return None if then is None else then(node, shapes)
+
+    return check
+
+
 NOTHING_SPECIAL = Operands()
 AXES_INPUT = Operands(ranks={1: (0, 1)})
 """The axes in input 1 are a list or one number."""

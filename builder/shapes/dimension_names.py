@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, concrete
+from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, concrete, total_name
 
 Sizes = tuple[int, int]
 
@@ -13,12 +13,12 @@ def names_of_sizes(kinds: Mapping[str, tuple[int | str, ...]]) -> dict[Sizes, st
     """(size at the first probe, size at the second) -> name, for the dynamic dimensions of the inputs."""
     first, second = concrete(kinds, PROBE), concrete(kinds, SECOND_PROBE)
     names = {
-        (first[name][d], second[name][d]): kind
+        (first[name][d], second[name][d]): total_name(kind)
         for name, dims in kinds.items()
         for d, kind in enumerate(dims)
         if isinstance(kind, str)
     }
-    if "past" in names.values():
+    if "past" in names.values() and "total" not in names.values():
         names[PROBE.total, SECOND_PROBE.total] = "total"
     return names
 

@@ -1,12 +1,12 @@
-"""Which dimension of a state grows, found by following it to the op that appends to it."""
+"""Which dimension of a state is which after changes of its form: the one that grows, the one with a known size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.shapes.flow import cache_output, grown_output, is_kept
+from furiosa_llm.builder.shapes.flow import cache_output, grown_output, is_kept, reached
 
 _Dims = tuple[int | None, ...]
 """For each dimension of a value, the dimension of the state that it is; None if it is not known."""
@@ -14,29 +14,71 @@ _Dims = tuple[int | None, ...]
 
 def growing_dim(state: ir.Value) -> int | None:
     """The dimension of the graph input `state` in which an op appends new positions; None if no op is found to."""
-    if state.shape is None:
-        return None
-    queue: list[tuple[ir.Value, _Dims]] = [(state, tuple(range(len(state.shape))))]
-    seen = {state}
-    while queue:
-        current, dims = queue.pop()
-        for node, port in current.uses():
+    for form, dims in _forms(state, _moved):
+        for node, port in form.uses():
             grown = _grown(node, port, dims)
             if grown is not None:
                 return grown
-            after = _moved(node, dims) if is_kept(node, port) else None
-            if after is not None and not seen.issuperset(node.outputs):
-                seen.update(node.outputs)
-                queue.extend((output, after) for output in node.outputs)
+    return None
+
+
+def batch_dim(state: ir.Value) -> int | None:
+    """The dimension of the graph input `state` that an attention op takes for the batch; None if no op takes it."""
+    for form, dims in _forms(state, _moved):
+        for node, port in form.uses():
+            if cache_output(node, port) is not None:
+                return dims[1] if len(dims) > 4 else dims[0]
+    return None
+
+
+def position_dim(state: ir.Value) -> int | None:
+    """The dimension of the graph input `state` that new positions are appended to or written into, if one is found."""
+    grown = growing_dim(state)
+    if grown is not None:
+        return grown
+    for form, dims in _forms(state, _moved):
+        for node, port in form.uses():
+            if port == 0 and node.op_type == "TensorScatter":
+                return dims[node.attributes["axis"].as_int() if "axis" in node.attributes else -2]
     return None
 
 
 def is_written(state: ir.Value) -> bool:
     """Whether new positions are written into `state`, so that it does not grow."""
+    grown = growing_dim(state)
+    if grown is not None and state.shape is not None and isinstance(state.shape[grown], int):
+        return True
     return any(
         grown_output(node, port) is not None and node.op_type != "Concat" and cache_output(node, port) is None
-        for node, port in state.uses()
+        for form in reached([state], is_kept)
+        for node, port in form.uses()
     )
+
+
+def source_of(value: ir.Value, d: int, inputs: Sequence[ir.Value]) -> tuple[ir.Value, int] | None:
+    """Which of `inputs`, and which dimension of it, has the size of dimension `d` of its form `value`."""
+    for source in inputs:
+        for form, dims in _forms(source, _sized):
+            place = dims[d] if form is value else None
+            if place is not None:
+                return source, place
+    return None
+
+
+def _forms(state: ir.Value, after: Callable[[ir.Node, _Dims], _Dims | None]) -> Iterator[tuple[ir.Value, _Dims]]:
+    """The forms of a graph input, with what their dimensions are; `after` says what they are after a node."""
+    if state.shape is None:
+        return
+    queue: list[tuple[ir.Value, _Dims]] = [(state, tuple(range(len(state.shape))))]
+    seen = {state}
+    while queue:
+        current, dims = queue.pop()
+        yield current, dims
+        for node, port in current.uses():
+            moved = after(node, dims) if is_kept(node, port) else None
+            if moved is not None and not seen.issuperset(node.outputs):
+                seen.update(node.outputs)
+                queue.extend((output, moved) for output in node.outputs)
 
 
 def _grown(node: ir.Node, port: int, dims: _Dims) -> int | None:
@@ -46,6 +88,19 @@ def _grown(node: ir.Node, port: int, dims: _Dims) -> int | None:
     if cache_output(node, port) is not None and len(dims) > 1:
         return dims[-2] if len(dims) > 3 else dims[1]
     return None
+
+
+def _sized(node: ir.Node, dims: _Dims) -> _Dims | None:
+    """Like `_moved`, without the dimensions that the node makes shorter."""
+    cut: Sequence[int] | None = ()
+    if node.op_type == "Split":
+        cut = (node.attributes["axis"].as_int() if "axis" in node.attributes else 0,)
+    elif node.op_type == "Slice":
+        cut = _axes(node, 3)
+    if cut is None:
+        return None
+    gone = {axis % len(dims) for axis in cut}
+    return _moved(node, tuple(None if d in gone else dim for d, dim in enumerate(dims)))
 
 
 def _moved(node: ir.Node, dims: _Dims) -> _Dims | None:
@@ -62,7 +117,7 @@ def _moved(node: ir.Node, dims: _Dims) -> _Dims | None:
             rank = None if index is None or index.shape is None else len(index.shape)
             return None if rank is None else (*dims[:axis], *(None,) * rank, *dims[axis + 1 :])
         case "Squeeze" | "Unsqueeze":
-            axes = _axes(node)
+            axes = _axes(node, 1)
             if axes is None:
                 return None
             if node.op_type == "Squeeze":
@@ -74,10 +129,10 @@ def _moved(node: ir.Node, dims: _Dims) -> _Dims | None:
     return None
 
 
-def _axes(node: ir.Node) -> Sequence[int] | None:
-    """The axes of a Squeeze or Unsqueeze: an attribute before opset 13, an operand since."""
+def _axes(node: ir.Node, port: int) -> Sequence[int] | None:
+    """The axes of a node: an attribute in early versions, the operand `port` since."""
     if "axes" in node.attributes:
         return node.attributes["axes"].as_ints()
-    value = node.inputs[1] if len(node.inputs) > 1 else None
+    value = node.inputs[port] if len(node.inputs) > port else None
     tensor = None if value is None else value.const_value
     return None if tensor is None else [int(axis) for axis in tensor.numpy().reshape(-1)]

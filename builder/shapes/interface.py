@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OptionError, ShapeError
-from furiosa_llm.builder.shapes.growth import growing_dim, is_written
+from furiosa_llm.builder.shapes.growth import batch_dim, growing_dim, is_written
 from furiosa_llm.builder.shapes.roles import GIVEN, LENGTHS, Role, find_roles, has_roles, inferred_role, settle_role
 from furiosa_llm.builder.shapes.roles import role_of as role_of
 
@@ -43,7 +43,8 @@ SECOND_PROBE = SizeSet(batch=3, sequence=5, past=17, encoder=29, others=(53, 59,
 _COUNTS = frozenset((ir.DataType.INT32, ir.DataType.INT64))
 _SUM = re.compile(r"\s*([^\s+*/()-]+)\s*\+\s*([^\s+*/()-]+)\s*")
 """A symbol that is written as the sum of two others."""
-_KINDS = frozenset(("batch", "sequence", "past", "total", "encoder"))
+_BATCH_LAST = "furiosa_llm.batch_last"
+_FIXED_TOTAL = re.compile(r"past \+ (\d+)")
 
 
 def dimension_kinds(
@@ -72,7 +73,38 @@ def dimension_kinds(
     _settle_lengths(graph, symbols)
     inner = {s for v, d in _dynamic(graph) if d and role_of(v) == "other" and (s := _symbol((v, d))) is not None}
     inner -= {s for v, d in _dynamic(graph) if d == 0 and role_of(v) != "other" and (s := _symbol((v, d))) is not None}
-    return {str(v.name): tuple(_kinds(v, known, symbols, sizes, config, inner)) for v in graph.inputs}
+    kinds = {str(v.name): tuple(_kinds(v, known, symbols, sizes, config, inner)) for v in graph.inputs}
+    return _with_fixed_steps(kinds, fixed_sequence(graph))
+
+
+def settle_batch_last(graph: ir.Graph, *, batch_last: bool) -> None:
+    """Take tokens, or embeddings in their place, for [sequence, batch], or for [batch, sequence] as usual."""
+    graph.meta[_BATCH_LAST] = batch_last
+
+
+def fixed_sequence(graph: ir.Graph) -> int | None:
+    """How many new positions each step has, if the shape of the tokens or of their embeddings fixes it."""
+    for value in graph.inputs:
+        steps = role_of(value) == "token_ids" or _is_embedding(graph, value)
+        if steps and value.shape is not None and len(value.shape) > 1:
+            size = value.shape[
+                0 if graph.meta.get(_BATCH_LAST) else len(value.shape) - (1 if role_of(value) == "token_ids" else 2)
+            ]
+            return size if isinstance(size, int) else None
+    return None
+
+
+def _with_fixed_steps(kinds: dict[str, tuple[int | str, ...]], steps: int | None) -> dict[str, tuple[int | str, ...]]:
+    """`kinds` in which the total is the past and a fixed number of new positions, if that is fixed."""
+    if steps is None:
+        return kinds
+    total = f"past + {steps}"
+    return {name: tuple(total if kind == "total" else kind for kind in dims) for name, dims in kinds.items()}
+
+
+def total_name(kind: str) -> str:
+    """The name of a dimension of this kind: that of the total is the same if the number of new positions is fixed."""
+    return "total" if _FIXED_TOTAL.fullmatch(kind) else kind
 
 
 def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
@@ -86,6 +118,8 @@ def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
 
 def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:
     """The name of each input that holds a number of positions -> that number."""
+    steps = fixed_sequence(graph)
+    sizes = sizes if steps is None else dataclasses.replace(sizes, sequence=steps)
     return {
         str(value.name): getattr(sizes, LENGTHS[role])
         for value in graph.inputs
@@ -150,7 +184,7 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
     dynamic = [place for place in _dynamic(graph) if place not in sizes]
     grows = {v: growing_dim(v) for v in graph.inputs if role_of(v) == "state"}
     has_state = bool(grows)
-    tokens = {_symbol(place) for place in dynamic if role_of(place[0]) == "token_ids"}
+    batches = {_symbol((v, d)) for v, d in dynamic if role_of(v) == "token_ids" and d == 0} - {None}
     for place in dynamic:
         value, d = place
         role = inferred_role(value)
@@ -162,7 +196,7 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
         behind = len(value.shape) - 1 - d
         kind = None
         if role.name == "state":
-            kind = "past" if grows[value] == d else None
+            kind = {grows[value]: "past", batch_dim(value): "batch"}.get(d)
         elif _is_encoders(value) and role.name == "attention_mask":
             kind = ("encoder" if behind == 0 else None) if len(value.shape) > 1 else None
         elif role.name == "other" and _is_embedding(graph, value) and behind == 1:
@@ -170,7 +204,9 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
         elif role.name in ("token_ids", "position_ids", "token_type_ids", "attention_mask"):
             kind = _of_steps(role.name, behind, len(value.shape), has_state=has_state)
             if len(value.shape) == 1 and role.name != "attention_mask":
-                kind = "sequence" if role.name == "position_ids" and _symbol(place) in tokens else None
+                kind = "sequence" if role.name == "position_ids" and _symbol(place) not in batches else None
+        if graph.meta.get(_BATCH_LAST) and (role.name == "token_ids" or _is_embedding(graph, value)):
+            kind = {0: "sequence", 1: "batch"}.get(d, kind)
         if kind is not None:
             found[place] = kind, role.name
     return found
@@ -258,9 +294,16 @@ def _by_place(
 
 def concrete(kinds: Mapping[str, tuple[int | str, ...]], sizes: SizeSet) -> dict[str, tuple[int, ...]]:
     """Shapes of the graph inputs at one set of sizes."""
-    names = dict.fromkeys(k for dims in kinds.values() for k in dims if isinstance(k, str) and not hasattr(sizes, k))
-    unknown = {name: sizes.others[i % len(sizes.others)] for i, name in enumerate(names)}
-    return {
-        name: tuple(k if isinstance(k, int) else unknown[k] if k in unknown else getattr(sizes, k) for k in dims)
-        for name, dims in kinds.items()
-    }
+    names = dict.fromkeys(k for dims in kinds.values() for k in dims if isinstance(k, str))
+    found = {name: size for name in names if (size := _known_size(name, sizes)) is not None}
+    unknown = [name for name in names if name not in found]
+    found |= {name: sizes.others[i % len(sizes.others)] for i, name in enumerate(unknown)}
+    return {name: tuple(k if isinstance(k, int) else found[k] for k in dims) for name, dims in kinds.items()}
+
+
+def _known_size(kind: str, sizes: SizeSet) -> int | None:
+    match = _FIXED_TOTAL.fullmatch(kind)
+    if match is not None:
+        return sizes.past + int(match[1])
+    size = getattr(sizes, kind, None)
+    return size if isinstance(size, int) else None

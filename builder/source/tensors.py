@@ -22,6 +22,8 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES
 _PIECE_NBYTES = 4 * 2**20
 _BLOCK_NBYTES = 4096
 """The alignment of direct reads: a multiple of any disk's block."""
+_CONSTANT_NBYTES = 1024
+"""A constant of more bytes is a weight."""
 STREAMED_NBYTES = 2**20
 """The most bytes of a piece that is passed on at once."""
 
@@ -43,6 +45,18 @@ class SourceTensor(ir.ExternalTensor):
     def tobytes(self) -> bytes:
         """The elements as ONNX packs them."""
         return read_packed(self).tobytes()
+
+
+def weights_of(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Every initializer's tensor of a model once, and every tensor of a Constant node that is as large as a weight."""
+    found = {id(v.const_value): v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in graph.all_nodes():
+            value = node.attributes.get("value") if node.op_type == "Constant" else None
+            tensor = None if value is None or value.type is not ir.AttributeType.TENSOR else value.as_tensor()
+            if tensor is not None and tensor.nbytes > _CONSTANT_NBYTES:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 class DeferredTensor(ir.LazyTensor):

@@ -62,7 +62,8 @@ def manifest_of(
 
 def _tensors(build: Build, placements: Mapping[str, FilePosition]) -> tuple[StoredTensor, ...]:
     originals = build.source.model.graph.initializers.items()
-    origins = {id(value.const_value): name for name, value in reversed(list(originals))}
+    names = {id(value.const_value): name for name, value in reversed(list(originals))}
+    origins = {t.name: names.get(id(t.source)) for t in build.tensors() if t.source is not None}
     return tuple(
         StoredTensor(
             name=tensor.name,
@@ -71,8 +72,8 @@ def _tensors(build: Build, placements: Mapping[str, FilePosition]) -> tuple[Stor
             local_shape=tensor.local_shape,
             shard_axes=tensor.shard_axes,
             layout=tensor.layout,
-            part=tensor.part,
-            origin=None if tensor.source is None else origins.get(id(tensor.source)),
+            part=tensor.part if origins.get(tensor.name) is not None else None,
+            origin=origins.get(tensor.name),
             sha256=placements[tensor.name].sha256,
         )
         for tensor in build.tensors()

@@ -15,6 +15,7 @@ from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
+from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.shards import num_shards
 from furiosa_llm.builder.write.whole import shortfalls
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
@@ -51,7 +52,7 @@ class BuildReport:
     padding_nbytes: int
     """Bytes of zeros that are stored for padding, of all ranks together."""
     model_nbytes: int
-    """Bytes of the original model's initializers."""
+    """Bytes of the original model's weights."""
     stored_nbytes: int
     """Bytes of the weights files."""
     state_nbytes_per_token: int
@@ -87,8 +88,7 @@ def report_of(
     tensors = list(build.lowered.tensors.values())
     read = {value.name for node in build.lowered.graph for value in node.inputs if value is not None}
     replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
-    originals = {id(value.const_value): value for value in build.source.model.graph.initializers.values()}
-    model_nbytes = sum(value.const_value.nbytes for value in originals.values() if value.const_value is not None)
+    model_nbytes = sum(tensor.nbytes for tensor in weights_of(build.source.model))
     return BuildReport(
         artifact=artifact,
         tensor_parallel_size=mesh.size,

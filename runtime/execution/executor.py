@@ -12,7 +12,7 @@ from furiosa_llm.runtime.artifact.dimensions import GROWING, bind_sizes, known_s
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map, local_size
-from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
+from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.closing import Closing
@@ -172,9 +172,14 @@ class Executor(Closing):
             if found != wanted:
                 raise InputError(f"input {info.name!r:.80}: found {found}, expected {wanted}")
         try:
-            return bind_sizes((f"input {info.name!r:.80}", info.shape, inputs[info.name].shape) for info in infos)
+            sizes = bind_sizes((f"input {info.name!r:.80}", info.shape, inputs[info.name].shape) for info in infos)
         except ArtifactError as error:
             raise InputError(str(error)) from error
+        for info in infos:
+            counted = LENGTH_ROLES.get(info.role, "")
+            if counted and counted not in sizes:  # a cache of a fixed size does not show how much of it is valid
+                sizes[counted] = int(inputs[info.name].max(initial=0))
+        return sizes
 
     def _bind(self, info: InputInfo, array: Array) -> None:
         if is_split(info):

@@ -20,7 +20,8 @@ def takes_chunks_singly(program: ModelProto) -> bool:
 
 def is_chunk_of_many(sizes: Mapping[str, int]) -> bool:
     """Whether a step of these sizes has several sequences with several new tokens after a past."""
-    return all(sizes.get(name, 0) >= least for name, least in ((_BATCH, 2), ("sequence", 2), ("past", 1)))
+    batch, sequence = sizes.get(_BATCH, 0), sizes.get("sequence", 0)
+    return batch > 1 and sequence > 1 and sizes.get("past", sizes.get("total", sequence) - sequence) > 0
 
 
 def run_singly(

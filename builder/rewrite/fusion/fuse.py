@@ -78,7 +78,7 @@ class _Pass:
                     raise LeftAloneError(f"opset {opset} is older than {_OLDEST_OPSET}")
                 found.append(self._provable(match(node, self._facts)))
             except LeftAloneError as reason:
-                self._left[node] = str(reason)
+                self._left[node] = reason.told(self._probes.kinds)
         return found
 
     def _provable(self, found: Match) -> Match:
@@ -95,7 +95,7 @@ class _Pass:
             replacement = replace(found, self._facts, sizes)
             self._prove(found, replacement, structure_of(found, interior, self._probes.facts))
         except LeftAloneError as reason:
-            self._left[found.anchor] = str(reason)
+            self._left[found.anchor] = reason.told(self._probes.kinds)
             if replacement is not None:
                 self._graph.remove(replacement.nodes, safe=True)
             return False

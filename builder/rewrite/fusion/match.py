@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
+
+from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
+from furiosa_llm.builder.shapes.interpreter import Shape
 
 Form = Literal["heads first", "heads inside", "packed"]
 """How a value holds heads: `b h s d`, `b s h d` or `b s (h d)`."""
 
 
 class LeftAloneError(Exception):
-    """Why an attention stays as it is; the report shows the message."""
+    """Why an attention stays as it is; the report shows the message.
+
+    `shapes` are those that the message has room for, each at the two sets of sizes of the probes.
+    """
+
+    def __init__(self, message: str, *shapes: Sequence[Shape]) -> None:
+        super().__init__(message)
+        self._shapes = shapes
+
+    def told(self, kinds: Mapping[str, tuple[int | str, ...]]) -> str:
+        """The message, in which dynamic dimensions have names instead of the sizes of the probes."""
+        names = names_of_sizes(kinds)
+        forms = (
+            ", ".join(str(dimension(pair, names) or "?") for pair in zip(*one, strict=True)) for one in self._shapes
+        )
+        return str(self).format(*forms) if self._shapes else str(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,9 +176,9 @@ class _Matcher:
         present = concat.outputs[0]
         shapes = self._shapes(present)
         if concat.attributes["axis"].as_int() not in (2, -2) or any(len(s) != 4 for s in shapes):
-            raise LeftAloneError(f"its cache has the form {list(shapes[0])}, not batch, heads, positions, vector")
+            raise LeftAloneError("its cache has the form [{}], not batch, heads, positions, vector", shapes)
         if any(s[1::2] != shapes[0][1::2] for s in shapes):
-            raise LeftAloneError(f"its cache has heads or vectors of changing size: {list(shapes[0])}")
+            raise LeftAloneError("its cache has heads or vectors of changing size: [{}]", shapes)
         past, new = operand(concat, 0), operand(concat, 1)
         heads, size = shapes[0][1], shapes[0][3]
         return Cache(past=past, new=self._heads(new, heads, size), present=present)
@@ -237,7 +237,7 @@ class _Matcher:
                 break
             current = readers[0].outputs[0]
         if found is None:
-            raise LeftAloneError(f"its output has the form {list(self._shape(self._anchor.outputs[0]))}")
+            raise LeftAloneError("its output has the form [{}]", self._shapes(self._anchor.outputs[0]))
         return found
 
     def _form(self, value: ir.Value, query: Heads) -> Form | None:

@@ -185,12 +185,14 @@ class _Replacing:
         """The bias with one dimension of all new positions and one of all positions, as the op requires."""
         query, rows = self._match.query, []
         at = 2 if query.form == "heads first" else 1
-        for shape, facts in zip(bias.shapes, self._facts, strict=True):
+        shapes = [(1,) * (4 - len(shape)) + shape for shape in bias.shapes]
+        scores = []
+        for facts in self._facts:
             asked, kept = facts[query.value].shape, facts[self._match.key.present].shape
-            full = (kept[0], query.num_heads, asked[at], kept[2])
-            shape = (1,) * (4 - len(shape)) + shape
+            scores.append((kept[0], query.num_heads, asked[at], kept[2]))
+        for shape, full in zip(shapes, scores, strict=True):
             if any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-                raise LeftAloneError(f"its mask has the form {list(shape)}, its scores have {list(full)}")
+                raise LeftAloneError("its mask has the form [{}], its scores have [{}]", shapes, scores)
             rows.append(shape[2:] == full[2:])
         value, missing = bias.value, 4 - len(bias.shapes[0])
         if missing > 0:

@@ -1,0 +1,80 @@
+"""A share of the export fuzz, and one export of each kind that the builder once had wrong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.execution.executor import Executor
+from tests.campaigns.fuzz_exports import FINE, REWRITES, campaign, original, passes, rewritten, tried
+from tests.support.builder.parity import Case
+from tests.support.exports import BASES
+
+NAMED = {rewrite.__name__: rewrite for rewrite in REWRITES}
+GENAI, PLAIN, GPT2 = "tiny-llama-genai-fp32/model.onnx", "bsnh", "gpt2_past"
+ROWS = {
+    "weights that are Constant nodes, stored in parts": (GENAI, 4, "constant_nodes"),
+    "a lookup by rows that are copies": (GPT2, 4, "position_vector"),
+    "caches written behind a number of positions": (GPT2, 4, "written"),
+    "caches written by slices, whose heads only a product shows": (PLAIN, 4, "layout written"),
+    "one position a step behind a past": (PLAIN, 2, "one_position"),
+    "embeddings of one position": (PLAIN, 2, "embeddings one_position"),
+    "the size of a head behind a change of form": (GENAI, 2, "unit_dimension"),
+    "heads inside the last dimension": (PLAIN, 4, "layout"),
+    "the batch behind the sequence": (GPT2, 2, "time_first"),
+    "the batch behind the sequence, by an attention op alone": (GENAI, 2, "time_first"),
+    "a total that only the growth of states tells from a past": (GENAI, 2, "no_mask symbols"),
+    "stacks of caches that are written": (GENAI, 2, "stacked written"),
+    "scores of the last position over written caches": (PLAIN, 2, "written last_scores"),
+    "a batch that an attention op alone tells from a head's vector": (GENAI, 2, "layout symbols"),
+    "positions of one row, without symbols": (PLAIN, 2, "position_vector symbols"),
+}
+"""Base, tensor parallel size and rewrites."""
+FAST = (
+    "weights that are Constant nodes, stored in parts",
+    "a lookup by rows that are copies",
+    "one position a step behind a past",
+)
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ROWS])
+def test_an_export_of_a_kind_that_was_wrong(name: str, tmp_path: Path) -> None:
+    base, size, rewrites = ROWS[name]
+    chosen = next(one for one in BASES if one.name == base)
+    export = rewritten(chosen, [NAMED[word] for word in rewrites.split()], random.Random(1))
+    assert export.applied == rewrites.split()
+    assert tried(chosen, export, size, tmp_path) == ("same", "")
+
+
+@pytest.mark.slow
+def test_chunks_of_several_sequences_over_written_caches(tmp_path: Path) -> None:
+    """The op takes one; that there is a past only the input shows that holds its length."""
+    base = next(one for one in BASES if one.name == GENAI)
+    export = rewritten(base, [NAMED["written"]], random.Random(1))
+    onnx.save(export.proto(), tmp_path / "model.onnx")
+    ArtifactBuilder(tmp_path / "model.onnx").build(tmp_path / "artifact")
+    chunk = Case("chunk", 2, 5, 7)
+    feeds = export.feeds(original(base).feeds(chunk, 0), chunk)
+    with Executor(open_artifact(tmp_path / "artifact"), threads=1) as executor:
+        both = executor.run(feeds)["logits"]
+        for row in range(2):
+            one = {name: a[row : row + 1] if len(a) == 2 else a for name, a in feeds.items()}
+            assert np.allclose(executor.run(one)["logits"], both[row : row + 1], atol=1e-5)
+
+
+@pytest.mark.release
+def test_a_few_random_exports() -> None:
+    assert [str(result) for result in campaign(12) if result.kind not in FINE] == []
+
+
+def test_the_bar() -> None:
+    assert passes({"same": 97, "refused": 1, "price": 2})
+    assert not passes({"same": 96, "refused": 2, "price": 2})
+    assert not passes({"same": 97, "price": 3})
+    assert not passes({"same": 1999, "wrong": 1})
