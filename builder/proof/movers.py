@@ -192,6 +192,8 @@ class Movers:
 
     def _cut(self, dim: Dim, sizes: Sequence[Size]) -> list[Dim]:
         parts = pieces.segments(dim, sizes, pieces.local_size)
+        if parts is None and pieces.is_whole(dim):  # a cut inside what was copied: there are as many copies as it shows
+            parts = pieces.segments(pieces.run(pieces.local_size(dim)), sizes, pieces.local_size)
         if parts is None:
             raise ContradictionError(
                 f"cuts into {[s[0] for s in sizes]} of a dimension that is split as ({pieces.text(dim)})",

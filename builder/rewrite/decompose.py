@@ -13,6 +13,10 @@ from furiosa_llm.builder.rules.view import MICROSOFT
 _AXES_ARE_INPUT = 13
 """Since this opset, ReduceSum takes its axes as an input."""
 
+_ROLLING = "sliding_window_cache"
+"""A cache that holds a window's rows and starts again at its first: kept whole, it gives the same output, since the
+op masks what lies before its window."""
+
 
 class _Emitter(NodeWriter):
     """Writes new nodes for the node that is decomposed, named after it."""
@@ -33,6 +37,7 @@ def decompose(graph: ir.Graph) -> None:
             continue
         if node.op_type == "MatMulNBits":
             _forget_order(node)
+        node.attributes.pop(_ROLLING, None)
         found = DECOMPOSITIONS.get(node.op_type)
         if found is None:
             continue

@@ -106,10 +106,14 @@ def where(view: NodeView) -> Rule:
 
 def cast(view: NodeView) -> Rule:
     """Linear where no precision is lost."""
+    return dataclasses.replace(broadcast(view), linear=_exact(view), padding="moves")
+
+
+def _exact(view: NodeView) -> tuple[int, ...]:
+    """The first input, if its type loses nothing as the output's."""
     source, target = view.fact(0).dtype, view.facts[view.node.outputs[0]].dtype
     exact = source == target or _FLOAT_BITS.get(source.name, 64) < _FLOAT_BITS.get(target.name, 0)
-    linear = (0,) if exact and source.name in _FLOAT_BITS else ()
-    return dataclasses.replace(broadcast(view), linear=linear, padding="moves")
+    return (0,) if exact and source.name in _FLOAT_BITS else ()
 
 
 def _cast_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
@@ -119,9 +123,8 @@ def _cast_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
 def cast_like(view: NodeView) -> Rule:
     """A Cast to the type of the second input, of which nothing else matters."""
     names = words(view.rank(0))
-    return dataclasses.replace(
-        cast(view), text=f"{spell(names, ['.'] * view.rank(1))} -> {spell(names)}", padding_ports=(0,)
-    )
+    text = f"{spell(names, ['.'] * view.rank(1))} -> {spell(names)}"
+    return Rule(text=text, linear=_exact(view), padding="moves", padding_ports=(0,))
 
 
 def dropout(view: NodeView) -> Rule:

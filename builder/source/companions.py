@@ -28,7 +28,7 @@ COMPANIONS = (
 )
 """Files that are copied into the artifact unchanged."""
 
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
 def companions(model: Path) -> list[Path]:

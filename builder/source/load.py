@@ -19,6 +19,9 @@ from furiosa_llm.builder.source.guard import SourceGuard
 from furiosa_llm.builder.source.protobuf_scan import Lean, read_lean
 from furiosa_llm.builder.source.validate import drop_fallbacks, validate
 
+_MOST_DIGITS = 18
+"""Of a size that 64 bits hold."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -55,6 +58,7 @@ def load(path: str | os.PathLike[str], fixed: Mapping[str, int] = MappingProxyTy
     guard.remember([file])
     lean = _read(file)
     drop_fallbacks(lean.proto)
+    _read_sizes(lean.proto)
     validate(lean.proto, file.name, lean.left_out)
     fix_inputs(lean.proto, fixed, file.name)
     try:
@@ -84,6 +88,15 @@ def _read(file: Path) -> Lean:
             "check that the download is complete and not a pointer to large-file storage."
         )
     return lean
+
+
+def _read_sizes(model: onnx.ModelProto) -> None:
+    """A dimension whose symbol is a number has that size: exporters write "2" for a size that came with a symbol."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param.isdecimal() and len(dim.dim_param) <= _MOST_DIGITS:
+                dim.dim_value = int(dim.dim_param)
 
 
 def root_cause(error: BaseException) -> str:

@@ -82,7 +82,7 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: F
 
 def is_operator(op_type: str, domain: str, version: int) -> bool:
     """Whether this package knows a definition of an op, which a function of the same name would replace."""
-    return _definition(op_type, domain, version) is not None
+    return (domain, op_type) in OPS or _definition(op_type, domain, version) is not None
 
 
 def _check_attributes(node: NodeProto, where: str) -> None:

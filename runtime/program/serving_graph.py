@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from furiosa_llm.runtime.artifact.dimensions import GROWING, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
@@ -41,6 +42,8 @@ _TWICE = "furiosa_llm.twice"
 _SPLIT_COUNTS = 18
 """The first opset in which Split has the number of equal parts; before, it follows from the number of outputs."""
 _ELEMENTWISE = frozenset({"Add", "Mul", "Div", "Sub", "Cast", "Tanh", "Identity", "Neg"})
+_RUN_ERRORS = (_state.Fail, _state.InvalidArgument, _state.RuntimeException)
+"""What a node raises whose inputs do not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +212,8 @@ def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -
     """Whether rows of unequal lengths add to their scores, each, what the row would add alone.
 
     The part of the graph that makes these values is run as rank 0 has it, for rows of up to `longest` positions: this
-    detects a window that is counted from the end of the longest row if it is shorter than `longest`.
+    detects a window that is counted from the end of the longest row if it is shorter than `longest`. What it cannot make
+    for so many, no step makes either (it has a table of fewer): then the rows are half as long, and so on.
     """
     if not serving.biases:
         return True
@@ -221,6 +225,12 @@ def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -
     def biases(lengths: list[int]) -> list[Array]:
         return list(part.run({info.name: _feed(info, lengths) for info in infos}).values())
 
+    while longest > 1:
+        try:
+            biases([longest - 1])
+            break
+        except _RUN_ERRORS:
+            longest //= 2
     lengths = sorted({0, 1, 2, longest // 3, longest // 2, longest - 2, longest - 1} & set(range(longest)))
     together = biases(lengths)
     for row, length in enumerate(lengths):

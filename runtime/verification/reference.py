@@ -52,6 +52,7 @@ class ReferenceModel:
         model = _read_model(self._path)
         self._states = _own_states(model, states)
         _fix(model, fixed)
+        _keep_whole(model)
         _check_names(self._path, "inputs", [v.name for v in model.graph.input], [i.name for i in inputs])
         _check_names(self._path, "outputs", [v.name for v in model.graph.output], [o.name for o in outputs])
         if accuracy_level is not None:
@@ -115,6 +116,13 @@ def _own_states(model: onnx.ModelProto, states: Sequence[State]) -> tuple[State,
     in_place = {name for node in model.graph.node if node.op_type == "GroupQueryAttention" for name in node.input}
     kept = {s.input for s in states if s.mode != "in_place"} | in_place
     return tuple(s if s.input in kept else dataclasses.replace(s, mode="append") for s in states)
+
+
+def _keep_whole(model: onnx.ModelProto) -> None:
+    """Keeps every cache whole, as an artifact does: one that rolls over in a window takes no past of another length."""
+    for node in model.graph.node:
+        for attribute in [a for a in node.attribute if a.name == "sliding_window_cache"]:
+            node.attribute.remove(attribute)
 
 
 def set_accuracy_level(model: onnx.ModelProto, level: int) -> None:

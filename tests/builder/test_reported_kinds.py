@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.verification import ParityOptions, verify_artifact
 from tests.support.builder.graphs import model
 
@@ -37,6 +38,11 @@ _WEIGHTS = {
     "norm": _weight(8),
     "zero": np.array([[0]]),
     "axis": _ints(1),
+    "none1": _ints(0),
+    "two1": _ints(2),
+    "eight": _ints(1, 1, 8),
+    "sixteen": np.array(16),
+    "table": _weight(1, 16, 8),
     "one": np.array(1),
     "two": np.array(2),
     "none": np.array(0),
@@ -94,6 +100,37 @@ def test_norms_per_head_in_front_of_group_query_attention(tp: int, tmp_path: Pat
     outputs = "float[batch, seq, 128] logits, float[batch, 4, t, 8] present_k, float[batch, 4, t, 8] present_v"
     report = _checked(tmp_path, inputs, outputs, nodes, tp)
     assert (report.collectives["AllReduce"], report.collectives["AllGather"]) == (3, 1)
+
+
+def test_a_split_of_what_was_copied_along_other_dimensions(tmp_path: Path) -> None:
+    """Rotary tables that are tiled for each sequence, looked up and cut in halves."""
+    nodes = f"""
+        x = Gather(emb, input_ids) size = Shape(input_ids) b = Slice(size, none1, axis)
+        each = Concat<axis=0>(b, axis, axis) wide = Tile(table, each)
+        index0 = Unsqueeze(input_ids, two1) across = Expand(index0, eight) index = Mod(across, sixteen)
+        found = GatherElements<axis=1>(wide, index) sin, cos = Split<axis=-1, num_outputs=2>(found)
+        s = Sum(sin, cos) t = ReduceMean<keepdims=1>(s, two1) x2 = Add(x, t) {_FEED_FORWARD}
+    """
+    _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 128] logits", nodes, 4)
+
+
+def test_a_dimension_whose_symbol_is_a_number(tmp_path: Path) -> None:
+    """As exporters write the size of a cache that had a symbol before it was known."""
+    nodes = f"""
+        x = Gather(emb, input_ids) k0 = MatMul(x, wk) k1 = Reshape(k0, k4) k = Transpose<perm=[0,2,1,3]>(k1)
+        present = Concat<axis=2>(past, k) seen = ReduceMean<keepdims=0>(present, all) x2 = Add(x, seen) {_FEED_FORWARD}
+    """
+    path = tmp_path / "model.onnx"
+    weights = {name: np.asarray(_WEIGHTS[name]) for name in ("emb", "wk", "k4", "w1", "w2", "head")}
+    inputs = "int64[batch, seq] input_ids, float[batch, four, past, eight] past"
+    outputs = "float[batch, seq, 128] logits, float[batch, four, total, eight] present"
+    proto = model(inputs, outputs, nodes, {**weights, "all": _ints(0, 1, 2, 3)}, opset=23)
+    for value in (*proto.graph.input, *proto.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            dim.dim_param = {"four": "4", "eight": "8"}.get(dim.dim_param, dim.dim_param)
+    onnx.save(proto, path)
+    ArtifactBuilder(path, tensor_parallel_size=4).build(tmp_path / "artifact")
+    assert open_artifact(tmp_path / "artifact").manifest.inputs[1].shape == ("batch", 4, "past", 8)
 
 
 def test_scores_in_float32_over_caches_in_float16(tmp_path: Path) -> None:

@@ -274,6 +274,19 @@ def from_the_start() -> list[NodeProto]:
     ]
 
 
+def from_a_table() -> list[NodeProto]:
+    """For as many places as the table has, which are fewer than are asked for."""
+    return [
+        helper.make_node("Constant", [], ["table"], value_floats=[0.25 * i for i in range(40)]),
+        helper.make_node("Constant", [], ["start"], value_ints=[0]),
+        helper.make_node("Unsqueeze", ["total64", "start"], ["end"]),
+        helper.make_node("Slice", ["table", "start", "end"], ["first"]),
+        helper.make_node("Cast", ["places"], ["places.float"], to=1),
+        helper.make_node("Mul", ["places.float", "first"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "dims"], ["bias"]),
+    ]
+
+
 def window_from_the_end() -> list[NodeProto]:
     return [
         helper.make_node("Sub", ["total64", "window"], ["begin"]),
@@ -316,6 +329,7 @@ def mark_on_the_last() -> list[NodeProto]:
     [
         (masked, True),
         (from_the_start, True),
+        (from_a_table, True),
         (window_of_each_row, True),
         (window_from_the_end, False),
         (distance_to_the_end, False),

@@ -29,6 +29,8 @@ def unary() -> Iterator[OpCase]:
         "present_y = CastLike(past_x, d)",
         d=np.zeros((1, 1)),
     )
+    nodes = "present_y = CastLike(past_x, d)"
+    yield case("CastLike", "a b, . . . -> a b", X, "double[6, 5] present_y", nodes, "more", d=np.zeros((2, 3, 1)))
     yield case("Dropout", "a b -> a b", X, Y, "present_y = Dropout(past_x)")
     y = "float[6, 5] present_y, bool[6, 5] present_m"
     nodes = "present_y, present_m = Dropout(past_x, half)"
