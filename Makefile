@@ -88,6 +88,12 @@ fuzz-artifact: $(INSTALLED) ## damaged artifacts: refused by name, or the same a
 fuzz-verify: $(INSTALLED) ## semantic changes of programs: which check of `verify` finds them, and that one does
 	$(BIN)/python -m tests.campaigns.fuzz_verify
 
+NODES ?= 4000
+
+.PHONY: fuzz-growth
+fuzz-growth: $(INSTALLED) ## odd graphs of two sizes: no build grows faster than the power 1.1 (NODES=4000)
+	$(BIN)/python -m tests.campaigns.fuzz_growth --nodes $(NODES)
+
 TRACES ?= 10000
 
 .PHONY: fuzz-scheduler

@@ -11,13 +11,20 @@ conflict demands the whole dimension at that node instead.
 
 from __future__ import annotations
 
+import bisect
 import enum
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Prefix, Prod
+
+MAX_SEGMENTS = 4096
+"""What a dimension may be a concatenation of; one of more segments stays whole."""
+MAX_CUTS = 256
+"""How many segments two concatenations that are cut at different places may have together: each cut compares them all.
+A dimension that is cut in more ways stays whole."""
 
 
 class FactorConflictError(Exception):
@@ -109,7 +116,10 @@ def prefix(size: int, factors: Sequence[Factor]) -> Factor:
 
 
 def concatenation(factors: Sequence[Factor]) -> Factor:
-    """The concatenation of `factors`, flat, without empty segments."""
+    """The concatenation of `factors`, flat, without empty segments.
+
+    Raises FactorConflictError if there are more than MAX_SEGMENTS.
+    """
     segments: list[Factor] = []
     for factor in factors:
         root = factor.find()
@@ -119,6 +129,8 @@ def concatenation(factors: Sequence[Factor]) -> Factor:
             segments.append(root)
     if len(segments) == 1:
         return segments[0].find()
+    if len(segments) > MAX_SEGMENTS:
+        raise FactorConflictError
     return Factor(sum(f.find().size for f in segments), Kind.CONCATENATION, segments)
 
 
@@ -171,8 +183,7 @@ def segment(factor: Factor, start: int, stop: int) -> Factor:
     if root.kind is Kind.PREFIX:
         raise FactorConflictError
     if root.kind is Kind.CONCATENATION:
-        _cut(root, start)
-        _cut(root, stop)
+        _cut(root, (start, stop))
         return concatenation([kid for offset, kid in _segments(root) if start <= offset < stop])
     inner = math.prod(kid.find().size for kid in root.kids[1:])
     if start % inner or stop % inner:
@@ -287,10 +298,11 @@ def _merge(x: Factor, y: Factor) -> None:
         unify([part], [prefix(part.find().size, long.kids)])  # a block of 128 is four blocks of 32
         long.forward(short)
     else:
-        while (offsets := _offsets(x)) != _offsets(y):  # cutting one may cut the other, where they share segments
-            for offset in sorted(offsets | _offsets(y)):
-                _cut(x, offset)
-                _cut(y, offset)
+        while (offsets := _offsets(x)) != (others := _offsets(y)):  # cutting one may cut the other: they share segments
+            if len(offsets) + len(others) > MAX_CUTS:
+                raise FactorConflictError
+            _cut(x, others - offsets)
+            _cut(y, offsets - others)
         pairs = list(zip(x.kids, y.kids, strict=True))
         for p, q in pairs:
             unify([p], [q])
@@ -332,18 +344,29 @@ def _offsets(cat: Factor) -> set[int]:
     return {offset for offset, _ in _segments(cat)}
 
 
-def _cut(cat: Factor, position: int) -> None:
-    """Refine the segments of a concatenation so that one starts at `position`; nested concatenations are expanded."""
+def _cut(cat: Factor, positions: Collection[int]) -> None:
+    """Refine the segments of a concatenation so that one starts at each position; nested ones are expanded."""
     kids: list[Factor] = []
+    starts = sorted(positions)
     for offset, kid in _segments(cat):
         size = kid.find().size
-        if offset < position < offset + size:
-            kids.append(segment(kid, 0, position - offset))
-            kids.append(segment(kid, position - offset, size))
-        else:
-            kids.append(kid)
+        inner = starts[bisect.bisect_right(starts, offset) : bisect.bisect_left(starts, offset + size)]
+        kids += _cut_kid(kid, [position - offset for position in inner]) if inner else [kid]
     flat: list[Factor] = []
     for kid in kids:
         root = kid.find()
         flat.extend(root.kids if root.kind is Kind.CONCATENATION else [root])
     cat.become(Kind.CONCATENATION, flat)
+
+
+def _cut_kid(kid: Factor, positions: Sequence[int]) -> list[Factor]:
+    """A segment that is cut at `positions`: itself as a concatenation, or its parts."""
+    root = kid.find()
+    pairs = itertools.pairwise([0, *positions, root.size])
+    if root.kind is Kind.LEAF:
+        root.become(Kind.CONCATENATION, [Factor(stop - start) for start, stop in pairs])
+    elif root.kind is Kind.CONCATENATION:
+        _cut(root, positions)
+    else:
+        return [segment(root, start, stop) for start, stop in pairs]
+    return [root]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +17,9 @@ from furiosa_llm.builder.shapes.interpreter import Fact, Facts
 from furiosa_llm.runtime.artifact.manifest import StateMode
 
 _STATE_OUTPUT = re.compile(r"present.*")
+MAX_REPLACED = 1024
+"""Where more inputs or outputs than this may be states of a fixed size, none is taken for one: which of them belong
+together takes a comparison of each with each."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,7 @@ def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
     if len(left) + len(pairs) == len(graph.inputs):
         left = []  # nothing new comes in, so there are no steps
     ends = [value for value in graph.outputs if value not in taken and _keeps_its_size(value, facts, others)]
-    pairs |= {pair.input: pair for pair in _replaced_pairs(left, ends, facts)}
+    pairs |= {pair.input: pair for pair in _replaced_pairs(graph, left, ends, facts)}
     outputs = {pair.output for pair in pairs.values()}
     outputs |= {v for v in graph.outputs if _STATE_OUTPUT.fullmatch(str(v.name)) and v.producer() is not None}
     ordered = tuple(pairs[value] for value in graph.inputs if value in pairs)
@@ -122,16 +127,22 @@ def _is_state(value: ir.Value) -> bool:
     return value.is_graph_input() and role_of(value) == "state"
 
 
-def _replaced_pairs(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], facts: Facts) -> Iterator[StatePair]:
+def _replaced_pairs(
+    graph: ir.Graph, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], facts: Facts
+) -> Iterator[StatePair]:
     """Pair each output with the input that it is computed from, if earlier outputs leave exactly one such input.
 
     A layer's state depends on the states of all layers before it, so outputs that depend on fewer inputs come first.
     """
-    if not outputs:
+    if not outputs or max(len(inputs), len(outputs)) > MAX_REPLACED:
         return
-    computed = {value: _computed_from(value, outputs) for value in inputs}
+    computed = _computed_from(graph, inputs)
     sources = {
-        output: [v for v in inputs if output in computed[v] and _are_alike(facts[v], facts[output])]
+        output: [
+            value
+            for number, value in enumerate(inputs)
+            if computed.get(output, 0) >> number & 1 and _are_alike(facts[value], facts[output])
+        ]
         for output in outputs
     }
     taken: set[ir.Value] = set()
@@ -146,6 +157,13 @@ def _are_alike(one: Fact, other: Fact) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _computed_from(value: ir.Value, outputs: Sequence[ir.Value]) -> set[ir.Value]:
-    """The values among `outputs` that are computed from the elements of `value`."""
-    return set(outputs).intersection(reached([value], lambda node, _: node.op_type not in ("Shape", "Size")))
+def _computed_from(graph: ir.Graph, inputs: Sequence[ir.Value]) -> dict[ir.Value, int]:
+    """From the elements of which of `inputs` each value is computed: a bit for each of them."""
+    found = {value: 1 << number for number, value in enumerate(inputs)}
+    for node in graph:
+        if node.op_type in ("Shape", "Size"):
+            continue
+        used = {found[value] for value in node.inputs if value in found}
+        if used:
+            found.update(dict.fromkeys(node.outputs, functools.reduce(operator.or_, used)))
+    return found

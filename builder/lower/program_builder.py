@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from furiosa_llm.builder.rewrite.control_flow import ORIGINAL_NAME
+from furiosa_llm.builder.shapes.names import FreeNames
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prod, axes_of, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import Part
@@ -63,8 +64,8 @@ class ProgramBuilder:
         self.opset = source.opset_imports.get("", 1)
         self._constants: dict[tuple[object, ...], ir.Value] = {}
         self._weights: dict[tuple[int, tuple[Dim, ...]], ir.Value] = {}
-        self._names: set[str] = {str(v.name) for v in (*source.inputs, *source.outputs)}
-        self._node_names: set[str] = set()
+        self._names = FreeNames(str(v.name) for v in (*source.inputs, *source.outputs))
+        self._node_names = FreeNames()
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
@@ -79,10 +80,10 @@ class ProgramBuilder:
         attributes: Mapping[str, object] | None = None,
     ) -> list[ir.Value]:
         """Append a node; its outputs are named after it unless names are given."""
-        unique = self._unique(name, self._node_names)
+        unique = self._node_names.take(name)
         if isinstance(outputs, int):
             outputs = [unique if outputs == 1 else f"{unique}/{i}" for i in range(outputs)]
-        values = [ir.Value(name=self._unique(o, self._names) if o else "") for o in outputs]
+        values = [ir.Value(name=self._names.take(o) if o else "") for o in outputs]
         # The function checks its argument; the annotation lists all types that an attribute may have.
         attrs = [
             a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type]
@@ -95,13 +96,6 @@ class ProgramBuilder:
     def one(self, op_type: str, inputs: Sequence[ir.Value | None], *, name: str, **attributes: object) -> ir.Value:
         """Append a standard node with one output."""
         return self.node(op_type, inputs, name=name, attributes=attributes)[0]
-
-    def _unique(self, name: str, taken: set[str]) -> str:
-        candidate, number = name, 1
-        while candidate in taken:
-            candidate, number = f"{name}.{number}", number + 1
-        taken.add(candidate)
-        return candidate
 
     def unsqueeze_last(self, value: ir.Value, *, name: str) -> ir.Value:
         """`value` with a dimension of 1 at the end, in any opset."""
@@ -116,7 +110,7 @@ class ProgramBuilder:
         kind = dtype or ir.DataType.from_numpy(array.dtype)
         key = (kind, array.shape, array.tobytes())
         if key not in self._constants:
-            name = self._unique(f"constant/{len(self._constants)}", self._names)
+            name = self._names.take(f"constant/{len(self._constants)}")
             self._constants[key] = self._initializer(name, ir.Tensor(array, dtype=kind, name=name))
         return self._constants[key]
 
@@ -125,7 +119,7 @@ class ProgramBuilder:
         name = f"rank/{key}/{'.'.join(map(str, axes))}"
         full_key = (name, shards.tobytes())
         if full_key not in self._constants:
-            unique = self._unique(name, self._names)
+            unique = self._names.take(name)
             tensor = ShardedTensor(
                 name=unique,
                 dtype=ir.DataType.from_numpy(shards.dtype),
@@ -158,7 +152,7 @@ class ProgramBuilder:
 
     def _add_weight(self, name: str, tensor: ir.TensorProtocol, layout: tuple[Dim, ...]) -> ir.Value:
         if not any(axes_of(dim) for dim in layout) and tensor.nbytes <= INLINE_NBYTES and _is_here(tensor):
-            unique = self._unique(name, self._names)
+            unique = self._names.take(name)
             return self._initializer(unique, ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=unique))
         for d, dim in enumerate(layout):
             segments = _segments_by_axes(dim)
@@ -190,7 +184,7 @@ class ProgramBuilder:
     ) -> ir.Value:
         return self._register(
             ShardedTensor(
-                name=self._unique(name, self._names),
+                name=self._names.take(name),
                 dtype=tensor.dtype,
                 local_shape=tuple(local_size(dim, self.mesh) for dim in layout),
                 shard_axes=tuple(dict.fromkeys(axis for dim in layout for axis in axes_of(dim))),

@@ -297,19 +297,33 @@ def _readings(symbol: str, rule: Rule, signature: Signature, inputs: Mapping[int
 
 def resolve_copies(node: ir.Node, inputs: Mapping[int, Placement]) -> dict[int, Placement]:
     """The inputs, with copies taken for what the other inputs have in the dimensions that are aligned with theirs."""
+    copied = {port: one for port, one in inputs.items() if any(map(pieces.has_copies, one.dims))}
+    if not copied or len(inputs) == 1:
+        return dict(inputs)
+    entry = op_of(node)
+    skip = 0 if entry is None else entry.core_dims
+    dims = {port: list(one.dims) for port, one in inputs.items()}
+    for back in range(skip + 1, max(map(len, dims.values())) + 1):
+        aligned = {port: own[-back] for port, own in dims.items() if len(own) >= back}
+        if node.op_type == "Concat":
+            axis = node.attributes["axis"].as_int()
+            aligned = {p: dim for p, dim in aligned.items() if len(dims[p]) - back != axis % len(dims[p])}
+        for port, dim in _resolved(aligned).items():
+            dims[port][-back] = dim
     found = dict(inputs)
-    for (a, x), (b, y) in itertools.permutations(inputs.items(), 2):
-        if not any(map(pieces.has_copies, x.dims)):
-            continue
-        entry = op_of(node)
-        skip = 0 if entry is None else entry.core_dims
-        dims = list(found[a].dims)
-        for back in range(skip + 1, min(len(x.dims), len(y.dims)) + 1):
-            if node.op_type == "Concat" and len(dims) - back == node.attributes["axis"].as_int() % len(dims):
-                continue
-            same = pieces.unify(dims[-back], found[b].dims[-back])
-            if same is not None and pieces.local_size(found[b].dims[-back]) == pieces.local_size(dims[-back]):
-                dims[-back] = same
-        padded = {place: Content.FINITE for dim in dims for place in pieces.places(dim)}
-        found[a] = dataclasses.replace(found[a], dims=tuple(dims), contents={**padded, **found[a].contents})
+    for port, one in copied.items():
+        padded = {place: Content.FINITE for dim in dims[port] for place in pieces.places(dim)}
+        found[port] = dataclasses.replace(one, dims=tuple(dims[port]), contents={**padded, **one.contents})
+    return found
+
+
+def _resolved(aligned: Mapping[int, Dim]) -> dict[int, Dim]:
+    """Aligned dimensions, each compared with the different ones among them: an op may have thousands of operands."""
+    found, different = dict(aligned), dict.fromkeys(aligned.values())
+    for port, dim in aligned.items():
+        for other in list(different) if pieces.has_copies(dim) else ():
+            same = pieces.unify(found[port], other)
+            if same is not None and pieces.local_size(other) == pieces.local_size(found[port]):
+                found[port] = same
+        different.setdefault(found[port])
     return found

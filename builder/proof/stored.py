@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
@@ -232,17 +233,20 @@ def check_states(manifest: Manifest, model: ir.Model) -> Iterator[Fault]:
         kept = [d for d in range(len(before.shape)) if d != state.sequence_dim]
         if len(before.shape) != len(after.shape) or any(before.layout[d] != after.layout[d] for d in kept):
             yield fault(where, "an output that is split differently from the input", "the same layout")
-        if state.input not in _ancestors(values[state.output]):
+        if not _is_computed_from(values[state.output], state.input):
             yield fault(where, f"an output {state.output!r} that is not computed from it", "its successor")
 
 
-def _ancestors(value: ir.Value) -> set[str]:
-    seen, stack = {value}, [value]
-    while stack:
-        node = stack.pop().producer()
+def _is_computed_from(value: ir.Value, name: str) -> bool:
+    """Whether a value depends on the one of that name; the nearest are looked at first, as states are near."""
+    seen, queue = {value}, deque([value])
+    while queue:
+        found = queue.popleft()
+        if found.name == name:
+            return True
+        node = found.producer()
         within = () if node is None else (node, *nodes_within(node))  # branches read values around them
-        for operand in (value for inner in within for value in inner.inputs):
-            if operand is not None and operand not in seen:
-                seen.add(operand)
-                stack.append(operand)
-    return {str(found.name) for found in seen}
+        fresh = dict.fromkeys(v for inner in within for v in inner.inputs if v is not None and v not in seen)
+        seen.update(fresh)
+        queue.extend(fresh)
+    return False

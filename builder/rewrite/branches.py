@@ -70,7 +70,9 @@ def _inline_both(model: ir.Model, probes: Probes) -> bool:
     found = False
     for node in list(model.graph):
         if _is_if(node) and all(_may_select(node, facts, interpreter) for facts in probes.all_facts):
-            _select(model.graph, node)
+            for old, new in _select(model.graph, node).items():
+                for facts in probes.all_facts:  # a later If may read it
+                    facts[new] = facts[old]
             found = True
     return found
 
@@ -113,11 +115,12 @@ def _is_total(node: ir.Node, facts: Facts, interpreter: Interpreter) -> bool:
     return entry.total == "always" or of_floats
 
 
-def _select(graph: ir.Graph, node: ir.Node) -> None:
+def _select(graph: ir.Graph, node: ir.Node) -> dict[ir.Value, ir.Value]:
+    """Replace an If by both of its branches; returns the value that takes the place of each output."""
     condition = node.inputs[0]
     then, other = (splice(graph, node, node.attributes[n].as_graph()) for n in BRANCHES)
     new = NodeWriter(graph, lambda number: f"{node.name}/select{number}")
     pairs = enumerate(zip(then, other, strict=True))
     chosen = [new.add("Where", [condition, *pair], str(number)) for number, pair in pairs]
     new.put_before(node)
-    replace_outputs(graph, node, chosen)
+    return replace_outputs(graph, node, chosen)

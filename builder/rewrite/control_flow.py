@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -18,10 +17,13 @@ from furiosa_llm.builder.shapes.closures import (
     nodes_within,
     num_captured,
 )
+from furiosa_llm.builder.shapes.names import FreeNames
 
 ORIGINAL_NAME = "original_name"
 """The key under which a copy of an initializer carries the name of the original."""
 
+_TRIED = "tried_numbers"
+"""The key under which a graph carries, for each name of an initializer, the first number not yet tried behind it."""
 _OLDEST_SCAN = 9
 """Before this opset, Scan worked on batches."""
 
@@ -29,12 +31,13 @@ _OLDEST_SCAN = 9
 # -- closing -------------------------------------------------------------------------------------------------------
 
 
-def close(graph: ir.Graph) -> None:
+def close(graph: ir.Graph, nodes: Iterable[ir.Node] | None = None) -> None:
     """Make every node of `graph` that has graphs a closure; the initializers of these graphs move to `graph`.
 
-    Raises UnsupportedModelError for ops with graphs other than If, Loop and Scan.
+    If `nodes` are given, only these are looked at. Raises UnsupportedModelError for ops with graphs other than If, Loop
+    and Scan.
     """
-    for node in graph:
+    for node in graph if nodes is None else nodes:
         if node.domain == CLOSURE_DOMAIN or not graphs_of(node):
             continue
         for inner in (node, *nodes_within(node)):
@@ -76,8 +79,11 @@ def _hoist_initializers(inner: ir.Graph, graph: ir.Graph) -> None:
 
 def add_initializer(graph: ir.Graph, initializer: ir.Value, name: str) -> ir.Value:
     """A new initializer of `graph` with the same tensor; renaming a value would also rename the source's tensor."""
-    names = (name if number == 0 else f"{name}/{number}" for number in itertools.count())
-    free = next(candidate for candidate in names if candidate not in graph.initializers)
+    tried: dict[str, int] = graph.meta.setdefault(_TRIED, {})
+    free, number = name, tried.get(name, 1)
+    while free in graph.initializers:
+        free, number = f"{name}/{number}", number + 1
+    tried[name] = number
     tensor = initializer.const_value
     copy = ir.Value(name=free, shape=initializer.shape, type=initializer.type, const_value=tensor)
     copy.meta[ORIGINAL_NAME] = initializer.meta.get(ORIGINAL_NAME, initializer.name)
@@ -126,14 +132,11 @@ def _compute_outputs(graph: ir.Graph) -> None:
 
 def _name_apart(node: ir.Node) -> None:
     """Give all values in the graphs of `node` different names: captured values still have their names from outside."""
-    taken: set[str] = set()
+    free = FreeNames()
     for graph in graphs_within(node):
         for value in (*graph.inputs, *(output for inner in graph for output in inner.outputs)):
-            if value.name == "":
-                continue
-            names = (f"{value.name}" + (f".{number}" if number else "") for number in itertools.count())
-            value.name = next(name for name in names if name not in taken)
-            taken.add(value.name)
+            if value.name != "":
+                value.name = free.take(f"{value.name}")
 
 
 # -- inlining ------------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def splice(graph: ir.Graph, node: ir.Node, branch: ir.Graph) -> list[ir.Value]:
         for value in inner.outputs:
             value.name = f"{node.name}/{value.name}" if value.name else value.name
     graph.insert_before(node, nodes)
-    close(graph)
+    close(graph, nodes)
     return outputs
 
 
@@ -163,8 +166,12 @@ def take_branch(graph: ir.Graph, node: ir.Node, *, condition: bool) -> None:
     replace_outputs(graph, node, splice(graph, node, branch))
 
 
-def replace_outputs(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value]) -> None:
-    """Remove `node`, whose outputs are now `values`; they keep their names."""
+def replace_outputs(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value]) -> dict[ir.Value, ir.Value]:
+    """Remove `node`, whose outputs are now `values`; they keep their names.
+
+    Returns what takes the place of each output that is read.
+    """
+    found: dict[ir.Value, ir.Value] = {}
     for old, new in zip(node.outputs, values, strict=True):
         if not old.uses() and not old.is_graph_output():
             continue
@@ -174,17 +181,20 @@ def replace_outputs(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value]) 
         alias.outputs[0].type, alias.outputs[0].shape = old.type, old.shape
         graph.insert_before(node, alias)
         old.replace_all_uses_with(alias.outputs[0], replace_graph_outputs=True)
+        found[old] = alias.outputs[0]
     graph.remove(node, safe=True)
+    return found
 
 
 def take_constant_branches(graph: ir.Graph) -> None:
     """Replace every closed If whose condition is an initializer by the branch that is taken."""
-    while True:
-        decided = ((node, constant_condition(node)) for node in graph if node.domain == CLOSURE_DOMAIN)
-        node, condition = next((pair for pair in decided if pair[1] is not None), (None, None))
-        if node is None or condition is None:
-            return
-        take_branch(graph, node, condition=condition)
+    pending = list(graph)[::-1]
+    while pending:
+        node = pending.pop()
+        condition = constant_condition(node) if node.domain == CLOSURE_DOMAIN else None
+        if condition is not None:
+            pending += list(node.attributes[BRANCHES[0 if condition else 1]].as_graph())[::-1]
+            take_branch(graph, node, condition=condition)
 
 
 def constant_condition(node: ir.Node) -> bool | None:

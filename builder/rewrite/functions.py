@@ -5,8 +5,6 @@ All calls are inlined in one pass over the nodes, because a file of a few kiloby
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
@@ -14,6 +12,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
 from furiosa_llm.builder.shapes.closures import graphs_of
+from furiosa_llm.builder.shapes.names import FreeNames
 from furiosa_llm.builder.source.validate_nodes import check_node
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
@@ -35,8 +34,7 @@ class _Inliner:
         self._name = name
         self._imports = dict(model.graph.opset_imports)
         self._functions = dict(model.functions)
-        self._copies: Counter[str] = Counter()
-        self._taken = {str(v.name) for graph in model.graphs() for v in _values_of(graph)}
+        self._names = FreeNames(str(v.name) for graph in model.graphs() for v in _values_of(graph))
 
     def run(self, graph: ir.Graph) -> None:
         """Inline the calls in `graph`, in inlined bodies, and in the graphs inside nodes."""
@@ -95,19 +93,10 @@ class _Inliner:
     def _name_apart(self, body: ir.Graph) -> None:
         for graph in (body, *body.subgraphs()):
             for node in graph:
-                node.name = self._free(node.name or node.op_type)
+                node.name = self._names.take(node.name or node.op_type)
             for value in _values_of(graph):
                 if value.name and value.const_value is None:  # a tensor's name belongs to the source, too
-                    value.name = self._free(value.name)
-
-    def _free(self, name: str) -> str:
-        for number in itertools.count(self._copies[name]):
-            self._copies[name] = number + 1
-            candidate = f"{name}.{number}" if number else name
-            if candidate not in self._taken:
-                self._taken.add(candidate)
-                return candidate
-        raise AssertionError
+                    value.name = self._names.take(value.name)
 
 
 def _values_of(graph: ir.Graph) -> Iterator[ir.Value]:

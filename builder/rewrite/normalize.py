@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections import Counter
 
 import onnx_ir as ir
 from onnx_ir.passes import InvariantError, PassError
@@ -130,13 +130,14 @@ def _check_values(model: ir.Model, source: Source) -> None:
     """Check that every node input has a source, and that every graph input and output has a type and its own name."""
     for graph in _roots(model):
         _check_scope(graph, set(), source)
-    for value in model.graph.outputs:
+    listed = Counter(model.graph.outputs)
+    for value in listed:
         if value.is_graph_input():
             raise UnsupportedModelError(
                 f'{source.path.name} gives its input "{value.name}" back as an output, expected outputs that a node '
                 "gives; remove it from the outputs, its caller has it."
             )
-        if model.graph.outputs.count(value) > 1:
+        if listed[value] > 1:
             raise ModelLoadError(
                 f'{source.path.name} lists the output "{value.name}" twice; remove one of them, or export it again.'
             )
@@ -148,9 +149,10 @@ def _check_values(model: ir.Model, source: Source) -> None:
             )
 
 
-def _check_scope(graph: ir.Graph, around: Set[ir.Value], source: Source) -> None:
-    """Check a graph that may read the values `around`, and the graphs in it."""
-    known = {*around, *graph.inputs, *graph.initializers.values()}
+def _check_scope(graph: ir.Graph, known: set[ir.Value], source: Source) -> None:
+    """Check a graph that may read the values that are `known` around it, and the graphs in it."""
+    own = {*graph.inputs, *graph.initializers.values()}
+    known |= own
     for node in graph:
         for value in node.inputs:
             if value is not None and value not in known:
@@ -161,11 +163,13 @@ def _check_scope(graph: ir.Graph, around: Set[ir.Value], source: Source) -> None
         for inner in graphs_of(node):
             _check_scope(inner, known, source)
         known.update(node.outputs)
+        own.update(node.outputs)
     for value in graph.outputs:
         if value not in known:
             raise ModelLoadError(
                 f'{source.path.name}: no node gives the output "{value.name}"; the graph is damaged, export it again.'
             )
+    known -= own
 
 
 def _refuse_random_ops(model: ir.Model, source: Source) -> None:

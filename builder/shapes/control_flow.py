@@ -104,12 +104,16 @@ class Scope:
         arguments = (*given, *self.captured)
         if len(arguments) != len(graph.inputs):
             raise self.fault(f"{name} has {len(graph.inputs)} inputs", str(len(arguments)))
-        facts = dict(self.around)
-        for value, fact in zip(graph.inputs, arguments, strict=True):
-            assert fact is not None
-            facts[value] = fact
-        self.walk(graph, facts)
-        return [facts[value] for value in graph.outputs]
+        facts = self.around
+        try:
+            for value, fact in zip(graph.inputs, arguments, strict=True):
+                assert fact is not None
+                facts[value] = fact
+            self.walk(graph, facts)
+            return [facts[value] for value in graph.outputs]
+        finally:  # what is inside is not known outside; a copy of all that is around would cost each node as much
+            for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+                facts.pop(value, None)
 
     def fault(self, found: str, expected: str, remedy: str = "export the model again") -> UnsupportedModelError:
         """The error that refuses the node."""

@@ -63,6 +63,11 @@ _WEIGHT_FORMS = frozenset(("Cast", "DequantizeLinear", "Identity", "Reshape", "T
 """Ops that may lie between an input and the node that shows its role."""
 
 
+_MAX_STEPS = 200_000
+"""Values that the inputs of a model are followed through, all inputs together; what is not followed to its end is taken
+for what it was found to be by then. Thousands of inputs that all go through one long chain need this limit."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
     """What an input is for, and from what that was inferred."""
@@ -106,7 +111,8 @@ def find_roles(graph: ir.Graph, given: Mapping[str, Role]) -> None:
     if unknown:
         raise OptionError(f"--role names {unknown}, but the inputs are {names}.")
     outside = _closure_outputs(graph)
-    traces = {value: _trace(value, outside) for value in graph.inputs}
+    steps = iter(range(_MAX_STEPS))
+    traces = {value: _trace(value, outside, steps) for value in graph.inputs}
     chosen = {value: given[str(value.name)] for value in graph.inputs if str(value.name) in given}
     for value, trace in traces.items():
         if value not in chosen:
@@ -165,7 +171,8 @@ class _Trace:
     """How the input comes out again, see `kept_by`."""
 
 
-def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _Trace:
+def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]], steps: Iterator[int]) -> _Trace:
+    """Follow an input for as long as there are `steps` left."""
     found = _Trace()
     if value.dtype is None:
         return found
@@ -176,6 +183,8 @@ def _trace(value: ir.Value, outside: Mapping[ir.Value, Sequence[ir.Value]]) -> _
         current, plain = queue.pop()
         if (current, plain) in seen:
             continue
+        if next(steps, None) is None:
+            break
         seen.add((current, plain))
         for node, port in current.uses():
             if _is_end(node, port, found, plain=plain):

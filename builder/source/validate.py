@@ -271,7 +271,7 @@ def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionPro
     calls = {key: [_key(n) for n in all_nodes(f.node) if _key(n) in functions] for key, f in functions.items()}
     sizes: dict[FunctionKey, int] = {}
     for root in functions:
-        path = [(root, iter(calls[root]))]
+        path, entered = [(root, iter(calls[root]))], {root}
         while path and root not in sizes:
             key, rest = path[-1]
             following = next((callee for callee in rest if callee not in sizes), None)
@@ -280,13 +280,15 @@ def _check_expansion(proto: ModelProto, functions: dict[FunctionKey, FunctionPro
                     sizes[callee] for callee in calls[key]
                 )
                 path.pop()
-            elif any(following == entered for entered, _ in path):
+                entered.remove(key)
+            elif following in entered:
                 raise ModelLoadError(
                     f"{name}: function {following[0]}::{following[1]} calls itself, a cycle that never ends; "
                     "export the model without recursion."
                 )
             else:
                 path.append((following, iter(calls[following])))
+                entered.add(following)
     total = sum(sizes.get(_key(node), 0) for node in all_nodes(proto.graph.node))
     if total > MAX_INLINED_NODES:
         raise UnsupportedModelError(

@@ -10,7 +10,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto
 from onnx.defs import OpSchema
 
-from furiosa_llm.builder.errors import ModelLoadError
+from furiosa_llm.builder.errors import ModelLoadError, UnsupportedModelError
 from furiosa_llm.builder.rules import OPS
 from furiosa_llm.builder.rules.control_flow import CLOSURE_DOMAIN
 from furiosa_llm.builder.rules.operands import Definition
@@ -18,6 +18,8 @@ from furiosa_llm.builder.source.validate_tensors import check_text
 from furiosa_llm.runtime.artifact.checks.model import VALUE_FIELDS
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
+MAX_INPUTS = 4096
+"""Of one node: to replace one of them takes as long as there are inputs, and each may be replaced."""
 _FLAGS = frozenset(
     ("allowzero", "ceil_mode", "exclusive", "fmod", "is_causal", "keepdims", "largest", "noop_with_empty_axes",
      "reverse", "saturate", "sorted", "transA", "transB", "upper")
@@ -47,7 +49,10 @@ _INTEGERS = frozenset(
 
 
 def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: FunctionProto | None = None) -> None:
-    """Raise ModelLoadError if `node` does not fit its operator, or the function that it calls."""
+    """Raise ModelLoadError if `node` does not fit its operator, or the function that it calls.
+
+    UnsupportedModelError if it has too many inputs.
+    """
     where = f"{file}: node {node.op_type!r:.80} {node.name!r:.200}"
     check_text(where, node.name, node.op_type, node.domain, node.overload, *node.input, *node.output)
     where = f'{file}: node {node.op_type} "{node.name}"'
@@ -58,6 +63,11 @@ def check_node(node: NodeProto, opsets: Mapping[str, int], file: str, *, call: F
         _fail(where, f'is of the domain "{domain}", which programs of artifacts use', "a model that is not split yet")
     if domain not in opsets:
         _fail(where, f'is of the domain "{domain or "ai.onnx"}", of which no version is imported', "an opset_import")
+    if len(node.input) > MAX_INPUTS:
+        raise UnsupportedModelError(
+            f"{where} has {len(node.input)} inputs, expected at most {MAX_INPUTS}; combine them in several nodes, and "
+            "the results of these in one."
+        )
     _check_attributes(node, where)
     if call is not None:
         _check_count(where, "inputs", len(node.input), range(len(call.input) + 1))

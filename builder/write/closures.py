@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
 from furiosa_llm.builder.shapes.closures import CAPTURED, CLOSURE_DOMAIN
+from furiosa_llm.builder.shapes.names import FreeNames
 
 
 def open_closures(model: ModelProto) -> None:
     """Turn the closures of `model` into ONNX's own form, in place: graphs read captured values by their names."""
     taken = {name for node in model.graph.node for name in node.output}
-    taken |= {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    free = FreeNames(taken | {value.name for value in (*model.graph.input, *model.graph.initializer)})
     for node in model.graph.node:
         if node.domain == CLOSURE_DOMAIN:
-            _open(node, taken)
+            _open(node, free)
 
 
-def _open(node: NodeProto, taken: set[str]) -> None:
+def _open(node: NodeProto, free: FreeNames) -> None:
     count = next(attribute.i for attribute in node.attribute if attribute.name == CAPTURED)
     own = len(node.input) - count
     captured = list(node.input[own:])
@@ -33,19 +33,17 @@ def _open(node: NodeProto, taken: set[str]) -> None:
             placeholders = [value.name for value in attribute.g.input[len(attribute.g.input) - count :]]
             del attribute.g.input[len(attribute.g.input) - count :]
             names = dict(zip(placeholders, captured, strict=True))
-            _rename(attribute.g, names, f"{node.name}/{attribute.name}", taken)
+            _rename(attribute.g, names, f"{node.name}/{attribute.name}", free)
     del node.attribute[:]
     node.attribute.extend(kept)
 
 
-def _rename(graph: GraphProto, outer: Mapping[str, str], prefix: str, taken: set[str]) -> None:
+def _rename(graph: GraphProto, outer: Mapping[str, str], prefix: str, free: FreeNames) -> None:
     """Give the values of a graph names that are used nowhere else; `outer` are the new names of those around it."""
     names = dict(outer)
 
     def fresh(name: str) -> str:
-        candidates = (f"{prefix}/{name}" + (f".{n}" if n else "") for n in itertools.count())
-        names[name] = next(candidate for candidate in candidates if candidate not in taken)
-        taken.add(names[name])
+        names[name] = free.take(f"{prefix}/{name}")
         return names[name]
 
     del graph.value_info[:]
@@ -56,7 +54,7 @@ def _rename(graph: GraphProto, outer: Mapping[str, str], prefix: str, taken: set
         outputs = [fresh(name) if name else "" for name in node.output]
         for attribute in node.attribute:
             if attribute.type == AttributeProto.GRAPH:
-                _rename(attribute.g, names, f"{prefix}/{node.name}/{attribute.name}", taken)
+                _rename(attribute.g, names, f"{prefix}/{node.name}/{attribute.name}", free)
         del node.input[:], node.output[:]
         node.input.extend(inputs)
         node.output.extend(outputs)

@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.executor import Executor
 from tests.builder.test_traps import TWO, check, error_of, ints, leaf, merged, sweep
+from tests.support.builder import growing
 from tests.support.builder.graphs import model, random
 from tests.support.builder.plans import Prepared, prepare_proto
 from tests.support.builder.proofs import TOLERANCE, prove
@@ -377,6 +378,11 @@ def test_branches_of_a_constant_condition(as_node: bool) -> None:
     )
     result = split.run(split.session(), {"past_x": np.zeros((4, 6), np.float32)})["y"]
     np.testing.assert_allclose(result, 8)  # 2 + 5 + 1
+
+
+def test_an_if_that_reads_what_another_one_gives() -> None:
+    """Both branches of each are computed, in one pass over the graph."""
+    assert prove(growing.open_branches(3)).wrong == ()
 
 
 # -- folded sizes ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class Sizes:
         self._graph = graph
         self._names = {v.name for v in graph.inputs} | {v.name for node in graph for v in node.outputs}
         self._names |= set(graph.initializers)
+        self._next = 0
         self._new = self.writer()
         self._sources: dict[str, tuple[ir.Value, int]] = {}
         for value in graph.inputs:
@@ -37,9 +38,10 @@ class Sizes:
         return NodeWriter(self._graph, self._name)
 
     def _name(self, _: str) -> str:
-        number = len(self._names)
+        number = max(len(self._names), self._next)
         while f"fused/{number}" in self._names:
             number += 1
+        self._next = number + 1
         self._names.add(f"fused/{number}")
         return f"fused/{number}"
 
