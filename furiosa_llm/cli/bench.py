@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from furiosa_llm.bench.metrics import OBJECTIVES
 from furiosa_llm.bench.plots import check_plot, plot
@@ -18,6 +17,7 @@ from furiosa_llm.bench.report import as_json, show
 from furiosa_llm.bench.sweep import Run, Workload, loads_of, machine, plans_of, sweep
 from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
 from furiosa_llm.cli.options import ENGINE, Numbers, option, options
+from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.dataset import read_dataset
 from furiosa_llm.runtime import EngineArgs, SamplingParams
 from furiosa_llm.runtime.artifact.errors import OutputFileError
@@ -122,7 +122,7 @@ def bench(
     runs: list[Run] = []
     for run in sweep(plans, loads_of(request_rate or (), concurrency or ()), workload):
         runs.append(run)
-        click.echo(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
+        line(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
     show(runs, console)
     report = as_json(
         runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_asked(workload, options), machine=machine()

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -27,6 +26,7 @@ from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import default_name
 from furiosa_llm.cli.options import Command, FixedInput, GivenRole, Sizes, option
+from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.units import nbytes
 
@@ -143,13 +143,13 @@ def print_report(report: BuildReport) -> None:
     if report.parts:
         num_own_notes = len(report.notes) - sum(len(part.notes) for part in report.parts)
         for note in report.notes[:num_own_notes]:
-            click.echo(f"note: {note}")
+            line(f"note: {note}")
         shown = ", ".join(Path(part.artifact).name for part in report.parts)
-        click.echo(
+        line(
             f"{report.artifact}: {shown} in one artifact, {nbytes(report.stored_nbytes)} of weights, "
             f"{report.seconds:.1f} s"
         )
-    click.echo("Artifact Build Completed")
+    line("Artifact Build Completed")
 
 
 @contextlib.contextmanager
@@ -215,8 +215,8 @@ def closing_table(report: BuildReport) -> Table:
     left = report.attentions_left
     if report.fused_attentions or left:
         table.add_row("attention", f"{report.fused_attentions} fused, {len(left)} left as they are")
-    for line in left[:_SHOWN_LEFT]:
-        table.add_row("attention left", line)
+    for reason in left[:_SHOWN_LEFT]:
+        table.add_row("attention left", reason)
     if len(left) > _SHOWN_LEFT:
         table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
     for note in (*report.notes, *map(escape, report.shortfalls[:_SHOWN_LEFT])):

@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 import onnx
 from google.protobuf.message import DecodeError
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from furiosa_llm.builder.plan.annotations import Finding, check_sharding, is_annotated
 from furiosa_llm.builder.source.load import load
+from furiosa_llm.cli.terminal import Console, line
 
 _MOST_ROWS = 50
 
@@ -69,7 +69,7 @@ def _count_annotated(proto: onnx.ModelProto) -> int:
 def _print(proto: onnx.ModelProto, findings: Sequence[Finding], errors: int) -> None:
     console = Console()
     if not is_annotated(proto):
-        click.echo(
+        line(
             "The model has no multi-device annotations: there is nothing to check. "
             "`furiosa-llm plan MODEL --emit-onnx OUT` writes a model with them."
         )
@@ -85,7 +85,7 @@ def _print(proto: onnx.ModelProto, findings: Sequence[Finding], errors: int) -> 
             table.add_row(*map(Text, (finding.severity, where, finding.what, finding.remedy)))
         console.print(table)
     if len(findings) > _MOST_ROWS:
-        click.echo(f"... and {len(findings) - _MOST_ROWS} more; --json lists them all.")
+        line(f"... and {len(findings) - _MOST_ROWS} more; --json lists them all.")
     names = ", ".join(f'"{c.name}" ({c.num_devices} devices)' for c in proto.configuration) or "none"
-    click.echo(f"configurations: {names}; {_count_annotated(proto)} of {len(proto.graph.node)} nodes annotated")
-    click.echo(f"errors: {errors}, warnings: {len(findings) - errors}")
+    line(f"configurations: {names}; {_count_annotated(proto)} of {len(proto.graph.node)} nodes annotated")
+    line(f"errors: {errors}, warnings: {len(findings) - errors}")

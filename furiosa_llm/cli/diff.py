@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
+from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.tools import diff as library
@@ -45,7 +45,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     elif found.same:
-        click.echo(f"the same artifact: {found.digests[0]}")
+        line(f"the same artifact: {found.digests[0]}")
     else:
         Console().print(_table(found, str(a), str(b)), crop=False)
     sys.exit(0 if found.same else 1)

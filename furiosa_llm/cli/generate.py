@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
+from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime import LLM, SamplingParams
 
 
@@ -58,6 +59,6 @@ def generate(
         ended = time.monotonic()
     sys.stdout.write("\n")
     rate = f", {(count - 1) / (ended - first):.1f} tokens/s after the first" if count > 1 else ""
-    click.echo(
+    line(
         f"loaded in {loaded - started:.2f} s, first token {first - loaded:.2f} s later, {count} tokens{rate}", err=True
     )

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import click
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from furiosa_llm.cli.terminal import Console, cell, line
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import KIND
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
@@ -87,14 +86,10 @@ def _inspect_composite(folder: Path, *, as_json: bool) -> None:
         shown["parts"] = {name: found.to_json() for name, found in parts.items()}
         click.echo(json.dumps(shown, indent=1, ensure_ascii=False))
         return
-    click.echo(
-        str(
-            _text(
-                f"{manifest.name}: {KIND}, begins with token {manifest.decoder_start_token_id}, ends at "
-                f"{', '.join(map(str, manifest.eos_token_ids))}; {manifest.hidden.output} of the encoder is "
-                f"{manifest.hidden.input}; {counted(len(manifest.states), 'state')}; digest {composite.digest[:16]}..."
-            )
-        )
+    line(
+        f"{manifest.name}: {KIND}, begins with token {manifest.decoder_start_token_id}, ends at "
+        f"{', '.join(map(str, manifest.eos_token_ids))}; {manifest.hidden.output} of the encoder is "
+        f"{manifest.hidden.input}; {counted(len(manifest.states), 'state')}; digest {composite.digest[:16]}..."
     )
     for found in parts.values():
         _print(found)
@@ -102,13 +97,13 @@ def _inspect_composite(folder: Path, *, as_json: bool) -> None:
 
 def _print(found: Inspection, probed: BatchInvariance | None = None) -> None:
     title = f"{found.model.name}: {found.model.task}, over {math.prod(found.mesh)} PEs {list(found.mesh)}"
-    table = Table(title=_text(title), title_justify="left", show_header=False)
+    table = Table(title=cell(title), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in _rows(found):
-        table.add_row(_text(key), _text(value))
+        table.add_row(cell(key), cell(value))
     for key, value in _on_this_machine(probed) if probed is not None else ():
-        table.add_row(_text(key), _text(value))
+        table.add_row(cell(key), cell(value))
     Console().print(table, crop=False)
 
 
@@ -121,11 +116,6 @@ def _on_this_machine(probed: BatchInvariance) -> Iterator[tuple[str, str]]:
     yield "chunks here", f"a prompt that is cut is computed {cut}"
     if not probed.invariant:
         yield "remedy", "none" if probed.companions is None else "batch_invariant=True, --batch-invariant"
-
-
-def _text(value: str) -> Text:
-    """Text of an artifact, whose names may hold anything: what would steer the terminal is written out."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in value))
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:

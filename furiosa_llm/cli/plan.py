@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from furiosa_llm.builder.model_plan import CHUNKS, write_annotated_plan
 from furiosa_llm.cli.build import BUILD, planning_options
 from furiosa_llm.cli.options import ENGINE, option
 from furiosa_llm.cli.plan_tables import show_plan
+from furiosa_llm.cli.terminal import Console
 from furiosa_llm.runtime.placement.capacity import DEFAULT_LENGTH
 from furiosa_llm.runtime.placement.deployments import MOST_CARDS
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from furiosa_llm.builder import ModelPlan
 from furiosa_llm.builder.model_plan import SHOWN_BATCH, CollectiveCost, SizePlan
 from furiosa_llm.builder.plan.explain import Explained
+from furiosa_llm.cli.terminal import Console
 from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 

@@ -9,6 +9,7 @@ import click
 import numpy as np
 
 from furiosa_llm.cli.options import ENGINE, options
+from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime import Executor, InputError, open_artifact
 
 
@@ -33,7 +34,7 @@ def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_v
     except OSError as error:
         raise InputError(f"cannot write {outputs}: {error.strerror}; give a path that can be written.") from error
     for name, array in results.items():
-        click.echo(f"{name}: {array.dtype} {list(array.shape)}")
+        line(f"{name}: {array.dtype} {list(array.shape)}")
 
 
 def _read(path: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:

@@ -12,6 +12,7 @@ import click
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.cli.refused_options import refused_options
+from furiosa_llm.cli.terminal import line
 from furiosa_llm.cli.topology import show_topology
 from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -108,7 +109,7 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     check_address(host, port)
     opened, plan = open_served(args)
     if plan is None:
-        click.echo(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
+        line(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
     else:
         _show_plan(plan)
     model = load_served(args, opened, plan, settings.served_model_names, int(time.time()))
@@ -116,7 +117,7 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
         show_batch_invariance(model.kind)
     shown = host if ":" not in host else f"[{host}]"
     if port:
-        click.echo(f"{', '.join(model.names)} at http://{shown}:{port}/v1")
+        line(f"{', '.join(model.names)} at http://{shown}:{port}/v1")
     app = make_app(model, settings)
     make_server(app, settings, host=host, port=port, log_level=log_level, access_log=access_log).run()
 
@@ -130,7 +131,7 @@ def show_batch_invariance(model: Decoder) -> None:
         remedy = "; --batch-invariant keeps it the same"
     else:
         remedy = "; --batch-invariant would keep it the same" if probed.companions is not None else ""
-    click.echo(f"Bits on this machine: {probed}{remedy}.")
+    line(f"Bits on this machine: {probed}{remedy}.")
 
 
 def _check_installed() -> None:
@@ -187,6 +188,6 @@ def _show_plan(plan: Plan) -> None:
     )
     show_topology(plan.artifact, plan.topology, plan.stages, workload)
     if plan.tokenizer is None:
-        click.echo("The model has no tokenizer: requests have to give token ids, unless --tokenizer gives one.")
+        line("The model has no tokenizer: requests have to give token ids, unless --tokenizer gives one.")
     elif plan.tokenizer.chat_template is None:
-        click.echo("The model has no chat template: /v1/chat/completions is refused, unless --chat-template gives one.")
+        line("The model has no chat template: /v1/chat/completions is refused, unless --chat-template gives one.")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
+from furiosa_llm.cli.terminal import Console, cell
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.units import counted, nbytes
@@ -136,11 +135,11 @@ def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], wor
 
 def _show(report: _Report) -> None:
     console = Console()
-    console.print(_text(_title(report)))
+    console.print(cell(_title(report)))
     for table in (_drawing(report), _stages(report), _cards(report)):
         console.print(table, crop=False)
         console.print()
-    console.print(_text(_summary(report)))
+    console.print(cell(_summary(report)))
 
 
 def _title(report: _Report) -> str:
@@ -226,11 +225,6 @@ def _summary(report: _Report) -> str:
     wanted = work.max_batch_size * work.max_model_len
     verdict = "It fits" if wanted <= report.kv_tokens else "It does not fit"
     return f"{verdict}: each replica has room for {report.kv_tokens:,} tokens of KV cache, and {wanted:,} are wanted."
-
-
-def _text(value: str) -> Text:
-    """Text of an artifact, whose names may hold anything: what would steer the terminal is written out."""
-    return Text("".join(c if c.isprintable() else repr(c)[1:-1] for c in value))
 
 
 # -- for programs --------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.tools import unbuild as library
 from furiosa_llm.runtime.artifact.units import nbytes
@@ -34,7 +34,7 @@ def unbuild(artifact: Path, output: Path, force: bool) -> None:
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     where = f" and {written.data}" if written.data is not None else ""
-    click.echo(
+    line(
         f"{written.model}{where}: {written.num_initializers} initializers, {written.num_rebuilt} of them put together "
         f"from shards ({nbytes(written.nbytes)}), all as they were"
     )

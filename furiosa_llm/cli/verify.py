@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from furiosa_llm.cli.options import ENGINE, Sizes, option
+from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.composite_verification import verify_composite
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
@@ -107,12 +107,12 @@ def _verify_parts(
     """Verifies a composite artifact; the exit code."""
     found = verify_composite(artifact, against=against, full=full, options=options)
     for name, report in found.parts.items():
-        console.print(f"{name}:", highlight=False)
+        line(f"{name}:")
         _show(console, artifact / name, report, record=record)
     if found.fault is not None:
-        console.print(f"the parts do not make one whole: {found.fault}", highlight=False, markup=False, soft_wrap=True)
+        line(f"the parts do not make one whole: {found.fault}")
     whole = "verified" if found.passed else "NOT verified"
-    console.print(f"{whole}: {', '.join(found.parts)}, and how they fit", highlight=False)
+    line(f"{whole}: {', '.join(found.parts)}, and how they fit")
     return 0 if found.passed else 1
 
 
@@ -121,37 +121,36 @@ def _show(console: Console, artifact: Path, report: Report, *, record: bool) -> 
     if report.parity is not None:
         _show_parity(console, report.parity)
     for check in report.record.checks:
-        _show_check(console, check)
+        _show_check(check)
     passed = report.record.passed
     within = next((f" within {check.tolerance:g}" for check in report.record.checks if check.tolerance is not None), "")
     verdict = f"verified{within}: " if passed else f"NOT verified{within}; this was checked: "
-    console.print(f"{verdict}{report.record.words}", highlight=False, markup=False, soft_wrap=True)
+    line(f"{verdict}{report.record.words}")
     if report.parity is not None and not passed:
-        console.print(f"repeat it with --seed {report.parity.seed}", highlight=False)
+        line(f"repeat it with --seed {report.parity.seed}")
     if record:
         path = write_verification(artifact, report.record)
-        console.print(f"recorded in {path}", highlight=False, markup=False, soft_wrap=True)
+        line(f"recorded in {path}")
 
 
-def _show_check(console: Console, check: Check) -> None:
+def _show_check(check: Check) -> None:
     noun = _COUNTED[check.name]
     count = counted(check.checked, noun) if check.name != "weights" else f"{check.checked} files and tensors"
     error = "" if check.greatest_error is None else f", greatest error {check.greatest_error:.1e}"
     within = "" if check.tolerance is None else f", tolerance {check.tolerance:g}"
     verdict = CHECKS[check.name] if check.passed else "FAILED"
-    line = f"{check.name}: {verdict} ({count}{error}{within})"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    line(f"{check.name}: {verdict} ({count}{error}{within})")
     for fault in check.faults:
-        console.print(f"  {fault}", highlight=False, markup=False, soft_wrap=True)
+        line(f"  {fault}")
 
 
 def _show_parity(console: Console, parity: Parity) -> None:
     if parity.stitched or parity.outputs or parity.engine:
         console.print(_outputs_table(parity), crop=False)
     for comparison in parity.tokens:
-        console.print(_tokens_line(comparison), highlight=False, markup=False, soft_wrap=True)
+        line(_tokens_line(comparison))
     if parity.accuracy_level_replaced:
-        console.print("MatMulNBits was compared at accuracy level 0, without rounding activations to 8 bits.")
+        line("MatMulNBits was compared at accuracy level 0, without rounding activations to 8 bits.")
 
 
 def _outputs_table(parity: Parity) -> Table:
@@ -172,7 +171,7 @@ def _worst(errors: Sequence[OutputDifference]) -> str:
 
 
 def _tokens_line(comparison: TokenComparison) -> str:
-    line = f"{comparison.prompt!r}: {comparison.tokens} greedy tokens, logit error {comparison.logit_error:.1e}: "
+    text = f"{comparison.prompt!r}: {comparison.tokens} greedy tokens, logit error {comparison.logit_error:.1e}: "
     if comparison.first_difference is None:
-        return line + "equal"
-    return line + f"token {comparison.first_difference} differs, where the best two are {comparison.gap:.1e} apart"
+        return text + "equal"
+    return text + f"token {comparison.first_difference} differs, where the best two are {comparison.gap:.1e} apart"

@@ -115,5 +115,7 @@ def _make_room_for(connections: int) -> None:
 def _log_config(level: str) -> dict[str, Any]:
     """uvicorn's, with our own messages in the same form."""
     config = copy.deepcopy(LOGGING_CONFIG)
+    for formatter in config["formatters"].values():
+        formatter["use_colors"] = False  # the stream writes out what would steer the terminal
     config["loggers"]["furiosa_llm"] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
     return config

@@ -137,7 +137,7 @@ def test_names_cannot_steer_the_terminal(artifact: Path, cli: Cli) -> None:
     edit_manifest(artifact, lambda manifest: manifest["model"].update(name="\x1b[2J[bold]x\n"))
     result = cli("inspect", artifact)
     assert "\x1b" not in result.out
-    assert result.out.startswith("\\x1b[2J[bold]x\\n: decoder")
+    assert result.out.startswith("\\u001b[2J[bold]x\\n: decoder")
 
 
 def test_the_kernels_of_this_machine(artifact: Path, cli: Cli) -> None:

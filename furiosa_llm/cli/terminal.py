@@ -1,0 +1,85 @@
+"""The one way to the terminal: what would steer it is written out, whatever name or text it came in."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, TextIO, cast
+
+import click
+import rich.console
+from rich.segment import Segment
+from rich.text import Text
+
+_STEERING = (
+    *(code for code in range(0x20) if chr(code) not in "\t\n"),
+    *range(0x7F, 0xA0),
+    *(0x2028, 0x2029),  # what ends a line or paragraph
+    *range(0x202A, 0x202F),  # what turns the direction of text
+    *range(0x2066, 0x206A),
+)
+_ESCAPES = {code: f"\\u{code:04x}" for code in _STEERING}
+"""As JSON writes them, so that a document stays what it is."""
+_ON_ONE_LINE = {**_ESCAPES, ord("\t"): "\\t", ord("\n"): "\\n"}
+
+
+def line(text: str, *, err: bool = False) -> None:
+    """Write one line, on standard error if `err`; a name in it cannot begin another."""
+    click.echo(text.translate(_ON_ONE_LINE), err=err)
+
+
+def cell(text: str) -> Text:
+    """What a table or title shows as it is: no markup, and on one line."""
+    return Text(text.translate(_ON_ONE_LINE))
+
+
+class Console(rich.console.Console):
+    """Rich's, with what is shown written out; what rich itself says to the terminal passes."""
+
+    def render(
+        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of `renderable`."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(segment.text.translate(_ESCAPES), segment.style)
+
+
+class _Escaped:
+    """A text stream that writes out what would steer the terminal, and what the stream's encoding lacks."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+        """Where rich's consoles write, by the name that they look for."""
+
+    def write(self, text: str) -> int:
+        """Write `text`."""
+        stream = self.rich_proxied_file
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.translate(_ESCAPES).encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write all `lines`."""
+        for one in lines:
+            self.write(one)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextlib.contextmanager
+def escaped_streams() -> Iterator[None]:
+    """Make standard output and error write out what would steer the terminal; so does what ends the process."""
+    out, err = _Escaped(sys.stdout), _Escaped(sys.stderr)
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        err.writelines(traceback.format_exception(kind, error, trace))
+
+    sys.excepthook = uncaught
+    with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err)):
+        yield

@@ -1,0 +1,225 @@
+"""No name from a model, an artifact or a folder steers the terminal: control characters in all, all commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from google.protobuf.message import Message
+from onnx import ModelProto
+from rich.markup import escape
+
+from furiosa_llm.cli.terminal import Console, cell
+from furiosa_llm.runtime.artifact.manifest import seal
+from tests.cli.conftest import Cli
+from tests.support.builder.graphs import model
+from tests.support.tampering import edit_manifest
+
+NASTY = "\x1b]0;owned\x07\x1b[2J\x9b1m\r\u202e\x7f"
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+READING = (
+    ("inspect",), ("inspect", "--json"), ("topology",), ("topology", "--json"), ("verify", "--no-record"),
+)  # fmt: skip
+
+
+def assert_clean(cli: Cli, *arguments: object) -> str:
+    result = cli(*arguments)
+    shown = result.out + result.err
+    assert STEERING.search(shown) is None, (arguments, shown)
+    return shown
+
+
+# -- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def strings(value: Any, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], str]]:
+    """Every string in a JSON document, with its keys and indices."""
+    if isinstance(value, str):
+        yield path, value
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield from strings(inner, (*path, key))
+
+
+def places(document: Any) -> list[tuple[object, ...]]:
+    """One string of each kind: those of a list's entries are of one kind."""
+    kinds = {tuple("*" if isinstance(key, int) else key for key in path): path for path, _ in strings(document)}
+    return list(kinds.values())
+
+
+def changed(document: Any, path: tuple[object, ...]) -> Any:
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] += NASTY
+    return copy
+
+
+@pytest.mark.slow
+def test_every_string_of_a_manifest(built: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(built, folder)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    kinds = places(manifest)
+    assert len(kinds) > 30
+    for path in kinds:
+        (folder / "manifest.json").write_bytes(seal(changed(manifest, path)))
+        assert_clean(cli, "inspect", folder)
+        assert_clean(cli, "topology", folder)
+    (folder / "manifest.json").write_bytes(seal(changed(manifest, ("model", "name"))))
+    for command, *options in READING:
+        assert_clean(cli, command, folder, *options)
+    assert "\\u001b" in assert_clean(cli, "inspect", folder)
+
+
+def rename_nodes(proto: ModelProto) -> None:
+    for node in proto.graph.node:
+        node.name += NASTY
+
+
+def foreign_domain(proto: ModelProto) -> None:
+    proto.graph.node[0].domain = NASTY
+    proto.opset_import.append(onnx.helper.make_opsetid(NASTY, 1))
+
+
+def rename_values(proto: ModelProto) -> None:
+    outputs = {value.name for value in proto.graph.output}
+    made = {name for node in proto.graph.node for name in node.output} - outputs
+    for node in proto.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name + NASTY if name in made else name for name in names]
+
+
+def unknown_op(proto: ModelProto) -> None:
+    proto.graph.node[0].op_type += NASTY
+
+
+@pytest.mark.parametrize(
+    "change",
+    [rename_nodes, rename_values, *(pytest.param(one, marks=pytest.mark.slow) for one in (foreign_domain, unknown_op))],
+)
+def test_names_in_a_program(change: Callable[[ModelProto], None], built: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / NASTY
+    shutil.copytree(built, folder)
+    proto = onnx.load(folder / "program.onnx", load_external_data=False)
+    change(proto)
+    data = proto.SerializeToString()
+    (folder / "program.onnx").write_bytes(data)
+
+    def sealed(manifest: dict[str, Any]) -> None:
+        (entry,) = (one for one in manifest["files"] if one["path"] == "program.onnx")
+        entry |= {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    edit_manifest(folder, sealed)
+    for command, *options in READING:
+        assert_clean(cli, command, folder, *options)
+    if change in (rename_nodes, rename_values):
+        assert_clean(cli, "generate", folder, "--prompt", "a", "--max-tokens", 1)
+    assert_clean(cli, "diff", folder, built)
+    assert_clean(cli, "unbuild", folder, tmp_path / f"{NASTY}.onnx")
+    assert_clean(cli, "reshard", "-tp", 8, folder, tmp_path / f"{NASTY}.artifact")
+
+
+def test_files_and_templates(built: Path, tmp_path: Path, cli: Cli) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(built, folder)
+    (folder / f"more{NASTY}").write_text("?")
+    template = f"{{{{ raise_exception('{NASTY}') }}}}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    edit_manifest(folder, lambda manifest: manifest["model"].update(name=NASTY))
+    for command, *options in (*READING, ("generate", "--prompt", "a", "--chat")):
+        assert_clean(cli, command, folder, *options)
+    assert_clean(cli, "inspect", tmp_path / NASTY)
+    assert_clean(cli, "run", folder, "--inputs", tmp_path / NASTY, "--outputs", tmp_path / NASTY)
+    assert_clean(cli, "bench", folder, "--dataset", tmp_path / NASTY)
+    assert_clean(cli, NASTY)
+    assert_clean(cli, "plan", f"--{NASTY}")
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def text_fields(message: Message, path: str = "") -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every text of a message: where it is, and what makes it nasty."""
+    for field, value in message.ListFields():
+        where = f"{path}.{field.name}"
+        repeated = not isinstance(value, str | bytes | int | float | Message)
+        if field.message_type is not None:
+            for inner in value if repeated else [value]:
+                yield from text_fields(inner, where)
+        elif field.type == field.TYPE_STRING and repeated:
+            yield where, partial(value.__setitem__, 0, value[0] + NASTY)
+        elif field.type == field.TYPE_STRING:
+            yield where, partial(setattr, message, field.name, value + NASTY)
+
+
+def test_every_text_of_a_model(tmp_path: Path, cli: Cli) -> None:
+    nodes = "h = MatMul(past_x, w) r = Reshape<allowzero=1>(h, t) y = Relu(r)"
+    made = model("float[batch, 6] past_x", "float[batch, 5] y", nodes, {"w": (6, 5), "t": (2,)})
+    made.producer_name, made.domain, made.doc_string = "producer", "domain", "text"
+    path = tmp_path / f"{NASTY}.onnx"
+    kinds = dict(text_fields(made))
+    assert len(kinds) > 12
+    for where in kinds:
+        proto = ModelProto.FromString(made.SerializeToString())
+        dict(text_fields(proto))[where]()
+        onnx.save(proto, path)
+        assert_clean(cli, "plan", path)
+        assert_clean(cli, "check-sharding", path)
+    assert_clean(cli, "build", path, tmp_path / f"{NASTY}.artifact")
+
+
+# -- the writer ----------------------------------------------------------------------------------------------------
+
+
+def test_colours_are_left_and_foreign_ones_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(force_terminal=True, color_system="standard")
+    console.print(f"[bold red]{escape(NASTY)}[/]", highlight=False)
+    console.print(cell(f"{NASTY}\n"))
+    shown = capsys.readouterr().out
+    assert shown.startswith("\x1b[1;31m\\u001b]0;owned\\u001b[2J")
+    assert STEERING.search(re.sub("\x1b\\[[0-9;]*m", "", shown)) is None
+    assert shown.endswith("\\n\n")
+
+
+def test_what_ends_the_process_is_escaped_too() -> None:
+    """An error that nobody foresaw, and text that the encoding of the terminal lacks."""
+    program = f"""
+import click, sys
+from furiosa_llm.cli.exit_code import exit_code_of
+@click.group()
+def cli(): ...
+@cli.command()
+def fail():
+    click.echo("\\u00fc")
+    raise ValueError({NASTY!r})
+sys.exit(exit_code_of(cli))
+"""
+    environment = {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", program, "fail"], capture_output=True, text=True, env=environment)
+    assert ended.stdout == "\\xfc\n"
+    assert "ValueError: \\u001b]0;owned" in ended.stderr
+    assert STEERING.search(ended.stderr) is None
+    assert ended.returncode == 1
+
+
+def test_consoles_are_ours() -> None:
+    made = [
+        path
+        for path in Path("furiosa_llm").rglob("*.py")
+        if " Console(" in path.read_text() and path.name != "terminal.py"
+    ]
+    assert len(made) > 5
+    assert [path for path in made if "furiosa_llm.cli.terminal import Console" not in path.read_text()] == []
