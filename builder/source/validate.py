@@ -23,6 +23,8 @@ MAX_INLINED_NODES = 100_000
 memory holds."""
 _OLDEST_OPSET = 7
 """Before this opset, elementwise ops aligned dimensions by an attribute."""
+_NEWEST = {"ai.onnx.ml": 5, "ai.onnx.preview.training": 1, "ai.onnx.training": 1, "com.microsoft": 1}
+"""Versions of other domains: onnxruntime loads no model that imports a later one, even if no node is of the domain."""
 _OLDEST_IR_VERSION = 3
 """Before this version, models did not say which opset they use."""
 
@@ -114,8 +116,13 @@ def _imports(entries: Iterable[onnx.OperatorSetIdProto], where: str) -> dict[str
             )
         if not 0 < version < 2**31:
             raise ModelLoadError(
-                f'{where} imports version {version} of the ops "{domain or "ai.onnx"}", expected a positive version; '
+                f'{where} imports version {version} of the ops "{domain or "ai.onnx"}", expected 1 to {2**31 - 1}; '
                 "the file is damaged, export the model again."
+            )
+        if version > _NEWEST.get(domain, version):
+            raise UnsupportedModelError(
+                f'{where} imports version {version} of the ops "{domain}", expected at most {_NEWEST[domain]}, the '
+                "newest that onnxruntime has; export the model again."
             )
     return opsets
 

@@ -231,9 +231,16 @@ HUGE = 2**62
 VERSIONS: dict[str, Row] = {
     "no IR version": (UnsupportedModelError, put(lambda p: p, "ir_version", 0), ("IR version 0", "3 to")),
     "future IR version": (UnsupportedModelError, put(lambda p: p, "ir_version", 999), ("IR version 999",)),
+    "huge IR version": (UnsupportedModelError, put(lambda p: p, "ir_version", 2**40), (f"IR version {2**40}", "3 to")),
+    "future opset of another domain": (
+        UnsupportedModelError, opset(("", 21), ("ai.onnx.ml", 6)), ('version 6 of the ops "ai.onnx.ml"', "at most 5"),
+    ),
+    "future opset of onnxruntime's ops": (
+        UnsupportedModelError, opset(("", 21), ("com.microsoft", 2)), ("version 2", "at most 1", "onnxruntime has"),
+    ),
     "no opset": (ModelLoadError, opset(), ("does not say which version of the standard ops",)),
     "future opset": (UnsupportedModelError, opset(("", 99)), ("uses opset 99", "at most")),
-    "huge opset": (ModelLoadError, opset(("", HUGE)), (f"version {HUGE}", "positive version")),
+    "huge opset": (ModelLoadError, opset(("", HUGE)), (f"version {HUGE}", f"1 to {2**31 - 1}")),
     "negative opset": (ModelLoadError, opset(("", -1)), ("version -1",)),
     "two versions": (ModelLoadError, opset(("", 21), ("ai.onnx", 20)), ("versions 21 and 20", "one version")),
     "domain not imported": (ModelLoadError, put(lambda p: p.graph.node[0], "domain", "other"),
