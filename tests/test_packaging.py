@@ -72,7 +72,12 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
     declared = names_of(PYPROJECT["project"]["dependencies"])
     extras = {
         place: names_of(PYPROJECT["project"]["optional-dependencies"][extra])
-        for place, extra in (("/server/", "serve"), ("/bench/plots.py", "plots"), ("/mlperf/", "mlperf"))
+        for place, extra in (
+            ("/server/", "serve"),
+            ("/bench/plots.py", "plots"),
+            ("/mlperf/", "mlperf"),
+            ("/signing.py", "sign"),
+        )
     }
     extras["/server/"].add("starlette")  # FastAPI's own
     distributions = packages_distributions()
@@ -98,7 +103,7 @@ def test_every_declared_dependency_is_imported() -> None:
         for distribution in distributions.get(name.partition(".")[0], [])
     }
     extras = PYPROJECT["project"]["optional-dependencies"]
-    product = [extras["serve"], extras["plots"], extras["mlperf"], PYPROJECT["project"]["dependencies"]]
+    product = [*(extras[name] for name in ("serve", "plots", "mlperf", "sign")), PYPROJECT["project"]["dependencies"]]
     assert set().union(*map(names_of, product)) - used == set()
 
 

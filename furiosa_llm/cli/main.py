@@ -19,6 +19,7 @@ from furiosa_llm.cli.plan import plan
 from furiosa_llm.cli.reshard import reshard
 from furiosa_llm.cli.run import run
 from furiosa_llm.cli.serve import serve
+from furiosa_llm.cli.sign import sign
 from furiosa_llm.cli.topology import topology
 from furiosa_llm.cli.unbuild import unbuild
 from furiosa_llm.cli.verify import verify
@@ -46,6 +47,7 @@ _COMMANDS = (
     reshard,
     run,
     serve,
+    sign,
     topology,
     unbuild,
     verify,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from furiosa_llm import signing
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
@@ -68,6 +69,10 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @click.option("--api-key", multiple=True, help="Bearer token that requests have to come with; repeatable.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with such tokens, one a line.")
 @click.option("--allowed-origins", type=Origins(), default='["*"]', show_default=True, help="For CORS.")
+@click.option(
+    "--require-signature", type=click.Path(path_type=Path), metavar="KEY",
+    help="Public key by which ARTIFACT must be signed, in PEM; all weights are compared with their digests, too.",
+)  # fmt: skip
 @click.option("--chat-template", type=click.Path(path_type=Path), help="File to use instead of the model's own.")
 @options(SERVER, "response_role")
 @click.option("--enable-auto-tool-choice", is_flag=True, help="Look for calls of tools in answers.")
@@ -105,9 +110,15 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     settings = _settings(options)
     log_level = options.pop("uvicorn_log_level")
     access_log = not options.pop("disable_uvicorn_access_log")
+    require_signature = options.pop("require_signature")
+    if require_signature is not None:
+        signing.check_installed()
+        options["full_verification"] = True
     args = EngineArgs(artifact, **options)
     check_address(host, port)
     opened, plan = open_served(args)
+    if require_signature is not None:
+        signing.check_signature(artifact, require_signature, digest=opened.digest)
     if plan is None:
         line(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
     else:

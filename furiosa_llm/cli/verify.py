@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verif
 from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity
+from furiosa_llm.signing import check_installed, check_signature
 from furiosa_llm.verification import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions, Report, verify_artifact
 
 _COUNTED = {
@@ -41,6 +42,7 @@ _COUNTED = {
 @click.option(
     "--against", type=click.Path(path_type=Path), help="The .onnx file (or folder) it was built from, to compare with."
 )
+@click.option("--key", type=click.Path(path_type=Path), help="Public key by which ARTIFACT must be signed, in PEM.")
 @click.option("--no-record", is_flag=True, help=f"Write no {RECORD_NAME} into ARTIFACT.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare greedy tokens on; may be repeated.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens per prompt.")
@@ -67,6 +69,7 @@ def verify(
     artifact: Path,
     full: bool,
     against: Path | None,
+    key: Path | None,
     no_record: bool,
     prompts: tuple[str, ...],
     max_tokens: int,
@@ -93,6 +96,10 @@ def verify(
         max_length=max_length,
         time_limit=time_limit,
     )
+    if key is not None:
+        check_installed()
+        check_signature(artifact, key)
+        line(f"signed by the key {key}, and every file has its digest")
     console = Console()
     if is_composite(artifact):
         sys.exit(_verify_parts(console, artifact, against, full=full, record=not no_record, options=options))

@@ -24,6 +24,7 @@ MANIFEST_NAME = "manifest.json"
 PROGRAM_NAME = "program.onnx"
 SOURCE_NAME = "source.onnx"
 RECORD_NAME = "verification.json"
+SIGNATURE_NAME = "manifest.sig"
 """What a verification found; no part of the artifact, so no name for a file of it."""
 MAX_MANIFEST_NBYTES = 64 * 2**20
 """A longer manifest is refused unread: parsed JSON takes some twenty times its length in memory."""

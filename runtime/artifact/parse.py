@@ -20,6 +20,7 @@ from furiosa_llm.runtime.artifact.manifest import (
     MANIFEST_NAME,
     MAX_MANIFEST_NBYTES,
     RECORD_NAME,
+    SIGNATURE_NAME,
     Block,
     Collective,
     CollectiveKind,
@@ -44,6 +45,7 @@ _SECTIONS = (
     *("digest", "format", "provenance", "model", "mesh", "files", "tensors", "initializers"),
     *("inputs", "outputs", "states", "collectives", "blocks", "plan"),
 )
+_RESERVED = (MANIFEST_NAME, RECORD_NAME, SIGNATURE_NAME)
 _MAX_RANKS = 4096
 _MAX_MESH_AXES = 12
 _MAX_DIMS = 64
@@ -151,8 +153,8 @@ def _mesh(field: Field) -> Mesh:
 def _file(field: Field) -> FileEntry:
     member = field.members(("path", "nbytes", "sha256"))
     path = member["path"].text()
-    if path in ("", ".", "..", MANIFEST_NAME, RECORD_NAME) or any(separator in path for separator in "/\\\0:"):
-        member["path"].fail(f"a plain file name other than {MANIFEST_NAME} and {RECORD_NAME}, without separators")
+    if path in ("", ".", "..", *_RESERVED) or any(separator in path for separator in "/\\\0:"):
+        member["path"].fail(f"a plain file name other than {', '.join(_RESERVED)}, without separators")
     return FileEntry(path=path, nbytes=member["nbytes"].integer(), sha256=digest_of(member["sha256"]))
 
 
