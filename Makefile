@@ -157,6 +157,10 @@ COUNT ?= 1000
 server-campaign: $(INSTALLED) ## hostile clients beside honest ones, against the real server (COUNT=1000 of each kind)
 	$(BIN)/python -m tests.campaigns.server_campaign --count $(COUNT)
 
+.PHONY: server-hostile
+server-hostile: $(INSTALLED) ## single requests that take all they can, beside /health: 100 ms, no server error
+	$(BIN)/python -m tests.campaigns.server_hostile
+
 LOCUST ?= build/locust/bin/locust
 STREAMS ?= 64
 
@@ -188,7 +192,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

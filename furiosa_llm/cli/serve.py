@@ -87,6 +87,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
     help="Log what requests hold: prompts may be private, and are then in the log.",
 )
 @options(SERVER, "max_concurrency", "max_body_nbytes", "max_connections", "request_timeout", "shutdown_timeout")
+@options(SERVER, "text_timeout", "text_max_nbytes")
 @click.option("--uvicorn-log-level", type=click.Choice(_LOG_LEVELS), default="info", show_default=True)
 @click.option("--disable-uvicorn-access-log", is_flag=True, help="Log no line for each request.")
 @options(ENGINE, *PLACEMENT, "tokenizer", "seed", "max_batch_size", "max_model_len", "max_prompt_len")

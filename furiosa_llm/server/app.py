@@ -24,6 +24,7 @@ from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe,
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
 from furiosa_llm.server.stats_log import log_stats
+from furiosa_llm.server.text_processes import TextWork
 from furiosa_llm.server.tools import tool_parser
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,15 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
             tasks.append(asyncio.create_task(log_stats(metrics, model.kind)))
         for task in tasks:
             task.add_done_callback(_log_end)
+        await text.start()
         yield
+        await text.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(model.close)
 
-    metrics = Metrics(model)
+    metrics, text = Metrics(model), TextWork(model.tokenizer, settings)
     # The pages of documentation that FastAPI would make load scripts from elsewhere.
     app = FastAPI(
         title="furiosa-llm", version=furiosa_llm.__version__, docs_url=None, redoc_url=None, lifespan=lifespan
@@ -59,6 +62,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         settings=settings,
         gate=Gate(settings.max_concurrency),
         metrics=metrics,
+        text=text,
         tool_parser=tool_parser(settings.tool_call_parser),
     )
     routers: tuple[tuple[APIRouter, Responses], ...] = (

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput
-from furiosa_llm.runtime.tokens.chat import conversations_of, render
+from furiosa_llm.runtime.tokens.chat import conversations_of, with_text
+from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.completions import usage_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
@@ -28,7 +29,7 @@ from furiosa_llm.server.state import Head, ServerState, State, new_head, require
 from furiosa_llm.server.tool_choice import Tools
 from furiosa_llm.server.tools import Found
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 _TAKEN = frozenset(
     (
@@ -52,7 +53,7 @@ async def create_chat_completion(
     state.check_model(body.model)
     generator, tools = state.generator, Tools(body, state.tool_parser, state.tokenizer.tags)
     params = body.params(await tools.constraint())
-    text = prompt_of(body, state, with_tools=tools.shown)
+    text = await prompt_of(body, state, with_tools=tools.shown)
     token_ids = await state.encode(text, add_special_tokens=False)
     head = new_head(state, "chat")
     outputs = generator.run(head.id, [as_prompt(token_ids, text)], params, form_field=tools.form_field)
@@ -65,7 +66,7 @@ async def create_chat_completion(
     return EventStream(events_of(outputs, first, stream.chunks, stream.usage))
 
 
-def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState, *, with_tools: bool) -> str:
+async def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState, *, with_tools: bool) -> str:
     """The prompt for the messages of `body`, as the chat template writes it."""
     assert body.messages is not None
     conversation = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
@@ -77,9 +78,9 @@ def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: ServerState,
             param="chat_template_kwargs",
         )
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    return render(
-        state.tokenizer,
-        conversations_of(conversation)[0],
+    state.check_tokenizer()
+    return await state.text.render(
+        with_text(conversations_of(conversation)[0]),
         chat_template=state.settings.chat_template,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,

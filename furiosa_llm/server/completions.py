@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from furiosa_llm.runtime.requests.outputs import RequestOutput, TokenLogprobs
 from furiosa_llm.runtime.requests.prompts import Prompt
+from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import CompletionLogprobsMaker
@@ -26,7 +27,7 @@ from furiosa_llm.server.responses import (
 from furiosa_llm.server.state import Head, ServerState, State, new_head, require_json
 from furiosa_llm.server.structured import structured_outputs
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post(

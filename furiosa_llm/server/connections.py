@@ -158,7 +158,8 @@ class Connection(H11Protocol):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _TCP_PROBES.items():
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        unacknowledged = max(1, round(self.limits.send_timeout * 1000))
+        # Later than our own clock, which tells the client.
+        unacknowledged = round((self.limits.send_timeout + _PARTING) * 1000)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged)
 
 

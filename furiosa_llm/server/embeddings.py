@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from collections.abc import Sequence
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
 
-from furiosa_llm.runtime.requests.prompts import listed
+from furiosa_llm.runtime.requests.prompts import Prompt, listed
+from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import until_disconnect
 from furiosa_llm.server.model import EmbeddingResult
-from furiosa_llm.server.requests import EmbeddingRequest
+from furiosa_llm.server.requests import EmbeddingRequest, as_prompt
 from furiosa_llm.server.responses import EmbeddingData, EmbeddingResponse, EmbeddingUsage
-from furiosa_llm.server.state import State, require_json
+from furiosa_llm.server.state import ServerState, State, require_json
+from furiosa_llm.server.text_processes import SHORT_TEXT
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
-@router.post("/v1/embeddings", dependencies=[Depends(require_json)])
-async def create_embeddings(body: EmbeddingRequest, request: Request, state: State) -> EmbeddingResponse:
+@router.post("/v1/embeddings", response_model=EmbeddingResponse, dependencies=[Depends(require_json)])
+async def create_embeddings(body: EmbeddingRequest, request: Request, state: State) -> Response:
     """Makes a vector of each text, given as text or as token ids."""
     state.check_model(body.model)
     embedder = state.embedder
@@ -30,15 +35,31 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, state: Sta
     if body.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} dimensions, which cannot be cut", param="dimensions")
     with state.gate.admit(len(prompts)), state.metrics.counting(len(prompts)):
+        prompts = [await _tokenized(prompt, body, state) for prompt in prompts]
         work = embedder.embed(prompts, truncate_prompt_tokens=body.truncate_prompt_tokens)
         results = await until_disconnect(request.receive, work)
     num_tokens = sum(len(one.prompt_token_ids) for one in results)
     state.metrics.prompt_tokens.inc(num_tokens)
-    return EmbeddingResponse(
-        model=state.model.names[0],
-        data=[EmbeddingData(index=index, embedding=_shown(one, body)) for index, one in enumerate(results)],
-        usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
-    )
+    usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    return await asyncio.to_thread(_response, results, usage, body, state.model.names[0])
+
+
+async def _tokenized(prompt: Prompt, body: EmbeddingRequest, state: ServerState) -> Prompt:
+    """The `prompt`, a long text as the tokens that are taken of it."""
+    if not isinstance(prompt, str) or len(prompt) <= SHORT_TEXT:
+        return prompt
+    limit = state.embedder.encoder.max_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    return as_prompt(await state.encode(prompt, add_special_tokens=True, max_length=limit), None)
+
+
+def _response(
+    results: Sequence[EmbeddingResult], usage: EmbeddingUsage, body: EmbeddingRequest, model: str
+) -> Response:
+    """The answer, written vector by vector, so that a thousand of them do not stop other threads."""
+    data = (EmbeddingData(index=index, embedding=_shown(one, body)) for index, one in enumerate(results))
+    whole = EmbeddingResponse(model=model, data=[], usage=usage).model_dump_json()
+    vectors = ",".join(one.model_dump_json() for one in data)
+    return Response(whole.replace('"data":[]', f'"data":[{vectors}]', 1), media_type="application/json")
 
 
 def _shown(result: EmbeddingResult, body: EmbeddingRequest) -> list[float] | str:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, SamplingParamsError
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
+from furiosa_llm.server.fields import FORMS
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +146,9 @@ def _shaped(request: Request, error: StarletteHTTPException) -> ApiError:
 def _invalid(found: Any) -> ApiError:
     """The first of pydantic's complaints; of a field that may hold several types, the one that says most."""
     first = found[0]
-    where = [part for part in first["loc"] if part != "body"]
+    where = [part for part in first["loc"] if part != "body" and part not in FORMS]
     # The name of the type that was tried may follow the field's name.
     param = str(where[0]) if where and isinstance(where[0], str) else None
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {'.'.join(map(str, where))[:200]}", param=param)
     same = [one for one in found if [part for part in one["loc"] if part != "body"][:1] == where[:1]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 MAX_ENTRIES = 1024
 """Of a list of words or tokens; what `SamplingParams` takes."""
@@ -36,14 +36,38 @@ _WHOLE = BeforeValidator(_whole)
 _ALL_WHOLE = BeforeValidator(_all_whole)
 
 TokenId = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": _GREATEST})]
-TokenIds = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1}), _ALL_WHOLE]
-TokenSet = Annotated[list[TokenId], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), _ALL_WHOLE]
-AllowedTokens = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ENTRIES}), _ALL_WHOLE]
-AnyTokens = Annotated[list[TokenId], _ALL_WHOLE]
+TokenIds = Annotated[list[TokenId], Field(json_schema_extra={"minItems": 1}), Field(fail_fast=True), _ALL_WHOLE]
+TokenSet = Annotated[
+    list[TokenId], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), Field(fail_fast=True), _ALL_WHOLE
+]
+AllowedTokens = Annotated[
+    list[TokenId], Field(json_schema_extra={"minItems": 1, "maxItems": MAX_ENTRIES}), Field(fail_fast=True), _ALL_WHOLE
+]
+AnyTokens = Annotated[list[TokenId], Field(fail_fast=True), _ALL_WHOLE]
 Text = Annotated[str, Field(json_schema_extra={"minLength": 1})]
-Texts = Annotated[list[Text], Field(json_schema_extra={"minItems": 1})]
-Sequences = Annotated[list[TokenIds], Field(json_schema_extra={"minItems": 1})]
-TextsOrTokens = Text | Texts | TokenIds | Sequences
+Texts = Annotated[list[Text], Field(json_schema_extra={"minItems": 1}), Field(fail_fast=True)]
+Sequences = Annotated[list[TokenIds], Field(json_schema_extra={"minItems": 1}), Field(fail_fast=True)]
+
+
+FORMS = ("one text", "texts of a list", "token ids of a list", "lists of a list")
+"""What locations of errors have behind the name of a field that may have these forms."""
+
+
+def _form(value: object) -> str:
+    """What `value` is by its first entry, so that a long list is not tried as each of them."""
+    if not isinstance(value, list):
+        return FORMS[0]
+    first = value[0] if value else 0
+    return FORMS[1 if isinstance(first, str) else 3 if isinstance(first, list) else 2]
+
+
+TextsOrTokens = Annotated[
+    Annotated[Text, Tag(FORMS[0])]
+    | Annotated[Texts, Tag(FORMS[1])]
+    | Annotated[TokenIds, Tag(FORMS[2])]
+    | Annotated[Sequences, Tag(FORMS[3])],
+    Discriminator(_form),
+]
 """One text or sequence of tokens, or several."""
 
 Count = Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": 128}), _WHOLE]
@@ -58,7 +82,7 @@ Temperature = Annotated[float, Field(json_schema_extra={"minimum": 0})]
 Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
 PositiveShare = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
 Word = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 4096})]
-Words = Annotated[list[Word], Field(json_schema_extra={"maxItems": MAX_ENTRIES})]
+Words = Annotated[list[Word], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), Field(fail_fast=True)]
 Bias = Annotated[float, Field(json_schema_extra={"minimum": -100, "maximum": 100})]
 Biases = Annotated[
     dict[str, Bias],

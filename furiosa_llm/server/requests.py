@@ -153,9 +153,9 @@ class ChatMessage(Body):
     """A message of a conversation."""
 
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCallMessage] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = Field(None, exclude=True, description="Accepted, and without effect.")
@@ -200,12 +200,12 @@ class NamedToolChoice(Body):
 class ChatCompletionRequest(_GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1)
     max_tokens: fields.Length | None = None
     max_completion_tokens: fields.Length | None = None
     logprobs: bool | None = None
     top_logprobs: fields.Alternatives | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
@@ -218,7 +218,9 @@ class ChatCompletionRequest(_GenerationRequest):
     prompt_cache_key: str | None = Field(None, description="Accepted, and without effect.")
     prompt_cache_options: dict[str, Any] | None = Field(None, description="Accepted, and without effect.")
     prompt_cache_retention: str | None = Field(None, description="Accepted, and without effect.")
-    modalities: list[Literal["text"]] | None = Field(None, description="Text is what there is.")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(
+        None, description="Text is what there is."
+    )
     audio: Annotated[None, refused("the model writes nothing but text")] = None
     functions: Annotated[None, refused("it has given way to tools")] = None
     function_call: Annotated[None, refused("it has given way to tool_choice")] = None
@@ -256,8 +258,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[Tool] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False

@@ -44,6 +44,10 @@ class ServerSettings:
         float | None,
         Option("Seconds that a request may take, from its head to the end of its answer.", POSITIVE, "any number"),
     ] = None
+    text_timeout: Annotated[
+        float, Option("Seconds that the chat template, or tokenizing a text, may take for one request.", POSITIVE)
+    ] = 10.0
+    text_max_nbytes: Annotated[int, Option("Memory that the same may take, beyond the tokenizer's.", COUNT)] = 2**30
     shutdown_timeout: Annotated[float, Option("Seconds that requests have to end in after SIGTERM.", POSITIVE)] = 30.0
 
     def __post_init__(self) -> None:

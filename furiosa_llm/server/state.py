@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -17,12 +16,10 @@ from furiosa_llm.server.generation import Gate, Generator
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder, Embedder, ServedModel
 from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.text_processes import TextWork
 from furiosa_llm.server.tools import ToolParser
 
 T = TypeVar("T", bound=BaseModel)
-
-LONG_TEXT = 4096
-"""Characters. Longer texts are made tokens of on another thread, so that other clients' tokens do not wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +34,8 @@ class ServerState:
     """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
     """What `/metrics` shows."""
+    text: TextWork
+    """Reads, renders and tokenizes what clients send."""
     tool_parser: ToolParser | None
     """How calls of tools are found; None: they are not looked for."""
     started: float = field(default_factory=time.monotonic)
@@ -78,11 +77,10 @@ class ServerState:
                 code="model_not_found",
             )
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The tokens of `text`; raises TokenizerError."""
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+    async def encode(self, text: str, *, add_special_tokens: bool, max_length: int | None = None) -> list[int]:
+        """The tokens of `text`, the first `max_length` of them; raises TokenizerError."""
+        self.check_tokenizer()
+        return await self.text.encode(text, add_special_tokens=add_special_tokens, max_length=max_length)
 
 
 def _state_of(request: Request) -> ServerState:

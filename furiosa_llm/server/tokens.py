@@ -7,13 +7,14 @@ import asyncio
 from fastapi import APIRouter, Depends
 
 from furiosa_llm.runtime.requests.prompts import check_token_ids
+from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.chat import prompt_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import DetokenizeRequest, TokenizeRequest
 from furiosa_llm.server.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfoResponse
 from furiosa_llm.server.state import State, require_json
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/tokenize", dependencies=[Depends(require_json)])
@@ -23,7 +24,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> TokenizeResponse:
         state.check_model(body.model)
     if (body.prompt is None) == (not body.messages):
         raise ApiError(400, "give either prompt or messages")
-    text = prompt_of(body, state, with_tools=True) if body.prompt is None else body.prompt
+    text = await prompt_of(body, state, with_tools=True) if body.prompt is None else body.prompt
     # A template writes the special tokens that it wants.
     special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
     tokens = await state.encode(text, add_special_tokens=special)
@@ -56,6 +57,6 @@ async def detokenize(body: DetokenizeRequest, state: State) -> DetokenizeRespons
     """The text of tokens, special ones among them."""
     if body.model is not None:
         state.check_model(body.model)
-    check_token_ids(body.tokens, state.tokenizer.vocab_size)
-    text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    tokens = check_token_ids(body.tokens, state.tokenizer.vocab_size)
+    text = await asyncio.to_thread(state.tokenizer.decode, tokens, skip_special_tokens=False)
     return DetokenizeResponse(prompt=text)

@@ -135,7 +135,7 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
         scheduling = replace(scheduling, prefix_caching=False)
     return Plan(
         artifact=artifact,
-        tokenizer=tokenizer_of(artifact, args.tokenizer),
+        tokenizer=tokenizer_of(artifact, args.tokenizer, wait=False),
         topology=topology,
         stages=stages,
         limits=limits,
@@ -155,7 +155,7 @@ def _invariance(artifact: Artifact, args: EngineArgs) -> BatchInvariance:
 
 
 def start(plan: Plan, args: EngineArgs) -> EngineCore:
-    """Loads the weights, once for all replicas, and starts the replicas."""
+    """Loads the weights, once for all replicas, and starts the replicas; raises TokenizerError for a malformed one."""
     policy = FaultPolicy(step_timeout=args.step_timeout or _step_timeout(plan))
     with ExitStack() as opened:
         host = _open_host(plan, args)
@@ -165,6 +165,8 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
         for index in range(plan.topology.data_parallel_size):
             replicas.append(Replica(index, make_runner, plan.scheduling, policy))
             opened.callback(replicas[-1].close)
+        if plan.tokenizer is not None:
+            plan.tokenizer.wait_until_loaded()  # it was loading while the weights were
         opened.pop_all()
     return EngineCore(
         replicas=replicas,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from furiosa_llm.runtime.errors import InputError
-from furiosa_llm.runtime.tokens.tokenizer import Message, Tokenizer
+from furiosa_llm.runtime.tokens.chat_template import Message
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 Conversation = Sequence[Message]
 
@@ -31,8 +32,12 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 def render(tokenizer: Tokenizer, conversation: Conversation, **options: Any) -> str:
     """The prompt for a conversation; `options` are arguments of `Tokenizer.apply_chat_template`."""
-    plain = [{**message, "content": _text(message.get("content"))} for message in conversation]
-    return tokenizer.apply_chat_template(plain, tokenize=False, **options)
+    return tokenizer.apply_chat_template(with_text(conversation), tokenize=False, **options)
+
+
+def with_text(conversation: Conversation) -> list[Message]:
+    """The messages, each with its content as text; raises InputError for what is none."""
+    return [{**message, "content": _text(message.get("content"))} for message in conversation]
 
 
 def check_tools(tools: object) -> None:

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-import datetime
+import functools
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
-import jinja2
 import tokenizers
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from furiosa_llm.runtime.artifact.reader import Artifact, Companion
-from furiosa_llm.runtime.errors import InputError, TokenizerError
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.errors import TokenizerError
+from furiosa_llm.runtime.tokens.chat_template import FILE as _TEMPLATE
+from furiosa_llm.runtime.tokens.chat_template import ChatTemplate, Message
+from furiosa_llm.runtime.tokens.first_load import check_loads
+
+if TYPE_CHECKING:  # processes that only tokenize do without what it imports
+    from furiosa_llm.runtime.artifact.reader import Artifact, Companion
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
-_TEMPLATE = "chat_template.jinja"
 _LONG = 4096
 """Characters or tokens, from which on encoding or decoding them takes milliseconds.
 
 One text is encoded or decoded with the interpreter's lock held, which stops every other thread; a batch is not.
 """
 
-Message = Mapping[str, Any]
+
+def _in_library(method: Callable[P, T]) -> Callable[P, T]:
+    """Makes a TokenizerError of whatever the library raises in `method`.
+
+    It has no class of its own for what it refuses, and its panics are no Exception.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return method(*args, **options)
+        except (TokenizerError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            given = args[1] if len(args) > 1 else None
+            shown = given[:80] if isinstance(given, str | list | tuple) else given
+            raise TokenizerError(f"the tokenizer refuses {shown!r:.80}: {error}") from error
+
+    return call
 
 
 class Tokenizer:
@@ -36,24 +61,32 @@ class Tokenizer:
     Text is encoded without special tokens unless they are asked for: chat templates write what a model wants.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
-        self._tokenizer = tokenizer
-        self._config = config
-        self.chat_template = chat_template
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer | Future[tokenizers.Tokenizer],
+        config: Mapping[str, Any],
+        chat_template: str | None,
+    ) -> None:
+        self._made = tokenizer
+        self.config = config
+        self._template = ChatTemplate(config, chat_template)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """The tokenizer in `folder`; raises TokenizerError if it has none or a malformed one."""
+    def from_folder(cls, folder: str | os.PathLike[str], *, wait: bool = True) -> Tokenizer:
+        """The tokenizer in `folder`; raises TokenizerError if it has none or a malformed one.
+
+        Without `wait`, what is malformed in tokenizer.json is said by `wait_until_loaded`.
+        """
         path = Path(folder)
-        return cls._from_files(path, lambda name: path / name if (path / name).is_file() else None)
+        return cls._from_files(path, lambda name: path / name if (path / name).is_file() else None, wait)
 
     @classmethod
-    def from_artifact(cls, artifact: Artifact) -> Tokenizer:
-        """The tokenizer that came with the model, of the files that the manifest lists; raises TokenizerError."""
-        return cls._from_files(artifact.folder, artifact.companion)
+    def from_artifact(cls, artifact: Artifact, *, wait: bool = True) -> Tokenizer:
+        """The tokenizer that came with the model, of the files that the manifest lists; see `from_folder`."""
+        return cls._from_files(artifact.folder, artifact.companion, wait)
 
     @classmethod
-    def _from_files(cls, where: Path, find: Callable[[str], Path | Companion | None]) -> Tokenizer:
+    def _from_files(cls, where: Path, find: Callable[[str], Path | Companion | None], wait: bool) -> Tokenizer:
         file = find(_TOKENIZER)
         if file is None:
             raise TokenizerError(
@@ -64,28 +97,51 @@ class Tokenizer:
             text = file.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{file} cannot be read: {error}") from error
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:
-            raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
-        # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         config = _read_config(find(_CONFIG))
-        return cls(tokenizer, config, _read_template(find(_TEMPLATE), config))
+        loading = _in_thread(lambda: _loaded(text, file))
+        made = cls(loading, config, _read_template(find(_TEMPLATE), config))
+        if wait:
+            made.wait_until_loaded()
+        return made
+
+    @classmethod
+    def of_text(cls, text: str, config: Mapping[str, Any], chat_template: str | None) -> Tokenizer:
+        """The tokenizer of a tokenizer.json that is known to be one."""
+        return cls(_of_text(text), config, chat_template)
+
+    def wait_until_loaded(self) -> None:
+        """Raises TokenizerError if tokenizer.json is malformed."""
+        _ = self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        return self._made.result() if isinstance(self._made, Future) else self._made
+
+    @_in_library
+    def to_text(self) -> str:
+        """The tokenizer.json of which `of_text` makes the same."""
+        return str(self._tokenizer.to_str())
 
     @property
+    def chat_template(self) -> str | None:
+        """The model's own; None if it has none."""
+        return self._template.template
+
+    @property
+    @_in_library
     def vocab_size(self) -> int:
         """The number of tokens, added ones among them."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @cached_property
+    @_in_library
     def special_ids(self) -> frozenset[int]:
         """The tokens that are no text, such as the one that ends a sequence."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(token for token, content in added.items() if content.special)
 
     @cached_property
+    @_in_library
     def tags(self) -> frozenset[str]:
         """The tokens of the form `<...>` that are not special: a model that knows them writes them as such."""
         added = self._tokenizer.get_added_tokens_decoder().values()
@@ -96,6 +152,7 @@ class Tokenizer:
         )
 
     @cached_property
+    @_in_library
     def byte_ids(self) -> frozenset[int]:
         """The tokens of one byte each, of which a run is decoded as a whole; none for most kinds of tokenizers."""
         decoder = self._tokenizer.decoder
@@ -105,6 +162,7 @@ class Tokenizer:
         found = map(self._tokenizer.token_to_id, names)
         return frozenset(token for token in found if token is not None)
 
+    @_in_library
     def with_another_token(self) -> tuple[str, int]:
         """The tokenizer.json of this tokenizer with one special token more, and that token's number."""
         wider = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
@@ -119,8 +177,9 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """What tokenizer_config.json has of `bos_token`, `eos_token` and the like, by these names."""
-        return {name: text for name, text in self._named_tokens().items() if isinstance(text, str)}
+        return {name: text for name, text in self._template.named_tokens.items() if isinstance(text, str)}
 
+    @_in_library
     def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
         """The tokens of `text`, the first `max_length` of them; if wished with the special tokens around a sequence.
 
@@ -131,15 +190,13 @@ class Tokenizer:
             raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
         try:
             encoding = self._encoding(text)
-            if max_length is not None:
-                added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
-                encoding.truncate(max(0, max_length - added))
-            if add_special_tokens:
-                encoding = self._tokenizer.post_process(encoding)
         except TypeError as error:  # Half of a surrogate pair is no character.
-            raise TokenizerError(f"found {text!r:.80}, expected text of Unicode characters only") from error
-        except Exception as error:  # tokenizers has no class of its own for what it refuses.
-            raise TokenizerError(f"the tokenizer refuses {text!r:.80}: {error}") from error
+            raise TokenizerError(f"found {text[:80]!r:.80}, expected text of Unicode characters only") from error
+        if max_length is not None:
+            added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
+            encoding.truncate(max(0, max_length - added))
+        if add_special_tokens:
+            encoding = self._tokenizer.post_process(encoding)
         return list(encoding.ids)
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
@@ -148,6 +205,7 @@ class Tokenizer:
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding
 
+    @_in_library
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, with or without special tokens; unknown ones have none."""
         if len(token_ids) < _LONG:
@@ -155,10 +213,12 @@ class Tokenizer:
         [text] = self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)
         return str(text)
 
+    @_in_library
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each of `token_ids` by itself, special tokens among them."""
         return list(self._tokenizer.decode_batch([[token] for token in token_ids], skip_special_tokens=False))
 
+    @_in_library
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it, None for an unknown one."""
         token: str | None = self._tokenizer.id_to_token(token_id)
@@ -187,73 +247,20 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        *,
         tokenize: bool = False,
-        **variables: Any,
+        **options: Any,
     ) -> str | list[int]:
         """The prompt for `messages`, each with `role` and `content`, as the chat template writes it.
 
-        `tools`, `documents` and `variables` are the template's, which may leave them out. With
-        `continue_final_message` the prompt ends with the last message's own words, and `add_generation_prompt` must be
-        False. With `tokenize` the prompt's tokens are given back. Raises TokenizerError if there is no template, or if
-        it refuses the messages, and InputError if the last message cannot be continued.
+        `options` are `documents`, `chat_template` in place of the model's own, `add_generation_prompt` (True),
+        `continue_final_message`, with which the prompt ends with the last message's own words, and the one before must
+        be False, and variables of the template, which may leave them and `tools` out. With `tokenize` the prompt's
+        tokens are given back. Raises TokenizerError if there is no template, or if it fails or refuses the messages,
+        and InputError if the last message cannot be continued.
         """
-        template = chat_template or self.chat_template
-        if template is None:
-            raise TokenizerError(
-                f"the artifact has no chat template; put {_TEMPLATE} next to the model and build, or give a prompt"
-            )
-        if add_generation_prompt and continue_final_message:
-            raise InputError("add_generation_prompt and continue_final_message exclude each other; leave one False")
-        names = {
-            **self._named_tokens(),
-            **variables,
-            "messages": list(messages),
-            "tools": list(tools) if tools else None,
-            "documents": list(documents) if documents else None,
-            "add_generation_prompt": add_generation_prompt,
-        }
-        try:
-            prompt = _environment().from_string(template).render(names)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise TokenizerError(f"the chat template refuses the messages: {error}") from error
-        if continue_final_message:
-            prompt = _cut_behind(prompt, messages[-1].get("content"))
+        prompt = self._template.render(messages, tools, **options)
         return self.encode(prompt) if tokenize else prompt
-
-    def _named_tokens(self) -> dict[str, Any]:
-        return {key: _token_text(value) for key, value in self._config.items() if key.endswith("_token")}
-
-
-def _cut_behind(prompt: str, final: object) -> str:
-    """`prompt` to the end of the last message's own words, which the template may have stripped."""
-    words = final.strip() if isinstance(final, str) else ""
-    end = prompt.rfind(words)
-    if not words or end < 0:
-        raise InputError("continue_final_message: the chat template does not repeat the final message; give it another")
-    return prompt[: end + len(words)]
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # jinja2's own filter escapes for HTML, which a prompt must not be.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.exceptions.TemplateError(message)
 
 
 def _read_config(path: Path | Companion | None) -> dict[str, Any]:
@@ -281,14 +288,40 @@ def _read_template(path: Path | Companion | None, config: Mapping[str, Any]) -> 
     return template if isinstance(template, str) else None
 
 
-def _token_text(value: Any) -> Any:
-    return value.get("content") if isinstance(value, dict) else value
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """What `work` gives or raises, on a thread that ends with it."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except (FuriosaLLMError, OSError) as error:  # OSError: no process can be started
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="furiosa-tokenizer").start()
+    return future
 
 
-def tokenizer_of(artifact: Artifact, given: str | os.PathLike[str] | Tokenizer | None) -> Tokenizer | None:
+def _loaded(text: str, file: Path) -> tokenizers.Tokenizer:
+    check_loads(text, file)
+    return _of_text(text)
+
+
+@_in_library
+def _of_text(text: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenizer_of(
+    artifact: Artifact, given: str | os.PathLike[str] | Tokenizer | None, *, wait: bool = True
+) -> Tokenizer | None:
     """The tokenizer that was `given`, itself or by its folder, else the artifact's; None if it has none."""
     if isinstance(given, Tokenizer):
         return given
     if given is not None:
-        return Tokenizer.from_folder(given)
-    return None if artifact.companion("tokenizer.json") is None else Tokenizer.from_artifact(artifact)
+        return Tokenizer.from_folder(given, wait=wait)
+    return None if artifact.companion(_TOKENIZER) is None else Tokenizer.from_artifact(artifact, wait=wait)

@@ -145,3 +145,11 @@ def test_closing_does_not_wait_for_all_texts_of_a_request(
     asyncio.run(embed_and_close())
     begun = 1 + sum(runs.acquire(blocking=False) for _ in range(4000))
     assert begun < 400  # of as many as there are lengths
+
+
+def test_a_long_text_is_cut_like_a_short_one(model: tuple[openai.OpenAI, str]) -> None:
+    client, name = model
+    cut = {"truncate_prompt_tokens": 4}
+    [long] = client.embeddings.create(model=name, input="the cat " * 2000, extra_body=cut).data
+    [short] = client.embeddings.create(model=name, input="the cat " * 20, extra_body=cut).data
+    assert long.embedding == short.embedding

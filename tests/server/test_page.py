@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 import furiosa_llm.server
+from furiosa_llm.runtime.tokens.chat_template import ChatTemplate
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import error_of, load, serving
 from tests.support.artifacts import artifact_of
@@ -104,7 +105,7 @@ def test_the_page_learns_what_a_decoder_is_for(artifact: Path) -> None:
     for template, expected in ((None, "completion"), ("{{ messages }}", "chat")):
         model = load(artifact)
         assert model.tokenizer is not None
-        model.tokenizer.chat_template = None
+        model.tokenizer._template = ChatTemplate({}, None)
         with serving(model, ServerSettings(chat_template=template)) as url:
             assert box(url) == expected
 

@@ -27,9 +27,15 @@ _FIELDS: list[tuple[Edit, str]] = [
     (put({"onnx": 1}, "provenance", "libraries"), r"\$\.provenance\.libraries\.onnx: found 1, expected a string"),
     (put("../x", "files", 0, "path"), r"\$\.files\[0\]\.path: found \"\.\./x\", expected a plain file name"),
     (put("..", "files", 0, "path"), r"files\[0\]\.path: found \"\.\.\""),
-    (put("manifest.json", "files", 0, "path"), r"plain file name other than manifest.json, verification.json, manifest.sig"),
+    (
+        put("manifest.json", "files", 0, "path"),
+        r"plain file name other than manifest.json, verification.json, manifest.sig",
+    ),
     (put("manifest.sig", "files", 0, "path"), r"plain file name other than manifest.json"),
-    (put("verification.json", "files", 0, "path"), r"plain file name other than manifest.json, verification.json, manifest.sig"),
+    (
+        put("verification.json", "files", 0, "path"),
+        r"plain file name other than manifest.json, verification.json, manifest.sig",
+    ),
     (put(-5, "files", 0, "nbytes"), r"\$\.files\[0\]\.nbytes: found -5"),
     (copy_first("files"), r"\$\.files\[3\]: found 'program.onnx' again, expected a path that item 0 of the list"),
     (put("zz.bin", "files", 0, "path"), r"\$\.files: found .*, expected the files sorted by path"),

@@ -1,0 +1,67 @@
+"""A tokenizer.json is first loaded in a process of its own: a bad one may end a process, hang it, or fill memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tokenizers
+
+from furiosa_llm.runtime.errors import TokenizerError
+from furiosa_llm.runtime.tokens.lean_process import lean_process, limit_memory
+
+_SECONDS = 120.0
+_MAX_NBYTES = 4 * 2**30
+_REFUSED = 3
+_PROBE = "Aé 1\n"
+_LOADED: set[bytes] = set()
+"""Digests of what has passed in this process."""
+
+
+def check_loads(text: str, file: Path) -> None:
+    """Raises TokenizerError unless another process can make a tokenizer of `text`, the content of `file`."""
+    content = text.encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(content).digest()
+    if digest in _LOADED:
+        return
+    process = lean_process(__name__, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with process:
+        try:
+            said, _ = process.communicate(content, timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise TokenizerError(f"{file} is not a tokenizer: loading it takes more than {_SECONDS:g} s") from None
+        finally:
+            process.kill()
+    if process.returncode == _REFUSED:
+        raise TokenizerError(f"{file} is not a tokenizer: {said.decode(errors='replace')}")
+    if process.returncode:
+        raise TokenizerError(
+            f"{file} is not a tokenizer: the process that loaded it ended with {process.returncode}, where it may take "
+            f"{_MAX_NBYTES >> 30} GiB"
+        )
+    _LOADED.add(digest)
+
+
+def main() -> None:
+    """What that process does: says what is wrong, if something is."""
+    limit_memory(_MAX_NBYTES)
+    content = sys.stdin.buffer.read()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8", "surrogatepass"))
+        _try_out(tokenizer)
+    except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
+        sys.stdout.write(f"{error}"[:1000])
+        sys.stdout.flush()
+        os._exit(_REFUSED)
+    os._exit(0)  # without the seconds that freeing a large vocabulary may take
+
+
+def _try_out(tokenizer: tokenizers.Tokenizer) -> None:
+    """Lets pass what the library refuses: not every tokenizer has tokens for every character."""
+    try:
+        tokenizer.decode(tokenizer.encode(_PROBE).ids)
+    except Exception:  # noqa: BLE001 - the library has no class of its own; a panic is none of these
+        return

@@ -1,0 +1,75 @@
+"""Tokenizers that end, hang or fill the process that loads them, and what the library raises when it panics."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from furiosa_llm.runtime.errors import TokenizerError
+from furiosa_llm.runtime.tokens import first_load
+from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+
+OUT_OF_BOUNDS = struct.pack("<I", 4) + b"\xff" * 4 + b"abc"
+"""A charsmap whose only entry leads far out of it: it loads, and panics with the first character."""
+
+
+def written(folder: Path, charsmap: bytes) -> Path:
+    """A tokenizer of one word with a normalizer made of `charsmap`."""
+    content = {
+        "version": "1.0",
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()},
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"},
+        "added_tokens": [],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("charsmap", "reason"),
+    [(b"", "precompiled_charsmap"), (OUT_OF_BOUNDS, "index out of bounds")],
+)
+def test_a_panic_of_the_library_refuses_the_tokenizer(tmp_path: Path, charsmap: bytes, reason: str) -> None:
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json is not a tokenizer: .*{reason}"):
+        Tokenizer.from_folder(written(tmp_path, charsmap))
+
+
+def test_a_panic_at_a_text_is_an_error_of_that_text(tmp_path: Path) -> None:
+    text = (written(tmp_path, OUT_OF_BOUNDS) / "tokenizer.json").read_text()
+    tokenizer = Tokenizer.of_text(text, {}, None)
+    with pytest.raises(TokenizerError, match="the tokenizer refuses 'é': index out of bounds"):
+        tokenizer.encode("é")
+
+
+def in_place_of_the_child(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: str, **options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-S", "-c", code], **options)
+
+    monkeypatch.setattr(first_load, "lean_process", start)
+
+
+def test_a_tokenizer_that_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of_the_child("import os; os.abort()", monkeypatch)
+    with pytest.raises(TokenizerError, match=r"the process that loaded it ended with -6, where it may take 4 GiB"):
+        Tokenizer.from_folder(written(tmp_path, b"aborts"))
+
+
+def test_a_tokenizer_that_hangs_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place_of_the_child("import time; time.sleep(600)", monkeypatch)
+    monkeypatch.setattr(first_load, "_SECONDS", 0.05)
+    with pytest.raises(TokenizerError, match=r"loading it takes more than 0\.05 s"):
+        Tokenizer.from_folder(written(tmp_path, b"hangs"))
+
+
+def test_without_waiting_the_error_comes_later(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(written(tmp_path, b"late"), wait=False)
+    for _ in range(2):
+        with pytest.raises(TokenizerError, match="is not a tokenizer"):
+            tokenizer.wait_until_loaded()
