@@ -212,8 +212,8 @@ def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -
     """Whether rows of unequal lengths add to their scores, each, what the row would add alone.
 
     The part of the graph that makes these values is run as rank 0 has it, for rows of up to `longest` positions: this
-    detects a window that is counted from the end of the longest row if it is shorter than `longest`. What it cannot make
-    for so many, no step makes either (it has a table of fewer): then the rows are half as long, and so on.
+    detects a window that is counted from the end of the longest row if it is shorter than `longest`. What it cannot
+    make for so many, no step makes either (it has a table of fewer): then the rows are half as long, and so on.
     """
     if not serving.biases:
         return True

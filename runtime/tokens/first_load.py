@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import tokenizers
 
@@ -21,7 +20,7 @@ _LOADED: set[bytes] = set()
 """Digests of what has passed in this process."""
 
 
-def check_loads(text: str, file: Path) -> None:
+def check_loads(text: str, file: str) -> None:
     """Raises TokenizerError unless another process can make a tokenizer of `text`, the content of `file`."""
     content = text.encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(content).digest()

@@ -98,7 +98,7 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{file} cannot be read: {error}") from error
         config = _read_config(find(_CONFIG))
-        loading = _in_thread(lambda: _loaded(text, file))
+        loading = _in_thread(lambda: _loaded(text, str(file)))
         made = cls(loading, config, _read_template(find(_TEMPLATE), config))
         if wait:
             made.wait_until_loaded()
@@ -302,7 +302,7 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _loaded(text: str, file: Path) -> tokenizers.Tokenizer:
+def _loaded(text: str, file: str) -> tokenizers.Tokenizer:
     check_loads(text, file)
     return _of_text(text)
 
