@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 
 from furiosa_llm.runtime.artifact.adapters.graph import ROWS
 from furiosa_llm.runtime.artifact.dimensions import bind_sizes, parse_dimension, shape_of
@@ -87,18 +87,25 @@ def _symbols(info: InputInfo) -> set[str]:
 def _neutral(graph: GraphProto, names: set[str]) -> set[str]:
     """Those of the inputs `names` that add nothing to anything when all of them are zeros."""
     zeros: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in names}
+    constants = {tensor.name for tensor in graph.initializer if not tensor.dims and not _number(tensor)}
     spoiled: set[str] = set()
     for node in graph.node:
         of = [zeros.get(name, frozenset()) for name in node.input]
         if not any(of):
             spoiled.update(*(zeros.get(name, ()) for name in used_names(node)))
             continue
-        if _gives_zeros(node, [bool(one) for one in of]):
+        clears = node.op_type == "Where" and all(name in constants or name in zeros for name in node.input[1:])
+        if clears or _gives_zeros(node, [bool(one) for one in of]):
             zeros.update(dict.fromkeys(node.output, frozenset().union(*of)))
         elif node.op_type not in _LEAVE_BE:
             spoiled.update(*of)
     spoiled.update(*(zeros.get(value.name, ()) for value in graph.output))
     return names - spoiled
+
+
+def _number(tensor: TensorProto) -> float:
+    """The value of a scalar; 1 if it lies in another file."""
+    return float(numpy_helper.to_array(tensor)) if tensor.data_location != TensorProto.EXTERNAL else 1.0
 
 
 def _gives_zeros(node: NodeProto, zero: Sequence[bool]) -> bool:
