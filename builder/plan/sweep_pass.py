@@ -45,7 +45,7 @@ class Ground:
 
 
 class SweepPass:
-    """One pass; `deferred` values may stay partial although that is more to sum, or something whole is added to them."""
+    """One pass; `deferred` values may stay partial although they are larger, or something whole is added to them."""
 
     def __init__(self, ground: Ground, assignment: Assignment, deferred: frozenset[ir.Value]) -> None:
         self._ground = ground

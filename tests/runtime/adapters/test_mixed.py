@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 
 from furiosa_llm import LLM, AsyncLLMEngine, LoRARequest, SamplingParams
-from furiosa_llm.builder import ArtifactBuilder, build_by_plan_of, reshard
+from furiosa_llm.builder import ArtifactBuilder, build_by_plan_of, plan_model, reshard
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.cli.main import cli
 from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
@@ -315,3 +316,13 @@ def test_adapters_of_other_models_are_refused_in_a_build(
 def test_a_folder_of_several_graphs_takes_none(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="--lora is about one graph"):
         ArtifactBuilder(ZOO / "tiny-t5-optimum", lora={"one": saved(tmp_path, LORA)})
+
+
+def test_adapters_take_no_collective_of_their_own(tmp_path: Path) -> None:
+    """Nine heads over four PEs are padded, and what the adapters of split rows add is summed with the product."""
+    model = shutil.copytree(ZOO / "tiny-llama-9-3-optimum", tmp_path / "source") / "model.onnx"
+    modules = [f"model.layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    _, (plain,) = plan_model(model, tensor_parallel_sizes=(4,))
+    _, (adapted,) = plan_model(model, tensor_parallel_sizes=(4,), lora_modules=modules)
+    counts = [Counter(node.op_type for node in one.lowered.graph if node.domain) for one in (plain, adapted)]
+    assert counts[0]["AllReduce"] == counts[1]["AllReduce"] == 5
