@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from furiosa_llm.builder.composite import build_composite, check_options, find_encoder_decoder
@@ -14,6 +14,8 @@ from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
+from furiosa_llm.runtime.artifact.adapters.files import read_adapter
+from furiosa_llm.runtime.artifact.adapters.stored import check_name
 
 
 class ArtifactBuilder:
@@ -33,6 +35,9 @@ class ArtifactBuilder:
             done where both give the same numbers.
         roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
         fixed: Makes an input a constant: one boolean or integer.
+        lora_modules: Modules whose products get inputs for adapters, where the graph has none. Those that the
+            adapters of `lora` name are among them.
+        lora: Adapters that go into the artifact, by name: the folder or .safetensors file of each.
     """
 
     def __init__(
@@ -49,7 +54,11 @@ class ArtifactBuilder:
         fuse_attention: bool = True,
         roles: Mapping[str, str] | None = None,
         fixed: Mapping[str, int] | None = None,
+        lora_modules: Sequence[str] = (),
+        lora: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
+        self._adapters = {check_name(key): read_adapter(Path(path)) for key, path in (lora or {}).items()}
+        named = {".".join(module) for file in self._adapters.values() for module in file.modules}
         self._options = BuildOptions(
             tensor_parallel_size=tensor_parallel_size,
             max_seq_len_to_capture=max_seq_len_to_capture,
@@ -59,13 +68,14 @@ class ArtifactBuilder:
             fuse_attention=fuse_attention,
             roles=dict(roles or {}),
             fixed=dict(fixed or {}),
+            lora_modules=sorted(named.union(lora_modules)),
         )
         self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)
         self._name = name or default_name(self._model)
         self._composite = find_encoder_decoder(self._model)
         if self._composite is not None:
-            check_options(self._options)
+            check_options(self._options, with_adapters=bool(self._adapters))
 
     def build(
         self,
@@ -100,7 +110,8 @@ class ArtifactBuilder:
         assembly = Assembly(
             options=self._options,
             name=name,
-            load=lambda: load_with_weights(model, self._options.fixed),
+            load=lambda: load_with_weights(model, self._options.fixed, self._options.lora_modules),
+            adapters=self._adapters,
             check=lambda source, _: source.guard.check_unchanged(),
         )
         return assembly.build(folder, force=force, progress=progress, workers=workers)

@@ -69,9 +69,10 @@ def find_encoder_decoder(folder: Path) -> EncoderDecoder | None:
     return None
 
 
-def check_options(options: BuildOptions) -> None:
+def check_options(options: BuildOptions, *, with_adapters: bool) -> None:
     """Raise OptionError for options that name values of one graph, because a folder has several graphs."""
-    for given, name in ((options.dims, "--dim"), (options.tactics, "--tactics")):
+    lora = with_adapters or options.lora_modules
+    for given, name in ((options.dims, "--dim"), (options.tactics, "--tactics"), (lora, "--lora")):
         if given:
             raise OptionError(
                 f"{name} is about one graph and does not go with a folder of several; build the .onnx files one by one."

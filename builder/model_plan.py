@@ -149,6 +149,7 @@ def plan_model(
     fuse_attention: bool = True,
     roles: Mapping[str, str] | None = None,
     fixed: Mapping[str, int] | None = None,
+    lora_modules: Sequence[str] = (),
 ) -> tuple[ModelPlan, tuple[Build, ...]]:
     """Plan a model; the files of its weights need not exist, and are not read.
 
@@ -168,6 +169,7 @@ def plan_model(
             Without, every node of the model has its place in the plan.
         roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
         fixed: Makes an input a constant: one boolean or integer.
+        lora_modules: Modules whose products get inputs for adapters, where the graph has none.
 
     Returns:
         The figures for people, and the builds with the plans and programs that they describe, one for each size.
@@ -179,6 +181,7 @@ def plan_model(
         fuse_attention=fuse_attention,
         roles=dict(roles or {}),
         fixed=dict(fixed or {}),
+        lora_modules=lora_modules,
     )
     of_sizes = [dataclasses.replace(options, tensor_parallel_size=size) for size in tensor_parallel_sizes]
     for of_size in of_sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from furiosa_llm.builder.errors import OptionError
@@ -36,7 +36,8 @@ ROLES = Kind(
 CONSTANTS = Kind(
     "integers by name", lambda value: isinstance(value, Mapping) and all(map(INTEGER.accepts, value.values()))
 )
-_RARE = frozenset(("roles", "fixed"))
+NAMES = Kind("a list of names", lambda value: isinstance(value, list | tuple) and all(map(TEXT.accepts, value)))
+_RARE = frozenset(("roles", "fixed", "lora_modules"))
 """Options that the manifest records only if they are given."""
 
 
@@ -72,6 +73,10 @@ class BuildOptions:
     fixed: Annotated[Mapping[str, int], Option("Makes an input a constant: one boolean or integer.", CONSTANTS)] = (
         dataclasses.field(default_factory=dict)
     )
+    lora_modules: Annotated[
+        Sequence[str],
+        Option("Modules whose products get inputs for adapters, where the graph has none.", NAMES),
+    ] = ()
 
     def check(self, *, experimental_tp: bool) -> None:
         """Raise OptionError for a value out of range."""
@@ -94,6 +99,7 @@ class BuildOptions:
             "fuse_attention": self.fuse_attention,
             **({"roles": dict(sorted(self.roles.items()))} if self.roles else {}),
             **({"fixed": dict(sorted(self.fixed.items()))} if self.fixed else {}),
+            **({"lora_modules": sorted(self.lora_modules)} if self.lora_modules else {}),
         }
 
 

@@ -31,6 +31,7 @@ from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.rewrite.normalize import normalize
 from furiosa_llm.builder.rewrite.passes import rewrite
+from furiosa_llm.builder.rewrite.weight_inputs import check_adapted
 from furiosa_llm.builder.shapes.roles import find_roles, read_role
 from furiosa_llm.builder.source.companions import read_json
 from furiosa_llm.builder.source.load import Source, load
@@ -38,6 +39,7 @@ from furiosa_llm.builder.write.artifact import Progress, write_artifact
 from furiosa_llm.builder.write.output_folder import output_folder
 from furiosa_llm.builder.write.report import BuildReport, report_of
 from furiosa_llm.builder.write.streaming import MAX_WORKERS
+from furiosa_llm.runtime.artifact.adapters.files import AdapterFile
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
@@ -58,6 +60,8 @@ class Assembly:
     """Raises if the written artifact cannot be trusted: the source changed meanwhile, or was damaged."""
     plan: Mapping[str, Any] | None = None
     """The `plan` of a manifest to follow; by default a new plan is made."""
+    adapters: Mapping[str, AdapterFile] = dataclasses.field(default_factory=dict)
+    """Adapters that go into the artifact, by name."""
 
     def build(self, destination: Path, *, force: bool, progress: Progress | None, workers: int | None) -> BuildReport:
         """Write the artifact to `destination`, or nothing; see `ArtifactBuilder`."""
@@ -71,7 +75,14 @@ class Assembly:
         with output_folder(destination, force=force) as folder:
             build = self.lowered(stage)
             manifest = write_artifact(
-                folder, build, name=self.name, options=self.options, plan=self.plan, progress=told, workers=threads
+                folder,
+                build,
+                name=self.name,
+                options=self.options,
+                plan=self.plan,
+                adapters=self.adapters,
+                progress=told,
+                workers=threads,
             )
             self.check(build.source, manifest)
             stage("prove")
@@ -97,7 +108,7 @@ class Assembly:
 def analyse_model(path: Path, options: BuildOptions, *, told: OnStage) -> Analysed:
     """Run all stages up to the analysis of the model at `path`, whose weights need not exist; see `analyse_source`."""
     told("load")
-    return analyse_source(load(path, options.fixed), options, told=told)
+    return analyse_source(load(path, options.fixed, options.lora_modules), options, told=told)
 
 
 def analyse_source(source: Source, options: BuildOptions, *, told: OnStage) -> Analysed:
@@ -108,6 +119,7 @@ def analyse_source(source: Source, options: BuildOptions, *, told: OnStage) -> A
     config = read_json(source.path, "config.json")
     rewritten = rewrite(model, options.dims, config, fuse=options.fuse_attention)
     probes = rewritten.probes
+    check_adapted(model.graph, probes.facts)
     return Analysed(
         source=source,
         model=model,

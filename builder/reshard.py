@@ -12,6 +12,7 @@ from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.source.from_artifact import source_of
 from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
+from furiosa_llm.runtime.artifact.adapters.stored import own_adapters, read_own
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import Manifest
@@ -83,6 +84,7 @@ def _reshard(
         name=opened.manifest.model.name,
         load=lambda: source_of(opened),
         check=lambda _, manifest: _check_originals(opened, manifest),
+        adapters={name: read_own(path) for name, path in own_adapters(opened).items()},
     )
     return assembly.build(save_dir, force=force, progress=progress, workers=workers)
 

@@ -61,7 +61,7 @@ def build_by_plan_of(
     options = recorded_options(opened.manifest.provenance.options)
 
     def load_same() -> Source:
-        source = load_with_weights(Path(model), options.fixed)
+        source = load_with_weights(Path(model), options.fixed, options.lora_modules)
         _check_same_graph(source, opened)
         return source
 

@@ -37,7 +37,7 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.graphs import attribute_graphs
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, Manifest
+from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME, Manifest, adapted_modules, fixed_inputs
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.artifact.tools.record import Check
@@ -137,7 +137,9 @@ def check_given(artifact: Artifact, model: str | os.PathLike[str]) -> Check:
     """
     identity = check_identity(artifact, model)
     stored = {entry.name for entry in artifact.manifest.initializers if entry.stored}
-    given, ours = source_proto(load_with_weights(Path(model)), stored), read_source(artifact)
+    manifest = artifact.manifest
+    source = load_with_weights(Path(model), fixed_inputs(manifest), adapted_modules(manifest))
+    given, ours = source_proto(source, stored), read_source(artifact)
     return dataclasses.replace(identity, faults=(*identity.faults, *_given_faults(ours, given)))
 
 

@@ -4,6 +4,7 @@
 with the model it came from.
 """
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.engine.buckets import Bucket, BucketConfig
@@ -30,6 +31,7 @@ __all__ = [
     "Executor",
     "InputError",
     "LLMEngine",
+    "LoRARequest",
     "ReplicaError",
     "RequestOutput",
     "RequestOutputKind",

@@ -10,12 +10,13 @@ from contextlib import aclosing
 from functools import cached_property
 from typing import Any, Literal, NoReturn, Self, cast, overload
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
-from furiosa_llm.runtime.engine.core import EngineCore, params_for_each, with_kind
+from furiosa_llm.runtime.engine.core import EngineCore, adapters_for_each, params_for_each, with_kind
 from furiosa_llm.runtime.engine.engine_args import EngineArgs, refuse_foreign_options
 from furiosa_llm.runtime.engine.launch import make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
@@ -141,6 +142,7 @@ class LLM(Closing):
         sampling_params: SamplingParams | None = None,
         prompt_token_ids: Sequence[int] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> RequestOutput: ...
 
     @overload
@@ -150,6 +152,7 @@ class LLM(Closing):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         prompt_token_ids: Sequence[Sequence[int]] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]: ...
 
     def generate(
@@ -158,20 +161,22 @@ class LLM(Closing):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         prompt_token_ids: Any = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Completes `prompts`, as many at once as fit: a single one gives one output, a list a list in its order.
 
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. The argument `prompt_token_ids`,
         one sequence for each prompt, is used instead of the prompts' own tokens, and may stand alone. A list of
-        `sampling_params` has the parameters of each prompt. Of `tokenizer_kwargs` there is `add_special_tokens`.
+        `sampling_params` has the parameters of each prompt, a list of `lora_request` its adapter (None: none). Of
+        `tokenizer_kwargs` there is `add_special_tokens`.
 
         If one prompt is refused, or Ctrl-C or a failure comes in between, all are given up. Raises ContextLengthError,
         a ValueError, if a prompt and its completion do not fit the limit, and ReplicaError if a replica fails while it
-        has one of them.
+        has one of them; AdapterError if an adapter is not one of this model's.
         """
         asked, single = paired(prompts, prompt_token_ids)
         asked = [with_tokenizer_kwargs(prompt, tokenizer_kwargs, self._model.tokenizer) for prompt in asked]
-        outputs = self._complete(asked, sampling_params)
+        outputs = self._complete(asked, sampling_params, lora_request)
         return outputs[0] if single else outputs
 
     def chat(
@@ -183,6 +188,7 @@ class LLM(Closing):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several; always a list.
 
@@ -207,17 +213,18 @@ class LLM(Closing):
             )
             for conversation in conversations_of(messages)
         ]
-        return self._complete(prompts, sampling_params)
+        return self._complete(prompts, sampling_params, lora_request)
 
     def stream(
         self,
         prompt: Prompt | None = None,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[str]:
         """The completion of `prompt` in pieces of text, as they come."""
         params = _delta(sampling_params)
-        for output in self.stream_outputs(prompt, params, prompt_token_ids):
+        for output in self.stream_outputs(prompt, params, prompt_token_ids, lora_request):
             if output.outputs[0].text:
                 yield output.outputs[0].text
 
@@ -228,16 +235,18 @@ class LLM(Closing):
         prompt_token_ids: Sequence[int] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         is_demo: bool = False,  # noqa: ARG002 - the vendor's, without effect
+        lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[str]:
         """`stream` for asyncio."""
         asked = with_tokenizer_kwargs(_one_prompt(prompt, prompt_token_ids), tokenizer_kwargs, self._model.tokenizer)
         if not isinstance(self._model, Decoder):
-            pieces = self.stream(asked, sampling_params)
+            pieces = self.stream(asked, sampling_params, lora_request=lora_request)
             while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
                 yield piece
             return
         engine = AsyncLLMEngine.from_llm(self)
-        async with aclosing(engine.generate(asked, _delta(sampling_params), self._model.next_request_id())) as outputs:
+        request_id = self._model.next_request_id()
+        async with aclosing(engine.generate(asked, _delta(sampling_params), request_id, lora_request)) as outputs:
             async for output in outputs:
                 if output.outputs[0].text:
                     yield output.outputs[0].text
@@ -247,9 +256,10 @@ class LLM(Closing):
         prompt: Prompt | None = None,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         prompt_token_ids: Sequence[int] | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
-        return self._model.stream_outputs(_one_prompt(prompt, prompt_token_ids), sampling_params)
+        return self._model.stream_outputs(_one_prompt(prompt, prompt_token_ids), sampling_params, lora_request)
 
     def encode(
         self,
@@ -293,9 +303,13 @@ class LLM(Closing):
         self.shutdown()
 
     def _complete(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
     ) -> list[RequestOutput]:
-        return self._model.complete(prompts, params_for_each(sampling_params, len(prompts)))
+        params = params_for_each(sampling_params, len(prompts))
+        return self._model.complete(prompts, params, adapters_for_each(lora_request, len(prompts)))
 
     def _encoding(self, name: str) -> Encoder:
         if not isinstance(self._model, Encoder):

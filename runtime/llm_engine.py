@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol, Self
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.core import EngineCore, Handle, check_request_id
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -61,15 +62,35 @@ class LLMEngine(Engine):
         super().__init__(core)
         self._ready: SimpleQueue[RequestOutput] = SimpleQueue()
 
-    def add_request(self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        lora_request: LoRARequest | None = None,
+    ) -> None:
         """Starts a request: text, token ids, `{"prompt": text}`, or `{"prompt_token_ids": [...]}`.
 
-        Raises InputError if a request of that id has not ended, or if the prompt is no prompt; ContextLengthError if
-        prompt and completion do not fit; EngineDeadError if there is no replica left.
+        It runs with the adapter of `lora_request`, which is loaded if it is not. Raises AdapterError if that is not one
+        of the model's; InputError if a request of that id has not ended, or if the prompt is no prompt;
+        ContextLengthError if prompt and completion do not fit; EngineDeadError if there is no replica left.
         """
         check_request_id(request_id, self._handles)
         params = SamplingParams() if sampling_params is None else sampling_params
-        self._handles[request_id] = self.core.submit(request_id, prompt, params, self._take)
+        self._handles[request_id] = self.core.submit(request_id, prompt, params, self._take, lora_request)
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Loads an adapter, unless it is loaded; raises AdapterError if it is not one of the model's."""
+        self.core.adapters.add(lora_request)
+        return True
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Forgets an adapter; whether it was there. Requests that run with it end with it."""
+        return self.core.adapters.remove(lora_id)
+
+    def list_loras(self) -> set[int]:
+        """The ids of the adapters that are loaded."""
+        return self.core.adapters.ids()
 
     def abort_request(self, request_id: str | Sequence[str]) -> None:
         """Ends one request or several; each has a last output, with the finish reason "abort". Others are ignored."""

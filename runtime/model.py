@@ -8,6 +8,7 @@ from functools import cached_property
 from queue import SimpleQueue
 from typing import ClassVar
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.core import EngineCore, Handle, with_kind
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -41,14 +42,20 @@ class Model(Closing):
         """What lies on every PE, and what was done so far."""
         return self.core.machine()
 
-    def complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """The finished outputs of `prompts`, each with its own of `params`, in their order; if one fails, none."""
+    def complete(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], adapters: Sequence[LoRARequest | None]
+    ) -> list[RequestOutput]:
+        """The finished outputs of `prompts`, each with its own of `params` and `adapters`, in their order.
+
+        If one fails, there are none.
+        """
         ready: SimpleQueue[RequestOutput] = SimpleQueue()
         handles: list[Handle] = []
         finished: dict[str, RequestOutput] = {}
         try:
-            for prompt, own_params in zip(prompts, params, strict=True):
-                handles.append(self._submit(prompt, with_kind(own_params, RequestOutputKind.FINAL), ready))
+            for prompt, own_params, adapter in zip(prompts, params, adapters, strict=True):
+                final = with_kind(own_params, RequestOutputKind.FINAL)
+                handles.append(self._submit(prompt, final, adapter, ready))
             while len(finished) < len(prompts):
                 output = ready.get()
                 raise_error(output)
@@ -59,10 +66,12 @@ class Model(Closing):
             raise
         return [finished[request_id] for request_id in sorted(finished, key=int)]
 
-    def stream_outputs(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
+    def stream_outputs(
+        self, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None = None
+    ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished."""
         ready: SimpleQueue[RequestOutput] = SimpleQueue()
-        handle = self._submit(prompt, params, ready)
+        handle = self._submit(prompt, params, adapter, ready)
         try:
             finished = False
             while not finished:
@@ -77,12 +86,14 @@ class Model(Closing):
         """An id that no other request of this model has."""
         return str(next(self._request_ids))
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, ready: SimpleQueue[RequestOutput]) -> Handle:
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None, ready: SimpleQueue[RequestOutput]
+    ) -> Handle:
         def take(outputs: Sequence[tuple[int, RequestOutput]]) -> None:
             for _, output in outputs:
                 ready.put(output)
 
-        return self.core.submit(self.next_request_id(), prompt, params, take)
+        return self.core.submit(self.next_request_id(), prompt, params, take, adapter)
 
 
 class Decoder(Model):

@@ -10,11 +10,12 @@ from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import Self
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import Composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError, UnsupportedError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.execution.seq2seq_decoder import CachedSteps, Steps, WholeSteps
@@ -98,16 +99,24 @@ class Seq2Seq(Model):
         prompt, TokenizerError for text without a tokenizer.
         """
         asked = listed(prompts)
-        return self.complete(asked, [sampling_params] * len(asked))
+        return self.complete(asked, [sampling_params] * len(asked), [None] * len(asked))
 
-    def complete(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """See `Model`."""
+    def complete(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], adapters: Sequence[LoRARequest | None]
+    ) -> list[RequestOutput]:
+        """See `Model`; raises UnsupportedError for adapters."""
+        for adapter in adapters:
+            _check_without(adapter)
         return [self._complete(prompt, own_params) for prompt, own_params in zip(prompts, params, strict=True)]
 
     def stream_outputs(
-        self, prompt: Prompt, sampling_params: SamplingParams = _DEFAULT_PARAMS
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams = _DEFAULT_PARAMS,
+        adapter: LoRARequest | None = None,
     ) -> Iterator[RequestOutput]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
+        _check_without(adapter)
         text, token_ids = read_prompt(prompt, self.tokenizer, self._vocab_size, add_special_tokens=True)
         request = self._request(text, token_ids, sampling_params)
         hidden = self._encoded(token_ids)
@@ -181,3 +190,8 @@ class Seq2Seq(Model):
                 f"Please reduce the completion length."
             )
         return wanted or limit or 0
+
+
+def _check_without(adapter: LoRARequest | None) -> None:
+    if adapter is not None:
+        raise UnsupportedError("lora_request: an encoder-decoder takes no adapters; leave it out")

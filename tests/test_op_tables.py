@@ -41,6 +41,14 @@ REASONS = {
     ),
     "runtime/encoder.py: _MIXES_ROWS": _ALONE,
     "runtime/placement/block_reads.py: _EXPERTS": _ALONE,
+    **dict.fromkeys(
+        (f"runtime/artifact/adapters/graph.py: {where}" for where in ("_PACKED", "_PLAIN", "_weight")),
+        "the form that a product must have to be given an adapter: the runtime gives it to the reference, too",
+    ),
+    **dict.fromkeys(
+        (f"runtime/artifact/adapters/inputs.py: {where}" for where in ("_LEAVE_BE", "_STAY_ZERO", "_ZERO_BY_ONE")),
+        "what becomes of zeros, where the builder's rules are not at hand",
+    ),
     "runtime/placement/block_reads.py: _LOOKED_UP": _ALONE,
     "runtime/program/serving_graph.py: _ELEMENTWISE": "the form that the end of a graph must have to be cut",
     "runtime/program/serving_graph.py: _PRODUCTS": "the form that the end of a graph must have to be cut",

@@ -93,7 +93,7 @@ def test_commands_in_the_docs(path: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("function", "others"),
     [
-        (ArtifactBuilder, {"model", "name", "experimental_tp"}),
+        (ArtifactBuilder, {"model", "name", "experimental_tp", "lora"}),
         (plan_model, {"model", "experimental_tp", "tensor_parallel_sizes", "context", "batch", "chunk", "cards"}),
     ],
 )

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.lower.program_builder import ShardedTensor
+from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.rules.elementwise import CUT
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
 MAX_CROSSING = 2
-"""Two values may cross: the residual stream, and the value that is still to be added to it."""
+"""Two values may cross: the residual stream, and the value that is still to be added to it.
+
+Where inputs are used as weights, what an adapter adds to that value is a third.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +40,17 @@ def levels(nodes: Sequence[ir.Node]) -> dict[ir.Value, int]:
     return level
 
 
-def find_blocks(graph: ir.Graph, states: Sequence[str], tensors: Mapping[str, ShardedTensor]) -> list[BlockSpan]:
+def find_blocks(build: Build) -> list[BlockSpan]:
     """Cut the program after collectives, at most once between two uses of different layers' states."""
-    nodes = list(graph)
+    nodes, tensors = list(build.lowered.graph), build.lowered.tensors
+    states = [str(pair.input.name) for pair in build.states.pairs]
+    most = MAX_CROSSING + any(node.meta.get(CUT) for node in build.model.graph)
     level = levels(nodes)
     crossing = _crossings(nodes, level)
     used = _states_used(nodes, states, level)
     last: dict[int, int] = {}
     for cut, values in crossing.items():
-        if len(values) <= MAX_CROSSING and (not states or 0 < used[cut] < len(states)):
+        if len(values) <= most and (not states or 0 < used[cut] < len(states)):
             last[used[cut] if states else cut] = cut
     starts = [0, *sorted(last.values())]
     spans: list[BlockSpan] = []

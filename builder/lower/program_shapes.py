@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from furiosa_llm.builder.lower.blocks import levels
+from furiosa_llm.builder.lower.blocks import find_blocks, levels
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import check_shapes, interpreter, local_shape
 from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
@@ -31,7 +31,7 @@ def _global_shape(build: Build, value: ir.Value, names: dict[tuple[int, int], st
 
 
 def program_shapes(build: Build) -> dict[str, ValueShape]:
-    """Local shapes of inputs, outputs and all values that a collective touches or that cross one.
+    """Local shapes of inputs, outputs and all values that a collective touches or that cross one, or blocks.
 
     This interprets the program, and compares the shape of every value with the plan's.
     """
@@ -81,4 +81,5 @@ def _values_to_describe(build: Build) -> dict[ir.Value, None]:
                 wanted[value] = None
         if collective:
             wanted.update(dict.fromkeys(node.outputs))
-    return wanted
+    crossing = {name for span in find_blocks(build) for name in span.crossing}
+    return wanted | {value: None for node in graph for value in node.outputs if value.name in crossing}

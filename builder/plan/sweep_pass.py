@@ -18,6 +18,7 @@ from furiosa_llm.builder.plan.padding import (
     output_content,
     padded_places,
 )
+from furiosa_llm.builder.rules.elementwise import CUT
 from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, simplify
@@ -44,7 +45,7 @@ class Ground:
 
 
 class SweepPass:
-    """One pass; `deferred` values may stay partial although something whole is added to them."""
+    """One pass; `deferred` values may stay partial although they are larger, or something whole is added to them."""
 
     def __init__(self, ground: Ground, assignment: Assignment, deferred: frozenset[ir.Value]) -> None:
         self._ground = ground
@@ -192,7 +193,10 @@ class SweepPass:
         if rule.bilinear:
             facts = self._analysis.facts
             grows = facts[present(node.inputs[ports[0]])].shape != facts[node.outputs[0]].shape
-            return [] if len(ports) > 1 or grows else ports
+            if grows and len(ports) == 1 and node.outputs[0] not in self._deferred:
+                self._blocked.add(node.outputs[0])
+                return []
+            return [] if len(ports) > 1 else ports
         if not rule.linear or any(p not in rule.linear for p in ports):
             return []
         others = [p for p in rule.linear if p < len(node.inputs) and node.inputs[p] is not None and p not in ports]
@@ -265,7 +269,12 @@ class SweepPass:
         if all(content is not Content.ZERO or port in info.rule.offset for port, content in found.items()):
             # The end of a weight's last block holds what the exporter left there, so the operand that ends before it is
             # the one to be cleared.
-            ending = [port for port, contents in inputs.items() if place in contents and place.kind is Kind.PREFIX]
+            # An input that is used as a weight was cut from what is whole, and its padding is an element of that.
+            ending = [
+                port
+                for port, contents in inputs.items()
+                if place in contents and (place.kind is Kind.PREFIX or _is_cut(info.node.inputs[port]))
+            ]
             if not ending or info.rule.offset:
                 raise InfeasibleError(f"{info.node.op_type} would contract padding that holds no zeros")
             found[ending[0]] = Content.ANY
@@ -347,6 +356,11 @@ class SweepPass:
     def _layout(self, value: ir.Value, sequence_dim: int | None) -> list[Dim]:
         factors = [factor for d, factor in enumerate(self._analysis.dims[value]) if d != sequence_dim]
         return [simplify(to_dim(factor, self._axes)) for factor in factors]
+
+
+def _is_cut(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return producer is not None and bool(producer.meta.get(CUT))
 
 
 def _union(a: Axes, b: Axes) -> Axes:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from furiosa_llm.builder.rules.elementwise import CUT
+from furiosa_llm.builder.rules.facts import Facts
 from furiosa_llm.builder.shapes.flow import reached
 from furiosa_llm.builder.shapes.roles import role_of
+from furiosa_llm.runtime.artifact.adapters.graph import MASKED, ROWS
+from furiosa_llm.runtime.artifact.errors import AdapterError
 
 _FORMS = frozenset(("Cast", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Mul", "Div"))
 _SECOND = frozenset(("MatMul", "Gemm", "FusedMatMul", "Einsum"))
@@ -30,6 +33,24 @@ def cut_weight_inputs(graph: ir.Graph) -> None:
         value.replace_all_uses_with(own)
         copy.replace_input_with(0, value)
         graph.insert_before(graph[0], copy)
+
+
+def check_adapted(graph: ir.Graph, facts: Facts) -> None:
+    """Raise AdapterError for a product that got inputs for adapters, and whose rows are not sequences of positions.
+
+    Only of sequences can it be said which adapter is theirs.
+    """
+    rows = next((facts[value].shape for value in graph.inputs if value.name == ROWS), None)
+    for node in graph:
+        module, masked, _ = (node.name or "").partition(MASKED)
+        if not masked or rows is None or node.inputs[0] is None:
+            continue
+        shape = facts[node.inputs[0]].shape
+        if len(shape) != len(rows) or shape[0] != rows[0]:
+            raise AdapterError(
+                f"module {module!r:.120} does not multiply [batch, sequence, features], as one that takes adapters has "
+                f"to; merge the adapter into the weights, or leave this module out"
+            )
 
 
 def _is_weight(value: ir.Value) -> bool:

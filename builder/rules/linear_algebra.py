@@ -38,7 +38,7 @@ def matmul_text(a: tuple[int, ...], b: tuple[int, ...]) -> str:
 
 def matmul(view: NodeView) -> Rule:
     """Batched matrix product."""
-    return Rule(text=matmul_text(view.shape(0), view.shape(1)), padding="product")
+    return Rule(text=matmul_text(view.shape(0), view.shape(1)), bilinear=True, padding="product")
 
 
 def fused_matmul(view: NodeView) -> Rule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,12 +22,14 @@ SMALL_NBYTES = 4096
 """Tensors up to this size are in memory, wherever the source has them, so that a build sees the same in both cases."""
 
 
-def load_with_weights(path: Path, fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
-    """The model at `path`, with the inputs of `fixed` made constants and every file of its weights checked.
+def load_with_weights(
+    path: Path, fixed: Mapping[str, int] = MappingProxyType({}), lora_modules: Sequence[str] = ()
+) -> Source:
+    """The model at `path`, changed as `load` does, and with every file of its weights checked.
 
     Raises ModelLoadError for a model that cannot be built.
     """
-    source = load(path, fixed)
+    source = load(path, fixed, lora_modules)
     check_external_data(source)
     source.guard.remember(companions(path))
     for value in source.model.graph.initializers.values():

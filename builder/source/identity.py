@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.source.load import check_external_data, load
 from furiosa_llm.builder.source.tensors import read_packed
-from furiosa_llm.runtime.artifact.manifest import OriginalInitializer, fixed_inputs
+from furiosa_llm.runtime.artifact.manifest import OriginalInitializer, adapted_modules, fixed_inputs
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.artifact.tools.record import Check
@@ -23,7 +23,7 @@ def check_identity(artifact: Artifact, model: str | os.PathLike[str]) -> Check:
     Weights are read one at a time. Raises ModelLoadError if the file is not a model, or if its weights do not lie
     where it says.
     """
-    source = load(model, fixed_inputs(artifact.manifest))
+    source = load(model, fixed_inputs(artifact.manifest), adapted_modules(artifact.manifest))
     check_external_data(source)
     graph = source.model.graph
     faults = [*_interface_faults("input", graph.inputs, [info.name for info in artifact.manifest.inputs])]

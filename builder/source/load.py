@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +18,7 @@ from furiosa_llm.builder.source.fixed_inputs import fix_inputs
 from furiosa_llm.builder.source.guard import SourceGuard
 from furiosa_llm.builder.source.protobuf_scan import Lean, read_lean
 from furiosa_llm.builder.source.validate import drop_fallbacks, validate
+from furiosa_llm.runtime.artifact.adapters.graph import add_adapter_inputs
 
 _MOST_DIGITS = 18
 """Of a size that 64 bits hold."""
@@ -40,10 +41,15 @@ class Source:
     """Remembers the model's files as they were."""
 
 
-def load(path: str | os.PathLike[str], fixed: Mapping[str, int] = MappingProxyType({})) -> Source:
+def load(
+    path: str | os.PathLike[str],
+    fixed: Mapping[str, int] = MappingProxyType({}),
+    lora_modules: Sequence[str] = (),
+) -> Source:
     """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model.
 
-    The inputs that `fixed` names become initializers of the given values.
+    The inputs that `fixed` names become initializers of the given values, and `lora_modules` get inputs for adapters;
+    raises AdapterError if one of them has no product of its own.
     """
     file = Path(path)
     if file.is_dir():
@@ -61,6 +67,7 @@ def load(path: str | os.PathLike[str], fixed: Mapping[str, int] = MappingProxyTy
     _read_sizes(lean.proto)
     validate(lean.proto, file.name, lean.left_out)
     fix_inputs(lean.proto, fixed, file.name)
+    add_adapter_inputs(lean.proto, lora_modules)
     try:
         model = ir.from_proto(lean.proto)
     except ir.serde.SerdeError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import program_shapes
@@ -18,7 +20,18 @@ from furiosa_llm.builder.write.output_folder import check_free_space
 from furiosa_llm.builder.write.report import plan_json
 from furiosa_llm.builder.write.shards import num_shards
 from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights, write_weights
-from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, Manifest, ModelInfo, Provenance
+from furiosa_llm.runtime.artifact.adapters.files import AdapterFile
+from furiosa_llm.runtime.artifact.adapters.fit import placed
+from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
+from furiosa_llm.runtime.artifact.adapters.stored import file_name, to_safetensors
+from furiosa_llm.runtime.artifact.manifest import (
+    PROGRAM_NAME,
+    SOURCE_NAME,
+    FileEntry,
+    Manifest,
+    ModelInfo,
+    Provenance,
+)
 from furiosa_llm.runtime.artifact.pooling import POOLING_NAME
 from furiosa_llm.runtime.artifact.reader import SplitModel
 
@@ -35,6 +48,7 @@ def write_artifact(
     name: str,
     options: BuildOptions,
     plan: Mapping[str, Any] | None,
+    adapters: Mapping[str, AdapterFile],
     progress: Progress,
     workers: int,
 ) -> Manifest:
@@ -56,6 +70,7 @@ def write_artifact(
         write_bytes(folder, SOURCE_NAME, original.SerializeToString(deterministic=True)),
         *(write_bytes(folder, path.name, path.read_bytes()) for path in companions(build.source.path)),
         *([] if pooling is None else [write_bytes(folder, POOLING_NAME, pooling)]),
+        *_write_adapters(folder, build, adapters, name),
     ]
     manifest = manifest_of(
         build,
@@ -68,6 +83,17 @@ def write_artifact(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _write_adapters(folder: Path, build: Build, adapters: Mapping[str, AdapterFile], model: str) -> Iterator[FileEntry]:
+    """Write each adapter as tensors of the program's inputs; raises AdapterError if one is not for this model."""
+    if adapters:
+        split = planned(build)
+        initialized = build.source.model.graph.initializers
+        given = {str(value.name): np.zeros(()) for value in build.model.graph.inputs if value.name in initialized}
+        inputs = adapter_inputs(split.manifest, split.program.graph, given)
+        for name, file in sorted(adapters.items()):
+            yield write_bytes(folder, file_name(name), to_safetensors(placed(file, inputs, model=model)))
 
 
 def planned(build: Build) -> SplitModel:

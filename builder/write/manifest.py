@@ -163,9 +163,7 @@ def _collective(node: ir.Node, shapes: Mapping[str, ValueShape]) -> Collective:
 
 
 def _blocks(build: Build) -> tuple[Block, ...]:
-    spans = find_blocks(
-        build.lowered.graph, [str(pair.input.name) for pair in build.states.pairs], build.lowered.tensors
-    )
+    spans = find_blocks(build)
     return tuple(
         Block(
             name=f"block.{number}",

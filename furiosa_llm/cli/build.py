@@ -25,7 +25,7 @@ from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import default_name
-from furiosa_llm.cli.options import Command, FixedInput, GivenRole, Sizes, option
+from furiosa_llm.cli.options import Command, FixedInput, GivenRole, NamedPath, Sizes, option
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.units import nbytes
@@ -79,6 +79,14 @@ def planning_options(command: Command) -> Command:
 @click.option("--name", default="", help="The artifact's name.  [default: from the model's path]")
 @option("max_seq_len_to_capture", BUILD)
 @planning_options
+@click.option(
+    "--lora",
+    type=NamedPath(),
+    multiple=True,
+    callback=lambda _, __, given: dict(given),
+    help="An adapter that goes into the artifact: PEFT's folder, or a .safetensors file. The graph gets inputs for it "
+    "if it has none; repeatable.",
+)
 @click.option(
     "--reuse-plan",
     type=click.Path(path_type=Path),

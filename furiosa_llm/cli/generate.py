@@ -11,7 +11,7 @@ import click
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.runtime import LLM, SamplingParams
+from furiosa_llm.runtime import LLM, LoRARequest, SamplingParams
 
 
 @click.command()
@@ -27,6 +27,7 @@ from furiosa_llm.runtime import LLM, SamplingParams
 )
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
+@click.option("--lora", help="The adapter to generate with: NAME=PATH, or the NAME of one of the artifact's own.")
 @options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped")
 @options(ENGINE, "step_timeout", "max_step_nbytes")
 def generate(
@@ -38,6 +39,7 @@ def generate(
     top_p: float,
     top_k: int,
     seed: int | None,
+    lora: str | None,
     **loading: Any,
 ) -> None:
     """Complete a prompt with the decoder in ARTIFACT.
@@ -45,12 +47,14 @@ def generate(
     The text goes to standard output as it is generated, the figures to standard error.
     """
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+    name, _, path = (lora or "").partition("=")
+    adapter = None if lora is None else LoRARequest(name, 1, path)
     started = time.monotonic()
     with LLM.load_artifact(artifact, **loading) as llm:
         loaded = time.monotonic()
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         first, count, shown = 0.0, 0, 0
-        for output in llm.stream_outputs(text, params):
+        for output in llm.stream_outputs(text, params, lora_request=adapter):
             count += 1
             first = first or time.monotonic()
             completed = output.outputs[0].text

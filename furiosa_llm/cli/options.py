@@ -54,6 +54,19 @@ class GivenRole(click.ParamType[tuple[str, str]]):
         return key, text
 
 
+class NamedPath(click.ParamType[tuple[str, Path]]):
+    """`NAME=PATH`."""
+
+    name = "NAME=PATH"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        """The name and the path."""
+        key, _, path = str(value).partition("=")
+        if not key or not path:
+            self.fail(f"{value!r} is not NAME=PATH, for instance sql=adapters/sql", param, ctx)
+        return key, Path(path)
+
+
 class Numbers(click.ParamType[tuple[float, ...]]):
     """`1,2,4`: positive numbers, of the type `kind`; among floats there is `inf`."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from furiosa_llm import signing
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, NamedPath, options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.cli.topology import show_topology
@@ -66,6 +66,17 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--served-model-name", multiple=True, help="What requests call it; repeatable.  [default: its own name]")
+@click.option(
+    "--lora-modules",
+    type=NamedPath(),
+    multiple=True,
+    help="An adapter that requests may name as their model, beside the artifact's own; repeatable.",
+)
+@click.option(
+    "--allow-runtime-lora-updating",
+    is_flag=True,
+    help="Let clients load and unload adapters, from paths on this machine.",
+)
 @click.option("--api-key", multiple=True, help="Bearer token that requests have to come with; repeatable.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with such tokens, one a line.")
 @click.option("--allowed-origins", type=Origins(), default='["*"]', show_default=True, help="For CORS.")
@@ -115,6 +126,7 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     if require_signature is not None:
         signing.check_installed()
         options["full_verification"] = True
+    lora_modules = [(name, str(path)) for name, path in options.pop("lora_modules")]
     args = EngineArgs(artifact, **options)
     check_address(host, port)
     opened, plan = open_served(args)
@@ -124,12 +136,12 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
         line(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
     else:
         _show_plan(plan)
-    model = load_served(args, opened, plan, settings.served_model_names, int(time.time()))
+    model = load_served(args, opened, plan, settings.served_model_names, int(time.time()), lora_modules)
     if isinstance(model.kind, Decoder):
         show_batch_invariance(model.kind)
     shown = host if ":" not in host else f"[{host}]"
     if port:
-        line(f"{', '.join(model.names)} at http://{shown}:{port}/v1")
+        line(f"{', '.join((*model.names, *model.adapters))} at http://{shown}:{port}/v1")
     app = make_app(model, settings)
     server = make_server(
         app, settings, host=host, port=port, log_level=log_level, access_log=access_log, ends_process=True
@@ -171,6 +183,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
         api_keys=keys,
         chat_template=None if template is None else _read(template),
         tool_call_parser=parser,
+        runtime_lora_updating=options.pop("allow_runtime_lora_updating"),
         payload_logging=options.pop("enable_payload_logging"),
         log_stats=not options.pop("disable_log_stats"),
         **{name: options.pop(name) for name in ("allowed_origins", *SERVER) if name in options},

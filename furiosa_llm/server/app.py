@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import furiosa_llm
-from furiosa_llm.server import chat, completions, embeddings, machine, page, status, tokens
+from furiosa_llm.server import adapters, chat, completions, embeddings, machine, page, status, tokens
 from furiosa_llm.server.errors import install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
@@ -73,11 +73,13 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         (status.router, errors(413, 500)),
         (machine.router, errors(413, 500)),
         (page.router, {}),
+        *(((adapters.router, READING),) if settings.runtime_lora_updating else ()),
     )
     for router, answers in routers:
         dependencies = [Depends(_log_payload)] if settings.payload_logging else []
         app.include_router(router, responses=answers, dependencies=dependencies)
-    describe(app, names=model.names, needs_key=bool(settings.api_keys))
+    names = () if settings.runtime_lora_updating else (*model.names, *model.adapters)
+    describe(app, names=names, needs_key=bool(settings.api_keys))
     install_handlers(app)
     app.add_exception_handler(ClientGoneError, _nobody_there)
     _surround(app, settings)

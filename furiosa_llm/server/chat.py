@@ -55,8 +55,10 @@ async def create_chat_completion(
     params = body.params(await tools.constraint())
     text = await prompt_of(body, state, with_tools=tools.shown)
     token_ids = await state.encode(text, add_special_tokens=False)
-    head = new_head(state, "chat")
-    outputs = generator.run(head.id, [as_prompt(token_ids, text)], params, form_field=tools.form_field)
+    adapter = state.model.adapters.get(body.model)
+    head = new_head(state, "chat", adapter)
+    prompts = [as_prompt(token_ids, text)]
+    outputs = generator.run(head.id, prompts, params, adapter=adapter, form_field=tools.form_field)
     if not body.stream:
         [answer] = await until_disconnect(request.receive, collect(outputs, 1, params.n))
         return _response(body, state, head, tools, answer)

@@ -45,8 +45,9 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
         state.check_tokenizer()
     state.gate.check(len(body.prompts) * params.num_sequences)
     prompts = await _prompts(body, state)
-    head = new_head(state, "cmpl")
-    outputs = generator.run(head.id, prompts, params, form_field=body.form_field)
+    adapter = state.model.adapters.get(body.model)
+    head = new_head(state, "cmpl", adapter)
+    outputs = generator.run(head.id, prompts, params, adapter=adapter, form_field=body.form_field)
     if not body.stream:
         answers = await until_disconnect(request.receive, collect(outputs, len(prompts), params.n))
         return _response(body, state, head, prompts, answers)

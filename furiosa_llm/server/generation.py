@@ -8,6 +8,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.engine.core import with_kind
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput, TokenLogprobs
@@ -74,9 +75,10 @@ class Generator:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
+        adapter: LoRARequest | None = None,
         form_field: str = "structured_outputs",
     ) -> Outputs:
-        """What comes of `prompts`; closing the generator, or cancelling its task, aborts them.
+        """What comes of `prompts`, with `adapter`; closing the generator, or cancelling its task, aborts them.
 
         `form_field` is the field of the request that says what the answers have to look like, if one does: the one to
         blame if the model cannot be held to it.
@@ -86,7 +88,8 @@ class Generator:
         delta = with_kind(params, RequestOutputKind.DELTA)
         with self.gate.admit(len(prompts) * params.num_sequences):
             streams = [
-                self._run_one(index, f"{request_id}-{index}", prompt, delta) for index, prompt in enumerate(prompts)
+                self._run_one(index, f"{request_id}-{index}", prompt, delta, adapter)
+                for index, prompt in enumerate(prompts)
             ]
             async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as outputs:
                 try:
@@ -95,10 +98,12 @@ class Generator:
                 except SamplingParamsError as error:
                     raise blamed(error, form_field) from error
 
-    async def _run_one(self, index: int, request_id: str, prompt: Prompt, params: SamplingParams) -> Outputs:
+    async def _run_one(
+        self, index: int, request_id: str, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None
+    ) -> Outputs:
         meter = RequestMeter(self.metrics, params)
         try:
-            async with aclosing(self.decoder.engine.generate(prompt, params, request_id)) as outputs:
+            async with aclosing(self.decoder.engine.generate(prompt, params, request_id, adapter)) as outputs:
                 async for output in outputs:
                     meter.see(output)
                     yield index, output

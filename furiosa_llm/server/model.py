@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from furiosa_llm.runtime import model
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.artifact.errors import AdapterError
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.record_summary import verification_of
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
@@ -89,6 +92,10 @@ class ServedModel:
     """When it was loaded, in seconds since 1970."""
     verification: str
     """What verification.json said then, in words."""
+    adapters: dict[str, LoRARequest] = field(default_factory=dict)
+    """The adapters that requests may ask for, by the names that they have beside the model's."""
+    adapter_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    """None is given twice."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -108,6 +115,30 @@ class ServedModel:
             self.kind.close()
 
 
+async def load_adapter(model: ServedModel, name: str, path: str) -> None:
+    """Makes an adapter known under `name`; raises AdapterError if it is not the model's, or the name is taken."""
+    if not isinstance(model.kind, Decoder):
+        raise UnsupportedError(f"{model.names[0]} makes embeddings, and takes no adapters")
+    _check_free(model, name)
+    request = LoRARequest(name, next(model.adapter_ids), path)
+    await model.kind.engine.add_lora(request)
+    _check_free(model, name)  # another may have taken it meanwhile
+    model.adapters[name] = request
+
+
+async def unload_adapter(model: ServedModel, name: str) -> bool:
+    """Forgets an adapter; whether there was one. Requests that run with it end with it."""
+    request = model.adapters.pop(name, None)
+    if request is None or not isinstance(model.kind, Decoder):
+        return False
+    return await model.kind.engine.remove_lora(request.lora_int_id)
+
+
+def _check_free(model: ServedModel, name: str) -> None:
+    if name in model.names or name in model.adapters:
+        raise AdapterError(f"{name!r:.80} is a name of the server's already; give the adapter another")
+
+
 def open_served(args: EngineArgs) -> tuple[Artifact, Plan | None]:
     """The artifact, and how it will run if it generates; raises what `make_plan` does.
 
@@ -125,9 +156,16 @@ def open_served(args: EngineArgs) -> tuple[Artifact, Plan | None]:
 
 
 def load_served(
-    args: EngineArgs, artifact: Artifact, plan: Plan | None, names: Sequence[str] | None, created: int
+    args: EngineArgs,
+    artifact: Artifact,
+    plan: Plan | None,
+    names: Sequence[str] | None,
+    created: int,
+    lora_modules: Sequence[tuple[str, str]] = (),
 ) -> ServedModel:
-    """Loads what `open_served` gave."""
+    """Loads what `open_served` gave, with the adapters of the artifact's own and those that `lora_modules` name."""
+    if plan is None and lora_modules:
+        raise UnsupportedError("an encoder takes no adapters; leave --lora-modules out")
     shown = tuple(names or (artifact.manifest.model.name,))
     verification = str(verification_of(artifact.folder, artifact.digest))
     if plan is None:
@@ -143,7 +181,7 @@ def load_served(
             verification=verification,
         )
     decoder = model.Decoder(plan, args, skip_engine=False)
-    return ServedModel(
+    served = ServedModel(
         names=shown,
         artifact=artifact,
         kind=Decoder(
@@ -157,3 +195,13 @@ def load_served(
         created=created,
         verification=verification,
     )
+    own = [(name, "") for name in sorted(decoder.core.adapters.own)]
+    try:
+        for name, path in (*own, *lora_modules):
+            _check_free(served, name)
+            served.adapters[name] = LoRARequest(name, next(served.adapter_ids), path)
+            decoder.core.adapters.add(served.adapters[name])
+    except BaseException:
+        decoder.close()
+        raise
+    return served

@@ -74,7 +74,7 @@ def stream_of(chunk: type[BaseModel]) -> Responses:
 
 
 def describe(app: FastAPI, *, names: Sequence[str], needs_key: bool) -> None:
-    """Completes the document that `app` gives out: `names` are the model's."""
+    """Completes the document that `app` gives out: `names` are the model's, none if these may change."""
     made = app.openapi  # which keeps the document that it has made once
     completed: list[dict[str, Any]] = []
 
@@ -82,7 +82,8 @@ def describe(app: FastAPI, *, names: Sequence[str], needs_key: bool) -> None:
         if not completed:
             document = made()
             _add_chunks(document)
-            _name_the_model(document, list(names))
+            if names:
+                _name_the_model(document, list(names))
             _add_what_stands_around(document, needs_key=needs_key)
             completed.append(document)
         return completed[0]

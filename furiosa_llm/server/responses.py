@@ -196,6 +196,8 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "furiosa-ai"
     root: str
+    parent: str | None
+    """Of an adapter the model that it is for."""
     artifact_id: str
     max_prompt_len: int | None
     max_context_len: int | None
@@ -204,7 +206,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All names of the model."""
+    """All names of the model, and its adapters."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

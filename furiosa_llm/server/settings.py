@@ -25,6 +25,8 @@ class ServerSettings:
     response_role: Annotated[str, Option("Role of the answers in a chat.", TEXT)] = "assistant"
     tool_call_parser: str | None = None
     """How the model writes calls of tools; None: they are not looked for."""
+    runtime_lora_updating: bool = False
+    """Whether clients may load and unload adapters, from paths on the server's machine."""
     payload_logging: bool = False
     """Whether what requests hold is logged."""
     log_stats: bool = True

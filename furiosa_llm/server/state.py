@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Gate, Generator
@@ -42,6 +43,11 @@ class ServerState:
     """When the server was made, by the monotonic clock."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may ask for: the model by its names, and its adapters."""
+        return *self.model.names, *self.model.adapters
+
+    @property
     def generator(self) -> Generator:
         """What generates; raises an ApiError for an encoder."""
         kind = self.model.kind
@@ -68,11 +74,11 @@ class ServerState:
         _ = self.tokenizer
 
     def check_model(self, name: str) -> None:
-        """Raises an ApiError unless the model is called so."""
-        if name not in self.model.names:
+        """Raises an ApiError unless the model, or one of its adapters, is called so."""
+        if name not in self.names:
             raise ApiError(
                 404,
-                f"The model {name[:100]!r} does not exist; this server has {', '.join(map(repr, self.model.names))}",
+                f"The model {name[:100]!r} does not exist; this server has {', '.join(map(repr, self.names))}",
                 param="model",
                 code="model_not_found",
             )
@@ -110,6 +116,7 @@ class Head:
     """The name of the model."""
 
 
-def new_head(state: ServerState, prefix: str) -> Head:
+def new_head(state: ServerState, prefix: str, adapter: LoRARequest | None) -> Head:
     """The head of an answer that begins now."""
-    return Head(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=state.model.names[0])
+    name = state.model.names[0] if adapter is None else adapter.lora_name
+    return Head(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), model=name)

@@ -40,8 +40,8 @@ async def metrics(state: State) -> Response:
 
 @router.get("/v1/models")
 async def list_models(state: State) -> ModelList:
-    """The names of the model that is served."""
-    return ModelList(data=[_card(state.model, name) for name in state.model.names])
+    """The names of the model that is served, and its adapters."""
+    return ModelList(data=[_card(state.model, name) for name in state.names])
 
 
 @router.get("/v1/models/{model:path}", responses=errors(404))
@@ -56,6 +56,7 @@ def _card(model: ServedModel, name: str) -> ModelCard:
         id=name,
         created=model.created,
         root=model.names[0],
+        parent=model.names[0] if name in model.adapters else None,
         artifact_id=model.artifact.manifest.model.name,
         max_prompt_len=model.max_prompt_length,
         max_context_len=model.max_length,

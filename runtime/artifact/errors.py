@@ -17,3 +17,7 @@ class LayoutError(FuriosaLLMError):
 
 class OutputFileError(FuriosaLLMError):
     """A file that was asked for cannot be written, or exists already."""
+
+
+class AdapterError(FuriosaLLMError, ValueError):
+    """An adapter is none, or not one of this model: a module, a shape, a rank, a type or a name does not fit."""

@@ -274,6 +274,12 @@ def fixed_inputs(manifest: Manifest) -> dict[str, int]:
     return {k: int(v) for k, v in found.items() if isinstance(v, int)} if isinstance(found, dict) else {}
 
 
+def adapted_modules(manifest: Manifest) -> list[str]:
+    """The modules that the build gave inputs for adapters."""
+    found = manifest.provenance.options.get("lora_modules")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def manifest_digest(data: bytes) -> str:
     """What the digest in the manifest `data` must be: SHA-256 of its bytes with zeros for the digest's digits."""
     start = len(DIGEST_PREFIX)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest, key_of
+from furiosa_llm.runtime.adapters.registry import AdapterRegistry
 from furiosa_llm.runtime.engine.machine_snapshot import MachineLayout, MachineSnapshot, machine_of
 from furiosa_llm.runtime.engine.replica import Replica
 from furiosa_llm.runtime.engine.router import choose_replica
@@ -67,6 +69,7 @@ class EngineCore:
         replicas: Sequence[Replica],
         tokenizer: Tokenizer | None,
         limits: ModelLimits,
+        adapters: AdapterRegistry | None = None,
         seed: int | None = None,
         layout: MachineLayout | None = None,
         close_model: Callable[[], None] = lambda: None,
@@ -74,6 +77,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.limits = limits
         self.replicas = tuple(replicas)
+        self._adapters = adapters
         self._seed = seed
         self._layout = layout
         self._close_model = close_model
@@ -94,12 +98,27 @@ class EngineCore:
         """
         self._grammar_of(params)
 
-    def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """The model's adapters; raises UnsupportedError if the engine was made without."""
+        if self._adapters is None:
+            raise UnsupportedError("the engine was made without adapters; make it with load_engine")
+        return self._adapters
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        sink: Sink,
+        lora_request: LoRARequest | None = None,
+    ) -> Handle:
         """Starts a request; its outputs go to `sink`, the last one finished, whatever happens.
 
-        Raises InputError or ContextLengthError if the prompt is no prompt or does not fit, SamplingParamsError if
-        `params` name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError
-        for text without a tokenizer, and EngineDeadError.
+        Its adapter is loaded if it is not. Raises AdapterError if that is not one of this model's,
+        InputError or ContextLengthError if the prompt is no prompt or does not fit, SamplingParamsError if `params`
+        name tokens that the model does not have, or a grammar that its tokens cannot follow, TokenizerError for text
+        without a tokenizer, and EngineDeadError.
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
@@ -107,6 +126,7 @@ class EngineCore:
         if self.limits.vocab_size is not None:
             params.check_vocabulary(self.limits.vocab_size)
         text, token_ids = read_prompt(prompt, self.tokenizer, self.limits.vocab_size)
+        adapter = None if lora_request is None else self.adapters.add(lora_request)
         key = next(self._keys)
         request = Request(
             request_id=request_id,
@@ -119,8 +139,9 @@ class EngineCore:
             sequence_ids=[next(self._sequence_ids) for _ in range(params.num_sequences)],
             seed=None if self._seed is None else derived_seed(self._seed, key),
             grammar=self._grammar_of(params),
+            adapter=adapter,
         )
-        replica = self.replicas[choose_replica(self.replicas, token_ids)]
+        replica = self.replicas[choose_replica(self.replicas, token_ids, key_of(adapter))]
         handle = Handle(key=key, replica=replica)
         replica.submit(Submission(key=key, request=request, sink=sink))
         return handle
@@ -191,6 +212,17 @@ def params_for_each(params: object, count: int) -> list[SamplingParams]:
     if len(several) != count:
         raise InputError(f"sampling_params has {len(several)} entries for {count} prompts")
     return several
+
+
+def adapters_for_each(
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None, count: int
+) -> Sequence[LoRARequest | None]:
+    """The adapters of `count` prompts: the one given for all, or a list of them."""
+    if not isinstance(lora_request, list | tuple):
+        return [cast(LoRARequest | None, lora_request)] * count
+    if len(lora_request) != count:
+        raise InputError(f"lora_request has {len(lora_request)} entries for {count} prompts")
+    return lora_request
 
 
 def with_kind(params: SamplingParams, kind: RequestOutputKind) -> SamplingParams:

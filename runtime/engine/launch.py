@@ -8,8 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from furiosa_llm.runtime.adapters.registry import AdapterRegistry
+from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
+from furiosa_llm.runtime.artifact.adapters.stored import own_adapters
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
 from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
 from furiosa_llm.runtime.engine.machine_snapshot import layout_of
@@ -70,9 +74,9 @@ class Plan:
 
     @property
     def companions(self) -> Companions:
-        """Which rows are computed together with a copy of themselves."""
+        """How the bits of a row are kept from depending on other rows, if they are."""
         companions = None if self.batch_invariance is None else self.batch_invariance.companions
-        return companions or NO_COMPANIONS
+        return replace(companions or NO_COMPANIONS, apart=self.batch_invariance is not None)
 
 
 def open_model(args: EngineArgs) -> Artifact:
@@ -172,6 +176,7 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
         replicas=replicas,
         tokenizer=plan.tokenizer,
         limits=plan.limits,
+        adapters=registry_of(plan.artifact),
         seed=args.seed,
         layout=layout_of(plan.artifact, plan.topology, plan.stages, page_size=PAGE_SIZE),
         close_model=host.close,
@@ -183,6 +188,12 @@ def _step_timeout(plan: Plan) -> float:
     tokens = max(plan.scheduling.prefill_chunk_size, plan.scheduling.slots_per_group)
     seconds = step_seconds(plan.artifact.manifest, tokens) * len(plan.stages)
     return min(LONGEST_STEP_SECONDS, seconds)
+
+
+def registry_of(artifact: Artifact) -> AdapterRegistry:
+    """The adapters that `artifact` takes, and those in its folder."""
+    inputs = adapter_inputs(artifact.manifest, artifact.program.graph, default_inputs(artifact))
+    return AdapterRegistry(inputs, model=artifact.manifest.model.name, own=own_adapters(artifact))
 
 
 def _open_host(plan: Plan, args: EngineArgs) -> Host | ProcessHost:

@@ -172,10 +172,10 @@ class Replica:
         """What it has done, on all the runners that it has had."""
         return self._meter.read()
 
-    def cached_prefix(self, tokens: Sequence[int]) -> int:
-        """How many of the first tokens of a new prompt have their KV in a slot already."""
+    def cached_prefix(self, tokens: Sequence[int], adapter: int = 0) -> int:
+        """How many of the first tokens of a new prompt, with that adapter, have their KV in a slot already."""
         with self._scheduler_lock:
-            return self._scheduler.cached_prefix(tokens)
+            return self._scheduler.cached_prefix(tokens, adapter)
 
     def submit(self, submission: Submission) -> None:
         """Takes a request; its sink gets a finished output, whatever happens. Raises EngineDeadError if closed."""
@@ -279,7 +279,10 @@ class Replica:
             with self._scheduler_lock:
                 for one in request.sequences:
                     self._scheduler.add(
-                        one.sequence_id, request.prompt_token_ids, prompt_logits=one.wants_prompt_logits
+                        one.sequence_id,
+                        request.prompt_token_ids,
+                        prompt_logits=one.wants_prompt_logits,
+                        adapter=request.adapter,
                     )
         except FuriosaLLMError as error:
             self._end_sequences(self._table.end(submission.key, "error", error))

@@ -20,11 +20,11 @@ class Target(Protocol):
     @property
     def load(self) -> int: ...  # noqa: D102
 
-    def cached_prefix(self, tokens: Sequence[int]) -> int: ...  # noqa: D102
+    def cached_prefix(self, tokens: Sequence[int], adapter: int) -> int: ...  # noqa: D102
 
 
-def choose_replica(replicas: Sequence[Target], prompt: Sequence[int]) -> int:
-    """The index of the replica that is to run `prompt`.
+def choose_replica(replicas: Sequence[Target], prompt: Sequence[int], adapter: int = 0) -> int:
+    """The index of the replica that is to run `prompt`, with the adapter of that key.
 
     It is the one with the least sum of its load and of what of the prompt it would have to compute, both in tokens: a
     cached prefix attracts requests until the replica has as many tokens more to carry than another. Of equal ones the
@@ -40,4 +40,8 @@ def choose_replica(replicas: Sequence[Target], prompt: Sequence[int]) -> int:
     if len(alive) == 1:
         return alive[0]
     candidates = [index for index in alive if replicas[index].ready] or alive
-    return min(candidates, key=lambda index: (replicas[index].load - replicas[index].cached_prefix(prompt), index))
+
+    def cost(index: int) -> tuple[int, int]:
+        return replicas[index].load - replicas[index].cached_prefix(prompt, adapter), index
+
+    return min(candidates, key=cost)

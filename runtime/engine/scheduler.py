@@ -7,6 +7,7 @@ from bisect import insort
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from furiosa_llm.runtime.adapters.adapter import Adapter, key_of
 from furiosa_llm.runtime.engine.slots import WORTH_A_COPY, Pages, SequenceState, SlotGroup, reusable_length
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
 from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
@@ -100,10 +101,18 @@ class Scheduler:
         """Pages held by tokens that free slots keep; they are given up as soon as a sequence needs them."""
         return self._pages.cached
 
-    def add(self, sequence_id: int, prompt: Sequence[int], *, prompt_logits: bool = False) -> None:
+    def add(
+        self,
+        sequence_id: int,
+        prompt: Sequence[int],
+        *,
+        prompt_logits: bool = False,
+        adapter: Adapter | None = None,
+    ) -> None:
         """Takes a sequence in, after the sequences that are waiting.
 
-        `prompt_logits`: its prefill batches want the logits after every token of the prompt, each once.
+        `prompt_logits`: its prefill batches want the logits after every token of the prompt, each once. It is computed
+        with `adapter`, and finds no KV that was computed with another.
 
         Raises:
             CapacityError: It can never run, since the prompt leaves no room for a completion.
@@ -120,6 +129,7 @@ class Scheduler:
             tokens=list(prompt),
             prompt_length=len(prompt),
             prompt_logits=prompt_logits,
+            adapter=adapter,
             batch_invariant=self.limits.batch_invariant,
         )
         self._sequences[sequence_id] = sequence
@@ -158,10 +168,10 @@ class Scheduler:
             raise SchedulingError(f"sequence {sequence_id} is not known: expected one that has not left")
         return self._sequences[sequence_id].cached_tokens or 0
 
-    def cached_prefix(self, tokens: Sequence[int]) -> int:
-        """How many tokens of a new prompt would be found in a slot at this moment."""
+    def cached_prefix(self, tokens: Sequence[int], adapter: int = 0) -> int:
+        """How many tokens of a new prompt, with the adapter of that key, would be found in a slot at this moment."""
         prompt = list(tokens)
-        return max(group.match(prompt, reusable_length(len(prompt))) for group in self._groups)
+        return max(group.match(prompt, reusable_length(len(prompt)), adapter) for group in self._groups)
 
     def schedule(self) -> Batch | None:
         """The next batch, of a group that has none under way; None if nothing can run before a batch returns."""
@@ -296,7 +306,7 @@ class Scheduler:
         suitable = [group for group in open_groups if group.load <= least + min(least, 1)]
 
         def rank(group: SlotGroup) -> tuple[int, int, bool]:
-            match = group.match(sequence.tokens, sequence.reusable)
+            match = group.match(sequence.tokens, sequence.reusable, key_of(sequence.adapter))
             return (-match if match >= WORTH_A_COPY else 0, group.load, not group.is_ready_for_a_prompt)
 
         return min(suitable, key=rank)
@@ -321,6 +331,7 @@ class Scheduler:
             start=start,
             tokens=tuple(sequence.tokens[start:end]),
             logits=logits,
+            adapter=sequence.adapter,
         )
 
     def _decode(self, group: SlotGroup) -> Decode | None:
@@ -328,7 +339,12 @@ class Scheduler:
             return None
         group.compact()
         rows = tuple(
-            Row(sequence_id=sequence.sequence_id, start=sequence.slot.length, token=sequence.tokens[-1])
+            Row(
+                sequence_id=sequence.sequence_id,
+                start=sequence.slot.length,
+                token=sequence.tokens[-1],
+                adapter=sequence.adapter,
+            )
             for sequence in group.decoding
         )
         return Decode(group=group.index, copies=group.take_copies(), rows=rows)

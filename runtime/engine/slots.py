@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from furiosa_llm.runtime.adapters.adapter import Adapter, key_of
 from furiosa_llm.runtime.runners.batch import Batch, Copy, WantedLogits
 
 WORTH_A_COPY = 16
@@ -29,6 +30,8 @@ class Slot:
     owner: SequenceState | None = None
     prompt_length: int = 0
     """How many of these were computed as a prompt, in chunks; the others one by one, as they were generated."""
+    adapter: int = 0
+    """The key of the adapter that they were computed with; 0 for none."""
     last_used: int = 0
     """When its last owner left it or it was copied from, in steps of the scheduler's own count; 0 if it is empty."""
 
@@ -43,6 +46,7 @@ class SequenceState:
     """Tokens of prompt and completion. While it decodes, all but the last one are in its slot."""
     prompt_length: int
     prompt_logits: bool
+    adapter: Adapter | None = None
     batch_invariant: bool = False
     """Whether what it generated is computed again as it was at first, one token at a time."""
     delivered: int = 0
@@ -179,9 +183,9 @@ class SlotGroup:
         self._copies.clear()
         return copies
 
-    def match(self, tokens: list[int], limit: int) -> int:
-        """How many of the first `limit` tokens one of the slots has."""
-        return self._longest_match(tokens, limit, self.slots)[1] if self._prefix_caching else 0
+    def match(self, tokens: list[int], limit: int, adapter: int) -> int:
+        """How many of the first `limit` tokens one of the slots has, computed with the adapter of that key."""
+        return self._longest_match(tokens, limit, self.slots, adapter)[1] if self._prefix_caching else 0
 
     def admit(self, sequence: SequenceState, chunk_size: int, now: int) -> None:
         """Gives a sequence a slot, the KV that is found for it, and the pages of its tokens and the next one.
@@ -205,7 +209,7 @@ class SlotGroup:
 
     def _is_prefilled_next(self, sequence: SequenceState, chunk_size: int) -> bool:
         """Whether this group's next batch prefills a sequence from what is found for it to its end."""
-        match = self.match(sequence.tokens, sequence.reusable)
+        match = self.match(sequence.tokens, sequence.reusable, key_of(sequence.adapter))
         end, _ = sequence.chunk(match if match >= WORTH_A_COPY else 0, chunk_size)
         return self.is_ready_for_a_prompt and end == len(sequence.tokens)
 
@@ -215,12 +219,13 @@ class SlotGroup:
         Pages are freed before anything is saved, so that nothing is copied that would be given up next.
         """
         tokens, limit = sequence.tokens, sequence.reusable if self._prefix_caching else 0
-        source, match = self._longest_match(tokens, limit, self.slots)
-        target, match_in_place = self._longest_match(tokens, limit, places)
+        adapter = key_of(sequence.adapter)
+        source, match = self._longest_match(tokens, limit, self.slots, adapter)
+        target, match_in_place = self._longest_match(tokens, limit, places, adapter)
         if source is None or match < WORTH_A_COPY:
             self._pages.evict(sequence.pages)
             target = min(places, key=_age)
-            match = common_prefix(target.tokens, tokens, min(self._offered(target), limit))
+            match = common_prefix(target.tokens, tokens, min(self._offered(target, adapter), limit))
             self._overwrite(target, match, sequence.pages)
         elif target is not None and match_in_place == match:
             self._pages.evict(sequence.pages - self._pages.needed(target.length), but_not=target)
@@ -233,14 +238,16 @@ class SlotGroup:
             self._note_use(source, match, now)
             self._pages.evict(sequence.pages)
         target.tokens, target.length, target.owner = tokens, match, sequence
-        target.prompt_length = sequence.prompt_length
+        target.prompt_length, target.adapter = sequence.prompt_length, adapter
         sequence.seat = target
 
-    def _offered(self, slot: Slot) -> int:
-        """How many of a slot's tokens a sequence may take over, if they are its own prompt's.
+    def _offered(self, slot: Slot, adapter: int) -> int:
+        """How many of a slot's tokens a sequence with that adapter may take over, if they are its own prompt's.
 
         Where bits must not depend on who else is served, generated tokens are not among them, nor is a prompt of one.
         """
+        if slot.adapter != adapter:
+            return 0
         if not self._batch_invariant:
             return slot.length
         return min(slot.length, slot.prompt_length) if slot.prompt_length >= LEAST_CHUNK else 0
@@ -272,7 +279,7 @@ class SlotGroup:
             left = sequence.slot
             self._copies.append(Copy(source=left.index, target=hole.index, length=left.length))
             hole.tokens, hole.length, hole.owner = left.tokens, left.length, sequence
-            hole.prompt_length = left.prompt_length
+            hole.prompt_length, hole.adapter = left.prompt_length, left.adapter
             left.tokens, left.length, left.owner, left.last_used = [], 0, None, 0
             sequence.seat = hole
         self.decoding.sort(key=_slot_index)
@@ -291,7 +298,7 @@ class SlotGroup:
         self._pages.keep_only(spare, 0)
         self._copies.append(Copy(source=slot.index, target=spare.index, length=slot.length))
         spare.tokens, spare.length, spare.last_used = slot.tokens, slot.length, slot.last_used
-        spare.prompt_length = slot.prompt_length
+        spare.prompt_length, spare.adapter = slot.prompt_length, slot.adapter
         self._pages.cached += self._pages.needed(spare.length)
 
     def leave(self, sequence: SequenceState, now: int) -> None:
@@ -308,10 +315,10 @@ class SlotGroup:
             self._pages.keep_only(slot, 0)
         sequence.seat, sequence.group, sequence.pages = None, None, 0
 
-    def _longest_match(self, tokens: list[int], limit: int, slots: list[Slot]) -> tuple[Slot | None, int]:
+    def _longest_match(self, tokens: list[int], limit: int, slots: list[Slot], adapter: int) -> tuple[Slot | None, int]:
         best, longest = None, 0
         for slot in slots:
-            most = min(self._offered(slot), limit)
+            most = min(self._offered(slot, adapter), limit)
             if most > longest:
                 length = common_prefix(slot.tokens, tokens, most)
                 if length > longest:

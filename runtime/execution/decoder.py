@@ -6,11 +6,12 @@ It runs on anything that can be bound to memory: an artifact's executor, or the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
-from furiosa_llm.runtime.artifact.dimensions import GROWING, Shape, parse_dimension, shape_of
+from furiosa_llm.runtime.artifact.dimensions import GROWING, Shape, bind_sizes, parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.layout import local_size
 from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInfo, State, StateMode
@@ -97,17 +98,27 @@ class _Lane:
 class DecoderSession:
     """One batch of sequences of equal length in a decoder, with its states.
 
-    `max_length` is the model's limit in tokens, None for none. `length` is the number of tokens stepped so far.
+    `max_length` is the model's limit in tokens, None for none. `others` are inputs that tokens do not make, the same in
+    every step. `length` is the number of tokens stepped so far.
     Steps of one token and of several have bindings of their own, so that going from prefill to decode rebinds nothing.
     """
 
-    def __init__(self, model: DecoderModel, *, max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        *,
+        max_length: int | None = None,
+        others: Mapping[str, Array] = MappingProxyType({}),
+    ) -> None:
         interface = model.decoder_interface
         check_interface(interface)
         self.length = 0
         self.max_length = max_length
         self._model = model
         self._interface = interface
+        self._others = others
+        given = [info for info in interface.inputs if info.name in others]
+        self._other_sizes = bind_sizes((info.name, info.shape, others[info.name].shape) for info in given)
         self._logits = next(info for info in interface.outputs if info.role == "logits")
         self._singly = takes_one_position(interface.inputs)
         self._batch = 0
@@ -144,7 +155,8 @@ class DecoderSession:
         if max(total, self._wanted_capacity) > self._capacity:
             self._grow(max(total, self._wanted_capacity))
         lane = self._lane(single=sequence == 1)
-        lane.bound.resize({"batch": batch, "sequence": sequence, "past": self.length, "total": total})
+        sizes = {"batch": batch, "sequence": sequence, "past": self.length, "total": total}
+        lane.bound.resize(self._other_sizes | sizes)
         for name, array in lane.feeds.update(token_ids, self.length):
             lane.bound.bind_shared(name, array)
         self._bind_states(lane, total)
@@ -168,7 +180,10 @@ class DecoderSession:
         """The bindings for steps of one token, or of several."""
         if single not in self._lanes:
             outputs = frozenset(state.output for state in self._interface.states)
-            self._lanes[single] = _Lane(self._model.bind_steps(outputs), StepFeeds(self._interface.inputs))
+            feeds = StepFeeds([info for info in self._interface.inputs if info.name not in self._others])
+            self._lanes[single] = lane = _Lane(self._model.bind_steps(outputs), feeds)
+            for name, array in self._others.items():
+                lane.bound.bind_shared(name, array)
         return self._lanes[single]
 
     def _bind_states(self, lane: _Lane, total: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.requests.logprobs import PromptLogprobs, logprob, logprobs
@@ -132,7 +133,8 @@ class Request:
 
     `max_tokens` is the limit of each completion, `seed` is used if the parameters have none, and `num_cached_tokens` is
     set by who runs it. Penalties count the tokens of `penalised`, the prompt if it is None. Completions keep to
-    `grammar`. Raises SamplingParamsError if the parameters need a tokenizer and there is none.
+    `grammar`, and are computed with `adapter`. Raises SamplingParamsError if the parameters need a tokenizer and there
+    is none.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class Request:
         seed: int | None = None,
         penalised: Sequence[int] | None = None,
         grammar: Grammar | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         if tokenizer is None and (params.stop_strings or params.bad_words):
             raise SamplingParamsError("stop and bad_words need a tokenizer; leave them out, or load one")
@@ -158,6 +161,7 @@ class Request:
         self.prompt_token_ids = list(prompt_token_ids)
         self.params = params
         self.num_cached_tokens: int | None = None
+        self.adapter = adapter
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = max_tokens

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 
 WantedLogits = Literal["none", "last", "all"]
@@ -21,14 +22,16 @@ WantedLogits = Literal["none", "last", "all"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
-    """Rows that are computed with a copy of themselves that nobody reads, so that their bits depend on no other row.
+    """How the bits of a row are kept from depending on other rows: with a copy of itself that nobody reads, mostly.
 
     `lone`: a sequence that is alone in a step of one token, through the whole model. `doubled`: every row, through the
-    ops of these types alone: in a mixture of experts, an expert then has several rows whenever it has one.
+    ops of these types alone: in a mixture of experts, an expert then has several rows whenever it has one. `apart`:
+    rows of unlike adapters are not computed together.
     """
 
     lone: bool = False
     doubled: tuple[str, ...] = ()
+    apart: bool = False
 
 
 NO_COMPANIONS = Companions()
@@ -57,6 +60,7 @@ class Prefill:
     start: int
     tokens: tuple[int, ...]
     logits: WantedLogits
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ class Row:
     sequence_id: int
     start: int
     token: int
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,22 @@ class Decode:
 
 
 Batch = Prefill | Decode
+
+
+def adapters_of(batch: Batch) -> list[Adapter]:
+    """The adapters of a batch."""
+    found = [batch.adapter] if isinstance(batch, Prefill) else [row.adapter for row in batch.rows]
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
+def with_adapters(batch: Batch, other: Callable[[Adapter], Adapter]) -> Batch:
+    """`batch` with what `other` gives in place of each adapter."""
+    if isinstance(batch, Prefill):
+        return batch if batch.adapter is None else replace(batch, adapter=other(batch.adapter))
+    if all(row.adapter is None for row in batch.rows):
+        return batch
+    rows = (row if row.adapter is None else replace(row, adapter=other(row.adapter)) for row in batch.rows)
+    return replace(batch, rows=tuple(rows))
 
 
 class Runner(Protocol):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from onnx import ModelProto
 
+from furiosa_llm.runtime.adapters.bank import AdapterBank
+from furiosa_llm.runtime.artifact.adapters.inputs import AdapterInputs, adapter_inputs
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.manifest import InputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.execution.decoder import (
@@ -57,13 +60,14 @@ class Traits:
 
     "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal. `in_place`: states are
     written where they are read. `selects`: logits are computed of wanted positions only. `singly`: a step has one
-    position. `batch`: every step has so many rows.
+    position. `mixes`: rows of a step may have adapters of their own. `batch`: every step has so many rows.
     """
 
     rows: Literal["ragged", "equal"]
     in_place: bool
     selects: bool
     singly: bool = False
+    mixes: bool = True
     batch: int | None = None
 
 
@@ -81,6 +85,13 @@ class LoadedModel:
     """Inputs that are the same in every step."""
     check: Callable[[], None] | None = None
     """Called before every step; raises what speaks against it."""
+    bank: AdapterBank
+    """What steps are given of adapters."""
+
+    @property
+    def step_inputs(self) -> list[InputInfo]:
+        """The inputs that are made anew for every step, but for the mask of adapters' ranks."""
+        return step_inputs(self.interface.inputs, self.bank.inputs, self.defaults)
 
     @property
     def logits(self) -> str:
@@ -110,9 +121,12 @@ def load_model(
     interface = interface_of(manifest)
     check_interface(interface)
     defaults = default_inputs(artifact)
+    bank = AdapterBank(adapter_inputs(manifest, artifact.program.graph, defaults), apart=companions.apart)
+    defaults = {name: array for name, array in defaults.items() if name not in bank.inputs.base}
     read = {name for node in artifact.program.graph.node for name in used_names(node)}
-    StepFeeds([info for info in interface.inputs if info.name in read and info.name not in defaults])
+    StepFeeds([info for info in step_inputs(interface.inputs, bank.inputs, defaults) if info.name in read])
     serving, traits = serving_of(artifact, companions.doubled)
+    traits = replace(traits, mixes=bank.mixes)
     graphs = cut_stages(
         serving.model,
         [_start(artifact, stage) for stage in stages],
@@ -137,7 +151,14 @@ def load_model(
         companions=companions,
         defaults=defaults,
         check=mapped_check(artifact) if mapped else None,
+        bank=bank,
     )
+
+
+def step_inputs(inputs: Sequence[InputInfo], adapters: AdapterInputs, defaults: Mapping[str, Array]) -> list[InputInfo]:
+    """Those of `inputs` that a step's tokens make."""
+    others = {*adapters.base, *defaults, *([] if adapters.rows is None else [adapters.rows.name])}
+    return [info for info in inputs if info.name not in others]
 
 
 def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[ServingGraph, Traits]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
 from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.graphs import following
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.execution.decoder import interface_of
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.program.segments import Program
@@ -25,6 +27,8 @@ TOKENS = 21
 """The most tokens of a probe."""
 PAST = 7
 """Positions that are in the cache before the step that is probed."""
+_RANK = 8
+"""The rank of the adapter of probes."""
 FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 _MOST_TOKENS = 1000
 """Token ids of probes are below this number, and below the size of the vocabulary."""
@@ -51,7 +55,15 @@ class ProbeFeeds:
     def __init__(self, artifact: Artifact, program: Program) -> None:
         self._artifact = artifact
         self._program = program
-        self._inputs = [info for info in artifact.manifest.inputs if info.name in program.inputs]
+        adapters = adapter_inputs(artifact.manifest, artifact.program.graph, default_inputs(artifact))
+        random_numbers = np.random.default_rng(0)
+        self._adapter = {info.name: adapters.drawn(info, random_numbers, rank=_RANK) for info in adapters.infos}
+        self._adapter_sizes = adapters.sizes(self._adapter)
+        self._rows = adapters.rows
+        others = {*self._adapter, *([] if self._rows is None else [self._rows.name])}
+        self._inputs = [
+            info for info in artifact.manifest.inputs if info.name in program.inputs and info.name not in others
+        ]
         shapes: dict[str, Shape] = dict(interface_of(artifact.manifest).state_shapes)
         waiting = following(program.model.graph.node, sizes=False)
         crossing = {name for step in program.sections if step.segment for name in step.segment.inputs} - {
@@ -83,8 +95,11 @@ class ProbeFeeds:
     def _is_number(self, name: str) -> bool:
         kind = self._program.types[name]
         dims = [dim for dim in kind.shape or () if isinstance(dim, str)]
-        known = all(Span(rows=1).sizes.keys() >= set(parse_dimension(dim).names) for dim in dims)
+        known = all(self._sizes(Span(rows=1)).keys() >= set(parse_dimension(dim).names) for dim in dims)
         return kind.dtype in FLOATS and kind.shape is not None and known
+
+    def _sizes(self, span: Span) -> dict[str, int]:
+        return span.sizes | self._adapter_sizes
 
     def _step(self, span: Span) -> dict[str, Array]:
         """The program's own inputs but for caches, and what follows from them."""
@@ -92,6 +107,10 @@ class ProbeFeeds:
         tokens = np.random.default_rng(0).integers(0, min(vocabulary, _MOST_TOKENS), (TOKENS, MOST_ROWS)).T
         token_ids = tokens[: span.rows, span.first : span.last]
         values = dict(StepFeeds(self._inputs).update(token_ids, [PAST + span.first] * span.rows))
+        values.update(self._adapter)
+        if self._rows is not None:
+            shape = shape_of(self._rows.shape, self._sizes(span))
+            values[self._rows.name] = np.ones(shape, dtype=DTYPES[self._rows.dtype].numpy)
         values[WANTED] = np.array([span.last - span.first - 1])
         values[LAST_POSITIONS] = np.full(span.rows, PAST + span.last - 1, dtype=np.int32)
         if self._derived is not None:
@@ -102,11 +121,11 @@ class ProbeFeeds:
     def _numbers(self, name: str, span: Span) -> Array:
         """Random numbers of the value's shape, in which each row and each token has its own."""
         shape = self._random[name]
-        one, two = (shape_of(shape, replace(span, rows=count).sizes) for count in (1, 2))
+        one, two = (shape_of(shape, self._sizes(replace(span, rows=count))) for count in (1, 2))
         dim = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=True)) if a != b), None)
         if dim is None and span.rows > 1:
             span = replace(span, rows=1)
-        most = shape_of(shape, Span(rows=1, last=TOKENS).sizes)
+        most = shape_of(shape, self._sizes(Span(rows=1, last=TOKENS)))
         if span.last == 1:
             rows = self._whole(name, MOST_ROWS, one)[: span.rows]
             return np.ascontiguousarray(np.concatenate(list(rows), axis=dim or 0))

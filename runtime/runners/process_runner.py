@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection as connections
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.files import Folder
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -26,9 +28,9 @@ from furiosa_llm.runtime.errors import InputError, WorkerError
 from furiosa_llm.runtime.execution.counters import Counters, merged
 from furiosa_llm.runtime.execution.sessions import ranks_text
 from furiosa_llm.runtime.placement.stages import Stage
-from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, adapters_of, with_adapters
 from furiosa_llm.runtime.runners.shared_memory import Arena, ProcessBarrier
-from furiosa_llm.runtime.runners.worker import Answer, Assignment, InArena, Ready
+from furiosa_llm.runtime.runners.worker import Answer, Assignment, Forget, InArena, Ready, ToWorker
 
 
 class ProcessHost(Closing):
@@ -102,6 +104,8 @@ class ProcessRunner:
         self._on_failure: Callable[[Exception], None] | None = None
         self._groups = len(stages)
         self._numbers = itertools.count()
+        self._adapters: weakref.WeakValueDictionary[int, Adapter] = weakref.WeakValueDictionary()
+        self._sent: set[int] = set()
         self._lock = threading.Lock()
         self._under_way: dict[int, _UnderWay] = {}
         self._error: Exception | None = None
@@ -156,13 +160,24 @@ class ProcessRunner:
                 future.set_exception(self._error)
                 return future
             self._under_way[number] = _UnderWay(future, set(range(len(self._connections))))
+        messages: list[ToWorker] = self._news(batch)
+        messages.append((number, with_adapters(batch, lambda one: replace(one, arrays={}))))
         for lane, connection in enumerate(self._connections):
             try:
-                connection.send((number, batch))
+                for message in messages:
+                    connection.send(message)
             except OSError:
                 self._fail(self._ended(lane))
                 break
         return future
+
+    def _news(self, batch: Batch) -> list[ToWorker]:
+        """What workers are told before `batch`: the adapters in it that they do not have, and those that are gone."""
+        gone = self._sent - set(self._adapters)
+        new = [one for one in adapters_of(batch) if one.key not in self._sent]
+        self._adapters.update({one.key: one for one in new})
+        self._sent = self._sent - gone | {one.key for one in new}
+        return [*([Forget(keys=frozenset(gone))] if gone else []), *new]
 
     def progress(self) -> str:
         """In which segment each worker is, and the last collective that all of them have done."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from furiosa_llm.runtime.adapters.adapter import Adapter, key_of
+from furiosa_llm.runtime.adapters.bank import Beside, StepAdapters
+from furiosa_llm.runtime.artifact.adapters.graph import ROWS
 from furiosa_llm.runtime.artifact.dimensions import GROWING
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.errors import UnsupportedError
@@ -31,7 +34,8 @@ Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 class Step:
     """One run of the model: `token_ids` [sequences, new tokens] after `starts` tokens, of sequences in `slots`.
 
-    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted. If it is `twice`,
+    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted, `adapters` those of
+    the sequences. If it is `twice`,
     `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
     So they have the last sequence `padding` times more, for a model with a batch of its own.
     """
@@ -41,6 +45,7 @@ class Step:
     token_ids: TokenIds
     starts: tuple[int, ...]
     wanted: tuple[int, ...]
+    adapters: tuple[Adapter | None, ...]
     twice: bool = False
     padding: int = 0
 
@@ -83,13 +88,21 @@ def _steps(batch: Batch, traits: Traits) -> list[Step]:
         token_ids = np.array([batch.tokens], dtype=np.int64)
         if traits.singly:
             return [_single(batch, position, wanted) for position in range(count)]
-        return [Step(slots=(batch.slot,), rows=(), token_ids=token_ids, starts=(batch.start,), wanted=wanted)]
-    if traits.rows == "ragged":
-        return [_decode(batch, range(len(batch.rows)))]
-    by_start: dict[int, list[int]] = {}
+        return [
+            Step(
+                slots=(batch.slot,),
+                rows=(),
+                token_ids=token_ids,
+                starts=(batch.start,),
+                wanted=wanted,
+                adapters=(batch.adapter,),
+            )
+        ]
+    alike: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(batch.rows):
-        by_start.setdefault(row.start, []).append(index)
-    runs = [run for rows in by_start.values() for run in (_runs(rows) if traits.in_place else [rows])]
+        start, adapter = 0 if traits.rows == "ragged" else row.start, 0 if traits.mixes else key_of(row.adapter)
+        alike.setdefault((start, adapter), []).append(index)
+    runs = [run for rows in alike.values() for run in (_runs(rows) if traits.in_place else [rows])]
     most = traits.batch or max(map(len, runs))
     return [_decode(batch, run[i : i + most]) for run in runs for i in range(0, len(run), most)]
 
@@ -102,6 +115,7 @@ def _single(batch: Prefill, position: int, wanted: Sequence[int]) -> Step:
         token_ids=np.array([[batch.tokens[position]]], dtype=np.int64),
         starts=(batch.start + position,),
         wanted=(0,),
+        adapters=(batch.adapter,),
     )
 
 
@@ -112,6 +126,7 @@ def _decode(batch: Decode, rows: Sequence[int]) -> Step:
         token_ids=np.array([[batch.rows[row].token] for row in rows], dtype=np.int64),
         starts=tuple(batch.rows[row].start for row in rows),
         wanted=(0,),
+        adapters=tuple(batch.rows[row].adapter for row in rows),
     )
 
 
@@ -161,17 +176,22 @@ class _Use:
             check=model.check,
         )
         self._read = {value.name for value in graph.model.graph.input}
-        self._feeds = StepFeeds(
-            [info for info in model.interface.inputs if info.name in self._read and info.name not in model.defaults]
-        )
+        self._feeds = StepFeeds([info for info in model.step_inputs if info.name in self._read])
         for name in self._read & model.defaults.keys():
             self.bound.bind_shared(name, model.defaults[name])
+        self._adapters: Beside | None = None
         self._received = graph.received
         self._ranks = own_ranks(model, program)
 
-    def prepare(self, step: Step, cached: int | None, earlier: Sequence[_Use]) -> None:
+    def prepare(self, step: Step, adapters: StepAdapters, cached: int | None, earlier: Sequence[_Use]) -> None:
         """Gives everything but the states its place for `step`, of whose past `cached` positions are there, or all."""
-        self.bound.resize(step.sizes(max(step.starts) if cached is None else cached))
+        self.bound.resize({**step.sizes(max(step.starts) if cached is None else cached), **adapters.beside.sizes})
+        if adapters.beside is not self._adapters:
+            self._adapters = adapters.beside
+            for name in self._read & self._adapters.arrays.keys():
+                self.bound.bind_shared(name, self._adapters.arrays[name])
+        if adapters.mask is not None and ROWS in self._read:
+            self.bound.bind_shared(ROWS, adapters.mask)
         for name, array in self._feeds.update(step.token_ids, step.starts, cached=cached):
             self.bound.bind_shared(name, array)
         if WANTED in self._read:
@@ -225,7 +245,7 @@ class StageBuffers:
         for one in batch.copies:
             self._states.copy(one.source, one.target, one.length)
 
-    def use(self, step: Step, earlier: Sequence[_Use]) -> _Use:
+    def use(self, step: Step, adapters: StepAdapters, earlier: Sequence[_Use]) -> _Use:
         """What `step` runs on, all bound; `earlier` are what the stages before it ran on."""
         rows, sequence = step.token_ids.shape
         key = (rows, sequence == 1)
@@ -236,10 +256,10 @@ class StageBuffers:
         grown = self._states.reserve(past + sequence)
         self._states.touch(max(step.slots) + 1)
         if isinstance(self._states, StagedStates):
-            use.prepare(step, self._states.cached(past), earlier)
+            use.prepare(step, adapters, self._states.cached(past), earlier)
             self._states.stage(use.bound, step.slots * (2 if step.twice else 1) + step.slots[-1:] * step.padding, past)
             return use
-        use.prepare(step, None, earlier)
+        use.prepare(step, adapters, None, earlier)
         if grown:
             # Uses keep what is bound to them, and would keep the buffers that there were before.
             for other in self._uses.values():
@@ -313,9 +333,11 @@ class GroupRunner:
 
     def _step(self, step: Step, occupy: Occupy) -> Array:
         uses: list[_Use] = []
+        missing = len(step.token_ids) - len(step.adapters)
+        adapters = self._model.bank.of(step.adapters + step.adapters[-1:] * missing)
         for stage, (memory, row) in enumerate(zip(self._memory, self._rows, strict=True)):
             left = time.perf_counter_ns()
-            use = memory.use(step, uses)
+            use = memory.use(step, adapters, uses)
             with occupy(stage, use.bound):
                 started = time.perf_counter_ns()
                 use.bound.run()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.files import Folder, Handles
@@ -26,7 +27,7 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.errors import WorkerError
 from furiosa_llm.runtime.execution.binding import BoundProgram
 from furiosa_llm.runtime.placement.stages import Stage
-from furiosa_llm.runtime.runners.batch import Batch, Companions
+from furiosa_llm.runtime.runners.batch import Batch, Companions, with_adapters
 from furiosa_llm.runtime.runners.loaded_model import LoadedModel, load_model
 from furiosa_llm.runtime.runners.shared_memory import Arena, ProcessBarrier, ProcessLane
 from furiosa_llm.runtime.runners.steps import GroupRunner
@@ -58,6 +59,17 @@ class Ready:
 
     ranks: tuple[int, ...]
     collectives: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """Adapters of these keys are in no batch any more."""
+
+    keys: frozenset[int]
+
+
+ToWorker = tuple[int, Batch] | Adapter | Forget
+"""What a worker is sent: a batch and its number, or before that an adapter, which batches then name by its key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +140,22 @@ class _Worker:
             ),
         )
         self._connection.send(ready)
+        adapters: dict[int, Adapter] = {}
         while True:
             try:
-                number, batch = self._connection.recv()
+                message: ToWorker = self._connection.recv()
             except (EOFError, ConnectionResetError):
                 os._exit(0)
-            self._queues[batch.group].put((number, batch))
+            match message:
+                case Adapter():
+                    adapters[message.key] = message
+                case Forget():
+                    for key in message.keys:
+                        del adapters[key]
+                case _:
+                    number, batch = message
+                    known = with_adapters(batch, lambda one: adapters[one.key])
+                    self._queues[known.group].put((number, known))
 
     def _group(self, group: int, assignment: Assignment) -> GroupRunner:
         barrier = ProcessBarrier(assignment.barriers[group], self._lane)

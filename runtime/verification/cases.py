@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from furiosa_llm.runtime.artifact.adapters.graph import RANK
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, parse_dimension, shape_of
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -26,7 +27,7 @@ from furiosa_llm.runtime.execution.memory import array_nbytes
 
 _CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
 _ENCODER = "encoder"
-_OTHER_SIZES = {_ENCODER: 7}
+_OTHER_SIZES = {_ENCODER: 7, RANK: 5}
 
 _UNLIMITED = 1024
 """The longest sequence for a model without a limit."""

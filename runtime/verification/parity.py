@@ -18,7 +18,7 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
-from furiosa_llm.runtime.artifact.manifest import Manifest, fixed_inputs
+from furiosa_llm.runtime.artifact.manifest import Manifest, adapted_modules, fixed_inputs
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError
@@ -40,7 +40,7 @@ from furiosa_llm.runtime.verification.cases import (
 )
 from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison, output_error
 from furiosa_llm.runtime.verification.reference import ReferenceModel, set_accuracy_level
-from furiosa_llm.runtime.verification.serving import SHORTEST, engine_errors
+from furiosa_llm.runtime.verification.serving import SHORTEST, engine_errors, without_adapter
 from furiosa_llm.runtime.verification.stitching import SplitModel
 from furiosa_llm.runtime.verification.tokens import compare_tokens
 
@@ -174,6 +174,7 @@ class Subject:
             threads=self._threads,
             accuracy_level=0,
             fixed=fixed_inputs(manifest),
+            lora_modules=adapted_modules(manifest),
         )
         known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
         self._inputs = Inputs(self._reference, manifest, known, np.random.default_rng(seed + 1))
@@ -225,7 +226,8 @@ class Subject:
         tokenizer = Tokenizer.from_artifact(self._artifact)
         for prompt in prompts:
             self._check()
-            yield compare_tokens(executor, self._reference, tokenizer.encode(prompt), prompt, max_tokens)
+            tokens = tokenizer.encode(prompt)
+            yield compare_tokens(executor, self._reference, tokens, prompt, max_tokens, without_adapter(self._artifact))
 
     def _engine(self) -> tuple[OutputDifference, ...]:
         """The errors of an engine's steps; none if an engine does not run models of this kind."""

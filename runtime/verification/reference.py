@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 
+from furiosa_llm.runtime.artifact.adapters.graph import add_adapter_inputs
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State
@@ -30,9 +31,9 @@ class ReferenceModel:
     """The unsplit model in the file `path`, described by the `inputs`, `outputs` and `states` of its artifact.
 
     A state that the artifact keeps in place is appended to here if the model itself has no op that writes it in place.
-    `fixed` are inputs that are constants here. `threads` are onnxruntime's intra-op threads. `accuracy_level`, if
-    given, replaces the level of every MatMulNBits. Raises InputError if the file is not a model with these inputs and
-    outputs, ExecutionError if onnxruntime cannot load it.
+    `fixed` are inputs that are constants here, and `lora_modules` have inputs for adapters. `threads` are onnxruntime's
+    intra-op threads. `accuracy_level`, if given, replaces the level of every MatMulNBits. Raises InputError if the file
+    is not a model with these inputs and outputs, ExecutionError if onnxruntime cannot load it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ReferenceModel:
         threads: int = 1,
         accuracy_level: int | None = None,
         fixed: Mapping[str, int] = MappingProxyType({}),
+        lora_modules: Sequence[str] = (),
     ) -> None:
         self._path = Path(path)
         self._inputs = tuple(inputs)
@@ -53,6 +55,7 @@ class ReferenceModel:
         self._states = _own_states(model, states)
         _fix(model, fixed)
         _keep_whole(model)
+        add_adapter_inputs(model, lora_modules)
         _check_names(self._path, "inputs", [v.name for v in model.graph.input], [i.name for i in inputs])
         _check_names(self._path, "outputs", [v.name for v in model.graph.output], [o.name for o in outputs])
         if accuracy_level is not None:

@@ -1,5 +1,7 @@
 """An engine's steps compared with the unsplit model: prompts whole and in chunks, batches, and a slot that moves.
 
+Where the model takes adapters, the sequences of a batch have unlike ones, and one has none.
+
 The engine cuts the program for serving and keeps the states of its sequences in slots, which no run on whole tensors
 does. Tokens are given, not chosen; the model is stepped with the same ones, sequence by sequence.
 """
@@ -12,10 +14,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
+from furiosa_llm.runtime.adapters.bank import AdapterBank
+from furiosa_llm.runtime.artifact.adapters.inputs import AdapterInputs, adapter_inputs
 from furiosa_llm.runtime.artifact.dimensions import known_sizes, shape_of
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.placement.stages import choose_stages
@@ -29,12 +35,16 @@ _DECODED = 4
 SHORTEST = 2 * _DECODED
 """The shortest sequence that is stepped in parts."""
 _SLOTS = 3
+_RANK = 3
+"""The ranks of adapters are a little greater, and unlike."""
 
 
 class _Sequence:
     """A sequence in a slot: `tokens`, of which `stepped` are in the slot, and the model's states after these."""
 
-    def __init__(self, slot: int, tokens: list[int], reference: Model, manifest: Manifest) -> None:
+    def __init__(
+        self, slot: int, tokens: list[int], reference: Model, manifest: Manifest, adapters: AdapterInputs, seed: int
+    ) -> None:
         self.slot = slot
         self.tokens = tokens
         self.stepped = 0
@@ -43,6 +53,9 @@ class _Sequence:
         self._logits = next(info.name for info in manifest.outputs if info.role == "logits")
         shape = next(info.shape for info in manifest.inputs if info.role == "token_ids")
         self._rows, self._width = (dim if isinstance(dim, int) else None for dim in shape)
+        self.adapter = _adapter(slot, adapters, seed)
+        self._others = AdapterBank(adapters, apart=True).feeds(self.adapter, rows=self._rows or 1)
+        self._feeds = [info for info in manifest.inputs if info.name not in self._others]
         sizes = known_sizes({"batch": 1, "sequence": 0, "past": 0})
         self._states = {
             info.name: np.zeros(shape_of(info.shape, sizes), dtype=DTYPES[info.dtype].numpy)
@@ -66,8 +79,8 @@ class _Sequence:
 
     def _step(self, count: int) -> Array:
         tokens = np.array([self.tokens[self.stepped : self.stepped + count]] * (self._rows or 1), dtype=np.int64)
-        feeds = dict(StepFeeds(self._manifest.inputs).update(tokens, self.stepped))
-        found = self._reference.run(feeds | self._states)
+        feeds = dict(StepFeeds(self._feeds).update(tokens, self.stepped))
+        found = self._reference.run(feeds | self._others | self._states)
         self._states = {state.input: found[state.output] for state in self._manifest.states}
         self.stepped += count
         logits: Array = found[self._logits][0]
@@ -86,8 +99,10 @@ def engine_errors(
     longest = int(random.integers(max(SHORTEST, 3 * lengths.new // 4), lengths.new + 1))
     sizes = [longest, *(int(size) for size in random.integers(SHORTEST, longest + 1, _SLOTS - 1))]
     vocabulary = artifact.manifest.model.vocab_size or 2
+    adapters = _adapter_inputs(artifact)
+    seed = int(random.integers(2**32)) if adapters.infos else 0
     sequences = [
-        _Sequence(slot, random.integers(0, vocabulary, size).tolist(), reference, artifact.manifest)
+        _Sequence(slot, random.integers(0, vocabulary, size).tolist(), reference, artifact.manifest, adapters, seed)
         for slot, size in enumerate(sizes)
     ]
     pairs: dict[str, list[tuple[Array, Array]]] = defaultdict(list)
@@ -106,6 +121,24 @@ def engine_errors(
         output_error(case, "logits", rows, np.concatenate([theirs for _, theirs in rows]), logits=True)
         for case, rows in pairs.items()
     )
+
+
+def _adapter(slot: int, inputs: AdapterInputs, seed: int) -> Adapter | None:
+    """A random adapter for the sequence in a slot; none for the first."""
+    if not inputs.infos or slot == 0:
+        return None
+    random = np.random.default_rng([seed, slot])
+    arrays = {info.name: inputs.drawn(info, random, rank=_RANK + slot) for info in inputs.infos}
+    return Adapter(key=slot, name=f"{slot}", arrays=arrays)
+
+
+def without_adapter(artifact: Artifact) -> dict[str, Array]:
+    """What the inputs for adapters are in a step of one sequence that has none."""
+    return AdapterBank(_adapter_inputs(artifact)).feeds(None, rows=1)
+
+
+def _adapter_inputs(artifact: Artifact) -> AdapterInputs:
+    return adapter_inputs(artifact.manifest, artifact.program.graph, default_inputs(artifact))
 
 
 def _steps(
@@ -136,6 +169,7 @@ def _prefilled(runner: LocalRunner, one: _Sequence, stop: int, case: str) -> tup
         start=start,
         tokens=tuple(one.tokens[start:stop]),
         logits="all" if len(theirs) == stop - start else "last",
+        adapter=one.adapter,
     )
     return case, _run(runner, batch), theirs
 
@@ -146,7 +180,10 @@ def _decoded(
     batch = Decode(
         group=0,
         copies=copies,
-        rows=tuple(Row(sequence_id=one.slot, start=one.stepped, token=one.tokens[one.stepped]) for one in rows),
+        rows=tuple(
+            Row(sequence_id=one.slot, start=one.stepped, token=one.tokens[one.stepped], adapter=one.adapter)
+            for one in rows
+        ),
     )
     return case, _run(runner, batch), np.concatenate([one.advance(1) for one in rows])
 

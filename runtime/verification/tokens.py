@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,10 +14,18 @@ from furiosa_llm.runtime.verification.errors import TokenComparison, magnitude_o
 
 
 def compare_tokens(
-    executor: DecoderModel, reference: DecoderModel, tokens: Sequence[int], prompt: str, max_tokens: int
+    executor: DecoderModel,
+    reference: DecoderModel,
+    tokens: Sequence[int],
+    prompt: str,
+    max_tokens: int,
+    others: Mapping[str, Array] = MappingProxyType({}),
 ) -> TokenComparison:
-    """Completes the `tokens` of `prompt` by `max_tokens` on both sides, or up to the first token that differs."""
-    ours, theirs = DecoderSession(executor), DecoderSession(reference)
+    """Completes the `tokens` of `prompt` by `max_tokens` on both sides, or up to the first token that differs.
+
+    `others` are inputs that tokens do not make.
+    """
+    ours, theirs = (DecoderSession(model, others=others) for model in (executor, reference))
     token_ids = np.array([tokens], dtype=np.int64)
     error, magnitude, compared = 0.0, 0.0, 0
     gap: float | None = None

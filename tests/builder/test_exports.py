@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.builder import ArtifactBuilder
@@ -239,8 +239,18 @@ def test_an_adapter_that_is_left_out_has_its_default(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_generated_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
-    ArtifactBuilder(exported("lora", tmp_path)).build(tmp_path / "artifact")
-    with pytest.raises(UnsupportedError, match=r"lora_A.*cannot be made from token ids"):
+    """An input that scales what it is added to is no adapter: without it, nothing would be left."""
+
+    def scaled(model: ModelProto) -> None:
+        model.graph.input.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, [1, 64]))
+        [product] = [node for node in model.graph.node if node.output[0] == "MatMul_18_0"]
+        product.output[0] = "unscaled"
+        place = list(model.graph.node).index(product) + 1
+        model.graph.node.insert(place, helper.make_node("Exp", ["scale"], ["factor"]))
+        model.graph.node.insert(place + 1, helper.make_node("Mul", ["unscaled", "factor"], ["MatMul_18_0"]))
+
+    ArtifactBuilder(exported("lora", tmp_path, scaled)).build(tmp_path / "artifact")
+    with pytest.raises(UnsupportedError, match=r"'scale'.*cannot be made from token ids"):
         LLM(tmp_path / "artifact")
 
 

@@ -26,6 +26,7 @@ from queue import SimpleQueue
 
 import numpy as np
 
+from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.engine.core import EngineCore, Handle
@@ -77,12 +78,20 @@ class WatchedCore(EngineCore):
         self._watched: dict[Sink, Sink] = {}
         self._num_keys = 0
 
-    def submit(self, request_id: str, prompt: Prompt, params: SamplingParams, sink: Sink) -> Handle:
+    def submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        sink: Sink,
+        lora_request: LoRARequest | None = None,
+    ) -> Handle:
         with self._lock:
             # Outputs may come before the key is known here: keys are given in order, as requests come one by one.
             self.unfinished[self._num_keys] = request_id
             self._num_keys += 1
-            return super().submit(request_id, prompt, params, self._watched.setdefault(sink, self._watch(sink)))
+            watched = self._watched.setdefault(sink, self._watch(sink))
+            return super().submit(request_id, prompt, params, watched, lora_request)
 
     def _watch(self, sink: Sink) -> Sink:
         def watched(outputs: Sequence[tuple[int, RequestOutput]]) -> None:

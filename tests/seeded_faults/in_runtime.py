@@ -58,8 +58,8 @@ SCHEDULING = (
     Fault(
         name="cached prompts repel requests",
         file="runtime/engine/router.py",
-        old="replicas[index].load - replicas[index].cached_prefix(prompt)",
-        new="replicas[index].load + replicas[index].cached_prefix(prompt)",
+        old="replicas[index].load - replicas[index].cached_prefix(prompt, adapter)",
+        new="replicas[index].load + replicas[index].cached_prefix(prompt, adapter)",
         effect="conversations go to the replica that has to compute them from the beginning",
         hints=("tests/runtime/engine/test_router.py",),
     ),

@@ -75,7 +75,7 @@ def squares_of_a_sum() -> onnx.ModelProto:
 MUTATIONS = {
     "MatMul forgets that it contracts": Mutation("MatMul", "MatMul by a matrix", text=("; reduce k", "")),
     "MatMul takes rows for columns": Mutation("MatMul", square_product, text=("k n", "n k")),
-    "MatMul is jointly linear": Mutation("MatMul", two_products, {"linear": (0, 1)}),
+    "MatMul is jointly linear": Mutation("MatMul", two_products, {"linear": (0, 1), "bilinear": False}),
     "Softmax does not need its axis": Mutation("Softmax", "Softmax", text=("a * c -> a * c", "a b c -> a b c")),
     "Softmax passes partial sums on": Mutation("Softmax", "Softmax", {"linear": (0,)}),
     "Relu passes partial sums on": Mutation("Relu", "Relu", {"linear": (0,)}),

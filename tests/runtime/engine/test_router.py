@@ -17,9 +17,10 @@ class Stub:
     cached: int = 0
     ready: bool = True
     death: BaseException | None = None
+    adapter: int = 0
 
-    def cached_prefix(self, tokens: Sequence[int]) -> int:
-        return min(self.cached, len(tokens) - 1)
+    def cached_prefix(self, tokens: Sequence[int], adapter: int) -> int:
+        return min(self.cached, len(tokens) - 1) if adapter == self.adapter else 0
 
 
 PROMPT = range(100)
@@ -52,3 +53,8 @@ def test_none_is_left() -> None:
     ) as caught:
         choose_replica([Stub(death=DEAD), Stub(death=DEAD)], PROMPT)
     assert caught.value.__cause__ is DEAD
+
+
+def test_a_prefix_of_another_adapter_attracts_nothing() -> None:
+    replicas = [Stub(load=5), Stub(load=10, cached=50, adapter=2)]
+    assert [choose_replica(replicas, PROMPT, adapter) for adapter in (0, 1, 2)] == [0, 0, 1]

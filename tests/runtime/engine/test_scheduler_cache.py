@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.engine.scheduler import Scheduler
 from furiosa_llm.runtime.runners.batch import Copy, Decode, Prefill, Row
 from tests.support.runtime.scheduler_cases import complete, decode, limits, members, prefill, prompt, run, start
@@ -234,3 +235,54 @@ def test_no_token_is_computed_alone_behind_others() -> None:
             scheduler.complete(batch, {length: 7} if ended else {}, [length] if ended else [])
         assert max(chunks) <= 8
         assert min(chunks) >= 2
+
+
+# Adapters
+
+
+def _adapter(key: int) -> Adapter:
+    return Adapter(key=key, name=str(key), arrays={})
+
+
+def test_kv_of_one_adapter_serves_no_other() -> None:
+    """Not in the slot itself, not by a copy, and not where it was saved or moved to."""
+    one, two = _adapter(1), _adapter(2)
+    scheduler = Scheduler(limits(prefill_chunk_size=64, slots_per_group=6))
+    scheduler.add(0, prompt(40), adapter=one)
+    prefill(scheduler)
+    for number, (adapter, cached) in enumerate([(None, 0), (two, 0), (one, 38), (two, 38), (None, 38)], 1):
+        assert scheduler.cached_prefix(prompt(40), 0 if adapter is None else adapter.key) == cached
+        scheduler.add(number, prompt(40), adapter=adapter)
+        decode(scheduler)
+        assert prefill(scheduler).adapter is adapter
+        assert scheduler.num_cached_tokens(number) == cached
+
+
+def test_a_slot_that_is_moved_keeps_its_adapter() -> None:
+    one, two = _adapter(1), _adapter(2)
+    scheduler = Scheduler(limits())
+    for number, adapter in enumerate((one, two)):
+        scheduler.add(number, prompt(20), adapter=adapter)
+        prefill(scheduler)
+        decode(scheduler, finished=[] if number == 0 else [0])
+    assert [row.adapter for row in decode(scheduler, finished=[1]).rows] == [two]
+    assert scheduler.cached_prefix(prompt(20), 2) == 18
+    scheduler.add(2, [*prompt(20), -1], adapter=two)
+    assert prefill(scheduler).start == 19
+    scheduler.add(3, [*prompt(20), -1], adapter=_adapter(3))
+    decode(scheduler)
+    assert prefill(scheduler).start == 0
+
+
+def test_who_is_preempted_finds_its_own_kv_again() -> None:
+    one, two = _adapter(1), _adapter(2)
+    scheduler = Scheduler(limits(num_pages=17))
+    for number, adapter in enumerate((one, two)):
+        scheduler.add(number, prompt(30), adapter=adapter)
+    while not scheduler.num_preemptions:
+        run(scheduler)
+    run(scheduler, finished=[0])
+    assert scheduler.cached_prefix(prompt(30), 1) == scheduler.cached_prefix(prompt(30), 2) == 28
+    batch = prefill(scheduler)
+    assert (batch.sequence_id, batch.adapter) == (1, two)
+    assert batch.start > 28

@@ -75,7 +75,23 @@ IN_SLOTS = {
     "a prompt of one token is taken over": (" if slot.prompt_length >= LEAST_CHUNK else 0", ""),
     "what was generated is computed as a prompt": ("start >= self.prompt_length", "False"),
     "a prompt's last chunk has what was generated": ("self.batch_invariant and not behind_prompt", "False"),
-    "a moved slot forgets its prompt": ("            hole.prompt_length = left.prompt_length\n", ""),
+    "a moved slot forgets its prompt": (
+        "hole.prompt_length, hole.adapter = left.prompt_length, left.adapter",
+        "hole.adapter = left.adapter",
+    ),
+    "a moved slot forgets its adapter": (
+        "hole.prompt_length, hole.adapter = left.prompt_length, left.adapter",
+        "hole.prompt_length = left.prompt_length",
+    ),
+    "a saved slot forgets its adapter": (
+        "spare.prompt_length, spare.adapter = slot.prompt_length, slot.adapter",
+        "spare.prompt_length = slot.prompt_length",
+    ),
+    "a slot keeps the adapter of who was there before": (
+        "target.prompt_length, target.adapter = sequence.prompt_length, adapter",
+        "target.prompt_length = sequence.prompt_length",
+    ),
+    "the KV of another adapter is taken over": ("if slot.adapter != adapter:", "if False:"),
     "prefixes are cached though they must not": ("if not self._prefix_caching:", "if False:"),
     "a second prompt while one is prefilled": ("return self.prefilling is None and", "return"),
 }
@@ -99,6 +115,8 @@ IN_SCHEDULER = {
     "an aborted sequence stays": ("if sequence.aborted or sequence_id in finished", "if sequence_id in finished"),
     "a finished sequence stays": ("if sequence.aborted or sequence_id in finished", "if sequence.aborted"),
     "an aborted sequence is sampled": ("for sequence in members if not sequence.aborted)", "for sequence in members)"),
+    "a prompt is computed with no adapter": ("            adapter=sequence.adapter,\n        )\n\n", "        )\n\n"),
+    "a row is decoded with no adapter": ("                adapter=sequence.adapter,\n", ""),
     "a step is not noted": ("slot.length += 1", "slot.length += 0"),
     "a group forgets its prompt": ("            group.decoding.append(sequence)\n", ""),
     "clear() keeps the slots": ("        self._reset()\n        return", "        return"),

@@ -17,6 +17,7 @@ import pytest
 from onnx import helper
 
 from furiosa_llm.runtime import Executor
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
@@ -568,6 +569,26 @@ def test_which_rows_are_stepped_together(traits: Traits, expected: list[tuple[in
         assert step.token_ids.tolist() == [[10 + row] for row in step.rows]
         assert step.wanted == (0,)
     assert steps[0].sizes(5) == {"batch": len(expected[0]), "sequence": 1, "past": 5, "total": 6, "wanted": 1}
+
+
+@pytest.mark.parametrize(
+    ("traits", "expected"),
+    [
+        (Traits(rows="ragged", in_place=True, selects=True, mixes=True), [(0, 1, 2, 3, 4)]),
+        (Traits(rows="ragged", in_place=True, selects=True, mixes=False), [(0, 1), (4,), (2,), (3,)]),
+        (Traits(rows="equal", in_place=False, selects=True, mixes=False), [(0, 4), (1,), (2,), (3,)]),
+    ],
+)
+def test_which_adapters_are_stepped_together(traits: Traits, expected: list[tuple[int, ...]]) -> None:
+    one, two = (Adapter(key=key, name=str(key), arrays={}) for key in (1, 2))
+    adapters, starts = (one, one, None, two, one), (5, 7, 5, 5, 5)
+    rows = tuple(
+        Row(sequence_id=i, start=start, token=1, adapter=adapter)
+        for i, (start, adapter) in enumerate(zip(starts, adapters, strict=True))
+    )
+    steps = steps_of(Decode(group=0, copies=(), rows=rows), traits)
+    assert [step.rows for step in steps] == expected
+    assert [step.adapters for step in steps] == [tuple(adapters[row] for row in rows) for rows in expected]
 
 
 @pytest.mark.parametrize(("chunk", "stages"), [(1000, 1), (40, 2), (20, 1)])

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.engine.scheduler import Scheduler, SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK, SequenceState
 from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Prefill
@@ -31,6 +32,7 @@ class Client:
     budget: int
     """How many tokens it is to generate."""
     prompt_logits: bool
+    adapter: Adapter | None = None
     tokens: list[int] = field(default_factory=list)
     """Prompt and completion."""
     stepped: int = 0
@@ -45,8 +47,10 @@ class Client:
     """How often it was answered or aborted; once, in the end."""
 
 
-Position = tuple[int, bool]
-"""A token in a slot, and whether it was computed alone: in a batch that has one token of its sequence."""
+Position = tuple[int, bool, Adapter | None]
+"""A token in a slot, whether it was computed alone (in a batch that has one token of its sequence), and with what."""
+
+ADAPTERS = (None, *(Adapter(key=key, name=str(key), arrays={}) for key in (1, 2)))
 
 
 class SlotStore:
@@ -62,10 +66,10 @@ class SlotStore:
         for copy in batch.copies:
             self._copy(slots, copy)
         if isinstance(batch, Prefill):
-            self._write(slots, batch.slot, batch.start, batch.tokens)
+            self._write(slots, batch.slot, batch.start, batch.tokens, batch.adapter)
             return
         for index, row in enumerate(batch.rows):
-            self._write(slots, index, row.start, (row.token,))
+            self._write(slots, index, row.start, (row.token,), row.adapter)
 
     @staticmethod
     def _copy(slots: list[list[Position]], copy: Copy) -> None:
@@ -74,16 +78,19 @@ class SlotStore:
         slots[copy.target] = slots[copy.source][: copy.length]
 
     @staticmethod
-    def _write(slots: list[list[Position]], slot: int, start: int, tokens: tuple[int, ...]) -> None:
+    def _write(
+        slots: list[list[Position]], slot: int, start: int, tokens: tuple[int, ...], adapter: Adapter | None
+    ) -> None:
         expect(start <= len(slots[slot]), f"slot {slot} has {len(slots[slot])} tokens, and {start} are built on")
-        slots[slot] = slots[slot][:start] + [(token, len(tokens) == 1) for token in tokens]
+        slots[slot] = slots[slot][:start] + [(token, len(tokens) == 1, adapter) for token in tokens]
 
 
 class Machine:
     """A scheduler, its clients and the store, and what may happen next. Every check is made on the way."""
 
-    def __init__(self, make: MakeScheduler, rng: random.Random) -> None:
+    def __init__(self, make: MakeScheduler, rng: random.Random, *, adapters: bool = False) -> None:
         self.random = rng
+        self.adapters = ADAPTERS if adapters else ADAPTERS[:1]
         self.limits = random_limits(self.random)
         self.scheduler = make(self.limits)
         self.store = SlotStore(self.limits)
@@ -144,11 +151,12 @@ class Machine:
             prompt=prompt,
             budget=self.random.choice([1, 2, 5, 12, 30]),
             prompt_logits=self.random.random() < 0.2,
+            adapter=self.adapters[(self.next_id // 2) % len(self.adapters)],
             tokens=list(prompt),
         )
         self.next_id += 1
         self.clients[client.sequence_id] = client
-        self.scheduler.add(client.sequence_id, prompt, prompt_logits=client.prompt_logits)
+        self.scheduler.add(client.sequence_id, prompt, prompt_logits=client.prompt_logits, adapter=client.adapter)
 
     def abort(self) -> None:
         if self.clients:
@@ -319,10 +327,12 @@ class Machine:
         for sequence_id, index in seats.items():
             client = self.clients.get(sequence_id)
             if client is not None:
-                found = [token for token, _ in slots[index]]
+                found = [token for token, _, _ in slots[index]]
                 expect(found == client.tokens[: client.stepped], f"slot {index} is not sequence {sequence_id}")
+                own = all(adapter is client.adapter for _, _, adapter in slots[index])
+                expect(own, f"slot {index} has KV of another adapter than sequence {sequence_id}'s")
                 if self.limits.batch_invariant:
-                    self._check_steps(client, [alone for _, alone in slots[index]])
+                    self._check_steps(client, [alone for _, alone, _ in slots[index]])
 
     def _check_steps(self, client: Client, alone: list[bool]) -> None:
         """Each token was computed as it is if nobody else is served: the prompt in chunks, the others one by one."""
@@ -405,7 +415,7 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
 
 
 def run_trace(seed: int, make: MakeScheduler = Scheduler) -> Machine:
-    """One random trace, checked all the way."""
-    machine = Machine(make, random.Random(seed))
+    """One random trace, checked all the way; every second one has sequences with adapters."""
+    machine = Machine(make, random.Random(seed), adapters=seed % 2 == 1)
     machine.run(num_events=machine.random.choice([20, 60, 200]))
     return machine
