@@ -83,6 +83,7 @@ def _reshard(
         name=opened.manifest.model.name,
         load=lambda: source_of(opened),
         check=lambda _, manifest: _check_originals(opened, manifest),
+        allow_no_kernel=True,
     )
     return assembly.build(save_dir, force=force, progress=progress, workers=workers)
 

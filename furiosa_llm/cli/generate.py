@@ -26,7 +26,7 @@ from furiosa_llm.runtime import LLM, SamplingParams
 )
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
-@options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped")
+@options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
 def generate(
     artifact: Path,
     prompt: str,

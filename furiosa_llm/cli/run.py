@@ -9,7 +9,9 @@ import click
 import numpy as np
 
 from furiosa_llm.cli.options import ENGINE, options
-from furiosa_llm.runtime import Executor, InputError, open_artifact
+from furiosa_llm.runtime import Artifact, Executor, InputError, open_artifact
+from furiosa_llm.runtime.artifact.compute import computing
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 
 
 @click.command()
@@ -18,14 +20,22 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
 @click.option(
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
-@options(ENGINE, "threads", "full_verification")
-def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_verification: bool | None) -> None:
+@options(ENGINE, "threads", "full_verification", "compute")
+def run(
+    artifact: Path,
+    inputs: Path,
+    outputs: Path,
+    threads: int | None,
+    full_verification: bool | None,
+    compute: str | None,
+) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.
 
     Inputs and outputs are those of the unsplit model.
     """
-    arrays = _read(inputs)
-    with Executor(open_artifact(artifact, full=full_verification), threads=threads) as executor:
+    opened = computing(open_artifact(artifact, full=full_verification), compute)
+    arrays = _typed(_read(inputs), opened)
+    with Executor(opened, threads=threads) as executor:
         results = executor.run(arrays)
     try:
         with outputs.open("wb") as file:
@@ -36,7 +46,19 @@ def run(artifact: Path, inputs: Path, outputs: Path, threads: int | None, full_v
         click.echo(f"{name}: {array.dtype} {list(array.shape)}")
 
 
-def _read(path: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+def _typed(arrays: dict[str, Array], artifact: Artifact) -> dict[str, Array]:
+    """The arrays with the types that an .npz file has no names for: of bfloat16 it has only the bytes."""
+    types = {info.name: info.dtype for info in artifact.manifest.inputs} | dict(artifact.declared)
+    kinds = {name: np.dtype(DTYPES[dtype].numpy) for name, dtype in types.items()}
+    return {
+        name: array.view(kinds[name])
+        if array.dtype.kind == "V" and name in kinds and array.itemsize == kinds[name].itemsize
+        else array
+        for name, array in arrays.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

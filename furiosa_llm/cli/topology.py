@@ -15,6 +15,7 @@ from rich.text import Text
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
@@ -51,7 +52,7 @@ class _Report:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@options(ENGINE, *PLACEMENT)
+@options(ENGINE, *PLACEMENT, "compute")
 @option("max_batch_size", ENGINE, default=1, show_default=True, help="Sequences decoded together.")
 @option(
     "max_model_len",
@@ -67,6 +68,7 @@ def topology(
     data_parallel_size: int | None,
     num_blocks_per_pp_stage: tuple[int, ...] | None,
     allow_subset: bool,
+    compute: str | None,
     max_batch_size: int,
     max_model_len: int | None,
     as_json: bool,
@@ -75,7 +77,7 @@ def topology(
 
     Nothing is loaded, and the weights are not read.
     """
-    opened = open_artifact(artifact, full=False)
+    opened = computing(open_artifact(artifact, full=False), compute)
     check_tensor_parallel_size(opened, tensor_parallel_size)
     workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
     stages = choose_stages(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from furiosa_llm.runtime.artifact.composite import whole_of_part
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
 from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
@@ -81,7 +82,7 @@ def open_model(args: EngineArgs) -> Artifact:
     whole = whole_of_part(args.model)
     if whole is not None:
         raise UnsupportedError(f"{args.model} is a part of the encoder-decoder in {whole}; load that one")
-    artifact = open_artifact(args.model, full=args.full_verification)
+    artifact = computing(open_artifact(args.model, full=args.full_verification), args.compute)
     check_tensor_parallel_size(artifact, args.tensor_parallel_size)
     return artifact
 

@@ -7,9 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from onnx import ModelProto, TensorProto
 
+from furiosa_llm.runtime.artifact.compute import narrow_types
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings
+from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, load_error
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
 from furiosa_llm.runtime.program.segments import program_part
 
@@ -94,7 +95,10 @@ class SegmentLoader:
         self._stored = {tensor.name: tensor for tensor in lanes.program.model.graph.initializer}
 
     def load(self, segment: LaneSegment, what: str = "a part of a segment") -> Session:
-        """The session of `segment`; raises ExecutionError, naming it by `what`, if onnxruntime refuses it."""
+        """The session of `segment`; raises ExecutionError, naming it by `what`, if onnxruntime refuses it.
+
+        It is a KernelError if onnxruntime has no kernel for it.
+        """
         model = lane_model(self._lanes, segment, self._flexible)
         for name, (original, rank) in segment.initializers.items():
             own = model.graph.initializer.add()
@@ -104,7 +108,8 @@ class SegmentLoader:
         try:
             return Session(model.SerializeToString(), self._artifact.folder, self._settings)
         except ORT_ERRORS as error:
-            raise ExecutionError(f"onnxruntime cannot load {what} of {self._artifact.folder}: {error}") from error
+            where = f"{what} of {self._artifact.folder}"
+            raise load_error(where, error, narrow_types(self._lanes.program.model)) from error
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

@@ -8,7 +8,8 @@ from typing import Literal
 
 from onnx import ModelProto
 
-from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.compute import dequantises
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -104,7 +105,8 @@ def load_model(
     manifest = artifact.manifest
     interface = interface_of(manifest)
     check_interface(interface)
-    defaults = default_inputs(artifact)
+    types = {info.name: DTYPES[info.dtype].numpy for info in manifest.inputs}
+    defaults = {name: array.astype(types[name]) for name, array in default_inputs(artifact).items()}
     read = {name for node in artifact.program.graph.node for name in used_names(node)}
     StepFeeds([info for info in interface.inputs if info.name in read and info.name not in defaults])
     serving, traits = serving_of(artifact, companions.doubled)
@@ -115,7 +117,7 @@ def load_model(
         states=manifest.states,
         tensors=artifact.tensors,
     )
-    settings = SessionSettings(prepack=not mapped, exact=exact)
+    settings = SessionSettings(prepack=not mapped, exact=exact, dequantise=dequantises(artifact))
     count = min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []
     for graph in graphs:

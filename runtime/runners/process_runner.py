@@ -62,6 +62,7 @@ class ProcessHost(Closing):
             workers=self._workers,
             slots_per_group=slots_per_group,
             mapped=self._mapped,
+            compute=self._artifact.compute,
             companions=self._companions,
         )
 
@@ -92,6 +93,7 @@ class ProcessRunner:
         workers: int,
         slots_per_group: int,
         mapped: bool = False,
+        compute: str | None = None,
         companions: Companions = NO_COMPANIONS,
     ) -> None:
         self._on_failure: Callable[[Exception], None] | None = None
@@ -117,6 +119,7 @@ class ProcessRunner:
                     lanes=workers,
                     slots_per_group=slots_per_group,
                     mapped=mapped,
+                    compute=compute,
                     companions=companions,
                     arena=arena,
                     barriers=tuple(tuple(tuple(row) for row in rows) for rows in barriers),

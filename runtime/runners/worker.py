@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import open_artifact
@@ -43,6 +44,7 @@ class Assignment:
     lanes: int
     slots_per_group: int
     mapped: bool
+    compute: str | None
     companions: Companions
     arena: int
     barriers: tuple[tuple[tuple[int, ...], ...], ...]
@@ -83,7 +85,7 @@ def main(descriptor: int) -> None:
         return
     try:
         model = load_model(
-            open_artifact(assignment.folder, full=False),
+            computing(open_artifact(assignment.folder, full=False), assignment.compute),
             assignment.stages,
             lanes=assignment.lanes,
             threads=1,
