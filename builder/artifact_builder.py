@@ -84,6 +84,7 @@ class ArtifactBuilder:
         force: bool = False,
         progress: Progress | None = None,
         workers: int | None = None,
+        allow_no_kernel: bool = False,
     ) -> BuildReport:
         """Write the artifact to `save_dir`; raises a BuildError and leaves nothing behind if that fails.
 
@@ -93,19 +94,29 @@ class ArtifactBuilder:
             progress: Called with each stage, and with the bytes as they are written.
             workers: Threads that read, cut, hash and write weights, 1 to 5; by default 5. The artifact's bytes do not
                 depend on their number.
+            allow_no_kernel: Write what has no kernels on this machine, even if computing in float32 does not help.
         """
         if self._composite is None:
-            return self._build(self._model, Path(save_dir), self._name, force, progress, workers)
+            return self._build(self._model, Path(save_dir), self._name, force, progress, workers, allow_no_kernel)
         return build_composite(
             self._composite,
             Path(save_dir),
             name=self._name,
-            build_part=lambda model, folder, name: self._build(model, folder, name, False, progress, workers),
+            build_part=lambda model, folder, name: self._build(
+                model, folder, name, False, progress, workers, allow_no_kernel
+            ),
             force=force,
         )
 
     def _build(
-        self, model: Path, folder: Path, name: str, force: bool, progress: Progress | None, workers: int | None
+        self,
+        model: Path,
+        folder: Path,
+        name: str,
+        force: bool,
+        progress: Progress | None,
+        workers: int | None,
+        allow_no_kernel: bool,
     ) -> BuildReport:
         assembly = Assembly(
             options=self._options,
@@ -113,5 +124,6 @@ class ArtifactBuilder:
             load=lambda: load_with_weights(model, self._options.fixed, self._options.lora_modules),
             adapters=self._adapters,
             check=lambda source, _: source.guard.check_unchanged(),
+            allow_no_kernel=allow_no_kernel,
         )
         return assembly.build(folder, force=force, progress=progress, workers=workers)

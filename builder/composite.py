@@ -155,6 +155,8 @@ def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: 
         attentions_left=tuple(line for part in parts for line in part.attentions_left),
         shortfalls=tuple(line for part in parts for line in part.shortfalls),
         faults=tuple(fault for part in parts for fault in part.faults),
+        missing_kernels=tuple(missing for part in parts for missing in part.missing_kernels),
+        float32=None,
         num_nodes=sum(part.num_nodes for part in parts),
         seconds=seconds,
         peak_rss_nbytes=max(part.peak_rss_nbytes for part in parts),

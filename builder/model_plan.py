@@ -13,6 +13,7 @@ from typing import Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.kernels import MissingKernel, missing_kernels
 from furiosa_llm.builder.lower.weight_reads import weight_reads
 from furiosa_llm.builder.lower.working_memory import WorkingMemory, working_memory
 from furiosa_llm.builder.options import BuildOptions
@@ -26,6 +27,7 @@ from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
 from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES
+from furiosa_llm.runtime.artifact.compute import COMPUTE, computing, loaded_nbytes
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, Workload
@@ -127,6 +129,10 @@ class ModelPlan:
     """The model's own limit; None if its files do not say."""
     workload: Workload
     plans: tuple[SizePlan, ...]
+    compute: str | None
+    """The type to compute in; None: the model's own."""
+    missing_kernels: tuple[MissingKernel, ...]
+    """What has no CPU kernel on this machine, computed in the model's own types."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `--json`."""
@@ -146,6 +152,7 @@ def plan_model(
     max_padding: float = MAX_PADDING,
     tactics: Tactics | None = None,
     experimental_tp: bool = False,
+    compute: str | None = None,
     fuse_attention: bool = True,
     roles: Mapping[str, str] | None = None,
     fixed: Mapping[str, int] | None = None,
@@ -165,6 +172,7 @@ def plan_model(
         max_padding: By how much padding may enlarge a dimension (1.34: by a third).
         tactics: Choices to keep (see docs/planning.md).
         experimental_tp: Also allow a tensor parallel size of 1, 2 or 16.
+        compute: The type to compute in, "float32"; the model's own if None. Memory is counted so.
         fuse_attention: Replace attention written out in small ops by one op with its cache in place.
             Without, every node of the model has its place in the plan.
         roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
@@ -189,6 +197,8 @@ def plan_model(
     for name, number in (("context", context), ("batch", batch), ("chunk", chunk), ("cards", cards)):
         if number is not None:
             COUNT.check(name, number, OptionError)
+    if compute is not None:
+        COMPUTE.check("compute", compute, OptionError)
     path = Path(model)
     analysed = analyse_model(path, options, told=lambda _: None)
     limit = companions.max_sequence_length(path)
@@ -207,7 +217,9 @@ def plan_model(
         state_dtypes=tuple(sorted({value.dtype.numpy().name for value in builds[0].states.values if value.dtype})),
         max_sequence_length=limit,
         workload=workload,
-        plans=tuple(size_plan(build, workload, chunk=chunk, cards=cards) for build in builds),
+        plans=tuple(size_plan(build, workload, chunk=chunk, cards=cards, compute=compute) for build in builds),
+        compute=compute,
+        missing_kernels=missing_kernels(builds[0]),
     )
     return plan, builds
 
@@ -232,22 +244,30 @@ def write_annotated_plan(build: Build, path: str | os.PathLike[str], stages: int
     write_annotated(annotated, build.source, path)
 
 
-def size_plan(build: Build, workload: Workload, *, chunk: int | None = None, cards: int | None = None) -> SizePlan:
-    """The figures of a build, of which nothing is written, for `workload`; see `plan_model` for `chunk` and `cards`."""
-    model = planned(build)
+def size_plan(
+    build: Build,
+    workload: Workload,
+    *,
+    chunk: int | None = None,
+    cards: int | None = None,
+    compute: str | None = None,
+) -> SizePlan:
+    """The figures of a build, of which nothing is written, for `workload`; see `plan_model` for the rest."""
+    model = computing(planned(build), compute)
     deployments = Deployments(model)
     tried = range(1, MOST_CARDS + 1) if cards is None else (cards,)
     workload, fewest = _chunked(deployments, workload, chunk, tried)
     (whole,) = deployments.stages(1, workload)
     tensors = build.lowered.tensors.values()
-    least, most = weight_reads(build, workload)
+    weights = {name: loaded_nbytes(tensor, compute) for name, tensor in model.tensors.items()}
+    least, most = weight_reads(build, workload, weights, compute)
     found = [d for n in tried if (d := deployments.on(n, workload)) is not None]
-    working, working_chunk = _working(build, workload)
+    working, working_chunk = _working(build, workload, compute)
     has_cache = whole.kv_nbytes_per_token > 0
     return SizePlan(
         tensor_parallel_size=build.plan.mesh.size,
         weight_nbytes=whole.weight_nbytes,
-        replicated_nbytes=sum(t.local_nbytes for t in tensors if t.layout and not t.shard_axes),
+        replicated_nbytes=sum(weights[t.name] for t in tensors if t.layout and not t.shard_axes),
         padding_nbytes=padding_nbytes(tensors, build.plan.mesh),
         state_nbytes=whole.kv_nbytes_per_token * workload.max_batch_size * workload.max_model_len,
         state_nbytes_per_token=whole.kv_nbytes_per_token,
@@ -282,15 +302,15 @@ def _chunked(
     return min(found, key=lambda pair: math.inf if pair[1] is None else pair[1].cards)
 
 
-def _working(build: Build, workload: Workload) -> tuple[WorkingMemory | None, int | None]:
+def _working(build: Build, workload: Workload, compute: str | None) -> tuple[WorkingMemory | None, int | None]:
     """What is alive inside a step, and the chunk with which a PE has room for it."""
-    first = working = working_memory(build, workload)
+    first = working = working_memory(build, workload, compute)
     smaller = iter([n for n in CHUNKS if n < workload.prefill_chunk_size])
     chunk: int | None = workload.prefill_chunk_size
     while working is not None and working.nbytes > PE_NBYTES:
         if (chunk := next(smaller, None)) is None:
             break
-        working = working_memory(build, dataclasses.replace(workload, prefill_chunk_size=chunk))
+        working = working_memory(build, dataclasses.replace(workload, prefill_chunk_size=chunk), compute)
     return first, chunk
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.states import States, find_states
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.emit import lower
+from furiosa_llm.builder.lower.kernels import check_kernels, described, missing_kernels
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.annotations import constraints_of
 from furiosa_llm.builder.plan.assignment_json import recorded_assignment
@@ -43,6 +45,8 @@ from furiosa_llm.runtime.artifact.adapters.files import AdapterFile
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
+logger = logging.getLogger(__name__)
+
 OnStage = Callable[[str], None]
 """Called with the name of each stage when the stage begins."""
 
@@ -58,6 +62,8 @@ class Assembly:
     """Returns the source, whose files are checked."""
     check: Callable[[Source, Manifest], None]
     """Raises if the written artifact cannot be trusted: the source changed meanwhile, or was damaged."""
+    allow_no_kernel: bool = False
+    """Whether to write what has no kernels on this machine, whatever it computes in."""
     plan: Mapping[str, Any] | None = None
     """The `plan` of a manifest to follow; by default a new plan is made."""
     adapters: Mapping[str, AdapterFile] = dataclasses.field(default_factory=dict)
@@ -74,6 +80,11 @@ class Assembly:
         threads = _checked_workers(workers)
         with output_folder(destination, force=force) as folder:
             build = self.lowered(stage)
+            missing = missing_kernels(build)
+            if not self.allow_no_kernel:
+                check_kernels(missing)
+            if missing:
+                logger.warning("%s", described(missing))
             manifest = write_artifact(
                 folder,
                 build,
@@ -88,7 +99,9 @@ class Assembly:
             stage("prove")
             faults = tuple(map(str, prove(folder).faults))
         seconds = time.monotonic() - started
-        return report_of(build, manifest, artifact=str(destination), seconds=seconds, faults=faults)
+        return report_of(
+            build, manifest, artifact=str(destination), seconds=seconds, faults=faults, missing_kernels=missing
+        )
 
     def lowered(self, told: OnStage) -> Build:
         """Run all stages up to the program; nothing is written. `told` is called with the name of each stage."""

@@ -85,6 +85,7 @@ def _reshard(
         load=lambda: source_of(opened),
         check=lambda _, manifest: _check_originals(opened, manifest),
         adapters={name: read_own(path) for name, path in own_adapters(opened).items()},
+        allow_no_kernel=True,
     )
     return assembly.build(save_dir, force=force, progress=progress, workers=workers)
 

@@ -40,6 +40,7 @@ def build_by_plan_of(
     force: bool = False,
     progress: Progress | None = None,
     workers: int | None = None,
+    allow_no_kernel: bool = False,
 ) -> BuildReport:
     """Build `model`, other weights of the model that `artifact` was built from, with that artifact's options and plan.
 
@@ -51,6 +52,7 @@ def build_by_plan_of(
         force: Replace `save_dir` if it is an artifact already.
         progress: See `ArtifactBuilder.build`.
         workers: See `ArtifactBuilder.build`.
+        allow_no_kernel: See `ArtifactBuilder.build`.
 
     Raises:
         PlanError: The model's graph is not the artifact's; the first difference is named.
@@ -74,6 +76,7 @@ def build_by_plan_of(
         name=name or default_name(Path(model)),
         load=load_same,
         check=check,
+        allow_no_kernel=allow_no_kernel,
         plan=opened.manifest.plan,
     )
     return assembly.build(Path(save_dir), force=force, progress=progress, workers=workers)

@@ -51,7 +51,8 @@ class Report:
 class ParityOptions:
     """How artifact and model are compared; see `furiosa_llm.runtime.verify_against`.
 
-    `tolerance` is relative to an output's greatest magnitude; None: TOLERANCE, or HALF_TOLERANCE for float16 weights.
+    `tolerance` is relative to an output's greatest magnitude; None: TOLERANCE, or HALF_TOLERANCE for what computes in
+    float16. `compute` is the type that both compute in; None: their own types.
     `seed` draws lengths and inputs; None: one that the system gives, so that no artifact can know it. `time_limit` are
     the seconds after which no further step is begun.
     """
@@ -61,6 +62,7 @@ class ParityOptions:
     max_tokens: int = 32
     sizes: Mapping[str, int] | None = None
     threads: int | None = None
+    compute: str | None = None
     seed: int | None = None
     max_length: int | None = None
     time_limit: float | None = None
@@ -109,7 +111,8 @@ def verify_artifact(
     elif full and comparable:
         found, parity = _compared_with_itself(artifact, options or ParityOptions())
         checks += found
-    compared = None if parity is None else _extent(parity, given=against is not None)
+    compute = None if options is None else options.compute
+    compared = None if parity is None else _extent(parity, given=against is not None, compute=compute)
     return Report(record=_record(artifact.digest, checks, compared), parity=parity)
 
 
@@ -123,12 +126,13 @@ def _manifest_digest(folder: Path) -> str | None:
     return manifest_digest(data)
 
 
-def _extent(parity: Parity, *, given: bool) -> Compared:
+def _extent(parity: Parity, *, given: bool, compute: str | None) -> Compared:
     return Compared(
         model="given" if given else "rebuilt",
         lengths=tuple(sorted({case.length for case in parity.cases})),
         limit=parity.lengths.limit,
         seed=parity.seed,
+        compute=compute,
     )
 
 
@@ -184,12 +188,13 @@ def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[l
 
 
 def _compared(artifact: Artifact, model: str | os.PathLike[str], options: ParityOptions) -> tuple[list[Check], Parity]:
-    tolerance = _tolerance(artifact.manifest) if options.tolerance is None else options.tolerance
+    tolerance = _tolerance(artifact.manifest, options.compute) if options.tolerance is None else options.tolerance
     subject = Subject(
         artifact,
         model,
         sizes=options.sizes,
         threads=options.threads,
+        compute=options.compute,
         seed=secrets.randbelow(MAX_SEED) if options.seed is None else options.seed,
         max_length=options.max_length,
         check=_time_limit(options.time_limit),
@@ -220,8 +225,9 @@ def _time_limit(seconds: float | None) -> Callable[[], None]:
     return check
 
 
-def _tolerance(manifest: Manifest) -> float:
-    return HALF_TOLERANCE if any(tensor.dtype == "FLOAT16" for tensor in manifest.tensors) else TOLERANCE
+def _tolerance(manifest: Manifest, compute: str | None) -> float:
+    halves = compute is None and any(tensor.dtype == "FLOAT16" for tensor in manifest.tensors)
+    return HALF_TOLERANCE if halves else TOLERANCE
 
 
 def _output_check(name: str, found: Found[OutputDifference], tolerance: float, folder: Path) -> Check:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from furiosa_llm.runtime.artifact.checks.composite import PROMPT_SHAPES
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.options import COUNT
@@ -120,15 +121,16 @@ class Encoder(Model):
         padded: bool = False,
         threads: int | None = None,
         mapped: bool = False,
+        compute: str | None = None,
         full_verification: bool | None = None,
     ) -> Self:
         """Loads the artifact in the folder `path`; `pooling` stands for what the artifact says of it.
 
-        `tokenizer` is the folder of another tokenizer than the artifact's. Raises ArtifactError for a damaged artifact,
-        and UnsupportedError for one that makes no vectors from tokens.
+        `tokenizer` is the folder of another tokenizer than the artifact's, `compute` the type to compute in. Raises
+        ArtifactError for a damaged artifact, and UnsupportedError for one that makes no vectors from tokens.
         """
         return cls.of_artifact(
-            open_artifact(path, full=full_verification),
+            computing(open_artifact(path, full=full_verification), compute),
             tokenizer=tokenizer,
             pooling=pooling,
             output=output,

@@ -9,6 +9,10 @@ class ExecutionError(FuriosaLLMError):
     """onnxruntime could not load or run a segment on a rank."""
 
 
+class KernelError(ExecutionError):
+    """onnxruntime has no CPU kernel on this machine for an op in the types that the program has."""
+
+
 class InputError(FuriosaLLMError, ValueError):
     """An input tensor's name, type or shape is not what the model takes."""
 

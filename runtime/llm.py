@@ -328,6 +328,7 @@ def _load(args: EngineArgs, *, skip_engine: bool) -> Model:
             tokenizer=args.tokenizer,
             threads=args.threads,
             mapped=args.mapped,
+            compute=args.compute,
             full_verification=args.full_verification,
         )
     artifact = open_model(args)

@@ -71,6 +71,7 @@ class Seq2Seq(Model):
         tensor_parallel_size: int | None = None,
         threads: int | None = None,
         mapped: bool = False,
+        compute: str | None = None,
         full_verification: bool | None = None,
     ) -> Self:
         """Loads the composite artifact in the folder `path`; it takes the arguments of `LLM.load_artifact`.
@@ -78,7 +79,7 @@ class Seq2Seq(Model):
         Raises ArtifactError for a damaged artifact, or one whose parts do not fit, and InputError for one of another
         tensor parallel size than asked for.
         """
-        composite = open_composite(path, full=full_verification)
+        composite = open_composite(path, full=full_verification, compute=compute)
         check_tensor_parallel_size(composite.encoder, tensor_parallel_size)
         loaded_tokenizer = tokenizer_of(composite.encoder, tokenizer)
         with ExitStack() as stack:

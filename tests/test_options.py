@@ -94,7 +94,10 @@ def test_commands_in_the_docs(path: str, command: str) -> None:
     ("function", "others"),
     [
         (ArtifactBuilder, {"model", "name", "experimental_tp", "lora"}),
-        (plan_model, {"model", "experimental_tp", "tensor_parallel_sizes", "context", "batch", "chunk", "cards"}),
+        (
+            plan_model,
+            {"model", "experimental_tp", "tensor_parallel_sizes", "context", "batch", "chunk", "cards", "compute"},
+        ),
     ],
 )
 def test_signatures_of_builds(function: Callable[..., Any], others: set[str]) -> None:

@@ -16,7 +16,8 @@ from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.check_shapes import interpreter
 from furiosa_llm.builder.lower.program_shapes import local_inputs
 from furiosa_llm.builder.shapes.interface import SizeSet, lengths
-from furiosa_llm.builder.shapes.interpreter import Facts
+from furiosa_llm.builder.shapes.interpreter import Fact, Facts
+from furiosa_llm.runtime.artifact.compute import NARROW, QUANTISED
 from furiosa_llm.runtime.placement.capacity import Workload
 
 
@@ -31,10 +32,11 @@ class WorkingMemory:
     """The op that makes it."""
 
 
-def working_memory(build: Build, workload: Workload) -> WorkingMemory | None:
+def working_memory(build: Build, workload: Workload, compute: str | None = None) -> WorkingMemory | None:
     """The most bytes alive at any node of a decode and of a prefill step; None if the model takes neither.
 
     States do not count, because they are in the KV cache. A view counts as a copy. Kernels' scratch memory is unknown.
+    `compute` is the type to compute in, None for the model's own.
     """
     context = workload.max_model_len
     chunk = min(workload.prefill_chunk_size, context)
@@ -42,7 +44,7 @@ def working_memory(build: Build, workload: Workload) -> WorkingMemory | None:
         decode_sizes(workload),
         SizeSet(batch=1, sequence=chunk, past=context - chunk, encoder=context, others=(1,)),
     )
-    peaks = [peak for sizes in steps if (peak := _peak(build, sizes)) is not None]
+    peaks = [peak for sizes in steps if (peak := _peak(build, sizes, compute)) is not None]
     return max(peaks, key=lambda peak: peak.nbytes, default=None)
 
 
@@ -52,17 +54,22 @@ def decode_sizes(workload: Workload) -> SizeSet:
     return SizeSet(batch=batch, sequence=1, past=context - 1, encoder=context, others=(batch,))
 
 
-def facts_at(build: Build, sizes: SizeSet) -> Facts | None:
+def facts_at(build: Build, sizes: SizeSet, compute: str | None = None) -> Facts | None:
     """The types and shapes of every value of the program on one rank; None if the model does not take the sizes."""
     program = ir.Model(build.lowered.graph, ir_version=build.ir_version)
     try:
-        return interpreter(program, build.plan.mesh).run(local_inputs(build, sizes), lengths(build.model.graph, sizes))
+        facts = interpreter(program, build.plan.mesh).run(local_inputs(build, sizes), lengths(build.model.graph, sizes))
     except ShapeError:
         return None  # a window, or a table of positions, is shorter
+    return facts if compute is None else {value: _wide(fact) for value, fact in facts.items()}
 
 
-def _peak(build: Build, sizes: SizeSet) -> WorkingMemory | None:
-    if (facts := facts_at(build, sizes)) is None:
+def _wide(fact: Fact) -> Fact:
+    return dataclasses.replace(fact, dtype=ir.DataType.FLOAT) if fact.dtype.name in NARROW | QUANTISED else fact
+
+
+def _peak(build: Build, sizes: SizeSet, compute: str | None) -> WorkingMemory | None:
+    if (facts := facts_at(build, sizes, compute)) is None:
         return None
     graph = build.lowered.graph
     states = {str(value.name) for value in build.states.values}

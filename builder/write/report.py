@@ -12,12 +12,14 @@ from typing import Any
 
 from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.kernels import MissingKernel
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.shards import num_shards
 from furiosa_llm.builder.write.whole import shortfalls
+from furiosa_llm.runtime.artifact.compute import Float32Memory, float32_memory
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
@@ -73,6 +75,10 @@ class BuildReport:
     """A line for each large weight that is whole, and for each split that takes many collectives, with the cause."""
     faults: tuple[str, ...]
     """Where program and manifest alone do not prove that the split model computes the unsplit one; empty: they do."""
+    missing_kernels: tuple[MissingKernel, ...]
+    """What the program has no CPU kernels for on this machine; it may have them where it computes in float32."""
+    float32: Float32Memory | None
+    """What computing in float32 converts and takes; None if nothing is narrower."""
     num_nodes: int
     seconds: float
     peak_rss_nbytes: int
@@ -81,12 +87,18 @@ class BuildReport:
 
 
 def report_of(
-    build: Build, manifest: Manifest, *, artifact: str, seconds: float, faults: tuple[str, ...]
+    build: Build,
+    manifest: Manifest,
+    *,
+    artifact: str,
+    seconds: float,
+    faults: tuple[str, ...],
+    missing_kernels: tuple[MissingKernel, ...],
 ) -> BuildReport:
     """The report of a build whose artifact has been written."""
     mesh = build.plan.mesh
     tensors = list(build.lowered.tensors.values())
-    read = {value.name for node in build.lowered.graph for value in node.inputs if value is not None}
+    read = {str(value.name) for node in build.lowered.graph for value in node.inputs if value is not None}
     replicated = sorted((t for t in tensors if t.layout and not t.shard_axes), key=lambda t: -t.local_nbytes)
     model_nbytes = sum(tensor.nbytes for tensor in weights_of(build.source.model))
     return BuildReport(
@@ -107,6 +119,8 @@ def report_of(
         attentions_left=build.fusion.left,
         shortfalls=shortfalls(build, model_nbytes),
         faults=faults,
+        missing_kernels=missing_kernels,
+        float32=float32_memory(manifest, read),
         num_nodes=len(build.lowered.graph),
         seconds=seconds,
         peak_rss_nbytes=_peak_rss_nbytes(),

@@ -94,6 +94,12 @@ def planning_options(command: Command) -> Command:
 )
 @WORKERS
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
+@click.option(
+    "--allow-no-kernel",
+    "--plan-only",
+    is_flag=True,
+    help="Write what has no kernels on this machine, even if --compute float32 does not help.",
+)
 @click.pass_context
 def build(
     context: click.Context,
@@ -104,6 +110,7 @@ def build(
     reuse_plan: Path | None,
     workers: int | None,
     force: bool,
+    allow_no_kernel: bool,
     **options: Any,
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
@@ -118,14 +125,23 @@ def build(
         destination = output or Path(f"{default_name(model)}.artifact")
         with shown_progress() as progress:
             report = build_by_plan_of(
-                reuse_plan, model, destination, name=name, force=force, progress=progress, workers=workers
+                reuse_plan,
+                model,
+                destination,
+                name=name,
+                force=force,
+                progress=progress,
+                workers=workers,
+                allow_no_kernel=allow_no_kernel,
             )
         print_report(report)
         return
     builder = ArtifactBuilder(model, name, **options)
     destination = output or default_output(model, options["tensor_parallel_size"])
     with shown_progress() as progress:
-        report = builder.build(destination, force=force, progress=progress, workers=workers)
+        report = builder.build(
+            destination, force=force, progress=progress, workers=workers, allow_no_kernel=allow_no_kernel
+        )
     print_report(report)
 
 
@@ -227,6 +243,10 @@ def closing_table(report: BuildReport) -> Table:
         table.add_row("attention left", reason)
     if len(left) > _SHOWN_LEFT:
         table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
+    for missing in report.missing_kernels:
+        table.add_row("no kernel here", escape(str(missing)))
+    if report.float32 is not None:
+        table.add_row("in float32", f"{report.float32} (--compute float32)")
     for note in (*report.notes, *map(escape, report.shortfalls[:_SHOWN_LEFT])):
         table.add_row("note", note)
     table.add_row("static proof", _proof(report))

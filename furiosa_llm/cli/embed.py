@@ -21,7 +21,7 @@ from furiosa_llm.runtime.encoder import Encoder
 )
 @click.option("--normalize/--no-normalize", default=None, help="Give vectors the length 1.  [default: the model's]")
 @click.option("--truncate", is_flag=True, help="Cut texts to the model's limit instead of refusing longer ones.")
-@options(ENGINE, "tokenizer", "threads", "full_verification")
+@options(ENGINE, "tokenizer", "threads", "full_verification", "compute")
 def embed(
     artifact: Path,
     texts: tuple[str, ...],
@@ -31,10 +31,11 @@ def embed(
     tokenizer: Path | None,
     threads: int | None,
     full_verification: bool | None,
+    compute: str | None,
 ) -> None:
     """Turn texts into vectors with the encoder in ARTIFACT: a line for each, an array in JSON."""
     with Encoder.load_artifact(
-        artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification
+        artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification, compute=compute
     ) as encoder:
         outputs = encoder.embed(
             list(texts),

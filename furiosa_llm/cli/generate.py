@@ -29,7 +29,7 @@ from furiosa_llm.runtime import LLM, LoRARequest, SamplingParams
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--lora", help="The adapter to generate with: NAME=PATH, or the NAME of one of the artifact's own.")
 @options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped")
-@options(ENGINE, "step_timeout", "max_step_nbytes")
+@options(ENGINE, "step_timeout", "max_step_nbytes", "compute")
 def generate(
     artifact: Path,
     prompt: str,

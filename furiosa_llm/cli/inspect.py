@@ -13,9 +13,11 @@ from typing import TypeVar
 import click
 from rich.table import Table
 
+from furiosa_llm.cli.options import ENGINE, option
 from furiosa_llm.cli.terminal import Console, cell, line
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import KIND
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.tools.inspection import (
@@ -45,14 +47,16 @@ _SHOWN_LENGTH = 60
     "--this-machine", is_flag=True, help="Probe also whether bits depend on the batch, with this machine's kernels."
 )
 @click.option("--mapped", is_flag=True, help="With --this-machine: for weights that are left in their file.")
+@option("compute", ENGINE, help="With --this-machine: the type to compute in, float32.  [default: the model's]")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def inspect(artifact: Path, this_machine: bool, mapped: bool, as_json: bool) -> None:
+def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | None, as_json: bool) -> None:
     """Show what ARTIFACT holds: the model, the split, memory, collectives, files, origin, and whether it is verified.
 
     Its structure is checked, its weights are not read, but for --this-machine, which runs one layer of each kind.
     """
-    if mapped and not this_machine:
-        raise InputError("--mapped goes with --this-machine; give both, or none")
+    given = "--mapped" if mapped else "--compute"
+    if (mapped or compute is not None) and not this_machine:
+        raise InputError(f"{given} goes with --this-machine; give both, or none")
     if is_composite(artifact):
         if this_machine:
             raise UnsupportedError(
@@ -61,7 +65,7 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, as_json: bool) -> 
         _inspect_composite(artifact, as_json=as_json)
         return
     found = inspect_artifact(artifact)
-    probed = _probe(artifact, found, mapped) if this_machine else None
+    probed = _probe(artifact, found, mapped, compute) if this_machine else None
     if as_json:
         shown = found.to_json()
         if probed is not None:
@@ -71,10 +75,10 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, as_json: bool) -> 
         _print(found, probed)
 
 
-def _probe(folder: Path, found: Inspection, mapped: bool) -> BatchInvariance:
+def _probe(folder: Path, found: Inspection, mapped: bool, compute: str | None) -> BatchInvariance:
     if found.model.task != "decoder":
         raise UnsupportedError(f"--this-machine: {folder} is an encoder, which runs one request at a time")
-    return probe_batch_invariance(open_artifact(folder), mapped=mapped)
+    return probe_batch_invariance(computing(open_artifact(folder), compute), mapped=mapped)
 
 
 def _inspect_composite(folder: Path, *, as_json: bool) -> None:
@@ -188,6 +192,9 @@ def _memory(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.states:
         limit = "no limit known" if state.nbytes_at_limit is None else f"{nbytes(state.nbytes_at_limit)} at the limit"
         yield "state per PE", f"{nbytes(state.nbytes_per_token)} per token, {limit}"
+
+    if found.float32 is not None:
+        yield "in float32", f"{found.float32} (--compute float32)"
 
 
 def _collectives(found: Inspection) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from furiosa_llm.builder import OptionError, plan_model
 from furiosa_llm.builder.lower.interface import InterfaceValue, interface_of
+from furiosa_llm.builder.lower.kernels import described
 from furiosa_llm.builder.model_plan import CHUNKS, write_annotated_plan
 from furiosa_llm.cli.build import BUILD, planning_options
 from furiosa_llm.cli.options import ENGINE, option
@@ -58,6 +59,7 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
     help=f"New positions in a prefill step.  [default: {CHUNKS[0]}, or less where that saves cards]",
 )
 @click.option("--cards", type=int, help=f"The number of cards.  [default: as few as fit, up to {MOST_CARDS}]")
+@option("compute", ENGINE)
 @planning_options
 @click.option(
     "--emit-onnx", type=click.Path(path_type=Path), help="Write the unsplit model with the plan as ONNX annotations."
@@ -103,6 +105,8 @@ def plan(
         return
     else:
         show_plan(planned, explain=explain)
+        if planned.missing_kernels and planned.compute is None:
+            click.echo(f"{described(planned.missing_kernels)}.")
     if not any(size.fewest for size in planned.plans):
         click.get_current_context().exit(1)
 

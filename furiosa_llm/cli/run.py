@@ -11,7 +11,9 @@ import numpy as np
 
 from furiosa_llm.cli.options import ENGINE, options
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.runtime import Executor, InputError, open_artifact
+from furiosa_llm.runtime import Artifact, Executor, InputError, open_artifact
+from furiosa_llm.runtime.artifact.compute import computing
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 
 
 @click.command()
@@ -20,14 +22,22 @@ from furiosa_llm.runtime import Executor, InputError, open_artifact
 @click.option(
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
-@options(ENGINE, "threads", "full_verification", "step_timeout", "max_step_nbytes")
-def run(artifact: Path, inputs: Path, outputs: Path, full_verification: bool | None, **loading: Any) -> None:
+@options(ENGINE, "threads", "full_verification", "step_timeout", "max_step_nbytes", "compute")
+def run(
+    artifact: Path,
+    inputs: Path,
+    outputs: Path,
+    full_verification: bool | None,
+    compute: str | None,
+    **loading: Any,
+) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.
 
     Inputs and outputs are those of the unsplit model.
     """
-    arrays = _read(inputs)
-    with Executor(open_artifact(artifact, full=full_verification), **loading) as executor:
+    opened = computing(open_artifact(artifact, full=full_verification), compute)
+    arrays = _typed(_read(inputs), opened)
+    with Executor(opened, **loading) as executor:
         results = executor.run(arrays)
     try:
         with outputs.open("wb") as file:
@@ -38,7 +48,19 @@ def run(artifact: Path, inputs: Path, outputs: Path, full_verification: bool | N
         line(f"{name}: {array.dtype} {list(array.shape)}")
 
 
-def _read(path: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+def _typed(arrays: dict[str, Array], artifact: Artifact) -> dict[str, Array]:
+    """The arrays with the types that an .npz file has no names for: of bfloat16 it has only the bytes."""
+    types = {info.name: info.dtype for info in artifact.manifest.inputs} | dict(artifact.declared)
+    kinds = {name: np.dtype(DTYPES[dtype].numpy) for name, dtype in types.items()}
+    return {
+        name: array.view(kinds[name])
+        if array.dtype.kind == "V" and name in kinds and array.itemsize == kinds[name].itemsize
+        else array
+        for name, array in arrays.items()
+    }
+
+
+def _read(path: Path) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

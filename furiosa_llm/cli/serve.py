@@ -104,7 +104,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @options(ENGINE, *PLACEMENT, "tokenizer", "seed", "max_batch_size", "max_model_len", "max_prompt_len")
 @options(ENGINE, "prefill_chunk_size", "enable_prefix_caching", "paged_attention_num_blocks", "npu_queue_limit")
 @options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
-@options(ENGINE, "full_verification", "step_timeout", "max_step_nbytes")
+@options(ENGINE, "full_verification", "step_timeout", "max_step_nbytes", "compute")
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
 @refused_options

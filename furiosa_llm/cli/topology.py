@@ -14,6 +14,7 @@ from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.cli.terminal import Console, cell
 from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
@@ -50,7 +51,7 @@ class _Report:
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@options(ENGINE, *PLACEMENT)
+@options(ENGINE, *PLACEMENT, "compute")
 @option("max_batch_size", ENGINE, default=1, show_default=True, help="Sequences decoded together.")
 @option(
     "max_model_len",
@@ -66,6 +67,7 @@ def topology(
     data_parallel_size: int | None,
     num_blocks_per_pp_stage: tuple[int, ...] | None,
     allow_subset: bool,
+    compute: str | None,
     max_batch_size: int,
     max_model_len: int | None,
     as_json: bool,
@@ -74,7 +76,7 @@ def topology(
 
     Nothing is loaded, and the weights are not read.
     """
-    opened = open_artifact(artifact, full=False)
+    opened = computing(open_artifact(artifact, full=False), compute)
     check_tensor_parallel_size(opened, tensor_parallel_size)
     workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
     stages = choose_stages(

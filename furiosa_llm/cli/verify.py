@@ -65,6 +65,7 @@ _COUNTED = {
     "--time-limit", type=click.FloatRange(min=0.0), help="Seconds after which no step of the comparison is begun."
 )
 @option("threads", ENGINE, help="Threads that run the models.  [default: the cores]")
+@option("compute", ENGINE)
 def verify(
     artifact: Path,
     full: bool,
@@ -79,6 +80,7 @@ def verify(
     max_length: int | None,
     time_limit: float | None,
     threads: int | None,
+    compute: str | None,
 ) -> None:
     """Check ARTIFACT: its structure, that its ranks compute one unsplit model, and that this is its source.onnx.
 
@@ -92,6 +94,7 @@ def verify(
         max_tokens=max_tokens,
         sizes=dict(dims),
         threads=threads,
+        compute=compute,
         seed=seed,
         max_length=max_length,
         time_limit=time_limit,

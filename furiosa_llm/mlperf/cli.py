@@ -32,7 +32,7 @@ _OPTIONS = (
         "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
     ),
     options(ENGINE, *PLACEMENT, "tokenizer", "max_batch_size", "paged_attention_num_blocks", "npu_queue_limit"),
-    options(ENGINE, "spare_blocks_ratio", "workers", "threads", "full_verification"),
+    options(ENGINE, "spare_blocks_ratio", "workers", "threads", "full_verification", "compute"),
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -23,6 +23,7 @@ from furiosa_llm.runtime.artifact.composite_manifest import (
     PartName,
     StateLink,
 )
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, check_unique, parse_json
 from furiosa_llm.runtime.artifact.manifest import COMPOSITE_FORMAT_NAME, MANIFEST_NAME, manifest_digest
@@ -74,8 +75,10 @@ def whole_of_part(path: str | os.PathLike[str]) -> Path | None:
     return folder.parent if folder.name in PART_NAMES and is_composite(folder.parent) else None
 
 
-def open_composite(path: str | os.PathLike[str], *, full: bool | None = None) -> Composite:
+def open_composite(path: str | os.PathLike[str], *, full: bool | None = None, compute: str | None = None) -> Composite:
     """The composite artifact in the folder `path`, all of its parts opened; `full` is as for `open_artifact`.
+
+    The parts compute in `compute`, see `computing`.
 
     Raises ArtifactError for a part that is missing, damaged, another one than was built with the others, split
     differently, or that cannot be fed what the others give.
@@ -96,7 +99,7 @@ def open_composite(path: str | os.PathLike[str], *, full: bool | None = None) ->
                 f"{artifact.digest[:16]}..., expected {entry.digest[:16]}...; copy the whole artifact again or "
                 f"{REBUILD}"
             )
-        parts[entry.name] = artifact
+        parts[entry.name] = computing(artifact, compute)
     check_fit(manifest, {name: part.manifest for name, part in parts.items()})
     return Composite(folder=folder, digest=manifest_digest(data), manifest=manifest, parts=parts)
 

@@ -11,6 +11,10 @@ class ArtifactError(FuriosaLLMError):
     """An artifact's folder, manifest, program or header is not what the format says."""
 
 
+class ComputeError(FuriosaLLMError, ValueError):
+    """A type to compute in that programs are not converted to."""
+
+
 class LayoutError(FuriosaLLMError):
     """A dimension's layout is malformed or does not fit the mesh."""
 

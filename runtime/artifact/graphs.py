@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
@@ -51,6 +51,22 @@ def used_names(node: NodeProto) -> Iterator[str]:
             yield from (name for name in used_names(inner) if name not in defined)
             defined.update(inner.output)
         yield from (value.name for value in graph.output if value.name not in defined)
+
+
+def rename(node: NodeProto, names: Mapping[str, str]) -> None:
+    """Gives the outer values that `node` and the graphs in it read, or make, their names in `names`."""
+    for values in (node.input, node.output):
+        renamed = [names.get(name, name) for name in values]
+        del values[:]
+        values.extend(renamed)
+    for graph in attribute_graphs(node):
+        own = {given.name for given in (*graph.input, *graph.initializer)}
+        own.update(name for inner in graph.node for name in inner.output)
+        outside = {name: new for name, new in names.items() if name not in own}
+        for inner in graph.node:
+            rename(inner, outside)
+        for value in graph.output:
+            value.name = outside.get(value.name, value.name)
 
 
 def following(nodes: Iterable[NodeProto], names: Collection[str] = (), *, sizes: bool = True) -> set[str]:

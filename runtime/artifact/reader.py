@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO, TextIOWrapper
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class SplitModel:
     """Rank 0's, as stored."""
     tensors: Mapping[str, StoredTensor]
     """The manifest's, by name."""
+    compute: str | None = None
+    """The type that program and states compute in; None: their own types. See `computing`."""
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """Inputs and outputs that are float32 here -> the model's own type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
+from furiosa_llm.runtime.artifact.compute import COMPUTE
 from furiosa_llm.runtime.artifact.options import (
     COUNT,
     PATH,
@@ -158,6 +159,12 @@ class EngineArgs:
         ),
     ] = False
     mapped: Annotated[bool, Option("Leave the weights in their file: starts faster, runs slower.", SWITCH)] = False
+    compute: Annotated[
+        str | None,
+        Option(
+            "The type to compute in: float32, for models in types that have no kernel here.", COMPUTE, "the model's"
+        ),
+    ] = None
     full_verification: Annotated[
         bool | None, Option("Compare the weights with their digests as they are loaded.", SWITCH, "below 1 GB")
     ] = None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from furiosa_llm.runtime.artifact.compute import dequantises
 from furiosa_llm.runtime.artifact.dimensions import GROWING, bind_sizes, known_sizes
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
@@ -38,7 +39,8 @@ class Executor(Closing):
     `mapped` leaves the weights in their file instead of packing them: it starts at once and decodes slower.
     `exact` is for comparisons: no kernel rounds activations of fused quantised weights to 8 bits.
     A run ends with StepTimeoutError after `step_timeout` seconds, and is refused more than `max_step_nbytes` of memory;
-    None: what docs/limits.md says.
+    None: what docs/limits.md says. Of an artifact that computes in another type than its own (`computing`), `run` takes
+    and gives the model's own types.
     Close it, or use it as a context manager, to end its threads.
     """
 
@@ -64,7 +66,7 @@ class Executor(Closing):
         self._chunks_singly = takes_chunks_singly(artifact.program)
         self._step_timeout = step_timeout
         self._check = mapped_check(artifact) if mapped else None
-        settings = SessionSettings(prepack=not mapped, exact=exact)
+        settings = SessionSettings(prepack=not mapped, exact=exact, dequantise=dequantises(artifact))
         memory = max_step_nbytes or step_nbytes(manifest)
         self._sessions = create_sessions(artifact, self.lanes, settings, threads=cores, step_nbytes=memory)
         self._crew = Crew(self.threads)
@@ -142,12 +144,15 @@ class Executor(Closing):
     def _run(self, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
         self._bound.resize(sizes)
         for info in self.artifact.manifest.inputs:
-            self._bind(info, np.asarray(inputs[info.name], order="C"))
+            self._bind(info, np.asarray(inputs[info.name], dtype=DTYPES[info.dtype].numpy, order="C"))
         started = time.perf_counter_ns()
         self._run_within(self._bound, max(array.size for array in inputs.values()))
         count_run(self._row, started)
         self._bound.count(self._row)
-        return {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
+        found = {info.name: self._assemble(info) for info in self.artifact.manifest.outputs}
+        for name in self.artifact.declared.keys() & found.keys():
+            found[name] = found[name].astype(DTYPES[self.artifact.declared[name]].numpy)
+        return found
 
     def _run_within(self, bound: Bound, tokens: int) -> None:
         """Runs `bound`, unless it takes longer than a step of so many tokens may."""
@@ -168,7 +173,8 @@ class Executor(Closing):
         if missing or unknown:
             raise InputError(f"inputs: missing {missing}, unknown {unknown}; the model takes {expected}")
         for info in infos:
-            found, wanted = inputs[info.name].dtype, np.dtype(DTYPES[info.dtype].numpy)
+            declared = self.artifact.declared.get(info.name, info.dtype)
+            found, wanted = inputs[info.name].dtype, np.dtype(DTYPES[declared].numpy)
             if found != wanted:
                 raise InputError(f"input {info.name!r:.80}: found {found}, expected {wanted}")
         try:

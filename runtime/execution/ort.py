@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
-from furiosa_llm.runtime.errors import StepTimeoutError
+from furiosa_llm.runtime.errors import ExecutionError, KernelError, StepTimeoutError
 from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, LONGEST_LOAD_SECONDS, LONGEST_STEP_SECONDS
 
@@ -36,6 +37,10 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 _CPU = _state.OrtDevice(_state.OrtDevice.cpu(), _state.OrtDevice.default_memory(), 0)
 _SILENT = 4
 _AS_REQUESTED = 1
+_NO_KERNEL = re.compile(
+    r"implementation for (?P<op>\w+)\(\d+\) node with name '(?P<node>[^']*)'"
+    r"|Type '(?:[^']*)' of input parameter \(.*\) of operator \((?P<typed>\w+)\) in node \((?P<typed_node>.*)\) is inv"
+)
 
 
 class RawTensor(Protocol):
@@ -84,8 +89,8 @@ class SessionSettings:
 
     `prepack` copies each MatMul weight into the kernel's own order when the session is made; without it weights stay
     mapped from their file, shared between sessions and processes, and decoding is slower. `exact` keeps onnxruntime
-    from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul. Without `optimize` every node is run
-    as it is written.
+    from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul. With `dequantise` weights are
+    dequantised as they are loaded, and not fused. Without `optimize` every node is run as it is written.
     A session that is not made within `load_seconds` is given up, a constant that would be longer than `folded_nbytes`
     is computed in each run, and `Session.run` ends after `run_seconds`. With `arena` it allocates from that of
     `limit_memory`.
@@ -94,6 +99,7 @@ class SessionSettings:
     intra_op_threads: int = 1
     prepack: bool = True
     exact: bool = False
+    dequantise: bool = False
     optimize: bool = True
     load_seconds: float = LONGEST_LOAD_SECONDS
     folded_nbytes: int = FOLDED_NBYTES
@@ -138,6 +144,8 @@ class Session:
         }
         if settings.exact:
             entries["session.qdq_matmulnbits_accuracy_level"] = "0"
+        if settings.dequantise:
+            entries["session.disable_quant_qdq"] = "1"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
         timer = threading.Timer(settings.load_seconds, options.set_load_cancellation_flag, (True,))
@@ -176,6 +184,23 @@ class Session:
         except ORT_ERRORS:
             interruption.check()
             raise
+
+
+def load_error(what: str, error: Exception, narrow: Sequence[str]) -> ExecutionError:
+    """What to raise for `what`, of which onnxruntime refuses to make a session by `error`, one of ORT_ERRORS.
+
+    `narrow` are the types in it that computing in float32 would convert.
+    """
+    found = _NO_KERNEL.search(str(error))
+    if found is None:
+        return ExecutionError(f"onnxruntime cannot load {what}: {error}")
+    op, node = found["op"] or found["typed"], found["node"] or found["typed_node"] or ""
+    line = f"onnxruntime has no CPU kernel here for {op} (node {node!r:.80}) in {what}"
+    if not narrow:
+        return KernelError(f"{line}; export the model in types that it has kernels for")
+    return KernelError(
+        f"{line}, whose types are {', '.join(narrow)}; compute it in float32: --compute float32, compute='float32'"
+    )
 
 
 class Tensor(NamedTuple):

@@ -13,9 +13,10 @@ from queue import SimpleQueue
 
 from onnx import ModelProto, TensorProto
 
+from furiosa_llm.runtime.artifact.compute import narrow_types
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, limit_memory
+from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, limit_memory, load_error
 from furiosa_llm.runtime.execution.weights_files import with_weights
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
 from furiosa_llm.runtime.program.limits import STEP_NBYTES, folded_nbytes, load_seconds, step_seconds
@@ -186,7 +187,10 @@ class SegmentLoader:
         )
 
     def load_from(self, folder: Path, segment: LaneSegment, what: str) -> Session:
-        """The session of `segment`, its weights in `folder`; raises ExecutionError, naming it by `what`."""
+        """The session of `segment`, its weights in `folder`; raises ExecutionError, naming it by `what`.
+
+        It is a KernelError if onnxruntime has no kernel for it.
+        """
         model = lane_model(self._lanes, segment, self._flexible)
         for name, (original, rank) in segment.initializers.items():
             own = model.graph.initializer.add()
@@ -196,7 +200,8 @@ class SegmentLoader:
         try:
             return Session(model.SerializeToString(), folder, self._settings)
         except ORT_ERRORS as error:
-            raise ExecutionError(f"onnxruntime cannot load {what} of {self._artifact.folder}: {error}") from error
+            where = f"{what} of {self._artifact.folder}"
+            raise load_error(where, error, narrow_types(self._lanes.program.model)) from error
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from enum import IntEnum
 
 from onnx import NodeProto
 
+from furiosa_llm.runtime.artifact.compute import loaded_nbytes
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.layout import axes_of
 from furiosa_llm.runtime.artifact.reader import SplitModel
@@ -126,7 +127,7 @@ class _Reading:
             first_node=start,
             stop_node=stop,
             decoded=decoded,
-            kept={name: self._model.tensors[name].local_nbytes for name in sorted(kept)},
+            kept={name: loaded_nbytes(self._model.tensors[name], self._model.compute) for name in sorted(kept)},
         )
 
     def _reads(self, node: NodeProto) -> Iterator[_Read]:
@@ -153,7 +154,7 @@ class _Reading:
         if read.rows_only:
             return 0
         tensor = self._model.tensors[name]
-        nbytes = tensor.local_nbytes
+        nbytes = loaded_nbytes(tensor, self._model.compute)
         if read.experts is None or not tensor.local_shape:
             return nbytes
         split = tensor.shard_axes if tensor.layout is None else axes_of(tensor.layout[0])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto, helper
 
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs, used_names
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, rename, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Section, Segment, ValueType
@@ -129,11 +129,11 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
     """On which ranks each value is the same: computed by the same node from the same operands.
 
     A collective gives all ranks of a group the same. Dequantised weights count as different even where they are the
-    same: onnxruntime fuses the dequantisation with the one product that reads it, and if several products read it, it
-    does not fuse them, and rounds differently.
+    same, and so does what they follow from: onnxruntime fuses the dequantisation with the one product that reads it,
+    and if several products read it, it does not fuse them, and rounds differently.
     """
     alike = dict(inputs)
-    stored = {tensor.name for tensor in program.model.graph.initializer}
+    behind = {tensor.name: {tensor.name} for tensor in program.model.graph.initializer}
     fused: set[str] = set()
     for tensor in program.model.graph.initializer:
         axes = shard_axes.get(tensor.name, ())
@@ -148,8 +148,11 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
                 alike.update({(rank, node.output[0]): group[0] for rank in group})
             continue
         read = tuple(dict.fromkeys(used_names(node)))
-        if node.op_type == "DequantizeLinear" and stored.issuperset(read):
-            fused.update((*read, *node.output))
+        if behind.keys() >= set(read):
+            constants = {*node.output}.union(*(behind[name] for name in read))
+            behind.update(dict.fromkeys(filter(None, node.output), constants))
+            if node.op_type == "DequantizeLinear":
+                fused |= constants
         first: dict[tuple[int, ...], int] = {}
         for rank in range(mesh.size):
             owner = first.setdefault(tuple(alike.get((rank, name), rank) for name in read), rank)
@@ -281,7 +284,7 @@ class _Laying:
         own = NodeProto()
         own.CopyFrom(node)
         own.name = f"{rank}/{node.name}" if node.name else ""
-        _rename(own, {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name})
+        rename(own, {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name})
         return own
 
 
@@ -315,19 +318,3 @@ def _first(group: Sequence[int]) -> Sequence[int]:
 
 def _rest(group: Sequence[int]) -> Sequence[int]:
     return group[len(_first(group)) :]
-
-
-def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
-    """Gives the outer values that `node` and the graphs in it read their names in `names`."""
-    for values in (node.input, node.output):
-        renamed = [names.get(name, name) for name in values]
-        del values[:]
-        values.extend(renamed)
-    for graph in attribute_graphs(node):
-        own = {given.name for given in (*graph.input, *graph.initializer)}
-        own.update(name for inner in graph.node for name in inner.output)
-        outside = {name: new for name, new in names.items() if name not in own}
-        for inner in graph.node:
-            _rename(inner, outside)
-        for value in graph.output:
-            value.name = outside.get(value.name, value.name)

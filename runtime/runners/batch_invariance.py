@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from furiosa_llm.runtime.artifact.compute import dequantises
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -112,7 +113,7 @@ class _Probe:
         serving, _ = serving_of(artifact, doubled)
         self._artifact = artifact
         self._lanes = rank_lanes(artifact, serving.model)
-        self._settings = SessionSettings(prepack=not mapped)
+        self._settings = SessionSettings(prepack=not mapped, dequantise=dequantises(artifact))
         self._loader = SegmentLoader(artifact, self._lanes, self._settings)
         self._feeds = ProbeFeeds(artifact, self._lanes.program)
         self._doubled = doubled

@@ -10,7 +10,8 @@ from onnx import ModelProto
 
 from furiosa_llm.runtime.adapters.bank import AdapterBank
 from furiosa_llm.runtime.artifact.adapters.inputs import AdapterInputs, adapter_inputs
-from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.compute import dequantises
+from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import InputInfo
@@ -120,7 +121,8 @@ def load_model(
     manifest = artifact.manifest
     interface = interface_of(manifest)
     check_interface(interface)
-    defaults = default_inputs(artifact)
+    types = {info.name: DTYPES[info.dtype].numpy for info in manifest.inputs}
+    defaults = {name: array.astype(types[name]) for name, array in default_inputs(artifact).items()}
     bank = AdapterBank(adapter_inputs(manifest, artifact.program.graph, defaults), apart=companions.apart)
     defaults = {name: array for name, array in defaults.items() if name not in bank.inputs.base}
     read = {name for node in artifact.program.graph.node for name in used_names(node)}
@@ -134,7 +136,7 @@ def load_model(
         states=manifest.states,
         tensors=artifact.tensors,
     )
-    settings = SessionSettings(prepack=not mapped, exact=exact)
+    settings = SessionSettings(prepack=not mapped, exact=exact, dequantise=dequantises(artifact))
     memory = max_step_nbytes or step_nbytes(manifest)
     count = min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []

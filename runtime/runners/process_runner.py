@@ -67,6 +67,7 @@ class ProcessHost(Closing):
             workers=self._workers,
             slots_per_group=slots_per_group,
             mapped=self._mapped,
+            compute=self._artifact.compute,
             companions=self._companions,
             max_step_nbytes=self._max_step_nbytes,
         )
@@ -98,6 +99,7 @@ class ProcessRunner:
         workers: int,
         slots_per_group: int,
         mapped: bool = False,
+        compute: str | None = None,
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
     ) -> None:
@@ -127,6 +129,7 @@ class ProcessRunner:
                     lanes=workers,
                     slots_per_group=slots_per_group,
                     mapped=mapped,
+                    compute=compute,
                     companions=companions,
                     max_step_nbytes=max_step_nbytes,
                     arena=arena,

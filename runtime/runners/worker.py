@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from furiosa_llm.runtime.adapters.adapter import Adapter
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.files import Folder, Handles
@@ -47,6 +48,7 @@ class Assignment:
     lanes: int
     slots_per_group: int
     mapped: bool
+    compute: str | None
     companions: Companions
     max_step_nbytes: int | None
     arena: int
@@ -99,7 +101,10 @@ def main(descriptor: int) -> None:
         return
     try:
         model = load_model(
-            open_artifact(assignment.folder, full=False, files=Folder(assignment.folder, assignment.files)),
+            computing(
+                open_artifact(assignment.folder, full=False, files=Folder(assignment.folder, assignment.files)),
+                assignment.compute,
+            ),
             assignment.stages,
             lanes=assignment.lanes,
             threads=1,

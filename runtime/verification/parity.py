@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from onnx import ModelProto
 
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import Manifest, adapted_modules, fixed_inputs
@@ -121,6 +122,7 @@ def verify_against(
     max_tokens: int = 32,
     sizes: Mapping[str, int] | None = None,
     threads: int | None = None,
+    compute: str | None = None,
     seed: int = 0,
     max_length: int | None = None,
 ) -> Parity:
@@ -130,11 +132,13 @@ def verify_against(
     drawn by `seed` up to `max_length` (None: what is affordable), and in the steps of an engine; then `prompts` are
     completed greedily by `max_tokens` tokens each, if the artifact has a tokenizer. Another model is compared in whole
     runs. `sizes` are the sizes of other dynamic dimensions; an image's sizes are taken from the model's config.json if
-    it lies in the artifact. Raises ArtifactError, InputError and ExecutionError as loading and running do, and
-    UnsupportedError if a dimension has no size.
+    it lies in the artifact. `compute` is the type that both compute in. Raises ArtifactError, InputError and
+    ExecutionError as loading and running do, and UnsupportedError if a dimension has no size.
     """
     artifact = open_artifact(path)
-    subject = Subject(artifact, model_path, sizes=sizes, threads=threads, seed=seed, max_length=max_length)
+    subject = Subject(
+        artifact, model_path, sizes=sizes, threads=threads, compute=compute, seed=seed, max_length=max_length
+    )
     findings = subject.compare(prompts, max_tokens)
     for found in (findings.stitched, findings.executor, findings.engine, findings.tokens):
         if found.failure is not None:
@@ -156,10 +160,13 @@ class Subject:
         *,
         sizes: Mapping[str, int] | None = None,
         threads: int | None = None,
+        compute: str | None = None,
         seed: int = 0,
         max_length: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        # Its inputs and outputs are compared as it computes them, not rounded to the types that are declared.
+        artifact = replace(computing(artifact, compute), declared={})
         self._artifact, self._accuracy_level_replaced = _at_level_0(artifact)
         self._threads = cores_for(threads)
         self._check = check
@@ -173,6 +180,7 @@ class Subject:
             states=manifest.states,
             threads=self._threads,
             accuracy_level=0,
+            compute=compute,
             fixed=fixed_inputs(manifest),
             lora_modules=adapted_modules(manifest),
         )

@@ -17,13 +17,23 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from furiosa_llm.runtime.artifact.adapters.graph import add_adapter_inputs
+from furiosa_llm.runtime.artifact.compute import in_float32, narrow_types
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State
 from furiosa_llm.runtime.errors import ExecutionError, InputError
 from furiosa_llm.runtime.execution.decoder import Bound, DecoderInterface
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes
-from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, Tensor, let_allocate, unwrap, wrap
+from furiosa_llm.runtime.execution.ort import (
+    ORT_ERRORS,
+    Session,
+    SessionSettings,
+    Tensor,
+    let_allocate,
+    load_error,
+    unwrap,
+    wrap,
+)
 from furiosa_llm.runtime.program.interruption import Interruption
 
 
@@ -32,8 +42,9 @@ class ReferenceModel:
 
     A state that the artifact keeps in place is appended to here if the model itself has no op that writes it in place.
     `fixed` are inputs that are constants here, and `lora_modules` have inputs for adapters. `threads` are onnxruntime's
-    intra-op threads. `accuracy_level`, if given, replaces the level of every MatMulNBits. Raises InputError if the file
-    is not a model with these inputs and outputs, ExecutionError if onnxruntime cannot load it.
+    intra-op threads. `accuracy_level`, if given, replaces the level of every MatMulNBits. With `compute` the model
+    computes in float32, and `inputs` and `outputs` say so. Raises InputError if the file is not a model with these
+    inputs and outputs, ExecutionError if onnxruntime cannot load it.
     """
 
     def __init__(
@@ -45,6 +56,7 @@ class ReferenceModel:
         states: Sequence[State],
         threads: int = 1,
         accuracy_level: int | None = None,
+        compute: str | None = None,
         fixed: Mapping[str, int] = MappingProxyType({}),
         lora_modules: Sequence[str] = (),
     ) -> None:
@@ -60,11 +72,13 @@ class ReferenceModel:
         _check_names(self._path, "outputs", [v.name for v in model.graph.output], [o.name for o in outputs])
         if accuracy_level is not None:
             set_accuracy_level(model, accuracy_level)
+        if compute is not None:
+            model = in_float32(model).model
         settings = SessionSettings(intra_op_threads=threads, exact=accuracy_level == 0)
         try:
             self._session = Session(model.SerializeToString(), self._path.parent, settings)
         except ORT_ERRORS as error:
-            raise ExecutionError(f"onnxruntime cannot load {self._path}: {error}") from error
+            raise load_error(str(self._path), error, narrow_types(model)) from error
 
     @property
     def decoder_interface(self) -> DecoderInterface:

@@ -18,6 +18,7 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.shapes.roles import read_role, role_of
 from furiosa_llm.cli.main import cli
+from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
@@ -48,6 +49,8 @@ class Row:
     """What one of the notes says."""
     runs: bool = True
     """Whether onnxruntime has kernels for it."""
+    compute: str | None = None
+    """The type that it runs in, if not its own."""
 
 
 def _batch_of_four(model: ModelProto) -> None:
@@ -118,9 +121,11 @@ ROWS = {
     "lora_init": Row(collectives=(4, 1), states=_KV, roles="tpoooooo"),
     "mask4d": Row(collectives=(3, 1), states=_KV, roles="tpm"),
     "merged": Row(collectives=(3, 1), states=_KV, roles="tp", fixed={"use_cache_branch": 1}),
+    "mobius-bf16": Row(collectives=(5, 1), states=_KV * 2, roles="tmp", compute="float32"),
     "mobius-llama": Row(collectives=(5, 1), states=_KV * 2, roles="tmp"),
     "mobius-mamba": Row(collectives=(9, 1), states=("replace",) * 4, roles="t"),
     "mobius-static-cache": Row(collectives=(5, 1), states=("replace",) * 4, roles="tpll"),
+    "nvfp4": Row(collectives=(3, 1), states=_KV, roles="tp", compute="float32"),
     "sha": Row(collectives=(18, 1), states=_KV * 4, roles="t", share=1.25, note="written head by head"),
     "stacked": Row(collectives=(3, 1), states=("append",), roles="tp"),
 }
@@ -145,7 +150,9 @@ def test_export(name: str, tp: int, tmp_path: Path) -> None:
         assert report.weight_nbytes * tp <= row.share * report.model_nbytes
     if row.runs:
         found = verify_artifact(
-            tmp_path / "artifact", against=model, options=ParityOptions(threads=1, sizes={"rank": 3})
+            tmp_path / "artifact",
+            against=model,
+            options=ParityOptions(threads=1, sizes={"rank": 3}, compute=row.compute),
         )
         assert [(check.name, check.faults) for check in found.record.checks if not check.passed] == []
         assert found.parity is not None
@@ -198,14 +205,19 @@ def test_sequences_together_and_alone_have_the_same_tokens(name: str, tmp_path: 
     model = exported(name.partition(",")[0], tmp_path, row.change)
     ArtifactBuilder(model, tensor_parallel_size=4, fixed=row.fixed).build(tmp_path / "artifact")
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-    with LLM(tmp_path / "artifact") as llm:
+    with LLM(tmp_path / "artifact", compute=row.compute) as llm:
         together = llm.generate(prompt_token_ids=_PROMPTS, sampling_params=params)
         alone = [llm.generate(prompt_token_ids=[prompt], sampling_params=params)[0] for prompt in _PROMPTS]
     tokens = [output.outputs[0].token_ids for output in together]
     assert tokens == [output.outputs[0].token_ids for output in alone]
-    manifest = open_artifact(tmp_path / "artifact").manifest
+    manifest = computing(open_artifact(tmp_path / "artifact"), row.compute).manifest
     reference = ReferenceModel(
-        model, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states, fixed=row.fixed
+        model,
+        inputs=manifest.inputs,
+        outputs=manifest.outputs,
+        states=manifest.states,
+        compute=row.compute,
+        fixed=row.fixed,
     )
     if manifest.inputs[0].shape[0] == "batch" and all(state.mode != "in_place" for state in manifest.states):
         assert tokens == [_greedy(reference, prompt, 6) for prompt in _PROMPTS]

@@ -209,7 +209,8 @@ def test_a_token_reads_the_experts_that_it_goes_through(zoo: Path) -> None:
     assert experts > rest / 4
     row = table // 256  # of a vocabulary of 1024
     for batch in (1, 2, 4):
-        least, most = weight_reads(build, Workload(max_batch_size=batch, max_model_len=16))
+        weights = {name: tensor.local_nbytes for name, tensor in build.lowered.tensors.items()}
+        least, most = weight_reads(build, Workload(max_batch_size=batch, max_model_len=16), weights, None)
         assert least == rest + experts // 2 + row
         assert most == rest + min(batch * experts // 2, experts) + min(batch * row, table)
 

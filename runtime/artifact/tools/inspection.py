@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from onnx import ModelProto
 
+from furiosa_llm.runtime.artifact.compute import Float32Memory, float32_memory
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, global_size, to_json
@@ -148,6 +149,8 @@ class Inspection:
     num_nodes: int
     weights: WeightMemory
     state: StateMemory
+    float32: Float32Memory | None
+    """What computing in float32 converts and takes; None if nothing is narrower."""
     collectives: tuple[CollectiveSummary, ...]
     splits: tuple[Split, ...]
     replicated: tuple[ReplicatedTensor, ...]
@@ -184,6 +187,7 @@ def inspect_artifact(path: str | os.PathLike[str]) -> Inspection:
         num_nodes=len(artifact.program.graph.node),
         weights=_weights(artifact),
         state=_state_memory(manifest),
+        float32=float32_memory(manifest, {name for node in artifact.program.graph.node for name in used_names(node)}),
         collectives=_collectives(manifest),
         splits=tuple(_records(plan.get("choices"), Split)),
         replicated=_replicated(artifact),

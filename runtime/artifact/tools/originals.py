@@ -47,16 +47,16 @@ def read_original(artifact: Artifact, name: str) -> Bytes:
 
 
 def default_inputs(artifact: Artifact) -> dict[str, npt.NDArray[Any]]:
-    """What inputs are that a caller leaves out: those that the model has initializers for."""
+    """What inputs are that a caller leaves out: those that the model has initializers for, in the model's own types."""
     entries = {entry.name: entry for entry in artifact.manifest.initializers}
-    wanted = {info.name: info for info in artifact.manifest.inputs if info.name in entries}
+    wanted = [info.name for info in artifact.manifest.inputs if info.name in entries]
     if not wanted:
         return {}
     kept = {tensor.name: tensor for tensor in read_source(artifact).graph.initializer}
     found: dict[str, npt.NDArray[Any]] = {}
-    for name, info in wanted.items():
+    for name in wanted:
         if entries[name].stored:
-            data = read_original(artifact, name).view(DTYPES[info.dtype].numpy)
+            data = read_original(artifact, name).view(DTYPES[entries[name].dtype].numpy)
             found[name] = data.reshape(entries[name].shape)
         else:
             found[name] = onnx.numpy_helper.to_array(kept[name])

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from furiosa_llm.runtime.artifact.compute import FLOAT32
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
@@ -81,20 +82,27 @@ class Compared:
     """What an artifact was compared with, and how far.
 
     `model` is `given`, or `rebuilt` from the artifact itself. `lengths` are those of the sequences, ascending, `limit`
-    the model's longest, None for none. Lengths and inputs follow from `seed`.
+    the model's longest, None for none. Lengths and inputs follow from `seed`. `compute` is the type that both computed
+    in, None for their own.
     """
 
     model: Literal["given", "rebuilt"]
     lengths: tuple[int, ...]
     limit: int | None
     seed: int
+    compute: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `compute` is there only if it is not None."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "compute" or value}
 
     def __str__(self) -> str:
         model = "the model given" if self.model == "given" else "the unsplit model put back together from this artifact"
         limit = "" if self.limit is None else f" of {self.limit}"
         first, last = self.lengths[0], self.lengths[-1]
         lengths = f"the length {first}" if first == last else f"{len(self.lengths)} lengths from {first} to {last}"
-        return f"{model}, at {lengths}{limit}"
+        computed = "" if self.compute is None else f", both in {self.compute}"
+        return f"{model}{computed}, at {lengths}{limit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +154,7 @@ class Verification:
             "tool": self.tool,
             "libraries": dict(self.libraries),
             "passed": self.passed,
-            "compared": None if self.compared is None else dataclasses.asdict(self.compared),
+            "compared": None if self.compared is None else self.compared.to_json(),
             "checks": {
                 check.name: {
                     "passed": check.passed,
@@ -255,7 +263,8 @@ def _record(root: Field) -> Verification:
 
 
 def _compared(field: Field) -> Compared:
-    member = field.members(("model", "lengths", "limit", "seed"))
+    computed = ("compute",) if "compute" in field.mapping() else ()
+    member = field.members(("model", "lengths", "limit", "seed", *computed))
     lengths = member["lengths"].items(lambda length: length.integer(minimum=1))
     if not lengths or list(lengths) != sorted(set(lengths)):
         member["lengths"].fail("one length or more, ascending")
@@ -264,6 +273,7 @@ def _compared(field: Field) -> Compared:
         lengths=lengths,
         limit=member["limit"].optional(lambda limit: limit.integer(minimum=1)),
         seed=member["seed"].integer(),
+        compute=member["compute"].choice((FLOAT32,)) if computed else None,
     )
 
 

@@ -25,16 +25,21 @@ def exported(name: str, folder: Path, change: Change | None = None) -> Path:
 
 
 def _fill(model: ModelProto) -> None:
-    """Give every tensor that has its data elsewhere small numbers, or any codes."""
+    """Give every tensor that has its data elsewhere small numbers (float8: scales), or any codes."""
     random = np.random.default_rng(0)
     for tensor in _tensors(model.graph):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         shape = tuple(tensor.dims)
-        if tensor.data_type == TensorProto.FLOAT:
-            array = (random.standard_normal(shape) / np.sqrt(shape[0])).astype(np.float32)
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if tensor.data_type in (TensorProto.FLOAT, TensorProto.BFLOAT16):
+            array = (random.standard_normal(shape) / np.sqrt(shape[0])).astype(kind)
+        elif tensor.data_type == TensorProto.FLOAT8E4M3FN:
+            array = random.uniform(0.5, 2, shape).astype(kind)
+        elif tensor.data_type == TensorProto.FLOAT4E2M1:
+            array = (2 * random.standard_normal(shape)).astype(kind)
         else:
-            array = random.integers(0, 256, shape).astype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+            array = random.integers(0, 256, shape).astype(kind)
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
