@@ -49,6 +49,10 @@ test-kernels: $(INSTALLED) ## the tests that depend on onnxruntime's kernels, on
 test-wheel: $(INSTALLED) ## build sdist and wheel, and test the wheel outside the checkout
 	scripts/test-wheel.sh $(BIN)
 
+.PHONY: test-versions
+test-versions: test-wheel ## that wheel on every Python from 3.11 to 3.14 that is here, with the newest and lowest dependencies
+	scripts/test-versions.sh $(BIN)
+
 .PHONY: lint
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -192,7 +196,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-wheel mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-versions mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \
