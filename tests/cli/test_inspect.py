@@ -72,7 +72,7 @@ def test_all_of_it_as_json(artifact: Path, cli: Cli) -> None:
     found = json.loads(result.out)
     assert found == json.loads(json.dumps(inspect_artifact(artifact).to_json()))
     assert list(found) == [
-        *("digest", "model", "mesh", "num_nodes", "weights", "state", "collectives", "splits", "replicated"),
+        *("digest", "model", "mesh", "num_nodes", "weights", "state", "float32", "collectives", "splits", "replicated"),
         *("refused", "notes", "attention", "blocks", "inputs", "outputs", "states", "files", "provenance"),
         "verification",
     ]

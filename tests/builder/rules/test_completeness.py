@@ -41,7 +41,11 @@ ON_PURPOSE = (
     ),
     LeftOut(_NORMS, _SUMS, "linear in scales and biases alone, which are weights and never partial sums"),
     LeftOut(_FUSED, _SUMS, "a sum is made in front of a fused op, which is linear in some of its inputs at best"),
-    LeftOut(r"OneHot|CastLike( more)?|com\.microsoft\.LinearAttentionGate", r"[RP, S0]+ -> [RPS0, ]+", "a constant is no sum"),
+    LeftOut(
+        r"OneHot|CastLike( more)?|com\.microsoft\.LinearAttentionGate",
+        r"[RP, S0]+ -> [RPS0, ]+",
+        "a constant is no sum",
+    ),
     LeftOut(r"com\.microsoft\.(GatedAdd|HyperConnection.*)", _SUMS, "bilinear in some inputs, which a rule cannot say"),
     LeftOut(r"Shape.*|Size|EyeLike|NonZero", r"(P|S0) -> [RP]", "what ops make of shapes alone is made on every rank"),
     LeftOut(r"Reshape copied size", r"P, R -> P", "replicated as a whole"),
