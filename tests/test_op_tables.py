@@ -29,7 +29,7 @@ REASONS = {
     **dict.fromkeys(
         (
             *(f"builder/factors/scores.py: {where}" for where in ("_BEHIND", "_PRODUCTS", "_tables")),
-            "builder/factors/states.py: _computed_from.outputs",
+            "builder/factors/states.py: _computed_from",
             *(f"builder/shapes/flow.py: {where}" for where in ("_PARTS", "_WRITES")),
             "builder/shapes/growth.py: _moved",
             *(f"builder/shapes/roles.py: _{kind}_PORTS" for kind in ("ANGLE", "LENGTH", "MASK", "WRITE")),
