@@ -75,8 +75,8 @@ PLANNING = (
     Fault(
         name="dead values are freed too soon",
         file="builder/lower/working_memory.py",
-        old="        peak = max(peak, alive)\n        alive -= ends.pop(i, 0)\n",
-        new="        alive -= ends.pop(i, 0)\n        peak = max(peak, alive)\n",
+        old="ends.setdefault(last_use.get(name, i), [])",
+        new="ends.setdefault(i, [])",
         effect="`plan` does not warn of a step that no PE has memory for",
         hints=("tests/builder/test_model_plan.py::test_activations_are_the_most_that_is_alive",),
     ),

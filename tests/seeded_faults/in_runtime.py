@@ -251,7 +251,7 @@ TEXT = (
     ),
     Fault(
         name="templates escape what is not ASCII",
-        file="runtime/tokens/tokenizer.py",
+        file="runtime/tokens/chat_template.py",
         old="return json.dumps(value, ensure_ascii=False, indent=indent)",
         new="return json.dumps(value, indent=indent)",
         effect="tools whose descriptions are not English reach the model as escapes",

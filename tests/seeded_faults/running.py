@@ -14,9 +14,9 @@ from tests.seeded_faults.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 
-FAST = "not real_model and not slow and not browser"
+FAST = "not real_model and not slow and not browser and not release"
 """What `make test` runs; `make test-all` runs the rest too."""
-REST = "real_model or slow or browser"
+REST = "(real_model or slow or browser) and not release"
 
 _MADE_BY_TESTS = ("build", ".pytest_cache", ".hypothesis")
 """Not copied on: what tests keep for the next run was made by other sources."""
