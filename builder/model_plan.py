@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -15,7 +16,7 @@ from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.kernels import MissingKernel, missing_kernels
 from furiosa_llm.builder.lower.weight_reads import weight_reads
-from furiosa_llm.builder.lower.working_memory import WorkingMemory, working_memory
+from furiosa_llm.builder.lower.working_memory import FactsOfStep, WorkingMemory, facts_at, working_memory
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
@@ -260,9 +261,10 @@ def size_plan(
     (whole,) = deployments.stages(1, workload)
     tensors = build.lowered.tensors.values()
     weights = {name: loaded_nbytes(tensor, compute) for name, tensor in model.tensors.items()}
-    least, most = weight_reads(build, workload, weights, compute)
+    facts_of = functools.cache(functools.partial(facts_at, build, compute=compute))
+    least, most = weight_reads(build, workload, weights, facts_of)
     found = [d for n in tried if (d := deployments.on(n, workload)) is not None]
-    working, working_chunk = _working(build, workload, compute)
+    working, working_chunk = _working(build, workload, facts_of)
     has_cache = whole.kv_nbytes_per_token > 0
     return SizePlan(
         tensor_parallel_size=build.plan.mesh.size,
@@ -302,15 +304,15 @@ def _chunked(
     return min(found, key=lambda pair: math.inf if pair[1] is None else pair[1].cards)
 
 
-def _working(build: Build, workload: Workload, compute: str | None) -> tuple[WorkingMemory | None, int | None]:
+def _working(build: Build, workload: Workload, facts_of: FactsOfStep) -> tuple[WorkingMemory | None, int | None]:
     """What is alive inside a step, and the chunk with which a PE has room for it."""
-    first = working = working_memory(build, workload, compute)
+    first = working = working_memory(build, workload, facts_of)
     smaller = iter([n for n in CHUNKS if n < workload.prefill_chunk_size])
     chunk: int | None = workload.prefill_chunk_size
     while working is not None and working.nbytes > PE_NBYTES:
         if (chunk := next(smaller, None)) is None:
             break
-        working = working_memory(build, dataclasses.replace(workload, prefill_chunk_size=chunk), compute)
+        working = working_memory(build, dataclasses.replace(workload, prefill_chunk_size=chunk), facts_of)
     return first, chunk
 
 

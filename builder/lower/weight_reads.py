@@ -6,21 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.working_memory import decode_sizes, facts_at
+from furiosa_llm.builder.lower.working_memory import FactsOfStep, decode_sizes
 from furiosa_llm.builder.rules.registry import nbytes_read
 from furiosa_llm.builder.rules.view import NodeView
 from furiosa_llm.runtime.placement.capacity import Workload
 
 
-def weight_reads(build: Build, workload: Workload, weights: Mapping[str, int], compute: str | None) -> tuple[int, int]:
+def weight_reads(
+    build: Build, workload: Workload, weights: Mapping[str, int], facts_of: FactsOfStep
+) -> tuple[int, int]:
     """The least and the most bytes: all sequences choose the same rows and experts, or each its own.
 
-    `weights` are the bytes of each on one rank, in the type to `compute` in.
+    `weights` are the bytes of each on one rank, in the type that is computed in.
 
     A weight that several nodes read counts once, as the one that reads most of it does. Where the model does not take
     the workload's sizes, everything counts as read.
     """
-    one = facts_at(build, decode_sizes(dataclasses.replace(workload, max_batch_size=1)), compute)
+    one = facts_of(decode_sizes(dataclasses.replace(workload, max_batch_size=1)))
     if one is None:
         return sum(weights.values()), sum(weights.values())
     opset = build.lowered.graph.opset_imports.get("", 1)

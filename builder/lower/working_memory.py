@@ -7,7 +7,7 @@ node makes far more, as in mixtures that gather a matrix for each token, the pla
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -32,11 +32,14 @@ class WorkingMemory:
     """The op that makes it."""
 
 
-def working_memory(build: Build, workload: Workload, compute: str | None = None) -> WorkingMemory | None:
+FactsOfStep = Callable[[SizeSet], Facts | None]
+"""The types and shapes of every value of a program on one rank, at sizes; None if the model does not take them."""
+
+
+def working_memory(build: Build, workload: Workload, facts_of: FactsOfStep) -> WorkingMemory | None:
     """The most bytes alive at any node of a decode and of a prefill step; None if the model takes neither.
 
     States do not count, because they are in the KV cache. A view counts as a copy. Kernels' scratch memory is unknown.
-    `compute` is the type to compute in, None for the model's own.
     """
     context = workload.max_model_len
     chunk = min(workload.prefill_chunk_size, context)
@@ -44,7 +47,7 @@ def working_memory(build: Build, workload: Workload, compute: str | None = None)
         decode_sizes(workload),
         SizeSet(batch=1, sequence=chunk, past=context - chunk, encoder=context, others=(1,)),
     )
-    peaks = [peak for sizes in steps if (peak := _peak(build, sizes, compute)) is not None]
+    peaks = [_peak(build, facts) for sizes in steps if (facts := facts_of(sizes)) is not None]
     return max(peaks, key=lambda peak: peak.nbytes, default=None)
 
 
@@ -55,7 +58,7 @@ def decode_sizes(workload: Workload) -> SizeSet:
 
 
 def facts_at(build: Build, sizes: SizeSet, compute: str | None = None) -> Facts | None:
-    """The types and shapes of every value of the program on one rank; None if the model does not take the sizes."""
+    """A `FactsOfStep` of `build`; `compute` is the type to compute in, None for the model's own."""
     program = ir.Model(build.lowered.graph, ir_version=build.ir_version)
     try:
         facts = interpreter(program, build.plan.mesh).run(local_inputs(build, sizes), lengths(build.model.graph, sizes))
@@ -68,9 +71,7 @@ def _wide(fact: Fact) -> Fact:
     return dataclasses.replace(fact, dtype=ir.DataType.FLOAT) if fact.dtype.name in NARROW | QUANTISED else fact
 
 
-def _peak(build: Build, sizes: SizeSet, compute: str | None) -> WorkingMemory | None:
-    if (facts := facts_at(build, sizes, compute)) is None:
-        return None
+def _peak(build: Build, facts: Facts) -> WorkingMemory:
     graph = build.lowered.graph
     states = {str(value.name) for value in build.states.values}
     return _most_alive(list(graph), {str(v.name) for v in graph.outputs} - states, states, facts)

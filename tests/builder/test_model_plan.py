@@ -15,7 +15,7 @@ import pytest
 from furiosa_llm.builder import OptionError, plan_model
 from furiosa_llm.builder.lower.program_builder import INLINE_NBYTES
 from furiosa_llm.builder.lower.weight_reads import weight_reads
-from furiosa_llm.builder.lower.working_memory import working_memory
+from furiosa_llm.builder.lower.working_memory import facts_at, working_memory
 from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
@@ -177,7 +177,7 @@ def test_activations_are_the_most_that_is_alive(tmp_path: Path) -> None:
     inner, residual, scores = 5 * 64 // 4 * 4, 5 * 16 * 4, 5 * 40 * 4
     layer = residual + 2 * inner  # the inner values before and behind Relu, beside what is added to later
     workload = Workload(max_model_len=32, max_batch_size=5, prefill_chunk_size=1)
-    found = working_memory(build, workload)
+    found = working_memory(build, workload, functools.partial(facts_at, build))
     assert found is not None
     assert found.nbytes == max(layer, scores // 4 + scores)
     assert found.op in ("Relu", "MatMul", "AllGather")
@@ -210,7 +210,9 @@ def test_a_token_reads_the_experts_that_it_goes_through(zoo: Path) -> None:
     row = table // 256  # of a vocabulary of 1024
     for batch in (1, 2, 4):
         weights = {name: tensor.local_nbytes for name, tensor in build.lowered.tensors.items()}
-        least, most = weight_reads(build, Workload(max_batch_size=batch, max_model_len=16), weights, None)
+        least, most = weight_reads(
+            build, Workload(max_batch_size=batch, max_model_len=16), weights, functools.partial(facts_at, build)
+        )
         assert least == rest + experts // 2 + row
         assert most == rest + min(batch * experts // 2, experts) + min(batch * row, table)
 
