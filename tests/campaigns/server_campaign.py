@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def campaign(artifact: Path, *, count: int, seed: int) -> Result:
     return run.result
 
 
+@contextmanager
+def given_or_built(artifact: Path | None) -> Iterator[Path]:
+    """`artifact`, or a small one that is there for as long as the block runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        if artifact is None:
+            artifact = Path(folder) / "artifact"
+            ArtifactBuilder(ZOO / "model.onnx", tensor_parallel_size=4).build(artifact)
+        yield artifact
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Hostile clients beside honest ones, against the real command.")
@@ -200,10 +211,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--artifact", type=Path, default=None, help="by default a small one is made")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = arguments.artifact or Path(folder) / "artifact"
-        if arguments.artifact is None:
-            ArtifactBuilder(ZOO / "model.onnx", tensor_parallel_size=4).build(artifact)
+    with given_or_built(arguments.artifact) as artifact:
         result = campaign(artifact, count=arguments.count, seed=arguments.seed)
     for name, number in result.attacks.items():
         sys.stdout.write(f"{name:12} {number:6}\n")

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from furiosa_llm import ArtifactBuilder
-from tests.campaigns.server_campaign import ZOO
+from tests.campaigns.server_campaign import given_or_built
 from tests.support.server.process import started
 
 BAR = 0.1
@@ -248,11 +247,10 @@ def main() -> int:
     parser.add_argument("--only", default="", help="the kinds with this in their name")
     parser.add_argument("--artifact", type=Path, default=None, help="by default a small one is made")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = arguments.artifact or Path(folder) / "artifact"
-        if arguments.artifact is None:
-            ArtifactBuilder(ZOO / "model.onnx", tensor_parallel_size=4).build(artifact)
+    with given_or_built(arguments.artifact) as artifact:
         found = campaign(artifact, nbytes=arguments.nbytes, only=arguments.only)
+    if not found:
+        parser.error(f"--only {arguments.only}: no kind has that in its name")
     for name, one in found.items():
         wrong = problem(one)
         shown = f"{name:22} {one.status:4} {one.seconds:6.2f} s  /health {one.health * 1000:4.0f} ms  {one.said:.100}"
