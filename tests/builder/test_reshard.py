@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fixtures.smollm2 import SHAPES, ensure
+from fixtures.smollm2 import SHAPES
 from furiosa_llm.builder import ArtifactBuilder, OptionError, read_tactics, reshard
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
@@ -18,7 +18,7 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.builder.test_zoo import MODELS
 from tests.builder.write.test_streaming import digests
 from tests.conftest import Built
-from tests.support.artifacts import artifact_of
+from tests.support.artifacts import artifact_of, smollm2_artifact
 from tests.support.builder.graphs import model, random
 from tests.support.tiers import tiered
 
@@ -154,8 +154,5 @@ REAL = {(shape, *way) for shape in SHAPES for way in ((4, 8), (8, 4))}
     ("shape", "before", "after"), tiered(sorted(REAL), (), REAL - {("int4", 4, 8), ("optimum-fp32", 8, 4)})
 )
 def test_the_real_model(shape: str, before: int, after: int, tmp_path: Path) -> None:
-    model = ensure(shape) / "model.onnx"
-    for size in (before, after):
-        ArtifactBuilder(model, tensor_parallel_size=size).build(tmp_path / str(size))
-    reshard(tmp_path / str(before), tmp_path / "resharded", tensor_parallel_size=after)
-    assert digests(tmp_path / "resharded") == digests(tmp_path / str(after))
+    reshard(smollm2_artifact(shape, before), tmp_path / "resharded", tensor_parallel_size=after)
+    assert digests(tmp_path / "resharded") == digests(smollm2_artifact(shape, after))

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.artifacts import artifact
 from benchmarks.parity import PROMPTS
+from fixtures.smollm2 import ensure
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.engine.engine_args import SchedulerConfig
 from furiosa_llm.runtime.execution.decoder import DecoderSession
@@ -222,12 +223,13 @@ def _take(output: RequestOutput, expected: Answered, found: Comparison) -> None:
     found.error = max(found.error, error)
 
 
-def smollm2_answers(shape: str, num_prompts: int | None = None) -> list[Answered]:
-    """What SmolLM2 in `shape` answers to the prompts of the parity benchmark, or to the last ones."""
-    built = artifact(shape, 4)
-    tokenizer = Tokenizer.from_folder(built.folder)
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    return unsplit_answers(built.folder, built.model, prompts[-(num_prompts or len(prompts)) :], NUM_TOKENS)
+def smollm2_answers(
+    folder: Path, shape: str, num_prompts: int = len(PROMPTS), num_tokens: int = NUM_TOKENS
+) -> list[Answered]:
+    """What SmolLM2 in `shape`, whose artifact is in `folder`, answers to the last prompts of the parity benchmark."""
+    tokenizer = Tokenizer.from_folder(folder)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[-num_prompts:]]
+    return unsplit_answers(folder, ensure(shape) / "model.onnx", prompts, num_tokens)
 
 
 def main() -> int:
@@ -236,7 +238,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="the whole product of the factors")
     parser.add_argument("--shape", default=SHAPE, choices=("genai-fp32", "optimum-fp32"))
     arguments = parser.parse_args()
-    expected = smollm2_answers(arguments.shape)
+    expected = smollm2_answers(artifact(arguments.shape, 4).folder, arguments.shape)
     failures = 0
     for setting in every_setting() if arguments.all else PAIRWISE:
         started = time.monotonic()

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tools and a key", "encoder"])
+@pytest.mark.parametrize("name", ["tools and a key", pytest.param("encoder", marks=pytest.mark.release)])
 def test_the_server_keeps_to_its_schema(folder: Path, name: str) -> None:
     result = fuzz_server.try_server(folder, name, seconds=None, seed=0)
     assert result.finding is None, result.finding

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from rich.console import Console
 
-from fixtures.smollm2 import ensure
-from furiosa_llm import ArtifactBuilder
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 from tests.runtime.runners.test_local_runner import (
@@ -22,6 +17,7 @@ from tests.runtime.runners.test_local_runner import (
     same_bits,
     serve,
 )
+from tests.support.artifacts import smollm2_artifact
 
 pytestmark = pytest.mark.real_model
 
@@ -31,11 +27,8 @@ STEPS = 5
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    folder = tmp_path_factory.mktemp("smollm2") / request.param
-    model: Path = ensure(request.param, console=Console(quiet=True))
-    ArtifactBuilder(model / "model.onnx", tensor_parallel_size=4).build(folder)
-    return open_artifact(folder)
+def artifact(request: pytest.FixtureRequest) -> Artifact:
+    return open_artifact(smollm2_artifact(request.param))
 
 
 @pytest.fixture(scope="module")

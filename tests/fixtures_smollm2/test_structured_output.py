@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from fixtures.smollm2 import ensure
-from furiosa_llm import LLM, ArtifactBuilder, SamplingParams, StructuredOutputsParams
+from furiosa_llm import LLM, SamplingParams, StructuredOutputsParams
 from furiosa_llm.runtime.tokens.grammar import Grammars
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+from tests.support.artifacts import smollm2_artifact
 
 pytestmark = pytest.mark.real_model
 
@@ -30,11 +31,10 @@ def model() -> Path:
     return folder
 
 
-def test_an_answer_in_json(model: Path, tmp_path: Path) -> None:
-    ArtifactBuilder(model / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
+def test_an_answer_in_json() -> None:
     wanted = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
     question = [{"role": "user", "content": "Paris is the capital of which country? Answer in JSON."}]
-    with LLM.load_artifact(tmp_path / "artifact") as llm:
+    with LLM.load_artifact(smollm2_artifact("int4")) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=60, structured_outputs=wanted)
         [completion] = llm.chat(question, params)[0].outputs
         assert completion.finish_reason == "stop"

@@ -139,7 +139,7 @@ def test_closing_does_not_wait_for_all_texts_of_a_request(
         asked = asyncio.create_task(model.kind.embed([[5] * (1 + index % 400) for index in range(4000)]))
         await asyncio.to_thread(runs.acquire)
         await asyncio.to_thread(model.close)
-        with pytest.raises(ExecutionError, match="the executor (is|was) closed"):
+        with pytest.raises(ExecutionError, match=r"the executor (is|was) closed"):
             await asked
 
     asyncio.run(embed_and_close())

@@ -1,4 +1,4 @@
-"""Artifacts of the zoo's models, each built once for all tests and workers of a run, and for the runs after it.
+"""Artifacts of the zoo's models and of SmolLM2, each built once for all tests and workers, and for the runs after.
 
 They lie under `build/test-artifacts`, or in the folder that FURIOSA_LLM_TEST_ARTIFACTS names, by a digest of all that
 they follow from: the sources of the builder and of the format, the versions of the packages that it builds with, the
@@ -20,6 +20,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.console import Console
+
+from fixtures.smollm2 import ensure
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,20 +51,30 @@ def artifact_of(name: str, tensor_parallel_size: int = 4, beside: Mapping[str, s
 def built_model(name: str, tensor_parallel_size: int = 4, beside: tuple[tuple[str, str], ...] = ()) -> BuiltModel:
     """The same, with the builder's report."""
     files = [path for path in sorted((ZOO / name.partition("/")[0]).iterdir()) if path.is_file()]
-    options = repr((name, tensor_parallel_size, beside))
-    place = _generation() / _digest(files, options)
+    return _built(ZOO / name, _digest(files, repr((name, tensor_parallel_size, beside))), tensor_parallel_size, beside)
+
+
+@functools.cache
+def smollm2_artifact(shape: str, tensor_parallel_size: int = 4) -> Path:
+    """The artifact of SmolLM2 in `shape`; not to be changed. Its recipe, noted beside it, stands for its bytes."""
+    source: Path = ensure(shape, console=Console(quiet=True))
+    options = repr((shape, tensor_parallel_size, (source / "recipe.json").read_text(encoding="utf-8")))
+    return _built(source, _digest([], options), tensor_parallel_size, ()).folder
+
+
+def _built(source: Path, digest: str, tensor_parallel_size: int, beside: tuple[tuple[str, str], ...]) -> BuiltModel:
+    place = _generation() / digest
     with _locked(place.with_suffix(".lock")):
         if not place.exists():
-            _build(name, tensor_parallel_size, beside, place)
+            _build(source, tensor_parallel_size, beside, place)
     report = pickle.loads((place / "report").read_bytes())  # our own, written below
     return BuiltModel(folder=place / "artifact", report=report)
 
 
-def _build(name: str, tensor_parallel_size: int, beside: tuple[tuple[str, str], ...], place: Path) -> None:
+def _build(source: Path, tensor_parallel_size: int, beside: tuple[tuple[str, str], ...], place: Path) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-        source = ZOO / name
         if beside:
-            source = Path(shutil.copytree(source, Path(temporary) / name))
+            source = Path(shutil.copytree(source, Path(temporary) / source.name))
             for file, text in beside:
                 (source / file).write_text(text, encoding="utf-8")
         if (source / "model.onnx").exists():
