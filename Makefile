@@ -141,6 +141,13 @@ bench-peers: $(INSTALLED) ## this project beside other engines, on one model in 
 	$(BIN)/python -m benchmarks.peers.install
 	$(BIN)/python -m benchmarks.peers --rounds $(ROUNDS)
 
+ONLY ?=
+
+.PHONY: exporters
+exporters: $(INSTALLED) ## what exporters' models of 49 architectures become, in docs/exporters.md: an hour or two (ONLY=genai)
+	$(BIN)/python -m benchmarks.exporters.install
+	$(BIN)/python -m benchmarks.exporters $(addprefix --only ,$(ONLY))
+
 .PHONY: mutants
 mutants: $(INSTALLED) ## seeded faults, one after the other in copies of the tree: which suite catches which
 	$(BIN)/python -m tests.seeded_faults

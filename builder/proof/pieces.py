@@ -361,6 +361,8 @@ def _unify_copies(a: Dim, b: Dim) -> Dim | None:
     for copies, other in ((a, b), (b, a)):
         if len(copies) == 1 and isinstance(copies[0], Copies) and local_size(other) == copies[0].count:
             return other
+        if is_whole(copies) and is_whole(other) and not has_copies(other) and local_size(copies) == local_size(other):
+            return other
         if not copies and all(isinstance(p, Copies) and p.count == ONE for p in other):
             return copies
     return None

@@ -187,7 +187,7 @@ class RankTransfer:
         condition = self._without_trailing(here, rows.trailing)
         axes = pieces.axes_of(rows.table)
         problem = "integers that do not come from one tensor"
-        for source in _sources(rows.indices, self._facts):
+        for source in _sources(rows.indices):
             problem = self._check_lookup(rows.table, rows.indices, condition, source)
             if not problem:
                 partial = frozenset(axes)
@@ -299,16 +299,14 @@ def _is_whole(one: Held) -> bool:
     return isinstance(one, Placement) and one.is_whole
 
 
-def _sources(value: ir.Value, facts: LocalFacts) -> Iterator[ir.Value]:
+def _sources(value: ir.Value) -> Iterator[ir.Value]:
     """The values that an elementwise computation may start from, the nearest first."""
     queue, seen = [value], {value}
     while queue:
         current = queue.pop(0)
+        yield current  # constants may be positions, too
         node = current.producer()
-        inner = node is not None and node.op_type in ELEMENTWISE
-        if facts.first[current].value is None or not inner:  # constants may be positions, too
-            yield current
-        if node is None or not inner:
+        if node is None or node.op_type not in ELEMENTWISE:
             continue
         for operand in node.inputs:
             if operand is not None and operand not in seen and not operand.is_initializer():

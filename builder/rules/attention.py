@@ -13,7 +13,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.rules.cost import RMS_NORM, SOFTMAX, Cost, spent, taken
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.operands import Operands, Shapes, has, of_one_batch, takes
-from furiosa_llm.builder.rules.registry import as_input, op, spell, whole, whole_inputs
+from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, SizeMismatchError, attributes_of
 
@@ -128,6 +128,25 @@ def attention(view: NodeView) -> Rule:
         padding="finite",
         attributes={"q_num_heads": "kv g", "kv_num_heads": "kv"} if flat else {},
     )
+
+
+def _attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
+    """The standard's, which does not tell the present of keys and values without a past: what is new, by heads."""
+    if len(node.outputs) == 1 or (len(inputs) > 4 and inputs[4] is not None):
+        return _STANDARD_SHAPE(node, inputs)
+    query, keys, values = (present(inputs[port]) for port in range(3))
+    attributes, flat = attributes_of(node), len(query.shape) == 3
+    heads = attributes["q_num_heads"] if flat else query.shape[1]
+    kv = attributes["kv_num_heads"] if flat else keys.shape[1]
+    batch, total = query.shape[0], keys.shape[-2]
+    sizes = [one.shape[-1] // (kv if flat else 1) for one in (keys, values)]
+    output = (*query.shape[:2], heads * sizes[1]) if flat else (*query.shape[:3], sizes[1])
+    scores = (batch, heads, query.shape[-2], total)
+    shapes = [output, *((batch, kv, total, size) for size in sizes), scores]
+    return [(query.dtype, shape) for shape in shapes[: len(node.outputs)]]
+
+
+_STANDARD_SHAPE = standard_shape("Attention", opset=24)
 
 
 def rotary_embedding(view: NodeView) -> Rule:
@@ -259,6 +278,7 @@ op(
 op(
     "Attention",
     rule=attention,
+    shape=_attention_shape,
     operands=Operands(check=of_one_batch({0: 0, 1: 0, 2: 0, 4: 0, 5: 0, 6: 0})),
     caches={4: 1, 5: 2},
     cost=_attention_cost,

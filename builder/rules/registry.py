@@ -146,14 +146,14 @@ def as_input(_: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
     return [(data.dtype, data.shape)]
 
 
-def standard_shape(op_type: str, *, drop_inputs_from: int | None = None) -> ShapeRule:
-    """The shape rule of one of onnxruntime's ops that has the shapes of a standard op."""
+def standard_shape(op_type: str, *, drop_inputs_from: int | None = None, opset: int = _STANDARD_OPSET) -> ShapeRule:
+    """The shape rule of an op that has the shapes of a standard op, as `opset` defines it."""
 
     def infer(node: ir.Node, inputs: Sequence[Fact | None]) -> Inferred:
         proto = ir.to_proto(node)
         proto.op_type, proto.domain = op_type, ""
         del proto.input[drop_inputs_from if drop_inputs_from is not None else len(proto.input) :]
-        schema = onnx.defs.get_schema(op_type, _STANDARD_OPSET, "")
+        schema = onnx.defs.get_schema(op_type, opset, "")
         for attribute in [a for a in proto.attribute if a.name not in schema.attributes]:
             proto.attribute.remove(attribute)
         facts = {name: fact for name, fact in zip(proto.input, inputs, strict=False) if fact is not None}

@@ -109,6 +109,7 @@ ROWS = {
     "genai-phi3-longrope": Row(collectives=(3, 1), states=("in_place",) * 4, roles="tm", note="If: replicated"),
     "genai-prune-lm-head": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tm"),
     "genai-qwen25vl-mrope": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tmp"),
+    "genai-lfm2": Row(collectives=(5, 1), states=("in_place", "in_place", "replace"), roles="tm", share=1.3),
     "genai-qwen35": Row(collectives=(5, 1), states=("in_place", "in_place", "replace", "replace"), roles="tmp"),
     "gidx-ordered": Row(collectives=(1, 3), states=_KV, roles="tp", note="g_idx: the rows are whole"),
     "gidx-ordered, no zero points": Row(collectives=(3, 1), states=_KV, roles="tp", change=_without_zero_points),
@@ -221,6 +222,26 @@ def test_sequences_together_and_alone_have_the_same_tokens(name: str, tmp_path: 
     )
     if manifest.inputs[0].shape[0] == "batch" and all(state.mode != "in_place" for state in manifest.states):
         assert tokens == [_greedy(reference, prompt, 6) for prompt in _PROMPTS]
+
+
+@pytest.mark.parametrize("name", ["genai-qwen35", "genai-lfm2", "mobius-mamba"])
+def test_states_of_a_fixed_size_in_a_batch_that_is_preempted(name: str, tmp_path: Path) -> None:
+    """A gated delta net, a short convolution and a state-space model: 16 sequences in too little memory, and alone."""
+    model = exported(name, tmp_path)
+    ArtifactBuilder(model, tensor_parallel_size=4).build(tmp_path / "artifact")
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 300, size=n).tolist() for n in (1, 2, 31, 16, *random.integers(1, 40, size=12))]
+    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+    with LLM(tmp_path / "artifact", max_model_len=64, paged_attention_num_blocks=16) as llm:
+        together = llm.generate(prompt_token_ids=prompts, sampling_params=params)
+        assert sum(replica.usage.preemptions for replica in llm.core.machine().replicas) > 0
+        alone = [llm.generate(prompt_token_ids=[prompt], sampling_params=params)[0] for prompt in prompts]
+    tokens = [output.outputs[0].token_ids for output in together]
+    assert tokens == [output.outputs[0].token_ids for output in alone]
+    assert all(output.num_cached_tokens == 0 for output in alone)
+    manifest = open_artifact(tmp_path / "artifact").manifest
+    reference = ReferenceModel(model, inputs=manifest.inputs, outputs=manifest.outputs, states=manifest.states)
+    assert tokens == [_greedy(reference, prompt, 16) for prompt in prompts]
 
 
 def _greedy(model: ReferenceModel, prompt: list[int], count: int) -> list[int]:

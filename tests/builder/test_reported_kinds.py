@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.verification import ParityOptions, verify_artifact
 from tests.support.builder.graphs import model
 
@@ -38,7 +40,15 @@ _WEIGHTS = {
     "norm": _weight(8),
     "zero": np.array([[0]]),
     "axis": _ints(1),
+    "third": _ints(3),
+    "twos": _ints(1, 1, 1, 2),
+    "eight1": _ints(8),
+    "four": _weight(4),
+    "taps": _weight(64, 1, 3),
+    "bias": _weight(64),
     "none1": _ints(0),
+    "heads13": _ints(1, 2),
+    "spread": _weight(8, _WIDTH),
     "two1": _ints(2),
     "eight": _ints(1, 1, 8),
     "sixteen": np.array(16),
@@ -82,6 +92,20 @@ def test_a_lookup_by_an_index_that_is_a_constant(index: str, tmp_path: Path) -> 
     assert report.collectives["AllReduce"] == 2
 
 
+def test_a_lookup_at_the_next_position_alone(tmp_path: Path) -> None:
+    """Of a decoder that takes one token: its position is a sum of sizes, known for any of them."""
+    nodes = """
+        x = Gather(emb, input_ids) size = Shape(past) p = Gather(size, two) row = Unsqueeze(p, none1)
+        place = Add(row, two) t = Gather(emb, place) x1 = Add(x, t) k0 = MatMul(x1, wk) k1 = Reshape(k0, k4)
+        k = Transpose<perm=[0,2,1,3]>(k1) present = Concat<axis=2>(past, k)
+        s0 = ReduceMean<keepdims=0>(present, heads13) s = Unsqueeze(s0, axis) x2 = MatMul(s, spread) z0 = Add(x1, x2)
+        logits = MatMul(z0, head)
+    """
+    inputs = "int64[batch, 1] input_ids, float[batch, 4, past, 8] past"
+    outputs = "float[batch, 1, 128] logits, float[batch, 4, total, 8] present"
+    _checked(tmp_path, inputs, outputs, nodes, 4)
+
+
 @pytest.mark.parametrize("tp", [4, 8])
 def test_norms_per_head_in_front_of_group_query_attention(tp: int, tmp_path: Path) -> None:
     """Reshapes to sequence times heads and back, of queries and of keys, which only together explain the op."""
@@ -112,6 +136,85 @@ def test_a_split_of_what_was_copied_along_other_dimensions(tmp_path: Path) -> No
         s = Sum(sin, cos) t = ReduceMean<keepdims=1>(s, two1) x2 = Add(x, t) {_FEED_FORWARD}
     """
     _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 128] logits", nodes, 4)
+
+
+def test_copies_side_by_side_beside_a_whole_dimension(tmp_path: Path) -> None:
+    """Rotary angles of which each is written twice, side by side, times heads that are split."""
+    nodes = f"""
+        x = Gather(emb, input_ids) q0 = MatMul(x, wq) q1 = Reshape(q0, q4) q2 = Transpose<perm=[0,2,1,3]>(q1)
+        f = Cast<to=1>(input_ids) u = Unsqueeze(f, two1) angle = Mul(u, four) r = Unsqueeze(angle, third)
+        twice = Tile(r, twos) size = Shape<end=2>(angle) new = Concat<axis=0>(size, eight1)
+        flat = Reshape(twice, new) c0 = Cos(flat) c = Unsqueeze(c0, axis) y0 = Mul(q2, c)
+        y1 = Transpose<perm=[0,2,1,3]>(y0) y2 = Reshape(y1, b3) a = MatMul(y2, wo) x2 = Add(x, a) {_FEED_FORWARD}
+    """
+    _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 128] logits", nodes, 4)
+
+
+def test_a_function_for_an_op_that_onnxruntime_has(tmp_path: Path) -> None:
+    """It is for runtimes that lack the op, and is not what runs: the body here could not even be split."""
+    inputs = "int64[batch, seq] input_ids, float[batch, 64, 2] past"
+    outputs = "float[batch, seq, 128] logits, float[batch, 64, 2] present"
+    nodes = f"""
+        x = Gather(emb, input_ids) t = Transpose<perm=[0,2,1]>(x)
+        c, present = com.microsoft.CausalConvWithState<activation="silu">(t, taps, bias, past)
+        x2 = Transpose<perm=[0,2,1]>(c) {_FEED_FORWARD}
+    """
+    names = ("emb", "taps", "bias", "w1", "w2", "head")
+    proto = model(inputs, outputs, nodes, {name: np.asarray(_WEIGHTS[name]) for name in names}, opset=23)
+    function = proto.functions.add(name="CausalConvWithState", domain="com.microsoft")
+    function.input.extend(["a", "b", "c", "d"])
+    function.output.extend(["y", "z"])
+    function.attribute.append("activation")
+    function.opset_import.add(domain="", version=23)
+    for source, made in (("a", "y"), ("d", "z")):
+        function.node.add(op_type="NonZero", input=[source], output=[made])
+    onnx.save(proto, tmp_path / "model.onnx")
+    report = ArtifactBuilder(tmp_path / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")
+    assert report.faults == ()
+
+
+def test_a_cache_that_rolls_over_in_a_window_is_kept_whole(tmp_path: Path) -> None:
+    """And gives what onnxruntime gives with a cache of the window's size, which starts again at its first row."""
+    nodes = f"""
+        x = Gather(emb, input_ids) q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)
+        sum = ReduceSum<keepdims=0>(attention_mask, axis) back = Sub(sum, one) lengths = Cast<to=6>(back)
+        size = Shape(attention_mask) long = Gather(size, one) total = Cast<to=6>(long)
+        o, present_k, present_v = com.microsoft.GroupQueryAttention
+            <num_heads=8, kv_num_heads=4, local_window_size=8, sliding_window_cache=1>
+            (q, k, v, past_k, past_v, lengths, total)
+        a = MatMul(o, wo) x2 = Add(x, a) {_FEED_FORWARD}
+    """
+    caches = "float[batch, 4, past, 8] past_k, float[batch, 4, past, 8] past_v"
+    inputs = f"int64[batch, seq] input_ids, int64[batch, total] attention_mask, {caches}"
+    outputs = "float[batch, seq, 128] logits, float[batch, 4, t, 8] present_k, float[batch, 4, t, 8] present_v"
+    _checked(tmp_path, inputs, outputs, nodes, 4)
+    tokens = np.random.default_rng(0).integers(0, 128, (1, 30))
+    unsplit = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    rolling = np.zeros((2, 1, 4, 8, 8), dtype=np.float32)
+    expected = []
+    for place in range(30):
+        feeds = {"input_ids": tokens[:, place : place + 1], "attention_mask": np.ones((1, place + 1), dtype=np.int64)}
+        binding = unsplit.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output("logits")
+        memory = [onnxruntime.OrtValue.ortvalue_from_numpy(cache) for cache in rolling]
+        for name, value in zip("kv", memory, strict=True):
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        unsplit.run_with_iobinding(binding)
+        expected.append(binding.get_outputs()[0].numpy()[0, 0])
+        rolling = np.stack([value.numpy() for value in memory])
+    empty = np.zeros((1, 4, 0, 8), dtype=np.float32)
+    given: dict[str, Any] = {
+        "input_ids": tokens,
+        "attention_mask": np.ones_like(tokens),
+        "past_k": empty,
+        "past_v": empty,
+    }
+    with Executor(open_artifact(tmp_path / "artifact"), threads=1) as executor:
+        found = executor.run(given)["logits"][0]
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_a_dimension_whose_symbol_is_a_number(tmp_path: Path) -> None:

@@ -45,6 +45,11 @@ def attentions() -> Iterator[OpCase]:
     text = "b * (kv g d), b * (kv d), b * (kv e), _, b kv * d, b kv * e -> b * (kv g e), b kv * d, b kv * e; pin d e"
     y = f"float[1, 2, 96] present_y, {presents}"
     yield case("Attention", text, x, y, nodes, "packed", opset=23)
+    x = "float[1, 2, 96] past_q, float[1, 2, 48] past_x, float[1, 2, 48] past_z"
+    nodes = "present_y, present_k, present_v = Attention<q_num_heads=6, kv_num_heads=3>(past_q, past_x, past_z)"
+    text = "b * (kv g d), b * (kv d), b * (kv e) -> b * (kv g e), b kv * d, b kv * e; pin d e"
+    y = "float[1, 2, 96] present_y, float[1, 3, 2, 16] present_k, float[1, 3, 2, 16] present_v"
+    yield case("Attention", text, x, y, nodes, "without a past", opset=23)
 
     cos = {"cos": (1, 2, 8), "sin": (1, 2, 8)}
     x, y = "float[1, 6, 2, 16] past_x", "float[1, 6, 2, 16] present_y"
