@@ -15,6 +15,7 @@ from typing import Any
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.kernels import MissingKernel, missing_kernels
+from furiosa_llm.builder.lower.step_costs import StepCosts, step_costs
 from furiosa_llm.builder.lower.weight_reads import weight_reads
 from furiosa_llm.builder.lower.working_memory import FactsOfStep, WorkingMemory, facts_at, working_memory
 from furiosa_llm.builder.options import BuildOptions
@@ -109,6 +110,8 @@ class SizePlan:
     """One for each number of cards that was tried and that a topology takes."""
     rooms: tuple[Room, ...]
     """How many sequences fit at once, by cards and context; empty without a cache."""
+    costs: StepCosts | None
+    """What any step costs a PE, in the model's own types; None if not asked for, or for a model that takes no steps."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +161,7 @@ def plan_model(
     roles: Mapping[str, str] | None = None,
     fixed: Mapping[str, int] | None = None,
     lora_modules: Sequence[str] = (),
+    costs: bool = False,
 ) -> tuple[ModelPlan, tuple[Build, ...]]:
     """Plan a model; the files of its weights need not exist, and are not read.
 
@@ -179,6 +183,7 @@ def plan_model(
         roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
         fixed: Makes an input a constant: one boolean or integer.
         lora_modules: Modules whose products get inputs for adapters, where the graph has none.
+        costs: Also find what any step costs.
 
     Returns:
         The figures for people, and the builds with the plans and programs that they describe, one for each size.
@@ -218,7 +223,9 @@ def plan_model(
         state_dtypes=tuple(sorted({value.dtype.numpy().name for value in builds[0].states.values if value.dtype})),
         max_sequence_length=limit,
         workload=workload,
-        plans=tuple(size_plan(build, workload, chunk=chunk, cards=cards, compute=compute) for build in builds),
+        plans=tuple(
+            size_plan(build, workload, chunk=chunk, cards=cards, compute=compute, costs=costs) for build in builds
+        ),
         compute=compute,
         missing_kernels=missing_kernels(builds[0]),
     )
@@ -252,6 +259,7 @@ def size_plan(
     chunk: int | None = None,
     cards: int | None = None,
     compute: str | None = None,
+    costs: bool = False,
 ) -> SizePlan:
     """The figures of a build, of which nothing is written, for `workload`; see `plan_model` for the rest."""
     model = computing(planned(build), compute)
@@ -287,6 +295,7 @@ def size_plan(
         longest=_longest(deployments, fewest, found, workload) if has_cache else 0,
         deployments=tuple(found),
         rooms=tuple(_rooms(deployments, workload, found, fewest)) if has_cache else (),
+        costs=step_costs(build) if costs else None,
     )
 
 

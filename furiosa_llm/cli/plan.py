@@ -94,6 +94,7 @@ def plan(
         model,
         tensor_parallel_sizes=tensor_parallel_size,
         fuse_attention=fuse_attention and emit_onnx is None,
+        costs=as_json,
         **options,
     )
     if emit_onnx is not None:
