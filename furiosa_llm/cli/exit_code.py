@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -22,12 +23,14 @@ def exit_code_of(cli: click.Group) -> int:
         try:
             return cli.main(standalone_mode=False) or 0
         except click.ClickException as error:
-            error.show()
+            with contextlib.suppress(OSError):
+                error.show()
             return error.exit_code
         except (click.exceptions.Abort, KeyboardInterrupt):
             return _INTERRUPTED
         except FuriosaLLMError as error:
-            line(f"error: {' '.join(str(error).split())}", err=True)
+            with contextlib.suppress(OSError):
+                line(f"error: {' '.join(str(error).split())}", err=True)
             return error.exit_code
 
 
@@ -37,8 +40,14 @@ def end(code: int) -> NoReturn:
     The interpreter would take the ground from under such a thread as it ends, which aborts the process.
     """
     if any(thread.daemon and thread.name.startswith("furiosa-") for thread in threading.enumerate()):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        end_at_once(code)
     sys.exit(code)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process with `code`, without the interpreter's own end, which nothing bounds in time."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from furiosa_llm import signing
+from furiosa_llm.cli.exit_code import end_at_once
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, NamedPath, options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
@@ -147,6 +148,7 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
         app, settings, host=host, port=port, log_level=log_level, access_log=access_log, ends_process=True
     )
     server.run()
+    end_at_once(0 if server.started else 1)
 
 
 def show_batch_invariance(model: Decoder) -> None:

@@ -14,6 +14,8 @@ import rich.console
 from rich.segment import Segment
 from rich.text import Text
 
+from furiosa_llm.runtime.artifact.errors import OutputFileError
+
 _STEERING = (
     *(code for code in range(0x20) if chr(code) not in "\t\n"),
     *range(0x7F, 0xA0),
@@ -47,13 +49,51 @@ class Console(rich.console.Console):
             yield segment if segment.control else Segment(segment.text.translate(_ESCAPES), segment.style)
 
 
+class StreamError(OutputFileError, OSError):
+    """Standard output or standard error cannot be written."""
+
+
+class _Checked:
+    """A text stream that raises StreamError if it cannot be written.
+
+    A BrokenPipeError passes, by which click ends without a word.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`."""
+        with self._checked():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Write what is still held back."""
+        with self._checked():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise StreamError(
+                f"{self._stream.name} cannot be written: {error.strerror}; free some space, or send it elsewhere"
+            ) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Escaped:
     """A text stream that writes out what would steer the terminal, and what the stream's encoding lacks."""
 
     encoding = "utf-8"
 
     def __init__(self, stream: TextIO) -> None:
-        self.rich_proxied_file = stream
+        self.rich_proxied_file = _Checked(stream)
         """Where rich's consoles write, by the name that they look for."""
 
     def write(self, text: str) -> int:

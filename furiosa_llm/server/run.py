@@ -34,6 +34,9 @@ _OTHER_FILES = 256
 _STOPPING_SECONDS = 0.5
 """For what comes after the requests have ended."""
 
+_SAYING_SECONDS = 0.1
+"""For the last line of the log."""
+
 
 class Server(uvicorn.Server):
     """uvicorn's, but for the exit code: it would end by the signal that stopped it, and a drained server is no failure.
@@ -57,8 +60,10 @@ class Server(uvicorn.Server):
 
     def _end_if_not_stopped(self) -> None:
         if not self._stopped.wait(self._stop_within):
-            logger.warning("what runs has not stopped; the process ends without it")
-            logging.shutdown()
+            # In a thread of its own: where nobody reads the log any more, writing to it does not return.
+            saying = threading.Thread(target=_say_that_it_ends, name="stop-word", daemon=True)
+            saying.start()
+            saying.join(_SAYING_SECONDS)
             os._exit(0)
 
     @contextmanager
@@ -129,6 +134,11 @@ def make_server(
         server_header=False,
     )
     return Server(config, settings.shutdown_timeout + _STOPPING_SECONDS, ends_process=ends_process)
+
+
+def _say_that_it_ends() -> None:
+    logger.warning("what runs has not stopped; the process ends without it")
+    logging.shutdown()
 
 
 def _make_room_for(connections: int) -> None:

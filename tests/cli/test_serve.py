@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +32,7 @@ from furiosa_llm.server.settings import ServerSettings
 from tests.cli.conftest import Cli
 from tests.server.conftest import wait_for
 from tests.support.artifacts import artifact_of
-from tests.support.server.process import TIMEOUT, Process, started
+from tests.support.server.process import MAIN, TIMEOUT, Process, started
 
 NAME = "tiny-llama-optimum"
 
@@ -163,6 +165,66 @@ def test_requests_that_take_too_long_are_cut(built: Path) -> None:
     last = [json.loads(text.rstrip().rpartition("\n\n")[2].removeprefix("data: ")) for text in streams]
     assert {answer["error"]["code"] for answer in (*last, *refused)} == {"stopping"}
     assert "Traceback" not in server.output
+
+
+@pytest.mark.slow
+def test_it_ends_although_nobody_reads_its_log(built: Path) -> None:
+    """The log's pipe is full, and whoever writes to it waits: the thread of the requests, for one."""
+    with unread_server(built, "--shutdown-timeout", 1) as (process, url):
+        with suppress(httpx.ReadTimeout):
+            for _ in range(1000):
+                httpx.get(f"{url}/health?{'x' * 4000}", timeout=0.5)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(f"{url}/health", timeout=0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(1 + 1 + 1) == 0, "a second more than docs/limits.md says, for a busy machine"
+
+
+@contextmanager
+def unread_server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server, and where it listens; what it says after that is not read."""
+    command = [sys.executable, "-uc", MAIN, "serve", *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, next(filter(None, map(listening_at, process.stdout)))
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_it_serves(built: Path, tmp_path: Path) -> None:
+    """No file grows any more, that of the log neither: the answers are the same, and so is the end."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-uc", MAIN, "serve", str(built), "--host", "127.0.0.1", "--port", "0"]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            wait_for(lambda: listening_at(log.read_text()) is not None)
+            url = listening_at(log.read_text())
+            before = httpx.post(f"{url}/v1/completions", json=body(4, temperature=0)).json()["choices"]
+            nbytes = log.stat().st_size
+            for number in (process.pid, *children(process.pid)):
+                resource.prlimit(number, resource.RLIMIT_FSIZE, (0, 0))
+            for _ in range(3):
+                assert httpx.post(f"{url}/v1/completions", json=body(4, temperature=0)).json()["choices"] == before
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": 0.5}).status_code == 400
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT) == 0
+        finally:
+            process.kill()
+    assert log.stat().st_size == nbytes
+
+
+def listening_at(said: str) -> str | None:
+    """The address in what a server says."""
+    found = re.search(r"running on (http://127\.0\.0\.1:\d+) ", said)
+    return None if found is None else found.group(1)
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    found = Path("/proc", str(process), "task").glob("*/children")
+    return [int(number) for path in found for number in path.read_text().split()]
 
 
 def test_the_time_that_requests_have_to_end_in() -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.cli.conftest import Cli
 from tests.support.builder.graphs import model
 from tests.support.tampering import edit_manifest
 
+Patch = pytest.MonkeyPatch
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b1m\r\u202e\x7f"
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -213,6 +215,28 @@ sys.exit(exit_code_of(cli))
     assert "ValueError: \\u001b]0;owned" in ended.stderr
     assert STEERING.search(ended.stderr) is None
     assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("inspect", "--json"), ("topology",)])
+def test_a_terminal_that_takes_no_more(command: tuple[str, ...], built: Path, cli: Cli, monkeypatch: Patch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        result = cli(command[0], built, *command[1:])
+        with suppress(OSError):
+            full.close()
+    assert result.code == 1
+    assert result.err == (
+        "error: /dev/full cannot be written: No space left on device; free some space, or send it elsewhere\n"
+    )
+
+
+def test_errors_that_cannot_be_shown_have_their_exit_code(cli: Cli, monkeypatch: Patch) -> None:
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        assert cli("inspect").code == 2
+        assert cli("diff", "/nowhere", "/nowhere").code == 2
+        with suppress(OSError):
+            full.close()
 
 
 def test_consoles_are_ours() -> None:
