@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput
-from furiosa_llm.runtime.tokens.chat import conversations_of, with_text
+from furiosa_llm.runtime.tokens.chat import conversations_of, for_template
 from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.completions import usage_of
 from furiosa_llm.server.errors import ApiError
@@ -33,8 +33,8 @@ router = APIRouter(route_class=BodyRoute)
 
 _TAKEN = frozenset(
     (
-        *("self", "tokenizer", "conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
-        *("add_generation_prompt", "continue_final_message"),
+        *("self", "messages", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "join_parts"),
     )
 )
 """What a request cannot set as a variable of the chat template: parameters on the way to it."""
@@ -82,7 +82,8 @@ async def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: Server
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     state.check_tokenizer()
     return await state.text.render(
-        with_text(conversations_of(conversation)[0]),
+        for_template(conversations_of(conversation)[0]),
+        join_parts=True,
         chat_template=state.settings.chat_template,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,

@@ -15,7 +15,7 @@ from typing import Any
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import InputError
-from furiosa_llm.runtime.tokens.chat_template import ChatTemplate
+from furiosa_llm.runtime.tokens.chat_template import ChatTemplate, Templates
 from furiosa_llm.runtime.tokens.lean_process import limit_memory
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.body_reading import read_body
@@ -36,14 +36,14 @@ class Setup:
 
     tokenizer: a tokenizer.json; None for a child that only reads and renders.
     config: what tokenizer_config.json holds.
-    chat_template: the model's own.
+    chat_templates: the model's own.
     seconds: what one piece of work may take.
     nbytes: the memory that all its work may take.
     """
 
     tokenizer: str | None
     config: Mapping[str, Any]
-    chat_template: str | None
+    chat_templates: Templates
     seconds: float
     nbytes: int
 
@@ -52,10 +52,10 @@ class _Works:
     """Each method but the constructor is a kind of work."""
 
     def __init__(self, setup: Setup) -> None:
-        self._template = ChatTemplate(setup.config, setup.chat_template)
+        self._template = ChatTemplate(setup.config, setup.chat_templates)
         self._tokenizer: Tokenizer | None = None
         if setup.tokenizer is not None:
-            self._tokenizer = Tokenizer.of_text(setup.tokenizer, setup.config, setup.chat_template)
+            self._tokenizer = Tokenizer.of_text(setup.tokenizer, setup.config, setup.chat_templates)
 
     def read(self, body: bytes) -> Any:
         return read_body(body)

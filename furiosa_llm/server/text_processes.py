@@ -118,7 +118,7 @@ class TextWork:
         small = Setup(
             tokenizer=None,
             config={} if tokenizer is None else tokenizer.config,
-            chat_template=None if tokenizer is None else tokenizer.chat_template,
+            chat_templates=None if tokenizer is None else tokenizer.chat_templates,
             seconds=settings.text_timeout,
             nbytes=settings.text_max_nbytes,
         )
@@ -156,5 +156,5 @@ class TextWork:
         return tokens
 
 
-def _message(name: str, *arguments: Any, **options: Any) -> bytes:
+def _message(name: str, /, *arguments: Any, **options: Any) -> bytes:
     return pickle.dumps((name, arguments, options), pickle.HIGHEST_PROTOCOL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -32,12 +33,15 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
 
 def render(tokenizer: Tokenizer, conversation: Conversation, **options: Any) -> str:
     """The prompt for a conversation; `options` are arguments of `Tokenizer.apply_chat_template`."""
-    return tokenizer.apply_chat_template(with_text(conversation), tokenize=False, **options)
+    return tokenizer.apply_chat_template(for_template(conversation), tokenize=False, join_parts=True, **options)
 
 
-def with_text(conversation: Conversation) -> list[Message]:
-    """The messages, each with its content as text; raises InputError for what is none."""
-    return [{**message, "content": _text(message.get("content"))} for message in conversation]
+def for_template(conversation: Conversation) -> list[Message]:
+    """The messages as templates want them; raises InputError for a content that is no text and no parts of text.
+
+    The arguments of calls are objects to a template, and text to OpenAI's clients.
+    """
+    return [{**message, **_content(message), **_calls(message)} for message in conversation]
 
 
 def check_tools(tools: object) -> None:
@@ -53,11 +57,30 @@ def _check_message(message: Any) -> None:
         raise InputError(f"messages: found {message!r:.80}, expected an object with 'role' and 'content'")
 
 
-def _text(content: Any) -> str | None:
-    """The content of a message: text, parts of which each is text, or nothing."""
+def _content(message: Message) -> dict[str, Any]:
+    """The content: text, parts of which each is text, or nothing."""
+    content = message.get("content")
     if content is None or isinstance(content, str):
-        return content
+        return {}
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
         raise InputError(f"messages: found the content {content!r:.80}, expected text: nothing else is understood here")
-    return "\n".join(part["text"] for part in parts)
+    return {"content": parts}
+
+
+def _calls(message: Message) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        return {}
+    return {"tool_calls": [{**call, "function": _function(call.get("function"))} for call in calls]}
+
+
+def _function(function: Any) -> Any:
+    """A function that is called, its arguments as an object; those that are no JSON stay text."""
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str):
+        return function
+    try:
+        return {**function, "arguments": json.loads(arguments or "{}")}
+    except (ValueError, RecursionError):
+        return function

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import TokenizerError
 from furiosa_llm.runtime.tokens.chat_template import FILE as _TEMPLATE
-from furiosa_llm.runtime.tokens.chat_template import ChatTemplate, Message
+from furiosa_llm.runtime.tokens.chat_template import ChatTemplate, Message, Templates
 from furiosa_llm.runtime.tokens.first_load import check_loads
 
 if TYPE_CHECKING:  # processes that only tokenize do without what it imports
@@ -48,7 +49,7 @@ def _in_library(method: Callable[P, T]) -> Callable[P, T]:
         except (TokenizerError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            given = args[1] if len(args) > 1 else None
+            given = args[1] if len(args) > 1 else args[0] if isinstance(args[0], str) else None
             shown = given[:80] if isinstance(given, str | list | tuple) else given
             raise TokenizerError(f"the tokenizer refuses {shown!r:.80}: {error}") from error
 
@@ -65,7 +66,7 @@ class Tokenizer:
         self,
         tokenizer: tokenizers.Tokenizer | Future[tokenizers.Tokenizer],
         config: Mapping[str, Any],
-        chat_template: str | None,
+        chat_template: Templates,
     ) -> None:
         self._made = tokenizer
         self.config = config
@@ -98,16 +99,16 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{file} cannot be read: {error}") from error
         config = _read_config(find(_CONFIG))
-        loading = _in_thread(lambda: _loaded(text, str(file)))
+        loading = _in_thread(lambda: _loaded(text, str(file), config))
         made = cls(loading, config, _read_template(find(_TEMPLATE), config))
         if wait:
             made.wait_until_loaded()
         return made
 
     @classmethod
-    def of_text(cls, text: str, config: Mapping[str, Any], chat_template: str | None) -> Tokenizer:
+    def of_text(cls, text: str, config: Mapping[str, Any], chat_template: Templates) -> Tokenizer:
         """The tokenizer of a tokenizer.json that is known to be one."""
-        return cls(_of_text(text), config, chat_template)
+        return cls(_of_text(text, config), config, chat_template)
 
     def wait_until_loaded(self) -> None:
         """Raises TokenizerError if tokenizer.json is malformed."""
@@ -125,7 +126,12 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The model's own; None if it has none."""
-        return self._template.template
+        return self._template.default
+
+    @property
+    def chat_templates(self) -> Templates:
+        """All of the model's own: one, or several by their names."""
+        return self._template.templates
 
     @property
     @_in_library
@@ -177,7 +183,7 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """What tokenizer_config.json has of `bos_token`, `eos_token` and the like, by these names."""
-        return {name: text for name, text in self._template.named_tokens.items() if isinstance(text, str)}
+        return self._template.named_tokens
 
     @_in_library
     def encode(self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None) -> list[int]:
@@ -275,7 +281,7 @@ def _read_config(path: Path | Companion | None) -> dict[str, Any]:
     return config
 
 
-def _read_template(path: Path | Companion | None, config: Mapping[str, Any]) -> str | None:
+def _read_template(path: Path | Companion | None, config: Mapping[str, Any]) -> Templates:
     if path is not None:
         try:
             return path.read_text("utf-8")
@@ -284,7 +290,7 @@ def _read_template(path: Path | Companion | None, config: Mapping[str, Any]) -> 
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
     return template if isinstance(template, str) else None
 
 
@@ -302,18 +308,35 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _loaded(text: str, file: str) -> tokenizers.Tokenizer:
+def _loaded(text: str, file: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     check_loads(text, file)
-    return _of_text(text)
+    return _of_text(text, config)
 
 
 @_in_library
-def _of_text(text: str) -> tokenizers.Tokenizer:
+def _of_text(text: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer.from_str(text)
     # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if any(f"add_{name}_token" in config for name in ("bos", "eos")):
+        _add_around(tokenizer, config)
     return tokenizer
+
+
+def _add_around(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Puts the tokens around a sequence that `add_bos_token` and `add_eos_token` say, whatever tokenizer.json does."""
+    named = ChatTemplate(config, None).named_tokens
+    special: list[tuple[str, int]] = []
+    order = {"bos": "", "": "$A:0", "eos": ""}
+    for name in ("bos", "eos"):
+        token = named.get(f"{name}_token")
+        number = None if token is None else tokenizer.token_to_id(token)
+        if config.get(f"add_{name}_token") and token is not None and number is not None:
+            special.append((token, number))
+            order[name] = f"{token}:0"
+    single = [piece for piece in order.values() if piece]
+    tokenizer.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special)
 
 
 def tokenizer_of(

@@ -252,8 +252,8 @@ TEXT = (
     Fault(
         name="templates escape what is not ASCII",
         file="runtime/tokens/chat_template.py",
-        old="return json.dumps(value, ensure_ascii=False, indent=indent)",
-        new="return json.dumps(value, indent=indent)",
+        old="json.dumps(value, ensure_ascii=ensure_ascii,",
+        new="json.dumps(value,",
         effect="tools whose descriptions are not English reach the model as escapes",
         hints=("tests/runtime/tokens/test_tokenizer.py::test_what_templates_use",),
     ),

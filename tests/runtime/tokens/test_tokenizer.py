@@ -251,10 +251,10 @@ def test_the_calls_of_vendors_scripts() -> None:
     continued: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
     assert TOKENIZER.apply_chat_template(USER, **continued, **options).endswith("Grüß Gott 😀")
     empty: dict[str, Any] = {"chat_template": "{{ tools is none }} {{ documents is none }}", "tools": []}
-    assert TOKENIZER.apply_chat_template(USER, **empty) == "True True"
+    assert TOKENIZER.apply_chat_template(USER, **empty) == "False True"  # as transformers has it
     with pytest.raises(InputError, match="add_generation_prompt and continue_final_message exclude each other"):
         TOKENIZER.apply_chat_template(USER, continue_final_message=True)
-    with pytest.raises(InputError, match="does not repeat the final message"):
+    with pytest.raises(InputError, match="the final message has no text to continue"):
         TOKENIZER.apply_chat_template([{"role": "assistant", "content": None}], **continued)
 
 
@@ -297,3 +297,24 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match=r"chat_template\.jinja cannot be read"):
         Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"add_bos_token": True}, [1]),
+        ({"add_bos_token": True, "add_eos_token": True}, [1, 2]),
+        ({"add_bos_token": False, "add_eos_token": True}, [2]),
+        ({"add_bos_token": True, "bos_token": None}, []),
+        ({"add_bos_token": True, "bos_token": "<unheard of>"}, []),
+    ],
+)
+def test_the_configuration_says_what_is_around_a_sequence(
+    folder: Path, config: dict[str, Any], expected: list[int]
+) -> None:
+    named = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    tokenizer = configure(folder, **{**named, **config})
+    text = tokenizer.encode("hello")
+    found = tokenizer.encode("hello", add_special_tokens=True)
+    assert [token for token in found if token not in text] == expected
+    assert [token for token in found if token in text] == text
