@@ -20,6 +20,7 @@ from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits, on_one_line
 from furiosa_llm.server.model import Decoder, ServedModel
+from furiosa_llm.server.notes import HEADERS
 from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
@@ -98,7 +99,7 @@ def _surround(app: FastAPI, settings: ServerSettings) -> None:
         allow_origins=settings.allowed_origins,
         allow_methods=["*"],
         allow_headers=["*"],
-        expose_headers=["x-request-id"],
+        expose_headers=["x-request-id", *HEADERS],
     )
 
 

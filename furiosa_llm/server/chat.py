@@ -15,7 +15,7 @@ from furiosa_llm.server.completions import usage_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
-from furiosa_llm.server.logprobs import chat_logprobs
+from furiosa_llm.server.logprobs import chat_logprobs, prompt_logprobs
 from furiosa_llm.server.openapi import stream_of
 from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
 from furiosa_llm.server.responses import (
@@ -54,7 +54,8 @@ async def create_chat_completion(
     generator, tools = state.generator, Tools(body, state.tool_parser, state.tokenizer.tags)
     params = body.params(await tools.constraint())
     text = await prompt_of(body, state, with_tools=tools.shown)
-    token_ids = await state.encode(text, add_special_tokens=False)
+    token_ids = await state.encode(text, add_special_tokens=body.add_special_tokens)
+    token_ids = body.kept(token_ids, state.model.max_prompt_length)
     adapter = state.model.adapters.get(body.model)
     head = new_head(state, "chat", adapter)
     prompts = [as_prompt(token_ids, text)]
@@ -72,7 +73,7 @@ async def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: Server
     """The prompt for the messages of `body`, as the chat template writes it."""
     assert body.messages is not None
     conversation = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
-    variables = body.chat_template_kwargs or {}
+    variables = {**_effort(body.reasoning_effort), **(body.chat_template_kwargs or {})}
     if taken := sorted(_TAKEN & set(variables)):
         raise ApiError(
             400,
@@ -87,22 +88,32 @@ async def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: Server
         chat_template=state.settings.chat_template,
         add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
         continue_final_message=body.continue_final_message,
-        tools=tools if with_tools else None,
+        tools=(tools or None) if with_tools else None,
+        documents=body.documents,
         **variables,
     )
+
+
+def _effort(effort: str | None) -> dict[str, Any]:
+    """The variables that templates have for how much a model shall think."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, **({"enable_thinking": False} if effort == "none" else {})}
 
 
 def _response(
     body: ChatCompletionRequest, state: ServerState, head: Head, tools: Tools, answer: Answered
 ) -> ChatCompletionResponse:
     choices = [_choice(body, state, tools, index, one) for index, one in enumerate(answer.completions)]
-    num_tokens = sum(one.num_tokens for one in answer.completions)
+    num_tokens = sum(len(one.token_ids) for one in answer.completions)
     return ChatCompletionResponse(
         id=head.id,
         created=head.created,
         model=head.model,
         choices=choices,
         usage=usage_of(len(answer.token_ids), num_tokens, answer.cached),
+        prompt_logprobs=prompt_logprobs(answer.logprobs or ()) if body.prompt_logprobs is not None else None,
+        prompt_token_ids=list(answer.token_ids) if body.return_token_ids else None,
     )
 
 
@@ -116,14 +127,14 @@ def _choice(
         content = found.content.strip() or None
     logprobs: ChatLogprobs | None = None
     if completion.logprobs is not None:
-        token_ids = [next(iter(at)) for at in completion.logprobs]  # the token that is there comes first
-        logprobs = chat_logprobs(token_ids, completion.logprobs, body.top_logprobs or 0)
+        logprobs = chat_logprobs(completion.token_ids, completion.logprobs, body.top_logprobs or 0)
     return ChatChoice(
         index=index,
         message=AnswerMessage(role=state.settings.response_role, content=content, tool_calls=found.calls or None),
         logprobs=logprobs,
         finish_reason=reader.finish_reason(completion.finish_reason),
         stop_reason=completion.stop_reason,
+        token_ids=completion.token_ids if body.return_token_ids else None,
     )
 
 
@@ -161,26 +172,29 @@ class _Stream:
         self._body = body
         self._role = state.settings.response_role
         self._head = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
-        self._no_usage = {"usage": None} if body.include_usage else {}
         self._readers = [_Reader(tools) for _ in range(body.num_choices)]
         self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
 
     def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
         """The chunks of the next output."""
         output = found[1]
-        chunks = [chunk for part in output.outputs for chunk in self._chunks_of(part)]
+        chunks: list[bytes] = []
         if not self._num_prompt:
             self._num_prompt, self._num_cached = len(output.prompt_token_ids), output.num_cached_tokens or 0
             begin = {"role": self._role, "content": ""}
-            chunks = [*(self._chunk(index, begin) for index in range(self._body.num_choices)), *chunks]
-        return b"".join(chunks)
+            chunks += (self._chunk(index, begin) for index in range(self._body.num_choices))
+            if self._body.return_token_ids:
+                chunks.append(self._event([], prompt_token_ids=output.prompt_token_ids))
+        return b"".join([*chunks, *(chunk for part in output.outputs for chunk in self._chunks_of(part))])
 
     def usage(self) -> bytes:
         """The last chunk, if it was asked for."""
         if not self._body.include_usage:
             return b""
-        usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
-        return event({**self._head, "choices": [], "usage": usage.model_dump()})
+        return self._event([], usage=self._counts())
+
+    def _counts(self) -> dict[str, Any]:
+        return usage_of(self._num_prompt, self._num_completion, self._num_cached).model_dump()
 
     def _chunks_of(self, part: CompletionOutput) -> Sequence[bytes]:
         reader = self._readers[part.index]
@@ -198,10 +212,17 @@ class _Stream:
         if part.finish_reason is not None:
             reason = reader.finish_reason(part.finish_reason)
             chunks.append(self._chunk(part.index, {}, finish_reason=reason, stop_reason=part.stop_reason))
+        if self._body.return_token_ids and part.token_ids:
+            chunks.insert(0, self._chunk(part.index, {}, token_ids=part.token_ids))
         return chunks
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None, **end: Any
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **end}
-        return event({**self._head, "choices": [choice], **self._no_usage})
+        return self._event([choice])
+
+    def _event(self, choices: list[Any], **more: Any) -> bytes:
+        if self._body.include_usage:
+            more.setdefault("usage", self._counts() if self._body.counts_always else None)
+        return event({**self._head, "choices": choices, **more})

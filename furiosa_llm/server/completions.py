@@ -13,7 +13,7 @@ from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
-from furiosa_llm.server.logprobs import CompletionLogprobsMaker
+from furiosa_llm.server.logprobs import CompletionLogprobsMaker, prompt_logprobs
 from furiosa_llm.server.openapi import stream_of
 from furiosa_llm.server.requests import CompletionRequest, as_prompt
 from furiosa_llm.server.responses import (
@@ -40,8 +40,8 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     """Completes one prompt or several, given as text or as token ids."""
     state.check_model(body.model)
     generator = state.generator
-    params = body.params(await structured_outputs(body.response_format, body.structured_outputs))
-    if body.echo or body.logprobs is not None:
+    params = body.params(await structured_outputs(body))
+    if body.echo or body.logprobs is not None or body.prompt_logprobs is not None:
         state.check_tokenizer()
     state.gate.check(len(body.prompts) * params.num_sequences)
     prompts = await _prompts(body, state)
@@ -62,9 +62,10 @@ async def _prompts(body: CompletionRequest, state: ServerState) -> list[Prompt]:
     for prompt in body.prompts:
         if isinstance(prompt, str):
             token_ids = await state.encode(prompt, add_special_tokens=body.add_special_tokens)
-            prompts.append(as_prompt(token_ids, prompt))
         else:
-            prompts.append(as_prompt(prompt, None))
+            token_ids = prompt
+        kept = body.kept(token_ids, state.model.max_prompt_length)
+        prompts.append(as_prompt(kept, prompt if isinstance(prompt, str) and len(kept) == len(token_ids) else None))
     return prompts
 
 
@@ -85,7 +86,7 @@ def _response(
     for prompt, answer in zip(prompts, answers, strict=True):
         for completion in answer.completions:
             choices.append(_choice(body, state, len(choices), prompt, answer, completion))
-    shown = 0 if body.only_echoes else sum(one.num_tokens for answer in answers for one in answer.completions)
+    shown = 0 if body.only_echoes else sum(len(one.token_ids) for answer in answers for one in answer.completions)
     return CompletionResponse(
         id=head.id,
         created=head.created,
@@ -118,6 +119,9 @@ def _choice(
         logprobs=made,
         finish_reason="length" if body.only_echoes else completion.finish_reason,
         stop_reason=None if body.only_echoes else completion.stop_reason,
+        prompt_logprobs=prompt_logprobs(answer.logprobs or ()) if body.prompt_logprobs is not None else None,
+        prompt_token_ids=list(answer.token_ids) if body.return_token_ids else None,
+        token_ids=completion.token_ids if body.return_token_ids else None,
     )
 
 
@@ -136,7 +140,6 @@ class _Stream:
         self._state = state
         self._prompts = prompts
         self._head = {"id": head.id, "object": "text_completion", "created": head.created, "model": head.model}
-        self._no_usage = {"usage": None} if body.include_usage else {}
         self._makers: dict[int, CompletionLogprobsMaker] = {}
         self._num_prompt, self._num_completion, self._num_cached = 0, 0, 0
         self._begun: set[int] = set()
@@ -145,14 +148,17 @@ class _Stream:
         """The last chunk, if it was asked for."""
         if not self._body.include_usage:
             return b""
-        usage = usage_of(self._num_prompt, self._num_completion, self._num_cached)
-        return event({**self._head, "choices": [], "usage": usage.model_dump()})
+        return event({**self._head, "choices": [], "usage": self._counts()})
+
+    def _counts(self) -> dict[str, Any]:
+        return usage_of(self._num_prompt, self._num_completion, self._num_cached).model_dump()
 
     def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
         """The chunks of the next output."""
         prompt_index, output = found
         choices: list[dict[str, Any]] = []
-        if prompt_index not in self._begun:
+        is_first = prompt_index not in self._begun
+        if is_first:
             self._begun.add(prompt_index)
             self._num_prompt += len(output.prompt_token_ids)
             self._num_cached += output.num_cached_tokens or 0
@@ -164,8 +170,15 @@ class _Stream:
             made = None
             if part.logprobs is not None:
                 made = self._logprobs(index, list(zip(part.token_ids, part.logprobs, strict=True)))
-            choices.append(_chunk_choice(index, part.text, made, part.finish_reason, part.stop_reason))
-        return b"".join(event({**self._head, "choices": [choice], **self._no_usage}) for choice in choices)
+            choice = _chunk_choice(index, part.text, made, part.finish_reason, part.stop_reason)
+            if self._body.return_token_ids:
+                choice |= {
+                    "token_ids": part.token_ids,
+                    "prompt_token_ids": output.prompt_token_ids if is_first else None,
+                }
+            choices.append(choice)
+        usage = {"usage": self._counts() if self._body.counts_always else None} if self._body.include_usage else {}
+        return b"".join(event({**self._head, "choices": [choice], **usage}) for choice in choices)
 
     def _echo(self, prompt_index: int, output: RequestOutput) -> list[dict[str, Any]]:
         text = prompt_text(self._state, self._prompts[prompt_index])

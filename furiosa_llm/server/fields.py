@@ -5,9 +5,18 @@ The ranges stand in the schema alone: `SamplingParams` and the handlers check th
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    model_validator,
+)
 
 MAX_ENTRIES = 1024
 """Of a list of words or tokens; what `SamplingParams` takes."""
@@ -17,9 +26,39 @@ _GREATEST = 2**53 - 1
 
 
 class Body(BaseModel):
-    """A request's body, or an object in it: no other fields than it names, and no other types."""
+    """A request's body, or an object in it: its fields have the types that it names.
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    Clients differ in what they add to that: fields that it does not name, and nulls, count as left out.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if isinstance(value, dict) and any(one is None for one in value.values()):
+            return {name: one for name, one in value.items() if one is not None}
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema, in which null is taken by all fields that may be left out."""
+        made = handler(core_schema)
+        schema = handler.resolve_ref_schema(made)
+        for name, field in schema.get("properties", {}).items():
+            if name not in schema.get("required", ()):
+                schema["properties"][name] = _or_null(field)
+        return made
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type") == "null" or _NULL in schema.get("anyOf", ()):
+        return schema
+    about: dict[str, Any] = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    return {"anyOf": [{key: one for key, one in schema.items() if key not in about}, _NULL], **about}
+
+
+_NULL = {"type": "null"}
 
 
 def _whole(value: object) -> object:
@@ -73,14 +112,13 @@ TextsOrTokens = Annotated[
 Count = Annotated[int, Field(json_schema_extra={"minimum": 1, "maximum": 128}), _WHOLE]
 Length = Annotated[int, Field(le=_GREATEST, json_schema_extra={"minimum": 1}), _WHOLE]
 LengthOrNone = Annotated[int, Field(le=_GREATEST, json_schema_extra={"minimum": 0}), _WHOLE]
-TopK = Annotated[int, Field(le=_GREATEST, json_schema_extra={"anyOf": [{"const": -1}, {"minimum": 1}]}), _WHOLE]
+TopK = Annotated[int, Field(le=_GREATEST, json_schema_extra={"minimum": -1}), _WHOLE]
 Alternatives = Annotated[int, Field(json_schema_extra={"minimum": 0, "maximum": 20}), _WHOLE]
 Seed = Annotated[int, _WHOLE]
 Penalty = Annotated[float, Field(json_schema_extra={"minimum": -2, "maximum": 2})]
-Repetition = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 2})]
+Repetition = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0})]
 Temperature = Annotated[float, Field(json_schema_extra={"minimum": 0})]
 Share = Annotated[float, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
-PositiveShare = Annotated[float, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
 Word = Annotated[str, Field(json_schema_extra={"minLength": 1, "maxLength": 4096})]
 Words = Annotated[list[Word], Field(json_schema_extra={"maxItems": MAX_ENTRIES}), Field(fail_fast=True)]
 Bias = Annotated[float, Field(json_schema_extra={"minimum": -100, "maximum": 100})]

@@ -36,7 +36,7 @@ _NO_BLANKS: tuple[Schema, ...] = ({"disable_any_whitespace": {"const": False}, "
 
 
 def _object(properties: Schema, *required: str) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+    return {"type": "object", "properties": properties, "required": list(required)}
 
 
 def _become(schema: Schema, alternatives: list[Schema]) -> None:
@@ -48,9 +48,10 @@ def _become(schema: Schema, alternatives: list[Schema]) -> None:
 
 def _one_format(schema: Schema) -> None:
     given, _ = schema["properties"]["json_schema"]["anyOf"]  # a reference, or null
-    plain = [_object({"type": {"const": name}, "json_schema": _NULL}, "type") for name in ("text", "json_object")]
+    text = _object({"type": {"const": "text"}, "json_schema": _NULL}, "type")
+    any_object = {"schema": {"anyOf": [{"type": "object"}, _NULL]}, "json_schema": _NULL}
     by_schema = _object({"type": {"const": "json_schema"}, "json_schema": given}, "type", "json_schema")
-    _become(schema, [*plain, by_schema])
+    _become(schema, [text, _object({"type": {"const": "json_object"}, **any_object}, "type"), by_schema])
 
 
 def _one_kind(schema: Schema) -> None:
@@ -64,21 +65,22 @@ def _one_kind(schema: Schema) -> None:
 
 
 class JsonSchemaFormat(Body):
-    """A named JSON schema. Answers keep to it whatever `strict` is; `description` has no effect."""
+    """A JSON schema. With `strict` all of it is kept to, else what can be; name and description have no effect."""
 
-    name: str
+    name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
 class ResponseFormat(Body):
-    """What the answer has to look like: text, any JSON object, or JSON by a schema."""
+    """What the answer has to look like: text, any JSON object, or JSON by a schema (two ways of saying which)."""
 
     model_config = ConfigDict(json_schema_extra=_one_format)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
     def wanted_schema(self) -> dict[str, Any] | None:
         """The schema of the answer; None for text. Raises an ApiError if it is missing."""
@@ -87,8 +89,13 @@ class ResponseFormat(Body):
             raise ApiError(400, message, param="response_format")
         if self.type == "text":
             return None
-        given = None if self.json_schema is None else self.json_schema.schema_
+        given = self.schema_ if self.json_schema is None else self.json_schema.schema_
         return {"type": "object"} if given is None else given
+
+    @property
+    def strict(self) -> bool:
+        """Whether all of the schema has to be kept to."""
+        return self.json_schema is not None and self.json_schema.strict is True
 
 
 class StructuredOutputs(Body):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
@@ -17,6 +17,7 @@ from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, Sampli
 from furiosa_llm.server.errors import ApiError, blamed
 from furiosa_llm.server.metrics import Metrics, RequestMeter
 from furiosa_llm.server.model import Decoder
+from furiosa_llm.server.notes import MAX_TOKENS, note
 
 Outputs: TypeAlias = AsyncGenerator[tuple[int, RequestOutput], None]
 """What is new of each prompt, by its index: outputs of the kind DELTA."""
@@ -68,6 +69,8 @@ class Generator:
     """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
     """Where requests are counted."""
+    max_length: int | None
+    """The most tokens of a prompt and its completion; None if there is no limit."""
 
     async def run(
         self,
@@ -88,7 +91,7 @@ class Generator:
         delta = with_kind(params, RequestOutputKind.DELTA)
         with self.gate.admit(len(prompts) * params.num_sequences):
             streams = [
-                self._run_one(index, f"{request_id}-{index}", prompt, delta, adapter)
+                self._run_one(index, f"{request_id}-{index}", prompt, self._fitted(delta, prompt), adapter)
                 for index, prompt in enumerate(prompts)
             ]
             async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as outputs:
@@ -97,6 +100,15 @@ class Generator:
                         yield output
                 except SamplingParamsError as error:
                     raise blamed(error, form_field) from error
+
+    def _fitted(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
+        """`params` with no more tokens than there is room for behind `prompt`, which the answer says in a header."""
+        assert isinstance(prompt, Mapping)
+        room = params.max_tokens if self.max_length is None else self.max_length - len(prompt["prompt_token_ids"])
+        if room is None or params.max_tokens is None or not 0 < room < params.max_tokens:
+            return params
+        note(MAX_TOKENS, str(room))
+        return replace(params, max_tokens=room)
 
     async def _run_one(
         self, index: int, request_id: str, prompt: Prompt, params: SamplingParams, adapter: LoRARequest | None
@@ -143,7 +155,7 @@ class Completed:
     """A completion as its parts add up."""
 
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -151,7 +163,7 @@ class Completed:
     def add(self, part: CompletionOutput) -> None:
         """Takes what is new."""
         self.text += part.text
-        self.num_tokens += len(part.token_ids)
+        self.token_ids += part.token_ids
         if part.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs += part.logprobs

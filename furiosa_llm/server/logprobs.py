@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from furiosa_llm.runtime.requests.outputs import Logprob, TokenLogprobs
-from furiosa_llm.server.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from furiosa_llm.server.responses import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 
 _LEAST = -9999.0
 """What stands for minus infinity, which JSON cannot say."""
@@ -49,6 +56,19 @@ def chat_logprobs(token_ids: Sequence[int], found: Sequence[TokenLogprobs], coun
             for token, at in zip(token_ids, found, strict=True)
         ]
     )
+
+
+def prompt_logprobs(entries: Sequence[TokenLogprobs | None]) -> PromptLogprobs:
+    """Those of a prompt, as vLLM gives them."""
+    return [
+        None
+        if found is None
+        else {
+            str(token): PromptLogprob(logprob=_value(one), rank=one.rank, decoded_token=one.decoded_token)
+            for token, one in found.items()
+        }
+        for found in entries
+    ]
 
 
 def _likeliest(found: TokenLogprobs, count: int) -> list[Logprob]:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from furiosa_llm.server import page
 from furiosa_llm.server.errors import INTERNAL_ERROR, REQUEST_ID, ApiError, error_event, error_response
+from furiosa_llm.server.notes import NOTES, header_values
 from furiosa_llm.server.openapi import OPEN_PATHS
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def on_one_line(text: str) -> str:
 
 
 class RequestIds:
-    """Gives each answer an `x-request-id`, and gives whatever fails inside an answer the shape of an error."""
+    """Gives each answer an `x-request-id` and its notes, and what fails inside an answer the shape of an error."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -46,13 +47,15 @@ class RequestIds:
             return
         request_id = uuid.uuid4().hex
         REQUEST_ID.set(request_id)
+        notes: dict[str, list[str]] = {}
+        NOTES.set(notes)
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update({"x-request-id": request_id, **header_values(notes)})
             await send(message)
 
         try:

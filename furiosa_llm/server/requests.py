@@ -1,10 +1,10 @@
-"""The bodies of requests: OpenAI's fields, and the vendor's. A field that is not known is refused."""
+"""The bodies of requests: OpenAI's fields, the vendor's, and what vLLM's clients send beside them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from furiosa_llm.runtime.requests.prompts import Prompt, listed
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
@@ -13,6 +13,7 @@ from furiosa_llm.server import fields
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.fields import Body, refused
 from furiosa_llm.server.forms import ResponseFormat, StructuredOutputs
+from furiosa_llm.server.unknown_fields import RequestBody
 
 TextOrTokens = str | list[int]
 
@@ -22,18 +23,21 @@ _SAMPLING = (
     *("ignore_eos", "include_stop_str_in_output", "logit_bias", "allowed_token_ids", "bad_words"),
     "skip_special_tokens",
 )
+_GUIDED = ("json", "regex", "choice", "grammar", "json_object", "whitespace_pattern")
+"""Fields of `structured_outputs` that have been fields of the request."""
 _SEEDS = 2**64
 """Seeds count modulo this: some clients send negative ones."""
 
 
 class StreamOptions(Body):
-    """How a stream is told. `include_usage`: its last chunk counts the tokens."""
+    """How a stream is told. `include_usage`: its last chunk counts the tokens; `continuous_usage_stats`: each one."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool | None = None  # of OpenAI's; nothing is hidden here
 
 
-class _GenerationRequest(Body):
+class _GenerationRequest(RequestBody):
     """What completions and chats have in common; None stands for the default of `SamplingParams`."""
 
     model: str
@@ -43,7 +47,7 @@ class _GenerationRequest(Body):
     frequency_penalty: fields.Penalty | None = None
     repetition_penalty: fields.Repetition | None = None
     temperature: fields.Temperature | None = None
-    top_p: fields.PositiveShare | None = None
+    top_p: fields.Share | None = None
     top_k: fields.TopK | None = None
     min_p: fields.Share | None = None
     use_beam_search: fields.No | None = None
@@ -60,10 +64,20 @@ class _GenerationRequest(Body):
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: fields.Text | None = None
+    guided_choice: Annotated[fields.Words, Field(json_schema_extra={"minItems": 1})] | None = None
+    guided_grammar: fields.Text | None = None
+    guided_json_object: bool | None = None
+    guided_whitespace_pattern: fields.Text | None = None
+    prompt_logprobs: fields.Alternatives | None = None
+    truncate_prompt_tokens: fields.Truncation | None = Field(None, description="How many tokens of its end are kept.")
+    return_token_ids: bool = False
     seed: fields.Seed | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted, and without effect.")
+    priority: fields.Seed | None = Field(None, description="Accepted, and without effect: first come, first served.")
 
     @property
     def num_choices(self) -> int:
@@ -71,14 +85,37 @@ class _GenerationRequest(Body):
         return 1 if self.n is None else self.n
 
     @property
+    def wanted_form(self) -> StructuredOutputs | None:
+        """What the answers have to look like, as `structured_outputs` or vLLM's older fields say it."""
+        if not self._guided or self.structured_outputs is not None:
+            return self.structured_outputs
+        return StructuredOutputs.model_validate({name: getattr(self, f"guided_{name}") for name in _GUIDED})
+
+    @property
     def form_field(self) -> str:
         """The field that says what the answers have to look like, if one does."""
-        return "response_format" if self.structured_outputs is None else "structured_outputs"
+        if self.wanted_form is None:
+            return "response_format"
+        return "structured_outputs" if self.structured_outputs is not None else self._guided[0]
+
+    @property
+    def _guided(self) -> list[str]:
+        return [f"guided_{name}" for name in _GUIDED if getattr(self, f"guided_{name}") is not None]
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a count of the tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def counts_always(self) -> bool:
+        """Whether each chunk of a stream counts the tokens so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def kept(self, token_ids: list[int], limit: int | None) -> list[int]:
+        """What is taken of a prompt, which may have `limit` tokens."""
+        count = limit if self.truncate_prompt_tokens == -1 else self.truncate_prompt_tokens
+        return token_ids if count is None else token_ids[-count:]
 
     def _params(self, **others: Any) -> SamplingParams:
         if self.stream_options is not None and not self.stream:
@@ -88,6 +125,11 @@ class _GenerationRequest(Body):
                 400, "the best of several completions are known at the end only: leave out stream or best_of"
             )
         values = {name: getattr(self, name) for name in _SAMPLING}
+        if self.stream and self.prompt_logprobs is not None:
+            message = "prompt_logprobs are given with the whole answer: leave out stream"
+            raise ApiError(400, message, param="prompt_logprobs")
+        if self.truncate_prompt_tokens is not None and (self.truncate_prompt_tokens or -2) < -1:
+            raise ApiError(400, "truncate_prompt_tokens is -1, or at least 1", param="truncate_prompt_tokens")
         seed = None if self.seed is None else self.seed % _SEEDS
         return SamplingParams.from_optional(**values, seed=seed, **others)
 
@@ -118,12 +160,22 @@ class CompletionRequest(_GenerationRequest):
             raise ApiError(400, "suffix is not supported; leave it out", param="suffix")
         if not self.prompt:
             raise ApiError(400, "prompt is an empty list or text; give at least one token", param="prompt")
+        wanted = [one for one in (self.prompt_logprobs, self.logprobs if self.echo else None) if one is not None]
         return self._params(
             structured_outputs=structured,
             max_tokens=1 if self.only_echoes else self.max_tokens,
             logprobs=self.logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
+            prompt_logprobs=max(wanted, default=None),
         )
+
+
+def _as_text_part(value: object) -> object:
+    """The parts that are text under another name: of the Responses API, refusals, and plain text."""
+    if isinstance(value, str):
+        return {"type": "text", "text": value}
+    if isinstance(value, dict) and value.get("type") in ("input_text", "output_text", "refusal"):
+        return {"type": "text", "text": value.get("text", value.get("refusal"))}
+    return value
 
 
 class ContentPart(Body):
@@ -133,32 +185,35 @@ class ContentPart(Body):
     text: str
 
 
+TextPart = Annotated[ContentPart, BeforeValidator(_as_text_part, json_schema_input_type=Any)]
+
+
 class FunctionCall(Body):
-    """A call as an earlier answer gave it; `arguments` is JSON as text."""
+    """A call as an earlier answer gave it; `arguments` is JSON as text, or the object."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] = "{}"
 
 
 class ToolCallMessage(Body):
     """A call in a message of the assistant."""
 
-    id: str
+    id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = None
 
 
 class ChatMessage(Body):
     """A message of a conversation."""
 
     role: str
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCallMessage], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = Field(None, exclude=True, description="Accepted, and without effect.")
     audio: Annotated[None, refused("nothing but text is understood")] = None
     function_call: Annotated[None, refused("it has given way to tool_calls")] = None
 
@@ -182,7 +237,7 @@ class FunctionDefinition(Body):
 class Tool(Body):
     """A tool that the model may call."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionDefinition
 
 
@@ -193,8 +248,20 @@ class _ChosenFunction(Body):
 class NamedToolChoice(Body):
     """The tool that has to be called."""
 
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: _ChosenFunction
+
+
+class _AllowedTools(Body):
+    mode: Literal["auto", "required"] = "auto"
+    tools: Annotated[list[NamedToolChoice], Field(fail_fast=True)]
+
+
+class AllowedToolChoice(Body):
+    """Which of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: _AllowedTools
 
 
 class ChatCompletionRequest(_GenerationRequest):
@@ -206,11 +273,14 @@ class ChatCompletionRequest(_GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: fields.Alternatives | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | AllowedToolChoice | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    reasoning_effort: str | None = Field(None, description="A variable of the template; 'none' is no thinking there.")
+    add_special_tokens: bool = False
     metadata: dict[str, str] | None = Field(None, description="Accepted, and without effect.")
     store: bool | None = Field(None, description="Accepted, and without effect.")
     service_tier: str | None = Field(None, description="Accepted, and without effect.")
@@ -225,24 +295,24 @@ class ChatCompletionRequest(_GenerationRequest):
     functions: Annotated[None, refused("it has given way to tools")] = None
     function_call: Annotated[None, refused("it has given way to tool_choice")] = None
     moderation: Annotated[None, refused("the server does not judge texts")] = None
-    prediction: Annotated[None, refused("nothing is decoded ahead of time")] = None
-    reasoning_effort: Annotated[None, refused("a template may have a variable for it, see chat_template_kwargs")] = None
-    verbosity: Annotated[None, refused("say it in a message")] = None
+    prediction: dict[str, Any] | None = Field(None, description="Accepted, and without effect.")
+    verbosity: str | None = Field(None, description="Accepted, and without effect.")
     web_search_options: Annotated[None, refused("the server does not search")] = None
 
     def params(self, structured: StructuredOutputsParams | None) -> SamplingParams:
         """How to sample."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._params(
             structured_outputs=structured,
             max_tokens=limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(RequestBody):
     """`POST /v1/embeddings`."""
 
     model: str
@@ -253,7 +323,7 @@ class EmbeddingRequest(Body):
     user: str | None = Field(None, description="Accepted, and without effect.")
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """`POST /tokenize`: a text, or a conversation."""
 
     model: str | None = None
@@ -264,10 +334,12 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    reasoning_effort: str | None = None
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """`POST /detokenize`."""
 
     model: str | None = None

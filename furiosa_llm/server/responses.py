@@ -31,14 +31,32 @@ class CompletionLogprobs(BaseModel):
     top_logprobs: list[dict[str, float] | None]
 
 
+class PromptLogprob(BaseModel):
+    """A token that could have been at a place of the prompt, in vLLM's shape."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of the prompt what is known of its place, by the tokens' ids; None for the first one."""
+
+
 class CompletionChoice(BaseModel):
-    """A completion. `stop_reason` is the stop string or token that ended it, if one that was asked for did."""
+    """A completion. `stop_reason` is the stop string or token that ended it, if one that was asked for did.
+
+    What is behind it is given if it is asked for.
+    """
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -109,17 +127,18 @@ class AnswerMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """An answer."""
+    """An answer; its tokens if they are asked for."""
 
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionResponse(BaseModel):
-    """The answers to a conversation."""
+    """The answers to a conversation; what is known of its prompt if it is asked for."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -127,6 +146,8 @@ class ChatCompletionResponse(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ToolCallPiece(ToolCall):
@@ -151,6 +172,7 @@ class ChatChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletionChunk(BaseModel):
@@ -162,6 +184,7 @@ class ChatCompletionChunk(BaseModel):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class EmbeddingData(BaseModel):

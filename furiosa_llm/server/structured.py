@@ -10,22 +10,21 @@ from typing import Any
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
-from furiosa_llm.server.forms import ResponseFormat, StructuredOutputs
-from furiosa_llm.server.requests import Tool
+from furiosa_llm.server.forms import ResponseFormat
+from furiosa_llm.server.requests import ChatCompletionRequest, CompletionRequest, Tool
 from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
 
 _SCHEMA = "response_format.json_schema.schema"
 
 
-async def structured_outputs(
-    response_format: ResponseFormat | None, given: StructuredOutputs | None
-) -> StructuredOutputsParams | None:
+async def structured_outputs(body: ChatCompletionRequest | CompletionRequest) -> StructuredOutputsParams | None:
     """The constraint of a request without tools; None if there is none. Raises an ApiError for what is no grammar."""
-    schema = None if response_format is None else response_format.wanted_schema()
+    schema = None if body.response_format is None else body.response_format.wanted_schema()
+    given = body.wanted_form
     if given is not None:
         if schema is not None:
-            raise ApiError(400, "structured_outputs and response_format exclude each other; leave one out")
-        return await _compiled("structured_outputs", **given.model_dump(by_alias=True))
+            raise ApiError(400, f"{body.form_field} and response_format exclude each other; leave one out")
+        return await _compiled(body.form_field, **given.model_dump(by_alias=True))
     return None if schema is None else await _compiled("response_format", _SCHEMA, json=schema)
 
 
@@ -85,4 +84,6 @@ async def _compiled(param: str, shown: str | None = None, **given: Any) -> Struc
         message = str(error)
         if shown is not None:
             message = message.replace("structured_outputs.json", shown)
+        elif param.startswith("guided_"):
+            message = message.replace("structured_outputs.", "guided_").replace("structured_outputs:", "guided fields:")
         raise ApiError(400, message, param=param) from error

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.errors import ApiError
-from furiosa_llm.server.requests import ChatCompletionRequest, NamedToolChoice
+from furiosa_llm.server.requests import AllowedToolChoice, ChatCompletionRequest, NamedToolChoice
 from furiosa_llm.server.structured import forced, optional, structured_outputs
 from furiosa_llm.server.tool_grammar import CallWriting
 from furiosa_llm.server.tools import HermesFinder, ToolFinder, ToolParser
@@ -24,10 +24,14 @@ class Tools:
 
     def __init__(self, body: ChatCompletionRequest, parser: ToolParser | None, tags: Collection[str]) -> None:
         choice = body.tool_choice
-        if not body.tools and choice not in (None, "none"):
-            raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
         self._body = body
         self._tools = body.tools or []
+        if isinstance(choice, AllowedToolChoice):
+            allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+            self._tools = [tool for tool in self._tools if tool.function.name in allowed]
+            choice = choice.allowed_tools.mode
+        if not self._tools and choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice is only allowed when tools are given", param="tool_choice")
         self._forced = choice == "required" or isinstance(choice, NamedToolChoice)
         self._names = [tool.function.name for tool in self._tools]
         self.chosen = choice.function.name if isinstance(choice, NamedToolChoice) else None
@@ -63,12 +67,12 @@ class Tools:
         """What the answers have to look like; None for any text. Raises an ApiError for a schema that is invalid."""
         body = self._body
         if not self.shown:
-            return await structured_outputs(body.response_format, body.structured_outputs)
-        if body.structured_outputs is not None:
+            return await structured_outputs(body)
+        if body.wanted_form is not None:
             raise ApiError(
                 400,
-                "structured_outputs and tools exclude each other; leave one out, or give tool_choice 'none'",
-                param="structured_outputs",
+                f"{body.form_field} and tools exclude each other; leave one out, or give tool_choice 'none'",
+                param=body.form_field,
             )
         writing = CallWriting(syntax=self._parser.syntax, tags=self._tags, several=not self.only_one)
         if self._forced:

@@ -42,7 +42,7 @@ class SamplingParams:
     """
 
     n: int = 1
-    """Completions per prompt, 1 to 128; only 1 for greedy sampling."""
+    """Completions per prompt, 1 to 128; greedy ones are all the same."""
     best_of: int | None = None
     """Completions to generate, of which the `n` likeliest are given back; None for `n`, at most 128."""
     presence_penalty: float = 0.0
@@ -50,13 +50,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted once for each time that a token is in the completion; in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Above 1 it makes tokens of the prompt and the completion less likely; in (0, 2]."""
+    """Above 1 it makes tokens of the prompt and the completion less likely; above 0."""
     temperature: float = 1.0
     """Not negative; below 1e-5 is greedy."""
     top_p: float = 1.0
-    """Keeps the likeliest tokens whose probabilities add up to it; in (0, 1]."""
+    """Keeps the likeliest tokens whose probabilities add up to it; in [0, 1], where 0 keeps the likeliest one."""
     top_k: int = -1
-    """Keeps that many of the likeliest tokens; -1 keeps all."""
+    """Keeps that many of the likeliest tokens; -1 and 0 keep all."""
     min_p: float = 0.0
     """Drops tokens less likely than this share of the likeliest one's probability; in [0, 1]."""
     use_beam_search: bool = False
@@ -147,7 +147,6 @@ class SamplingParams:
         self._check_tokens()
         self._check_outputs()
         self._check_beam()
-        self._check_greedy()
 
     def _check_counts(self) -> None:
         n = checks.integer("n", self.n)
@@ -161,13 +160,13 @@ class SamplingParams:
     def _check_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             checks.number_in(name, getattr(self, name), lambda value: -2.0 <= value <= 2.0, "in [-2, 2]")
-        checks.number_in("repetition_penalty", self.repetition_penalty, lambda value: 0.0 < value <= 2.0, "in (0, 2]")
+        checks.number_in("repetition_penalty", self.repetition_penalty, lambda value: value > 0.0, "greater than 0")
 
     def _check_shape(self) -> None:
         checks.number_in("temperature", self.temperature, lambda value: value >= 0.0, "non-negative")
-        checks.number_in("top_p", self.top_p, lambda value: 0.0 < value <= 1.0, "in (0, 1]")
+        checks.number_in("top_p", self.top_p, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
         top_k = checks.integer("top_k", self.top_k)
-        require(top_k == -1 or top_k >= 1, f"top_k must be -1 (disable), or at least 1, got {top_k}.")
+        require(top_k >= -1, f"top_k must be -1 or 0 (disable), or at least 1, got {top_k}.")
         checks.number_in("min_p", self.min_p, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
         if self.seed is not None:
             seed = checks.integer("seed", self.seed)
@@ -232,15 +231,6 @@ class SamplingParams:
             penalty == 1.0,
             "length_penalty is not effective and must be the default value of 1.0 when not using beam search.",
         )
-
-    def _check_greedy(self) -> None:
-        if self.sampling_type is not SamplingType.GREEDY:
-            return
-        best_of = self.num_sequences
-        require(
-            self.n == 1, f"n must be 1 when using greedy sampling, whose completions are all the same. Got {self.n}."
-        )
-        require(best_of == 1, f"best_of must be 1 when using greedy sampling. Got {best_of}.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -15,7 +15,8 @@ from schemathesis.core.transport import Response
 from schemathesis.generation.meta import TestPhase
 
 _SCHEMAS = (
-    r"response_format\.json_schema\.schema|structured_outputs\.(json|regex|grammar)|tools\.\d+\.function\.parameters"
+    r"response_format\.json_schema\.schema|(structured_outputs\.|guided_)(json|regex|grammar)|"
+    r"tools\.\d+\.function\.parameters"
 )
 """What the grammar library may refuse, as it does not know all that a schema, an expression or a grammar may hold."""
 
@@ -25,7 +26,6 @@ BETWEEN_FIELDS = re.compile(
             "maximum (input )?context length is",
             "the model takes at most",
             "the model's tokens are 0 to",
-            "when using greedy sampling",
             "best_of must be greater than or equal to n",
             "min_tokens must be less than or equal to max_tokens",
             "max_tokens must be at least 1, got 0",
@@ -53,7 +53,10 @@ BETWEEN_FIELDS = re.compile(
             "tool_choice names '.*', which is not among the tools",
             "but arguments are an object",
             "response_format and tools exclude each other on this server",
-            "^structured_outputs and (response_format|tools) exclude each other",
+            "^(structured_outputs|guided_[a-z_]+) and (response_format|tools) exclude each other",
+            "^guided fields: ",
+            "prompt_logprobs are given with the whole answer",
+            "^Unrecognized request argument supplied",
         )
     )
 )
@@ -94,6 +97,8 @@ _AT_ODDS = frozenset(
     (
         *("top_logprobs", "stream_options", "min_tokens", "allowed_token_ids", "chat_template_kwargs"),
         *("response_format", "structured_outputs", "tools", "tool_choice", "max_completion_tokens", "echo"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_json_object"),
+        *("guided_whitespace_pattern", "prompt_logprobs"),
     )
 )
 """What seldom goes with the rest of a request that was made by chance."""

@@ -68,8 +68,8 @@ def test_what_does_not_go_together(
         (("--max-tokens", 0), "max_tokens must be at least 1, got 0"),
         (("--temperature", "nan"), "temperature must be non-negative, got nan"),
         (("--temperature", -1), "temperature must be non-negative, got -1.0"),
-        (("--top-p", 0), "top_p must be in (0, 1], got 0.0"),
-        (("--top-k", 0), "top_k must be -1 (disable), or at least 1, got 0"),
+        (("--top-p", 2), "top_p must be in [0, 1], got 2.0"),
+        (("--top-k", -2), "top_k must be -1 or 0 (disable), or at least 1, got -2"),
         (("--seed", -1), "seed must be non-negative, got -1"),
     ],
 )

@@ -55,8 +55,8 @@ def test_it_says_what_it_runs_and_ends_when_told(built: Path) -> None:
             assert words in server.output
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
             assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices
-            with pytest.raises(openai.BadRequestError, match="maximum context length is 64 tokens"):
-                client.completions.create(model=NAME, prompt="x", max_tokens=64)
+            with pytest.raises(openai.BadRequestError, match="maximum input context length is 63 tokens"):
+                client.completions.create(model=NAME, prompt="x " * 64, max_tokens=64)
         server.process.send_signal(signal.SIGINT)
         assert server.wait() == 0
     assert "Traceback" not in server.output

@@ -191,7 +191,7 @@ def test_the_servers_template_goes_before_the_models(artifact: Path) -> None:
     ("change", "param", "message"),
     [
         ({"tools": TOOLS}, "tools", "--enable-auto-tool-choice"),
-        ({"tool_choice": "auto"}, "tool_choice", "only allowed when tools are given"),
+        ({"tool_choice": "required"}, "tool_choice", "only allowed when tools are given"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"chat_template_kwargs": {"tools": [], "x": 1}}, "chat_template_kwargs", "cannot hold tools"),
         ({"messages": []}, "messages", "at least 1 item"),

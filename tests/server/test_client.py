@@ -139,9 +139,6 @@ def test_what_is_null_is_not_there(url: str, path: str, body: dict[str, Any], na
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("moderation", {"model": "x"}),
-        ("prediction", {"type": "content", "content": "x"}),
-        ("reasoning_effort", "low"),
-        ("verbosity", "low"),
         ("web_search_options", {}),
     ],
 )

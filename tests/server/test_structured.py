@@ -278,7 +278,7 @@ def test_a_format_beside_tools_whose_calls_are_plain_json(artifact: Path, tokeni
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         ({"structured_outputs": {}}, "structured_outputs", "found nothing, expected one of"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "structured_outputs.regex cannot be compiled"),
-        ({"structured_outputs": {"xml": 1}}, "structured_outputs", "Unrecognized request argument"),
+        ({"structured_outputs": {"xml": 1}}, "structured_outputs", "found nothing, expected one of"),
         (
             {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
             None,

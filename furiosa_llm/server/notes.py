@@ -1,0 +1,31 @@
+"""What an answer says of its request beside the body, in headers: what was left out of it, and what was changed."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+IGNORED = "x-furiosa-ignored"
+"""Fields of the request that are not known, and have no effect."""
+DROPPED = "x-furiosa-dropped"
+"""What of a JSON schema is not enforced."""
+MAX_TOKENS = "x-furiosa-max-tokens"
+"""How many tokens there was room for, if more were asked for."""
+HEADERS = (IGNORED, DROPPED, MAX_TOKENS)
+
+_MAX_LENGTH = 1000
+"""Of a header."""
+
+NOTES: ContextVar[dict[str, list[str]] | None] = ContextVar("notes", default=None)
+"""Those of the request that is being answered, by header."""
+
+
+def note(header: str, text: str) -> None:
+    """Says `text` in a header of the answer, whose status has not been sent yet."""
+    found = NOTES.get()
+    if found is not None:
+        found.setdefault(header, []).append(text)
+
+
+def header_values(notes: dict[str, list[str]]) -> dict[str, str]:
+    """The headers, in ASCII: they quote what was sent."""
+    return {header: ascii("; ".join(dict.fromkeys(texts)))[1:-1][:_MAX_LENGTH] for header, texts in notes.items()}
