@@ -1,7 +1,8 @@
 """The folder that a build writes: a temporary one next to the destination, renamed at the very end.
 
 A build holds a lock on its temporary folder, which ends with the process. The lock distinguishes a folder that an
-interrupted build has left, which is removed, from one that another build is writing, which is an error.
+interrupted build has left, which is removed, from one that another build is writing, which is an error. It goes along
+when the folder takes the destination's name: until it is free the other build is still putting the old one away.
 """
 
 from __future__ import annotations
@@ -36,18 +37,20 @@ def output_folder(destination: Path, *, force: bool) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(temporary, destination))
-            _restore(destination, replaced)
+            descriptor = stack.enter_context(_locked(temporary, destination))
         except OSError as error:
             raise OutputError(
                 f"cannot write to {destination.parent}: {error.strerror}; give an output folder that can be written."
             ) from error
         try:
+            _check_not_ending(destination)
+            _restore(destination, replaced)
             _check_destination(destination, force=force)
             yield temporary
             _publish(temporary, destination, replaced)
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if _is_at(descriptor, temporary):
+                shutil.rmtree(temporary, ignore_errors=True)
             if not isinstance(error, OSError):
                 raise
             raise OutputError(
@@ -85,8 +88,8 @@ def _check_destination(destination: Path, *, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _locked(temporary: Path, destination: Path) -> Iterator[None]:
-    """The temporary folder, made or emptied, and locked until the block ends."""
+def _locked(temporary: Path, destination: Path) -> Iterator[int]:
+    """The temporary folder, made or emptied, open and locked until the block ends."""
     descriptor = _open_folder(temporary, destination)
     try:
         while not _lock(descriptor, temporary, destination):
@@ -95,7 +98,7 @@ def _locked(temporary: Path, destination: Path) -> Iterator[None]:
         temporary.chmod(0o755)
         for entry in temporary.iterdir():
             _remove(entry)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -114,15 +117,27 @@ def _open_folder(temporary: Path, destination: Path) -> int:
             ) from error
 
 
-def _lock(descriptor: int, temporary: Path, destination: Path) -> bool:
-    """Lock the open folder; False if it is not the temporary folder any more."""
+def _lock(descriptor: int, path: Path, destination: Path) -> bool:
+    """Lock the open folder; False if it is not at `path` any more."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputError(
             f"another build is writing {destination} at this moment; wait for its end, or give another output."
         ) from error
-    return _is_at(descriptor, temporary)
+    return _is_at(descriptor, path)
+
+
+def _check_not_ending(destination: Path) -> None:
+    """Raise OutputError if the build that wrote what is at the destination has not ended."""
+    try:
+        descriptor = os.open(destination, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        _lock(descriptor, destination, destination)
+    finally:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

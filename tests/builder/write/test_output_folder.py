@@ -9,13 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from furiosa_llm.builder.errors import OutputError
+from furiosa_llm.builder.write import output_folder as output_folder_module
 from furiosa_llm.builder.write.output_folder import check_free_space, output_folder
+from furiosa_llm.runtime import LLM, SamplingParams
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from tests.support.runtime.models import LlamaSize, llama
 
 HOLD = """
 import sys, time
@@ -110,6 +118,74 @@ def test_two_builds_of_one_output(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_a_build_that_begins_while_another_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new artifact is in its place, the old one not yet gone: what is beside them is the other build's."""
+    destination, beside = artifact(tmp_path / "artifact", "old"), tmp_path / ".artifact.replaced"
+    real = output_folder_module._remove
+    refused: list[object] = []
+
+    def remove(path: Path) -> None:
+        if path == beside and not refused:
+            with pytest.raises(OutputError, match="another build is writing") as caught:
+                write(destination, "too early", force=True)
+            refused.append(caught)
+            assert listed(tmp_path) == [".artifact.replaced", "artifact"]
+        real(path)
+
+    monkeypatch.setattr(output_folder_module, "_remove", remove)
+    write(destination, "new", force=True)
+    assert len(refused) == 1
+    assert (destination / "manifest.json").read_text() == "new"
+    assert listed(tmp_path) == ["artifact"]
+
+
+def test_what_fails_at_the_end_leaves_the_next_build_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> None:
+        (tmp_path / ".artifact.building").mkdir()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(output_folder_module, "sync", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        write(tmp_path / "artifact", "new")
+    assert listed(tmp_path) == [".artifact.building", "artifact"]
+
+
+def test_an_artifact_is_replaced_again_and_again_while_others_open_it(tmp_path: Path) -> None:
+    """Two threads replace it by one of two; every reader finds one of them whole, or an error of ours."""
+    both = [llama(Mesh((2,)), LlamaSize(layers=layers)).write(tmp_path / str(layers)) for layers in (1, 2)]
+    digests = {open_artifact(folder).digest for folder in both}
+    destination = tmp_path / "place" / "artifact"
+    shutil.copytree(both[0], destination)
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    wrong: list[BaseException] = []
+
+    def replace() -> None:
+        for number in range(20):
+            try:
+                with output_folder(destination, force=True) as folder:
+                    shutil.copytree(both[number % 2], folder, dirs_exist_ok=True)
+            except BaseException as error:  # noqa: BLE001 - any other than these is the finding
+                if "another build is writing" not in str(error):
+                    wrong.append(error)
+
+    with LLM.load_artifact(destination, threads=1) as served:
+        expected = served.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
+        threads = [threading.Thread(target=replace) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        seen = set()
+        while any(thread.is_alive() for thread in threads):
+            with suppress(ArtifactError):
+                seen.add(open_artifact(destination, full=True).digest)
+        assert served.generate([[1, 2, 3]], params)[0].outputs[0].token_ids == expected
+    assert wrong == []
+    assert seen <= digests
+    assert seen
+    assert listed(destination.parent) == ["artifact"]
+    with LLM.load_artifact(destination, threads=1) as loaded:
+        assert loaded.generate([[1, 2, 3]], params)[0].outputs[0].token_ids
 
 
 def test_killed_between_taking_the_old_away_and_putting_the_new_in_place(tmp_path: Path) -> None:
