@@ -20,11 +20,13 @@ from benchmarks import (
     serve,
     serving,
     speed,
+    startup,
 )
 from benchmarks.bars import Bar, show
 
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "artifact": artifact.bars,
+    "startup": startup.bars,
     "building": building.bars,
     "planning": planning.bars,
     "fusion": fusion.bars,

@@ -9,11 +9,11 @@ import numpy as np
 from benchmarks.artifacts import artifact
 from benchmarks.bars import Bar
 from fixtures.perplexity import excerpt_tokens, perplexity
+from furiosa_llm.parity_options import TOLERANCE
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.verification.parity import verify_against
-from furiosa_llm.verification import TOLERANCE
 
 REFERENCE_PERPLEXITY = 16.52
 PROMPTS = (

@@ -16,8 +16,8 @@ from benchmarks.bars import Bar
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.decoder import DecoderSession
-from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.runners.batch import Decode, Prefill, Row, Runner, WantedLogits
 from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
 from furiosa_llm.runtime.verification.reference import ReferenceModel

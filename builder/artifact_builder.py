@@ -8,10 +8,11 @@ from pathlib import Path
 
 from furiosa_llm.builder.composite import build_composite, check_options, find_encoder_decoder
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.builder.pipeline import Assembly, default_name
-from furiosa_llm.builder.plan.search import MAX_PADDING
+from furiosa_llm.builder.pipeline import Assembly
+from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source.from_artifact import load_with_weights
+from furiosa_llm.builder.source.naming import default_name
 from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.adapters.files import read_adapter

@@ -22,19 +22,19 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
 from furiosa_llm.builder.plan.explain import Explained, explain
-from furiosa_llm.builder.plan.search import MAX_PADDING
+from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
 from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES
-from furiosa_llm.runtime.artifact.compute import COMPUTE, computing, loaded_nbytes
+from furiosa_llm.runtime.artifact.compute import computing, loaded_nbytes
 from furiosa_llm.runtime.artifact.manifest import Manifest
-from furiosa_llm.runtime.artifact.options import COUNT
-from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, Workload
-from furiosa_llm.runtime.placement.deployments import MOST_CARDS, Deployment, Deployments
+from furiosa_llm.runtime.artifact.options import COMPUTE, COUNT
+from furiosa_llm.runtime.placement.deployments import Deployment, Deployments
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, MOST_CARDS, Workload
 
 CHUNKS = (DEFAULT_CHUNK_SIZE, 128, 64, 32)
 """The prefill chunks that are tried where the caller does not choose one."""

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from furiosa_llm.builder.errors import OptionError
-from furiosa_llm.builder.plan.mesh import check_tensor_parallel_size, mesh_of
-from furiosa_llm.builder.plan.search import MAX_PADDING
+from furiosa_llm.builder.plan.mesh import MAX_PADDING, check_tensor_parallel_size, mesh_of
 from furiosa_llm.builder.plan.tactics import Tactic, Tactics
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import Field

@@ -26,9 +26,9 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.annotations import constraints_of
 from furiosa_llm.builder.plan.assignment_json import recorded_assignment
 from furiosa_llm.builder.plan.constraints import leaf_parts
+from furiosa_llm.builder.plan.pins import add_pin, pins_of
 from furiosa_llm.builder.plan.plan import Plan, Planning
 from furiosa_llm.builder.plan.search import Pin
-from furiosa_llm.builder.plan.tactics import add_pin
 from furiosa_llm.builder.proof import prove
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.rewrite.normalize import normalize
@@ -168,7 +168,7 @@ class Analysed:
         other.
         """
         told("plan")
-        pins = {} if options.tactics is None else options.tactics.pins(self.analysis, self.states)
+        pins = {} if options.tactics is None else pins_of(options.tactics, self.analysis, self.states)
         constraints = constraints_of(self.source, self.analysis, options.tensor_parallel_size)
         for leaf, demand in leaf_parts(constraints, self.analysis).items():
             add_pin(pins, leaf, Pin(parts=demand.parts, origin=demand.origin.origin))
@@ -188,16 +188,6 @@ class Analysed:
             plan=plan,
             lowered=lower(self.analysis, plan.mesh, plan.assignment, plan.outcome, self.source.model),
         )
-
-
-def default_name(model: Path) -> str:
-    """The artifact's name where none is given: the model's file name, or its folder's if the file is called `model`.
-
-    A folder that holds a model of several files gives the name itself.
-    """
-    if model.is_dir():
-        return model.resolve().name
-    return model.stem if model.stem != "model" else model.parent.resolve().name
 
 
 def _checked_workers(workers: int | None) -> int:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from furiosa_llm.builder.composite import find_encoder_decoder
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.composite import open_composite, parse_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.reader import manifest_bytes
 from furiosa_llm.runtime.errors import InputError
-from furiosa_llm.verification import ParityOptions, Report, verify_artifact
+from furiosa_llm.verification import Report, verify_artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

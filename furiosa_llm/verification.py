@@ -8,12 +8,13 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from furiosa_llm.builder.proof import check_program, constants_of
 from furiosa_llm.builder.write.artifact import tool
+from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manifest_digest
 from furiosa_llm.runtime.artifact.parse import parse_manifest
@@ -26,12 +27,6 @@ from furiosa_llm.runtime.verification.errors import OutputDifference, TokenCompa
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, UNFIT, Found, Parity, Subject
 from furiosa_llm.source_checks import check_given, check_lowering
 
-TOLERANCE = 1e-4
-"""Of an output's mean error, relative to its greatest magnitude; honest artifacts: see docs/artifact-tools.md."""
-HALF_TOLERANCE = 5e-3
-"""Of a model with float16 weights: 11 bits, and a partial sum is rounded on every rank."""
-
-MAX_SEED = 2**31
 _NOT_FINITE = "NaN or infinite on one side"
 _LIBRARIES = ("numpy", "onnx", "onnxruntime")
 
@@ -45,27 +40,6 @@ class Report:
 
     record: Verification
     parity: Parity | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParityOptions:
-    """How artifact and model are compared; see `furiosa_llm.runtime.verify_against`.
-
-    `tolerance` is relative to an output's greatest magnitude; None: TOLERANCE, or HALF_TOLERANCE for what computes in
-    float16. `compute` is the type that both compute in; None: their own types.
-    `seed` draws lengths and inputs; None: one that the system gives, so that no artifact can know it. `time_limit` are
-    the seconds after which no further step is begun.
-    """
-
-    tolerance: float | None = None
-    prompts: Sequence[str] = DEFAULT_PROMPTS
-    max_tokens: int = 32
-    sizes: Mapping[str, int] | None = None
-    threads: int | None = None
-    compute: str | None = None
-    seed: int | None = None
-    max_length: int | None = None
-    time_limit: float | None = None
 
 
 def verify_artifact(
@@ -199,7 +173,7 @@ def _compared(artifact: Artifact, model: str | os.PathLike[str], options: Parity
         max_length=options.max_length,
         check=_time_limit(options.time_limit),
     )
-    findings = subject.compare(options.prompts, options.max_tokens)
+    findings = subject.compare(DEFAULT_PROMPTS if options.prompts is None else options.prompts, options.max_tokens)
     checks = [
         _output_check(name, found, tolerance, artifact.folder)
         for name, found in (("stitched", findings.stitched), ("executor", findings.executor))

@@ -14,12 +14,12 @@ from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import Composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.dtypes import Array
-from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError, UnsupportedError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.execution.seq2seq_decoder import CachedSteps, Steps, WholeSteps
 from furiosa_llm.runtime.model import Model
+from furiosa_llm.runtime.placement.stages import check_tensor_parallel_size
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.prompts import Prompt, check_prompt_length, listed, read_prompt
 from furiosa_llm.runtime.requests.request import Request

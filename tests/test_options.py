@@ -14,7 +14,7 @@ from furiosa_llm import EngineArgs
 from furiosa_llm.builder import ArtifactBuilder, plan_model
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.cli.main import cli
+from furiosa_llm.cli.main import cli, command_of
 from furiosa_llm.cli.options import ENGINE
 from furiosa_llm.mlperf.cli import cli as mlperf
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
@@ -26,7 +26,7 @@ from tests.test_packaging import ROOT
 
 BUILD, SERVER = declared(BuildOptions), declared(ServerSettings)
 ALL = {**ENGINE, **BUILD, **SERVER}
-COMMANDS = {**cli.commands, "furiosa-mlperf": mlperf.commands["llama-3.1-server"]}
+COMMANDS = {**{name: command_of(name) for name in cli.commands}, "furiosa-mlperf": mlperf.commands["llama-3.1-server"]}
 
 
 def params(command: str) -> dict[str, click.Option]:

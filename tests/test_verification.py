@@ -15,6 +15,7 @@ import pytest
 from furiosa_llm import verification
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.source.identity import check_identity
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.manifest import StoredTensor
@@ -24,7 +25,7 @@ from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.program import lanes
 from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
 from furiosa_llm.runtime.verification.parity import Findings, Found, Subject
-from furiosa_llm.verification import ParityOptions, verify_artifact
+from furiosa_llm.verification import verify_artifact
 from tests.runtime.verification.test_parity import image, save
 from tests.support.artifacts import artifact_of
 from tests.support.tampering import alter_tensor, flip_bit, reseal

@@ -12,13 +12,14 @@ import onnx
 
 from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.builder import ArtifactBuilder, BuildReport, ShapeError
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.artifact.tools.record import Check
 from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.execution.decoder import DecoderSession
 from furiosa_llm.runtime.verification.reference import ReferenceModel
-from furiosa_llm.verification import ParityOptions, verify_artifact
+from furiosa_llm.verification import verify_artifact
 
 PROMPTS = ([3, 17, 5, 60, 9, 800, 4], [1, 2], [9])
 _TOKENS = 8

@@ -23,8 +23,9 @@ from furiosa_llm.builder.lower.check_shapes import interpreter
 from furiosa_llm.builder.lower.program_shapes import local_inputs
 from furiosa_llm.builder.shapes.interface import PROBE, lengths
 from furiosa_llm.builder.shapes.interpreter import Facts
-from furiosa_llm.runtime.artifact.compute import FLOAT32, NARROW, QUANTISED, widen
+from furiosa_llm.runtime.artifact.compute import NARROW, QUANTISED, widen
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs
+from furiosa_llm.runtime.artifact.options import FLOAT32
 
 _IR_VERSION = 11
 _SHOWN = 8

@@ -9,7 +9,7 @@ from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.working_memory import FactsOfStep, decode_sizes
 from furiosa_llm.builder.rules.registry import nbytes_read
 from furiosa_llm.builder.rules.view import NodeView
-from furiosa_llm.runtime.placement.capacity import Workload
+from furiosa_llm.runtime.placement.workload import Workload
 
 
 def weight_reads(

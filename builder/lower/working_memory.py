@@ -18,7 +18,7 @@ from furiosa_llm.builder.lower.program_shapes import local_inputs
 from furiosa_llm.builder.shapes.interface import SizeSet, lengths
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts
 from furiosa_llm.runtime.artifact.compute import NARROW, QUANTISED
-from furiosa_llm.runtime.placement.capacity import Workload
+from furiosa_llm.runtime.placement.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The tensor parallel sizes that are supported, and the mesh of each."""
+"""The tensor parallel sizes that are supported, the mesh of each, and how much padding a split may take."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 
 SUPPORTED_SIZES = (4, 8)
 EXPERIMENTAL_SIZES = (1, 2, 16)
+MAX_PADDING = 1.34
+"""How much larger padding may make one factor. A factor of blocks counts whole blocks: 5.5 blocks are stored as 6
+before any split, so that 6 blocks over 8 ranks are 1.33 times as large; the price counts the bytes."""
 
 
 def check_tensor_parallel_size(size: int, *, experimental: bool) -> None:

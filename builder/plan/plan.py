@@ -15,9 +15,10 @@ from furiosa_llm.builder.factors.probe import PricedStep, Probes
 from furiosa_llm.builder.factors.repeats import Reduced, reduce_repeats
 from furiosa_llm.builder.factors.states import States, find_states
 from furiosa_llm.builder.plan.groups import LeafGroup, candidates, group_leaves
+from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.outcome import Assignment, Axes, Outcome
 from furiosa_llm.builder.plan.pricing import Price, Pricer, Subject
-from furiosa_llm.builder.plan.search import MAX_PADDING, Decision, Pin, Planner, Refused, assignment_of
+from furiosa_llm.builder.plan.search import Decision, Pin, Planner, Refused, assignment_of
 from furiosa_llm.runtime.artifact.layout import Mesh
 
 

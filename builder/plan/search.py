@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.factors.factor import Factor
 from furiosa_llm.builder.plan.groups import LeafGroup, candidates, group_leaves
+from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.outcome import Axes
 from furiosa_llm.builder.plan.pricing import Price, Pricer, Subject
 from furiosa_llm.runtime.artifact.layout import Mesh
@@ -22,9 +23,6 @@ MOVE_TOLERANCE = 0.03
 """Moves whose savings per collective differ by less than this share are equally good."""
 MAX_DETOUR = 0.2
 """How much of the gain a change may give back at first, when other changes follow from it."""
-MAX_PADDING = 1.34
-"""How much larger padding may make one factor. A factor of blocks counts whole blocks: 5.5 blocks are stored as 6
-before any split, so that 6 blocks over 8 ranks are 1.33 times as large; the price counts the bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,6 @@ import numpy as np
 
 from furiosa_llm.bench.load import Observed, Record
 
-OBJECTIVES = ("ttft", "tpot", "e2el")
-"""What goodput may be asked for: limits of these, in milliseconds."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:

@@ -7,22 +7,21 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from furiosa_llm.bench.metrics import OBJECTIVES
-from furiosa_llm.bench.plots import check_plot, plot
-from furiosa_llm.bench.report import as_json, show
-from furiosa_llm.bench.sweep import Run, Workload, loads_of, machine, plans_of, sweep
-from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
+from furiosa_llm.bench.objectives import OBJECTIVES
 from furiosa_llm.cli.options import ENGINE, Numbers, option, options
 from furiosa_llm.cli.terminal import Console, line
-from furiosa_llm.dataset import read_dataset
-from furiosa_llm.runtime import EngineArgs, SamplingParams
 from furiosa_llm.runtime.artifact.errors import OutputFileError
-from furiosa_llm.runtime.engine.launch import Plan
 from furiosa_llm.runtime.errors import InputError, ReplicaError
+
+if TYPE_CHECKING:
+    from furiosa_llm.bench.sweep import Run, Workload
+    from furiosa_llm.bench.workload import Job
+    from furiosa_llm.runtime.engine.engine_args import EngineArgs
+    from furiosa_llm.runtime.engine.launch import Plan
 
 _DEFAULT_REQUESTS = 64
 _DEFAULT_INPUT_LEN = 128
@@ -112,6 +111,10 @@ def bench(
 
     Lists such as -pp 1,2 --request-rate 1,2,4 are measured in every combination. docs/bench.md says what is measured.
     """
+    from furiosa_llm.bench.report import as_json, show
+    from furiosa_llm.bench.sweep import loads_of, machine, plans_of, sweep
+    from furiosa_llm.runtime.engine.engine_args import EngineArgs
+
     _check_files(json_file, plots)
     names = {field.name for field in dataclasses.fields(EngineArgs)}
     args = EngineArgs(artifact, **{name: value for name, value in options.items() if name in names and name != "seed"})
@@ -134,8 +137,11 @@ def bench(
 
 def _check_files(json_file: Path | None, plots: Sequence[Path]) -> None:
     """What cannot be written is said before anything is measured."""
-    for path in plots:
-        check_plot(path)
+    if plots:
+        from furiosa_llm.bench.plots import check_plot
+
+        for path in plots:
+            check_plot(path)
     files = [path for path in (json_file, *plots) if path is not None and str(path) != "-"]
     for path in files:
         folder = path.absolute().parent
@@ -157,13 +163,19 @@ def _write(runs: Sequence[Run], report: dict[str, Any], json_file: Path | None, 
             with click.open_file(str(json_file), "w") as file:
                 json.dump(report, file, indent=1)
                 file.write("\n")
-        for path in plots:
-            plot(runs, path, report)
+        if plots:
+            from furiosa_llm.bench.plots import plot
+
+            for path in plots:
+                plot(runs, path, report)
     except OSError as error:
         raise OutputFileError(f"the figures cannot be written: {error}; those on the terminal are whole") from error
 
 
 def _workload(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> Workload:
+    from furiosa_llm.bench.sweep import Workload
+    from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
+
     ignore_eos = options["dataset"] is None if options["ignore_eos"] is None else options["ignore_eos"]
     return Workload(
         jobs=_jobs(plans, options),
@@ -176,6 +188,9 @@ def _workload(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any])
 
 
 def _jobs(plans: Sequence[tuple[EngineArgs, Plan]], options: dict[str, Any]) -> list[Job]:
+    from furiosa_llm.bench.workload import Job, check_lengths, random_jobs, repeated
+    from furiosa_llm.dataset import read_dataset
+
     plan = plans[0][1]
     output_len = options["output_len"] or _DEFAULT_OUTPUT_LEN
     vocab_size = plan.limits.vocab_size

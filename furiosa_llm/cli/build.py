@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -21,14 +21,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from furiosa_llm.builder import ArtifactBuilder, BuildReport, build_by_plan_of, read_tactics
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.builder.pipeline import default_name
+from furiosa_llm.builder.plan.tactics import read_tactics
+from furiosa_llm.builder.source.naming import default_name
 from furiosa_llm.cli.options import Command, FixedInput, GivenRole, NamedPath, Sizes, option
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.units import nbytes
+
+if TYPE_CHECKING:
+    from furiosa_llm.builder import BuildReport
 
 _STAGES = {
     "load": "reading the graph",
@@ -120,6 +123,8 @@ def build(
 
     OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
     """
+    from furiosa_llm.builder import ArtifactBuilder, build_by_plan_of
+
     if reuse_plan is not None:
         _refuse_beside_a_plan(context, options)
         destination = output or Path(f"{default_name(model)}.artifact")

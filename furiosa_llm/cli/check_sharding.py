@@ -7,40 +7,50 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import onnx
-from google.protobuf.message import DecodeError
 from rich.table import Table
 from rich.text import Text
 
-from furiosa_llm.builder.plan.annotations import Finding, check_sharding, is_annotated
-from furiosa_llm.builder.source.load import load
 from furiosa_llm.cli.terminal import Console, line
+
+if TYPE_CHECKING:
+    import onnx
+
+    from furiosa_llm.builder.plan.annotations import Finding
 
 _MOST_ROWS = 50
 
 
-@click.command("check-sharding")
+@click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print every finding as JSON.")
-def check_sharding_command(model: Path, as_json: bool) -> None:
+def check_sharding(model: Path, as_json: bool) -> None:
     """Check the multi-device annotations (ONNX IR version 11) of MODEL, whoever wrote them.
 
     Devices, axes, shapes, neighbouring nodes, pipeline stages, and what each operator allows. Weights are not read.
     Exit code 0 if there are no errors, 1 otherwise; warnings alone do not count.
     """
+    from furiosa_llm.builder.plan import annotations
+
     proto = _read(model)
-    findings = check_sharding(proto, model)
+    findings = annotations.check_sharding(proto, model)
+    annotated = annotations.is_annotated(proto)
     errors = sum(finding.severity == "error" for finding in findings)
     if as_json:
-        click.echo(json.dumps(_to_json(proto, findings), indent=2))
+        click.echo(json.dumps({"annotated": annotated, **_to_json(proto, findings)}, indent=2))
     else:
-        _print(proto, findings, errors)
+        _print(proto, findings, errors, annotated=annotated)
     sys.exit(1 if errors else 0)
 
 
 def _read(path: Path) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from furiosa_llm.builder.source.load import load
+
     try:
         proto = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError):
@@ -53,7 +63,6 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def _to_json(proto: onnx.ModelProto, findings: Sequence[Finding]) -> dict[str, object]:
     return {
-        "annotated": is_annotated(proto),
         "configurations": [{"name": c.name, "num_devices": c.num_devices} for c in proto.configuration],
         "annotated_nodes": _count_annotated(proto),
         "errors": sum(finding.severity == "error" for finding in findings),
@@ -66,9 +75,9 @@ def _count_annotated(proto: onnx.ModelProto) -> int:
     return sum(bool(node.device_configurations) for node in proto.graph.node)
 
 
-def _print(proto: onnx.ModelProto, findings: Sequence[Finding], errors: int) -> None:
+def _print(proto: onnx.ModelProto, findings: Sequence[Finding], errors: int, *, annotated: bool) -> None:
     console = Console()
-    if not is_annotated(proto):
+    if not annotated:
         line(
             "The model has no multi-device annotations: there is nothing to check. "
             "`furiosa-llm plan MODEL --emit-onnx OUT` writes a model with them."

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from furiosa_llm.cli.terminal import Console, line
-from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
-from furiosa_llm.runtime.artifact.tools import diff as library
-from furiosa_llm.runtime.artifact.tools.differences import Difference
-from furiosa_llm.runtime.artifact.tools.graph_diff import GraphDiff, Names
 from furiosa_llm.runtime.artifact.units import counted
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.tools import diff as library
+    from furiosa_llm.runtime.artifact.tools.differences import Difference
+    from furiosa_llm.runtime.artifact.tools.graph_diff import GraphDiff, Names
 
 _SHOWN = 12
 """Rows of one kind; --json has all of them."""
@@ -37,6 +38,9 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     Weights are compared by the digests of the originals, so that artifacts for different numbers of PEs compare; those
     that differ are read. Exit code 0 if the artifacts are the same, 1 if they differ, 2 if one cannot be read.
     """
+    from furiosa_llm.runtime.artifact.reader import open_artifact
+    from furiosa_llm.runtime.artifact.tools import diff as library
+
     try:
         found = library.diff(open_artifact(a, full=False), open_artifact(b, full=False))
     except FuriosaLLMError as error:
@@ -71,15 +75,15 @@ def _sections(found: library.Diff) -> Iterator[tuple[str, list[Row]]]:
     yield "model", [_row(change) for change in found.model]
     yield "provenance", [_row(change) for change in found.provenance]
     yield "node", list(_nodes(found.graph))
-    yield "graph input", list(_names(found.graph.inputs))
-    yield "graph output", list(_names(found.graph.outputs))
+    yield "graph input", list(_of_names(found.graph.inputs))
+    yield "graph output", list(_of_names(found.graph.outputs))
     yield "graph", [(name, "", "differs") for name in found.graph.other]
     yield "plan", [_row(change) for change in (plan.mesh, *plan.collectives) if change is not None]
     yield "layout", [(change.path, _layouts(change.a), _layouts(change.b)) for change in plan.layouts]
-    yield "weight", list(_names(Names(added=weights.added, removed=weights.removed)))
+    yield "weight", list(_names(weights.added, weights.removed))
     yield "weight", [_weight(difference) for difference in weights.changed]
     yield "made by the builder", [(name, "", "differs") for name in weights.made]
-    yield "file", list(_names(found.files))
+    yield "file", list(_of_names(found.files))
     yield "manifest", [(name, "", "differs") for name in found.manifest]
 
 
@@ -87,17 +91,21 @@ def _row(change: library.Change) -> Row:
     return change.path, json.dumps(change.a), json.dumps(change.b)
 
 
-def _names(names: Names) -> Iterator[Row]:
-    for name in names.removed:
-        yield name, "is there", "-"
-    for name in names.added:
-        yield name, "-", "is there"
+def _of_names(names: Names) -> Iterator[Row]:
+    yield from _names(names.added, names.removed)
     for name in names.changed:
         yield name, "", "differs"
 
 
+def _names(added: Sequence[str], removed: Sequence[str]) -> Iterator[Row]:
+    for name in removed:
+        yield name, "is there", "-"
+    for name in added:
+        yield name, "-", "is there"
+
+
 def _nodes(graph: GraphDiff) -> Iterator[Row]:
-    yield from _names(Names(added=graph.nodes_added, removed=graph.nodes_removed))
+    yield from _names(graph.nodes_added, graph.nodes_removed)
     for change in graph.nodes_changed:
         yield change.name, "", f"differs in {', '.join(change.fields)}"
 

@@ -10,7 +10,6 @@ import click
 
 from furiosa_llm.cli.options import ENGINE, options
 from furiosa_llm.runtime.artifact.pooling import PoolingType
-from furiosa_llm.runtime.encoder import Encoder
 
 
 @click.command()
@@ -34,6 +33,8 @@ def embed(
     compute: str | None,
 ) -> None:
     """Turn texts into vectors with the encoder in ARTIFACT: a line for each, an array in JSON."""
+    from furiosa_llm.runtime.encoder import Encoder
+
     with Encoder.load_artifact(
         artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification, compute=compute
     ) as encoder:

@@ -11,7 +11,6 @@ import click
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.runtime import LLM, LoRARequest, SamplingParams
 
 
 @click.command()
@@ -46,6 +45,8 @@ def generate(
 
     The text goes to standard output as it is generated, the figures to standard error.
     """
+    from furiosa_llm.runtime import LLM, LoRARequest, SamplingParams
+
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
     name, _, path = (lora or "").partition("=")
     adapter = None if lora is None else LoRARequest(name, 1, path)

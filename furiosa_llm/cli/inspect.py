@@ -8,28 +8,24 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 from rich.table import Table
 
 from furiosa_llm.cli.options import ENGINE, option
 from furiosa_llm.cli.terminal import Console, cell, line
-from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
-from furiosa_llm.runtime.artifact.composite_manifest import KIND
-from furiosa_llm.runtime.artifact.compute import computing
-from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
-from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.artifact.tools.inspection import (
-    BlockSummary,
-    Inspection,
-    ReplicatedTensor,
-    alike,
-    inspect_artifact,
-)
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
+    from furiosa_llm.runtime.artifact.tools.inspection import (
+        BlockSummary,
+        Inspection,
+        ReplicatedTensor,
+    )
+    from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 
 T = TypeVar("T")
 
@@ -57,6 +53,9 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | Non
     given = "--mapped" if mapped else "--compute"
     if (mapped or compute is not None) and not this_machine:
         raise InputError(f"{given} goes with --this-machine; give both, or none")
+    from furiosa_llm.runtime.artifact.composite import is_composite
+    from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
+
     if is_composite(artifact):
         if this_machine:
             raise UnsupportedError(
@@ -78,10 +77,18 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | Non
 def _probe(folder: Path, found: Inspection, mapped: bool, compute: str | None) -> BatchInvariance:
     if found.model.task != "decoder":
         raise UnsupportedError(f"--this-machine: {folder} is an encoder, which runs one request at a time")
+    from furiosa_llm.runtime.artifact.compute import computing
+    from furiosa_llm.runtime.artifact.reader import open_artifact
+    from furiosa_llm.runtime.runners.batch_invariance import probe_batch_invariance
+
     return probe_batch_invariance(computing(open_artifact(folder), compute), mapped=mapped)
 
 
 def _inspect_composite(folder: Path, *, as_json: bool) -> None:
+    from furiosa_llm.runtime.artifact.composite import open_composite
+    from furiosa_llm.runtime.artifact.composite_manifest import KIND
+    from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
+
     composite = open_composite(folder, full=False)
     parts = {name: inspect_artifact(folder / name) for name in composite.parts}
     manifest = composite.manifest
@@ -225,6 +232,8 @@ def _replicated(tensors: Sequence[ReplicatedTensor]) -> str:
 
 
 def _blocks(found: Inspection) -> Iterator[tuple[str, str]]:
+    from furiosa_llm.runtime.artifact.tools.inspection import alike
+
     runs = alike(found.blocks)
     for run in runs[:_SHOWN_BLOCKS]:
         yield "block" if len(run) == 1 else "blocks", f"{_block_names(run)}: {_block(run[0])}"

@@ -3,57 +3,68 @@
 from __future__ import annotations
 
 import gc
+import importlib
 
 import click
 
-from furiosa_llm import __version__
-from furiosa_llm.cli.bench import bench
-from furiosa_llm.cli.build import build
-from furiosa_llm.cli.check_sharding import check_sharding_command
-from furiosa_llm.cli.diff import diff
-from furiosa_llm.cli.embed import embed
 from furiosa_llm.cli.exit_code import end, exit_code_of
-from furiosa_llm.cli.generate import generate
-from furiosa_llm.cli.inspect import inspect
-from furiosa_llm.cli.plan import plan
-from furiosa_llm.cli.reshard import reshard
-from furiosa_llm.cli.run import run
-from furiosa_llm.cli.serve import serve
-from furiosa_llm.cli.sign import sign
-from furiosa_llm.cli.topology import topology
-from furiosa_llm.cli.unbuild import unbuild
-from furiosa_llm.cli.verify import verify
 
+_SUMMARIES = {
+    "bench": "Measure throughput, latency and goodput of an artifact.",
+    "build": "Split an ONNX model over PEs, and write the artifact.",
+    "check-sharding": "Check the multi-device annotations of an ONNX model.",
+    "diff": "Say in what two artifacts differ.",
+    "embed": "Turn texts into vectors with an encoder.",
+    "generate": "Complete a prompt with a decoder.",
+    "inspect": "Show what an artifact holds, and where it comes from.",
+    "plan": "Say how a model would be split, at what cost, where it fits.",
+    "reshard": "Write an artifact for another number of PEs.",
+    "run": "Run an artifact once, on whole tensors.",
+    "serve": "Serve an artifact at an OpenAI-compatible interface.",
+    "sign": "Sign an artifact.",
+    "topology": "Show what an artifact puts on which PE.",
+    "unbuild": "Turn an artifact back into the ONNX model.",
+    "verify": "Check an artifact, by itself and against its model.",
+}
+"""What each command does. `NAME` is in the file NAME.py, under the same name."""
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000
 """A graph is hundreds of thousands of objects that live to the end; looking for cycles among them every 700 new ones,
 Python's default, takes a quarter of the planning time."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, "-V", "--version", prog_name="furiosa-llm", message="%(prog)s %(version)s")
+class _Commands(click.Group):
+    """A group whose commands are imported when they are invoked: help and completion need only their summaries."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` begin with, imported."""
+        name, known, rest = super().resolve_command(ctx, args)
+        return name, None if known is None else command_of(str(known.name)), rest
+
+
+def command_of(name: str) -> click.Command:
+    """The command `name`, imported."""
+    attribute = name.replace("-", "_")
+    found: click.Command = getattr(importlib.import_module(f"furiosa_llm.cli.{attribute}"), attribute)
+    return found
+
+
+@click.group(
+    cls=_Commands,
+    commands=[click.Command(name, short_help=summary) for name, summary in _SUMMARIES.items()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(
+    None,
+    "-V",
+    "--version",
+    package_name="furiosa-llm-onnx",
+    prog_name="furiosa-llm",
+    message="%(prog)s %(version)s",
+)
 def cli() -> None:
     """Split an ONNX transformer over simulated processing elements (PEs), and run it."""
-
-
-_COMMANDS = (
-    bench,
-    build,
-    check_sharding_command,
-    diff,
-    embed,
-    generate,
-    inspect,
-    plan,
-    reshard,
-    run,
-    serve,
-    sign,
-    topology,
-    unbuild,
-    verify,
-)
-for command in _COMMANDS:
-    cli.add_command(command)
 
 
 def main() -> None:

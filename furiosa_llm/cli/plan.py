@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from furiosa_llm.builder import OptionError, plan_model
-from furiosa_llm.builder.lower.interface import InterfaceValue, interface_of
-from furiosa_llm.builder.lower.kernels import described
-from furiosa_llm.builder.model_plan import CHUNKS, write_annotated_plan
+from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.cli.build import BUILD, planning_options
 from furiosa_llm.cli.options import ENGINE, option
-from furiosa_llm.cli.plan_tables import show_plan
-from furiosa_llm.cli.terminal import Console
-from furiosa_llm.runtime.placement.capacity import DEFAULT_LENGTH
-from furiosa_llm.runtime.placement.deployments import MOST_CARDS
+from furiosa_llm.cli.terminal import Console, line
+from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, MOST_CARDS
+
+if TYPE_CHECKING:
+    from furiosa_llm.builder.lower.interface import InterfaceValue
 
 
 class _ParallelSizes(click.ParamType[tuple[int, ...]]):
@@ -56,7 +54,7 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 @click.option(
     "--chunk",
     type=int,
-    help=f"New positions in a prefill step.  [default: {CHUNKS[0]}, or less where that saves cards]",
+    help=f"New positions in a prefill step.  [default: {DEFAULT_CHUNK_SIZE}, or less where that saves cards]",
 )
 @click.option("--cards", type=int, help=f"The number of cards.  [default: as few as fit, up to {MOST_CARDS}]")
 @option("compute", ENGINE)
@@ -90,6 +88,8 @@ def plan(
         raise OptionError(
             f"--emit-onnx writes one plan, got the sizes {list(tensor_parallel_size)}; choose one with -tp."
         )
+    from furiosa_llm.builder.model_plan import plan_model, write_annotated_plan
+
     planned, builds = plan_model(
         model,
         tensor_parallel_sizes=tensor_parallel_size,
@@ -102,12 +102,18 @@ def plan(
     if as_json:
         click.echo(json.dumps(planned.to_json(), indent=2))
     elif show_roles:
+        from furiosa_llm.builder.lower.interface import interface_of
+
         Console().print(_roles(interface_of(builds[0])), crop=False)
         return
     else:
+        from furiosa_llm.cli.plan_tables import show_plan
+
         show_plan(planned, explain=explain)
         if planned.missing_kernels and planned.compute is None:
-            click.echo(f"{described(planned.missing_kernels)}.")
+            from furiosa_llm.builder.lower.kernels import described
+
+            line(f"{described(planned.missing_kernels)}.")
     if not any(size.fewest for size in planned.plans):
         click.get_current_context().exit(1)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from furiosa_llm.builder import reshard as make
 from furiosa_llm.cli.build import BUILD, EXPERIMENTAL_TP, WORKERS, print_report, shown_progress
 from furiosa_llm.cli.options import option
 
@@ -25,6 +24,8 @@ def reshard(artifact: Path, output: Path, **options: Any) -> None:
     The model is not needed: its weights are put together from the artifact's shards, and each is compared with the
     digest that the first build recorded. The result is the same, byte for byte, as a fresh build's with this release.
     """
+    from furiosa_llm.builder import reshard as make
+
     with shown_progress() as progress:
         report = make(artifact, output, progress=progress, **options)
     print_report(report)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from furiosa_llm.cli.options import ENGINE, options
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.runtime import Artifact, Executor, InputError, open_artifact
-from furiosa_llm.runtime.artifact.compute import computing
-from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+from furiosa_llm.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.dtypes import Array
+    from furiosa_llm.runtime.artifact.reader import Artifact
 
 
 @click.command()
@@ -35,6 +36,11 @@ def run(
 
     Inputs and outputs are those of the unsplit model.
     """
+    import numpy as np
+
+    from furiosa_llm.runtime import Executor, open_artifact
+    from furiosa_llm.runtime.artifact.compute import computing
+
     opened = computing(open_artifact(artifact, full=full_verification), compute)
     arrays = _typed(_read(inputs), opened)
     with Executor(opened, **loading) as executor:
@@ -50,6 +56,10 @@ def run(
 
 def _typed(arrays: dict[str, Array], artifact: Artifact) -> dict[str, Array]:
     """The arrays with the types that an .npz file has no names for: of bfloat16 it has only the bytes."""
+    import numpy as np
+
+    from furiosa_llm.runtime.artifact.dtypes import DTYPES
+
     types = {info.name: info.dtype for info in artifact.manifest.inputs} | dict(artifact.declared)
     kinds = {name: np.dtype(DTYPES[dtype].numpy) for name, dtype in types.items()}
     return {
@@ -61,6 +71,8 @@ def _typed(arrays: dict[str, Array], artifact: Artifact) -> dict[str, Array]:
 
 
 def _read(path: Path) -> dict[str, Array]:
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

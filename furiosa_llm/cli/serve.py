@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from furiosa_llm import signing
 from furiosa_llm.cli.exit_code import end_at_once
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, NamedPath, options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.cli.topology import show_topology
 from furiosa_llm.runtime.artifact.options import declared
-from furiosa_llm.runtime.engine.engine_args import EngineArgs
-from furiosa_llm.runtime.engine.launch import Plan
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
-from furiosa_llm.runtime.placement.capacity import Workload
+from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.server.settings import ServerSettings
 
 if TYPE_CHECKING:
+    from furiosa_llm.runtime.engine.launch import Plan
     from furiosa_llm.server.model import Decoder
 
 _NEEDED = ("fastapi", "h11", "prometheus_client", "pydantic", "uvicorn")
@@ -116,6 +113,8 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     """
     _check_installed()
     # The server's packages are an extra, and take a second to import.
+    from furiosa_llm import signing
+    from furiosa_llm.runtime.engine.engine_args import EngineArgs
     from furiosa_llm.server.app import make_app
     from furiosa_llm.server.model import Decoder, load_served, open_served
     from furiosa_llm.server.run import check_address, make_server
@@ -216,6 +215,8 @@ def _show_plan(plan: Plan) -> None:
         max_model_len=plan.limits.max_length or _UNLIMITED_LENGTH,
         prefill_chunk_size=plan.scheduling.prefill_chunk_size,
     )
+    from furiosa_llm.cli.topology import show_topology
+
     show_topology(plan.artifact, plan.topology, plan.stages, workload)
     if plan.tokenizer is None:
         line("The model has no tokenizer: requests have to give token ids, unless --tokenizer gives one.")

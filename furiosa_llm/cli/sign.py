@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.signing import check_installed, sign_artifact
 
 
 @click.command()
@@ -18,5 +17,7 @@ def sign(artifact: Path, key: Path) -> None:
 
     docs/artifact-tools.md says how keys are made. Needs the extra `sign`: pip install 'furiosa-llm-onnx[sign]'.
     """
+    from furiosa_llm.signing import check_installed, sign_artifact
+
     check_installed()
     line(f"signed: {sign_artifact(artifact, key)}")

@@ -5,33 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.cli.terminal import Console, cell
-from furiosa_llm.runtime import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
-from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.units import counted, nbytes
-from furiosa_llm.runtime.engine.launch import check_tensor_parallel_size
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
-from furiosa_llm.runtime.placement.block_reads import block_starts
-from furiosa_llm.runtime.placement.capacity import (
-    DEFAULT_LENGTH,
-    CardMemory,
-    StageMemory,
-    Workload,
-    card_memory,
-    check_weights,
-    kv_pages,
-    stage_memory,
-)
 from furiosa_llm.runtime.placement.devices import format_pes
-from furiosa_llm.runtime.placement.stages import Stage, choose_stages
-from furiosa_llm.runtime.placement.topology import Topology, make_topology
+from furiosa_llm.runtime.placement.workload import DEFAULT_LENGTH, Workload
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.reader import Artifact
+    from furiosa_llm.runtime.placement.capacity import CardMemory, StageMemory
+    from furiosa_llm.runtime.placement.stages import Stage
+    from furiosa_llm.runtime.placement.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +67,12 @@ def topology(
 
     Nothing is loaded, and the weights are not read.
     """
+    from furiosa_llm.runtime.artifact.compute import computing
+    from furiosa_llm.runtime.artifact.reader import open_artifact
+    from furiosa_llm.runtime.placement.block_reads import block_starts
+    from furiosa_llm.runtime.placement.stages import check_tensor_parallel_size, choose_stages
+    from furiosa_llm.runtime.placement.topology import make_topology
+
     opened = computing(open_artifact(artifact, full=False), compute)
     check_tensor_parallel_size(opened, tensor_parallel_size)
     workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
@@ -110,6 +107,8 @@ def _length(artifact: Artifact, asked: int | None) -> int:
 
 
 def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> _Report:
+    from furiosa_llm.runtime.placement.capacity import card_memory, check_weights, kv_pages, stage_memory
+
     memory = stage_memory(artifact, stages, workload)
     blocks = artifact.manifest.blocks
     cards = card_memory(placed, memory, workload)

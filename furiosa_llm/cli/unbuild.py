@@ -8,8 +8,6 @@ import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from furiosa_llm.cli.terminal import Console, line
-from furiosa_llm.runtime import open_artifact
-from furiosa_llm.runtime.artifact.tools import unbuild as library
 from furiosa_llm.runtime.artifact.units import nbytes
 
 
@@ -23,6 +21,9 @@ def unbuild(artifact: Path, output: Path, force: bool) -> None:
     Every weight is put together from its shards and compared with the digest of the original: what is written is the
     original's, bit for bit, or nothing is.
     """
+    from furiosa_llm.runtime.artifact.reader import open_artifact
+    from furiosa_llm.runtime.artifact.tools import unbuild as library
+
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

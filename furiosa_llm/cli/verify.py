@@ -5,21 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
 from furiosa_llm.cli.options import ENGINE, Sizes, option
 from furiosa_llm.cli.terminal import Console, line
-from furiosa_llm.composite_verification import verify_composite
-from furiosa_llm.runtime.artifact.composite import is_composite
-from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
-from furiosa_llm.runtime.artifact.tools.record import CHECKS, Check, write_verification
+from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions
 from furiosa_llm.runtime.artifact.units import counted
-from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
-from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, Parity
-from furiosa_llm.signing import check_installed, check_signature
-from furiosa_llm.verification import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions, Report, verify_artifact
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.tools.record import Check
+    from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
+    from furiosa_llm.runtime.verification.parity import Parity
+    from furiosa_llm.verification import Report
 
 _COUNTED = {
     "structure": "file",
@@ -43,7 +43,7 @@ _COUNTED = {
     "--against", type=click.Path(path_type=Path), help="The .onnx file (or folder) it was built from, to compare with."
 )
 @click.option("--key", type=click.Path(path_type=Path), help="Public key by which ARTIFACT must be signed, in PEM.")
-@click.option("--no-record", is_flag=True, help=f"Write no {RECORD_NAME} into ARTIFACT.")
+@click.option("--no-record", is_flag=True, help="Write no verification.json into ARTIFACT.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare greedy tokens on; may be repeated.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Tokens per prompt.")
 @click.option(
@@ -88,9 +88,12 @@ def verify(
     together to. --against compares it with the model it was built from. Without either no output is compared. What was
     found is written into ARTIFACT, as verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
     """
+    from furiosa_llm.runtime.artifact.composite import is_composite
+    from furiosa_llm.verification import verify_artifact
+
     options = ParityOptions(
         tolerance=tolerance,
-        prompts=prompts or DEFAULT_PROMPTS,
+        prompts=prompts or None,
         max_tokens=max_tokens,
         sizes=dict(dims),
         threads=threads,
@@ -100,6 +103,8 @@ def verify(
         time_limit=time_limit,
     )
     if key is not None:
+        from furiosa_llm.signing import check_installed, check_signature
+
         check_installed()
         check_signature(artifact, key)
         line(f"signed by the key {key}, and every file has its digest")
@@ -115,6 +120,8 @@ def _verify_parts(
     console: Console, artifact: Path, against: Path | None, *, full: bool, record: bool, options: ParityOptions
 ) -> int:
     """Verifies a composite artifact; the exit code."""
+    from furiosa_llm.composite_verification import verify_composite
+
     found = verify_composite(artifact, against=against, full=full, options=options)
     for name, report in found.parts.items():
         line(f"{name}:")
@@ -139,11 +146,15 @@ def _show(console: Console, artifact: Path, report: Report, *, record: bool) -> 
     if report.parity is not None and not passed:
         line(f"repeat it with --seed {report.parity.seed}")
     if record:
+        from furiosa_llm.runtime.artifact.tools.record import write_verification
+
         path = write_verification(artifact, report.record)
         line(f"recorded in {path}")
 
 
 def _show_check(check: Check) -> None:
+    from furiosa_llm.runtime.artifact.tools.record import CHECKS
+
     noun = _COUNTED[check.name]
     count = counted(check.checked, noun) if check.name != "weights" else f"{check.checked} files and tensors"
     error = "" if check.greatest_error is None else f", greatest error {check.greatest_error:.1e}"

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import click
 
-from furiosa_llm import __version__
 from furiosa_llm.cli.exit_code import exit_code_of
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
@@ -38,7 +37,14 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @click.group(context_settings=_SETTINGS)
-@click.version_option(__version__, "-V", "--version", prog_name="furiosa-mlperf", message="%(prog)s %(version)s")
+@click.version_option(
+    None,
+    "-V",
+    "--version",
+    package_name="furiosa-llm-onnx",
+    prog_name="furiosa-mlperf",
+    message="%(prog)s %(version)s",
+)
 def cli() -> None:
     """Run an MLPerf Inference benchmark on an artifact, under MLCommons' LoadGen."""
 

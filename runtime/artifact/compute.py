@@ -20,20 +20,9 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ComputeError
 from furiosa_llm.runtime.artifact.graphs import all_graphs, all_nodes, all_tensors, rename, used_names
 from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInfo, StoredTensor
-from furiosa_llm.runtime.artifact.options import Kind
+from furiosa_llm.runtime.artifact.options import COMPUTE, FLOAT32
 from furiosa_llm.runtime.artifact.reader import SplitModel
 from furiosa_llm.runtime.artifact.units import counted, nbytes
-
-FLOAT32 = "float32"
-
-
-def _parsed(text: str) -> str:
-    if text != FLOAT32:
-        raise ValueError
-    return text
-
-
-COMPUTE = Kind('"float32"', lambda value: value == FLOAT32, _parsed)
 
 NARROW = frozenset({"FLOAT16", "BFLOAT16"})
 """Types of values that become FLOAT."""

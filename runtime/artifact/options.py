@@ -84,6 +84,16 @@ POSITIVE = Kind("a positive number", lambda value: is_number(value) and value > 
 SWITCH = instance("True or False", bool)
 TEXT = instance("a string", str)
 PATH = instance("a path", str, os.PathLike)
+FLOAT32 = "float32"
+
+
+def _float32(text: str) -> str:
+    if text != FLOAT32:
+        raise ValueError
+    return text
+
+
+COMPUTE = Kind('"float32"', lambda value: value == FLOAT32, _float32)
 
 
 @functools.cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, parse_json
-from furiosa_llm.runtime.artifact.reader import Artifact
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.reader import Artifact
 
 POOLING_NAME = "pooling.json"
 

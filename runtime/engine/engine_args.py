@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
-from furiosa_llm.runtime.artifact.compute import COMPUTE
 from furiosa_llm.runtime.artifact.options import (
+    COMPUTE,
     COUNT,
     PATH,
     POSITIVE,
@@ -25,7 +25,7 @@ from furiosa_llm.runtime.artifact.options import (
 )
 from furiosa_llm.runtime.engine.buckets import BucketConfig
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
-from furiosa_llm.runtime.placement.capacity import DEFAULT_CHUNK_SIZE
+from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 DEFAULT_BATCH_SIZE = 16

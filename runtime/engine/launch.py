@@ -23,16 +23,10 @@ from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.placement.block_reads import block_starts
-from furiosa_llm.runtime.placement.capacity import (
-    DEFAULT_CHUNK_SIZE,
-    DEFAULT_LENGTH,
-    Workload,
-    check_weights,
-    kv_pages,
-    stage_memory,
-)
-from furiosa_llm.runtime.placement.stages import Stage, choose_stages
+from furiosa_llm.runtime.placement.capacity import check_weights, kv_pages, stage_memory
+from furiosa_llm.runtime.placement.stages import Stage, check_tensor_parallel_size, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
+from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, Workload
 from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS, step_nbytes, step_seconds
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
@@ -91,16 +85,6 @@ def open_model(args: EngineArgs) -> Artifact:
     artifact = computing(open_artifact(args.model, full=args.full_verification), args.compute)
     check_tensor_parallel_size(artifact, args.tensor_parallel_size)
     return artifact
-
-
-def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
-    """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
-    size = artifact.manifest.mesh.size
-    if wanted not in (None, size):
-        raise InputError(
-            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={size}; leave it out, or make the "
-            f"other artifact: furiosa-llm reshard -tp {wanted}"
-        )
 
 
 def only_of_one_replica(args: EngineArgs, what: str) -> None:

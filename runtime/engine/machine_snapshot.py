@@ -10,10 +10,11 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.engine.replica import Replica, ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.execution.counters import StageCounts
-from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
+from furiosa_llm.runtime.placement.capacity import stage_memory
 from furiosa_llm.runtime.placement.devices import PE, first_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology
+from furiosa_llm.runtime.placement.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

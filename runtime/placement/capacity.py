@@ -20,29 +20,8 @@ from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
 from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
 from furiosa_llm.runtime.placement.stages import Stage, divide_blocks
 from furiosa_llm.runtime.placement.topology import Topology
+from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.runtime.program.segments import Program, ValueType, cut_program, size_names
-
-DEFAULT_CHUNK_SIZE = 256
-"""Tokens of a prompt that are computed in a step, where the caller does not say."""
-DEFAULT_LENGTH = 2048
-"""Tokens that a sequence may reach where neither the model nor the caller limits them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """What a replica is to hold at once. Prompts are prefilled one at a time."""
-
-    max_batch_size: int = 1
-    """The number of sequences."""
-    max_model_len: int = DEFAULT_LENGTH
-    """The most tokens of a sequence."""
-    prefill_chunk_size: int = DEFAULT_CHUNK_SIZE
-    """The most tokens of a prompt in a step."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_model_len", "prefill_chunk_size"):
-            if getattr(self, name) < 1:
-                raise CapacityError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 from furiosa_llm.runtime.artifact.card import PES_PER_CARD
 from furiosa_llm.runtime.artifact.reader import SplitModel
 from furiosa_llm.runtime.placement.block_reads import read_blocks
-from furiosa_llm.runtime.placement.capacity import Memory, StageMemory, Workload, card_memory, kv_pages
+from furiosa_llm.runtime.placement.capacity import Memory, StageMemory, card_memory, kv_pages
 from furiosa_llm.runtime.placement.stages import Stage, divide_blocks
 from furiosa_llm.runtime.placement.topology import RefusedTopologyError, Topology, make_topology
-
-MOST_CARDS = 32
-"""The most cards that are tried where the caller does not say how many there are."""
+from furiosa_llm.runtime.placement.workload import MOST_CARDS, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from furiosa_llm.runtime.artifact.reader import SplitModel
-from furiosa_llm.runtime.errors import TopologyError
+from furiosa_llm.runtime.artifact.reader import Artifact, SplitModel
+from furiosa_llm.runtime.errors import InputError, TopologyError
 from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
 
 
@@ -155,4 +155,14 @@ def _check_counts(counts: Sequence[int], blocks: int, stages: int | None) -> Non
         raise TopologyError(
             f"num_blocks_per_pp_stage {list(counts)} has {sum(counts)} blocks in all, but the artifact has {blocks}; "
             f"give numbers that add up to {blocks}"
+        )
+
+
+def check_tensor_parallel_size(artifact: Artifact, wanted: int | None) -> None:
+    """Raises InputError if `artifact` is split for another tensor parallel size than `wanted`, if one is."""
+    size = artifact.manifest.mesh.size
+    if wanted not in (None, size):
+        raise InputError(
+            f"tensor_parallel_size={wanted}, but {artifact.folder} is split for tp={size}; leave it out, or make the "
+            f"other artifact: furiosa-llm reshard -tp {wanted}"
         )

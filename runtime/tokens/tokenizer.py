@@ -17,12 +17,11 @@ from tokenizers.processors import TemplateProcessing
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import TokenizerError
-from furiosa_llm.runtime.tokens.chat_template import FILE as _TEMPLATE
-from furiosa_llm.runtime.tokens.chat_template import ChatTemplate, Message, Templates
 from furiosa_llm.runtime.tokens.first_load import check_loads
 
 if TYPE_CHECKING:  # processes that only tokenize do without what it imports
     from furiosa_llm.runtime.artifact.reader import Artifact, Companion
+    from furiosa_llm.runtime.tokens.chat_template import Message, Templates
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,6 +67,9 @@ class Tokenizer:
         config: Mapping[str, Any],
         chat_template: Templates,
     ) -> None:
+        # jinja2 takes 40 ms to import, which a command line that only names this class need not.
+        from furiosa_llm.runtime.tokens.chat_template import ChatTemplate
+
         self._made = tokenizer
         self.config = config
         self._template = ChatTemplate(config, chat_template)
@@ -88,6 +90,8 @@ class Tokenizer:
 
     @classmethod
     def _from_files(cls, where: Path, find: Callable[[str], Path | Companion | None], wait: bool) -> Tokenizer:
+        from furiosa_llm.runtime.tokens.chat_template import FILE
+
         file = find(_TOKENIZER)
         if file is None:
             raise TokenizerError(
@@ -100,7 +104,7 @@ class Tokenizer:
             raise TokenizerError(f"{file} cannot be read: {error}") from error
         config = _read_config(find(_CONFIG))
         loading = _in_thread(lambda: _loaded(text, str(file), config))
-        made = cls(loading, config, _read_template(find(_TEMPLATE), config))
+        made = cls(loading, config, _read_template(find(FILE), config))
         if wait:
             made.wait_until_loaded()
         return made
@@ -326,6 +330,8 @@ def _of_text(text: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 def _add_around(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Puts the tokens around a sequence that `add_bos_token` and `add_eos_token` say, whatever tokenizer.json does."""
+    from furiosa_llm.runtime.tokens.chat_template import ChatTemplate
+
     named = ChatTemplate(config, None).named_tokens
     special: list[tuple[str, int]] = []
     order = {"bos": "", "": "$A:0", "eos": ""}

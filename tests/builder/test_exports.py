@@ -18,6 +18,7 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.shapes.roles import read_role, role_of
 from furiosa_llm.cli.main import cli
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.reader import open_artifact
@@ -26,7 +27,7 @@ from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.execution.decoder import DecoderSession
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.verification.reference import ReferenceModel
-from furiosa_llm.verification import ParityOptions, verify_artifact
+from furiosa_llm.verification import verify_artifact
 from tests.support.builder.exported import Change, exported, renamed
 from tests.support.tiers import tiered
 

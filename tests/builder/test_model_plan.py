@@ -23,8 +23,9 @@ from furiosa_llm.builder.plan.explain import Explained
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.cli.plan_tables import show_plan
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
-from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
+from furiosa_llm.runtime.placement.capacity import stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.workload import Workload
 from tests.support.artifacts import built_model
 from tests.support.builder.stacks import stack
 from tests.support.tiers import tiered

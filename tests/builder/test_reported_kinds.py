@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.executor import Executor
-from furiosa_llm.verification import ParityOptions, verify_artifact
+from furiosa_llm.verification import verify_artifact
 from tests.support.builder.graphs import model
 
 _WIDTH = 64

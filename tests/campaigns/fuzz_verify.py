@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.tools.record import Verification
-from furiosa_llm.verification import ParityOptions, verify_artifact
+from furiosa_llm.verification import verify_artifact
 from tests.support.artifacts import artifact_of
 from tests.support.runtime.mutations import MUTATIONS, Mutation
 from tests.support.runtime.program_edits import Program

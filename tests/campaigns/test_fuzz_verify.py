@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from furiosa_llm import verification
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.tools.record import Check
-from furiosa_llm.verification import ParityOptions
 from tests.campaigns import fuzz_verify
 from tests.campaigns.fuzz_verify import judge
 from tests.support.runtime.mutations import GENAI, MUTATIONS

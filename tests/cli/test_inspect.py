@@ -159,7 +159,7 @@ def test_what_differs_is_named(artifact: Path, cli: Cli, monkeypatch: pytest.Mon
         asked.append(mapped)
         return probed
 
-    monkeypatch.setattr("furiosa_llm.cli.inspect.probe_batch_invariance", probe)
+    monkeypatch.setattr("furiosa_llm.runtime.runners.batch_invariance.probe_batch_invariance", probe)
     rows = lines(cli("inspect", artifact, "--this-machine", "--mapped").out)
     assert rows["bits here"] == str(probed)
     assert rows["differs"] == "MatMul, 2 nodes, most in q: rows 1"

@@ -20,7 +20,7 @@ from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import PAGE_SIZE, make_plan
 from furiosa_llm.runtime.errors import CapacityError
-from furiosa_llm.runtime.placement.capacity import Workload
+from furiosa_llm.runtime.placement.workload import Workload
 from tests.cli.conftest import Cli
 from tests.support.artifacts import ZOO, BuiltModel, built_model
 from tests.support.tiers import MECHANISMS, tiered

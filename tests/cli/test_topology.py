@@ -13,9 +13,10 @@ import pytest
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.placement.block_reads import read_blocks
-from furiosa_llm.runtime.placement.capacity import Workload, card_memory, check_weights, stage_memory
+from furiosa_llm.runtime.placement.capacity import card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
+from furiosa_llm.runtime.placement.workload import Workload
 from tests.cli.conftest import Cli
 from tests.support.artifacts import artifact_of
 
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_said(built: Path, cli: Cli) -> None:
 
 def test_what_would_fit_is_said(built: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     small = functools.partial(check_weights, pe_nbytes=150_000)
-    monkeypatch.setattr("furiosa_llm.cli.topology.check_weights", small)
+    monkeypatch.setattr("furiosa_llm.runtime.placement.capacity.check_weights", small)
     result = cli("topology", built)
     assert result.code == 0
     assert "which is 326 kB more than their 600 kB; use pp=2, which fits." in result.out

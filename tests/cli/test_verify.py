@@ -10,7 +10,6 @@ from pathlib import Path
 import onnx
 import pytest
 
-from furiosa_llm.cli import verify as command
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import RecordError, read_verification
@@ -120,7 +119,7 @@ def test_results_are_shown_before_a_record_fails(artifact: Path, cli: Cli, monke
     def read_only(folder: Path, _: object) -> Path:
         raise RecordError(f"{folder} cannot be written")
 
-    monkeypatch.setattr(command, "write_verification", read_only)
+    monkeypatch.setattr("furiosa_llm.runtime.artifact.tools.record.write_verification", read_only)
     assert cli("verify", artifact, "--no-record").code == 0
     assert cli("verify", artifact).code == 1
 

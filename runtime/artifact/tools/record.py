@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from furiosa_llm.runtime.artifact.compute import FLOAT32
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
+from furiosa_llm.runtime.artifact.options import FLOAT32
 
 RECORD_FORMAT = "furiosa-llm-onnx-verification"
 RECORD_VERSION = 2

@@ -15,11 +15,10 @@ from furiosa_llm.builder.artifact_builder import ArtifactBuilder
 from furiosa_llm.builder.factors.factor import to_dim
 from furiosa_llm.builder.factors.probe import PricedStep
 from furiosa_llm.builder.plan.groups import LeafGroup, candidates
-from furiosa_llm.builder.plan.mesh import mesh_of
+from furiosa_llm.builder.plan.mesh import MAX_PADDING, mesh_of
 from furiosa_llm.builder.plan.outcome import Collective
 from furiosa_llm.builder.plan.plan import Plan, Planning
 from furiosa_llm.builder.plan.pricing import COLLECTIVE_CHARGE, Pricer, Subject, find_scales
-from furiosa_llm.builder.plan.search import MAX_PADDING
 from furiosa_llm.runtime.artifact.layout import local_size
 from tests.support.builder.graphs import model
 from tests.support.builder.plans import Prepared, prepare, prepare_proto

@@ -25,11 +25,12 @@ from furiosa_llm import LLM, AsyncLLMEngine, LoRARequest, SamplingParams
 from furiosa_llm.builder import ArtifactBuilder, build_by_plan_of, plan_model, reshard
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.cli.main import cli
+from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
 from furiosa_llm.runtime.artifact.adapters.stored import own_adapters, to_safetensors
 from furiosa_llm.runtime.artifact.errors import AdapterError
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.verification import ParityOptions, verify_artifact
+from furiosa_llm.verification import verify_artifact
 from tests.support.adapters import LORA, deltas, greedy, merged, saved
 from tests.support.builder.exported import exported
 

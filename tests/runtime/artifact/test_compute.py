@@ -22,8 +22,9 @@ from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.errors import InputError, KernelError
 from furiosa_llm.runtime.execution.executor import Executor
-from furiosa_llm.runtime.placement.capacity import Memory, Workload
+from furiosa_llm.runtime.placement.capacity import Memory
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.workload import Workload
 from tests.support.builder.exported import exported
 from tests.support.builder.graphs import model as written
 from tests.support.builder.graphs import random

@@ -37,9 +37,10 @@ from furiosa_llm.runtime.execution.counters import (
     stage_counts,
 )
 from furiosa_llm.runtime.llm import LLM
-from furiosa_llm.runtime.placement.capacity import Workload, stage_memory
+from furiosa_llm.runtime.placement.capacity import stage_memory
 from furiosa_llm.runtime.placement.devices import PE
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.runners.batch import (
     Copy,

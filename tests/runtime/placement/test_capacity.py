@@ -13,7 +13,6 @@ from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.placement.capacity import (
     CardMemory,
     StageMemory,
-    Workload,
     card_memory,
     check_weights,
     kv_pages,
@@ -21,6 +20,7 @@ from furiosa_llm.runtime.placement.capacity import (
 )
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
+from furiosa_llm.runtime.placement.workload import Workload
 from tests.support.runtime.blocks import llama_blocks
 from tests.support.runtime.models import LlamaSize, mlp
 

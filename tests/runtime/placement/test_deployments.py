@@ -9,10 +9,11 @@ import pytest
 
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.placement import deployments as module
-from furiosa_llm.runtime.placement.capacity import StageMemory, Workload, card_memory, stage_memory
+from furiosa_llm.runtime.placement.capacity import StageMemory, card_memory, stage_memory
 from furiosa_llm.runtime.placement.deployments import Deployment, Deployments, _largest
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
+from furiosa_llm.runtime.placement.workload import Workload
 from tests.support.artifacts import BuiltModel, built_model
 
 SMALL_PE = 600_000
