@@ -13,10 +13,10 @@ from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.source.naming import default_name
-from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.adapters.files import read_adapter
 from furiosa_llm.runtime.artifact.adapters.stored import check_name
+from furiosa_llm.runtime.artifact.progress import Progress, shown
 
 
 class ArtifactBuilder:
@@ -83,7 +83,7 @@ class ArtifactBuilder:
         save_dir: str | os.PathLike[str],
         *,
         force: bool = False,
-        progress: Progress | None = None,
+        progress: bool | Progress | None = None,
         workers: int | None = None,
         allow_no_kernel: bool = False,
     ) -> BuildReport:
@@ -92,32 +92,28 @@ class ArtifactBuilder:
         Args:
             save_dir: The folder to write.
             force: Replace it if it is an artifact already.
-            progress: Called with each stage, and with the bytes as they are written.
+            progress: Whether what is done is shown on standard error, by default on a terminal and in a notebook; or
+                what is called with each stage, and with the bytes as they are written.
             workers: Threads that read, cut, hash and write weights, 1 to 5; by default 5. The artifact's bytes do not
                 depend on their number.
             allow_no_kernel: Write what has no kernels on this machine, even if computing in float32 does not help.
         """
+        with shown(progress):
+            return self._build_any(Path(save_dir), force, workers, allow_no_kernel)
+
+    def _build_any(self, save_dir: Path, force: bool, workers: int | None, allow_no_kernel: bool) -> BuildReport:
         if self._composite is None:
-            return self._build(self._model, Path(save_dir), self._name, force, progress, workers, allow_no_kernel)
+            return self._build(self._model, save_dir, self._name, force, workers, allow_no_kernel)
         return build_composite(
             self._composite,
-            Path(save_dir),
+            save_dir,
             name=self._name,
-            build_part=lambda model, folder, name: self._build(
-                model, folder, name, False, progress, workers, allow_no_kernel
-            ),
+            build_part=lambda model, folder, name: self._build(model, folder, name, False, workers, allow_no_kernel),
             force=force,
         )
 
     def _build(
-        self,
-        model: Path,
-        folder: Path,
-        name: str,
-        force: bool,
-        progress: Progress | None,
-        workers: int | None,
-        allow_no_kernel: bool,
+        self, model: Path, folder: Path, name: str, force: bool, workers: int | None, allow_no_kernel: bool
     ) -> BuildReport:
         assembly = Assembly(
             options=self._options,
@@ -127,4 +123,4 @@ class ArtifactBuilder:
             check=lambda source, _: source.guard.check_unchanged(),
             allow_no_kernel=allow_no_kernel,
         )
-        return assembly.build(folder, force=force, progress=progress, workers=workers)
+        return assembly.build(folder, force=force, workers=workers)

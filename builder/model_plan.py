@@ -32,6 +32,7 @@ from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES
 from furiosa_llm.runtime.artifact.compute import computing, loaded_nbytes
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.options import COMPUTE, COUNT
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.placement.deployments import Deployment, Deployments
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, MOST_CARDS, Workload
@@ -144,6 +145,7 @@ class ModelPlan:
         return {**dataclasses.asdict(self), "workload": sizes}
 
 
+@shown()
 def plan_model(
     model: str | os.PathLike[str],
     *,
@@ -206,10 +208,10 @@ def plan_model(
     if compute is not None:
         COMPUTE.check("compute", compute, OptionError)
     path = Path(model)
-    analysed = analyse_model(path, options, told=lambda _: None)
+    analysed = analyse_model(path, options)
+    builds = tuple(analysed.lowered_for(of_size) for of_size in of_sizes)
     limit = companions.max_sequence_length(path)
     workload = Workload(max_batch_size=batch, max_model_len=context or limit or DEFAULT_LENGTH)
-    builds = tuple(analysed.lowered_for(of_size, told=lambda _: None) for of_size in of_sizes)
     tensors = weights_of(analysed.source.model)
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
@@ -262,6 +264,7 @@ def size_plan(
     costs: bool = False,
 ) -> SizePlan:
     """The figures of a build, of which nothing is written, for `workload`; see `plan_model` for the rest."""
+    tell(f"placing the model on cards, tp {build.plan.mesh.size}")
     model = computing(planned(build), compute)
     deployments = Deployments(model)
     tried = range(1, MOST_CARDS + 1) if cards is None else (cards,)

@@ -37,17 +37,16 @@ from furiosa_llm.builder.rewrite.weight_inputs import check_adapted
 from furiosa_llm.builder.shapes.roles import find_roles, read_role
 from furiosa_llm.builder.source.companions import read_json
 from furiosa_llm.builder.source.load import Source, load
-from furiosa_llm.builder.write.artifact import Progress, write_artifact
+from furiosa_llm.builder.write.artifact import write_artifact
 from furiosa_llm.builder.write.output_folder import output_folder
 from furiosa_llm.builder.write.report import BuildReport, report_of
 from furiosa_llm.builder.write.streaming import MAX_WORKERS
 from furiosa_llm.runtime.artifact.adapters.files import AdapterFile
 from furiosa_llm.runtime.artifact.json_reader import Field
 from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.progress import tell
 
 logger = logging.getLogger(__name__)
-
-OnStage = Callable[[str], None]
 """Called with the name of each stage when the stage begins."""
 
 
@@ -69,17 +68,12 @@ class Assembly:
     adapters: Mapping[str, AdapterFile] = dataclasses.field(default_factory=dict)
     """Adapters that go into the artifact, by name."""
 
-    def build(self, destination: Path, *, force: bool, progress: Progress | None, workers: int | None) -> BuildReport:
+    def build(self, destination: Path, *, force: bool, workers: int | None) -> BuildReport:
         """Write the artifact to `destination`, or nothing; see `ArtifactBuilder`."""
         started = time.monotonic()
-        told = progress or (lambda *_: None)
-
-        def stage(name: str) -> None:
-            told(name, 0, 1)
-
         threads = _checked_workers(workers)
         with output_folder(destination, force=force) as folder:
-            build = self.lowered(stage)
+            build = self.lowered()
             missing = missing_kernels(build)
             if not self.allow_no_kernel:
                 check_kernels(missing)
@@ -92,25 +86,24 @@ class Assembly:
                 options=self.options,
                 plan=self.plan,
                 adapters=self.adapters,
-                progress=told,
                 workers=threads,
             )
             self.check(build.source, manifest)
-            stage("prove")
+            tell("prove")
             faults = tuple(map(str, prove(folder).faults))
         seconds = time.monotonic() - started
         return report_of(
             build, manifest, artifact=str(destination), seconds=seconds, faults=faults, missing_kernels=missing
         )
 
-    def lowered(self, told: OnStage) -> Build:
-        """Run all stages up to the program; nothing is written. `told` is called with the name of each stage."""
+    def lowered(self) -> Build:
+        """Run all stages up to the program; nothing is written."""
         mesh = self.options.mesh
-        told("load")
-        analysed = analyse_source(self.load(), self.options, told=told)
+        tell("load")
+        analysed = analyse_source(self.load(), self.options)
         if self.plan is None:
-            return analysed.lowered_for(self.options, told=told)
-        told("lower")
+            return analysed.lowered_for(self.options)
+        tell("lower")
         plan = Field(self.plan, "manifest.json $.plan")
         if "assignment" not in self.plan:
             plan.fail("the key 'assignment'", "an object without it")
@@ -118,17 +111,17 @@ class Assembly:
         return analysed.lowered_by(analysed.planning.follow(assignment, mesh))
 
 
-def analyse_model(path: Path, options: BuildOptions, *, told: OnStage) -> Analysed:
+def analyse_model(path: Path, options: BuildOptions) -> Analysed:
     """Run all stages up to the analysis of the model at `path`, whose weights need not exist; see `analyse_source`."""
-    told("load")
-    return analyse_source(load(path, options.fixed, options.lora_modules), options, told=told)
+    tell("load")
+    return analyse_source(load(path, options.fixed, options.lora_modules), options)
 
 
-def analyse_source(source: Source, options: BuildOptions, *, told: OnStage) -> Analysed:
+def analyse_source(source: Source, options: BuildOptions) -> Analysed:
     """Run all stages up to the analysis of a model."""
     model = normalize(source)
     find_roles(model.graph, {name: read_role(name, text) for name, text in options.roles.items()})
-    told("analyse")
+    tell("analyse")
     config = read_json(source.path, "config.json")
     rewritten = rewrite(model, options.dims, config, fuse=options.fuse_attention)
     probes = rewritten.probes
@@ -160,20 +153,20 @@ class Analysed:
         """Plans for any mesh."""
         return Planning(self.analysis, self.states, self.probes)
 
-    def lowered_for(self, options: BuildOptions, *, told: OnStage) -> Build:
+    def lowered_for(self, options: BuildOptions) -> Build:
         """Plan for the mesh of `options` and lower.
 
         The plan also keeps what the model's own multi-device annotations say. Raises PlanError if annotations and
         tactics ask for the impossible, and AnnotationError or ConstraintError for annotations that contradict each
         other.
         """
-        told("plan")
+        tell("plan")
         pins = {} if options.tactics is None else pins_of(options.tactics, self.analysis, self.states)
         constraints = constraints_of(self.source, self.analysis, options.tensor_parallel_size)
         for leaf, demand in leaf_parts(constraints, self.analysis).items():
             add_pin(pins, leaf, Pin(parts=demand.parts, origin=demand.origin.origin))
         plan = self.planning.plan(options.mesh, options.max_padding, pins)
-        told("lower")
+        tell("lower")
         return self.lowered_by(plan)
 
     def lowered_by(self, plan: Plan) -> Build:

@@ -10,12 +10,12 @@ from furiosa_llm.builder.composite import build_parts
 from furiosa_llm.builder.options import recorded_options
 from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.source.from_artifact import source_of
-from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.adapters.stored import own_adapters, read_own
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.progress import Progress, shown
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 
 
@@ -26,7 +26,7 @@ def reshard(
     tensor_parallel_size: int,
     experimental_tp: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     workers: int | None = None,
 ) -> BuildReport:
     """Write, byte for byte, the artifact that a build of the same model with the same options but this size gives.
@@ -49,20 +49,21 @@ def reshard(
     """
 
     def one(part: Path, folder: Path, *, replace: bool) -> BuildReport:
-        return _reshard(part, folder, tensor_parallel_size, experimental_tp, replace, progress, workers)
+        return _reshard(part, folder, tensor_parallel_size, experimental_tp, replace, workers)
 
-    if not is_composite(artifact):
-        return one(Path(artifact), Path(save_dir), replace=force)
-    composite = open_composite(artifact, full=False)
-    return build_parts(
-        {name: part.folder for name, part in composite.parts.items()},
-        Path(save_dir),
-        name=composite.manifest.name,
-        start=composite.manifest.decoder_start_token_id,
-        ends=composite.manifest.eos_token_ids,
-        build_part=lambda part, folder, _: one(part, folder, replace=False),
-        force=force,
-    )
+    with shown(progress):
+        if not is_composite(artifact):
+            return one(Path(artifact), Path(save_dir), replace=force)
+        composite = open_composite(artifact, full=False)
+        return build_parts(
+            {name: part.folder for name, part in composite.parts.items()},
+            Path(save_dir),
+            name=composite.manifest.name,
+            start=composite.manifest.decoder_start_token_id,
+            ends=composite.manifest.eos_token_ids,
+            build_part=lambda part, folder, _: one(part, folder, replace=False),
+            force=force,
+        )
 
 
 def _reshard(
@@ -71,7 +72,6 @@ def _reshard(
     tensor_parallel_size: int,
     experimental_tp: bool,
     force: bool,
-    progress: Progress | None,
     workers: int | None,
 ) -> BuildReport:
     opened = open_artifact(artifact, full=False)
@@ -87,7 +87,7 @@ def _reshard(
         adapters={name: read_own(path) for name, path in own_adapters(opened).items()},
         allow_no_kernel=True,
     )
-    return assembly.build(save_dir, force=force, progress=progress, workers=workers)
+    return assembly.build(save_dir, force=force, workers=workers)
 
 
 def _check_originals(before: Artifact, after: Manifest) -> None:

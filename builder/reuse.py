@@ -14,11 +14,11 @@ from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.builder.source.naming import default_name
-from furiosa_llm.builder.write.artifact import Progress
 from furiosa_llm.builder.write.onnx_files import source_proto
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.graphs import all_graphs
 from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.progress import Progress, shown
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.source import read_source
 
@@ -39,7 +39,7 @@ def build_by_plan_of(
     *,
     name: str = "",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     workers: int | None = None,
     allow_no_kernel: bool = False,
 ) -> BuildReport:
@@ -80,7 +80,8 @@ def build_by_plan_of(
         allow_no_kernel=allow_no_kernel,
         plan=opened.manifest.plan,
     )
-    return assembly.build(Path(save_dir), force=force, progress=progress, workers=workers)
+    with shown(progress):
+        return assembly.build(Path(save_dir), force=force, workers=workers)
 
 
 def _check_same_graph(source: Source, artifact: Artifact) -> None:

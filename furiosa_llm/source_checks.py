@@ -85,7 +85,7 @@ def _lowered(artifact: Artifact) -> Build:
         check=lambda *_: None,
         plan=artifact.manifest.plan,
     )
-    return assembly.lowered(lambda _: None)
+    return assembly.lowered()
 
 
 def _validated(artifact: Artifact) -> Source:

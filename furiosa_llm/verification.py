@@ -18,6 +18,7 @@ from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, Pari
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manifest_digest
 from furiosa_llm.runtime.artifact.parse import parse_manifest
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
 from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
 from furiosa_llm.runtime.artifact.tools.record import Check, Compared, Verification
@@ -60,6 +61,7 @@ def verify_artifact(
     Raises ArtifactError if there is no manifest to report on, and InputError, ModelLoadError, ExecutionError and
     UnsupportedError for a model or options that cannot be compared with.
     """
+    tell("opening the artifact")
     folder = Path(path).absolute()  # which no word of a message is
     try:
         artifact = open_artifact(folder, full=False)
@@ -69,7 +71,9 @@ def verify_artifact(
             raise
         fault = Check(name="structure", checked=1, faults=(_line(error, folder),))
         return Report(record=_record(digest, [fault]), parity=None)
+    tell("proving the program")
     checks = [Check(name="structure", checked=1 + len(artifact.manifest.files)), _proof(artifact)]
+    tell("lowering source.onnx again")
     checks.append(_guarded(lambda: check_lowering(artifact), "lowering", folder))
     if full or against is not None or _weights_nbytes(artifact) < FULL_BELOW_NBYTES:
         checks.append(_guarded(lambda: check_weights(artifact), "weights", folder))
@@ -153,6 +157,7 @@ def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[l
     """The artifact compared with the unsplit model that is put back together from it."""
     with tempfile.TemporaryDirectory(prefix="furiosa-llm-verify-") as temporary:
         model = Path(temporary) / "model.onnx"
+        tell("putting the model together")
         try:
             unbuild(artifact, model)
             return _compared(artifact, model, options)

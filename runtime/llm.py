@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from functools import cached_property
 from typing import Any, Literal, NoReturn, Self, cast, overload
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.artifact.pooling import PoolingType
+from furiosa_llm.runtime.artifact.progress import shown, telling
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
@@ -33,14 +34,17 @@ from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, Sampli
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
 _DEFAULT_PARAMS = SamplingParams()
+UseTqdm = bool | Callable[..., Any] | None
+"""Whether a bar counts the prompts that are done, or what makes the bar; None: on a terminal and in a notebook."""
 
 
 class LLM(Closing):
     """A model loaded from the artifact in the folder `model`: a decoder, an encoder, or an encoder with its decoder.
 
     Decoders `generate`, and run on an engine; encoders `encode` and `embed`; an encoder-decoder generates, one request
-    after another. The options are the fields of `EngineArgs`, which says what they mean, and `skip_engine`, which loads
-    nothing to run the model with: what is wrong with the artifact or the options comes out all the same. Raises
+    after another. The options are the fields of `EngineArgs`, which says what they mean, and two more. `skip_engine`
+    loads nothing to run the model with: what is wrong with the artifact or the options comes out all the same.
+    `use_tqdm_on_load` shows progress on standard error, by default on a terminal and in a notebook. Raises
     TypeError for unknown options, UnsupportedError for options of the vendor's that mean nothing here, or that only
     decoders have, and what `make_plan` does.
 
@@ -48,9 +52,17 @@ class LLM(Closing):
     its threads.
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, skip_engine: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        skip_engine: bool = False,
+        use_tqdm_on_load: bool | None = None,
+        **options: Any,
+    ) -> None:
         args = EngineArgs(model, **refuse_foreign_options(options))
-        self._model = _load(args, skip_engine=skip_engine)
+        with shown(use_tqdm_on_load):
+            self._model = _load(args, skip_engine=skip_engine)
 
     @classmethod
     def load_artifact(cls, path: str | os.PathLike[str], **options: Any) -> Self:
@@ -143,6 +155,7 @@ class LLM(Closing):
         prompt_token_ids: Sequence[int] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         lora_request: LoRARequest | None = None,
+        use_tqdm: UseTqdm = None,
     ) -> RequestOutput: ...
 
     @overload
@@ -153,6 +166,7 @@ class LLM(Closing):
         prompt_token_ids: Sequence[Sequence[int]] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: UseTqdm = None,
     ) -> list[RequestOutput]: ...
 
     def generate(
@@ -162,13 +176,15 @@ class LLM(Closing):
         prompt_token_ids: Any = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: UseTqdm = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Completes `prompts`, as many at once as fit: a single one gives one output, a list a list in its order.
 
         A prompt is text, token ids, or a mapping with `prompt` or `prompt_token_ids`. The argument `prompt_token_ids`,
         one sequence for each prompt, is used instead of the prompts' own tokens, and may stand alone. A list of
         `sampling_params` has the parameters of each prompt, a list of `lora_request` its adapter (None: none). Of
-        `tokenizer_kwargs` there is `add_special_tokens`.
+        `tokenizer_kwargs` there is `add_special_tokens`. With `use_tqdm` a bar on standard error shows how many prompts
+        are done, by default on a terminal and in a notebook; a callable makes the bar, as tqdm.tqdm does.
 
         If one prompt is refused, or Ctrl-C or a failure comes in between, all are given up. Raises ContextLengthError,
         a ValueError, if a prompt and its completion do not fit the limit, and ReplicaError if a replica fails while it
@@ -176,7 +192,7 @@ class LLM(Closing):
         """
         asked, single = paired(prompts, prompt_token_ids)
         asked = [with_tokenizer_kwargs(prompt, tokenizer_kwargs, self._model.tokenizer) for prompt in asked]
-        outputs = self._complete(asked, sampling_params, lora_request)
+        outputs = self._complete(asked, sampling_params, lora_request, use_tqdm)
         return outputs[0] if single else outputs
 
     def chat(
@@ -189,13 +205,14 @@ class LLM(Closing):
         continue_final_message: bool = False,
         tools: Sequence[Any] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: UseTqdm = None,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several; always a list.
 
         `chat_template` replaces the model's own. With `continue_final_message` the answer goes on from the last
         message; `add_generation_prompt` must be False then. `tools` are given to the template; what the model answers
         is text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses
-        the messages, InputError if they are no messages, else what `generate` does.
+        the messages, InputError if they are no messages, else what `generate` does, which also explains `use_tqdm`.
         """
         if chat_template_content_format != "string":
             raise UnsupportedError(
@@ -213,7 +230,7 @@ class LLM(Closing):
             )
             for conversation in conversations_of(messages)
         ]
-        return self._complete(prompts, sampling_params, lora_request)
+        return self._complete(prompts, sampling_params, lora_request, use_tqdm)
 
     def stream(
         self,
@@ -307,14 +324,35 @@ class LLM(Closing):
         prompts: Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+        use_tqdm: UseTqdm,
     ) -> list[RequestOutput]:
         params = params_for_each(sampling_params, len(prompts))
-        return self._model.complete(prompts, params, adapters_for_each(lora_request, len(prompts)))
+        adapters = adapters_for_each(lora_request, len(prompts))
+        with _counted_by(use_tqdm, len(prompts)) if callable(use_tqdm) else shown(use_tqdm):
+            return self._model.complete(prompts, params, adapters)
 
     def _encoding(self, name: str) -> Encoder:
         if not isinstance(self._model, Encoder):
             raise UnsupportedError(f"{name} API can only be used for encoders; this model generates: use generate")
         return self._model
+
+
+@contextmanager
+def _counted_by(tqdm: Callable[..., Any], total: int) -> Iterator[None]:
+    """Shows how many prompts are done by a bar that `tqdm` makes."""
+    bar = tqdm(total=total, desc="Processed prompts", dynamic_ncols=True)
+    done = 0
+
+    def count(_: str, now: int, __: int) -> None:
+        nonlocal done
+        bar.update(now - done)
+        done = now
+
+    try:
+        with telling(count):
+            yield
+    finally:
+        bar.close()
 
 
 def _load(args: EngineArgs, *, skip_engine: bool) -> Model:

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import ClassVar
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.core import EngineCore, Handle, with_kind
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -56,10 +57,12 @@ class Model(Closing):
             for prompt, own_params, adapter in zip(prompts, params, adapters, strict=True):
                 final = with_kind(own_params, RequestOutputKind.FINAL)
                 handles.append(self._submit(prompt, final, adapter, ready))
+            tell("completing prompts", 0, len(prompts))
             while len(finished) < len(prompts):
                 output = ready.get()
                 raise_error(output)
                 finished[output.request_id] = output
+                tell("completing prompts", len(finished), len(prompts))
         except BaseException:
             for handle in handles:
                 handle.abort()

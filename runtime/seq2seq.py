@@ -14,6 +14,7 @@ from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import Composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.dtypes import Array
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError, UnsupportedError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
@@ -108,7 +109,11 @@ class Seq2Seq(Model):
         """See `Model`; raises UnsupportedError for adapters."""
         for adapter in adapters:
             _check_without(adapter)
-        return [self._complete(prompt, own_params) for prompt, own_params in zip(prompts, params, strict=True)]
+        outputs: list[RequestOutput] = []
+        for prompt, own_params in zip(prompts, params, strict=True):
+            tell("completing prompts", len(outputs), len(prompts))
+            outputs.append(self._complete(prompt, own_params))
+        return outputs
 
     def stream_outputs(
         self,

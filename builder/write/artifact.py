@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,10 @@ from furiosa_llm.runtime.artifact.manifest import (
     Provenance,
 )
 from furiosa_llm.runtime.artifact.pooling import POOLING_NAME
+from furiosa_llm.runtime.artifact.progress import told
 from furiosa_llm.runtime.artifact.reader import SplitModel
 
 _LIBRARIES = ("ml_dtypes", "numpy", "onnx", "onnx_ir")
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage's name, what is done and what there is to do (bytes for `write`, 0 or 1 for the others)."""
 
 
 def write_artifact(
@@ -49,7 +47,6 @@ def write_artifact(
     options: BuildOptions,
     plan: Mapping[str, Any] | None,
     adapters: Mapping[str, AdapterFile],
-    progress: Progress,
     workers: int,
 ) -> Manifest:
     """Write the artifact of `build` into `folder`; OutputError if the disk has no room.
@@ -60,7 +57,7 @@ def write_artifact(
     shapes = program_shapes(build)
     total = sum(tensor.local_nbytes * num_shards(tensor, build.plan.mesh) for tensor in tensors)
     check_free_space(folder, total)
-    weights = write_weights(folder, tensors, build.plan.mesh, _Counter(total, progress).add, workers=workers)
+    weights = write_weights(folder, tensors, build.plan.mesh, _Counter(total).add, workers=workers)
     program = program_proto(build.lowered.graph, weights.placements, shapes, build.ir_version)
     original = source_proto(build.source, build.stored_initializers())
     pooling = pooling_json(build.source.path)
@@ -151,9 +148,9 @@ def _provenance(build: Build, options: BuildOptions) -> Provenance:
 class _Counter:
     """Turns bytes written into progress."""
 
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+    def __init__(self, total: int) -> None:
+        self._done, self._total, self._told = 0, total, told()
 
     def add(self, nbytes: int) -> None:
         self._done += nbytes
-        self._progress("write", self._done, self._total)
+        self._told("write", self._done, self._total)

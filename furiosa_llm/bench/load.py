@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 from furiosa_llm.bench.workload import Job
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.engine.core import EngineCore, Handle
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
@@ -82,6 +83,7 @@ class _Load:
                     break
                 self._send(jobs[len(self._records)], wanted)
             most = max(most, len(self._handles))
+            tell("running requests", len(self._records) - len(self._handles), len(jobs))
         ends = [record.ended for record in self._records if record.ended is not None]
         return Observed(records=tuple(self._records), duration=max(ends), max_concurrency=most)
 

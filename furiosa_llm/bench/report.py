@@ -65,7 +65,9 @@ def show(runs: Sequence[Run], console: Console) -> None:
         console.print(line, highlight=False)
 
 
-def as_json(runs: Iterable[Run], *, artifact: str, workload: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+def report_json(
+    runs: Iterable[Run], *, artifact: str, workload: dict[str, Any], machine: dict[str, Any]
+) -> dict[str, Any]:
     """Everything, as one object."""
     return {"artifact": artifact, "machine": machine, "workload": workload, "runs": [run.as_dict() for run in runs]}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from furiosa_llm.bench.objectives import OBJECTIVES
-from furiosa_llm.cli.options import ENGINE, Numbers, option, options
+from furiosa_llm.cli.options import ENGINE, PROGRESS, Numbers, option, options
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.errors import OutputFileError
+from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 
 if TYPE_CHECKING:
@@ -89,61 +90,61 @@ class Objective(click.ParamType[tuple[str, float]]):
 @option("enable_prefix_caching", ENGINE, default=False, show_default=True,
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
 @options(ENGINE, "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path, allow_dash=True),
-    help="Write everything there; -: standard output.",
-)
+@JSON
 @click.option("--plot", "plots", type=click.Path(path_type=Path), multiple=True,
               help="Write plots: .png, .svg, .pdf, or .html with tables; repeatable.")  # fmt: skip
+@PROGRESS
 def bench(
     artifact: Path,
     pipeline_parallel_size: Sequence[int] | None,
     data_parallel_size: Sequence[int] | None,
     request_rate: Sequence[float] | None,
     concurrency: Sequence[int] | None,
-    json_file: Path | None,
+    as_json: bool,
     plots: Sequence[Path],
+    progress: bool | None,
     **options: Any,
 ) -> None:
     """Measure how ARTIFACT generates: all requests at once, so many at a time, or as they arrive.
 
     Lists such as -pp 1,2 --request-rate 1,2,4 are measured in every combination. docs/bench.md says what is measured.
     """
-    from furiosa_llm.bench.report import as_json, show
+    from furiosa_llm.bench.report import report_json, show
     from furiosa_llm.bench.sweep import loads_of, machine, plans_of, sweep
     from furiosa_llm.runtime.engine.engine_args import EngineArgs
 
-    _check_files(json_file, plots)
+    _check_files(plots)
     names = {field.name for field in dataclasses.fields(EngineArgs)}
     args = EngineArgs(artifact, **{name: value for name, value in options.items() if name in names and name != "seed"})
     sizes = [(pp, dp) for pp in pipeline_parallel_size or (None,) for dp in data_parallel_size or (None,)]
-    plans = plans_of(args, sizes)
-    workload = _workload(plans, options)
-    console = Console(stderr=json_file is not None and str(json_file) == "-")
+    with shown(progress):
+        plans = plans_of(args, sizes)
+        workload = _workload(plans, options)
     runs: list[Run] = []
-    for run in sweep(plans, loads_of(request_rate or (), concurrency or ()), workload):
-        runs.append(run)
-        line(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
-    show(runs, console)
-    report = as_json(
+    with shown(progress):
+        for run in sweep(plans, loads_of(request_rate or (), concurrency or ()), workload):
+            runs.append(run)
+            line(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
+    if not as_json:
+        show(runs, Console())
+    report = report_json(
         runs, artifact=plans[0][1].artifact.manifest.model.name, workload=_asked(workload, options), machine=machine()
     )
-    _write(runs, report, json_file, plots)
+    if as_json:
+        echo_json(report)
+    _write(runs, report, plots)
     if failed := sum(run.figures.failed for run in runs):
         raise ReplicaError(f"{failed} requests failed, and are in no figure but 'failed'; the log says why")
 
 
-def _check_files(json_file: Path | None, plots: Sequence[Path]) -> None:
+def _check_files(plots: Sequence[Path]) -> None:
     """What cannot be written is said before anything is measured."""
     if plots:
         from furiosa_llm.bench.plots import check_plot
 
         for path in plots:
             check_plot(path)
-    files = [path for path in (json_file, *plots) if path is not None and str(path) != "-"]
-    for path in files:
+    for path in plots:
         folder = path.absolute().parent
         if not folder.is_dir():
             raise InputError(f"{path} cannot be written: the folder {folder} does not exist; make it")
@@ -156,13 +157,9 @@ def _check_files(json_file: Path | None, plots: Sequence[Path]) -> None:
             path.unlink()
 
 
-def _write(runs: Sequence[Run], report: dict[str, Any], json_file: Path | None, plots: Sequence[Path]) -> None:
+def _write(runs: Sequence[Run], report: dict[str, Any], plots: Sequence[Path]) -> None:
     """Writes what was asked for; raises OutputFileError."""
     try:
-        if json_file is not None:
-            with click.open_file(str(json_file), "w") as file:
-                json.dump(report, file, indent=1)
-                file.write("\n")
         if plots:
             from furiosa_llm.bench.plots import plot
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.tactics import read_tactics
 from furiosa_llm.builder.source.naming import default_name
-from furiosa_llm.cli.options import Command, FixedInput, GivenRole, NamedPath, Sizes, option
+from furiosa_llm.cli.options import PROGRESS, Command, FixedInput, GivenRole, NamedPath, Sizes, option
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.units import nbytes
@@ -33,13 +25,6 @@ from furiosa_llm.runtime.artifact.units import nbytes
 if TYPE_CHECKING:
     from furiosa_llm.builder import BuildReport
 
-_STAGES = {
-    "load": "reading the graph",
-    "analyse": "finding what depends on what",
-    "plan": "choosing what to split",
-    "lower": "writing the program",
-    "prove": "proving the program",
-}
 BUILD = declared(BuildOptions)
 EXPERIMENTAL_TP = click.option(
     "--experimental-tp", is_flag=True, help="Also allow a tensor parallel size of 1, 2 or 16."
@@ -103,6 +88,8 @@ def planning_options(command: Command) -> Command:
     is_flag=True,
     help="Write what has no kernels on this machine, even if --compute float32 does not help.",
 )
+@JSON
+@PROGRESS
 @click.pass_context
 def build(
     context: click.Context,
@@ -114,6 +101,8 @@ def build(
     workers: int | None,
     force: bool,
     allow_no_kernel: bool,
+    as_json: bool,
+    progress: bool | None,
     **options: Any,
 ) -> None:
     """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
@@ -128,26 +117,24 @@ def build(
     if reuse_plan is not None:
         _refuse_beside_a_plan(context, options)
         destination = output or Path(f"{default_name(model)}.artifact")
-        with shown_progress() as progress:
-            report = build_by_plan_of(
-                reuse_plan,
-                model,
-                destination,
-                name=name,
-                force=force,
-                progress=progress,
-                workers=workers,
-                allow_no_kernel=allow_no_kernel,
-            )
-        print_report(report)
+        report = build_by_plan_of(
+            reuse_plan,
+            model,
+            destination,
+            name=name,
+            force=force,
+            progress=progress,
+            workers=workers,
+            allow_no_kernel=allow_no_kernel,
+        )
+        print_report(report, as_json=as_json)
         return
     builder = ArtifactBuilder(model, name, **options)
     destination = output or default_output(model, options["tensor_parallel_size"])
-    with shown_progress() as progress:
-        report = builder.build(
-            destination, force=force, progress=progress, workers=workers, allow_no_kernel=allow_no_kernel
-        )
-    print_report(report)
+    report = builder.build(
+        destination, force=force, progress=progress, workers=workers, allow_no_kernel=allow_no_kernel
+    )
+    print_report(report, as_json=as_json)
 
 
 def _refuse_beside_a_plan(context: click.Context, options: Iterable[str]) -> None:
@@ -165,8 +152,11 @@ def default_output(model: Path, tensor_parallel_size: int) -> Path:
     return Path(f"{default_name(model)}-tp{tensor_parallel_size}.artifact")
 
 
-def print_report(report: BuildReport) -> None:
-    """The closing table, one for each part of a composite artifact, and the closing line."""
+def print_report(report: BuildReport, *, as_json: bool) -> None:
+    """The closing table, one for each part of a composite artifact, and the closing line; or all of it as JSON."""
+    if as_json:
+        echo_json(dataclasses.asdict(report))
+        return
     for part in report.parts or (report,):
         Console().print(closing_table(part), crop=False)
     if report.parts:
@@ -179,43 +169,6 @@ def print_report(report: BuildReport) -> None:
             f"{report.seconds:.1f} s"
         )
     line("Artifact Build Completed")
-
-
-@contextlib.contextmanager
-def shown_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows what a build says of its progress, on a terminal: the stage, bytes, rate and remaining time."""
-    console = Console(stderr=True)
-    with _progress(console) as progress:
-        yield _Shown(progress)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-class _Shown:
-    """Shows the builder's progress."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._task is None:
-            self._task = self._progress.add_task("", total=None)
-        known = total if stage == "write" else None
-        self._progress.update(
-            self._task, description=_STAGES.get(stage, "writing weights"), completed=done, total=known
-        )
 
 
 def closing_table(report: BuildReport) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
+from furiosa_llm.runtime.artifact.progress import shown, tell
 
 if TYPE_CHECKING:
     import onnx
@@ -25,7 +26,7 @@ _MOST_ROWS = 50
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print every finding as JSON.")
+@JSON
 def check_sharding(model: Path, as_json: bool) -> None:
     """Check the multi-device annotations (ONNX IR version 11) of MODEL, whoever wrote them.
 
@@ -34,12 +35,15 @@ def check_sharding(model: Path, as_json: bool) -> None:
     """
     from furiosa_llm.builder.plan import annotations
 
-    proto = _read(model)
-    findings = annotations.check_sharding(proto, model)
+    with shown():
+        tell("load")
+        proto = _read(model)
+        tell("checking the annotations")
+        findings = annotations.check_sharding(proto, model)
     annotated = annotations.is_annotated(proto)
     errors = sum(finding.severity == "error" for finding in findings)
     if as_json:
-        click.echo(json.dumps({"annotated": annotated, **_to_json(proto, findings)}, indent=2))
+        echo_json({"annotated": annotated, **_to_json(proto, findings)})
     else:
         _print(proto, findings, errors, annotated=annotated)
     sys.exit(1 if errors else 0)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.artifact.units import counted
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ Row = tuple[str, str, str]
 @click.command()
 @click.argument("a", metavar="A", type=click.Path(path_type=Path))
 @click.argument("b", metavar="B", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@JSON
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Say in what artifact B differs from artifact A: model, provenance, graph, plan, weights and other files.
 
@@ -42,12 +44,15 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     from furiosa_llm.runtime.artifact.tools import diff as library
 
     try:
-        found = library.diff(open_artifact(a, full=False), open_artifact(b, full=False))
+        with shown():
+            artifacts = [open_artifact(path, full=False) for path in (a, b)]
+            tell("comparing")
+            found = library.diff(*artifacts)
     except FuriosaLLMError as error:
         error.exit_code = _TROUBLE
         raise
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        echo_json(found.to_json())
     elif found.same:
         line(f"the same artifact: {found.digests[0]}")
     else:

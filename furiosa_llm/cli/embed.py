@@ -8,8 +8,9 @@ from typing import get_args
 
 import click
 
-from furiosa_llm.cli.options import ENGINE, options
+from furiosa_llm.cli.options import ENGINE, PROGRESS, options
 from furiosa_llm.runtime.artifact.pooling import PoolingType
+from furiosa_llm.runtime.artifact.progress import shown
 
 
 @click.command()
@@ -21,6 +22,7 @@ from furiosa_llm.runtime.artifact.pooling import PoolingType
 @click.option("--normalize/--no-normalize", default=None, help="Give vectors the length 1.  [default: the model's]")
 @click.option("--truncate", is_flag=True, help="Cut texts to the model's limit instead of refusing longer ones.")
 @options(ENGINE, "tokenizer", "threads", "full_verification", "compute")
+@PROGRESS
 def embed(
     artifact: Path,
     texts: tuple[str, ...],
@@ -31,13 +33,16 @@ def embed(
     threads: int | None,
     full_verification: bool | None,
     compute: str | None,
+    progress: bool | None,
 ) -> None:
     """Turn texts into vectors with the encoder in ARTIFACT: a line for each, an array in JSON."""
     from furiosa_llm.runtime.encoder import Encoder
 
-    with Encoder.load_artifact(
-        artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification, compute=compute
-    ) as encoder:
+    with shown(progress):
+        encoder = Encoder.load_artifact(
+            artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification, compute=compute
+        )
+    with encoder:
         outputs = encoder.embed(
             list(texts),
             pooling=pooling,

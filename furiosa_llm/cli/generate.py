@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, options
 from furiosa_llm.cli.terminal import line
 
 
@@ -29,6 +29,7 @@ from furiosa_llm.cli.terminal import line
 @click.option("--lora", help="The adapter to generate with: NAME=PATH, or the NAME of one of the artifact's own.")
 @options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped")
 @options(ENGINE, "step_timeout", "max_step_nbytes", "compute")
+@PROGRESS
 def generate(
     artifact: Path,
     prompt: str,
@@ -39,6 +40,7 @@ def generate(
     top_k: int,
     seed: int | None,
     lora: str | None,
+    progress: bool | None,
     **loading: Any,
 ) -> None:
     """Complete a prompt with the decoder in ARTIFACT.
@@ -51,7 +53,7 @@ def generate(
     name, _, path = (lora or "").partition("=")
     adapter = None if lora is None else LoRARequest(name, 1, path)
     started = time.monotonic()
-    with LLM.load_artifact(artifact, **loading) as llm:
+    with LLM.load_artifact(artifact, use_tqdm_on_load=progress, **loading) as llm:
         loaded = time.monotonic()
         text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
         first, count, shown = 0.0, 0, 0

@@ -14,7 +14,9 @@ import click
 from rich.table import Table
 
 from furiosa_llm.cli.options import ENGINE, option
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, cell, line
+from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 
@@ -44,7 +46,7 @@ _SHOWN_LENGTH = 60
 )
 @click.option("--mapped", is_flag=True, help="With --this-machine: for weights that are left in their file.")
 @option("compute", ENGINE, help="With --this-machine: the type to compute in, float32.  [default: the model's]")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@JSON
 def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | None, as_json: bool) -> None:
     """Show what ARTIFACT holds: the model, the split, memory, collectives, files, origin, and whether it is verified.
 
@@ -69,7 +71,7 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | Non
         shown = found.to_json()
         if probed is not None:
             shown["this_machine"] = dataclasses.asdict(probed) | {"invariant": probed.invariant}
-        click.echo(json.dumps(shown, indent=1, ensure_ascii=False))
+        echo_json(shown)
     else:
         _print(found, probed)
 
@@ -81,7 +83,8 @@ def _probe(folder: Path, found: Inspection, mapped: bool, compute: str | None) -
     from furiosa_llm.runtime.artifact.reader import open_artifact
     from furiosa_llm.runtime.runners.batch_invariance import probe_batch_invariance
 
-    return probe_batch_invariance(computing(open_artifact(folder), compute), mapped=mapped)
+    with shown():
+        return probe_batch_invariance(computing(open_artifact(folder), compute), mapped=mapped)
 
 
 def _inspect_composite(folder: Path, *, as_json: bool) -> None:
@@ -95,7 +98,7 @@ def _inspect_composite(folder: Path, *, as_json: bool) -> None:
     if as_json:
         shown = {"composite": manifest.to_json(), "digest": composite.digest}
         shown["parts"] = {name: found.to_json() for name, found in parts.items()}
-        click.echo(json.dumps(shown, indent=1, ensure_ascii=False))
+        echo_json(shown)
         return
     line(
         f"{manifest.name}: {KIND}, begins with token {manifest.decoder_start_token_id}, ends at "

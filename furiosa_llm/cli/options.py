@@ -149,6 +149,9 @@ def options(declared: Mapping[str, Option], *names: str) -> Callable[[Command], 
     return decorate
 
 
+PROGRESS = click.option(
+    "--progress/--no-progress", default=None, help="Show on standard error what is done.  [default: on a terminal]"
+)
 ENGINE = engine_options()
 PLACEMENT = (
     *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),

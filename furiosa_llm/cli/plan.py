@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,10 @@ from rich.table import Table
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.cli.build import BUILD, planning_options
-from furiosa_llm.cli.options import ENGINE, option
+from furiosa_llm.cli.options import ENGINE, PROGRESS, option
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
+from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, MOST_CARDS
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--explain", is_flag=True, help="Show every figure, what is split and why, and every number of cards.")
 @click.option("--roles", "show_roles", is_flag=True, help="Show what each input and output is taken for, and why.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@JSON
+@PROGRESS
 def plan(
     model: Path,
     tensor_parallel_size: tuple[int, ...],
@@ -77,6 +79,7 @@ def plan(
     explain: bool,
     show_roles: bool,
     as_json: bool,
+    progress: bool | None,
     **options: Any,
 ) -> None:
     """Say on how many cards MODEL (an .onnx file) fits, and how it would be partitioned.
@@ -90,17 +93,18 @@ def plan(
         )
     from furiosa_llm.builder.model_plan import plan_model, write_annotated_plan
 
-    planned, builds = plan_model(
-        model,
-        tensor_parallel_sizes=tensor_parallel_size,
-        fuse_attention=fuse_attention and emit_onnx is None,
-        costs=as_json,
-        **options,
-    )
+    with shown(progress):
+        planned, builds = plan_model(
+            model,
+            tensor_parallel_sizes=tensor_parallel_size,
+            fuse_attention=fuse_attention and emit_onnx is None,
+            costs=as_json,
+            **options,
+        )
     if emit_onnx is not None:
         write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
     if as_json:
-        click.echo(json.dumps(planned.to_json(), indent=2))
+        echo_json(planned.to_json())
     elif show_roles:
         from furiosa_llm.builder.lower.interface import interface_of
 

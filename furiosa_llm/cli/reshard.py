@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from furiosa_llm.cli.build import BUILD, EXPERIMENTAL_TP, WORKERS, print_report, shown_progress
-from furiosa_llm.cli.options import option
+from furiosa_llm.cli.build import BUILD, EXPERIMENTAL_TP, WORKERS, print_report
+from furiosa_llm.cli.options import PROGRESS, option
+from furiosa_llm.cli.output import JSON
 
 
 @click.command()
@@ -18,7 +19,9 @@ from furiosa_llm.cli.options import option
 @EXPERIMENTAL_TP
 @WORKERS
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
-def reshard(artifact: Path, output: Path, **options: Any) -> None:
+@JSON
+@PROGRESS
+def reshard(artifact: Path, output: Path, as_json: bool, **options: Any) -> None:
     """Write to OUTPUT what a build of the model that ARTIFACT was built from gives for another tensor parallel size.
 
     The model is not needed: its weights are put together from the artifact's shards, and each is compared with the
@@ -26,6 +29,5 @@ def reshard(artifact: Path, output: Path, **options: Any) -> None:
     """
     from furiosa_llm.builder import reshard as make
 
-    with shown_progress() as progress:
-        report = make(artifact, output, progress=progress, **options)
-    print_report(report)
+    report = make(artifact, output, **options)
+    print_report(report, as_json=as_json)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from furiosa_llm.cli.options import ENGINE, options
+from furiosa_llm.cli.options import ENGINE, PROGRESS, options
 from furiosa_llm.cli.terminal import line
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     "--outputs", required=True, type=click.Path(path_type=Path), help="The .npz file to write all outputs to."
 )
 @options(ENGINE, "threads", "full_verification", "step_timeout", "max_step_nbytes", "compute")
+@PROGRESS
 def run(
     artifact: Path,
     inputs: Path,
     outputs: Path,
     full_verification: bool | None,
     compute: str | None,
+    progress: bool | None,
     **loading: Any,
 ) -> None:
     """Run the model in ARTIFACT once on whole tensors: an encoder, a vision model, one step of a decoder.
@@ -41,10 +44,12 @@ def run(
     from furiosa_llm.runtime import Executor, open_artifact
     from furiosa_llm.runtime.artifact.compute import computing
 
-    opened = computing(open_artifact(artifact, full=full_verification), compute)
-    arrays = _typed(_read(inputs), opened)
-    with Executor(opened, **loading) as executor:
-        results = executor.run(arrays)
+    with shown(progress):
+        opened = computing(open_artifact(artifact, full=full_verification), compute)
+        arrays = _typed(_read(inputs), opened)
+        with Executor(opened, **loading) as executor:
+            tell("running the model")
+            results = executor.run(arrays)
     try:
         with outputs.open("wb") as file:
             np.savez(file, allow_pickle=False, **results)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from furiosa_llm.cli.exit_code import end_at_once
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, NamedPath, options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, NamedPath, options
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime.artifact.options import declared
+from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.server.settings import ServerSettings
@@ -105,8 +106,16 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @options(ENGINE, "full_verification", "step_timeout", "max_step_nbytes", "compute")
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
+@PROGRESS
 @refused_options
-def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options: Any) -> None:  # noqa: ARG001 - the vendor's, without effect
+def serve(
+    artifact: Path,
+    host: str,
+    port: int,
+    enable_metrics: bool,  # noqa: ARG001 - the vendor's, without effect
+    progress: bool | None,
+    **options: Any,
+) -> None:
     """Serve ARTIFACT at an OpenAI-compatible HTTP interface, until SIGTERM or Ctrl-C.
 
     docs/serving.md has the endpoints. Needs the extra `serve`: pip install 'furiosa-llm-onnx[serve]'.
@@ -129,19 +138,21 @@ def serve(artifact: Path, host: str, port: int, enable_metrics: bool, **options:
     lora_modules = [(name, str(path)) for name, path in options.pop("lora_modules")]
     args = EngineArgs(artifact, **options)
     check_address(host, port)
-    opened, plan = open_served(args)
-    if require_signature is not None:
-        signing.check_signature(artifact, require_signature, digest=opened.digest)
+    with shown(progress):
+        opened, plan = open_served(args)
+        if require_signature is not None:
+            signing.check_signature(artifact, require_signature, digest=opened.digest)
     if plan is None:
         line(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
     else:
         _show_plan(plan)
-    model = load_served(args, opened, plan, settings.served_model_names, int(time.time()), lora_modules)
+    with shown(progress):
+        model = load_served(args, opened, plan, settings.served_model_names, int(time.time()), lora_modules)
     if isinstance(model.kind, Decoder):
         show_batch_invariance(model.kind)
-    shown = host if ":" not in host else f"[{host}]"
+    address = host if ":" not in host else f"[{host}]"
     if port:
-        line(f"{', '.join((*model.names, *model.adapters))} at http://{shown}:{port}/v1")
+        line(f"{', '.join((*model.names, *model.adapters))} at http://{address}:{port}/v1")
     app = make_app(model, settings)
     server = make_server(
         app, settings, host=host, port=port, log_level=log_level, access_log=access_log, ends_process=True

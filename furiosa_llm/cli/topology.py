@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import click
 from rich.table import Table
 
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, cell
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.units import counted, nbytes
@@ -49,7 +49,7 @@ class _Report:
     ENGINE,
     help=f"Tokens that each sequence may reach.  [default: the model's limit, or {DEFAULT_LENGTH}]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@JSON
 def topology(
     artifact: Path,
     devices: str | None,
@@ -89,7 +89,7 @@ def topology(
     )
     report = _report(opened, placed, stages, workload)
     if as_json:
-        click.echo(json.dumps(_to_json(report), indent=1))
+        echo_json(_to_json(report))
         return
     _show(report)
 

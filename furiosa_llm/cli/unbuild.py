@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from furiosa_llm.cli.terminal import Console, line
+from furiosa_llm.cli.options import PROGRESS
+from furiosa_llm.cli.terminal import line
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.artifact.units import nbytes
 
 
@@ -15,7 +16,8 @@ from furiosa_llm.runtime.artifact.units import nbytes
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUT.onnx", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace OUT.onnx and OUT.onnx.data if they exist.")
-def unbuild(artifact: Path, output: Path, force: bool) -> None:
+@PROGRESS
+def unbuild(artifact: Path, output: Path, force: bool, progress: bool | None) -> None:
     """Write the ONNX model that ARTIFACT was built from to OUT.onnx, and its weights to OUT.onnx.data.
 
     Every weight is put together from its shards and compared with the digest of the original: what is written is the
@@ -24,16 +26,9 @@ def unbuild(artifact: Path, output: Path, force: bool) -> None:
     from furiosa_llm.runtime.artifact.reader import open_artifact
     from furiosa_llm.runtime.artifact.tools import unbuild as library
 
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        written = library.unbuild(
-            open_artifact(artifact, full=False),
-            output,
-            force=force,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with shown(progress):
+        tell("opening the artifact")
+        written = library.unbuild(open_artifact(artifact, full=False), output, force=force)
     where = f" and {written.data}" if written.data is not None else ""
     line(
         f"{written.model}{where}: {written.num_initializers} initializers, {written.num_rebuilt} of them put together "

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from furiosa_llm.cli.options import ENGINE, Sizes, option
+from furiosa_llm.cli.options import ENGINE, PROGRESS, Sizes, option
+from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions
+from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.artifact.units import counted
 
 if TYPE_CHECKING:
@@ -66,6 +70,9 @@ _COUNTED = {
 )
 @option("threads", ENGINE, help="Threads that run the models.  [default: the cores]")
 @option("compute", ENGINE)
+@click.option("--verbose", is_flag=True, help="Show the errors of each step, and the tokens of each prompt.")
+@JSON
+@PROGRESS
 def verify(
     artifact: Path,
     full: bool,
@@ -81,6 +88,9 @@ def verify(
     time_limit: float | None,
     threads: int | None,
     compute: str | None,
+    verbose: bool,
+    as_json: bool,
+    progress: bool | None,
 ) -> None:
     """Check ARTIFACT: its structure, that its ranks compute one unsplit model, and that this is its source.onnx.
 
@@ -88,9 +98,6 @@ def verify(
     together to. --against compares it with the model it was built from. Without either no output is compared. What was
     found is written into ARTIFACT, as verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
     """
-    from furiosa_llm.runtime.artifact.composite import is_composite
-    from furiosa_llm.verification import verify_artifact
-
     options = ParityOptions(
         tolerance=tolerance,
         prompts=prompts or None,
@@ -102,40 +109,79 @@ def verify(
         max_length=max_length,
         time_limit=time_limit,
     )
-    if key is not None:
-        from furiosa_llm.signing import check_installed, check_signature
+    with shown(progress):
+        if key is not None:
+            from furiosa_llm.signing import check_installed, check_signature
 
-        check_installed()
-        check_signature(artifact, key)
-        line(f"signed by the key {key}, and every file has its digest")
-    console = Console()
-    if is_composite(artifact):
-        sys.exit(_verify_parts(console, artifact, against, full=full, record=not no_record, options=options))
-    report = verify_artifact(artifact, against=against, full=full, options=options)
-    _show(console, artifact, report, record=not no_record)
-    sys.exit(0 if report.record.passed else 1)
+            check_installed()
+            check_signature(artifact, key)
+        found = _verify(artifact, against, full=full, options=options)
+    if not as_json:
+        if key is not None:
+            line(f"signed by the key {key}, and every file has its digest")
+        _print(found, verbose=verbose)
+    recorded = {} if no_record else {name: _recorded(artifact / name, one) for name, one in found.parts.items()}
+    if as_json:
+        echo_json(_to_json(found, recorded))
+    else:
+        for path in filter(None, recorded.values()):
+            line(f"recorded in {path}")
+    sys.exit(0 if found.passed else 1)
 
 
-def _verify_parts(
-    console: Console, artifact: Path, against: Path | None, *, full: bool, record: bool, options: ParityOptions
-) -> int:
-    """Verifies a composite artifact; the exit code."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What was found: a report for each part, under its name, or the one of an artifact without parts, under none."""
+
+    parts: Mapping[str, Report]
+    passed: bool
+    fault: str | None = None
+
+
+def _verify(artifact: Path, against: Path | None, *, full: bool, options: ParityOptions) -> _Found:
     from furiosa_llm.composite_verification import verify_composite
+    from furiosa_llm.runtime.artifact.composite import is_composite
+    from furiosa_llm.verification import verify_artifact
 
-    found = verify_composite(artifact, against=against, full=full, options=options)
+    if is_composite(artifact):
+        found = verify_composite(artifact, against=against, full=full, options=options)
+        return _Found(
+            parts={str(name): one for name, one in found.parts.items()}, passed=found.passed, fault=found.fault
+        )
+    report = verify_artifact(artifact, against=against, full=full, options=options)
+    return _Found(parts={"": report}, passed=report.record.passed)
+
+
+def _recorded(folder: Path, report: Report) -> Path | None:
+    """Where the record was written; None, with a note, if the artifact is read-only."""
+    from furiosa_llm.runtime.artifact.tools.record import ReadOnlyError, write_verification
+
+    try:
+        return write_verification(folder, report.record)
+    except ReadOnlyError as error:
+        line(f"note: nothing was recorded: {error}", err=True)
+        return None
+
+
+# -- for people ----------------------------------------------------------------------------------------------------
+
+
+def _print(found: _Found, *, verbose: bool) -> None:
+    console = Console()
     for name, report in found.parts.items():
-        line(f"{name}:")
-        _show(console, artifact / name, report, record=record)
+        if name:
+            line(f"{name}:")
+        _show(console, report, verbose=verbose)
     if found.fault is not None:
         line(f"the parts do not make one whole: {found.fault}")
-    whole = "verified" if found.passed else "NOT verified"
-    line(f"{whole}: {', '.join(found.parts)}, and how they fit")
-    return 0 if found.passed else 1
+    if "" not in found.parts:
+        whole = "verified" if found.passed else "NOT verified"
+        line(f"{whole}: {', '.join(found.parts)}, and how they fit")
 
 
-def _show(console: Console, artifact: Path, report: Report, *, record: bool) -> None:
-    """Prints what was found of one artifact, and records it there."""
-    if report.parity is not None:
+def _show(console: Console, report: Report, *, verbose: bool) -> None:
+    """Prints what was found of one artifact."""
+    if report.parity is not None and verbose:
         _show_parity(console, report.parity)
     for check in report.record.checks:
         _show_check(check)
@@ -145,11 +191,6 @@ def _show(console: Console, artifact: Path, report: Report, *, record: bool) -> 
     line(f"{verdict}{report.record.words}")
     if report.parity is not None and not passed:
         line(f"repeat it with --seed {report.parity.seed}")
-    if record:
-        from furiosa_llm.runtime.artifact.tools.record import write_verification
-
-        path = write_verification(artifact, report.record)
-        line(f"recorded in {path}")
 
 
 def _show_check(check: Check) -> None:
@@ -196,3 +237,38 @@ def _tokens_line(comparison: TokenComparison) -> str:
     if comparison.first_difference is None:
         return text + "equal"
     return text + f"token {comparison.first_difference} differs, where the best two are {comparison.gap:.1e} apart"
+
+
+# -- for programs --------------------------------------------------------------------------------------------------
+
+
+def _to_json(found: _Found, recorded: Mapping[str, Path | None]) -> dict[str, Any]:
+    reports = {name: _report_json(report, recorded.get(name)) for name, report in found.parts.items()}
+    return reports.get("") or {"passed": found.passed, "fault": found.fault, "parts": reports}
+
+
+def _report_json(report: Report, recorded: Path | None) -> dict[str, Any]:
+    return {
+        "passed": report.record.passed,
+        "words": report.record.words,
+        "record": report.record.to_json(),
+        "comparison": None if report.parity is None else _parity_json(report.parity),
+        "recorded": None if recorded is None else str(recorded),
+    }
+
+
+def _parity_json(parity: Parity) -> dict[str, Any]:
+    ways = {"stitched": parity.stitched, "executor": parity.outputs, "engine": parity.engine}
+    return {
+        **{way: [_plain(error) for error in errors] for way, errors in ways.items()},
+        "tokens": [_plain(comparison) for comparison in parity.tokens],
+        "accuracy_level_replaced": parity.accuracy_level_replaced,
+    }
+
+
+def _plain(found: OutputDifference | TokenComparison) -> dict[str, Any]:
+    """The fields; JSON knows no infinity and no NaN."""
+    fields = dataclasses.asdict(found)
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()
+    }

@@ -37,6 +37,7 @@ from furiosa_llm.runtime.artifact.manifest import (
     manifest_digest,
 )
 from furiosa_llm.runtime.artifact.parse import parse_manifest
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.safetensors_header import StoredArray, parse_header
 
 FULL_BELOW_NBYTES = 10**9
@@ -306,7 +307,8 @@ def _check_weights(
         return
     threads = min(len(weights), len(os.sched_getaffinity(0)), _MAX_HASHING_THREADS)
     with ThreadPoolExecutor(threads) as pool:
-        for entry, found in zip(weights, pool.map(digest, weights), strict=True):
+        for number, (entry, found) in enumerate(zip(weights, pool.map(digest, weights), strict=True), start=1):
+            tell("checking the weights files", number, len(weights))
             if found != entry.sha256:
                 inside = sorted(
                     (tensor for tensor in tensors if tensor.file == entry.path), key=lambda t: offsets[t.name]

@@ -13,6 +13,7 @@ from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
 from furiosa_llm.runtime.artifact.adapters.stored import own_adapters
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.compute import computing
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
@@ -82,6 +83,7 @@ def open_model(args: EngineArgs) -> Artifact:
     whole = whole_of_part(args.model)
     if whole is not None:
         raise UnsupportedError(f"{args.model} is a part of the encoder-decoder in {whole}; load that one")
+    tell("opening the artifact")
     artifact = computing(open_artifact(args.model, full=args.full_verification), args.compute)
     check_tensor_parallel_size(artifact, args.tensor_parallel_size)
     return artifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ from queue import SimpleQueue
 from onnx import ModelProto, TensorProto
 
 from furiosa_llm.runtime.artifact.compute import narrow_types
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, limit_memory, load_error
@@ -78,7 +80,14 @@ def _make_sessions(
             for index, section in enumerate(lanes.sections)
         ]
         deadline = time.monotonic() + seconds
-        return tuple(tuple(made if made is None else pool.result(made, deadline) for made in row) for row in rows)
+        number, total = itertools.count(1), sum(made is not None for row in rows for made in row)
+
+        def loaded(made: Future[Session]) -> Session:
+            session = pool.result(made, deadline)
+            tell("loading the weights", next(number), total)
+            return session
+
+        return tuple(tuple(None if made is None else loaded(made) for made in row) for row in rows)
     finally:
         pool.close()
 

@@ -17,6 +17,7 @@ from onnx import NodeProto, TensorProto
 from furiosa_llm.runtime.artifact.compute import dequantises
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.graphs import used_names
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import StepTimeoutError
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, unwrap, wrap
@@ -86,6 +87,7 @@ def probe_batch_invariance(artifact: Artifact, *, mapped: bool = False) -> Batch
     `mapped` is for weights that are left in their file, which other kernels multiply. It costs about as much as loading
     one layer, the embedding and the head of one rank. Raises what `load_model` does.
     """
+    tell("probing the kernels of this machine")
     found = _Probe(artifact, mapped).run()
     doubled = tuple(sorted({one.op for one in found.differences if one.rows != (1,)}))
     if found.companions is not None or found.unprobed or not doubled:

@@ -22,6 +22,7 @@ import numpy as np
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.files import Folder
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import InputError, WorkerError
@@ -140,6 +141,7 @@ class ProcessRunner:
             os.close(arena)
             for descriptor in (d for rows in barriers for row in rows for d in row if d >= 0):
                 os.close(descriptor)
+        tell(f"loading the weights in {workers} processes")
         self._ready = self._await_ready()
         self._reader = threading.Thread(target=self._read, name="furiosa-workers", daemon=True)
         self._reader.start()

@@ -20,6 +20,7 @@ from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import Manifest, adapted_modules, fixed_inputs
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError
@@ -208,7 +209,8 @@ class Subject:
         manifest = self._artifact.manifest
         stitched = _Stitched(self._artifact, self._threads)
         with _Executed(self._artifact, self._threads) as executed:
-            for step in steps_of(self._inputs, self._cases):
+            for number, step in enumerate(steps_of(self._inputs, self._cases)):
+                tell("comparing outputs with the model's", number, len(self._cases))
                 findings.stitched.extend(self._in_time(partial(stitched.errors, step, self._logits)))
                 findings.executor.extend(self._in_time(partial(executed.errors, step, self._logits)))
                 if findings.stitched.failure is not None and findings.executor.failure is not None:
@@ -232,7 +234,8 @@ class Subject:
         if self._artifact.companion("tokenizer.json") is None:
             return
         tokenizer = Tokenizer.from_artifact(self._artifact)
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
+            tell("comparing greedy tokens with the model's", number, len(prompts))
             self._check()
             tokens = tokenizer.encode(prompt)
             yield compare_tokens(executor, self._reference, tokens, prompt, max_tokens, without_adapter(self._artifact))
@@ -240,6 +243,7 @@ class Subject:
     def _engine(self) -> tuple[OutputDifference, ...]:
         """The errors of an engine's steps; none if an engine does not run models of this kind."""
         random = np.random.default_rng(self._seed + 2)
+        tell("comparing the engine's steps with the model's")
         try:
             return engine_errors(self._artifact, self._reference, self._lengths, threads=self._threads, random=random)
         except UnsupportedError:

@@ -13,7 +13,7 @@ from furiosa_llm.bench import plots
 from furiosa_llm.bench.load import Observed, Record
 from furiosa_llm.bench.metrics import figures_of, latencies
 from furiosa_llm.bench.plots import check_plot, plot
-from furiosa_llm.bench.report import as_json, latency_rows, legend, throughput_rows
+from furiosa_llm.bench.report import latency_rows, legend, report_json, throughput_rows
 from furiosa_llm.bench.sweep import Load, Run, loads_of
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.placement.topology import make_topology
@@ -98,7 +98,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def test_a_page_has_everything_in_it(tmp_path: Path) -> None:
-    report = as_json(RUNS, artifact="</script><b>", workload={"seed": 0}, machine={"cores": 2})
+    report = report_json(RUNS, artifact="</script><b>", workload={"seed": 0}, machine={"cores": 2})
     plot(RUNS, tmp_path / "page.html", report)
     text = (tmp_path / "page.html").read_text("utf-8")
     page = _Page()
@@ -117,7 +117,7 @@ def test_pictures(tmp_path: Path, suffix: str, begin: bytes) -> None:
 
 
 def test_json_has_no_infinite_number() -> None:
-    report = as_json(RUNS, artifact="a", workload={}, machine={})
+    report = report_json(RUNS, artifact="a", workload={}, machine={})
     assert [run["request_rate"] for run in report["runs"]] == ["inf", 2.5]
     assert [run["ttft"]["mean"] for run in report["runs"]] == [500.0, 500.0]
     json.dumps(report, allow_nan=False)

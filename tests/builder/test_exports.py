@@ -175,7 +175,7 @@ def test_names_tell_nothing_that_the_graph_does_not(name: str, tmp_path: Path) -
     for folder, how in (("named", row.change), ("renamed", change)):
         (tmp_path / folder).mkdir()
         path = exported(name.partition(",")[0], tmp_path / folder, how)
-        model = analyse_model(path, BuildOptions(fuse_attention=False), told=lambda _: None)
+        model = analyse_model(path, BuildOptions(fuse_attention=False))
         graph, facts, states = model.model.graph, model.probes.facts, model.states
         roles = ["state" if value in states.values else role_of(value) for value in graph.inputs]
         pairs = [

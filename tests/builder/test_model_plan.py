@@ -172,9 +172,7 @@ def test_activations_are_the_most_that_is_alive(tmp_path: Path) -> None:
     """At the end: the residual stream (16 floats a position), the local scores (10) and the gathered ones (40)."""
     onnx.save(stack(9), tmp_path / "model.onnx")
     options = BuildOptions(fuse_attention=False)
-    build = analyse_model(tmp_path / "model.onnx", options, told=lambda _: None).lowered_for(
-        options, told=lambda _: None
-    )
+    build = analyse_model(tmp_path / "model.onnx", options).lowered_for(options)
     inner, residual, scores = 5 * 64 // 4 * 4, 5 * 16 * 4, 5 * 40 * 4
     layer = residual + 2 * inner  # the inner values before and behind Relu, beside what is added to later
     workload = Workload(max_model_len=32, max_batch_size=5, prefill_chunk_size=1)
@@ -201,8 +199,8 @@ def test_what_fits(graphs: Path) -> None:
 
 def test_a_token_reads_the_experts_that_it_goes_through(zoo: Path) -> None:
     """Two of four experts in each layer for one sequence, and for four sequences two to four; one row of the table."""
-    analysed = analyse_model(zoo / "tiny-mixtral-dynamo-tf5" / "model.onnx", BuildOptions(), told=lambda _: None)
-    build = analysed.lowered_for(BuildOptions(), told=lambda _: None)
+    analysed = analyse_model(zoo / "tiny-mixtral-dynamo-tf5" / "model.onnx", BuildOptions())
+    build = analysed.lowered_for(BuildOptions())
     tensors = build.lowered.tensors.values()
     experts = sum(t.local_nbytes for t in tensors if len(t.local_shape) == 3 and t.local_shape[0] == 4)
     table = next(t.local_nbytes for t in tensors if t.source is not None and "embed_tokens" in str(t.source.name))
@@ -242,7 +240,7 @@ def test_json_holds_everything(zoo: Path) -> None:
 
 def test_a_state_is_kept_where_its_next_value_is_made(zoo: Path) -> None:
     """An exporter of sliding windows cuts all states before the first layer."""
-    analysed = analyse_model(zoo / "tiny-mistral-dynamo-tf5" / "model.onnx", BuildOptions(), told=lambda _: None)
-    model = planned(analysed.lowered_for(BuildOptions(), told=lambda _: None))
+    analysed = analyse_model(zoo / "tiny-mistral-dynamo-tf5" / "model.onnx", BuildOptions())
+    model = planned(analysed.lowered_for(BuildOptions()))
     first, second = stage_memory(model, choose_stages(model, pipeline_parallel_size=2), Workload())
     assert first.kv_nbytes_per_token == second.kv_nbytes_per_token == sum(model.manifest.state_nbytes.values()) // 2

@@ -98,13 +98,13 @@ def _analysed(base: Base) -> Analysed:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(original(base).proto, path)
-        return analyse_model(path, BuildOptions(), told=lambda _: None)
+        return analyse_model(path, BuildOptions())
 
 
 @functools.cache
 def original_price(base: Base, size: int) -> tuple[Price, float]:
     """The price of the original's plan, and what a collective counts as."""
-    plan = _analysed(base).lowered_for(BuildOptions(tensor_parallel_size=size), told=lambda _: None).plan
+    plan = _analysed(base).lowered_for(BuildOptions(tensor_parallel_size=size)).plan
     return plan.price, plan.charge
 
 

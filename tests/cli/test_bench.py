@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ SMALL = ("--num-requests", 6, "--input-len", 5, "--output-len", 4, "--num-warmup
 
 
 def _report(cli: Cli, *arguments: object) -> dict[str, Any]:
-    result = cli("bench", *arguments, "--json", "-")
+    result = cli("bench", *arguments, "--json")
     assert result.code == 0, result.err
     report: dict[str, Any] = json.loads(result.out)
     return report
@@ -80,8 +81,13 @@ def test_requests_that_failed_are_said_at_the_end(cli: Cli, built: Path, monkeyp
     assert "1: tp 4" in result.out  # the tables are there all the same
 
 
-def test_a_disk_that_is_full(cli: Cli, built: Path) -> None:
-    result = cli("bench", built, *SMALL, "--json", "/dev/full")
+def test_a_disk_that_is_full(cli: Cli, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("furiosa_llm.bench.plots.plot", full)
+    result = cli("bench", built, *SMALL, "--progress", "--plot", tmp_path / "a.png")
+    assert "\nrunning requests" in result.err
     assert result.code == 1
     assert "error: the figures cannot be written: [Errno 28] No space left on device" in result.err
     assert "Traceback" not in result.err
@@ -91,10 +97,10 @@ def test_a_disk_that_is_full(cli: Cli, built: Path) -> None:
 def test_files_are_not_touched_before_there_are_figures(
     built: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    old, new = tmp_path / "old.json", tmp_path / "new.png"
-    old.write_text("[]")
-    refused("bench", built, "--json", old, "--plot", new, "-pp", 40)
-    assert old.read_text() == "[]"
+    old, new = tmp_path / "old.svg", tmp_path / "new.png"
+    old.write_text("<svg/>")
+    refused("bench", built, "--plot", old, "--plot", new, "-pp", 40)
+    assert old.read_text() == "<svg/>"
     assert not new.exists()
 
 
@@ -104,8 +110,6 @@ def test_files_are_not_touched_before_there_are_figures(
         (("--input-len", 600), "a prompt of 600 tokens and a completion of 32 do not fit the 512 tokens"),
         (("--plot", "a.gif"), "found the suffix '.gif', expected one of .png"),
         (("--plot", "missing/a.png"), "missing does not exist; make it"),
-        (("--json", "missing/a.json"), "missing does not exist; make it"),
-        (("--json", "."), ". cannot be written: Is a directory; give another file"),
         (("--plot", "/proc/a.png"), "/proc/a.png cannot be written: No such file or directory; give another file"),
         (("-pp", "1,40"), "pp=40, but the artifact has"),
         (("--dataset", "no.jsonl"), "no.jsonl cannot be read"),

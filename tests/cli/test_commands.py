@@ -31,7 +31,7 @@ def test_build_and_verify(name: str, tensor_parallel_size: int, zoo: Path, tmp_p
     assert result.code == 0
     assert "5 AllReduce, 1 AllGather" in result.out
     assert result.out.endswith("Artifact Build Completed\n")
-    verified = cli("verify", artifact, "--against", model, "--tolerance", "1e-5", "--max-tokens", 8)
+    verified = cli("verify", artifact, "--against", model, "--tolerance", "1e-5", "--max-tokens", 8, "--verbose")
     assert verified.code == 0, verified.out
     counted = re.search(r"executor: the executor gives the unsplit model's outputs \((\d+) outputs", verified.out)
     assert counted is not None
@@ -306,3 +306,16 @@ def test_plan_writes_annotations_that_check(cli: Cli, refused: Callable[..., str
         "plan", model, "-tp", "4", "-pp", 3, "--emit-onnx", more, code=2
     )
     assert not more.exists()
+
+
+def test_planning_says_what_it_does(zoo: Path, cli: Cli) -> None:
+    """On standard error, where it is asked to; standard output has the figures alone."""
+    result = cli("plan", zoo / OPTIMUM / "model.onnx", "-tp", 4, "--progress", "--json")
+    assert result.err.splitlines() == [
+        "reading the graph",
+        "finding what depends on what",
+        "choosing what to split",
+        "writing the program",
+        "placing the model on cards, tp 4",
+    ]
+    assert json.loads(result.out)["plans"]

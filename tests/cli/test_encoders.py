@@ -81,7 +81,7 @@ def test_verify_inspect_and_generate(t5: Path, copy: Path, cli: Cli) -> None:
     result = cli("verify", copy, "--against", t5, "--tolerance", "1e-5")
     assert result.code == 0, result.out
     assert result.out.count("executor: the executor gives the unsplit model's outputs") == 3
-    assert result.out.endswith("verified: encoder, decoder_first, decoder, and how they fit\n")
+    assert "\nverified: encoder, decoder_first, decoder, and how they fit\n" in result.out
     for part in ("encoder", "decoder_first", "decoder"):
         assert (copy / part / "verification.json").is_file()
     shown = cli("inspect", copy)

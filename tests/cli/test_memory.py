@@ -32,8 +32,8 @@ WORKLOADS = 12
 
 def build_of(name: str, tp: int) -> Build:
     path = ZOO / name if name.endswith(".onnx") else ZOO / name / "model.onnx"
-    analysed = analyse_model(path, BuildOptions(), told=lambda _: None)
-    return analysed.lowered_for(BuildOptions(tensor_parallel_size=tp), told=lambda _: None)
+    analysed = analyse_model(path, BuildOptions())
+    return analysed.lowered_for(BuildOptions(tensor_parallel_size=tp))
 
 
 def unwritten(model: SplitModel) -> tuple[object, ...]:

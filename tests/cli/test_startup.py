@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -30,7 +31,7 @@ sys.stderr.write(json.dumps(loaded))
 """
 
 
-def loaded_by(*steps: tuple[str, list[str], str], of: tuple[str, ...], **env: str) -> dict[str, list[str]]:
+def loaded_by(*steps: tuple[str, Sequence[str], str], of: tuple[str, ...], **env: str) -> dict[str, list[str]]:
     """Which of `of` were imported after each of the steps: a name, arguments, and the words to complete."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(steps), json.dumps(of)],
@@ -54,11 +55,12 @@ def test_help_of_commands_imports_little() -> None:
 
 
 def test_completion_imports_little() -> None:
-    steps: list[tuple[str, list[str], str]] = [
+    found = loaded_by(
         ("a command", [], "furiosa-llm pl"),
         ("an option", [], "furiosa-llm plan --ba"),
-    ]
-    found = loaded_by(*steps, of=HEAVY, _COMPLETE="bash_complete")
+        of=HEAVY,
+        _COMPLETE="bash_complete",
+    )
     assert found == {"a command": [], "an option": []}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -39,8 +41,10 @@ def test_structure_and_proof_need_nothing(artifact: Path, cli: Cli) -> None:
 
 
 def test_full_shows_every_check_and_every_output(artifact: Path, cli: Cli) -> None:
-    result = cli("verify", artifact, "--full", *SHORT)
+    result = cli("verify", artifact, "--full", "--verbose", "--progress", *SHORT)
     assert result.code == 0, result.out
+    for doing in ("proving the program", "reading all weights", "comparing outputs with the model's"):
+        assert f"\n{doing}" in result.err
     for name in (
         *("structure", "proof", "lowering", "weights", "originals", "padding"),
         *("stitched", "executor", "tokens", "engine"),
@@ -99,6 +103,42 @@ def test_a_tolerance_that_cannot_be_kept(artifact: Path, zoo: Path, cli: Cli) ->
     assert "tolerance 0)" in result.out
     assert cli("verify", artifact, "--tolerance", -1).code == 2
     assert cli("verify", artifact, "--threads", 0).code == 2
+
+
+def test_json(artifact: Path, cli: Cli) -> None:
+    result = cli("verify", artifact, "--full", "--json", *SHORT)
+    assert result.code == 0
+    found = json.loads(result.out)
+    record = read_verification(artifact)
+    assert record is not None
+    assert found["record"] == json.loads(json.dumps(record.to_json()))
+    assert (found["passed"], found["words"]) == (True, record.words)
+    assert found["recorded"] == str(artifact / RECORD_NAME)
+    assert {error["case"] for error in found["comparison"]["executor"]} >= {"prefill 2x9"}
+    assert found["comparison"]["tokens"][0]["first_difference"] is None
+
+
+def test_the_summary_has_a_line_for_each_check(artifact: Path, cli: Cli) -> None:
+    result = cli("verify", artifact)
+    record = read_verification(artifact)
+    assert record is not None
+    names = [line.partition(":")[0] for line in result.out.splitlines()]
+    assert names == [*(check.name for check in record.checks), "verified", f"recorded in {artifact / RECORD_NAME}"]
+
+
+def test_a_read_only_artifact_is_verified(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    result = cli("verify", artifact)
+    assert result.code == 0
+    assert "\nverified: " in result.out
+    assert "recorded in" not in result.out
+    assert result.err.startswith("note: nothing was recorded: ")
+    assert "Read-only file system" in result.err
+    alter_tensor(artifact, "onnx::MatMul_733", flip_bit)
+    assert cli("verify", artifact).code == 1
 
 
 def test_no_record(artifact: Path, cli: Cli) -> None:

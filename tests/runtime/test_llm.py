@@ -624,3 +624,45 @@ def test_workers_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
         LLM(folder, workers=3)
     with pytest.raises(InputError, match="workers=2 and threads=1 exclude each other: leave one out"):
         LLM(folder, workers=2, threads=1)
+
+
+class Bar:
+    """What `generate` asks of a tqdm."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.updates: list[int] = []
+        self.closed = False
+
+    def update(self, by: int) -> None:
+        self.updates.append(by)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_prompts_are_counted(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    bars: list[Bar] = []
+
+    def make(**options: Any) -> Bar:
+        bars.append(Bar(**options))
+        return bars[-1]
+
+    params = SamplingParams(temperature=0.0, max_tokens=2)
+    llm.generate(["one", "two", "three"], params, use_tqdm=make)
+    assert [(bar.options["total"], bar.options["desc"], sum(bar.updates), bar.closed) for bar in bars] == [
+        (3, "Processed prompts", 3, True)
+    ]
+    assert capsys.readouterr().err == ""
+    llm.generate(["one", "two"], params)
+    assert capsys.readouterr().err == ""
+    llm.generate(["one", "two"], params, use_tqdm=True)
+    assert capsys.readouterr().err.startswith("completing prompts: 0 of 2\n")
+
+
+def test_loading_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LLM(folder, use_tqdm_on_load=True):
+        pass
+    shown = capsys.readouterr().err
+    assert shown.startswith("opening the artifact\n")
+    assert "\nloading the weights: 1 of " in shown

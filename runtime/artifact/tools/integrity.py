@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import FileEntry, StoredTensor
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import padding_is_zero, read_original, read_whole
 from furiosa_llm.runtime.artifact.tools.record import Check
@@ -22,7 +23,10 @@ def check_weights(artifact: Artifact) -> Check:
     Raises ArtifactError if a file cannot be read.
     """
     files = [entry for entry in artifact.manifest.files if entry.path.endswith(_WEIGHTS_SUFFIX)]
-    faults = [fault for entry in files for fault in _file_faults(artifact, entry)]
+    faults: list[str] = []
+    for number, entry in enumerate(files):
+        tell("reading all weights", number, len(files))
+        faults += _file_faults(artifact, entry)
     return Check(name="weights", checked=len(files) + len(artifact.manifest.tensors), faults=tuple(faults))
 
 
@@ -68,10 +72,11 @@ def check_originals(artifact: Artifact) -> Check:
     found: dict[tuple[str, ...], str] = {}
     faults: list[str] = []
     checked = 0
-    for entry in artifact.manifest.initializers:
+    for number, entry in enumerate(artifact.manifest.initializers):
         if not entry.stored:
             continue
         checked += 1
+        tell("putting the originals together", number, len(artifact.manifest.initializers))
         if entry.stored not in found:  # others may be made of the same tensors
             found[entry.stored] = hashlib.sha256(read_original(artifact, entry.name).data).hexdigest()
         if found[entry.stored] != entry.sha256:

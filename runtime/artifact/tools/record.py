@@ -7,6 +7,7 @@ and for `inspect`: no loader asks it. It holds no time, host or path.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -51,9 +52,15 @@ _MAX_FAULT_LENGTH = 500
 _DIGEST = re.compile("[0-9a-f]{64}")
 _VERIFY_AGAIN = "verify the artifact again with `furiosa-llm verify`, which writes it anew"
 
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 class RecordError(FuriosaLLMError):
     """verification.json cannot be written, or is not what the format says; the artifact may still be sound."""
+
+
+class ReadOnlyError(RecordError):
+    """The folder of the artifact cannot be written to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +202,8 @@ def write_verification(folder: Path, record: Verification) -> Path:
             Path(temporary).unlink(missing_ok=True)
         sync(folder)
     except OSError as error:
-        raise RecordError(
+        kind = ReadOnlyError if error.errno in _READ_ONLY else RecordError
+        raise kind(
             f"{path} cannot be written: {error.strerror}; make the folder writable, or give --no-record to verify "
             "without leaving a record"
         ) from error

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError, OutputFileError
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import OriginalInitializer
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.artifact.tools.originals import Bytes, read_original
@@ -25,9 +26,6 @@ from furiosa_llm.runtime.artifact.tools.originals import Bytes, read_original
 DATA_SUFFIX = ".data"
 _ALIGNMENT = 4096
 """Of tensors in the data file: pages, so that it can be mapped into memory."""
-
-BytesDone = Callable[[int, int], None]
-"""Called with the bytes written so far, and all there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,7 @@ class _Region:
     sha256: str
 
 
-def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: BytesDone | None = None) -> Unbuilt:
+def unbuild(artifact: Artifact, out: Path, *, force: bool = False) -> Unbuilt:
     """Write the model that `artifact` was built from to `out`, and its weights to `out` + `.data`.
 
     The graph is the original's. Every initializer has the original's type, shape and bits; those that the artifact
@@ -70,7 +68,7 @@ def unbuild(artifact: Artifact, out: Path, *, force: bool = False, progress: Byt
     model = read_source(artifact)
     stored = [entry for entry in artifact.manifest.initializers if entry.stored]
     with _temporary_folder(out) as folder:
-        regions = _write_data(artifact, stored, folder / data.name, progress or (lambda _done, _total: None))
+        regions = _write_data(artifact, stored, folder / data.name)
         for initializer in model.graph.initializer:
             if initializer.name in regions:
                 _refer(initializer, data.name, regions[initializer.name])
@@ -101,9 +99,7 @@ def _check_output(artifact: Artifact, out: Path, *, force: bool) -> None:
             raise OutputFileError(f"{file} exists already; give another output, or --force to replace it.")
 
 
-def _write_data(
-    artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path, progress: BytesDone
-) -> dict[str, _Region]:
+def _write_data(artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path) -> dict[str, _Region]:
     """Write every stored initializer once; gives the place of each."""
     distinct = {entry.stored: DTYPES[entry.dtype].nbytes(entry.shape) for entry in stored}
     total, done = sum(distinct.values()), 0
@@ -114,7 +110,7 @@ def _write_data(
             if region is None:
                 region = regions[entry.stored] = _write(file, read_original(artifact, entry.name))
                 done += region.nbytes
-                progress(done, total)
+                tell("write", done, total)
             if region.sha256 != entry.sha256:
                 raise ArtifactError(
                     f"initializer {entry.name!r:.80} is not what it was: its shards make up sha256 "

@@ -148,7 +148,6 @@ def test_the_plan_of_a_full_size_graph_is_the_one_of_the_whole(graphs: Path) -> 
     found = analyse_model(
         graphs / "qwen2.5-0.5b-dynamo-op21-fp32" / "model.onnx",
         BuildOptions(fuse_attention=False),
-        told=lambda _: None,
     )
     assert_same_plan(found.analysis, found.states, found.probes)
 

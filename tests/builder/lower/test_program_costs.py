@@ -23,7 +23,7 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
 @functools.cache
 def analysed(path: Path) -> Analysed:
-    return analyse_model(path, BuildOptions(), told=lambda _: None)
+    return analyse_model(path, BuildOptions())
 
 
 def step(batch: int, new: int, past: int) -> SizeSet:
@@ -118,7 +118,7 @@ def test_weights_are_read_at_their_width(zoo: Path) -> None:
 def test_ranks_compute_the_model_together(name: str, size: int, most: float, zoo: Path, graphs: Path) -> None:
     path = (zoo if name.startswith("tiny") else graphs) / name
     model = path if path.suffix == ".onnx" else path / "model.onnx"
-    build = analysed(model).lowered_for(BuildOptions(tensor_parallel_size=size), told=lambda _: None)
+    build = analysed(model).lowered_for(BuildOptions(tensor_parallel_size=size))
     for sizes in (step(1, 1, 15), step(2, 8, 8)):
         found = program_costs(build, sizes)
         assert {node.domain for node in found}.isdisjoint({COLLECTIVE_DOMAIN})
@@ -127,6 +127,6 @@ def test_ranks_compute_the_model_together(name: str, size: int, most: float, zoo
 
 
 def test_sizes_that_a_model_does_not_take_are_refused(zoo: Path) -> None:
-    build = analysed(zoo / "tiny-gpt2-optimum" / "model.onnx").lowered_for(BuildOptions(), told=lambda _: None)
+    build = analysed(zoo / "tiny-gpt2-optimum" / "model.onnx").lowered_for(BuildOptions())
     with pytest.raises(ShapeError, match="does not fit its inputs"):
         program_costs(build, step(1, 0, 0))

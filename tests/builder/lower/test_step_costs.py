@@ -18,8 +18,8 @@ from furiosa_llm.builder.shapes.interface import SizeSet
 
 @functools.cache
 def lowered(path: Path, size: int) -> Build:
-    analysed = analyse_model(path / "model.onnx", BuildOptions(), told=lambda _: None)
-    return analysed.lowered_for(BuildOptions(tensor_parallel_size=size), told=lambda _: None)
+    analysed = analyse_model(path / "model.onnx", BuildOptions())
+    return analysed.lowered_for(BuildOptions(tensor_parallel_size=size))
 
 
 def costs_of(build: Build) -> StepCosts:

@@ -18,6 +18,7 @@ from fixtures.smollm2 import SHAPES, ensure
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.errors import ArtifactError, OutputFileError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
+from furiosa_llm.runtime.artifact.progress import telling
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
 from tests.builder.test_zoo import MODELS, Row
@@ -133,8 +134,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def test_large_initializers_are_external_and_aligned(small: Artifact, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    written = unbuild(small, tmp_path / "m.onnx", progress=lambda done, total: told.append((done, total)))
+    told: list[tuple[str, int, int]] = []
+    with telling(lambda *step: told.append(step)):
+        written = unbuild(small, tmp_path / "m.onnx")
     proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
     places = [{item.key: item.value for item in i.external_data} for i in proto.graph.initializer]
     assert [place["location"] for place in places] == ["m.onnx.data"] * 3
@@ -142,7 +144,7 @@ def test_large_initializers_are_external_and_aligned(small: Artifact, tmp_path: 
     lengths = [int(place["length"]) for place in places]
     assert lengths == [40 * 40 * 4, 64 * 32 * 4, 32 * 32 * 4]
     assert (written.num_initializers, written.num_rebuilt, written.nbytes) == (3, 3, sum(lengths))
-    assert told == [(sum(lengths[: i + 1]), sum(lengths)) for i in range(3)]
+    assert told == [("write", sum(lengths[: i + 1]), sum(lengths)) for i in range(3)]
 
 
 def test_a_model_without_stored_weights_has_no_data_file(tmp_path: Path) -> None:

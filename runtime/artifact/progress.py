@@ -1,0 +1,152 @@
+"""What takes long says what it does, and whoever waits is shown it: by a bar on a terminal, or in lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from furiosa_llm.runtime.artifact.units import nbytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is being done, how much of it is done and of how much: bytes while weights are written, else things.
+
+Of 0 or 1: how much there is to do is not known.
+"""
+
+_WORDS = {
+    "load": "reading the graph",
+    "analyse": "finding what depends on what",
+    "plan": "choosing what to split",
+    "lower": "writing the program",
+    "write": "writing weights",
+    "prove": "proving the program",
+}
+"""The stages of a build, for people; others are told in words."""
+_IN_BYTES = ("write",)
+_SECONDS = 1.0
+"""Between two lines about the same."""
+_told: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+def told() -> Progress:
+    """Who is told in this context, by default nobody: for threads, which have contexts of their own."""
+    return _told.get() or _tell_nobody
+
+
+def tell(doing: str, done: int = 0, total: int = 1) -> None:
+    """Says what is being done."""
+    told()(doing, done, total)
+
+
+@contextmanager
+def telling(progress: Progress) -> Iterator[None]:
+    """`progress` is told what happens inside."""
+    token = _told.set(progress)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+
+
+@contextmanager
+def shown(asked: bool | Progress | None = None) -> Iterator[None]:
+    """Shows on standard error what happens inside; None: only on a terminal and in a notebook.
+
+    Where somebody is told already it stays with that.
+    """
+    if callable(asked):
+        with telling(asked):
+            yield
+    elif asked is False or _told.get() is not None or not (asked or _has_reader()):
+        yield
+    else:
+        from rich.console import Console  # 30 ms
+
+        console = Console(stderr=True)
+        with (_bar if _draws(console) else _lines)(console):
+            yield
+
+
+def _tell_nobody(_: str, __: int, ___: int) -> None:
+    pass
+
+
+def _has_reader() -> bool:
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def _draws(console: Console) -> bool:
+    return find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[None]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[amount]}"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, transient=True, redirect_stdout=False) as progress:
+        task = progress.add_task("", total=None, amount="")
+        stage = _Stage()
+
+        def show(name: str, done: int, total: int) -> None:
+            if stage.enter(name):
+                progress.reset(task)
+            known = total if total > 1 else None
+            progress.update(
+                task, description=_words(name), completed=done, total=known, amount=stage.amount(done, total)
+            )
+
+        with telling(show):
+            yield
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[None]:
+    stage = _Stage()
+    last = 0.0
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal last
+        if stage.enter(name) or time.monotonic() - last >= _SECONDS:
+            last = time.monotonic()
+            amount = stage.amount(done, total)
+            console.print(f"{_words(name)}{amount and ': '}{amount}", highlight=False, markup=False, soft_wrap=True)
+
+    with telling(show):
+        yield
+
+
+def _words(stage: str) -> str:
+    return _WORDS.get(stage, stage)
+
+
+class _Stage:
+    """The stage that is under way, and since when."""
+
+    def __init__(self) -> None:
+        self._name, self._since = "", 0.0
+
+    def enter(self, name: str) -> bool:
+        """Whether `name` is another stage than before."""
+        if name == self._name:
+            return False
+        self._name, self._since = name, time.monotonic()
+        return True
+
+    def amount(self, done: int, total: int) -> str:
+        """How much is done; empty if it is not known of how much."""
+        if total <= 1:
+            return ""
+        if self._name not in _IN_BYTES:
+            return f"{done} of {total}"
+        rate = done / max(time.monotonic() - self._since, 1e-3)
+        return f"{nbytes(done)} of {nbytes(total)}, {nbytes(rate)}/s"
