@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
+from furiosa_llm.builder.source.folder import default_name, find_model, models_folder, variants
 from furiosa_llm.builder.source.from_artifact import load_with_weights
-from furiosa_llm.builder.source.naming import default_name
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.adapters.files import read_adapter
 from furiosa_llm.runtime.artifact.adapters.stored import check_name
@@ -74,7 +75,7 @@ class ArtifactBuilder:
         self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)
         self._name = name or default_name(self._model)
-        self._composite = find_encoder_decoder(self._model)
+        self._composite = find_encoder_decoder(models_folder(self._model))
         if self._composite is not None:
             check_options(self._options, with_adapters=bool(self._adapters))
 
@@ -115,6 +116,7 @@ class ArtifactBuilder:
     def _build(
         self, model: Path, folder: Path, name: str, force: bool, workers: int | None, allow_no_kernel: bool
     ) -> BuildReport:
+        model = find_model(model)
         assembly = Assembly(
             options=self._options,
             name=name,
@@ -123,4 +125,9 @@ class ArtifactBuilder:
             check=lambda source, _: source.guard.check_unchanged(),
             allow_no_kernel=allow_no_kernel,
         )
-        return assembly.build(folder, force=force, workers=workers)
+        report = assembly.build(folder, force=force, workers=workers)
+        others = variants(model) if self._model.is_dir() and self._composite is None else ()
+        if not others:
+            return report
+        note = f"beside {model.name} lie {', '.join(others)}: give the path of one to build that instead"
+        return dataclasses.replace(report, notes=(note, *report.notes))

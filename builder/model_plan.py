@@ -25,6 +25,7 @@ from furiosa_llm.builder.plan.explain import Explained, explain
 from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source import companions
+from furiosa_llm.builder.source.folder import find_model
 from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
@@ -207,7 +208,7 @@ def plan_model(
             COUNT.check(name, number, OptionError)
     if compute is not None:
         COMPUTE.check("compute", compute, OptionError)
-    path = Path(model)
+    path = find_model(Path(model))
     analysed = analyse_model(path, options)
     builds = tuple(analysed.lowered_for(of_size) for of_size in of_sizes)
     limit = companions.max_sequence_length(path)

@@ -47,7 +47,6 @@ from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.progress import tell
 
 logger = logging.getLogger(__name__)
-"""Called with the name of each stage when the stage begins."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,9 @@ import onnx
 from furiosa_llm.builder.errors import PlanError
 from furiosa_llm.builder.options import recorded_options
 from furiosa_llm.builder.pipeline import Assembly
+from furiosa_llm.builder.source.folder import default_name
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.source.load import Source
-from furiosa_llm.builder.source.naming import default_name
 from furiosa_llm.builder.write.onnx_files import source_proto
 from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.graphs import all_graphs

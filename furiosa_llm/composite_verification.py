@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from furiosa_llm.builder.composite import find_encoder_decoder
+from furiosa_llm.builder.source.folder import models_folder
 from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.composite import open_composite, parse_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
@@ -57,7 +58,7 @@ def verify_composite(
 
 
 def _sources(folder: Path, names: list[PartName]) -> Mapping[PartName, Path]:
-    model = find_encoder_decoder(folder)
+    model = find_encoder_decoder(models_folder(folder))
     if model is None or list(model.sources) != names:
         shown = "nothing of the kind" if model is None else ", ".join(path.name for path in model.sources.values())
         raise InputError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from furiosa_llm.builder.proof import check_program, constants_of
+from furiosa_llm.builder.source.folder import find_model
 from furiosa_llm.builder.write.artifact import tool
 from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
@@ -83,6 +84,7 @@ def verify_artifact(
     parity = None
     comparable = all(check.passed for check in checks if check.name not in ("proof", "lowering"))
     if against is not None:
+        against = find_model(Path(against))
         checks.append(check_given(artifact, against))
         found, parity = _compared(artifact, against, options or ParityOptions())
         checks += found

@@ -17,20 +17,22 @@ def folders_of(model: Path) -> tuple[Path, ...]:
     return tuple(dict.fromkeys((Path(os.path.realpath(model.parent)), Path(os.path.realpath(model)).parent)))
 
 
-def find_beside(model: Path, name: str | Path, what: str) -> Path | None:
-    """The file `name` in the folder of `model`; None if it is absent.
+def find_beside(model: Path, name: str | Path, what: str, *, above: bool = False) -> Path | None:
+    """The file `name` in the folder of `model`, or `above` that; None if it is absent.
 
     Raises ModelLoadError, whose message begins with `what`, if it is not a regular file, or is a link that leads
     elsewhere.
     """
-    path = model.parent / name
+    folder = model.absolute().parent.parent if above else model.parent
+    path = folder / name
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ModelLoadError(f"{what}, which cannot be looked at: {error.strerror}; put a file there.") from error
-    if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders_of(model)):
+    allowed = (Path(os.path.realpath(folder)), *folders_of(model))
+    if not any(Path(os.path.realpath(path)).is_relative_to(one) for one in allowed):
         raise ModelLoadError(
             f"{what}, a link that leads outside the model's folder to {os.path.realpath(path)}; "
             "links may only lead to files in the folder of the .onnx file or below it: put the file itself there."

@@ -31,18 +31,27 @@ COMPANIONS = (
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
+BELOW = "onnx"
+"""The folder that repositories put their .onnx files into; what belongs to them lies one up."""
+
+
 def companions(model: Path) -> list[Path]:
     """The files next to `model` that belong to it; raises ModelLoadError for a link that leads out of its folder."""
-    return [path for name in COMPANIONS if (path := _companion(model, name)) is not None]
+    return [path for name in COMPANIONS if (path := find_companion(model, name)) is not None]
 
 
-def _companion(model: Path, name: str) -> Path | None:
-    return find_beside(model, name, f"{model.parent / name} goes with the model")
+def find_companion(model: Path, name: str) -> Path | None:
+    """The file `name` next to `model`, or above its folder `onnx`; None if there is none."""
+    what = f"{model.parent / name} goes with the model"
+    found = find_beside(model, name, what)
+    if found is None and model.absolute().parent.name == BELOW:
+        return find_beside(model, name, what, above=True)
+    return found
 
 
 def read_json(model: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file next to the model; empty if there is no such file."""
-    path = _companion(model, name)
+    path = find_companion(model, name)
     if path is None:
         return {}
     try:

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.source.external_data import bind_external_data, check_regions
 from furiosa_llm.builder.source.fixed_inputs import fix_inputs
+from furiosa_llm.builder.source.folder import find_model
 from furiosa_llm.builder.source.guard import SourceGuard
 from furiosa_llm.builder.source.protobuf_scan import Lean, read_lean
 from furiosa_llm.builder.source.validate import drop_fallbacks, validate
@@ -46,16 +47,12 @@ def load(
     fixed: Mapping[str, int] = MappingProxyType({}),
     lora_modules: Sequence[str] = (),
 ) -> Source:
-    """The model at `path`, without its weights; raises ModelLoadError for anything that is not an ONNX model.
+    """The model at `path`, or in the folder `path`, without its weights; raises ModelLoadError for anything else.
 
     The inputs that `fixed` names become initializers of the given values, and `lora_modules` get inputs for adapters;
     raises AdapterError if one of them has no product of its own.
     """
-    file = Path(path)
-    if file.is_dir():
-        candidates = sorted(p.name for p in file.glob("*.onnx"))
-        hint = f"; it holds {', '.join(candidates)}: name one of them" if candidates else "; it holds no .onnx file"
-        raise ModelLoadError(f"{file} is a folder, expected an ONNX file{hint}.")
+    file = find_model(Path(path))
     if not file.exists():
         raise ModelLoadError(f"{file} does not exist; give the path of an .onnx file.")
     if not file.is_file():

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.builder.errors import ModelLoadError
-from furiosa_llm.builder.source.beside import find_beside
-from furiosa_llm.builder.source.companions import read_json
+from furiosa_llm.builder.source.companions import find_companion, read_json
 from furiosa_llm.runtime.artifact.pooling import POOLING_NAME, Pooling, PoolingType
 
 _MODULES = "modules.json"
@@ -28,7 +27,7 @@ def pooling_json(model: Path) -> bytes | None:
     Raises ModelLoadError for modules that an artifact cannot apply, because vectors without them would differ.
     """
     modules = _modules(model)
-    if modules is None or find_beside(model, POOLING_NAME, f"{model.parent / POOLING_NAME} goes with the model"):
+    if modules is None or find_companion(model, POOLING_NAME):
         return None
     kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -47,7 +46,7 @@ def pooling_json(model: Path) -> bytes | None:
 
 def _modules(model: Path) -> list[tuple[str, str]] | None:
     """The modules' kinds and folders, in order."""
-    path = find_beside(model, _MODULES, f"{model.parent / _MODULES} goes with the model")
+    path = find_companion(model, _MODULES)
     if path is None:
         return None
     try:

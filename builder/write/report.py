@@ -18,6 +18,7 @@ from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.shards import num_shards
+from furiosa_llm.builder.write.wants import wants
 from furiosa_llm.builder.write.whole import shortfalls
 from furiosa_llm.runtime.artifact.compute import Float32Memory, float32_memory
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
@@ -73,6 +74,8 @@ class BuildReport:
     """A line for each attention that was left as it is, and why."""
     shortfalls: tuple[str, ...]
     """A line for each large weight that is whole, and for each split that takes many collectives, with the cause."""
+    warnings: tuple[str, ...]
+    """What will not work for want of a file beside the model."""
     faults: tuple[str, ...]
     """Where program and manifest alone do not prove that the split model computes the unsplit one; empty: they do."""
     missing_kernels: tuple[MissingKernel, ...]
@@ -118,6 +121,7 @@ def report_of(
         fused_attentions=build.fusion.fused,
         attentions_left=build.fusion.left,
         shortfalls=shortfalls(build, model_nbytes),
+        warnings=wants(build.source.path, manifest.model),
         faults=faults,
         missing_kernels=missing_kernels,
         float32=float32_memory(manifest, read),

@@ -89,7 +89,7 @@ class Objective(click.ParamType[tuple[str, float]]):
 @options(ENGINE, "allow_subset", "max_batch_size", "max_model_len", "prefill_chunk_size")
 @option("enable_prefix_caching", ENGINE, default=False, show_default=True,
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
-@options(ENGINE, "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
+@options(ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
 @JSON
 @click.option("--plot", "plots", type=click.Path(path_type=Path), multiple=True,
               help="Write plots: .png, .svg, .pdf, or .html with tables; repeatable.")  # fmt: skip

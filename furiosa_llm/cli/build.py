@@ -15,7 +15,7 @@ from rich.table import Table
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.tactics import read_tactics
-from furiosa_llm.builder.source.naming import default_name
+from furiosa_llm.builder.source.folder import default_name
 from furiosa_llm.cli.options import PROGRESS, Command, FixedInput, GivenRole, NamedPath, Sizes, option
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
@@ -105,10 +105,13 @@ def build(
     progress: bool | None,
     **options: Any,
 ) -> None:
-    """Partition MODEL (an .onnx file) for tensor parallelism and write the artifact folder OUTPUT.
+    """Partition MODEL (an .onnx file, or its folder) for tensor parallelism and write the artifact folder OUTPUT.
 
     A folder with an encoder's file and its decoder's (as encoder_model.onnx, decoder_model.onnx,
     decoder_with_past_model.onnx) becomes one artifact of both.
+
+    A folder is one as exporters leave it: the model lies in it or in its folder `onnx`, configuration and tokenizer
+    beside it or one up; of several variants it is model.onnx, or the one whose path is given.
 
     OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
     """
@@ -168,6 +171,8 @@ def print_report(report: BuildReport, *, as_json: bool) -> None:
             f"{report.artifact}: {shown} in one artifact, {nbytes(report.stored_nbytes)} of weights, "
             f"{report.seconds:.1f} s"
         )
+    for warning in report.warnings:
+        line(f"warning: {warning}", err=True)
     line("Artifact Build Completed")
 
 

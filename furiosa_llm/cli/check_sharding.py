@@ -34,9 +34,11 @@ def check_sharding(model: Path, as_json: bool) -> None:
     Exit code 0 if there are no errors, 1 otherwise; warnings alone do not count.
     """
     from furiosa_llm.builder.plan import annotations
+    from furiosa_llm.builder.source.folder import find_model
 
     with shown():
         tell("load")
+        model = find_model(model)
         proto = _read(model)
         tell("checking the annotations")
         findings = annotations.check_sharding(proto, model)

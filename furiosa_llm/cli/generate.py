@@ -27,7 +27,7 @@ from furiosa_llm.cli.terminal import line
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--lora", help="The adapter to generate with: NAME=PATH, or the NAME of one of the artifact's own.")
-@options(ENGINE, *PLACEMENT, "workers", "threads", "full_verification", "batch_invariant", "mapped")
+@options(ENGINE, *PLACEMENT, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped")
 @options(ENGINE, "step_timeout", "max_step_nbytes", "compute")
 @PROGRESS
 def generate(

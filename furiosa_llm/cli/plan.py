@@ -82,7 +82,7 @@ def plan(
     progress: bool | None,
     **options: Any,
 ) -> None:
-    """Say on how many cards MODEL (an .onnx file) fits, and how it would be partitioned.
+    """Say on how many cards MODEL (an .onnx file, or its folder) fits, and how it would be partitioned.
 
     The weights are not read, and their files need not be there. With --emit-onnx attention is not replaced. Exits with
     1 if no size fits.

@@ -139,8 +139,8 @@ def test_the_current_folder_has_a_name(copy: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(copy)
     ArtifactBuilder(".").build(tmp_path / "artifact")
     composite = open_composite(tmp_path / "artifact")
-    assert composite.manifest.name == "model"
-    assert composite.encoder.manifest.model.name == "model encoder"
+    assert composite.manifest.name == tmp_path.name, "`model` says nothing"
+    assert composite.encoder.manifest.model.name == f"{tmp_path.name} encoder"
 
 
 def write(folder: Path, **files: Any) -> Path:
