@@ -151,7 +151,7 @@ def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: 
         decisions=tuple(decision for part in parts for decision in part.decisions),
         replicated=tuple(line for part in parts for line in part.replicated),
         notes=tuple(note for part in parts for note in part.notes),
-        warnings=tuple(dict.fromkeys(warning for part in parts for warning in part.warnings)),
+        warnings=reports["encoder"].warnings,
         fused_attentions=sum(part.fused_attentions for part in parts),
         attentions_left=tuple(line for part in parts for line in part.attentions_left),
         shortfalls=tuple(line for part in parts for line in part.shortfalls),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from furiosa_llm.bench.objectives import OBJECTIVES
+from furiosa_llm.cli.command import ENGINE_GROUPS, command
 from furiosa_llm.cli.options import ENGINE, PROGRESS, Numbers, option, options
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
@@ -46,7 +47,7 @@ class Objective(click.ParamType[tuple[str, float]]):
         return name, found
 
 
-@click.command()
+@command(groups=ENGINE_GROUPS)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--input-len", type=click.IntRange(min=1), help=f"Tokens of each prompt.  [default: {_DEFAULT_INPUT_LEN}]"
@@ -65,7 +66,7 @@ class Objective(click.ParamType[tuple[str, float]]):
     "--num-requests", type=click.IntRange(min=1), help=f"[default: {_DEFAULT_REQUESTS}, or the dataset's rows]"
 )
 @click.option(
-    "--concurrency", type=Numbers(int), metavar="N,...", help="Requests under way at most.  [default: any number]"
+    "--concurrency", type=Numbers(int), metavar="N,...", help="Requests under way at most.  [default: no limit]"
 )
 @click.option("--request-rate", type=Numbers(float), metavar="R,...",
               help="Requests a second, as they arrive by chance; inf: all at once.  [default: inf]")  # fmt: skip
@@ -87,7 +88,7 @@ class Objective(click.ParamType[tuple[str, float]]):
 @option("data_parallel_size", ENGINE, type=Numbers(int), metavar="N,...",
         help="Replicas; several are measured in turn.  [default: as many as the devices have PEs for]")  # fmt: skip
 @options(ENGINE, "allow_subset", "max_batch_size", "max_model_len", "prefill_chunk_size")
-@option("enable_prefix_caching", ENGINE, default=False, show_default=True,
+@option("enable_prefix_caching", ENGINE, default=False, show_default="off",
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
 @options(ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
 @JSON

@@ -16,6 +16,7 @@ from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.tactics import read_tactics
 from furiosa_llm.builder.source.folder import default_name
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import PROGRESS, Command, FixedInput, GivenRole, NamedPath, Sizes, option
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
@@ -60,7 +61,7 @@ def planning_options(command: Command) -> Command:
     return command
 
 
-@click.command()
+@command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @option("tensor_parallel_size", BUILD)

@@ -12,6 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.progress import shown, tell
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 50
 
 
-@click.command()
+@command()
 @click.argument("model", type=click.Path(path_type=Path))
 @JSON
 def check_sharding(model: Path, as_json: bool) -> None:

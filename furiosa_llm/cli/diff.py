@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
@@ -30,7 +31,7 @@ Row = tuple[str, str, str]
 """What, and what it is in A and in B."""
 
 
-@click.command()
+@command()
 @click.argument("a", metavar="A", type=click.Path(path_type=Path))
 @click.argument("b", metavar="B", type=click.Path(path_type=Path))
 @JSON

@@ -8,12 +8,13 @@ from typing import get_args
 
 import click
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import ENGINE, PROGRESS, options
 from furiosa_llm.runtime.artifact.pooling import PoolingType
 from furiosa_llm.runtime.artifact.progress import shown
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--text", "texts", required=True, multiple=True, help="A text; may be repeated.")
 @click.option(

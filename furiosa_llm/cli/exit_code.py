@@ -15,23 +15,19 @@ from furiosa_llm.cli.terminal import escaped_streams, line
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 
 _INTERRUPTED = 130
+_NOBODY_READS = 1
+"""As click and rich have it."""
 
 
 def exit_code_of(cli: click.Group) -> int:
     """The exit code of `cli` on the process's arguments, once the error is shown, if there is one."""
-    with escaped_streams():
-        try:
-            return cli.main(standalone_mode=False) or 0
-        except click.ClickException as error:
-            with contextlib.suppress(OSError):
-                error.show()
-            return error.exit_code
-        except (click.exceptions.Abort, KeyboardInterrupt):
-            return _INTERRUPTED
-        except FuriosaLLMError as error:
-            with contextlib.suppress(OSError):
-                line(f"error: {' '.join(str(error).split())}", err=True)
-            return error.exit_code
+    try:
+        with escaped_streams():
+            return _run(cli)
+    except BrokenPipeError:
+        # Whoever read has gone, as `head` does; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOBODY_READS
 
 
 def end(code: int) -> NoReturn:
@@ -51,3 +47,27 @@ def end_at_once(code: int) -> NoReturn:
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def _run(cli: click.Group) -> int:
+    try:
+        code = _code(cli)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        with contextlib.suppress(OSError):
+            error.show()
+        return error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return _INTERRUPTED
+    except FuriosaLLMError as error:
+        with contextlib.suppress(OSError):
+            line(f"error: {' '.join(str(error).split())}", err=True)
+        return error.exit_code
+    return code
+
+
+def _code(cli: click.Group) -> int:
+    try:
+        return cli.main(standalone_mode=False) or 0
+    except SystemExit as ended:
+        return int(ended.code or 0)

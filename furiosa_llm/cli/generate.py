@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
+from furiosa_llm.cli.command import ENGINE_GROUPS, command
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, options
 from furiosa_llm.cli.terminal import line
 
 
-@click.command()
+@command(groups=ENGINE_GROUPS)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to complete, or with --chat the user's message.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from rich.table import Table
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import ENGINE, option
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, cell, line
@@ -39,7 +40,7 @@ _SHOWN_DIGITS = 16
 _SHOWN_LENGTH = 60
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--this-machine", is_flag=True, help="Probe also whether bits depend on the batch, with this machine's kernels."

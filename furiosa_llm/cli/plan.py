@@ -12,6 +12,7 @@ from rich.table import Table
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.cli.build import BUILD, planning_options
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import ENGINE, PROGRESS, option
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
@@ -36,7 +37,7 @@ class _ParallelSizes(click.ParamType[tuple[int, ...]]):
         return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-@click.command()
+@command()
 @click.argument("model", type=click.Path(path_type=Path))
 @option(
     "tensor_parallel_size",

@@ -8,11 +8,12 @@ from typing import Any
 import click
 
 from furiosa_llm.cli.build import BUILD, EXPERIMENTAL_TP, WORKERS, print_report
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import PROGRESS, option
 from furiosa_llm.cli.output import JSON
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path))
 @option("tensor_parallel_size", BUILD, default=None, required=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import ENGINE, PROGRESS, options
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime.artifact.progress import shown, tell
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from furiosa_llm.runtime.artifact.reader import Artifact
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--inputs", required=True, type=click.Path(path_type=Path), help="An .npz file with every input by name.")
 @click.option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from furiosa_llm.cli.command import ENGINE_GROUPS, command
 from furiosa_llm.cli.exit_code import end_at_once
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, NamedPath, options
 from furiosa_llm.cli.refused_options import refused_options
@@ -30,6 +31,22 @@ _BACKENDS = ("auto", "guidance", "xgrammar")
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 _UNLIMITED_LENGTH = 2048
 SERVER = declared(ServerSettings)
+_GROUPS = {
+    "Address and keys": ("host", "port", "api_key", "api_key_file", "allowed_origins", "require_signature"),
+    "Model and answers": (
+        *("served_model_name", "lora_modules", "allow_runtime_lora_updating", "tokenizer", "chat_template"),
+        *("response_role", "enable_auto_tool_choice", "tool_call_parser", "structured_outputs_backend", "seed"),
+    ),
+    "Limits of requests": (
+        *("max_concurrency", "max_body_nbytes", "max_connections", "request_timeout", "shutdown_timeout"),
+        *("text_timeout", "text_max_nbytes"),
+    ),
+    **ENGINE_GROUPS,
+    "What is logged": (
+        *("uvicorn_log_level", "disable_uvicorn_access_log", "disable_log_stats", "enable_payload_logging"),
+        *("enable_metrics", "progress"),
+    ),
+}
 
 
 class Origins(click.ParamType[tuple[str, ...]]):
@@ -60,7 +77,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
         )
 
 
-@click.command()
+@command(groups=_GROUPS)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--host", default="0.0.0.0", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")

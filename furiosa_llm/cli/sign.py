@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.terminal import line
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--key", type=click.Path(path_type=Path), required=True, help="PEM file of a private Ed25519 key.")
 def sign(artifact: Path, key: Path) -> None:

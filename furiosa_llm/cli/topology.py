@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, cell
@@ -40,7 +41,7 @@ class _Report:
     fault: str | None
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @options(ENGINE, *PLACEMENT, "compute")
 @option("max_batch_size", ENGINE, default=1, show_default=True, help="Sequences decoded together.")

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import PROGRESS
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.artifact.units import nbytes
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("output", metavar="OUT.onnx", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace OUT.onnx and OUT.onnx.data if they exist.")

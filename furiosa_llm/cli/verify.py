@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import ENGINE, PROGRESS, Sizes, option
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
@@ -40,7 +41,7 @@ _COUNTED = {
 }
 
 
-@click.command()
+@command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--full", is_flag=True, help="Read all weights: digests, originals, padding; and run the artifact.")
 @click.option(

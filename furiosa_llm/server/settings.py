@@ -31,26 +31,35 @@ class ServerSettings:
     """Whether what requests hold is logged."""
     log_stats: bool = True
     """Whether figures of what runs are logged every ten seconds."""
-    max_body_nbytes: Annotated[int, Option("Greater bodies get the status 413.", COUNT)] = 16 * 2**20
+    max_body_nbytes: Annotated[int, Option("Greater bodies get the status 413.", COUNT, unit="B")] = 16 * 2**20
     max_concurrency: Annotated[
         int, Option("Sequences that may run and wait; requests beyond them get the status 429.", COUNT)
     ] = 1024
     max_connections: Annotated[int, Option("Clients beyond them are turned away with the status 503.", COUNT)] = 2048
-    head_timeout: Annotated[float, Option("Seconds within which the head of a request has to arrive.", POSITIVE)] = 10.0
-    body_timeout: Annotated[float, Option("Seconds within which a body has to arrive.", POSITIVE)] = 30.0
+    head_timeout: Annotated[
+        float, Option("Seconds within which the head of a request has to arrive.", POSITIVE, unit="s")
+    ] = 10.0
+    body_timeout: Annotated[float, Option("Seconds within which a body has to arrive.", POSITIVE, unit="s")] = 30.0
     send_timeout: Annotated[
-        float, Option("Seconds after which a client that takes nothing of its answer is given up.", POSITIVE)
+        float, Option("Seconds after which a client that takes nothing of its answer is given up.", POSITIVE, unit="s")
     ] = 60.0
-    idle_timeout: Annotated[int, Option("Seconds that a connection is kept without a request; whole ones.", COUNT)] = 15
+    idle_timeout: Annotated[
+        int, Option("Seconds that a connection is kept without a request; whole ones.", COUNT, unit="s")
+    ] = 15
     request_timeout: Annotated[
         float | None,
-        Option("Seconds that a request may take, from its head to the end of its answer.", POSITIVE, "any number"),
+        Option("Seconds that a request may take, from its head to the end of its answer.", POSITIVE, "no limit"),
     ] = None
     text_timeout: Annotated[
-        float, Option("Seconds that the chat template, or tokenizing a text, may take for one request.", POSITIVE)
+        float,
+        Option("Seconds that the chat template, or tokenizing a text, may take for one request.", POSITIVE, unit="s"),
     ] = 10.0
-    text_max_nbytes: Annotated[int, Option("Memory that the same may take, beyond the tokenizer's.", COUNT)] = 2**30
-    shutdown_timeout: Annotated[float, Option("Seconds that requests have to end in after SIGTERM.", POSITIVE)] = 30.0
+    text_max_nbytes: Annotated[
+        int, Option("Memory that the same may take, beyond the tokenizer's.", COUNT, unit="B")
+    ] = 2**30
+    shutdown_timeout: Annotated[
+        float, Option("Seconds that requests have to end in after SIGTERM.", POSITIVE, unit="s")
+    ] = 30.0
 
     def __post_init__(self) -> None:
         check_options(self, InputError)

@@ -38,6 +38,8 @@ class Option:
     kind: Kind
     none: str = ""
     """What None, the default, stands for."""
+    unit: str = ""
+    """Of a number: "s", or "B" for bytes."""
     default: Any = None
     """The field's, which `declared` fills in."""
 
@@ -50,7 +52,12 @@ class Option:
         """The default, for people; empty if there is nothing to say."""
         if self.default in (None, dataclasses.MISSING, {}):
             return self.none
-        return {True: "on", False: "off"}[self.default] if isinstance(self.default, bool) else str(self.default)
+        if isinstance(self.default, bool):
+            return "on" if self.default else "off"
+        if self.unit == "B":
+            return f"{self.default / 2**20:g} MiB"
+        number = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        return f"{number} {self.unit}".rstrip()
 
     @property
     def help_text(self) -> str:

@@ -170,7 +170,7 @@ class EngineArgs:
     ] = None
     step_timeout: Annotated[
         float | None,
-        Option("Seconds after which a batch that is not back is ended.", POSITIVE, "by the model's size, 8 to 300"),
+        Option("Seconds after which a batch that is not back is ended.", POSITIVE, "by the model's size, 8 to 300 s"),
     ] = None
     max_step_nbytes: Annotated[
         int | None,

@@ -29,7 +29,7 @@ Refused = Callable[..., str]
 @pytest.fixture(scope="module")
 def t5(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """T5 with a tokenizer of another model, which knows as many tokens."""
-    folder = tmp_path_factory.mktemp("t5") / "model"
+    folder = tmp_path_factory.mktemp("t5") / "my-t5"
     shutil.copytree(zoo / "tiny-t5-optimum", folder)
     shutil.copy(zoo / "tiny-llama-optimum" / "tokenizer.json", folder)
     return folder
@@ -54,9 +54,9 @@ def test_a_folder_is_built_with_a_table_for_each_part(
     assert result.code == 0, result.err
     for part in ("encoder", "decoder_first", "decoder"):
         assert f"{part}: tensor parallel over 8 PEs" in result.out
-    assert "model-tp8.artifact: encoder, decoder_first, decoder in one artifact, 2.2 MB of weights" in result.out
+    assert "my-t5-tp8.artifact: encoder, decoder_first, decoder in one artifact, 2.2 MB of weights" in result.out
     assert result.out.endswith("Artifact Build Completed\n")
-    assert open_composite(tmp_path / "model-tp8.artifact").encoder.manifest.mesh.size == 8
+    assert open_composite(tmp_path / "my-t5-tp8.artifact").encoder.manifest.mesh.size == 8
 
 
 def test_tokens_taken_from_the_tokenizer_are_said(t5: Path, tmp_path: Path, cli: Cli, refused: Refused) -> None:
