@@ -10,22 +10,14 @@ from types import TracebackType
 from typing import Any, TextIO, cast
 
 import click
-import rich.console
-from rich.segment import Segment
 from rich.text import Text
 
+from furiosa_llm.runtime.artifact.console import ESCAPES, Console
 from furiosa_llm.runtime.artifact.errors import OutputFileError
 
-_STEERING = (
-    *(code for code in range(0x20) if chr(code) not in "\t\n"),
-    *range(0x7F, 0xA0),
-    *(0x2028, 0x2029),  # what ends a line or paragraph
-    *range(0x202A, 0x202F),  # what turns the direction of text
-    *range(0x2066, 0x206A),
-)
-_ESCAPES = {code: f"\\u{code:04x}" for code in _STEERING}
-"""As JSON writes them, so that a document stays what it is."""
-_ON_ONE_LINE = {**_ESCAPES, ord("\t"): "\\t", ord("\n"): "\\n"}
+__all__ = ["Console", "StreamError", "cell", "escaped_streams", "line"]
+
+_ON_ONE_LINE = {**ESCAPES, ord("\t"): "\\t", ord("\n"): "\\n"}
 
 
 def line(text: str, *, err: bool = False) -> None:
@@ -36,17 +28,6 @@ def line(text: str, *, err: bool = False) -> None:
 def cell(text: str) -> Text:
     """What a table or title shows as it is: no markup, and on one line."""
     return Text(text.translate(_ON_ONE_LINE))
-
-
-class Console(rich.console.Console):
-    """Rich's, with what is shown written out; what rich itself says to the terminal passes."""
-
-    def render(
-        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
-        """The segments of `renderable`."""
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(segment.text.translate(_ESCAPES), segment.style)
 
 
 class StreamError(OutputFileError, OSError):
@@ -100,7 +81,7 @@ class _Escaped:
         """Write `text`."""
         stream = self.rich_proxied_file
         encoding = stream.encoding or "utf-8"
-        stream.write(text.translate(_ESCAPES).encode(encoding, "backslashreplace").decode(encoding))
+        stream.write(text.translate(ESCAPES).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from furiosa_llm.runtime.artifact.units import nbytes
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from furiosa_llm.runtime.artifact.console import Console
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done and of how much: bytes while weights are written, else things.
@@ -68,7 +68,7 @@ def shown(asked: bool | Progress | None = None) -> Iterator[None]:
     elif asked is False or _told.get() is not None or not (asked or _has_reader()):
         yield
     else:
-        from rich.console import Console  # 30 ms
+        from furiosa_llm.runtime.artifact.console import Console  # 30 ms
 
         console = Console(stderr=True)
         with (_bar if _draws(console) else _lines)(console):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -20,8 +21,9 @@ from google.protobuf.message import Message
 from onnx import ModelProto
 from rich.markup import escape
 
-from furiosa_llm.cli.terminal import Console, cell
+from furiosa_llm.cli.terminal import Console, cell, escaped_streams
 from furiosa_llm.runtime.artifact.manifest import seal
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from tests.cli.conftest import Cli
 from tests.support.builder.graphs import model
 from tests.support.tampering import edit_manifest
@@ -239,11 +241,34 @@ def test_errors_that_cannot_be_shown_have_their_exit_code(cli: Cli, monkeypatch:
             full.close()
 
 
+def test_a_bar_steers_the_terminal_and_what_it_shows_does_not(monkeypatch: Patch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with escaped_streams(), shown():
+        tell(f"loading {NASTY}", 1, 3)
+        sys.stderr.write(f"meanwhile {NASTY}\n")
+    written = terminal.getvalue()
+    assert "\x1b[2K" in written  # how the bar clears its line
+    assert "\\u001b[2K" not in written
+    assert "loading \\u001b]0;" in written
+    for steering in ("\x1b]0", "\x1b[2J", "\x9b", "\u202e"):
+        assert steering not in written
+
+
 def test_consoles_are_ours() -> None:
     made = [
         path
-        for path in Path("furiosa_llm").rglob("*.py")
-        if " Console(" in path.read_text() and path.name != "terminal.py"
+        for package in ("builder", "furiosa_llm", "runtime")
+        for path in Path(package).rglob("*.py")
+        if " Console(" in path.read_text() and path.name != "console.py"
     ]
+    ours = re.compile(r"from furiosa_llm\.(cli\.terminal|runtime\.artifact\.console) import Console")
     assert len(made) > 5
-    assert [path for path in made if "furiosa_llm.cli.terminal import Console" not in path.read_text()] == []
+    assert [path for path in made if ours.search(path.read_text()) is None] == []

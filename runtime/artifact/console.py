@@ -1,0 +1,42 @@
+"""Rich's console, with what would steer the terminal written out, whatever name or text it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import IO
+
+import rich.console
+from rich.segment import Segment
+
+_STEERING = (
+    *(code for code in range(0x20) if chr(code) not in "\t\n"),
+    *range(0x7F, 0xA0),
+    *(0x2028, 0x2029),  # what ends a line or paragraph
+    *range(0x202A, 0x202F),  # what turns the direction of text
+    *range(0x2066, 0x206A),
+)
+ESCAPES = {code: f"\\u{code:04x}" for code in _STEERING}
+"""As JSON writes them, so that a document stays what it is."""
+
+
+class Console(rich.console.Console):
+    """Rich's, with what is shown written out; what rich itself says to the terminal passes."""
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it writes: the stream itself, also where several stand before it, as of a bar and a command line."""
+        file = super().file
+        while (proxied := getattr(file, "rich_proxied_file", None)) is not None:
+            file = proxied
+        return file
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render(
+        self, renderable: rich.console.RenderableType, options: rich.console.ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of `renderable`."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(segment.text.translate(ESCAPES), segment.style)
