@@ -52,6 +52,8 @@ class _Gap:
     after_dim: int | None = None
     """The input dimension that `after` begins with."""
     after_is_dynamic: bool = False
+    blanks: list[int] = dataclasses.field(default_factory=list)
+    """The input dimensions of size 1 in the gap, which have no pieces."""
 
 
 def candidates(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[tuple[Dim, ...]]:
@@ -107,6 +109,10 @@ def _fill(dims: Sequence[Dim], sizes: Sequence[Size]) -> tuple[dict[int, list[Pi
     if any(local_size((tagged.piece,)) != ONE for tagged in queue):
         return None
     gaps[-1].pieces += queue
+    for gap in gaps:
+        start = -1 if gap.before_dim is None else gap.before_dim
+        end = len(dims) if gap.after_dim is None else gap.after_dim
+        gap.blanks = [d for d in range(start + 1, end) if not dims[d]]
     return placed, gaps
 
 
@@ -144,7 +150,7 @@ def _distributions(gap: _Gap) -> Iterator[tuple[float, list[_Bin]]]:
 
 def _price(gap: _Gap, target: int, tagged: _Tagged) -> float:
     """How unlikely it is that a piece belongs to an output dimension."""
-    between = sorted({t.dim for t in gap.pieces} - {gap.before_dim, gap.after_dim})
+    between = sorted({t.dim for t in gap.pieces}.union(gap.blanks) - {gap.before_dim, gap.after_dim})
     spare = len(between) < len(gap.ones)
     if tagged.dim == gap.before_dim == gap.after_dim and not gap.ones and not gap.after_is_dynamic:
         return 1.0 if target == gap.before else 0.0  # a factor that is split has its axes before its own indices
@@ -153,10 +159,12 @@ def _price(gap: _Gap, target: int, tagged: _Tagged) -> float:
         return 4.0 if target == other else float(spare) if target == own else 0.0 if spare else 2.0
     if target == gap.before:
         return 3.0 if gap.ones else 1.5
+    place = between.index(tagged.dim)
+    if gap.blanks and place >= len(gap.ones):  # every output dimension of size 1 is one that the input has already
+        return 0.0 if target == gap.after else 1.0
     if target == gap.after:  # heads join their vectors if these follow, and the batch if the sequence follows
         return 2.0 if gap.ones or gap.after_is_dynamic else 1.0
-    place = min(between.index(tagged.dim), len(gap.ones) - 1)
-    return 0.1 * abs(gap.ones.index(target) - place)
+    return 0.1 * abs(gap.ones.index(target) - min(place, len(gap.ones) - 1))
 
 
 def _put_together(placed: dict[int, list[Piece]], picks: Sequence[list[_Bin]], count: int) -> tuple[Dim, ...]:

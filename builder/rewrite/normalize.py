@@ -29,8 +29,8 @@ def normalize(source: Source) -> ir.Model:
     """A normalised copy of the source graph that shares its weights.
 
     Functions are inlined, Constant nodes become initializers, branches and bodies are closed over what they read,
-    Identity aliases and dead code go, nodes are in topological order, and every use of a vector initializer has a value
-    of its own (exporters store equal vectors once, and unrelated dimensions must not be tied together by that).
+    Identity, idle Dropout and dead code go, nodes are in topological order, and every use of a vector initializer has
+    a value of its own (exporters store equal vectors once, and unrelated dimensions must not be tied together by that).
     Raises ModelLoadError for a graph that is damaged and UnsupportedModelError for one that cannot be split.
     """
     try:
@@ -99,10 +99,10 @@ def _compute_outputs(graph: ir.Graph) -> None:
 
 
 def _remove_identities(graph: ir.Graph) -> None:
-    """Remove every Identity, except between two values that both have a name to keep."""
+    """Remove every Identity and every idle Dropout, except between two values that both have a name to keep."""
     removed = []
     for node in graph:
-        if node.op_type != "Identity" or node.domain or node.inputs[0] is None:
+        if not _is_alias(node) or node.inputs[0] is None:
             continue
         before, after = node.inputs[0], node.outputs[0]
         if after.is_graph_output():
@@ -116,6 +116,18 @@ def _remove_identities(graph: ir.Graph) -> None:
             after.replace_all_uses_with(before)
         removed.append(node)
     graph.remove(removed, safe=True)
+
+
+def _is_alias(node: ir.Node) -> bool:
+    """Whether `node` gives its first input, and nothing else that is read."""
+    if node.domain or node.op_type != "Dropout":
+        return not node.domain and node.op_type == "Identity"
+    return not _trains(node) and not any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
+
+
+def _trains(node: ir.Node) -> bool:
+    """Whether `node` is a Dropout that may drop something."""
+    return node.op_type == "Dropout" and len(node.inputs) > 2 and not _is_constant_false(node.inputs[2])
 
 
 # -- checks ------------------------------------------------------------------------------------------------------
@@ -174,9 +186,8 @@ def _check_scope(graph: ir.Graph, known: set[ir.Value], source: Source) -> None:
 
 def _refuse_random_ops(model: ir.Model, source: Source) -> None:
     for node in (inner for outer in model.graph for inner in (outer, *nodes_within(outer))):
-        trains = node.op_type == "Dropout" and len(node.inputs) > 2 and not _is_constant_false(node.inputs[2])
         entry = op_of(node)
-        if (entry is not None and entry.random) or (not node.domain and trains):
+        if (entry is not None and entry.random) or (not node.domain and _trains(node)):
             raise UnsupportedModelError(
                 f'{source.path.name}: node {node.op_type} "{node.name}" draws random numbers, which every rank would '
                 "draw anew; export the model without sampling, in inference mode."

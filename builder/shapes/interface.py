@@ -73,7 +73,8 @@ def dimension_kinds(
     _settle_lengths(graph, symbols)
     inner = {s for v, d in _dynamic(graph) if d and role_of(v) == "other" and (s := _symbol((v, d))) is not None}
     inner -= {s for v, d in _dynamic(graph) if d == 0 and role_of(v) != "other" and (s := _symbol((v, d))) is not None}
-    kinds = {str(v.name): tuple(_kinds(v, known, symbols, sizes, config, inner)) for v in graph.inputs}
+    batch = _fixed(graph, batch=True)
+    kinds = {str(v.name): tuple(_kinds(v, known, symbols, sizes, config, inner, batch)) for v in graph.inputs}
     return _with_fixed_steps(kinds, fixed_sequence(graph))
 
 
@@ -84,12 +85,16 @@ def settle_batch_last(graph: ir.Graph, *, batch_last: bool) -> None:
 
 def fixed_sequence(graph: ir.Graph) -> int | None:
     """How many new positions each step has, if the shape of the tokens or of their embeddings fixes it."""
+    return _fixed(graph, batch=False)
+
+
+def _fixed(graph: ir.Graph, *, batch: bool) -> int | None:
+    """The size of that dimension of the tokens or of their embeddings, if their shape fixes it."""
     for value in graph.inputs:
-        steps = role_of(value) == "token_ids" or _is_embedding(graph, value)
-        if steps and value.shape is not None and len(value.shape) > 1:
-            size = value.shape[
-                0 if graph.meta.get(_BATCH_LAST) else len(value.shape) - (1 if role_of(value) == "token_ids" else 2)
-            ]
+        tokens = role_of(value) == "token_ids"
+        if (tokens or _is_embedding(graph, value)) and value.shape is not None and len(value.shape) > 1:
+            first = batch != bool(graph.meta.get(_BATCH_LAST))
+            size = value.shape[0 if first else len(value.shape) - (1 if tokens else 2)]
             return size if isinstance(size, int) else None
     return None
 
@@ -242,8 +247,10 @@ def _kinds(
     sizes: Mapping[_Place, int],
     config: Mapping[str, object],
     inner: Collection[str],
+    batch: int | None,
 ) -> Iterator[int | str]:
     assert value.shape is not None
+    has_batch = batch is not None and batch in value.shape
     found: dict[int, int | str] = {}
     for d, dim in enumerate(value.shape):
         place = (value, d)
@@ -257,7 +264,7 @@ def _kinds(
             found[d] = kind
     for d in range(len(value.shape)):
         if d not in found:
-            found[d] = _by_place(value, d, found, config, inner)
+            found[d] = _by_place(value, d, found, config, inner, has_batch=has_batch)
     yield from (found[d] for d in range(len(value.shape)))
 
 
@@ -273,14 +280,24 @@ def _of_symbol(symbol: str | None, symbols: Mapping[str, str]) -> str | None:
 
 
 def _by_place(
-    value: ir.Value, d: int, found: Mapping[int, int | str], config: Mapping[str, object], inner: Collection[str]
+    value: ir.Value,
+    d: int,
+    found: Mapping[int, int | str],
+    config: Mapping[str, object],
+    inner: Collection[str],
+    *,
+    has_batch: bool,
 ) -> int | str:
-    """What a dimension is taken for if nothing is known of it; no symbol in `inner` is taken for the batch."""
+    """What a dimension is taken for if nothing is known of it; no symbol in `inner` is taken for the batch.
+
+    `has_batch`: the batch has a fixed size, and another dimension has that size.
+    """
     assert value.shape is not None
     symbol = _shown((value, d))
     free = [other for other in range(len(value.shape)) if other not in found or other == d]
     state = role_of(value) == "state"
-    if "batch" not in found.values() and (d == 0 or (state and d == free[0])) and symbol not in inner:
+    batch = not has_batch and "batch" not in found.values() and symbol not in inner
+    if batch and (d == 0 or (state and d == free[0])):
         return "batch"
     if state and d == free[0] and not {"past", "encoder"} & set(found.values()) and not is_written(value):
         return "encoder" if _is_encoders(value) else "past"

@@ -37,6 +37,7 @@ _WEIGHTS = {
     "wk": _weight(_WIDTH, 32),
     "wv": _weight(_WIDTH, 32),
     "wo": _weight(64, _WIDTH),
+    "wide": _weight(32, _WIDTH),
     "types": _weight(8, _WIDTH),
     "norm": _weight(8),
     "zero": np.array([[0]]),
@@ -125,6 +126,36 @@ def test_norms_per_head_in_front_of_group_query_attention(tp: int, tmp_path: Pat
     outputs = "float[batch, seq, 128] logits, float[batch, 4, t, 8] present_k, float[batch, 4, t, 8] present_v"
     report = _checked(tmp_path, inputs, outputs, nodes, tp)
     assert (report.collectives["AllReduce"], report.collectives["AllGather"]) == (3, 1)
+
+
+def test_norms_per_head_of_one_position(tmp_path: Path) -> None:
+    """On a rank with one head every dimension but the last is 1: sizes do not tell which of them is the heads'."""
+    nodes = f"""
+        x = Gather(emb, input_ids) q0 = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)
+        q1 = Reshape(q0, q4) q2 = Reshape(q1, q64) q3 = Reshape(q2, heads) q4n = RMSNormalization<axis=-1>(q3, norm)
+        q = Reshape(q4n, q64) o, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads=8, kv_num_heads=4>
+            (q, k, v, past_k, past_v, lengths, total)
+        sum = ReduceSum<keepdims=0>(attention_mask, axis) last = Sub(sum, one) lengths = Cast<to=6>(last)
+        size = Shape(attention_mask) long = Gather(size, one) total = Cast<to=6>(long)
+        a = MatMul(o, wo) x2 = Add(x, a) {_FEED_FORWARD}
+    """
+    caches = "float[1, 4, past, 8] past_k, float[1, 4, past, 8] past_v"
+    inputs = f"int64[1, 1] input_ids, int64[1, total] attention_mask, {caches}"
+    outputs = "float[1, 1, 128] logits, float[1, 4, t, 8] present_k, float[1, 4, t, 8] present_v"
+    _checked(tmp_path, inputs, outputs, nodes, 8)
+
+
+def test_a_cache_of_one_sequence_behind_idle_nodes(tmp_path: Path) -> None:
+    """A cache without heads, of a model for one sequence: its only open dimension is the past, not the batch."""
+    nodes = f"""
+        x = Gather(emb, input_ids) k0 = MatMul(x, wk) k1 = Reshape(k0, k4) old4 = Reshape(old, k4)
+        k2 = Concat<axis=1>(old4, k1) k3, dropped = Dropout(k2) k = Dropout(k3) new = Reshape(k, k32)
+        s0 = ReduceMean(new, axis) s = MatMul(s0, wide) x2 = Add(x, s) {_FEED_FORWARD}
+    """
+    outputs = "float[1, seq, 128] logits, float[1, total, 32] new"
+    _checked(tmp_path, "int64[1, seq] input_ids, float[1, past, 32] old", outputs, nodes, 4)
+    states = open_artifact(tmp_path / "artifact").manifest.states
+    assert [(state.input, state.output) for state in states] == [("old", "new")]
 
 
 def test_a_split_of_what_was_copied_along_other_dimensions(tmp_path: Path) -> None:

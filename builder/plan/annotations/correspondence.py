@@ -11,9 +11,9 @@ import onnx_ir as ir
 class Correspondence:
     """Which nodes and values of a model's own graph are which in the normalised (and perhaps simplified) one.
 
-    Normalising keeps the names of what it keeps, except for aliases: it removes an Identity, and the value keeps one of
-    the two names. It keeps one of several equal nodes; the others are found by what reads them. Nodes that were folded
-    or inlined have no counterpart.
+    Normalising keeps the names of what it keeps, except for aliases: it removes an Identity or a Dropout, and the value
+    keeps one of the two names. It keeps one of several equal nodes; the others are found by what reads them. Nodes that
+    were folded or inlined have no counterpart.
     """
 
     def __init__(self, original: onnx.GraphProto, graph: ir.Graph) -> None:
@@ -30,7 +30,7 @@ class Correspondence:
                     self._values.setdefault(name, value)
 
     def _learn_alias(self, node: onnx.NodeProto) -> None:
-        if node.op_type != "Identity" or node.domain or len(node.input) != 1 or len(node.output) != 1:
+        if node.op_type not in ("Identity", "Dropout") or node.domain or not node.input or not node.output:
             return
         for known, other in ((node.input[0], node.output[0]), (node.output[0], node.input[0])):
             if known in self._values:

@@ -106,7 +106,7 @@ class _Matcher:
                 break
             if node.op_type == "Softmax":
                 return node
-            if node.op_type in VIEWS or node.op_type == "Dropout":
+            if node.op_type in VIEWS:
                 current = operand(node, 0)
             elif node.op_type == "Where" and is_guard(node):
                 current = operand(node, 2)

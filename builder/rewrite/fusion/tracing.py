@@ -15,7 +15,7 @@ VIEWS = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 MOVES = VIEWS | {"Transpose"}
 REPEATS = MOVES | {"Expand"}
 FACTORS = frozenset({"Div", "Mul"})
-_BEHIND_SOFTMAX = VIEWS | {"Add", "Div", "Dropout", "Mul", "Slice", "Where"}
+_BEHIND_SOFTMAX = VIEWS | {"Add", "Div", "Mul", "Slice", "Where"}
 """Ops that may lie between softmax and product; a later check whether they are harmless adds a line to the report."""
 MAX_STEPS = 16
 """The most nodes of a path: more than any exporter puts between two ends of an attention."""
