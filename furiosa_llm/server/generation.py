@@ -69,8 +69,8 @@ class Generator:
     """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
     """Where requests are counted."""
-    max_length: int | None
-    """The most tokens of a prompt and its completion; None if there is no limit."""
+    max_length: int
+    """The most tokens of a prompt and its completion."""
 
     async def run(
         self,
@@ -104,8 +104,8 @@ class Generator:
     def _fitted(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
         """`params` with no more tokens than there is room for behind `prompt`, which the answer says in a header."""
         assert isinstance(prompt, Mapping)
-        room = params.max_tokens if self.max_length is None else self.max_length - len(prompt["prompt_token_ids"])
-        if room is None or params.max_tokens is None or not 0 < room < params.max_tokens:
+        room = self.max_length - len(prompt["prompt_token_ids"])
+        if params.max_tokens is None or not 0 < room < params.max_tokens:
             return params
         note(MAX_TOKENS, str(room))
         return replace(params, max_tokens=room)

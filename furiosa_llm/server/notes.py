@@ -27,5 +27,6 @@ def note(header: str, text: str) -> None:
 
 
 def header_values(notes: dict[str, list[str]]) -> dict[str, str]:
-    """The headers, in ASCII: they quote what was sent."""
-    return {header: ascii("; ".join(dict.fromkeys(texts)))[1:-1][:_MAX_LENGTH] for header, texts in notes.items()}
+    """The headers, in ASCII and without blanks around them, which HTTP forbids: they quote what was sent."""
+    joined = {header: ascii("; ".join(dict.fromkeys(texts)))[1:-1] for header, texts in notes.items()}
+    return {header: text[:_MAX_LENGTH].strip() for header, text in joined.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from furiosa_llm.runtime.requests.prompts import Prompt, listed
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
@@ -185,7 +185,12 @@ class ContentPart(Body):
     text: str
 
 
-TextPart = Annotated[ContentPart, BeforeValidator(_as_text_part, json_schema_input_type=Any)]
+_SPOKEN = {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}}
+_REFUSED = {"type": {"const": "refusal"}, "refusal": {"type": "string"}}
+_PARTS = [{"type": "object", "properties": one, "required": list(one)} for one in (_SPOKEN, _REFUSED)]
+TextPart = Annotated[
+    ContentPart, BeforeValidator(_as_text_part), WithJsonSchema({"anyOf": [{"type": "string"}, *_PARTS]})
+]
 
 
 class FunctionCall(Body):

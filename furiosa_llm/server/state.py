@@ -53,7 +53,7 @@ class ServerState:
         kind = self.model.kind
         if not isinstance(kind, Decoder):
             raise ApiError(400, f"{self.model.names[0]} makes embeddings and generates nothing; use /v1/embeddings")
-        return Generator(decoder=kind, gate=self.gate, metrics=self.metrics, max_length=self.model.max_length)
+        return Generator(decoder=kind, gate=self.gate, metrics=self.metrics, max_length=kind.engine.core.limits.longest)
 
     @property
     def embedder(self) -> Embedder:

@@ -38,6 +38,11 @@ class ModelLimits:
     """They end a completion."""
 
     @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its completion: of what the model takes, and what there is memory for."""
+        return self.capacity if self.max_length is None else min(self.max_length, self.capacity)
+
+    @property
     def prompt_limit(self) -> int | None:
         """The tokens that a prompt may have at most, so that one can follow; None if nothing but memory limits it."""
         limits = [limit for limit in (self.max_prompt_length, self.max_length and self.max_length - 1) if limit]

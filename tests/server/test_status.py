@@ -114,7 +114,7 @@ def test_the_line_of_figures(artifact: Path, caplog: pytest.LogCaptureFixture) -
         logging = asyncio.create_task(log_stats(metrics, decoder, interval=0.01))
         await asyncio.sleep(0.05)
         assert caplog.messages == []
-        generator = Generator(decoder=decoder, gate=Gate(1), metrics=metrics, max_length=None)
+        generator = Generator(decoder=decoder, gate=Gate(1), metrics=metrics, max_length=64)
         await collect(generator.run("a", [{"prompt_token_ids": [5] * 40}], SamplingParams(max_tokens=200)), 1, 1)
         while "Running: 0 reqs" not in caplog.text:
             await asyncio.sleep(0.01)

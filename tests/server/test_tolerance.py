@@ -60,8 +60,8 @@ def test_harmless_forms_of_chats(url: str, extra: dict[str, Any]) -> None:
 
 
 def test_what_is_not_known_and_changes_nothing_is_named_in_a_header(url: str) -> None:
-    response = post(url, "completions", {**TEXT, "request_id": "1", "é\n": {}, "nothing": None})
-    assert response.headers["x-furiosa-ignored"] == "request_id; \\xe9\\n"
+    response = post(url, "completions", {**TEXT, "request_id": "1", "é\n": {}, "nothing": None, " ": 1, "": 0})
+    assert response.headers["x-furiosa-ignored"] == "request_id; \\xe9\\n;  ;"
     assert response.json()["choices"] == post(url, "completions", TEXT).json()["choices"]
 
 
