@@ -96,7 +96,17 @@ def test_commands_in_the_docs(path: str, command: str) -> None:
         (ArtifactBuilder, {"model", "name", "experimental_tp", "lora"}),
         (
             plan_model,
-            {"model", "experimental_tp", "tensor_parallel_sizes", "context", "batch", "chunk", "cards", "compute"},
+            {
+                "model",
+                "experimental_tp",
+                "tensor_parallel_sizes",
+                "context",
+                "batch",
+                "chunk",
+                "cards",
+                "compute",
+                "costs",
+            },
         ),
     ],
 )
