@@ -16,6 +16,7 @@ from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError, OutputFileError
 from furiosa_llm.runtime.artifact.manifest import SIGNATURE_NAME
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.artifact.temporary import replace_file
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -40,12 +41,9 @@ def sign_artifact(path: str | os.PathLike[str], key: str | os.PathLike[str]) -> 
     private = _private_key(Path(key))
     signature = base64.b64encode(private.sign(_message(_full_digest(Path(path)))))
     target = Path(path) / SIGNATURE_NAME
-    temporary = target.with_name(f".{SIGNATURE_NAME}.{os.getpid()}")
     try:
-        temporary.write_bytes(signature + b"\n")
-        temporary.replace(target)
+        replace_file(target, signature + b"\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputFileError(f"{target} cannot be written: {error.strerror}; check the folder's rights.") from error
     return target
 

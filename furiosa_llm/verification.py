@@ -21,6 +21,7 @@ from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manif
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
+from furiosa_llm.runtime.artifact.temporary import temporary_folder
 from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
 from furiosa_llm.runtime.artifact.tools.record import Check, Compared, Verification
 from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
@@ -157,8 +158,8 @@ def _line(error: FuriosaLLMError, *folders: Path) -> str:
 
 def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[list[Check], Parity | None]:
     """The artifact compared with the unsplit model that is put back together from it."""
-    with tempfile.TemporaryDirectory(prefix="furiosa-llm-verify-") as temporary:
-        model = Path(temporary) / "model.onnx"
+    with temporary_folder(Path(tempfile.gettempdir()), "furiosa-llm-verify-") as temporary:
+        model = temporary / "model.onnx"
         tell("putting the model together")
         try:
             unbuild(artifact, model)

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.temporary import temporary_folder
 from furiosa_llm.runtime.errors import ExecutionError
 
 Made = TypeVar("Made")
@@ -86,8 +87,7 @@ def weights_of(artifact: Artifact) -> tuple[str, ...]:
 def _copy_of(artifact: Artifact, names: Sequence[str]) -> Iterator[Path]:
     """A folder of copies of the files, which are what was checked; raises ArtifactError if they are not any more."""
     try:
-        with tempfile.TemporaryDirectory(prefix="furiosa-llm-") as made:
-            folder = Path(made)
+        with temporary_folder(Path(tempfile.gettempdir()), "furiosa-llm-weights-") as folder:
             for name in names:
                 artifact.copy_file(name, folder / name)
             yield folder

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from furiosa_llm.builder.plan.outcome import Assignment, Outcome
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.runtime.artifact.graphs import all_tensors
 from furiosa_llm.runtime.artifact.layout import Mesh
+from furiosa_llm.runtime.artifact.temporary import replace_file
 from furiosa_llm.runtime.placement.devices import first_pes
 
 FIRST_IR_VERSION = 11
@@ -209,17 +208,10 @@ def write_annotated(model: onnx.ModelProto, source: Source, path: str | os.PathL
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             _relocate(tensor, folder, target)
     data = moved.SerializeToString(deterministic=True)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).rename(target)
+        replace_file(target, data)
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror}; check the folder and its space.") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
 
 
 def _relocate(tensor: onnx.TensorProto, folder: Path, target: Path) -> None:

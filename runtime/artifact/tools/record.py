@@ -10,20 +10,18 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import re
 import stat
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
-from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.json_reader import Field, parse_json
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.options import FLOAT32
+from furiosa_llm.runtime.artifact.temporary import replace_file
 
 RECORD_FORMAT = "furiosa-llm-onnx-verification"
 RECORD_VERSION = 2
@@ -190,17 +188,7 @@ def write_verification(folder: Path, record: Verification) -> Path:
     """Writes the record into the artifact's folder, whole or not at all, and returns its path; raises RecordError."""
     path = folder / RECORD_NAME
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{RECORD_NAME}-", dir=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(record.to_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        sync(folder)
+        replace_file(path, record.to_bytes())
     except OSError as error:
         kind = ReadOnlyError if error.errno in _READ_ONLY else RecordError
         raise kind(

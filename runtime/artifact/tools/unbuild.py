@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from furiosa_llm.runtime.artifact.manifest import OriginalInitializer
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.source import read_source
+from furiosa_llm.runtime.artifact.temporary import temporary_folder
 from furiosa_llm.runtime.artifact.tools.originals import Bytes, read_original
 
 DATA_SUFFIX = ".data"
@@ -141,22 +140,21 @@ def _refer(initializer: onnx.TensorProto, location: str, region: _Region) -> Non
 @contextlib.contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A folder next to `out` that is gone when the block ends."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
-    except OSError as error:
-        raise OutputFileError(
-            f"cannot write to {out.parent}: {error.strerror}; give an output in a folder that can be written."
-        ) from error
-    try:
-        yield folder
-    except OSError as error:
-        raise OutputFileError(
-            f"writing {out} failed: {error.strerror or error}; nothing was left behind. "
-            "Check the free space and the rights of that folder."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(temporary_folder(out.parent, f".{out.name}.writing-"))
+        except OSError as error:
+            raise OutputFileError(
+                f"cannot write to {out.parent}: {error.strerror}; give an output in a folder that can be written."
+            ) from error
+        try:
+            yield folder
+        except OSError as error:
+            raise OutputFileError(
+                f"writing {out} failed: {error.strerror or error}; nothing was left behind. "
+                "Check the free space and the rights of that folder."
+            ) from error
 
 
 def _move(folder: Path, out: Path, data: Path, *, has_data: bool) -> None:
