@@ -39,7 +39,17 @@ def public_pem(key: Ed25519PrivateKey) -> bytes:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    shutil.copytree(artifact_of(OPTIMUM), tmp_path / "artifact")
+    return signable(OPTIMUM, tmp_path)
+
+
+@pytest.fixture
+def composite(tmp_path: Path) -> Path:
+    return signable("tiny-t5-optimum", tmp_path)
+
+
+def signable(name: str, tmp_path: Path) -> Path:
+    """A copy of the artifact, beside keys."""
+    shutil.copytree(artifact_of(name), tmp_path / "artifact")
     key, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     (tmp_path / "key").write_bytes(private_pem(key))
     (tmp_path / "key.pub").write_bytes(public_pem(key))
@@ -88,6 +98,39 @@ def test_what_is_no_signature(signature: bytes, artifact: Path, tmp_path: Path) 
     (artifact / "manifest.sig").write_bytes(signature)
     with pytest.raises(SignatureError):
         check_signature(artifact, tmp_path / "key.pub")
+
+
+def test_a_composite_is_signed_with_its_parts(composite: Path, tmp_path: Path) -> None:
+    """One signature, of the manifest that has the parts' digests; the parts themselves have none."""
+    assert sign_artifact(composite, tmp_path / "key") == composite / "manifest.sig"
+    check_signature(composite, tmp_path / "key.pub")
+    with pytest.raises(SignatureError, match="not signed by the key"):
+        check_signature(composite, tmp_path / "other.pub")
+    with pytest.raises(SignatureError, match="is not signed"):
+        check_signature(composite / "encoder", tmp_path / "key.pub")
+
+
+def test_a_composite_of_other_parts(composite: Path, tmp_path: Path) -> None:
+    """A part that is changed and made sound by itself, without and with the whole's manifest; or its signature."""
+    sign_artifact(composite, tmp_path / "key")
+    edit_manifest(composite / "encoder", lambda manifest: manifest["model"].update(name="another"))
+    with pytest.raises(ArtifactError, match="is not the part that was built with the others"):
+        check_signature(composite, tmp_path / "key.pub")
+    digest = open_artifact(composite / "encoder", full=False).digest
+    edit_manifest(composite, lambda manifest: manifest["parts"][0].update(digest=digest))
+    with pytest.raises(SignatureError, match="of another manifest"):
+        check_signature(composite, tmp_path / "key.pub")
+    sign_artifact(composite / "encoder", tmp_path / "key")
+    shutil.copy(composite / "encoder" / "manifest.sig", composite)
+    with pytest.raises(SignatureError, match="of another manifest"):
+        check_signature(composite, tmp_path / "key.pub")
+
+
+def test_changed_weights_of_a_composite(composite: Path, tmp_path: Path) -> None:
+    sign_artifact(composite, tmp_path / "key")
+    alter_tensor(composite / "decoder", next(iter(open_artifact(composite / "decoder").tensors)), flip_bit)
+    with pytest.raises(ArtifactError, match="was altered in the tensor"):
+        check_signature(composite, tmp_path / "key.pub")
 
 
 def test_none(artifact: Path, tmp_path: Path) -> None:
