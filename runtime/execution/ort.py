@@ -17,10 +17,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime
-from onnx import TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
+from furiosa_llm.runtime.artifact.compute import narrow_types
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, all_nodes
 from furiosa_llm.runtime.errors import ExecutionError, KernelError, StepTimeoutError
 from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, LONGEST_LOAD_SECONDS, LONGEST_STEP_SECONDS
@@ -186,11 +188,15 @@ class Session:
             raise
 
 
-def load_error(what: str, error: Exception, narrow: Sequence[str]) -> ExecutionError:
-    """What to raise for `what`, of which onnxruntime refuses to make a session by `error`, one of ORT_ERRORS.
-
-    `narrow` are the types in it that computing in float32 would convert.
-    """
+def load_error(what: str, error: Exception, model: ModelProto) -> ExecutionError:
+    """What to raise for `what`, `model` or a part of it, that onnxruntime refuses to load by `error`, of ORT_ERRORS."""
+    foreign = _foreign_node(model)
+    if foreign is not None:
+        return KernelError(
+            f"onnxruntime has no operator {foreign.op_type!r:.80} of the domain {foreign.domain or 'ai.onnx'!r:.80} "
+            f"(node {foreign.name!r:.80}), which {what} needs; build it again from a model of operators that it has"
+        )
+    narrow = narrow_types(model)
     found = _NO_KERNEL.search(str(error))
     if found is None:
         return ExecutionError(f"onnxruntime cannot load {what}: {error}")
@@ -201,6 +207,17 @@ def load_error(what: str, error: Exception, narrow: Sequence[str]) -> ExecutionE
     return KernelError(
         f"{line}, whose types are {', '.join(narrow)}; compute it in float32: --compute float32, compute='float32'"
     )
+
+
+def _foreign_node(model: ModelProto) -> NodeProto | None:
+    """The first node, at any depth, of an operator that onnxruntime does not know."""
+    known = {(schema.domain, schema.name) for schema in _state.get_all_operator_schema()}
+    known |= {(function.domain, function.name) for function in model.functions}
+    for node in all_nodes(model.graph.node):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if domain != COLLECTIVE_DOMAIN and (domain, node.op_type) not in known:
+            return node
+    return None
 
 
 class Tensor(NamedTuple):

@@ -14,7 +14,6 @@ from queue import SimpleQueue
 
 from onnx import ModelProto, TensorProto
 
-from furiosa_llm.runtime.artifact.compute import narrow_types
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.errors import ExecutionError
@@ -210,7 +209,7 @@ class SegmentLoader:
             return Session(model.SerializeToString(), folder, self._settings)
         except ORT_ERRORS as error:
             where = f"{what} of {self._artifact.folder}"
-            raise load_error(where, error, narrow_types(self._lanes.program.model)) from error
+            raise load_error(where, error, self._lanes.program.model) from error
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

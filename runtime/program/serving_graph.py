@@ -11,21 +11,16 @@ Both are changes to a copy of program.onnx, each made where the graph's structur
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import onnxruntime
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
-from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from furiosa_llm.runtime.artifact.dimensions import GROWING, parse_dimension
-from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
-from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest
-from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.artifact.manifest import Manifest
 
 WANTED = "furiosa_llm.wanted"
 """The graph input, INT64 `[wanted]`, of the positions in a step whose logits are wanted."""
@@ -42,8 +37,6 @@ _TWICE = "furiosa_llm.twice"
 _SPLIT_COUNTS = 18
 """The first opset in which Split has the number of equal parts; before, it follows from the number of outputs."""
 _ELEMENTWISE = frozenset({"Add", "Mul", "Div", "Sub", "Cast", "Tanh", "Identity", "Neg"})
-_RUN_ERRORS = (_state.Fail, _state.InvalidArgument, _state.RuntimeException)
-"""What a node raises whose inputs do not fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,103 +196,6 @@ def _grows(value: ValueInfoProto, start: int, end: int | None) -> bool:
         if GROWING.intersection(names):
             return True
     return False
-
-
-# -- the bias of each row ------------------------------------------------------------------------------------------
-
-
-def rows_are_alone(serving: ServingGraph, artifact: Artifact, *, longest: int) -> bool:
-    """Whether rows of unequal lengths add to their scores, each, what the row would add alone.
-
-    The part of the graph that makes these values is run as rank 0 has it, for rows of up to `longest` positions: this
-    detects a window that is counted from the end of the longest row if it is shorter than `longest`. What it cannot
-    make for so many, no step makes either (it has a table of fewer): then the rows are half as long, and so on.
-    """
-    if not serving.biases:
-        return True
-    part = part_of_graph(serving.model, artifact, serving.biases)
-    if part is None:
-        return False
-    infos = [info for info in artifact.manifest.inputs if info.name in part.inputs]
-
-    def biases(lengths: list[int]) -> list[Array]:
-        return list(part.run({info.name: _feed(info, lengths) for info in infos}).values())
-
-    while longest > 1:
-        try:
-            biases([longest - 1])
-            break
-        except _RUN_ERRORS:
-            longest //= 2
-    lengths = sorted({0, 1, 2, longest // 3, longest // 2, longest - 2, longest - 1} & set(range(longest)))
-    together = biases(lengths)
-    for row, length in enumerate(lengths):
-        for ours, alone in zip(together, biases([length]), strict=True):
-            own = ours[min(row, ours.shape[0] - 1)]
-            if not np.array_equal(own[..., : length + 1], alone[0]):
-                return False
-    return True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartOfGraph:
-    """The part of a program that makes some values from its inputs, as rank 0 has it, ready to run."""
-
-    session: onnxruntime.InferenceSession
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The values by name; `feeds` has all of `inputs`, and may have more."""
-        made: list[Array] = self.session.run(None, {name: feeds[name] for name in self.inputs})
-        return dict(zip(self.outputs, made, strict=True))
-
-
-def part_of_graph(source: ModelProto, artifact: Artifact, names: Sequence[str]) -> PartOfGraph | None:
-    """The part of the program `source` that makes the values `names`; None if they wait for a collective."""
-    live = set(names)
-    nodes: list[NodeProto] = []
-    for node in reversed(source.graph.node):
-        if live.intersection(node.output):
-            if node.domain == COLLECTIVE_DOMAIN:
-                return None
-            nodes.append(node)
-            live.update(used_names(node))
-    graph = GraphProto(name="part", node=reversed(nodes))
-    graph.initializer.extend(_inline(tensor, artifact) for tensor in source.graph.initializer if tensor.name in live)
-    graph.input.extend(value for value in source.graph.input if value.name in live)
-    graph.output.extend(ValueInfoProto(name=name) for name in names)
-    model = ModelProto(ir_version=source.ir_version, graph=graph, functions=source.functions)
-    model.opset_import.extend(source.opset_import)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), _quiet(), providers=["CPUExecutionProvider"])
-    return PartOfGraph(session=session, inputs=tuple(value.name for value in graph.input), outputs=tuple(names))
-
-
-def _inline(tensor: TensorProto, artifact: Artifact) -> TensorProto:
-    """`tensor` with the data of rank 0 in it."""
-    if tensor.name not in artifact.tensors:
-        return tensor
-    data = artifact.read_window(artifact.window(tensor.name, 0)).tobytes()
-    return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=data)
-
-
-def _feed(info: InputInfo, lengths: list[int]) -> Array:
-    """What a decode step feeds to the input: one new token for rows that already have `lengths` tokens."""
-    sizes = {"batch": len(lengths), "sequence": 1, "past": max(lengths), "total": max(lengths) + 1}
-    shape = tuple(dim if isinstance(dim, int) else parse_dimension(dim).value(sizes) for dim in info.shape)
-    array = np.zeros(shape, dtype=DTYPES[info.dtype].numpy)
-    if info.role == "attention_mask":
-        array[...] = np.arange(shape[1]) <= np.array(lengths)[:, None]
-    elif info.role == "position_ids":
-        array[...] = np.array(lengths)[:, None]
-    return array
-
-
-def _quiet() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    return options
 
 
 def _double(model: ModelProto, op_types: Collection[str]) -> None:

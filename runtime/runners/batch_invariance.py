@@ -19,7 +19,7 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.errors import StepTimeoutError
+from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, unwrap, wrap
 from furiosa_llm.runtime.execution.sessions import SegmentLoader
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
@@ -97,7 +97,7 @@ def probe_batch_invariance(artifact: Artifact, *, mapped: bool = False) -> Batch
     return replace(found, companions=again.companions, chunks=again.chunks)
 
 
-_UNPROBED: tuple[type[Exception], ...] = (*ORT_ERRORS, StepTimeoutError)
+_UNPROBED: tuple[type[Exception], ...] = (*ORT_ERRORS, ExecutionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from furiosa_llm.runtime.execution.decoder import (
     takes_one_position,
 )
 from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.execution.graph_parts import rows_are_alone
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
 from furiosa_llm.runtime.execution.weights_files import mapped_check
@@ -36,7 +37,6 @@ from furiosa_llm.runtime.program.serving_graph import (
     LAST_POSITIONS,
     WANTED,
     ServingGraph,
-    rows_are_alone,
     serving_graph,
 )
 from furiosa_llm.runtime.program.stage_graph import StageGraph, cut_stages

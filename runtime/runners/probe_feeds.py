@@ -18,8 +18,9 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.execution.decoder import interface_of
 from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.execution.graph_parts import part_of_graph
 from furiosa_llm.runtime.program.segments import Program
-from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED, part_of_graph
+from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED
 
 MOST_ROWS = 64
 """The most rows of a probe."""

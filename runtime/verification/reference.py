@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from furiosa_llm.runtime.artifact.adapters.graph import add_adapter_inputs
-from furiosa_llm.runtime.artifact.compute import in_float32, narrow_types
+from furiosa_llm.runtime.artifact.compute import in_float32
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State
@@ -78,7 +78,7 @@ class ReferenceModel:
         try:
             self._session = Session(model.SerializeToString(), self._path.parent, settings)
         except ORT_ERRORS as error:
-            raise load_error(str(self._path), error, narrow_types(model)) from error
+            raise load_error(str(self._path), error, model) from error
 
     @property
     def decoder_interface(self) -> DecoderInterface:

@@ -14,12 +14,14 @@ from onnx import ModelProto, NodeProto, helper
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.errors import ExecutionError, KernelError, StepTimeoutError
+from furiosa_llm.runtime.execution.graph_parts import rows_are_alone
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.program import limits
 from furiosa_llm.runtime.program.serving_graph import (
     LAST_POSITIONS,
     WANTED,
     ServingGraph,
-    rows_are_alone,
     serving_graph,
 )
 from furiosa_llm.runtime.runners.loaded_model import load_model
@@ -363,3 +365,60 @@ def test_a_bias_that_ranks_exchange_is_not_judged(tmp_path: Path) -> None:
     artifact, serving = served(program, tmp_path)
     assert serving.biases == ("bias",)
     assert not rows_are_alone(serving, artifact, longest=SIZE.max_length)
+
+
+def endless() -> list[NodeProto]:
+    """A bias behind a Loop that never ends."""
+    flags = [helper.make_tensor_value_info(name, 9, []) for name in ("go", "on")]
+    values = [helper.make_tensor_value_info(name, 1, None) for name in ("before", "after")]
+    turn = helper.make_tensor_value_info("turn", 7, [])
+    body = [helper.make_node("Identity", [a], [b]) for a, b in (("go", "on"), ("before", "after"))]
+    graph = helper.make_graph(body, "body", [turn, flags[0], values[0]], [flags[1], values[1]])
+    first, *others = from_the_start()
+    return [
+        first,
+        helper.make_node("Equal", ["none", "none"], ["true"]),
+        helper.make_node("Loop", ["", "true", "places.float"], ["looped"], body=graph),
+        helper.make_node("Mul", ["looped", "slope"], ["flat"]),
+        others[-1],
+    ]
+
+
+def test_a_bias_that_is_never_made_ends_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, serving = served(biased(endless()), tmp_path)
+    monkeypatch.setattr(limits, "STEP_SECONDS", 0.2)
+    with pytest.raises(StepTimeoutError, match="a run was not done within"):
+        rows_are_alone(serving, artifact, longest=8)
+
+
+def test_a_bias_that_takes_all_memory(tmp_path: Path) -> None:
+    many = helper.make_node("ConstantOfShape", ["huge"], ["much"])
+    program = biased([many, helper.make_node("Expand", ["slope", "huge"], ["bias"])])
+    program.constant("huge", np.array([1, 1, 2**20, 2**20], dtype=np.int64))
+    artifact, serving = served(program, tmp_path)
+    with pytest.raises(ExecutionError, match="cannot run the part before the first collective that makes 'bias' in"):
+        rows_are_alone(serving, artifact, longest=2)
+
+
+@pytest.mark.parametrize(
+    ("domain", "op", "said"),
+    [
+        (
+            "foreign",
+            "Cast",
+            r"no operator 'Cast' of the domain 'foreign' \(node 'n'\), which the part before the first",
+        ),
+        (
+            "",
+            "NoSuchOp",
+            r"no operator 'NoSuchOp' of the domain 'ai.onnx' \(node 'n'\), which the part before the first",
+        ),
+    ],
+)
+def test_a_bias_by_a_foreign_operator(domain: str, op: str, said: str, tmp_path: Path) -> None:
+    artifact, serving = served(biased(from_the_start()), tmp_path)
+    node = next(node for node in serving.model.graph.node if node.output[0] == "places.float")
+    node.domain, node.op_type, node.name = domain, op, "n"
+    serving.model.opset_import.add(domain=domain, version=1)
+    with pytest.raises(KernelError, match=said):
+        rows_are_alone(serving, artifact, longest=8)

@@ -165,7 +165,7 @@ def test_what_does_not_run_on_random_values_is_not_promised(
     monkeypatch.setattr("furiosa_llm.runtime.execution.ort.Session.run", fails)
     found = probe_batch_invariance(zoo_artifact("tiny-llama-genai-fp32"))
     assert (found.invariant, found.companions, found.chunks) == (False, None, False)
-    assert "RuntimeError: index out of bounds" in found.unprobed[0]
+    assert "index out of bounds" in found.unprobed[0]
 
 
 @pytest.mark.parametrize(
