@@ -18,9 +18,9 @@ from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
 from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
-from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits, on_one_line
+from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits
 from furiosa_llm.server.model import Decoder, ServedModel
-from furiosa_llm.server.notes import HEADERS
+from furiosa_llm.server.notes import HEADERS, on_one_line
 from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from furiosa_llm.server import page
 from furiosa_llm.server.errors import INTERNAL_ERROR, REQUEST_ID, ApiError, error_event, error_response
-from furiosa_llm.server.notes import NOTES, header_values
+from furiosa_llm.server.notes import NOTES, header_values, on_one_line
 from furiosa_llm.server.openapi import OPEN_PATHS
 
 logger = logging.getLogger(__name__)
@@ -24,14 +24,6 @@ _OPEN_PATHS = OPEN_PATHS | page.OPEN_PATHS
 
 _SILENCE = 1.0
 """Seconds after which a client that was answered, and does not go on with its body, has ceased to send."""
-
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
-_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
-
-
-def on_one_line(text: str) -> str:
-    r"""What a client sent, for the log: with escapes such as \n, so that nobody can write lines of their own."""
-    return text.translate(_ESCAPES)
 
 
 class RequestIds:

@@ -1,4 +1,4 @@
-"""What an answer says of its request beside the body, in headers: what was left out of it, and what was changed."""
+"""What is said of a request beside its answer: in headers, what was left out and what was changed; and in the log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ HEADERS = (IGNORED, DROPPED, MAX_TOKENS)
 
 _MAX_LENGTH = 1000
 """Of a header."""
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
 
 NOTES: ContextVar[dict[str, list[str]] | None] = ContextVar("notes", default=None)
 """Those of the request that is being answered, by header."""
@@ -30,3 +32,8 @@ def header_values(notes: dict[str, list[str]]) -> dict[str, str]:
     """The headers, in ASCII and without blanks around them, which HTTP forbids: they quote what was sent."""
     joined = {header: ascii("; ".join(dict.fromkeys(texts)))[1:-1] for header, texts in notes.items()}
     return {header: text[:_MAX_LENGTH].strip() for header, text in joined.items()}
+
+
+def on_one_line(text: str) -> str:
+    r"""What a client sent, for the log: with escapes such as \n, so that nobody can write lines of their own."""
+    return text.translate(_ESCAPES)

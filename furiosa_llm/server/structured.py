@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from furiosa_llm.runtime.errors import SamplingParamsError
+from furiosa_llm.runtime.tokens.json_schema import eased
 from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
-from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.errors import REQUEST_ID, ApiError
 from furiosa_llm.server.forms import ResponseFormat
+from furiosa_llm.server.notes import DROPPED, note, on_one_line
 from furiosa_llm.server.requests import ChatCompletionRequest, CompletionRequest, Tool
 from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
+
+logger = logging.getLogger(__name__)
 
 _SCHEMA = "response_format.json_schema.schema"
 
@@ -25,15 +30,34 @@ async def structured_outputs(body: ChatCompletionRequest | CompletionRequest) ->
         if schema is not None:
             raise ApiError(400, f"{body.form_field} and response_format exclude each other; leave one out")
         return await _compiled(body.form_field, **given.model_dump(by_alias=True))
-    return None if schema is None else await _compiled("response_format", _SCHEMA, json=schema)
+    if schema is None or body.response_format is None:
+        return None
+    return await _compiled(
+        "response_format", _SCHEMA, json=await _kept_to(schema, body.response_format.strict, _SCHEMA)
+    )
+
+
+async def _kept_to(schema: dict[str, Any], strict: bool, shown: str) -> dict[str, Any]:
+    """What of a schema is enforced: all of it if that is demanded, else what can be; the rest is said in a header."""
+    if strict:
+        return schema
+    try:
+        found, dropped = await asyncio.to_thread(eased, schema)
+    except (ValueError, RecursionError):  # what cannot be read at all is refused as it is compiled
+        return schema
+    for what in dropped:
+        logger.info("request %s: %s: not enforced: %s", REQUEST_ID.get(), shown, on_one_line(what))
+        note(DROPPED, f"{shown}: {what}")
+    return found
 
 
 async def forced(tools: Sequence[Tool], chosen: str | None, writing: CallWriting) -> StructuredOutputsParams:
     """The constraint of answers that have to be calls: one of the function `chosen`, or of any."""
-    functions = await _functions(tools, strict_only=False)
+    named = [(index, tool) for index, tool in enumerate(tools) if chosen in (None, tool.function.name)]
     if chosen is not None:
-        functions = [function for function in functions if function.name == chosen][:1]
+        named = named[:1]
         writing = replace(writing, several=False)
+    functions = await _functions(named, strict_only=False)
     return await _compiled("tools", grammar=CallGrammar(functions, writing).forced())
 
 
@@ -42,7 +66,7 @@ async def optional(
 ) -> StructuredOutputsParams | None:
     """The constraint of answers that may be calls; None if neither a tool nor a format asks for one."""
     schema = None if response_format is None else response_format.wanted_schema()
-    if schema is not None:
+    if schema is not None and response_format is not None:
         if not writing.syntax.trigger:
             raise ApiError(
                 400,
@@ -50,19 +74,23 @@ async def optional(
                 "leave one out, or force a call by tool_choice",
                 param="response_format",
             )
+        schema = await _kept_to(schema, response_format.strict, _SCHEMA)
         await _compiled("response_format", _SCHEMA, json=schema)
-        functions = await _functions(tools, strict_only=False)
+        functions = await _functions(list(enumerate(tools)), strict_only=False)
         return await _compiled("tools", grammar=CallGrammar(functions, writing).or_json(schema))
     if not any(tool.function.strict for tool in tools):
         return None
-    functions = await _functions(tools, strict_only=True)
+    functions = await _functions(list(enumerate(tools)), strict_only=True)
     return await _compiled("tools", grammar=CallGrammar(functions, writing).or_text())
 
 
-async def _functions(tools: Sequence[Tool], *, strict_only: bool) -> list[CallableFunction]:
-    """The functions of `tools`; with `strict_only`, the others may be called with any arguments."""
+async def _functions(tools: Sequence[tuple[int, Tool]], *, strict_only: bool) -> list[CallableFunction]:
+    """The functions of `tools`, each with its place in the request.
+
+    With `strict_only`, the others may be called with any arguments.
+    """
     found = []
-    for index, tool in enumerate(tools):
+    for index, tool in tools:
         function = tool.function
         schema: dict[str, Any] = {"type": "object"}
         if function.strict or not strict_only:
@@ -71,6 +99,7 @@ async def _functions(tools: Sequence[Tool], *, strict_only: bool) -> list[Callab
             if schema["type"] != "object":
                 message = f"{param}: found type {schema['type']!r:.80}, but arguments are an object"
                 raise ApiError(400, message, param=param)
+            schema = await _kept_to(schema, function.strict is True, param)
             await _compiled(param, param, json=schema)
         found.append(CallableFunction(name=function.name, parameters=schema))
     return found

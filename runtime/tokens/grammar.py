@@ -68,18 +68,19 @@ def check_grammar(text: str, name: str) -> None:
         raise SamplingParamsError(
             f"{name}: the grammar takes {nbytes} bytes, at most {MAX_GRAMMAR_NBYTES} are compiled; make it smaller"
         )
-    if reason := _refusal(text):
+    if reason := looked_at(text)[0]:
         raise SamplingParamsError(f"{name} cannot be compiled: {reason}")
 
 
 @lru_cache(64)
-def _refusal(text: str) -> str:
-    """Why the library does not compile `text`; empty if it does."""
+def looked_at(text: str) -> tuple[str, list[str]]:
+    """Why the library does not compile `text`, empty if it does; and what it warns of."""
     try:
         failed, reasons = _deep_thread.run(lambda: LLMatcher.validate_grammar_with_warnings(text, limits=_LIMITS))
     except UnicodeEncodeError as error:
-        return f"it holds half of a surrogate pair, which is no character: {error}"
-    return " ".join(reasons[0].split())[:500] if failed else ""
+        return f"it holds half of a surrogate pair, which is no character: {error}", []
+    said = [" ".join(reason.split())[:500] for reason in reasons]
+    return (said[0], []) if failed else ("", said)
 
 
 class Grammars:

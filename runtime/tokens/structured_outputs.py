@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark, is_lark_syntax
 
 from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.tokens import parameter_checks as checks
 from furiosa_llm.runtime.tokens.grammar import check_grammar
+from furiosa_llm.runtime.tokens.json_schema import bounded
 from furiosa_llm.runtime.tokens.parameter_checks import require
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _BLANKS = frozenset(("whitespace_flexible", "whitespace_pattern"))
+_INLINED = re.compile(r"^\?(?=start\s*:)", re.MULTILINE)
+_ESCAPED = re.compile(r"(?P<before>(?<!\\)(?:\\\\)*)\\(?P<code>u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})")
 _SPACES = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between two tokens of JSON: enough to indent by, and an end to the blanks that models like to go on with."""
 
@@ -127,20 +132,29 @@ def embedded_schema(schema: Mapping[str, Any]) -> str:
 
 
 def _with_blanks(schema: Mapping[str, Any], blanks: Mapping[str, Any]) -> str:
-    """A JSON schema as text with the library's setting for `blanks`, unless it has its own."""
+    """A JSON schema as text, numbers bounded, with the library's setting for `blanks` unless it has its own."""
     options = schema.get("x-guidance", {})
     if not isinstance(options, dict) or _BLANKS & set(options):
         return json.dumps(schema)  # the library says what is wrong with it
-    return json.dumps({**schema, "x-guidance": {**blanks, **options}})
+    return json.dumps({**bounded(schema), "x-guidance": {**blanks, **options}})
 
 
 def _lark(text: str) -> str:
+    """A grammar in the library's notation, with neither `?start`, as in vLLM's examples, nor GBNF's long escapes."""
+    text = _INLINED.sub("", text)
     try:
-        return str(any_to_lark(text))
+        return str(any_to_lark(text if is_lark_syntax(text) else _ESCAPED.sub(_character, text)))
     except GbnfToLarkError as error:
         raise SamplingParamsError(
             f"structured_outputs.grammar has no rule `start:`, and so is read as GBNF, which it is not: {error}"
         ) from error
+
+
+def _character(found: re.Match[str]) -> str:
+    code = int(found["code"][1:], 16)
+    if code < 0x80:
+        return f"{found['before']}\\x{code:02X}"
+    return found["before"] + (chr(code) if code <= sys.maxunicode else found.group())
 
 
 def _text(name: str, value: object) -> str:

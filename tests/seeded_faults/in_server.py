@@ -63,7 +63,7 @@ SERVER = (
     ),
     Fault(
         name="line breaks reach the log",
-        file="furiosa_llm/server/middleware.py",
+        file="furiosa_llm/server/notes.py",
         old="return text.translate(_ESCAPES)",
         new="return text",
         effect="clients write lines of their own into the log",

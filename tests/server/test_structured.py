@@ -269,7 +269,7 @@ def test_a_format_beside_tools_whose_calls_are_plain_json(artifact: Path, tokeni
     ("change", "param", "message"),
     [
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "foo"}, "strict": True}}},
             "response_format",
             "response_format.json_schema.schema cannot be compiled: Invalid type: foo",
         ),
@@ -315,7 +315,7 @@ def test_refusals(url: str, path: str, change: dict[str, Any], param: str | None
         ),
         (
             {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}],
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}, "strict": True}}],
                 "tool_choice": "required",
             },
             "tools.0.function.parameters",

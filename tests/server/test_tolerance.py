@@ -144,3 +144,23 @@ def test_only_allowed_tools_may_be_called(url: str) -> None:
     [answer] = post(url, "chat/completions", body).json()["choices"]
     [call] = answer["message"]["tool_calls"]
     assert call["function"] == {"name": "f", "arguments": "{}"}
+
+
+def test_what_of_a_schema_is_not_enforced_is_named_in_a_header(url: str) -> None:
+    schema = {"type": "array", "items": {"enum": [1]}, "uniqueItems": True, "maxItems": 2}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"not": {"required": ["é"]}, "maxProperties": 0}},
+    }
+    shaped = {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+    called = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    for extra, what in (
+        (shaped, 'response_format.json_schema.schema: Unimplemented keys: ["uniqueItems"]'),
+        (called, 'tools.0.function.parameters: Unimplemented keys: ["not"]'),
+    ):
+        response = post(url, "chat/completions", {**CHAT, **extra, "max_tokens": 60})
+        assert response.headers["x-furiosa-dropped"] == what
+    strict = {"type": "json_schema", "json_schema": {"schema": schema, "strict": True}}
+    refused = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "response_format": strict})
+    assert refused.status_code == 400
+    assert "uniqueItems" in refused.json()["error"]["message"]

@@ -49,7 +49,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"json": {"const": {1}}}, "structured_outputs.json is not JSON: .*set"),
     ({"json": [1]}, "found \\[1\\], expected a JSON schema"),
     ({"json": {"x-guidance": 3}}, "structured_outputs.json cannot be compiled: invalid type: integer"),
-    ({"json": json.loads('{"items":' * 900 + "{}" + "}" * 900)}, "recursion limit exceeded"),
+    ({"json": json.loads('{"items":' * 900 + "{}" + "}" * 900)}, "recursion"),
     ({"choice": []}, "structured_outputs.choice must not be empty"),
     ({"choice": ["a", ""]}, "structured_outputs.choice must not hold an empty string"),
     ({"choice": "ab"}, "structured_outputs.choice must be a list of strings"),
