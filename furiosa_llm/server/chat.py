@@ -127,7 +127,7 @@ def _choice(
         content = found.content.strip() or None
     logprobs: ChatLogprobs | None = None
     if completion.logprobs is not None:
-        logprobs = chat_logprobs(completion.token_ids, completion.logprobs, body.top_logprobs or 0)
+        logprobs = chat_logprobs(completion.token_ids, completion.logprobs, body.top_logprobs or 0, state.tokenizer)
     return ChatChoice(
         index=index,
         message=AnswerMessage(role=state.settings.response_role, content=content, tool_calls=found.calls or None),
@@ -170,6 +170,7 @@ class _Stream:
 
     def __init__(self, body: ChatCompletionRequest, state: ServerState, head: Head, tools: Tools) -> None:
         self._body = body
+        self._tokenizer = state.tokenizer
         self._role = state.settings.response_role
         self._head = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
         self._readers = [_Reader(tools) for _ in range(body.num_choices)]
@@ -201,7 +202,8 @@ class _Stream:
         self._num_completion += len(part.token_ids)
         logprobs = None
         if part.logprobs is not None:
-            logprobs = chat_logprobs(part.token_ids, part.logprobs, self._body.top_logprobs or 0).model_dump()
+            count = self._body.top_logprobs or 0
+            logprobs = chat_logprobs(part.token_ids, part.logprobs, count, self._tokenizer).model_dump()
         before = reader.num_calls
         found = reader.read(part.text, ended=part.finish_reason is not None)
         chunks = []

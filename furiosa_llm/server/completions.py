@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from furiosa_llm.runtime.requests.outputs import RequestOutput, TokenLogprobs
+from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
@@ -101,21 +101,17 @@ def _response(
 def _choice(
     body: CompletionRequest, state: ServerState, index: int, prompt: Prompt, answer: Answered, completion: Completed
 ) -> CompletionChoice:
-    text, logprobs = completion.text, completion.logprobs or []
-    token_ids = [next(iter(found)) for found in logprobs]  # the token that is there comes first
-    entries: list[tuple[int, TokenLogprobs | None]] = list(zip(token_ids, logprobs, strict=True))
-    if body.only_echoes:
-        text, entries = "", []
-    if body.echo:
-        text = prompt_text(state, prompt) + text
-        entries = [*zip(answer.token_ids, answer.logprobs or (), strict=body.logprobs is not None), *entries]
+    before = prompt_text(state, prompt) if body.echo else ""
     made = None
     if body.logprobs is not None:
-        texts = state.tokenizer.decode_each([token for token, _ in entries])
-        made = CompletionLogprobsMaker(body.logprobs).make(entries, texts)
+        maker = _maker(body, state)
+        made = maker.make(list(zip(answer.token_ids, answer.logprobs or (), strict=True)) if body.echo else [])
+        if not body.only_echoes:
+            maker.begin(len(before))
+            made.extend(maker.make(list(zip(completion.token_ids, completion.logprobs or (), strict=True))))
     return CompletionChoice(
         index=index,
-        text=text,
+        text=before if body.only_echoes else before + completion.text,
         logprobs=made,
         finish_reason="length" if body.only_echoes else completion.finish_reason,
         stop_reason=None if body.only_echoes else completion.stop_reason,
@@ -123,6 +119,11 @@ def _choice(
         prompt_token_ids=list(answer.token_ids) if body.return_token_ids else None,
         token_ids=completion.token_ids if body.return_token_ids else None,
     )
+
+
+def _maker(body: CompletionRequest, state: ServerState) -> CompletionLogprobsMaker:
+    skips = body.skip_special_tokens is not False
+    return CompletionLogprobsMaker(body.logprobs or 0, state.tokenizer, skip_special_tokens=skips)
 
 
 def prompt_text(state: ServerState, prompt: Prompt) -> str:
@@ -169,7 +170,7 @@ class _Stream:
             self._num_completion += len(part.token_ids)
             made = None
             if part.logprobs is not None:
-                made = self._logprobs(index, list(zip(part.token_ids, part.logprobs, strict=True)))
+                made = self._maker(index).make(list(zip(part.token_ids, part.logprobs, strict=True)))
             choice = _chunk_choice(index, part.text, made, part.finish_reason, part.stop_reason)
             if self._body.return_token_ids:
                 choice |= {
@@ -188,16 +189,16 @@ class _Stream:
             index = prompt_index * self._body.num_choices + number
             made = None
             if output.prompt_logprobs is not None:
-                made = self._logprobs(index, list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)))
+                maker = self._maker(index)
+                made = maker.make(list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)))
+                maker.begin(len(text))
             choices.append(_chunk_choice(index, text, made, finish_reason, None))
         return choices
 
     def _maker(self, index: int) -> CompletionLogprobsMaker:
-        return self._makers.setdefault(index, CompletionLogprobsMaker(self._body.logprobs or 0))
-
-    def _logprobs(self, index: int, entries: Sequence[tuple[int, TokenLogprobs | None]]) -> CompletionLogprobs:
-        texts = self._state.tokenizer.decode_each([token for token, _ in entries])
-        return self._maker(index).make(entries, texts)
+        if index not in self._makers:
+            self._makers[index] = _maker(self._body, self._state)
+        return self._makers[index]
 
 
 def _chunk_choice(

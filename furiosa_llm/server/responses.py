@@ -30,6 +30,11 @@ class CompletionLogprobs(BaseModel):
     tokens: list[str]
     top_logprobs: list[dict[str, float] | None]
 
+    def extend(self, other: CompletionLogprobs) -> None:
+        """Adds those of the tokens that follow."""
+        for name in CompletionLogprobs.model_fields:
+            getattr(self, name).extend(getattr(other, name))
+
 
 class PromptLogprob(BaseModel):
     """A token that could have been at a place of the prompt, in vLLM's shape."""

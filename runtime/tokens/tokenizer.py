@@ -35,6 +35,19 @@ One text is encoded or decoded with the interpreter's lock held, which stops eve
 """
 
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def _bytes_by_letter() -> dict[str, int]:
+    """What stands for each byte in the names of byte-level tokens, by GPT-2's convention."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {**{chr(byte): byte for byte in shown}, **{chr(256 + place): byte for place, byte in enumerate(hidden)}}
+
+
+_BYTES = _bytes_by_letter()
+
+
 def _in_library(method: Callable[P, T]) -> Callable[P, T]:
     """Makes a TokenizerError of whatever the library raises in `method`.
 
@@ -227,6 +240,16 @@ class Tokenizer:
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each of `token_ids` by itself, special tokens among them."""
         return list(self._tokenizer.decode_batch([[token] for token in token_ids], skip_special_tokens=False))
+
+    def bytes_of(self, token_id: int, text: str) -> bytes:
+        """The bytes of a token whose `text` by itself is known: it may be a part of a character."""
+        name = self.id_to_token(token_id)
+        if name is None or _REPLACEMENT not in text:
+            return text.encode()
+        if token_id in self.byte_ids:
+            return bytes.fromhex(name[3:5])
+        found = [_BYTES.get(one) for one in name]
+        return text.encode() if None in found else bytes(one for one in found if one is not None)
 
     @_in_library
     def id_to_token(self, token_id: int) -> str | None:

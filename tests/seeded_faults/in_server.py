@@ -72,8 +72,8 @@ SERVER = (
     Fault(
         name="offsets begin anew with every token",
         file="furiosa_llm/server/logprobs.py",
-        old="self._offset += len(text)",
-        new="self._offset = len(text)",
+        old="self._offset += len(self._shown.push(token))",
+        new="self._offset = len(self._shown.push(token))",
         effect="`text_offset` points to other tokens: wrong scores in lm-eval",
         hints=("tests/server/test_completions.py::test_logprobs_with_echo_are_those_of_the_engine",),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from furiosa_llm import LLM
 from tests.server.conftest import NAME
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -164,3 +165,24 @@ def test_what_of_a_schema_is_not_enforced_is_named_in_a_header(url: str) -> None
     refused = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "response_format": strict})
     assert refused.status_code == 400
     assert "uniqueItems" in refused.json()["error"]["message"]
+
+
+def test_log_probabilities_of_parts_of_characters(url: str, llm: LLM) -> None:
+    text = "a€😀b"
+    tokens = llm.tokenizer.encode(text)
+    assert len(tokens) > len(text)
+    body = {**TEXT, "prompt": tokens, "max_tokens": 0, "echo": True, "logprobs": 0}
+    [choice] = post(url, "completions", body).json()["choices"]
+    whole = text.encode()
+    parts = [llm.tokenizer.bytes_of(token, llm.tokenizer.decode_each([token])[0]) for token in tokens]
+    assert b"".join(parts) == whole
+    begins = [sum(map(len, parts[:at])) for at in range(len(parts))]
+    assert choice["logprobs"]["text_offset"] == [len(whole[:begin].decode(errors="ignore")) for begin in begins]
+    for stream in (False, True):
+        forced = {"allowed_token_ids": [tokens[1]], "logprobs": True, "top_logprobs": 1, "stream": stream}
+        answer = post(url, "chat/completions", {**CHAT, **forced}).text
+        chunks = [json.loads(line.removeprefix("data: ")) for line in answer.splitlines() if "logprob" in line]
+        [found] = [
+            one for chunk in chunks for at in chunk["choices"] for one in (at["logprobs"] or {}).get("content", ())
+        ]
+        assert found["bytes"] == list(parts[1])
