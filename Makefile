@@ -53,6 +53,19 @@ test-wheel: $(INSTALLED) ## build sdist and wheel, and test the wheel outside th
 test-versions: test-wheel ## that wheel on every Python from 3.11 to 3.14 that is here, with the newest and lowest dependencies
 	scripts/test-versions.sh $(BIN)
 
+.PHONY: wheels
+wheels: test-wheel ## that wheel and all that it needs, for a machine without a network, in build/wheels
+	rm -rf build/wheels
+	$(BIN)/python -m pip wheel --quiet --wheel-dir build/wheels "$$(echo build/dist/*.whl)[example,serve]" pip
+
+.PHONY: quickstart
+quickstart: wheels ## docs/quickstart.md, command by command, in an empty folder
+	scripts/quickstart.sh $(BIN)
+
+.PHONY: pictures
+pictures: $(INSTALLED) ## the pictures in README.md and docs/, taken anew
+	$(BIN)/python -m benchmarks.pictures
+
 .PHONY: lint
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -203,7 +216,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-versions mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from benchmarks.artifacts import FOLDER, Finished, run_measured
 from benchmarks.bars import Bar, show
-from fixtures.errors import FixtureError
 from fixtures.filled import external_ranges, require_space
 from fixtures.large import MODELS, write_twin
+from furiosa_llm.example.errors import ExampleModelError
 
 TENSOR_PARALLEL_SIZE = 8
 ROUNDS = 3
@@ -263,7 +263,7 @@ def main(sizes: str, kinds: str, rounds: int) -> None:
     found = measured([int(size) for size in sizes.split(",")], kinds.split(","), rounds=rounds)
     try:
         kept = show(_told(found), Console(width=180))
-    except FixtureError as error:
+    except ExampleModelError as error:
         click.echo(f"error: {error}", err=True)
         kept = False
     sys.exit(0 if kept else 1)

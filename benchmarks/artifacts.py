@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fixtures.llama.config import LlamaConfig
-from fixtures.smollm2 import ensure
 from fixtures.synthetic import ensure_synthetic
+from furiosa_llm.example.llama.config import LlamaConfig
+from furiosa_llm.example.smollm2.recipe import ensure
 
 FOLDER = Path("build/bench")
 SYNTHETIC = "synthetic"

@@ -19,14 +19,14 @@ import click
 import numpy as np
 import onnxruntime as ort
 
-from fixtures.llama.genai import write_genai_graph
-from fixtures.llama.onnx_writer import DATA, MODEL, ModelWriter, write_model_files
-from fixtures.llama.projection import DenseProjection, Projection
 from fixtures.perplexity import excerpt_tokens, perplexity
-from fixtures.smollm2.blocks import BLOCK, Float
-from fixtures.smollm2.gguf_weights import GgufWeights
-from fixtures.smollm2.int4 import Bytes, Int4Projection, pack_nibbles
-from fixtures.smollm2.recipe import ensure, ensure_gguf
+from furiosa_llm.example.llama.genai import write_genai_graph
+from furiosa_llm.example.llama.onnx_writer import DATA, MODEL, ModelWriter, write_model_files
+from furiosa_llm.example.llama.projection import DenseProjection, Projection
+from furiosa_llm.example.smollm2.blocks import BLOCK, Float
+from furiosa_llm.example.smollm2.gguf_weights import GgufWeights
+from furiosa_llm.example.smollm2.int4 import Bytes, Int4Projection, pack_nibbles
+from furiosa_llm.example.smollm2.recipe import ensure, ensure_gguf
 
 PAST = 128
 CAPACITY = 256

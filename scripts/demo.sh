@@ -8,7 +8,7 @@ bin=${1:-.venv/bin}
 question="What is the capital of France?"
 answer="The capital of France is Paris."
 
-model=$("$bin/python" -m fixtures.smollm2 --shape genai-fp32 | tail -n 1)
+model=$("$bin/furiosa-llm" example-model)
 mkdir -p build/demo
 
 for tp in 4 8; do

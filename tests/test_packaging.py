@@ -77,6 +77,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
             ("/bench/plots.py", "plots"),
             ("/mlperf/", "mlperf"),
             ("/signing.py", "sign"),
+            ("/example/", "example"),
         )
     }
     extras["/server/"].add("starlette")  # FastAPI's own

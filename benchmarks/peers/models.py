@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from benchmarks.artifacts import artifact
 from benchmarks.peers.contenders import Files
-from fixtures.llama.weights import EMBEDDING, FINAL_NORM, layer_weight
-from fixtures.smollm2.gguf_weights import GgufWeights
-from fixtures.smollm2.recipe import ensure, ensure_gguf
+from furiosa_llm.example.llama.weights import EMBEDDING, FINAL_NORM, layer_weight
+from furiosa_llm.example.smollm2.gguf_weights import GgufWeights
+from furiosa_llm.example.smollm2.recipe import ensure, ensure_gguf
 
 _PARTS = (
     *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),

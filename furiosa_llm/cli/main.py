@@ -15,6 +15,7 @@ _SUMMARIES = {
     "check-sharding": "Check the multi-device annotations of an ONNX model.",
     "diff": "Say in what two artifacts differ.",
     "embed": "Turn texts into vectors with an encoder.",
+    "example-model": "Fetch a real model to try the rest on.",
     "generate": "Complete a prompt with a decoder.",
     "inspect": "Show what an artifact holds, and where it comes from.",
     "plan": "Say how a model would be split, at what cost, where it fits.",

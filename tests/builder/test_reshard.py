@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
-from fixtures.smollm2 import SHAPES
 from furiosa_llm.builder import ArtifactBuilder, OptionError, read_tactics, reshard
+from furiosa_llm.example.smollm2 import SHAPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.reader import open_artifact

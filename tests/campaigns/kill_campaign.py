@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fixtures.filled import fill
-from fixtures.llama.config import LlamaConfig
-from fixtures.llama.outline import write_outline
+from fixtures.outline import write_outline
+from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.reader import open_artifact
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.artifacts import artifact
 from benchmarks.parity import PROMPTS
-from fixtures.smollm2 import ensure
+from furiosa_llm.example.smollm2.recipe import ensure
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.engine.engine_args import SchedulerConfig
 from furiosa_llm.runtime.execution.decoder import DecoderSession

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fixtures.smollm2 import ensure
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.example.smollm2.recipe import ensure
 
 ROOT = Path(__file__).resolve().parents[2]
 ZOO = ROOT / "fixtures" / "zoo"

@@ -13,8 +13,8 @@ import furiosa_llm
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 
 
-OF_EXTRAS = ("furiosa_llm.server.", "furiosa_llm.mlperf.")
-"""Whose modules need the extras `serve` and `mlperf`, which are not installed here, but for the command line's."""
+OF_EXTRAS = ("furiosa_llm.server.", "furiosa_llm.mlperf.", "furiosa_llm.example.smollm2.")
+"""Whose modules need extras, which are not installed here, but for the command line's."""
 COMMAND_LINES = ("furiosa_llm.mlperf.cli",)
 
 

@@ -16,7 +16,6 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from fixtures.smollm2 import ensure
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.builder.rewrite.fusion import fuse, fuse_attention
 from furiosa_llm.builder.rewrite.fusion.match import LeftAloneError, Match
@@ -26,6 +25,7 @@ from furiosa_llm.builder.rewrite.fusion.sizes import Sizes
 from furiosa_llm.builder.rewrite.fusion.tracing import anchors
 from furiosa_llm.builder.rewrite.fusion.trial import prove
 from furiosa_llm.cli.main import cli
+from furiosa_llm.example.smollm2.recipe import ensure
 from furiosa_llm.runtime import verify_against
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from tests.conftest import Built

@@ -14,8 +14,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from fixtures.smollm2 import SHAPES, ensure
 from furiosa_llm.builder import ArtifactBuilder
+from furiosa_llm.example.smollm2 import SHAPES
+from furiosa_llm.example.smollm2.recipe import ensure
 from furiosa_llm.runtime.artifact.errors import ArtifactError, OutputFileError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh
 from furiosa_llm.runtime.artifact.progress import telling
