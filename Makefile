@@ -85,6 +85,10 @@ typecheck: $(INSTALLED) ## mypy, strict
 bench: $(INSTALLED) ## the benchmarks, each figure beside its bar
 	$(BIN)/python -m benchmarks
 
+.PHONY: simulate
+simulate: $(INSTALLED) ## predictions of simulate against published measurements, beside their bars (WRITE=--write: fit)
+	$(BIN)/python -m benchmarks.simulate $(WRITE)
+
 PLANS ?= 3000
 
 .PHONY: fuzz

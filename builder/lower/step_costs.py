@@ -278,7 +278,7 @@ def _traffic(build: Build, nodes: Sequence[ir.Node], one: _Run, head: set[ir.Nod
 def _moved(nodes: Sequence[ir.Node], run: _Run, head: set[ir.Node]) -> int:
     """The bytes between kernels: an op that is none is fused with what it follows, and what stays inside is not moved.
 
-    A value is written once, and read once by each group of fused ops.
+    A value is written once, and read once by each group of fused ops. The weights of chosen experts are read in place.
     """
     group: dict[ir.Node, int] = {}
     kernels = {node for node in nodes if _is_kernel(node, run)}
@@ -292,9 +292,10 @@ def _moved(nodes: Sequence[ir.Node], run: _Run, head: set[ir.Node]) -> int:
         (value, group[node])
         for node in nodes
         if node not in head
-        for value in node.inputs
+        for port, value in enumerate(node.inputs)
         if value is not None
         and (maker := value.producer()) is not None
+        and not is_weight(run.view(node), port)
         and maker not in constant
         and group[maker] != group[node]
         and value not in caches

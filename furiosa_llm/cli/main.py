@@ -23,6 +23,7 @@ _SUMMARIES = {
     "run": "Run an artifact once, on whole tensors.",
     "serve": "Serve an artifact at an OpenAI-compatible interface.",
     "sign": "Sign an artifact.",
+    "simulate": "Say how fast a model will be on cards that are not here.",
     "topology": "Show what an artifact puts on which PE.",
     "unbuild": "Turn an artifact back into the ONNX model.",
     "verify": "Check an artifact, by itself and against its model.",

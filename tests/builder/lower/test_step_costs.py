@@ -56,6 +56,7 @@ def test_experts_are_read_by_their_share(zoo: Path) -> None:
     experts = [w for w in found.weights if w.part == "block" and w.share == 0.5]  # two of four
     layers, matrices, hidden, inner, ranks = 2, 3, 64, 176, 4
     assert sum(w.nbytes for w in experts) == layers * 4 * matrices * hidden * inner // ranks * 4
+    assert found.activation_nbytes_per_token < 64 * 1024  # their weights are not among what is handed on
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Predictions of `furiosa-llm simulate` against published measurements."""

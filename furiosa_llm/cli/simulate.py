@@ -1,0 +1,171 @@
+"""`furiosa-llm simulate`: what a model will do on cards that are not here, with the error of every figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from furiosa_llm.cli.bench import Objective
+from furiosa_llm.cli.command import command
+from furiosa_llm.cli.options import PROGRESS
+from furiosa_llm.runtime.artifact.errors import OutputFileError
+from furiosa_llm.runtime.artifact.progress import shown, tell
+
+if TYPE_CHECKING:
+    from furiosa_llm.simulate.question import Report, Setting
+
+
+class _Users(click.ParamType[tuple[float, ...]]):
+    """`1,8,64`."""
+
+    name = "N[,N...]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(0 < one < float("inf") for one in found):
+            self.fail(f"{value!r} is not a list of numbers above 0, for instance 1,8,64", param, ctx)
+        return found
+
+
+class _Measured(click.ParamType[tuple[str, float, float]]):
+    """`tpot=13.9@c=1`."""
+
+    name = "NAME=MS@c=N"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float, float]:
+        """The latency, its milliseconds and the users."""
+        figure, at, users = str(value).partition("@c=")
+        name, _, milliseconds = figure.partition("=")
+        try:
+            found = float(milliseconds), float(users)
+        except ValueError:
+            found = 0.0, 0.0
+        if name not in ("tpot", "ttft") or not at or not all(0 < one < float("inf") for one in found):
+            self.fail(f"{value!r} is not tpot=MS@c=N or ttft=MS@c=N, for instance tpot=13.9@c=1", param, ctx)
+        return name, *found
+
+
+_USERS = (1, 8, 64)
+_COUNT = click.IntRange(min=1)
+_GROUPS = {
+    "Placement": ("cards", "tp", "pp", "dp", "search"),
+    "Load": ("concurrency", "request_rate", "input_len", "output_len"),
+    "What-if": ("weights", "kv", "calibrate"),
+    "Output": ("goodput", "price_per_hour", "json_file", "progress"),
+}
+_WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
+
+
+@command(groups=_GROUPS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--device", "device_name", required=True, metavar="NAME|FILE",
+              help="A device that comes with this program, or a file that describes one.")  # fmt: skip
+@click.option("--software", help="What serves, of those in the device file.  [default: the first]")
+@click.option("--cards", type=_COUNT, default=1, show_default=True, help="How many there are.")
+@click.option("-tp", "tp", type=_COUNT, help="PEs that share each matrix.  [default: a card, or as many as it takes]")
+@click.option("-pp", "pp", type=_COUNT, help="Pipeline stages.  [default: as few as fit]")
+@click.option("-dp", "dp", type=_COUNT, help="Replicas.  [default: as many as there are PEs for]")
+@click.option("--search", is_flag=True, help="Try every placement on the cards, and show which are best at what.")
+@click.option("--concurrency", type=_Users(), help="Users with one request after the other.  [default: 1,8,64]")
+@click.option("--request-rate", type=_Users(), help="Requests a second.")
+@click.option("--input-len", type=click.FloatRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
+@click.option("--output-len", type=click.FloatRange(min=1), default=256, show_default=True,
+              help="Tokens of a completion.")  # fmt: skip
+@click.option("--weights", type=_WIDTHS, help="Type of the layers' weights.  [default: the model's own]")
+@click.option("--kv", type=_WIDTHS, help="Type of the KV cache.  [default: the model's own]")
+@click.option("--goodput", type=Objective(), multiple=True,
+              help="Say what keeps it, on the mean: ttft:MS, tpot:MS or e2el:MS; repeatable.")  # fmt: skip
+@click.option("--price-per-hour", type=click.FloatRange(min=0, min_open=True), help="Of a card: adds what tokens cost.")
+@click.option("--calibrate", type=_Measured(),
+              help="A figure that you measured on these cards: tpot=13.9@c=1.")  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(path_type=Path, allow_dash=True),
+              help="Write all figures to this file (-: standard output, and no table).")  # fmt: skip
+@PROGRESS
+def simulate(model: Path, progress: bool | None, **options: Any) -> None:
+    """Say what MODEL (an .onnx file, its folder, or an artifact) will do on cards, with the error of every figure.
+
+    The weights are not read, and their files need not be there. Exits with 1 if --goodput is given and nothing keeps
+    it.
+    """
+    with shown(progress):
+        found = _asked(model, options)
+    if options["json_file"] is not None:
+        _write_json(options["json_file"], found.to_json())
+    if str(options["json_file"]) != "-":
+        from furiosa_llm.simulate.tables import show_report
+
+        show_report(found, price=options["price_per_hour"])
+    if found.limits and not (found.fewest or any(one.keeps(found.limits) for one in found.answers)):
+        click.get_current_context().exit(1)
+
+
+def _asked(model: Path, options: dict[str, Any]) -> Report:
+    from furiosa_llm.simulate.question import Report, answer, calibrated, fewest_cards, front, placed, search
+
+    setting, cards, limits = _setting(model, options), options["cards"], dict(options["goodput"])
+    place = placed(setting, cards, options["tp"], options["pp"], options["dp"])
+    if options["calibrate"] is not None:
+        setting = calibrated(setting, place, *options["calibrate"])
+    users, rates = options["concurrency"], options["request_rate"] or ()
+    closed = users or (() if rates else _USERS)
+    loads = [setting.load("closed", n) for n in closed] + [setting.load("open", rate) for rate in rates]
+    tell("trying placements")
+    tried = list(search(setting, cards, loads if users or rates else None)) if options["search"] else []
+    return Report(
+        model=str(model),
+        setting=setting,
+        tried=len(tried),
+        answers=front(tried) if tried else [answer(setting, place, cards, load) for load in loads],
+        limits=limits,
+        last=loads[-1],
+        cards=cards,
+        searched=options["search"],
+        fewest=fewest_cards(setting, loads[-1], limits, cards) if limits and options["search"] else None,
+        calibrated=options["calibrate"] is not None,
+    )
+
+
+def _write_json(file: Path, document: dict[str, Any]) -> None:
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if str(file) == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputFileError(f"{file} cannot be written: {error}; choose another place for --json") from error
+
+
+def _setting(model: Path, options: dict[str, Any]) -> Setting:
+    from furiosa_llm.simulate.device import load_device
+    from furiosa_llm.simulate.errors import DeviceFileError
+    from furiosa_llm.simulate.model import costs_of_model
+    from furiosa_llm.simulate.question import Setting
+
+    device = load_device(options["device_name"])
+    software = options["software"] or next(iter(device.software))
+    if software not in device.software:
+        raise DeviceFileError(
+            f"{device.name} has no software {software!r:.60}; use one of {', '.join(device.software)}"
+        )
+    return Setting(
+        costs=costs_of_model(model),
+        device=device,
+        software_name=software,
+        software=device.software,
+        weights=options["weights"],
+        kv=options["kv"],
+        input_len=options["input_len"],
+        output_len=options["output_len"],
+    )

@@ -1,0 +1,123 @@
+"""Answers as text: a table with the error of every figure, a verdict, and what it all rests on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+from furiosa_llm.cli.terminal import Console
+from furiosa_llm.runtime.artifact.units import counted
+from furiosa_llm.simulate.believed import Belief
+from furiosa_llm.simulate.closed_form import Load
+from furiosa_llm.simulate.device import MARKS
+from furiosa_llm.simulate.question import Answer, Report, Setting
+
+_WIDTH = 110
+"""Columns that a table may take: a narrow terminal wraps its lines, and no figure is cut."""
+_ASSUMED = (
+    "prompts have no common beginning, and every request has these lengths",
+    "experts are chosen uniformly; a step takes as long as its slowest stage, and what stages send each other no time",
+    "8-bit weights are multiplied in 8 bits, 4-bit ones in 16; head and tables keep 16 bits",
+    "means: the spread over requests is not in a closed form",
+)
+
+
+def show_report(found: Report, *, price: float | None) -> None:
+    """Print everything."""
+    _show_answers(found.setting, found.answers, limits=found.limits, price=price, tried=found.tried)
+    if found.limits:
+        _show_verdict(found)
+    _show_assumptions(found.setting, calibrated=found.calibrated)
+
+
+def _show_answers(
+    setting: Setting, answers: Sequence[Answer], *, limits: Mapping[str, float], price: float | None, tried: int
+) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.width = max(console.width, _WIDTH)
+    device = setting.device
+    what = f"{setting.input_len:g} tokens in, {setting.output_len:g} out"
+    kept = f"weights {setting.weights or 'as in the model'}, KV cache {setting.kv or 'as in the model'}"
+    console.print(f"{device.title} with {setting.software_name}: {what}; {kept}")
+    if tried:
+        console.print(f"{tried} loads on every placement of the cards; those that no other beats at both:")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    names = ["tp pp dp", "load", "TTFT", "TPOT", "tok/s/user", "tok/s", "tok/s/card", "room"]
+    names += [*(["$/Mtok"] if price is not None else []), "J/tok", *(["keeps"] if limits else [])]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("tp pp dp", "load") else "right", no_wrap=True)
+    for one in answers:
+        table.add_row(*_cells(setting, one, limits, price))
+    console.print(table, crop=False)
+    for name, belief in answers[0].beliefs.items():
+        console.print(f"{_LONG[name]}: {_error(belief)}")
+
+
+_LONG = {"ttft": "TTFT", "tpot": "TPOT and tok/s a user", "output_tps": "tok/s"}
+
+
+def _error(belief: Belief) -> str:
+    size = "unknown error" if belief.error is None else f"median error {100 * belief.error:.0f} %"
+    return f"{'extrapolated, ' if belief.extrapolated else ''}{size} ({belief.basis})"
+
+
+def _cells(setting: Setting, one: Answer, limits: Mapping[str, float], price: float | None) -> list[str]:
+    place, found = one.placement, one.estimate
+    queue = " queue grows" if found.saturated and one.load.kind == "open" else " waits" if found.saturated else ""
+    cells = [
+        f"{place.tensor_parallel_size} {place.pipeline_parallel_size} {place.data_parallel_size}",
+        f"{_load(one.load)}{queue}",
+        _time(found.ttft),
+        _time(found.tpot),
+        f"{one.user_tps:.1f}",
+        f"{found.output_tps:,.0f}",
+        f"{one.card_tps:,.0f}",
+        f"{found.most_concurrency:,.0f}",
+    ]
+    if price is not None:
+        cells.append(f"{price * one.cards / 3600 / found.output_tps * 1e6:.3g}")
+    cells.append(f"{setting.device.power_busy.value * one.cards / found.output_tps:.3g}")
+    return [*cells, "yes" if one.keeps(limits) else "no"] if limits else cells
+
+
+def _load(load: Load) -> str:
+    return f"{load.amount:g} req/s" if load.kind == "open" else f"{load.amount:g} users"
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _show_verdict(found: Report) -> None:
+    """What keeps the limits."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    asked = " and ".join(f"{name} {limit:g} ms" for name, limit in found.limits.items())
+    load, fewest = _load(found.last), found.fewest
+    if found.searched and fewest is None:
+        console.print(f"No placement on up to {counted(found.cards, 'card')} does {load} within {asked}.")
+    elif fewest is not None:
+        place = fewest.placement
+        where = f"tp {place.tensor_parallel_size}, pp {place.pipeline_parallel_size}, dp {place.data_parallel_size}"
+        console.print(f"{load} within {asked}: {counted(fewest.cards, 'card')} suffice, at {where}.")
+    else:
+        good = [one for one in found.answers if one.keeps(found.limits)]
+        if good:
+            best = max(good, key=lambda one: one.estimate.output_tps)
+            console.print(f"Within {asked}: up to {best.estimate.output_tps:,.0f} tok/s, at {_load(best.load)}.")
+        else:
+            console.print(f"None of these loads is done within {asked}.")
+
+
+def _show_assumptions(setting: Setting, *, calibrated: bool) -> None:
+    """What the figures rest on."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    marks = Counter(constant.mark for constant in setting.device.constants(setting.software_name).values())
+    constants = ", ".join(f"{marks[mark]} {mark}" for mark in MARKS if marks[mark])
+    console.print(
+        f"\nRests on {constants} constants{', the times of layers or requests on your figure' * calibrated}; on:"
+    )
+    for text in _ASSUMED:
+        console.print(f"  {text}")

@@ -1,0 +1,53 @@
+"""`furiosa-llm simulate`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+MODEL = "tiny-llama-genai-fp32"
+
+
+def test_the_answer_has_its_error(cli: Cli, zoo: Path) -> None:
+    result = cli("simulate", zoo / MODEL / "model.onnx", "--device", "rngd", "--input-len", 64, "--output-len", 32)
+    assert result.code == 0
+    assert "FuriosaAI RNGD with furiosa-llm: 64 tokens in, 32 out" in result.out
+    assert "extrapolated, median error" in result.out
+    assert "8 1 1" in result.out
+
+
+def test_json_has_every_figure(cli: Cli, zoo: Path) -> None:
+    run = ["simulate", zoo / MODEL / "model.onnx", "--device", "h100", "--cards", 2, "--search", "--json", "-"]
+    result = cli(*run, "--concurrency", "1,4", "--request-rate", 2, "--goodput", "tpot:100")
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert found["tried"] == 9  # three placements, three loads
+    assert found["fewest"]["cards"] == 1
+    assert {"ttft", "tpot", "error", "causes"} <= found["answers"][0].keys()
+    assert cli(*run, "--concurrency", "1,4", "--request-rate", 2, "--goodput", "tpot:100").out == result.out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "none"], "there is no device 'none'"),
+        (["--device", "rngd", "--software", "none"], "rngd has no software 'none'; use one of furiosa-llm"),
+        (["--device", "rngd", "--concurrency", "1,x"], "'1,x' is not a list of numbers above 0"),
+        (["--device", "rngd", "--calibrate", "tpot=3"], "'tpot=3' is not tpot=MS@c=N"),
+        (["--device", "rngd", "--goodput", "speed:3"], "'speed:3' is not a limit"),
+    ],
+)
+def test_what_has_no_answer_is_refused(cli: Cli, zoo: Path, more: list[str], message: str) -> None:
+    result = cli("simulate", zoo / MODEL / "model.onnx", *more)
+    assert result.code != 0
+    assert message in " ".join(result.err.split())
+
+
+def test_a_model_that_does_not_decode_is_refused(cli: Cli, zoo: Path) -> None:
+    result = cli("simulate", zoo / "tiny-vit-optimum" / "model.onnx", "--device", "rngd")
+    assert result.code == 1
+    assert "no steps that decode with a cache" in result.err

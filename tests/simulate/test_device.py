@@ -1,0 +1,58 @@
+"""Device files: those of the package, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from furiosa_llm.simulate.device import device_names, load_device, parse_device
+from furiosa_llm.simulate.errors import DeviceFileError
+
+FOLDER = Path(__file__).parents[2] / "furiosa_llm" / "simulate" / "devices"
+RNGD = (FOLDER / "rngd.toml").read_text()
+
+
+def test_every_constant_of_the_package_has_a_source() -> None:
+    assert device_names() == ["a100", "gaudi2", "gaudi3", "h100", "h200", "l40s", "mi300x", "rngd"]
+    for name in device_names():
+        device = load_device(name)
+        assert device.name == name
+        for software in device.software:
+            assert all(constant.source for constant in device.constants(software).values())
+
+
+def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(RNGD.replace('name = "rngd"', 'name = "mine"'))
+    assert load_device(str(file)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("units_per_card", "pes_per_card", "there is no key pes_per_card"),
+        ("cards_per_host = 8\n", "", "cards_per_host is missing"),
+        ("units_per_card = 8", "units_per_card = 0", "units_per_card is 0, expected an integer of at least 1"),
+        ('unit = "B/s"', 'unit = "GB/s"', "bandwidth has the unit 'GB/s', expected 'B/s'"),
+        ("value = 1500000000000.0", "value = -1", "bandwidth is -1, expected more than 0"),
+        ("value = 1500000000000.0", "value = nan", "bandwidth has the value nan, expected a number"),
+        ("value = 1500000000000.0", "value = true", "bandwidth has the value True, expected a number"),
+        ('mark = "published"', 'mark = "known"', "has the mark 'known', expected one of published, measured, fitted"),
+        ("value = 1500000000000.0, ", "", "bandwidth is {'unit': 'B/s'"),
+        ("memory_share = ", "memory_part = ", "there is no key software.furiosa-llm.memory_part"),
+        ("[software.furiosa-llm]", "[[software.furiosa-llm]]", "software.furiosa-llm is .*, expected a table"),
+        ('name = "rngd"', "name = ", "is not TOML"),
+    ],
+)
+def test_what_is_no_device_file_is_refused(old: str, new: str, message: str) -> None:
+    assert old in RNGD
+    with pytest.raises(DeviceFileError, match=message):
+        parse_device(RNGD.replace(old, new, 1), "mine.toml")
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DeviceFileError, match="there is no device 'rtx4090'; use one of a100, gaudi2"):
+        load_device("rtx4090")
+    with pytest.raises(DeviceFileError, match=r"none\.toml cannot be read"):
+        load_device(str(tmp_path / "none.toml"))
