@@ -7,9 +7,9 @@ import functools
 import json
 from pathlib import Path
 
-from fixtures.llama.config import LlamaConfig
-from fixtures.llama.outline import write_outline
+from fixtures.outline import write_outline
 from furiosa_llm.builder.lower.step_costs import StepCosts
+from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.simulate.model import Costs, costs_from_json, costs_of_model, planned_size
 
 _ROOT = Path(__file__).parents[2]
