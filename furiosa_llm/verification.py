@@ -19,7 +19,7 @@ from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, Pari
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, manifest_digest
 from furiosa_llm.runtime.artifact.parse import parse_manifest
-from furiosa_llm.runtime.artifact.progress import tell
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
 from furiosa_llm.runtime.artifact.temporary import temporary_folder
 from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
@@ -45,6 +45,7 @@ class Report:
     parity: Parity | None
 
 
+@shown()
 def verify_artifact(
     path: str | os.PathLike[str],
     *,

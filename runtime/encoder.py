@@ -17,6 +17,7 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType, pooling_of
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
 from furiosa_llm.runtime.engine.replica import ReplicaUsage
@@ -213,8 +214,10 @@ class Encoder(Model):
         limit = self._truncation(truncate_prompt_tokens)
         rows = [self._token_ids(prompt, limit) for prompt in listed(prompts)]
         vectors: dict[int, Vector] = {}
+        tell("reading texts", 0, len(rows))
         for batch in self._batches(rows):
             vectors.update(zip(batch, self._vectors([rows[index] for index in batch], how), strict=True))
+            tell("reading texts", len(vectors), len(rows))
         return [
             PoolingRequestOutput(
                 request_id=str(next(self._request_ids)),

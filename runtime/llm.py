@@ -6,7 +6,7 @@ import asyncio
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from functools import cached_property
 from typing import Any, Literal, NoReturn, Self, cast, overload
 
@@ -26,7 +26,7 @@ from furiosa_llm.runtime.llm_engine import LLMEngine
 from furiosa_llm.runtime.model import Decoder, Model
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.requests.outputs import RequestOutput
-from furiosa_llm.runtime.requests.prompts import Prompt, paired, with_tokenizer_kwargs
+from furiosa_llm.runtime.requests.prompts import Prompt, listed, paired, with_tokenizer_kwargs
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.seq2seq import Seq2Seq
 from furiosa_llm.runtime.tokens.chat import Conversation, check_tools, conversations_of, render
@@ -285,11 +285,17 @@ class LLM(Closing):
         pooling: PoolingType | None = None,
         normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
+        use_tqdm: UseTqdm = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """An encoder's vectors of `prompts`; see `Encoder.encode`. Raises UnsupportedError for other models."""
-        return self._encoding("encode").encode(
-            prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
-        )
+        """An encoder's vectors of `prompts`; see `Encoder.encode`, and `generate` for `use_tqdm`.
+
+        Raises UnsupportedError for other models.
+        """
+        encoder = self._encoding("encode")
+        with _counting(use_tqdm, len(listed(prompts))):
+            return encoder.encode(
+                prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
+            )
 
     def embed(
         self,
@@ -298,11 +304,14 @@ class LLM(Closing):
         pooling: PoolingType | None = None,
         normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
+        use_tqdm: UseTqdm = None,
     ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
         """`encode`, with each vector as a list of numbers."""
-        return self._encoding("embed").embed(
-            prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
-        )
+        encoder = self._encoding("embed")
+        with _counting(use_tqdm, len(listed(prompts))):
+            return encoder.embed(
+                prompts, pooling=pooling, normalize=normalize, truncate_prompt_tokens=truncate_prompt_tokens
+            )
 
     def bert_forward(self, *_: Any, **__: Any) -> NoReturn:
         """The vendor's question answering with BERT; raises UnsupportedError."""
@@ -328,13 +337,18 @@ class LLM(Closing):
     ) -> list[RequestOutput]:
         params = params_for_each(sampling_params, len(prompts))
         adapters = adapters_for_each(lora_request, len(prompts))
-        with _counted_by(use_tqdm, len(prompts)) if callable(use_tqdm) else shown(use_tqdm):
+        with _counting(use_tqdm, len(prompts)):
             return self._model.complete(prompts, params, adapters)
 
     def _encoding(self, name: str) -> Encoder:
         if not isinstance(self._model, Encoder):
             raise UnsupportedError(f"{name} API can only be used for encoders; this model generates: use generate")
         return self._model
+
+
+def _counting(use_tqdm: UseTqdm, total: int) -> AbstractContextManager[None]:
+    """Shows how many of `total` prompts are done inside."""
+    return _counted_by(use_tqdm, total) if callable(use_tqdm) else shown(use_tqdm)
 
 
 @contextmanager

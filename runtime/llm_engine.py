@@ -7,6 +7,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, Self
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
+from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.engine.core import EngineCore, Handle, check_request_id
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
@@ -39,8 +40,9 @@ class Engine(Closing):
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Self:
-        """Loads the model that `args` name; see `load_engine` for the errors."""
-        return cls(load_engine(args))
+        """Loads the model that `args` name; see `load_engine` for the errors. Shows progress as `LLM` does."""
+        with shown():
+            return cls(load_engine(args))
 
     def shutdown(self) -> None:
         """Closes the engine and its model, for all who use it; requests that have not ended fail."""

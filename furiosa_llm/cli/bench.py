@@ -12,11 +12,10 @@ import click
 
 from furiosa_llm.bench.objectives import OBJECTIVES
 from furiosa_llm.cli.command import ENGINE_GROUPS, command
-from furiosa_llm.cli.options import ENGINE, PROGRESS, Numbers, option, options
+from furiosa_llm.cli.options import ENGINE, PROGRESS, Numbers, option, options, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.errors import OutputFileError
-from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 
 if TYPE_CHECKING:
@@ -110,19 +109,18 @@ def bench(
 
     Lists such as -pp 1,2 --request-rate 1,2,4 are measured in every combination. docs/bench.md says what is measured.
     """
-    from furiosa_llm.bench.report import report_json, show
-    from furiosa_llm.bench.sweep import loads_of, machine, plans_of, sweep
-    from furiosa_llm.runtime.engine.engine_args import EngineArgs
-
-    _check_files(plots)
-    names = {field.name for field in dataclasses.fields(EngineArgs)}
-    args = EngineArgs(artifact, **{name: value for name, value in options.items() if name in names and name != "seed"})
     sizes = [(pp, dp) for pp in pipeline_parallel_size or (None,) for dp in data_parallel_size or (None,)]
-    with shown(progress):
+    runs: list[Run] = []
+    with working(progress):
+        from furiosa_llm.bench.report import report_json, show
+        from furiosa_llm.bench.sweep import loads_of, machine, plans_of, sweep
+        from furiosa_llm.runtime.engine.engine_args import EngineArgs
+
+        _check_files(plots)
+        names = {field.name for field in dataclasses.fields(EngineArgs)} - {"seed"}
+        args = EngineArgs(artifact, **{name: value for name, value in options.items() if name in names})
         plans = plans_of(args, sizes)
         workload = _workload(plans, options)
-    runs: list[Run] = []
-    with shown(progress):
         for run in sweep(plans, loads_of(request_rate or (), concurrency or ()), workload):
             runs.append(run)
             line(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)

@@ -17,7 +17,7 @@ from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.plan.tactics import read_tactics
 from furiosa_llm.builder.source.folder import default_name
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import PROGRESS, Command, FixedInput, GivenRole, NamedPath, Sizes, option
+from furiosa_llm.cli.options import PROGRESS, Command, FixedInput, GivenRole, NamedPath, Sizes, option, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.options import declared
@@ -116,28 +116,26 @@ def build(
 
     OUTPUT defaults to a folder in the current one, named after the model and the tensor parallel size.
     """
-    from furiosa_llm.builder import ArtifactBuilder, build_by_plan_of
-
     if reuse_plan is not None:
         _refuse_beside_a_plan(context, options)
-        destination = output or Path(f"{default_name(model)}.artifact")
-        report = build_by_plan_of(
-            reuse_plan,
-            model,
-            destination,
-            name=name,
-            force=force,
-            progress=progress,
-            workers=workers,
-            allow_no_kernel=allow_no_kernel,
-        )
-        print_report(report, as_json=as_json)
-        return
-    builder = ArtifactBuilder(model, name, **options)
-    destination = output or default_output(model, options["tensor_parallel_size"])
-    report = builder.build(
-        destination, force=force, progress=progress, workers=workers, allow_no_kernel=allow_no_kernel
-    )
+    with working(progress):
+        from furiosa_llm.builder import ArtifactBuilder, build_by_plan_of
+
+        if reuse_plan is not None:
+            destination = output or Path(f"{default_name(model)}.artifact")
+            report = build_by_plan_of(
+                reuse_plan,
+                model,
+                destination,
+                name=name,
+                force=force,
+                workers=workers,
+                allow_no_kernel=allow_no_kernel,
+            )
+        else:
+            builder = ArtifactBuilder(model, name, **options)
+            destination = output or default_output(model, options["tensor_parallel_size"])
+            report = builder.build(destination, force=force, workers=workers, allow_no_kernel=allow_no_kernel)
     print_report(report, as_json=as_json)
 
 

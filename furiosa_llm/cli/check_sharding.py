@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from furiosa_llm.cli.command import command
+from furiosa_llm.cli.options import working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
-from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.runtime.artifact.progress import tell
 
 if TYPE_CHECKING:
     import onnx
@@ -34,10 +35,10 @@ def check_sharding(model: Path, as_json: bool) -> None:
     Devices, axes, shapes, neighbouring nodes, pipeline stages, and what each operator allows. Weights are not read.
     Exit code 0 if there are no errors, 1 otherwise; warnings alone do not count.
     """
-    from furiosa_llm.builder.plan import annotations
-    from furiosa_llm.builder.source.folder import find_model
+    with working():
+        from furiosa_llm.builder.plan import annotations
+        from furiosa_llm.builder.source.folder import find_model
 
-    with shown():
         tell("load")
         model = find_model(model)
         proto = _read(model)

@@ -12,10 +12,11 @@ import click
 from rich.table import Table
 
 from furiosa_llm.cli.command import command
+from furiosa_llm.cli.options import working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
-from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.units import counted
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     Weights are compared by the digests of the originals, so that artifacts for different numbers of PEs compare; those
     that differ are read. Exit code 0 if the artifacts are the same, 1 if they differ, 2 if one cannot be read.
     """
-    from furiosa_llm.runtime.artifact.reader import open_artifact
-    from furiosa_llm.runtime.artifact.tools import diff as library
-
     try:
-        with shown():
+        with working():
+            from furiosa_llm.runtime.artifact.reader import open_artifact
+            from furiosa_llm.runtime.artifact.tools import diff as library
+
             artifacts = [open_artifact(path, full=False) for path in (a, b)]
             tell("comparing")
             found = library.diff(*artifacts)

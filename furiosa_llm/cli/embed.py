@@ -9,9 +9,8 @@ from typing import get_args
 import click
 
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import ENGINE, PROGRESS, options
+from furiosa_llm.cli.options import ENGINE, PROGRESS, options, working
 from furiosa_llm.runtime.artifact.pooling import PoolingType
-from furiosa_llm.runtime.artifact.progress import shown
 
 
 @command()
@@ -37,18 +36,17 @@ def embed(
     progress: bool | None,
 ) -> None:
     """Turn texts into vectors with the encoder in ARTIFACT: a line for each, an array in JSON."""
-    from furiosa_llm.runtime.encoder import Encoder
+    with working(progress):
+        from furiosa_llm.runtime.encoder import Encoder
 
-    with shown(progress):
-        encoder = Encoder.load_artifact(
+        with Encoder.load_artifact(
             artifact, tokenizer=tokenizer, threads=threads, full_verification=full_verification, compute=compute
-        )
-    with encoder:
-        outputs = encoder.embed(
-            list(texts),
-            pooling=pooling,
-            normalize=normalize,
-            truncate_prompt_tokens=-1 if truncate else None,
-        )
+        ) as encoder:
+            outputs = encoder.embed(
+                list(texts),
+                pooling=pooling,
+                normalize=normalize,
+                truncate_prompt_tokens=-1 if truncate else None,
+            )
     for one in outputs:
         click.echo(json.dumps(one.outputs.embedding))

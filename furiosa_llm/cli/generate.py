@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import click
 
 from furiosa_llm.cli.command import ENGINE_GROUPS, command
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, options, working
 from furiosa_llm.cli.terminal import line
+from furiosa_llm.runtime.artifact.progress import tell
 
 
 @command(groups=ENGINE_GROUPS)
@@ -48,24 +50,28 @@ def generate(
 
     The text goes to standard output as it is generated, the figures to standard error.
     """
-    from furiosa_llm.runtime import LLM, LoRARequest, SamplingParams
+    with contextlib.ExitStack() as waiting:
+        waiting.enter_context(working(progress))
+        from furiosa_llm.runtime import LLM, LoRARequest, SamplingParams
 
-    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
-    name, _, path = (lora or "").partition("=")
-    adapter = None if lora is None else LoRARequest(name, 1, path)
-    started = time.monotonic()
-    with LLM.load_artifact(artifact, use_tqdm_on_load=progress, **loading) as llm:
-        loaded = time.monotonic()
-        text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
-        first, count, shown = 0.0, 0, 0
-        for output in llm.stream_outputs(text, params, lora_request=adapter):
-            count += 1
-            first = first or time.monotonic()
-            completed = output.outputs[0].text
-            sys.stdout.write(completed[shown:])
-            sys.stdout.flush()
-            shown = len(completed)
-        ended = time.monotonic()
+        params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+        name, _, path = (lora or "").partition("=")
+        adapter = None if lora is None else LoRARequest(name, 1, path)
+        started = time.monotonic()
+        with LLM.load_artifact(artifact, **loading) as llm:
+            loaded = time.monotonic()
+            text = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) if chat else prompt
+            tell("reading the prompt")
+            first, count, shown = 0.0, 0, 0
+            for output in llm.stream_outputs(text, params, lora_request=adapter):
+                waiting.close()
+                count += 1
+                first = first or time.monotonic()
+                completed = output.outputs[0].text
+                sys.stdout.write(completed[shown:])
+                sys.stdout.flush()
+                shown = len(completed)
+            ended = time.monotonic()
     sys.stdout.write("\n")
     rate = f", {(count - 1) / (ended - first):.1f} tokens/s after the first" if count > 1 else ""
     line(

@@ -14,10 +14,9 @@ import click
 from rich.table import Table
 
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import ENGINE, option
+from furiosa_llm.cli.options import ENGINE, option, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, cell, line
-from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 
@@ -57,7 +56,6 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | Non
     if (mapped or compute is not None) and not this_machine:
         raise InputError(f"{given} goes with --this-machine; give both, or none")
     from furiosa_llm.runtime.artifact.composite import is_composite
-    from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
 
     if is_composite(artifact):
         if this_machine:
@@ -66,8 +64,11 @@ def inspect(artifact: Path, this_machine: bool, mapped: bool, compute: str | Non
             )
         _inspect_composite(artifact, as_json=as_json)
         return
-    found = inspect_artifact(artifact)
-    probed = _probe(artifact, found, mapped, compute) if this_machine else None
+    with working():
+        from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
+
+        found = inspect_artifact(artifact)
+        probed = _probe(artifact, found, mapped, compute) if this_machine else None
     if as_json:
         shown = found.to_json()
         if probed is not None:
@@ -84,17 +85,17 @@ def _probe(folder: Path, found: Inspection, mapped: bool, compute: str | None) -
     from furiosa_llm.runtime.artifact.reader import open_artifact
     from furiosa_llm.runtime.runners.batch_invariance import probe_batch_invariance
 
-    with shown():
-        return probe_batch_invariance(computing(open_artifact(folder), compute), mapped=mapped)
+    return probe_batch_invariance(computing(open_artifact(folder), compute), mapped=mapped)
 
 
 def _inspect_composite(folder: Path, *, as_json: bool) -> None:
-    from furiosa_llm.runtime.artifact.composite import open_composite
-    from furiosa_llm.runtime.artifact.composite_manifest import KIND
-    from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
+    with working():
+        from furiosa_llm.runtime.artifact.composite import open_composite
+        from furiosa_llm.runtime.artifact.composite_manifest import KIND
+        from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
 
-    composite = open_composite(folder, full=False)
-    parts = {name: inspect_artifact(folder / name) for name in composite.parts}
+        composite = open_composite(folder, full=False)
+        parts = {name: inspect_artifact(folder / name) for name in composite.parts}
     manifest = composite.manifest
     if as_json:
         shown = {"composite": manifest.to_json(), "digest": composite.digest}

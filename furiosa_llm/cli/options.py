@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from furiosa_llm.runtime.artifact.options import AT_LEAST_ONE, COUNT, PATH, POSITIVE, SEED, SHARE, SWITCH, Kind, Option
+from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.engine.engine_args import BLOCK_COUNTS, TOKENIZER, engine_options
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -152,6 +154,16 @@ def options(declared: Mapping[str, Option], *names: str) -> Callable[[Command], 
 PROGRESS = click.option(
     "--progress/--no-progress", default=None, help="Show on standard error what is done.  [default: on a terminal]"
 )
+
+
+@contextlib.contextmanager
+def working(progress: bool | None = None) -> Iterator[None]:
+    """Shows what is done inside from the start: what commands import takes a second, too."""
+    with shown(progress):
+        tell("starting")
+        yield
+
+
 ENGINE = engine_options()
 PLACEMENT = (
     *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),

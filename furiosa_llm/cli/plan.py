@@ -13,10 +13,10 @@ from rich.table import Table
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.cli.build import BUILD, planning_options
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import ENGINE, PROGRESS, option
+from furiosa_llm.cli.options import ENGINE, PROGRESS, option, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
-from furiosa_llm.runtime.artifact.progress import shown
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, MOST_CARDS
 
 if TYPE_CHECKING:
@@ -92,9 +92,9 @@ def plan(
         raise OptionError(
             f"--emit-onnx writes one plan, got the sizes {list(tensor_parallel_size)}; choose one with -tp."
         )
-    from furiosa_llm.builder.model_plan import plan_model, write_annotated_plan
+    with working(progress):
+        from furiosa_llm.builder.model_plan import plan_model, write_annotated_plan
 
-    with shown(progress):
         planned, builds = plan_model(
             model,
             tensor_parallel_sizes=tensor_parallel_size,
@@ -102,8 +102,9 @@ def plan(
             costs=as_json,
             **options,
         )
-    if emit_onnx is not None:
-        write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
+        if emit_onnx is not None:
+            tell("writing the annotated model")
+            write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
     if as_json:
         echo_json(planned.to_json())
     elif show_roles:

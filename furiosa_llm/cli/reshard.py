@@ -9,7 +9,7 @@ import click
 
 from furiosa_llm.cli.build import BUILD, EXPERIMENTAL_TP, WORKERS, print_report
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import PROGRESS, option
+from furiosa_llm.cli.options import PROGRESS, option, working
 from furiosa_llm.cli.output import JSON
 
 
@@ -22,13 +22,14 @@ from furiosa_llm.cli.output import JSON
 @click.option("--force", is_flag=True, help="Replace OUTPUT if it is an artifact already.")
 @JSON
 @PROGRESS
-def reshard(artifact: Path, output: Path, as_json: bool, **options: Any) -> None:
+def reshard(artifact: Path, output: Path, as_json: bool, progress: bool | None, **options: Any) -> None:
     """Write to OUTPUT what a build of the model that ARTIFACT was built from gives for another tensor parallel size.
 
     The model is not needed: its weights are put together from the artifact's shards, and each is compared with the
     digest that the first build recorded. The result is the same, byte for byte, as a fresh build's with this release.
     """
-    from furiosa_llm.builder import reshard as make
+    with working(progress):
+        from furiosa_llm.builder import reshard as make
 
-    report = make(artifact, output, **options)
+        report = make(artifact, output, **options)
     print_report(report, as_json=as_json)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import ENGINE, PROGRESS, options
+from furiosa_llm.cli.options import ENGINE, PROGRESS, options, working
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def run(
 
     Inputs and outputs are those of the unsplit model.
     """
-    import numpy as np
+    with working(progress):
+        import numpy as np
 
-    from furiosa_llm.runtime import Executor, open_artifact
-    from furiosa_llm.runtime.artifact.compute import computing
+        from furiosa_llm.runtime import Executor, open_artifact
+        from furiosa_llm.runtime.artifact.compute import computing
 
-    with shown(progress):
         opened = computing(open_artifact(artifact, full=full_verification), compute)
         arrays = _typed(_read(inputs), opened)
         with Executor(opened, **loading) as executor:

@@ -12,7 +12,7 @@ import click
 
 from furiosa_llm.cli.command import ENGINE_GROUPS, command
 from furiosa_llm.cli.exit_code import end_at_once
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, NamedPath, options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, NamedPath, options, working
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime.artifact.options import declared
@@ -138,24 +138,23 @@ def serve(
     docs/serving.md has the endpoints. Needs the extra `serve`: pip install 'furiosa-llm-onnx[serve]'.
     """
     _check_installed()
-    # The server's packages are an extra, and take a second to import.
-    from furiosa_llm import signing
-    from furiosa_llm.runtime.engine.engine_args import EngineArgs
-    from furiosa_llm.server.app import make_app
-    from furiosa_llm.server.model import Decoder, load_served, open_served
-    from furiosa_llm.server.run import check_address, make_server
+    with working(progress):  # the server's packages are an extra, and take a second to import
+        from furiosa_llm import signing
+        from furiosa_llm.runtime.engine.engine_args import EngineArgs
+        from furiosa_llm.server.app import make_app
+        from furiosa_llm.server.model import Decoder, load_served, open_served
+        from furiosa_llm.server.run import check_address, make_server
 
-    settings = _settings(options)
-    log_level = options.pop("uvicorn_log_level")
-    access_log = not options.pop("disable_uvicorn_access_log")
-    require_signature = options.pop("require_signature")
-    if require_signature is not None:
-        signing.check_installed()
-        options["full_verification"] = True
-    lora_modules = [(name, str(path)) for name, path in options.pop("lora_modules")]
-    args = EngineArgs(artifact, **options)
-    check_address(host, port)
-    with shown(progress):
+        settings = _settings(options)
+        log_level = options.pop("uvicorn_log_level")
+        access_log = not options.pop("disable_uvicorn_access_log")
+        require_signature = options.pop("require_signature")
+        if require_signature is not None:
+            signing.check_installed()
+            options["full_verification"] = True
+        lora_modules = [(name, str(path)) for name, path in options.pop("lora_modules")]
+        args = EngineArgs(artifact, **options)
+        check_address(host, port)
         opened, plan = open_served(args)
         if require_signature is not None:
             signing.check_signature(artifact, require_signature, digest=opened.digest)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from furiosa_llm.cli.command import command
+from furiosa_llm.cli.options import working
 from furiosa_llm.cli.terminal import line
 
 
@@ -18,7 +19,9 @@ def sign(artifact: Path, key: Path) -> None:
 
     docs/artifact-tools.md says how keys are made. Needs the extra `sign`: pip install 'furiosa-llm-onnx[sign]'.
     """
-    from furiosa_llm.signing import check_installed, sign_artifact
+    with working():
+        from furiosa_llm.signing import check_installed, sign_artifact
 
-    check_installed()
-    line(f"signed: {sign_artifact(artifact, key)}")
+        check_installed()
+        signature = sign_artifact(artifact, key)
+    line(f"signed: {signature}")

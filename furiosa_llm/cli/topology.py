@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options
+from furiosa_llm.cli.options import ENGINE, PLACEMENT, option, options, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, cell
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
@@ -68,27 +68,28 @@ def topology(
 
     Nothing is loaded, and the weights are not read.
     """
-    from furiosa_llm.runtime.artifact.compute import computing
-    from furiosa_llm.runtime.artifact.reader import open_artifact
-    from furiosa_llm.runtime.placement.block_reads import block_starts
-    from furiosa_llm.runtime.placement.stages import check_tensor_parallel_size, choose_stages
-    from furiosa_llm.runtime.placement.topology import make_topology
+    with working():
+        from furiosa_llm.runtime.artifact.compute import computing
+        from furiosa_llm.runtime.artifact.reader import open_artifact
+        from furiosa_llm.runtime.placement.block_reads import block_starts
+        from furiosa_llm.runtime.placement.stages import check_tensor_parallel_size, choose_stages
+        from furiosa_llm.runtime.placement.topology import make_topology
 
-    opened = computing(open_artifact(artifact, full=False), compute)
-    check_tensor_parallel_size(opened, tensor_parallel_size)
-    workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
-    stages = choose_stages(
-        opened, pipeline_parallel_size=pipeline_parallel_size, num_blocks_per_pp_stage=num_blocks_per_pp_stage
-    )
-    placed = make_topology(
-        opened.manifest.mesh.size,
-        pipeline_parallel_size=len(stages),
-        data_parallel_size=data_parallel_size,
-        devices=devices,
-        allow_subset=allow_subset,
-        max_pipeline_parallel_size=len(block_starts(opened)),
-    )
-    report = _report(opened, placed, stages, workload)
+        opened = computing(open_artifact(artifact, full=False), compute)
+        check_tensor_parallel_size(opened, tensor_parallel_size)
+        workload = Workload(max_batch_size=max_batch_size, max_model_len=_length(opened, max_model_len))
+        stages = choose_stages(
+            opened, pipeline_parallel_size=pipeline_parallel_size, num_blocks_per_pp_stage=num_blocks_per_pp_stage
+        )
+        placed = make_topology(
+            opened.manifest.mesh.size,
+            pipeline_parallel_size=len(stages),
+            data_parallel_size=data_parallel_size,
+            devices=devices,
+            allow_subset=allow_subset,
+            max_pipeline_parallel_size=len(block_starts(opened)),
+        )
+        report = _report(opened, placed, stages, workload)
     if as_json:
         echo_json(_to_json(report))
         return

@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import PROGRESS
+from furiosa_llm.cli.options import PROGRESS, working
 from furiosa_llm.cli.terminal import line
-from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.units import nbytes
 
 
@@ -24,10 +24,10 @@ def unbuild(artifact: Path, output: Path, force: bool, progress: bool | None) ->
     Every weight is put together from its shards and compared with the digest of the original: what is written is the
     original's, bit for bit, or nothing is.
     """
-    from furiosa_llm.runtime.artifact.reader import open_artifact
-    from furiosa_llm.runtime.artifact.tools import unbuild as library
+    with working(progress):
+        from furiosa_llm.runtime.artifact.reader import open_artifact
+        from furiosa_llm.runtime.artifact.tools import unbuild as library
 
-    with shown(progress):
         tell("opening the artifact")
         written = library.unbuild(open_artifact(artifact, full=False), output, force=force)
     where = f" and {written.data}" if written.data is not None else ""

@@ -13,11 +13,10 @@ import click
 from rich.table import Table
 
 from furiosa_llm.cli.command import command
-from furiosa_llm.cli.options import ENGINE, PROGRESS, Sizes, option
+from furiosa_llm.cli.options import ENGINE, PROGRESS, Sizes, option, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.parity_options import HALF_TOLERANCE, MAX_SEED, TOLERANCE, ParityOptions
-from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.artifact.units import counted
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def verify(
         max_length=max_length,
         time_limit=time_limit,
     )
-    with shown(progress):
+    with working(progress):
         if key is not None:
             from furiosa_llm.signing import check_installed, check_signature
 

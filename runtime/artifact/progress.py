@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ _WORDS = {
 }
 """The stages of a build, for people; others are told in words."""
 _IN_BYTES = ("write",)
-_SECONDS = 1.0
+_SECONDS = 0.9
 """Between two lines about the same."""
 _told: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
@@ -60,12 +61,12 @@ def telling(progress: Progress) -> Iterator[None]:
 def shown(asked: bool | Progress | None = None) -> Iterator[None]:
     """Shows on standard error what happens inside; None: only on a terminal and in a notebook.
 
-    Where somebody is told already it stays with that.
+    Where somebody is told already it stays with that, and where nobody is to be.
     """
-    if callable(asked):
-        with telling(asked):
+    if callable(asked) or asked is False:
+        with telling(asked or _tell_nobody):
             yield
-    elif asked is False or _told.get() is not None or not (asked or _has_reader()):
+    elif _told.get() is not None or not (asked or _has_reader()):
         yield
     else:
         from furiosa_llm.runtime.artifact.console import Console  # 30 ms
@@ -111,18 +112,46 @@ def _bar(console: Console) -> Iterator[None]:
 
 @contextmanager
 def _lines(console: Console) -> Iterator[None]:
-    stage = _Stage()
-    last = 0.0
+    lines = _Lines(console)
+    watch = threading.Thread(target=lines.watch, name="progress", daemon=True)
+    watch.start()
+    try:
+        with telling(lines.show):
+            yield
+    finally:
+        lines.ended.set()
+        watch.join()
 
-    def show(name: str, done: int, total: int) -> None:
-        nonlocal last
-        if stage.enter(name) or time.monotonic() - last >= _SECONDS:
-            last = time.monotonic()
-            amount = stage.amount(done, total)
-            console.print(f"{_words(name)}{amount and ': '}{amount}", highlight=False, markup=False, soft_wrap=True)
 
-    with telling(show):
-        yield
+class _Lines:
+    """A line when another stage begins, and one a second: of what is done since, or for how long it is under way."""
+
+    def __init__(self, console: Console) -> None:
+        self.ended = threading.Event()
+        self._console = console
+        self._stage = _Stage()
+        self._amount, self._last = "", 0.0
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Is told what is done."""
+        begins = self._stage.enter(name)
+        self._amount = self._stage.amount(done, total)
+        if begins or self._is_time():
+            self._say(self._amount)
+
+    def watch(self) -> None:
+        """Says until the end what takes long."""
+        while not self.ended.wait(max(0.05, self._last + _SECONDS - time.monotonic())):
+            if self._stage.name and self._is_time():
+                self._say(", ".join(filter(None, (self._amount, f"{self._stage.seconds:.0f} s"))))
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._last >= _SECONDS
+
+    def _say(self, what: str) -> None:
+        self._last = time.monotonic()
+        words = _words(self._stage.name)
+        self._console.print(f"{words}{what and ': '}{what}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _words(stage: str) -> str:
@@ -133,20 +162,25 @@ class _Stage:
     """The stage that is under way, and since when."""
 
     def __init__(self) -> None:
-        self._name, self._since = "", 0.0
+        self.name, self._since = "", 0.0
+
+    @property
+    def seconds(self) -> float:
+        """For how long it is under way."""
+        return time.monotonic() - self._since
 
     def enter(self, name: str) -> bool:
         """Whether `name` is another stage than before."""
-        if name == self._name:
+        if name == self.name:
             return False
-        self._name, self._since = name, time.monotonic()
+        self.name, self._since = name, time.monotonic()
         return True
 
     def amount(self, done: int, total: int) -> str:
         """How much is done; empty if it is not known of how much."""
         if total <= 1:
             return ""
-        if self._name not in _IN_BYTES:
+        if self.name not in _IN_BYTES:
             return f"{done} of {total}"
-        rate = done / max(time.monotonic() - self._since, 1e-3)
+        rate = done / max(self.seconds, 1e-3)
         return f"{nbytes(done)} of {nbytes(total)}, {nbytes(rate)}/s"

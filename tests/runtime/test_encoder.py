@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fixtures.packaged import sentence_encoder
+from furiosa_llm import LLM
 from furiosa_llm.builder import ArtifactBuilder
 from furiosa_llm.runtime.artifact.pooling import Pooling, PoolingType
 from furiosa_llm.runtime.encoder import Encoder
@@ -106,6 +107,29 @@ def test_embed_gives_lists_and_running_request_ids(encoder: Encoder, prompts: li
     assert first.finished
     assert int(second.request_id) == int(first.request_id) + 1
     assert np.linalg.norm(first.outputs.embedding) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_texts_are_counted(
+    built: dict[int, Path], prompts: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts: list[int] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            counts.append(options["total"])
+
+        def update(self, done: int) -> None:
+            counts.append(done)
+
+        def close(self) -> None:
+            pass
+
+    with LLM(built[4], use_tqdm_on_load=False) as llm:
+        llm.encode(prompts[:3], use_tqdm=Bar)
+        assert counts[0] == sum(counts[1:]) == 3
+        assert capsys.readouterr().err == ""
+        llm.embed(prompts[0], use_tqdm=True)
+    assert capsys.readouterr().err.startswith("reading texts\n")
 
 
 def test_forms_of_a_prompt(encoder: Encoder, zoo: Path, built: dict[int, Path]) -> None:

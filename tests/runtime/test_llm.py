@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from furiosa_llm.runtime import LLM, RequestOutputKind, SamplingParams, open_artifact
+from furiosa_llm.runtime import LLM, LLMEngine, RequestOutputKind, SamplingParams, open_artifact
 from furiosa_llm.runtime import model as model_module
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.engine.buckets import Bucket, BucketConfig
@@ -658,6 +658,14 @@ def test_prompts_are_counted(llm: LLM, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == ""
     llm.generate(["one", "two"], params, use_tqdm=True)
     assert capsys.readouterr().err.startswith("completing prompts: 0 of 2\n")
+
+
+def test_an_engine_shows_loading_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("furiosa_llm.runtime.artifact.progress._has_reader", lambda: True)
+    LLMEngine.from_engine_args(EngineArgs(folder)).close()
+    assert capsys.readouterr().err.startswith("opening the artifact\n")
 
 
 def test_loading_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

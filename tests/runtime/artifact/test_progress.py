@@ -44,6 +44,22 @@ def test_lines(capsys: pytest.CaptureFixture[str], clock: Callable[[float], None
     )
 
 
+def test_lines_go_on_while_one_thing_takes_long(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown(True):
+        tell("comparing", 6, 24)
+        time.sleep(1.0)
+    assert capsys.readouterr().err == "comparing: 6 of 24\ncomparing: 6 of 24, 1 s\n"
+
+
+def test_nothing_where_nobody_is_to_be_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with shown(False), shown():
+        tell("plan")
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("asked", [None, False])
 def test_nothing_where_nobody_looks(asked: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
     with shown(asked):
