@@ -37,7 +37,7 @@ _WEIGHTS = {
     "wk": _weight(_WIDTH, 32),
     "wv": _weight(_WIDTH, 32),
     "wo": _weight(64, _WIDTH),
-    "wide": _weight(32, _WIDTH),
+    "widen": _weight(32, _WIDTH),
     "types": _weight(8, _WIDTH),
     "norm": _weight(8),
     "zero": np.array([[0]]),
@@ -150,7 +150,7 @@ def test_a_cache_of_one_sequence_behind_idle_nodes(tmp_path: Path) -> None:
     nodes = f"""
         x = Gather(emb, input_ids) k0 = MatMul(x, wk) k1 = Reshape(k0, k4) old4 = Reshape(old, k4)
         k2 = Concat<axis=1>(old4, k1) k3, dropped = Dropout(k2) k = Dropout(k3) new = Reshape(k, k32)
-        s0 = ReduceMean(new, axis) s = MatMul(s0, wide) x2 = Add(x, s) {_FEED_FORWARD}
+        s0 = ReduceMean(new, axis) s = MatMul(s0, widen) x2 = Add(x, s) {_FEED_FORWARD}
     """
     outputs = "float[1, seq, 128] logits, float[1, total, 32] new"
     _checked(tmp_path, "int64[1, seq] input_ids, float[1, past, 32] old", outputs, nodes, 4)
