@@ -228,7 +228,7 @@ class _Lowering:
             self._now[value] = self._all_reduce(value)
         whole = self._outcome.output_gather.get(value, ())
         emitted = self._gather(value, whole)
-        if emitted.producer() is None or emitted in self._program.graph.outputs:
+        if emitted.producer() is None or emitted.is_graph_output():
             emitted = self._program.one("Identity", [emitted], name=f"{value.name}/output")
         emitted.name = value.name
         emitted.type = ir.TensorType(self._analysis.facts[value].dtype)
