@@ -23,6 +23,7 @@ from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+from furiosa_llm.server.settings import is_text
 
 EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
 
@@ -135,6 +136,8 @@ async def unload_adapter(model: ServedModel, name: str) -> bool:
 
 
 def _check_free(model: ServedModel, name: str) -> None:
+    if not is_text(name):
+        raise AdapterError(f"{name!r:.80} is not UTF-8, and cannot be sent in an answer; give the adapter another name")
     if name in model.names or name in model.adapters:
         raise AdapterError(f"{name!r:.80} is a name of the server's already; give the adapter another")
 

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -17,9 +18,11 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.config import LOGGING_CONFIG
+from uvicorn.logging import DefaultFormatter
 
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.server.connections import connection_class
+from furiosa_llm.server.middleware import on_one_line
 from furiosa_llm.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -136,6 +139,18 @@ def make_server(
     return Server(config, settings.shutdown_timeout + _STOPPING_SECONDS, ends_process=ends_process)
 
 
+class _OneLine(DefaultFormatter):
+    """uvicorn's form of a message, which foreign text in it cannot make two; a traceback's lines are indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The line."""
+        return on_one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """The traceback."""
+        return textwrap.indent(super().formatException(ei), "  ")
+
+
 def _say_that_it_ends() -> None:
     logger.warning("what runs has not stopped; the process ends without it")
     logging.shutdown()
@@ -162,5 +177,6 @@ def _log_config(level: str) -> dict[str, Any]:
     config = copy.deepcopy(LOGGING_CONFIG)
     for formatter in config["formatters"].values():
         formatter["use_colors"] = False  # the stream writes out what would steer the terminal
+    config["formatters"]["default"]["()"] = _OneLine
     config["loggers"]["furiosa_llm"] = {"handlers": ["default"], "level": level.upper(), "propagate": False}
     return config

@@ -10,6 +10,15 @@ from furiosa_llm.runtime.artifact.options import COUNT, POSITIVE, TEXT, Option, 
 from furiosa_llm.runtime.errors import InputError
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be sent: bytes of a command line or file name that are not UTF-8 are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """How the server behaves."""
@@ -65,5 +74,8 @@ class ServerSettings:
         check_options(self, InputError)
         if any(not key.strip() or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise InputError("an API key is empty, or holds what a header cannot; give printable ASCII characters")
+        for text in (*(self.served_model_names or ()), self.response_role):
+            if not is_text(text):
+                raise InputError(f"{text!r:.80} is not UTF-8, and cannot be sent in an answer; give another")
         if any(key != key.strip() for key in self.api_keys):
             raise InputError("an API key begins or ends with a space, which a header does not keep; leave it out")

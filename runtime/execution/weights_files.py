@@ -118,14 +118,15 @@ def _copied_behind(artifact: Artifact, names: Sequence[str], folder: Path, *, ma
 
 def _mapped(number: int) -> Iterator[Span]:
     """Where this process has mapped the file that is open as `number`."""
-    found, path = os.fstat(number), str(Path(f"/proc/self/fd/{number}").readlink())
-    device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
-    with Path("/proc/self/maps").open(encoding="utf-8", errors="surrogateescape") as maps:
+    found, name = os.fstat(number), os.fsencode(Path(f"/proc/self/fd/{number}").readlink())
+    path = name.replace(b"\n", rb"\012")
+    place = [f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}".encode(), str(found.st_ino).encode()]
+    with Path("/proc/self/maps").open("rb") as maps:  # a name may have any byte but that which ends a line
         for line in maps:
-            addresses, _, offset, there, inode, *named = line.rstrip("\n").split(maxsplit=5)
+            addresses, _, offset, there, inode, *named = line.rstrip(b"\n").split(maxsplit=5)
             # On some file systems of layers the device and number are those of another layer.
-            if (there, inode) == (device, str(found.st_ino)) or named == [path]:
-                start, stop = (int(address, 16) for address in addresses.split("-"))
+            if [there, inode] == place or named == [path]:
+                start, stop = (int(address, 16) for address in addresses.split(b"-"))
                 yield start, stop, int(offset, 16)
 
 

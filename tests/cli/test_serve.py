@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import resource
 import signal
@@ -227,6 +228,19 @@ def children(process: int) -> list[int]:
     return [int(number) for path in found for number in path.read_text().split()]
 
 
+def test_what_is_logged_stays_on_one_line() -> None:
+    make_server(FastAPI(), ServerSettings(), host="127.0.0.1", port=0)
+    [handler] = logging.getLogger("furiosa_llm").handlers
+    try:
+        raise ValueError("a\nINFO:     forged")
+    except ValueError:
+        raised = sys.exc_info()
+    record = logging.LogRecord("furiosa_llm", logging.ERROR, "", 1, "node %s", ("x\nINFO:     forged",), raised)
+    shown = handler.format(record)
+    assert shown.startswith("ERROR:    node x\\nINFO:     forged\n  Traceback")
+    assert "\nINFO" not in shown
+
+
 def test_the_time_that_requests_have_to_end_in() -> None:
     for asked, given in ((30.0, 30), (0.2, 1)):
         server = make_server(FastAPI(), ServerSettings(shutdown_timeout=asked), host="127.0.0.1", port=0)
@@ -273,6 +287,7 @@ def test_options_of_the_server_arrive(built: Path, tmp_path: Path) -> None:
         (("--tool-call-parser", "hermes"), "--enable-auto-tool-choice and --tool-call-parser go together"),
         (("--chat-template", "/nowhere"), "Error in reading chat template file: "),
         (("--api-key", ""), "an API key is empty"),
+        (("--served-model-name", "\udcff"), r"'\udcff' is not UTF-8, and cannot be sent in an answer; give another"),
         (("--api-key-file", "/nowhere"), "--api-key-file: /nowhere cannot be read"),
         (("--api-key-file", "/dev/null"), "--api-key-file: /dev/null has no keys"),
         (("--max-model-len", 4096), "larger than the model's max number of positions: 4096 > 512"),

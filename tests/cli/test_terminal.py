@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,17 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import onnx
 import pytest
 from google.protobuf.message import Message
 from onnx import ModelProto
+from prometheus_client.parser import text_string_to_metric_families
 from rich.markup import escape
 
 from furiosa_llm.cli.terminal import Console, cell, escaped_streams
+from furiosa_llm.mlperf.cli import main as mlperf
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.progress import shown, tell
 from tests.cli.conftest import Cli
+from tests.support.artifacts import artifact_of
 from tests.support.builder.graphs import model
+from tests.support.server.process import started
 from tests.support.tampering import edit_manifest
 
 Patch = pytest.MonkeyPatch
@@ -150,6 +156,55 @@ def test_files_and_templates(built: Path, tmp_path: Path, cli: Cli) -> None:
     assert_clean(cli, "bench", folder, "--dataset", tmp_path / NASTY)
     assert_clean(cli, NASTY)
     assert_clean(cli, "plan", f"--{NASTY}")
+
+
+def test_an_encoder_and_its_texts(tmp_path: Path, cli: Cli) -> None:
+    folder = shutil.copytree(artifact_of("tiny-bert-optimum"), tmp_path / NASTY)
+    edit_manifest(folder, lambda manifest: manifest["model"].update(name=NASTY))
+    assert_clean(cli, "embed", folder, "--text", NASTY)
+    assert_clean(cli, "embed", folder, "--text", "a", "--tokenizer", tmp_path / f"{NASTY}.json")
+    assert_clean(cli, "embed", tmp_path / f"{NASTY}2", "--text", NASTY)
+    assert_clean(cli, "serve", folder, "--api-key-file", tmp_path / NASTY)
+
+
+def test_mlperf(built: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.cli.conftest.main", mlperf)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    folder = shutil.copytree(built, tmp_path / NASTY)
+    edit_manifest(folder, lambda manifest: manifest["model"].update(name=NASTY))
+    for name, artifact, *options in (
+        (NASTY, folder),
+        ("bert-offline", folder),
+        ("gpt-j-offline", tmp_path / f"{NASTY}2"),
+        ("gpt-j-offline", folder, "--user-conf", tmp_path / NASTY),
+        ("gpt-j-offline", folder, "--dataset", tmp_path / NASTY),
+    ):
+        assert_clean(cli, name, *options, artifact, tmp_path / f"logs{NASTY}")
+
+
+@pytest.mark.slow
+def test_a_server(built: Path, tmp_path: Path) -> None:
+    """Its model, its adapters and its clients have such names: they reach its metrics and answers as they are."""
+    name = f"{NASTY}\n\t\"'\\</script>=cmd|"
+    folder = shutil.copytree(built, tmp_path / NASTY)
+    edit_manifest(folder, lambda manifest: manifest["model"].update(name=name))
+    with started(folder, "--allow-runtime-lora-updating", "--enable-payload-logging") as server:
+        client = httpx.Client(base_url=server.url)
+        assert client.get("/v1/models").json()["data"][0]["id"] == name
+        for model, status in ((name, 200), (f"other{name}", 404)):
+            asked = {"model": model, "prompt": "a", "max_tokens": 1, "user": name}
+            assert client.post("/v1/completions", json=asked).status_code == status
+        adapter = {"lora_name": f"a{name}", "lora_path": f"/nowhere{name}"}
+        assert client.post("/v1/load_lora_adapter", json=adapter).status_code == 400
+        assert client.get("/x%0a%1b[2J").status_code == 404
+        metrics = text_string_to_metric_families(client.get("/metrics").text)
+        labels = [sample.labels for family in metrics for sample in family.samples]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert {label["model_name"] for label in labels if "model_name" in label} == {name}
+    assert STEERING.search(server.output) is None
+    lines = [line for line in server.output.splitlines() if "</script>" in line and not line.startswith("INFO: ")]
+    assert all(NASTY[4:9] in line for line in lines), "the name has not made a line of its own"
 
 
 # -- models --------------------------------------------------------------------------------------------------------
