@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,6 +128,40 @@ def test_mapped_weights_that_are_written_to(folder: Path) -> None:
             outputs(executor)
     with pytest.raises(ArtifactError, match="has changed since it was opened; load it again, or not mapped"):
         Executor(artifact, threads=1, mapped=True)
+
+
+CUT_WITHIN_A_STEP = """
+import os, sys
+from furiosa_llm.runtime import LLM, SamplingParams
+from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.runners import loaded_model
+
+real, cut = loaded_model.mapped_check, []
+
+def mapped_check(artifact):
+    check = real(artifact)
+    def looked_at():
+        check()
+        if cut:  # the step has been let through, and reads what is there no more
+            os.truncate(cut[0], 0)
+    return looked_at
+
+loaded_model.mapped_check = mapped_check
+with LLM.load_artifact(sys.argv[1], threads=1, mapped=True) as llm:
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    llm.generate([[1, 2, 3]], params)
+    cut.append(sys.argv[2])
+    print("cut", flush=True)
+    llm.generate([[1, 2, 3]], params)
+"""
+
+
+@pytest.mark.slow
+def test_mapped_weights_that_are_cut_within_a_step(folder: Path) -> None:
+    """What docs/limits.md says of them: the process ends, by the signal, and gives no token of what is not there."""
+    command = [sys.executable, "-c", CUT_WITHIN_A_STEP, str(folder), str(folder / WEIGHTS)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGBUS, "cut\n"), ended.stderr
 
 
 def test_what_is_mapped_next_to_others_is_told_apart() -> None:
