@@ -27,7 +27,6 @@ REFUSED: Mapping[tuple[str, ...], str] = {
     ("--device-mesh",): FOREIGN["device_mesh"],
     ("--revision",): FOREIGN["revision"],
     ("--fxb",): FOREIGN["fxb"],
-    ("--reasoning-parser",): "answers are given as the model writes them",
     ("--data-parallel-routing-policy",): _ROUTING,
     ("--data-parallel-scoring-profile",): _ROUTING,
     ("--scheduler-kind",): _SCHEDULING,
@@ -40,7 +39,7 @@ REFUSED: Mapping[tuple[str, ...], str] = {
 """The spellings of each option, which takes a value, and why it is refused."""
 
 REFUSED_FLAGS: Mapping[tuple[str, ...], str] = {
-    ("--enable-reasoning",): "answers are given as the model writes them",
+    ("--enable-reasoning",): "give --reasoning-parser alone",
     ("--trust-remote-code",): FOREIGN["trust_remote_code"],
     ("--use-mock-backend",): "the model is really run; a tiny artifact is as good as a mock",
     ("--enable-jit-wiring",): "there is nothing to wire",

@@ -19,14 +19,13 @@ from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.placement.workload import Workload
-from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.settings import REASONING_PARSERS, TOOL_CALL_PARSERS, ServerSettings
 
 if TYPE_CHECKING:
     from furiosa_llm.runtime.engine.launch import Plan
     from furiosa_llm.server.model import Decoder
 
 _NEEDED = ("fastapi", "h11", "prometheus_client", "pydantic", "uvicorn")
-_PARSERS = ("hermes", "llama3_json")
 _BACKENDS = ("auto", "guidance", "xgrammar")
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 _UNLIMITED_LENGTH = 2048
@@ -35,7 +34,8 @@ _GROUPS = {
     "Address and keys": ("host", "port", "api_key", "api_key_file", "allowed_origins", "require_signature"),
     "Model and answers": (
         *("served_model_name", "lora_modules", "allow_runtime_lora_updating", "tokenizer", "chat_template"),
-        *("response_role", "enable_auto_tool_choice", "tool_call_parser", "structured_outputs_backend", "seed"),
+        *("response_role", "enable_auto_tool_choice", "tool_call_parser", "reasoning_parser"),
+        *("structured_outputs_backend", "seed"),
     ),
     "Limits of requests": (
         *("max_concurrency", "max_body_nbytes", "max_connections", "request_timeout", "shutdown_timeout"),
@@ -103,7 +103,8 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @click.option("--chat-template", type=click.Path(path_type=Path), help="File to use instead of the model's own.")
 @options(SERVER, "response_role")
 @click.option("--enable-auto-tool-choice", is_flag=True, help="Look for calls of tools in answers.")
-@click.option("--tool-call-parser", type=click.Choice(_PARSERS), help="How the model writes them.")
+@click.option("--tool-call-parser", type=click.Choice(TOOL_CALL_PARSERS), help="How the model writes them.")
+@click.option("--reasoning-parser", type=click.Choice(REASONING_PARSERS), help="How the model marks what it thinks.")
 @click.option(
     "--structured-outputs-backend", "--guided-decoding-backend", type=click.Choice(_BACKENDS), default="auto",
     show_default=True, expose_value=False, callback=_check_backend, help="No effect: it is llguidance; no xgrammar.",
@@ -211,6 +212,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
         api_keys=keys,
         chat_template=None if template is None else _read(template),
         tool_call_parser=parser,
+        reasoning_parser=options.pop("reasoning_parser"),
         runtime_lora_updating=options.pop("allow_runtime_lora_updating"),
         payload_logging=options.pop("enable_payload_logging"),
         log_stats=not options.pop("disable_log_stats"),

@@ -22,11 +22,12 @@ from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeL
 from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.notes import HEADERS, on_one_line
 from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
+from furiosa_llm.server.reasoning import reasoning_format
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
 from furiosa_llm.server.stats_log import log_stats
 from furiosa_llm.server.text_processes import TextWork
-from furiosa_llm.server.tools import tool_parser
+from furiosa_llm.server.tools import call_format
 
 logger = logging.getLogger(__name__)
 _payloads = logging.getLogger("furiosa_llm.server.payloads")
@@ -64,7 +65,8 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         gate=Gate(settings.max_concurrency),
         metrics=metrics,
         text=text,
-        tool_parser=tool_parser(settings.tool_call_parser),
+        call_format=call_format(settings.tool_call_parser),
+        reasoning_format=reasoning_format(settings.reasoning_parser),
     )
     routers: tuple[tuple[APIRouter, Responses], ...] = (
         (completions.router, GENERATING),

@@ -123,10 +123,11 @@ class ToolCall(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """What the model said."""
+    """What the model said, and what it thought before."""
 
     role: str
     content: str | None
+    reasoning_content: str | None = None
     refusal: None = None
     tool_calls: list[ToolCall] | None = None
 
@@ -155,10 +156,20 @@ class ChatCompletionResponse(BaseModel):
     prompt_token_ids: list[int] | None = None
 
 
-class ToolCallPiece(ToolCall):
-    """A call of a tool, and which of the answer's calls it is."""
+class CalledFunctionPiece(BaseModel):
+    """The function's name, and then its arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallPiece(BaseModel):
+    """What is new of a call of a tool, and which of the answer's calls it is; id and type come with the first piece."""
 
     index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunctionPiece
 
 
 class Delta(BaseModel):
@@ -166,6 +177,7 @@ class Delta(BaseModel):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallPiece] | None = None
 
 

@@ -9,6 +9,24 @@ from typing import Annotated
 from furiosa_llm.runtime.artifact.options import COUNT, POSITIVE, TEXT, Option, check_options
 from furiosa_llm.runtime.errors import InputError
 
+TOOL_CALL_PARSERS = (
+    *(
+        "hermes",
+        "llama3_json",
+        "pythonic",
+        "mistral",
+        "granite",
+        "phi4",
+        "qwen3_coder",
+        "glm45",
+        "minimax_m2",
+        "kimi_k2",
+    ),
+    *("deepseek_v3", "deepseek_v31"),
+)
+REASONING_PARSERS = ("qwen3", "glm45", "deepseek_r1", "minimax_m2", "kimi_k2", "mistral", "granite")
+"""The names of `call_formats`, which the command line knows without loading it."""
+
 
 def is_text(text: str) -> bool:
     """Whether it can be sent: bytes of a command line or file name that are not UTF-8 are no characters."""
@@ -34,6 +52,8 @@ class ServerSettings:
     response_role: Annotated[str, Option("Role of the answers in a chat.", TEXT)] = "assistant"
     tool_call_parser: str | None = None
     """How the model writes calls of tools; None: they are not looked for."""
+    reasoning_parser: str | None = None
+    """How the model marks what it thinks; None: that is a part of its answers."""
     runtime_lora_updating: bool = False
     """Whether clients may load and unload adapters, from paths on the server's machine."""
     payload_logging: bool = False

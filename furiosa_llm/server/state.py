@@ -12,13 +12,13 @@ from pydantic import BaseModel
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+from furiosa_llm.server.call_formats import CallFormat, ReasoningFormat
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Gate, Generator
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder, Embedder, ServedModel
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.text_processes import TextWork
-from furiosa_llm.server.tools import ToolParser
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -37,8 +37,10 @@ class ServerState:
     """What `/metrics` shows."""
     text: TextWork
     """Reads, renders and tokenizes what clients send."""
-    tool_parser: ToolParser | None
-    """How calls of tools are found; None: they are not looked for."""
+    call_format: CallFormat | None
+    """How calls of tools are written; None: they are not looked for."""
+    reasoning_format: ReasoningFormat | None
+    """How the model marks what it thinks; None: that is not looked for."""
     started: float = field(default_factory=time.monotonic)
     """When the server was made, by the monotonic clock."""
 

@@ -68,12 +68,7 @@ async def optional(
     schema = None if response_format is None else response_format.wanted_schema()
     if schema is not None and response_format is not None:
         if not writing.syntax.trigger:
-            raise ApiError(
-                400,
-                "response_format and tools exclude each other on this server, whose model writes calls as plain JSON; "
-                "leave one out, or force a call by tool_choice",
-                param="response_format",
-            )
+            raise _either_or()
         schema = await _kept_to(schema, response_format.strict, _SCHEMA)
         await _compiled("response_format", _SCHEMA, json=schema)
         functions = await _functions(list(enumerate(tools)), strict_only=False)
@@ -82,6 +77,23 @@ async def optional(
         return None
     functions = await _functions(list(enumerate(tools)), strict_only=True)
     return await _compiled("tools", grammar=CallGrammar(functions, writing).or_text())
+
+
+def check_unconstrained(tools: Sequence[Tool], response_format: ResponseFormat | None) -> None:
+    """Refuses formats beside calls whose own form is no grammar, and says that strict tools are not kept to."""
+    if response_format is not None and response_format.wanted_schema() is not None:
+        raise _either_or()
+    if any(tool.function.strict for tool in tools):
+        note(DROPPED, "tools: strict: calls in the model's format cannot be constrained")
+
+
+def _either_or() -> ApiError:
+    return ApiError(
+        400,
+        "response_format and tools exclude each other on this server, by the way its model writes calls; leave one "
+        "out, or force a call by tool_choice",
+        param="response_format",
+    )
 
 
 async def _functions(tools: Sequence[tuple[int, Tool]], *, strict_only: bool) -> list[CallableFunction]:

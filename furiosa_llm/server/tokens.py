@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 
 from furiosa_llm.runtime.requests.prompts import check_token_ids
 from furiosa_llm.server.body_route import BodyRoute
-from furiosa_llm.server.chat import prompt_of
+from furiosa_llm.server.chat_service import prompt_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import DetokenizeRequest, TokenizeRequest
 from furiosa_llm.server.responses import DetokenizeResponse, TokenizeResponse, TokenizerInfoResponse

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
+from furiosa_llm.server.call_formats import CALL_FORMATS, CallFormat
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.requests import AllowedToolChoice, ChatCompletionRequest, NamedToolChoice
-from furiosa_llm.server.structured import forced, optional, structured_outputs
+from furiosa_llm.server.structured import check_unconstrained, forced, optional, structured_outputs
 from furiosa_llm.server.tool_grammar import CallWriting
-from furiosa_llm.server.tools import HermesFinder, ToolFinder, ToolParser
+from furiosa_llm.server.tools import ToolFinder
 
 
 class Tools:
-    """The tools of a request; raises an ApiError if it makes no sense, or needs a `parser` that is missing.
+    """The tools of a request; raises an ApiError if it makes no sense, or needs a `form` of calls that is missing.
 
     `tags` are the tokens of the form `<...>` that the model has.
 
@@ -22,7 +23,7 @@ class Tools:
     only_one: whether an answer has one call at most.
     """
 
-    def __init__(self, body: ChatCompletionRequest, parser: ToolParser | None, tags: Collection[str]) -> None:
+    def __init__(self, body: ChatCompletionRequest, form: CallFormat | None, tags: Collection[str]) -> None:
         choice = body.tool_choice
         self._body = body
         self._tools = body.tools or []
@@ -41,7 +42,7 @@ class Tools:
             raise ApiError(
                 400, f"tool_choice names {self.chosen!r:.80}, which is not among the tools", param="tool_choice"
             )
-        if self.shown and parser is None and not self._forced:
+        if self.shown and form is None and not self._forced:
             raise ApiError(
                 400,
                 "tools need a server that was started with --enable-auto-tool-choice and --tool-call-parser; or give "
@@ -50,11 +51,15 @@ class Tools:
             )
         self._tags = tags
         # A call that is forced may be written in any way that can be read again.
-        self._parser: ToolParser = parser or HermesFinder
+        can_be_forced = form is not None and form.syntax is not None
+        self._form = form if form is not None and (can_be_forced or not self._forced) else CALL_FORMATS["hermes"]
 
-    def finder(self) -> ToolFinder | None:
-        """For one answer; None if there is nothing to look for."""
-        return self._parser(self._names) if self.shown else None
+    def finder(self, *, streams: bool) -> ToolFinder | None:
+        """For one answer, which comes in pieces or as a whole; None if there is nothing to look for."""
+        if not self.shown:
+            return None
+        functions = {tool.function.name: tool.function.parameters or {} for tool in self._tools}
+        return ToolFinder(self._form, functions, streams=streams)
 
     @property
     def form_field(self) -> str:
@@ -74,7 +79,10 @@ class Tools:
                 f"{body.form_field} and tools exclude each other; leave one out, or give tool_choice 'none'",
                 param=body.form_field,
             )
-        writing = CallWriting(syntax=self._parser.syntax, tags=self._tags, several=not self.only_one)
+        if self._form.syntax is None:
+            check_unconstrained(self._tools, body.response_format)
+            return None
+        writing = CallWriting(syntax=self._form.syntax, tags=self._tags, several=not self.only_one)
         if self._forced:
             return await forced(self._tools, self.chosen, writing)
         return await optional(self._tools, body.response_format, writing)

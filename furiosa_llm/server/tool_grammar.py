@@ -57,7 +57,7 @@ class CallGrammar:
     def __init__(self, functions: Sequence[CallableFunction], writing: CallWriting) -> None:
         self._functions = functions
         self._syntax = writing.syntax
-        self._tags = sorted(writing.tags)
+        self._tags = sorted(tag for tag in writing.tags if tag.isascii())
         self._several = writing.several
 
     def forced(self) -> str:

@@ -340,9 +340,39 @@ def _loaded(text: str, file: str, config: Mapping[str, Any]) -> tokenizers.Token
     return _of_text(text, config)
 
 
+_MARKS = (
+    *("<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "<think>", "</think>", "[THINK]", "[/THINK]"),
+    *("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<minimax:tool_call>", "</minimax:tool_call>"),
+    *("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>"),
+    *("<|tool_call_argument_begin|>", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>"),
+    *(
+        "<｜tool▁call▁end｜>",
+        "<｜tool▁sep｜>",
+        "<arg_key>",
+        "</arg_key>",
+        "<arg_value>",
+        "</arg_value>",
+        "◁think▷",
+        "◁/think▷",
+    ),
+)
+"""What models write around calls of tools and thoughts: text to who reads them, special in some files."""
+
+
+def _with_marks_as_text(text: str) -> str:
+    """A tokenizer.json in which marks are no special tokens, which texts are without."""
+    if not any(json.dumps(mark, ensure_ascii=False)[1:-1] in text for mark in _MARKS):
+        return text
+    written = json.loads(text)
+    for token in written.get("added_tokens", ()):
+        if token.get("content") in _MARKS:
+            token["special"] = False
+    return json.dumps(written, ensure_ascii=False)
+
+
 @_in_library
 def _of_text(text: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer.from_str(text)
+    tokenizer = tokenizers.Tokenizer.from_str(_with_marks_as_text(text))
     # Some files ask for prompts to be cut, or filled up to a fixed length, which no caller here expects.
     tokenizer.no_truncation()
     tokenizer.no_padding()

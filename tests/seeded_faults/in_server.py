@@ -23,7 +23,7 @@ SERVER = (
     ),
     Fault(
         name="every stop is a call of a tool",
-        file="furiosa_llm/server/chat.py",
+        file="furiosa_llm/server/chat_service.py",
         old='reason == "stop" and self.num_calls and not self._is_named',
         new='reason == "stop" and not self._is_named',
         effect="clients wait for calls of tools behind every answer",
@@ -80,15 +80,15 @@ SERVER = (
     Fault(
         name="tools that were not offered are called",
         file="furiosa_llm/server/tools.py",
-        old=" or name not in self._names or",
-        new=" or",
+        old=" and name in self._functions else None\n            if shown",
+        new=" else None\n            if shown",
         effect="clients are asked to call functions that they do not have",
         hints=("tests/server/test_tools.py",),
     ),
     Fault(
         name="a tag in pieces is text",
         file="furiosa_llm/server/tools.py",
-        old="keep = _overlap(self._held, tag)",
+        old="keep = max((overlap(self._held, tag) for tag in self._form.opens), default=0)",
         new="keep = 0",
         effect="calls of tools in streams come as text, with half a tag",
         hints=("tests/server/test_tools.py",),

@@ -10,8 +10,9 @@ from tokenizers import AddedToken
 
 from furiosa_llm.runtime.tokens.grammar import Grammars
 from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
+from furiosa_llm.server.call_formats import CALL_FORMATS
 from furiosa_llm.server.tool_grammar import CallableFunction, CallGrammar, CallWriting
-from furiosa_llm.server.tools import TOOL_PARSERS
+from furiosa_llm.server.tools import ToolFinder, whole_calls
 from tests.support.runtime import tokenizer_kinds
 
 DAYS = {
@@ -41,7 +42,9 @@ BOTH = pytest.mark.parametrize("parser", list(WRITE))
 
 
 def grammar(parser: str, *, several: bool = True) -> CallGrammar:
-    return CallGrammar(FUNCTIONS, CallWriting(syntax=TOOL_PARSERS[parser].syntax, tags=(), several=several))
+    syntax = CALL_FORMATS[parser].syntax
+    assert syntax is not None
+    return CallGrammar(FUNCTIONS, CallWriting(syntax=syntax, tags=(), several=several))
 
 
 def takes(text: str, grammar_text: str) -> bool:
@@ -65,11 +68,12 @@ def test_forced_calls(parser: str) -> None:
     assert not takes(two, single)
     for text in ("", "text", f"{one}!", write("rain", '{"days": 0}'), write("rain", "{}"), write("snow", "{}")):
         assert not takes(text, several)
-    finder = TOOL_PARSERS[parser]([function.name for function in FUNCTIONS])
-    found = [finder.push(two), finder.flush()]
-    calls = [(call.function.name, json.loads(call.function.arguments)) for part in found for call in part.calls]
+    finder = ToolFinder(CALL_FORMATS[parser], [function.name for function in FUNCTIONS])
+    found = finder.push(two)
+    found.add(finder.flush())
+    calls = [(call.function.name, json.loads(call.function.arguments)) for call in whole_calls(found.calls)]
     assert calls == [("rain", {"days": 3}), ('odd "näme"/', {"x": [1]})]
-    assert "".join(part.content for part in found) == ""
+    assert found.content == ""
 
 
 def test_calls_or_json() -> None:
@@ -110,7 +114,9 @@ def test_tags_that_are_tokens_are_written_as_tokens(mode: str) -> None:
     wider = plain._tokenizer
     wider.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("</tool_call>", special=False)])
     assert plain.tags == {"<tool>", "<tool_call>", "</tool_call>"}
-    writing = CallWriting(syntax=TOOL_PARSERS["hermes"].syntax, tags=plain.tags, several=False)
+    syntax = CALL_FORMATS["hermes"].syntax
+    assert syntax is not None
+    writing = CallWriting(syntax=syntax, tags=plain.tags, several=False)
     text = getattr(CallGrammar(FUNCTIONS[:1], writing), mode)()
     constraint = Grammars(plain).compile(StructuredOutputsParams(grammar=text).llguidance_grammar).start([])
     letters = tokenizer_kinds._byte_letters()
