@@ -8,13 +8,13 @@ from .errors import OutputError as OutputError
 from .errors import PlanError as PlanError
 from .errors import ShapeError as ShapeError
 from .errors import UnsupportedModelError as UnsupportedModelError
-from .model_plan import ModelPlan as ModelPlan
 from .model_plan import plan_model as plan_model
 from .plan.tactics import Tactics as Tactics
 from .plan.tactics import read_tactics as read_tactics
+from .plan_figures import ModelPlan as ModelPlan
 from .reshard import reshard as reshard
 from .reuse import build_by_plan_of as build_by_plan_of
-from .write.report import BuildReport as BuildReport
-from .write.report import Decision as Decision
+from .write.build_report import BuildReport as BuildReport
+from .write.build_report import Decision as Decision
 
 __all__: list[str]

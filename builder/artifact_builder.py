@@ -14,7 +14,7 @@ from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source.folder import default_name, find_model, models_folder, variants
 from furiosa_llm.builder.source.from_artifact import load_with_weights
-from furiosa_llm.builder.write.report import BuildReport
+from furiosa_llm.builder.write.build_report import BuildReport
 from furiosa_llm.runtime.artifact.adapters.files import read_adapter
 from furiosa_llm.runtime.artifact.adapters.stored import check_name
 from furiosa_llm.runtime.artifact.progress import Progress, shown

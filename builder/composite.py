@@ -12,8 +12,8 @@ from pathlib import Path
 from furiosa_llm.builder.errors import ModelLoadError, OptionError, UnsupportedModelError
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.source.generation_tokens import end_tokens, start_token
+from furiosa_llm.builder.write.build_report import BuildReport
 from furiosa_llm.builder.write.output_folder import output_folder
-from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.composite import open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import (
     PART_NAMES,

@@ -10,20 +10,20 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.lower.build import Build
-from furiosa_llm.builder.lower.kernels import MissingKernel, missing_kernels
-from furiosa_llm.builder.lower.step_costs import StepCosts, step_costs
+from furiosa_llm.builder.lower.kernels import missing_kernels
+from furiosa_llm.builder.lower.step_costs import step_costs
 from furiosa_llm.builder.lower.weight_reads import weight_reads
 from furiosa_llm.builder.lower.working_memory import FactsOfStep, WorkingMemory, facts_at, working_memory
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.annotations import annotate, write_annotated
-from furiosa_llm.builder.plan.explain import Explained, explain
+from furiosa_llm.builder.plan.explain import explain
 from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
+from furiosa_llm.builder.plan_figures import SHOWN_BATCH, SHOWN_CARDS, CollectiveCost, ModelPlan, Room, SizePlan
 from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.source.folder import find_model
 from furiosa_llm.builder.source.tensors import weights_of
@@ -40,110 +40,6 @@ from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_L
 
 CHUNKS = (DEFAULT_CHUNK_SIZE, 128, 64, 32)
 """The prefill chunks that are tried where the caller does not choose one."""
-SHOWN_CARDS = (1, 2, 3, 4, 8, 16, 32)
-"""The numbers of cards in the table of rooms, beside the least that fits."""
-SHOWN_BATCH = 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class CollectiveCost:
-    """Equal collectives of one decoded token of one sequence."""
-
-    kind: str
-    parts: int
-    """How many ranks take part."""
-    nbytes: int
-    """What the collective gives each rank."""
-    count: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """How many sequences fit at once, with the number of stages that leaves the most room."""
-
-    cards: int
-    context: int
-    sequences: int
-    """All replicas together; 0 if the model does not fit."""
-    pipeline_parallel_size: int
-    data_parallel_size: int
-    """Both are 0 if it does not."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SizePlan:
-    """The plan for one tensor parallel size. Bytes are of one PE unless said otherwise."""
-
-    tensor_parallel_size: int
-    weight_nbytes: int
-    replicated_nbytes: int
-    """The weights that every PE holds alike."""
-    padding_nbytes: int
-    """The zeros that pad the weights, of all PEs together."""
-    state_nbytes: int
-    """KV cache at the workload's context and batch."""
-    state_nbytes_per_token: int
-    activation_nbytes: int | None
-    """Values that wait between segments, in the larger of a decode and a prefill step; None if the program does not
-    state their sizes."""
-    working: WorkingMemory | None
-    """The most bytes alive at once in those steps, also inside segments; None if the model does not take the workload's
-    sizes. The engine does not admit requests by this number."""
-    working_chunk: int | None
-    """The largest of `CHUNKS`, up to the plan's, with which that is no more than a PE has; None if there is none."""
-    collectives: tuple[CollectiveCost, ...]
-    choices: tuple[Explained, ...]
-    replicated: tuple[str, ...]
-    """Ops that are replicated because no rule can split them, and why."""
-    num_blocks: int
-    """A pipeline stage is a run of blocks."""
-    read_nbytes: tuple[int, int]
-    """Weights that a decode step reads: at least, if all sequences choose the same experts, and at most."""
-    floor_us: float
-    """The time to read the least of them at the PE's memory bandwidth: with one stage no decode step is faster."""
-    prefill_chunk_size: int
-    """The chunk that was asked for, or else the largest of `CHUNKS` with which the fewest cards suffice."""
-    fewest: Deployment | None
-    """The deployment on the fewest cards that fits; None if none of those tried does."""
-    longest: int
-    """The most tokens of each of `SHOWN_BATCH` sequences on `fewest`, all replicas together; 0 without a cache. Where
-    nothing fits, the most tokens with which the workload does on the most cards; 0 if it never does."""
-    deployments: tuple[Deployment, ...]
-    """One for each number of cards that was tried and that a topology takes."""
-    rooms: tuple[Room, ...]
-    """How many sequences fit at once, by cards and context; empty without a cache."""
-    costs: StepCosts | None
-    """What any step costs a PE, in the model's own types; None if not asked for, or for a model that takes no steps."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPlan:
-    """What `furiosa-llm plan` shows."""
-
-    model: str
-    num_nodes: int
-    """Nodes of the normalised graph."""
-    num_parameters: int
-    """Elements of the model's floating point and quantised weights of two or more dimensions, and of vectors."""
-    nbytes: int
-    """Bytes of the model's weights."""
-    dtypes: Mapping[str, int]
-    """Bytes of the weights by their type, most first."""
-    state_dtypes: tuple[str, ...]
-    """The types of the caches."""
-    max_sequence_length: int | None
-    """The model's own limit; None if its files do not say."""
-    workload: Workload
-    plans: tuple[SizePlan, ...]
-    compute: str | None
-    """The type to compute in; None: the model's own."""
-    missing_kernels: tuple[MissingKernel, ...]
-    """What has no CPU kernel on this machine, computed in the model's own types."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
-        sizes = {"context": self.workload.max_model_len, "batch": self.workload.max_batch_size}
-        return {**dataclasses.asdict(self), "workload": sizes}
 
 
 @shown()
@@ -165,7 +61,7 @@ def plan_model(
     fixed: Mapping[str, int] | None = None,
     lora_modules: Sequence[str] = (),
     costs: bool = False,
-) -> tuple[ModelPlan, tuple[Build, ...]]:
+) -> ModelPlan:
     """Plan a model; the files of its weights need not exist, and are not read.
 
     Args:
@@ -189,7 +85,7 @@ def plan_model(
         costs: Also find what any step costs.
 
     Returns:
-        The figures for people, and the builds with the plans and programs that they describe, one for each size.
+        The figures, which `print` and notebooks show in tables, with the builds that they describe, one for each size.
     """
     options = BuildOptions(
         dims=dict(dims or {}),
@@ -217,7 +113,7 @@ def plan_model(
     dtypes: Counter[str] = Counter()
     for tensor in tensors:
         dtypes[tensor.dtype.numpy().name] += tensor.nbytes
-    plan = ModelPlan(
+    return ModelPlan(
         model=str(path),
         num_nodes=len(analysed.model.graph),
         num_parameters=sum(tensor.size for tensor in tensors),
@@ -231,8 +127,8 @@ def plan_model(
         ),
         compute=compute,
         missing_kernels=missing_kernels(builds[0]),
+        builds=builds,
     )
-    return plan, builds
 
 
 def write_annotated_plan(build: Build, path: str | os.PathLike[str], stages: int = 1) -> None:

@@ -38,8 +38,9 @@ from furiosa_llm.builder.shapes.roles import find_roles, read_role
 from furiosa_llm.builder.source.companions import read_json
 from furiosa_llm.builder.source.load import Source, load
 from furiosa_llm.builder.write.artifact import write_artifact
+from furiosa_llm.builder.write.build_report import BuildReport
 from furiosa_llm.builder.write.output_folder import output_folder
-from furiosa_llm.builder.write.report import BuildReport, report_of
+from furiosa_llm.builder.write.report import report_of
 from furiosa_llm.builder.write.streaming import MAX_WORKERS
 from furiosa_llm.runtime.artifact.adapters.files import AdapterFile
 from furiosa_llm.runtime.artifact.json_reader import Field

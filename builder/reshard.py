@@ -10,7 +10,7 @@ from furiosa_llm.builder.composite import build_parts
 from furiosa_llm.builder.options import recorded_options
 from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.source.from_artifact import source_of
-from furiosa_llm.builder.write.report import BuildReport
+from furiosa_llm.builder.write.build_report import BuildReport
 from furiosa_llm.runtime.artifact.adapters.stored import own_adapters, read_own
 from furiosa_llm.runtime.artifact.composite import is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import ArtifactError

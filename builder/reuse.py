@@ -14,8 +14,8 @@ from furiosa_llm.builder.pipeline import Assembly
 from furiosa_llm.builder.source.folder import default_name
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.source.load import Source
+from furiosa_llm.builder.write.build_report import BuildReport
 from furiosa_llm.builder.write.onnx_files import source_proto
-from furiosa_llm.builder.write.report import BuildReport
 from furiosa_llm.runtime.artifact.graphs import all_graphs
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.progress import Progress, shown

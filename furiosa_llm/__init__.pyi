@@ -2,6 +2,8 @@
 
 from .builder import ArtifactBuilder as ArtifactBuilder
 from .builder import BuildReport as BuildReport
+from .builder import ModelPlan as ModelPlan
+from .builder import plan_model as plan_model
 from .runtime import LLM as LLM
 from .runtime import AsyncEngineArgs as AsyncEngineArgs
 from .runtime import AsyncLLMEngine as AsyncLLMEngine

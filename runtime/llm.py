@@ -61,6 +61,7 @@ class LLM(Closing):
         **options: Any,
     ) -> None:
         args = EngineArgs(model, **refuse_foreign_options(options))
+        self._folder = os.fspath(model)
         with shown(use_tqdm_on_load):
             self._model = _load(args, skip_engine=skip_engine)
 
@@ -81,6 +82,12 @@ class LLM(Closing):
         raise UnsupportedError(
             "from_artifacts: the vendor's artifacts of before 2025 hold no ONNX model; build one, and use load_artifact"
         )
+
+    def __repr__(self) -> str:
+        kind = type(self._model).__name__.lower()
+        limit = "any number of" if self.model_max_seq_len is None else f"at most {self.model_max_seq_len}"
+        place = "one replica of one stage" if self.topology is None else str(self.topology)
+        return f"<LLM {self._folder}: {kind}, {limit} tokens, {place}>"
 
     @property
     def tokenizer(self) -> Tokenizer:

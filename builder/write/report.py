@@ -1,4 +1,4 @@
-"""What a build did, for people (the closing table) and for programs (`plan` in the manifest)."""
+"""What a build did: its report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from furiosa_llm.builder.factors.analysis import Analysis
@@ -17,76 +17,13 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.assignment_json import assignment_json
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.source.tensors import weights_of
+from furiosa_llm.builder.write.build_report import BuildReport, Decision
 from furiosa_llm.builder.write.shards import num_shards
 from furiosa_llm.builder.write.wants import wants
 from furiosa_llm.builder.write.whole import shortfalls
-from furiosa_llm.runtime.artifact.compute import Float32Memory, float32_memory
+from furiosa_llm.runtime.artifact.compute import float32_memory
 from furiosa_llm.runtime.artifact.layout import Mesh, global_size
 from furiosa_llm.runtime.artifact.manifest import Manifest
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """How one group of factors is split."""
-
-    role: str
-    """The factors' name for people, as in `furiosa-llm plan`."""
-    size: int
-    count: int
-    """How many factors (usually one per layer) play this part."""
-    axes: tuple[int, ...]
-    parts: int
-    padded_size: int
-    where: str
-    """The weights that the factors occur in."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class BuildReport:
-    """The result of a build. Bytes are of one rank and one decoded token unless said otherwise."""
-
-    artifact: str
-    """Path of the folder that was written."""
-    tensor_parallel_size: int
-    weight_nbytes: int
-    """Bytes of weights that each rank reads."""
-    replicated_nbytes: int
-    """The part of `weight_nbytes` that is the same on every rank."""
-    padding_nbytes: int
-    """Bytes of zeros that are stored for padding, of all ranks together."""
-    model_nbytes: int
-    """Bytes of the original model's weights."""
-    stored_nbytes: int
-    """Bytes of the weights files."""
-    state_nbytes_per_token: int
-    """KV cache, per rank and position."""
-    collectives: Mapping[str, int]
-    collective_nbytes: int
-    """Payload that one rank receives for a decoded token."""
-    decisions: tuple[Decision, ...]
-    replicated: tuple[str, ...]
-    """Weights that are on every rank, largest first, and why."""
-    notes: tuple[str, ...]
-    """Ops that were replicated because they have no better rule."""
-    fused_attentions: int
-    """How many attentions became one op with its cache."""
-    attentions_left: tuple[str, ...]
-    """A line for each attention that was left as it is, and why."""
-    shortfalls: tuple[str, ...]
-    """A line for each large weight that is whole, and for each split that takes many collectives, with the cause."""
-    warnings: tuple[str, ...]
-    """What will not work for want of a file beside the model."""
-    faults: tuple[str, ...]
-    """Where program and manifest alone do not prove that the split model computes the unsplit one; empty: they do."""
-    missing_kernels: tuple[MissingKernel, ...]
-    """What the program has no CPU kernels for on this machine; it may have them where it computes in float32."""
-    float32: Float32Memory | None
-    """What computing in float32 converts and takes; None if nothing is narrower."""
-    num_nodes: int
-    seconds: float
-    peak_rss_nbytes: int
-    parts: tuple[BuildReport, ...] = ()
-    """For a composite artifact, the reports of its parts, which this report sums up."""
 
 
 def report_of(

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
@@ -21,7 +20,6 @@ from furiosa_llm.cli.options import PROGRESS, Command, FixedInput, GivenRole, Na
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.options import declared
-from furiosa_llm.runtime.artifact.units import nbytes
 
 if TYPE_CHECKING:
     from furiosa_llm.builder import BuildReport
@@ -35,10 +33,6 @@ WORKERS = click.option(
     type=int,
     help="Threads that read, cut, hash and write weights, 1 to 5; the bytes do not depend on it.  [default: 5]",
 )
-_SHOWN_REPLICATED = 3
-_SHOWN_LEFT = 6
-_MOSTLY_WHOLE = 1.3
-"""Times what an even split would leave on a PE."""
 
 
 def planning_options(command: Command) -> Command:
@@ -159,67 +153,11 @@ def print_report(report: BuildReport, *, as_json: bool) -> None:
     if as_json:
         echo_json(dataclasses.asdict(report))
         return
-    for part in report.parts or (report,):
-        Console().print(closing_table(part), crop=False)
-    if report.parts:
-        num_own_notes = len(report.notes) - sum(len(part.notes) for part in report.parts)
-        for note in report.notes[:num_own_notes]:
-            line(f"note: {note}")
-        shown = ", ".join(Path(part.artifact).name for part in report.parts)
-        line(
-            f"{report.artifact}: {shown} in one artifact, {nbytes(report.stored_nbytes)} of weights, "
-            f"{report.seconds:.1f} s"
-        )
+    for one in report.shown():
+        if isinstance(one, Text):
+            line(one.plain)
+        else:
+            Console().print(one, crop=False)
     for warning in report.warnings:
         line(f"warning: {warning}", err=True)
     line("Artifact Build Completed")
-
-
-def closing_table(report: BuildReport) -> Table:
-    """What was built, per PE and per token."""
-    table = Table(
-        title=f"{report.artifact}: tensor parallel over {report.tensor_parallel_size} PEs", title_justify="left"
-    )
-    table.add_column("per PE")
-    table.add_column("", overflow="fold")
-    share = report.weight_nbytes / report.model_nbytes if report.model_nbytes else 0.0
-    if share * report.tensor_parallel_size > _MOSTLY_WHOLE:
-        cause = f": {report.shortfalls[0]}" if report.shortfalls else ""
-        table.add_row("not well split", f"each PE has {share:.1%} of the weights{escape(cause)}")
-    table.add_row("weights", f"{nbytes(report.weight_nbytes)} of {nbytes(report.model_nbytes)} ({share:.1%})")
-    table.add_row("KV cache per token", nbytes(report.state_nbytes_per_token))
-    counts = ", ".join(f"{count} {kind}" for kind, count in report.collectives.items()) or "none"
-    table.add_row("collectives per token", f"{counts}: {nbytes(report.collective_nbytes)}")
-    for decision in report.decisions:
-        padded = f", padded to {decision.padded_size}" if decision.padded_size != decision.size else ""
-        what = f"{decision.role}, {decision.size} over {decision.parts} PEs{padded} ({decision.count}x)"
-        table.add_row(f"split: {what}", decision.where)
-    shown = "; ".join(report.replicated[:_SHOWN_REPLICATED])
-    more = len(report.replicated) - _SHOWN_REPLICATED
-    rest = f"; {more} smaller" if more > 0 else ""
-    table.add_row("replicated", f"{nbytes(report.replicated_nbytes)}: {shown}{rest}" if shown else "nothing")
-    left = report.attentions_left
-    if report.fused_attentions or left:
-        table.add_row("attention", f"{report.fused_attentions} fused, {len(left)} left as they are")
-    for reason in left[:_SHOWN_LEFT]:
-        table.add_row("attention left", reason)
-    if len(left) > _SHOWN_LEFT:
-        table.add_row("attention left", f"{len(left) - _SHOWN_LEFT} more, see plan.attention in manifest.json")
-    for missing in report.missing_kernels:
-        table.add_row("no kernel here", escape(str(missing)))
-    if report.float32 is not None:
-        table.add_row("in float32", f"{report.float32} (--compute float32)")
-    for note in (*report.notes, *map(escape, report.shortfalls[:_SHOWN_LEFT])):
-        table.add_row("note", note)
-    table.add_row("static proof", _proof(report))
-    padding = f", {nbytes(report.padding_nbytes)} of them padding" if report.padding_nbytes else ""
-    table.add_row("stored, all PEs", f"{nbytes(report.stored_nbytes)}{padding}")
-    table.add_row("build", f"{report.seconds:.1f} s, peak memory {nbytes(report.peak_rss_nbytes)}")
-    return table
-
-
-def _proof(report: BuildReport) -> str:
-    """Whether the program that was written proves itself."""
-    if not report.faults:
-        return "complete: program and manifest alone show where every value lies"
-    return f"INCOMPLETE in {len(report.faults)} places, use `furiosa-llm verify`; the first: {report.faults[0]}"

@@ -95,7 +95,7 @@ def plan(
     with working(progress):
         from furiosa_llm.builder.model_plan import plan_model, write_annotated_plan
 
-        planned, builds = plan_model(
+        planned = plan_model(
             model,
             tensor_parallel_sizes=tensor_parallel_size,
             fuse_attention=fuse_attention and emit_onnx is None,
@@ -104,18 +104,20 @@ def plan(
         )
         if emit_onnx is not None:
             tell("writing the annotated model")
-            write_annotated_plan(builds[0], emit_onnx, pipeline_parallel_size)
+            write_annotated_plan(planned.builds[0], emit_onnx, pipeline_parallel_size)
     if as_json:
         echo_json(planned.to_json())
     elif show_roles:
         from furiosa_llm.builder.lower.interface import interface_of
 
-        Console().print(_roles(interface_of(builds[0])), crop=False)
+        Console().print(_roles(interface_of(planned.builds[0])), crop=False)
         return
     else:
-        from furiosa_llm.cli.plan_tables import show_plan
-
-        show_plan(planned, explain=explain)
+        console = Console(soft_wrap=True, highlight=False, markup=False)
+        for one in planned.shown(explain=explain):
+            console.print(one)
+        if not explain:
+            console.print("\n--explain shows what is split and why, and every number of cards.")
         if planned.missing_kernels and planned.compute is None:
             from furiosa_llm.builder.lower.kernels import described
 

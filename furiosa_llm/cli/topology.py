@@ -16,7 +16,6 @@ from furiosa_llm.cli.terminal import Console, cell
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.units import counted, nbytes
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError
-from furiosa_llm.runtime.placement.devices import format_pes
 from furiosa_llm.runtime.placement.workload import DEFAULT_LENGTH, Workload
 
 if TYPE_CHECKING:
@@ -146,9 +145,7 @@ def _show(report: _Report) -> None:
 
 
 def _title(report: _Report) -> str:
-    placed = report.topology
-    sizes = f"tp {placed.tensor_parallel_size} x pp {placed.pipeline_parallel_size} x dp {placed.data_parallel_size}"
-    return f"{report.name}: {sizes} = {counted(len(placed.pes), 'PE')} on {format_pes(placed.pes)}"
+    return f"{report.name}: {report.topology}"
 
 
 def _drawing(report: _Report) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import IO
 
@@ -17,6 +18,9 @@ _STEERING = (
 )
 ESCAPES = {code: f"\\u{code:04x}" for code in _STEERING}
 """As JSON writes them, so that a document stays what it is."""
+
+_WIDTH = 120
+_NOTEBOOK = '<pre style="white-space: pre; overflow-x: auto; line-height: normal; font-family: monospace">{code}</pre>'
 
 
 class Console(rich.console.Console):
@@ -40,3 +44,29 @@ class Console(rich.console.Console):
         """The segments of `renderable`."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(segment.text.translate(ESCAPES), segment.style)
+
+
+def text(*shown: rich.console.RenderableType, markup: bool = True) -> str:
+    """What a terminal of `_WIDTH` columns would show, without colours."""
+    return _recorded(shown, markup).export_text().rstrip()
+
+
+def html(*shown: rich.console.RenderableType, markup: bool = True) -> str:
+    """The same for a notebook, with colours."""
+    return _recorded(shown, markup).export_html(inline_styles=True, code_format=_NOTEBOOK)
+
+
+def _recorded(shown: Iterable[rich.console.RenderableType], markup: bool) -> Console:
+    console = Console(
+        file=io.StringIO(),
+        record=True,
+        width=_WIDTH,
+        force_jupyter=False,
+        force_terminal=False,
+        soft_wrap=True,
+        highlight=False,
+        markup=markup,
+    )
+    for one in shown:
+        console.print(one, crop=False)
+    return console

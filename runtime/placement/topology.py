@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from furiosa_llm.runtime.artifact.card import FUSIBLE, PES_PER_CARD
+from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.runtime.errors import TopologyError
 from furiosa_llm.runtime.placement.devices import MAX_CARDS, PE, format_pes, parse_devices
 
@@ -35,6 +36,10 @@ class Topology:
     def pes(self) -> tuple[PE, ...]:
         """Every PE that is used, sorted."""
         return tuple(sorted(pe for stages in self.replicas for group in stages for pe in group))
+
+    def __str__(self) -> str:
+        sizes = f"tp {self.tensor_parallel_size} x pp {self.pipeline_parallel_size} x dp {self.data_parallel_size}"
+        return f"{sizes} = {counted(len(self.pes), 'PE')} on {format_pes(self.pes)}"
 
     def as_dict(self) -> dict[str, int | str]:
         """The sizes, and the PEs as `devices`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,13 +17,13 @@ from furiosa_llm.builder import OptionError, plan_model
 from furiosa_llm.builder.lower.program_builder import INLINE_NBYTES
 from furiosa_llm.builder.lower.weight_reads import weight_reads
 from furiosa_llm.builder.lower.working_memory import facts_at, working_memory
-from furiosa_llm.builder.model_plan import ModelPlan, SizePlan
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.plan.explain import Explained
+from furiosa_llm.builder.plan_figures import ModelPlan, SizePlan
 from furiosa_llm.builder.write.artifact import planned
-from furiosa_llm.cli.plan_tables import show_plan
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.runtime.artifact.console import Console
 from furiosa_llm.runtime.placement.capacity import stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.workload import Workload
@@ -55,7 +56,7 @@ FAST = {"qwen2.5-0.5b-dynamo-op21-fp32"}
 
 @functools.cache
 def plan_of(path: Path, tp: int, context: int | None = None, batch: int = 1) -> SizePlan:
-    found, _ = plan_model(path, tensor_parallel_sizes=(tp,), context=context, batch=batch)
+    found = plan_model(path, tensor_parallel_sizes=(tp,), context=context, batch=batch)
     return found.plans[0]
 
 
@@ -69,11 +70,13 @@ def test_full_size_graphs(
     name: str, graphs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2L+1 AllReduces (two a layer and one for the embedding), one AllGather of the scores, and the verdict first."""
-    found, _ = plan_model(graphs / name / "model.onnx")
+    found = plan_model(graphs / name / "model.onnx")
     monkeypatch.setenv("COLUMNS", "80")
-    show_plan(found, explain=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)  # as the command shows it, but for two lines
+    for one in found.shown():
+        console.print(one)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 40
+    assert len(lines) <= 38
     for line, plan in zip(lines[1:3], found.plans, strict=True):
         assert plan.fewest is not None
         cards = f"{plan.fewest.cards} card{'s' if plan.fewest.cards > 1 else ''}"
@@ -216,9 +219,38 @@ def test_a_token_reads_the_experts_that_it_goes_through(zoo: Path) -> None:
         assert most == rest + min(batch * experts // 2, experts) + min(batch * row, table)
 
 
+def test_a_plan_shows_itself(zoo: Path) -> None:
+    found = plan_model(zoo / "tiny-llama-optimum" / "model.onnx", context=64)
+    assert repr(found) == f"<ModelPlan of {found.model}: tp 4, tp 8, 1 x 64 tokens>"
+    shown = str(found)
+    assert "Fits on 1 card at tp 4: " in shown
+    assert "collectives for a token" in shown
+    assert "\x1b" not in shown
+    page = found._repr_html_()
+    assert page.startswith("<pre style=")
+    assert "Fits on 1 card at tp 4: " in page
+
+
+def test_a_report_shows_itself() -> None:
+    report = built_model("tiny-llama-optimum", 4).report
+    assert repr(report).startswith(f"<BuildReport of {report.artifact}: tp 4, ")
+    shown = str(report)
+    assert "tensor parallel over 4 PEs" in shown
+    assert "static proof" in shown
+    page = dataclasses.replace(report, warnings=("no <b>",))._repr_html_()
+    assert page.startswith("<pre style=")
+    assert "warning: no &lt;b&gt;" in page
+
+
+def test_a_plan_s_names_steer_no_page(zoo: Path) -> None:
+    found = plan_model(zoo / "tiny-llama-optimum" / "model.onnx", context=64, tensor_parallel_sizes=(4,))
+    page = dataclasses.replace(found, model="<script>\x1b[2J[bold]")._repr_html_()
+    assert "&lt;script&gt;\\u001b[2J[bold]: " in page
+
+
 def test_ranks_of_more_than_a_card_have_no_place(zoo: Path) -> None:
     """As `topology` and the engine say of such an artifact."""
-    found, _ = plan_model(zoo / "tiny-llama-optimum" / "model.onnx", tensor_parallel_sizes=(16,), experimental_tp=True)
+    found = plan_model(zoo / "tiny-llama-optimum" / "model.onnx", tensor_parallel_sizes=(16,), experimental_tp=True)
     assert found.plans[0].deployments == ()
 
 
@@ -229,9 +261,9 @@ def test_workloads_below_one_mean_nothing(option: str, zoo: Path) -> None:
 
 
 def test_json_holds_everything(zoo: Path) -> None:
-    found, _ = plan_model(zoo / "tiny-llama-genai-fp32" / "model.onnx")
+    found = plan_model(zoo / "tiny-llama-genai-fp32" / "model.onnx")
     again = json.loads(json.dumps(found.to_json()))
-    assert set(again) == set(ModelPlan.__dataclass_fields__)
+    assert set(again) == set(ModelPlan.__dataclass_fields__) - {"builds"}
     assert [set(plan) for plan in again["plans"]] == 2 * [set(SizePlan.__dataclass_fields__)]
     assert all(math.isfinite(plan["floor_us"]) for plan in again["plans"])
     room = again["plans"][0]["rooms"][0]

@@ -660,6 +660,11 @@ def test_prompts_are_counted(llm: LLM, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err.startswith("completing prompts: 0 of 2\n")
 
 
+def test_repr_says_model_sizes_and_place(folder: Path) -> None:
+    with LLM(folder, skip_engine=True, devices="npu:1", data_parallel_size=4, max_model_len=64) as idle:
+        assert repr(idle) == (f"<LLM {folder}: decoder, at most 64 tokens, tp 2 x pp 1 x dp 4 = 8 PEs on npu:1>")
+
+
 def test_an_engine_shows_loading_too(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ ZOO = Path(__file__).parents[3] / "fixtures" / "zoo"
 
 
 def missing(model: Path) -> tuple[MissingKernel, ...]:
-    return plan_model(model, tensor_parallel_sizes=(4,))[0].missing_kernels
+    return plan_model(model, tensor_parallel_sizes=(4,)).missing_kernels
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_type_that_an_op_does_not_have(tmp_path: Path) -> None:
 
 def test_kinds_are_asked_once(tmp_path: Path) -> None:
     model = exported("nvfp4", tmp_path)
-    [build] = plan_model(model, tensor_parallel_sizes=(4,))[1]
+    [build] = plan_model(model, tensor_parallel_sizes=(4,)).builds
     before = kernels._has_kernel.cache_info().misses
     assert missing_kernels(build)
     assert kernels._has_kernel.cache_info().misses == before

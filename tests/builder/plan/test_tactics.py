@@ -21,7 +21,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def explained(model: Path, tactics: Tactics, tp: int = 4) -> tuple[Explained, ...]:
-    found, _ = plan_model(model, tensor_parallel_sizes=(tp,), tactics=tactics)
+    found = plan_model(model, tensor_parallel_sizes=(tp,), tactics=tactics)
     return found.plans[0].choices
 
 

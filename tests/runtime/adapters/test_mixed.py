@@ -323,7 +323,7 @@ def test_adapters_take_no_collective_of_their_own(tmp_path: Path) -> None:
     """Nine heads over four PEs are padded, and what the adapters of split rows add is summed with the product."""
     model = shutil.copytree(ZOO / "tiny-llama-9-3-optimum", tmp_path / "source") / "model.onnx"
     modules = [f"model.layers.{n}.{name}" for n in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")]
-    _, (plain,) = plan_model(model, tensor_parallel_sizes=(4,))
-    _, (adapted,) = plan_model(model, tensor_parallel_sizes=(4,), lora_modules=modules)
+    [plain] = plan_model(model, tensor_parallel_sizes=(4,)).builds
+    [adapted] = plan_model(model, tensor_parallel_sizes=(4,), lora_modules=modules).builds
     counts = [Counter(node.op_type for node in one.lowered.graph if node.domain) for one in (plain, adapted)]
     assert counts[0]["AllReduce"] == counts[1]["AllReduce"] == 5

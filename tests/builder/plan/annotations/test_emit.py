@@ -343,7 +343,7 @@ def test_an_annotated_model_is_built_like_any_other(annotated: Make, tmp_path: P
 def test_the_plan_of_an_annotated_model_is_the_one_in_it(annotated: Make, name: str, tmp_path: Path) -> None:
     made = annotated(name, 8)
     write_annotated(made.proto, made.prepared.source, tmp_path / "annotated.onnx")
-    (again,) = plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(8,))[1]
+    (again,) = plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(8,)).builds
     theirs = {(g.role, g.size): again.plan.mesh.parts(axes) for g, axes in again.plan.choices.items()}
     ours = {(g.role, g.size): made.plan.mesh.parts(axes) for g, axes in made.plan.choices.items()}
     assert theirs == ours
@@ -358,7 +358,7 @@ def test_annotations_are_kept_though_another_plan_is_cheaper(annotated: Make, tm
     assignment = {leaf: axes for leaf, axes in made.plan.assignment.items() if leaf not in vocabulary}
     proto, _ = replanned(made, assignment)
     write_annotated(proto, made.prepared.source, tmp_path / "annotated.onnx")
-    (build,) = plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(4,))[1]
+    (build,) = plan_model(tmp_path / "annotated.onnx", tensor_parallel_sizes=(4,)).builds
     assert {g.role for g in build.plan.choices} & {"vocabulary", "output"} == set()
     assert build.plan.price.collectives == 4  # two layers' sums, no embedding's, no scores'
 

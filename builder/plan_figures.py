@@ -1,50 +1,168 @@
-"""A plan as text: the verdict and the table of rooms, or every figure and reason."""
+"""The figures of a plan, and what people are shown of them: the verdict and the rooms, or every figure and reason."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from furiosa_llm.builder import ModelPlan
-from furiosa_llm.builder.model_plan import SHOWN_BATCH, CollectiveCost, SizePlan
+from furiosa_llm.builder.lower.build import Build
+from furiosa_llm.builder.lower.kernels import MissingKernel
+from furiosa_llm.builder.lower.step_costs import StepCosts
+from furiosa_llm.builder.lower.working_memory import WorkingMemory
 from furiosa_llm.builder.plan.explain import Explained
-from furiosa_llm.cli.terminal import Console
 from furiosa_llm.runtime.artifact.card import CARD_NBYTES, PE_NBYTES, PES_PER_CARD
+from furiosa_llm.runtime.artifact.console import html, text
 from furiosa_llm.runtime.artifact.units import counted, nbytes
+from furiosa_llm.runtime.placement.deployments import Deployment
+from furiosa_llm.runtime.placement.workload import Workload
 
+SHOWN_CARDS = (1, 2, 3, 4, 8, 16, 32)
+"""The numbers of cards in the table of rooms, beside the least that fits."""
+SHOWN_BATCH = 16
 _SHOWN_WEIGHTS = 3
 _SHOWN_TYPES = 0.01
 """The least share of the bytes of a type that is named."""
 
 
-def show_plan(found: ModelPlan, *, explain: bool) -> None:
-    """Print the verdict, then the rooms, or with `explain` everything."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(_headline(found))
-    for size in found.plans:
-        console.print(_verdict(found, size))
-    console.print()
-    if explain:
-        console.print(_figures(found), crop=False)
-        for size in found.plans:
-            console.print()
-            console.print(_choices(size), crop=False)
-        console.print()
-        console.print(_deployments(found), crop=False)
-    else:
-        console.print(_short_figures(found))
-        for size in found.plans:
-            if any(room.sequences for room in size.rooms):
-                console.print()
-                console.print(_rooms(size))
-    for size in found.plans:
-        if warning := _working_warning(size):
-            console.print(warning)
-    if not explain:
-        console.print("\n--explain shows what is split and why, and every number of cards.")
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveCost:
+    """Equal collectives of one decoded token of one sequence."""
+
+    kind: str
+    parts: int
+    """How many ranks take part."""
+    nbytes: int
+    """What the collective gives each rank."""
+    count: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How many sequences fit at once, with the number of stages that leaves the most room."""
+
+    cards: int
+    context: int
+    sequences: int
+    """All replicas together; 0 if the model does not fit."""
+    pipeline_parallel_size: int
+    data_parallel_size: int
+    """Both are 0 if it does not."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SizePlan:
+    """The plan for one tensor parallel size. Bytes are of one PE unless said otherwise."""
+
+    tensor_parallel_size: int
+    weight_nbytes: int
+    replicated_nbytes: int
+    """The weights that every PE holds alike."""
+    padding_nbytes: int
+    """The zeros that pad the weights, of all PEs together."""
+    state_nbytes: int
+    """KV cache at the workload's context and batch."""
+    state_nbytes_per_token: int
+    activation_nbytes: int | None
+    """Values that wait between segments, in the larger of a decode and a prefill step; None if the program does not
+    state their sizes."""
+    working: WorkingMemory | None
+    """The most bytes alive at once in those steps, also inside segments; None if the model does not take the workload's
+    sizes. The engine does not admit requests by this number."""
+    working_chunk: int | None
+    """The largest of `CHUNKS`, up to the plan's, with which that is no more than a PE has; None if there is none."""
+    collectives: tuple[CollectiveCost, ...]
+    choices: tuple[Explained, ...]
+    replicated: tuple[str, ...]
+    """Ops that are replicated because no rule can split them, and why."""
+    num_blocks: int
+    """A pipeline stage is a run of blocks."""
+    read_nbytes: tuple[int, int]
+    """Weights that a decode step reads: at least, if all sequences choose the same experts, and at most."""
+    floor_us: float
+    """The time to read the least of them at the PE's memory bandwidth: with one stage no decode step is faster."""
+    prefill_chunk_size: int
+    """The chunk that was asked for, or else the largest of `CHUNKS` with which the fewest cards suffice."""
+    fewest: Deployment | None
+    """The deployment on the fewest cards that fits; None if none of those tried does."""
+    longest: int
+    """The most tokens of each of `SHOWN_BATCH` sequences on `fewest`, all replicas together; 0 without a cache. Where
+    nothing fits, the most tokens with which the workload does on the most cards; 0 if it never does."""
+    deployments: tuple[Deployment, ...]
+    """One for each number of cards that was tried and that a topology takes."""
+    rooms: tuple[Room, ...]
+    """How many sequences fit at once, by cards and context; empty without a cache."""
+    costs: StepCosts | None
+    """What any step costs a PE, in the model's own types; None if not asked for, or for a model that takes no steps."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ModelPlan:
+    """What `furiosa-llm plan` shows; as text (`print`), and as tables in a notebook."""
+
+    model: str
+    num_nodes: int
+    """Nodes of the normalised graph."""
+    num_parameters: int
+    """Elements of the model's floating point and quantised weights of two or more dimensions, and of vectors."""
+    nbytes: int
+    """Bytes of the model's weights."""
+    dtypes: Mapping[str, int]
+    """Bytes of the weights by their type, most first."""
+    state_dtypes: tuple[str, ...]
+    """The types of the caches."""
+    max_sequence_length: int | None
+    """The model's own limit; None if its files do not say."""
+    workload: Workload
+    plans: tuple[SizePlan, ...]
+    compute: str | None
+    """The type to compute in; None: the model's own."""
+    missing_kernels: tuple[MissingKernel, ...]
+    """What has no CPU kernel on this machine, computed in the model's own types."""
+
+    builds: tuple[Build, ...] = dataclasses.field(compare=False)
+    """The builds that `plans` describe, with plan and program; nothing of them is written."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `--json`: all but the builds."""
+        sizes = {"context": self.workload.max_model_len, "batch": self.workload.max_batch_size}
+        values = dataclasses.asdict(dataclasses.replace(self, builds=()))
+        del values["builds"]
+        return {**values, "workload": sizes}
+
+    def shown(self, *, explain: bool = False) -> Iterator[RenderableType]:
+        """The verdict, then the rooms, or with `explain` everything, as rich shows it."""
+        yield Text(_headline(self))
+        yield from (Text(_verdict(self, size)) for size in self.plans)
+        yield ""
+        if explain:
+            yield _figures(self)
+            for size in self.plans:
+                yield from ("", _choices(size))
+            yield from ("", _deployments(self))
+        else:
+            yield _short_figures(self)
+            for size in self.plans:
+                if any(room.sequences for room in size.rooms):
+                    yield from ("", _rooms(size))
+        yield from (Text(warning) for size in self.plans if (warning := _working_warning(size)))
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"tp {size.tensor_parallel_size}" for size in self.plans)
+        work = self.workload
+        return f"<ModelPlan of {self.model}: {sizes}, {work.max_batch_size} x {work.max_model_len} tokens>"
+
+    def __str__(self) -> str:
+        return text(*self.shown(), markup=False)
+
+    def _repr_html_(self) -> str:
+        return html(*self.shown(), markup=False)
 
 
 def _headline(found: ModelPlan) -> str:
@@ -94,8 +212,8 @@ def _short_figures(found: ModelPlan) -> Table:
         ("collectives for a token", lambda p: "\n".join(_kinds(p.collectives)) or "none"),
     ]
     table = _plain(f"a PE, of {nbytes(PE_NBYTES)}", *(f"tp {p.tensor_parallel_size}" for p in found.plans))
-    for name, text in rows:
-        table.add_row(name, *map(text, found.plans))
+    for name, figure in rows:
+        table.add_row(name, *map(figure, found.plans))
     return table
 
 
@@ -184,8 +302,8 @@ def _figures(found: ModelPlan) -> Table:
         ("  at the PE's memory bandwidth", lambda p: f"{p.floor_us / 1000:.2f} ms"),
         ("blocks (pp is at most)", lambda p: str(p.num_blocks)),
     ]
-    for name, text in rows:
-        table.add_row(name, *(text(plan_) for plan_ in found.plans))
+    for name, figure in rows:
+        table.add_row(name, *(figure(plan_) for plan_ in found.plans))
     return table
 
 
