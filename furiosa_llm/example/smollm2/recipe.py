@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import onnx
-from rich.console import Console
+import rich.console
 
 from furiosa_llm.example.cache import Step, build_folder, cache_home, is_complete
 from furiosa_llm.example.llama.configs import CONFIG_FILES, GENAI_CONFIG_FILES, write_configs, write_json
@@ -26,6 +26,7 @@ from furiosa_llm.example.smollm2.tokenizer import (
     special_tokens,
     tokenizer_config,
 )
+from furiosa_llm.runtime.artifact.console import Console
 
 RECIPE = "2"
 """Version of what this folder writes: raise it with any change of a written file, and cached models are built anew."""
@@ -56,7 +57,7 @@ def default_folder() -> Path:
     return cache_home() / "smollm2-135m-instruct"
 
 
-def ensure(shape: str, cache_dir: Path | None = None, *, console: Console | None = None) -> Path:
+def ensure(shape: str, cache_dir: Path | None = None, *, console: rich.console.Console | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct as ONNX in the given shape; builds what is missing.
 
     Args:
@@ -79,7 +80,7 @@ def ensure(shape: str, cache_dir: Path | None = None, *, console: Console | None
     return folder
 
 
-def ensure_gguf(cache_dir: Path | None = None, *, console: Console | None = None) -> Path:
+def ensure_gguf(cache_dir: Path | None = None, *, console: rich.console.Console | None = None) -> Path:
     """The GGUF file under `cache_dir/source`, downloaded once (93 MB); arguments and errors as for `ensure`."""
     folder = (cache_dir or default_folder()) / "source"
     if not is_complete(folder, GGUF_SHA256):
