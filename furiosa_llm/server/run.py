@@ -22,7 +22,7 @@ from uvicorn.logging import DefaultFormatter
 
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.server.connections import connection_class
-from furiosa_llm.server.middleware import on_one_line
+from furiosa_llm.server.notes import on_one_line
 from furiosa_llm.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
