@@ -29,7 +29,7 @@ from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.prompts import Prompt, listed, paired, with_tokenizer_kwargs
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.seq2seq import Seq2Seq
-from furiosa_llm.runtime.tokens.chat import Conversation, check_tools, conversations_of, render
+from furiosa_llm.runtime.tokens.chat import Conversation, check_tools, check_variables, conversations_of, render
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
@@ -213,11 +213,13 @@ class LLM(Closing):
         tools: Sequence[Any] | None = None,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         use_tqdm: UseTqdm = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several; always a list.
 
         `chat_template` replaces the model's own. With `continue_final_message` the answer goes on from the last
-        message; `add_generation_prompt` must be False then. `tools` are given to the template; what the model answers
+        message; `add_generation_prompt` must be False then. `chat_template_kwargs` are variables of the template, such
+        as `enable_thinking`. `tools` are given to the template; what the model answers
         is text, of which calls of tools are not taken out. Raises TokenizerError if there is no template or it refuses
         the messages, InputError if they are no messages, else what `generate` does, which also explains `use_tqdm`.
         """
@@ -234,6 +236,7 @@ class LLM(Closing):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
+                **check_variables(chat_template_kwargs),
             )
             for conversation in conversations_of(messages)
         ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from furiosa_llm.runtime.tokens.chat import conversations_of, for_template
+from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.tokens.chat import check_variables, conversations_of, for_template
 from furiosa_llm.server.call_formats import ReasoningFormat
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Outputs
@@ -15,14 +16,6 @@ from furiosa_llm.server.responses import ToolCall
 from furiosa_llm.server.state import Head, ServerState, new_head
 from furiosa_llm.server.tool_choice import Tools
 from furiosa_llm.server.tools import Found, whole_calls
-
-_TAKEN = frozenset(
-    (
-        *("self", "messages", "tools", "documents", "chat_template"),
-        *("add_generation_prompt", "continue_final_message", "join_parts"),
-    )
-)
-"""What a request cannot set as a variable of the chat template: parameters on the way to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,13 +111,10 @@ async def prompt_of(body: ChatCompletionRequest | TokenizeRequest, state: Server
     """The prompt for the messages of `body`, as the chat template writes it."""
     assert body.messages is not None
     conversation = [{"content": "", **message.model_dump(exclude_none=True)} for message in body.messages]
-    variables = {**_effort(body.reasoning_effort), **(body.chat_template_kwargs or {})}
-    if taken := sorted(_TAKEN & set(variables)):
-        raise ApiError(
-            400,
-            f"chat_template_kwargs cannot hold {', '.join(taken)}: the request has its own place for that",
-            param="chat_template_kwargs",
-        )
+    try:
+        variables = {**_effort(body.reasoning_effort), **check_variables(body.chat_template_kwargs)}
+    except InputError as error:
+        raise ApiError(400, str(error), param="chat_template_kwargs") from error
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     state.check_tokenizer()
     return await state.text.render(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import weakref
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -61,11 +63,21 @@ class Handle:
         self.replica.abort(self.key)
 
 
+def _end(replicas: Sequence[Replica], close_model: Callable[[], None], process: int) -> None:
+    """Ends threads and processes; not in a fork of the process that has them."""
+    if os.getpid() != process:
+        return
+    for replica in replicas:
+        replica.close()
+    close_model()
+
+
 class EngineCore:
     """Replicas of one model, and what a request needs before it goes to one of them.
 
     A request without a seed gets one that follows from `seed` and from its place in order. `layout` says what lies
     on which PE, None: nobody knows. `close_model` is called once, after the replicas have ended.
+    An engine that is not closed ends when nothing refers to it, or with the interpreter.
     """
 
     def __init__(
@@ -85,7 +97,8 @@ class EngineCore:
         self._adapters = adapters
         self._seed = seed
         self._layout = layout
-        self._close_model = close_model
+        self._process = os.getpid()
+        self._end = weakref.finalize(self, _end, self.replicas, close_model, self._process)
         self._grammars = Grammars(tokenizer)
         self._closed = False
         self._keys = itertools.count()
@@ -127,6 +140,11 @@ class EngineCore:
         """
         if self._closed:
             raise EngineDeadError("the engine is closed")
+        if os.getpid() != self._process:
+            raise EngineDeadError(
+                f"the model was loaded by process {self._process}, of which this one is a fork without its threads; "
+                f"load it here, after the fork"
+            )
         check_params(params)
         if self.limits.vocab_size is not None:
             params.check_vocabulary(self.limits.vocab_size)
@@ -162,12 +180,8 @@ class EngineCore:
 
     def close(self) -> None:
         """Ends the replicas, with what they run, and gives the model's memory back."""
-        if self._closed:
-            return
         self._closed = True
-        for replica in self.replicas:
-            replica.close()
-        self._close_model()
+        self._end()
 
     def _grammar_of(self, params: SamplingParams) -> Grammar | None:
         wanted = params.structured_outputs

@@ -29,14 +29,15 @@ def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def paired(prompts: Any, token_ids: Any) -> tuple[list[Prompt], bool]:
     """The prompts of `LLM.generate`, each with its token ids if there are any, and whether it is a single one.
 
-    A list or tuple of `prompts` is several, anything else is one; without them `token_ids` are one prompt or a list.
+    A list or tuple of `prompts` is several, or one as token ids, which is a list of one; anything else is one. Without
+    prompts `token_ids` are one, or a list.
     """
     if prompts is None:
         if token_ids is None:
             raise InputError("prompts: found None; give a prompt, a list of them, or prompt_token_ids")
         return [{"prompt_token_ids": ids} for ids in listed(token_ids)], _is_ids(token_ids) and len(token_ids) > 0
     single = not isinstance(prompts, list | tuple)
-    several = [prompts] if single else list(prompts)
+    several = [prompts] if single or (prompts and _is_ids(prompts)) else list(prompts)
     if token_ids is None:
         return several, single
     ids = [token_ids] if single else listed(token_ids)

@@ -13,6 +13,15 @@ from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 Conversation = Sequence[Message]
 
 
+_TAKEN = frozenset(
+    (
+        *("self", "messages", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "join_parts"),
+    )
+)
+"""What cannot be set as a variable of the chat template: parameters on the way to it."""
+
+
 def conversations_of(messages: object) -> list[Conversation]:
     """`messages` as a list of conversations: it is one, or several; raises InputError for anything else."""
     single = _is_list(messages) and all(isinstance(one, Mapping) for one in messages)
@@ -42,6 +51,17 @@ def for_template(conversation: Conversation) -> list[Message]:
     The arguments of calls are objects to a template, and text to OpenAI's clients.
     """
     return [{**message, **_content(message), **_calls(message)} for message in conversation]
+
+
+def check_variables(variables: object) -> Mapping[str, Any]:
+    """The variables of a template; raises InputError for names that the request has its own place for."""
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping):
+        raise InputError(f"chat_template_kwargs: found {variables!r:.80}, expected a mapping of names to values")
+    if taken := sorted(_TAKEN & set(variables)):
+        raise InputError(f"chat_template_kwargs cannot hold {', '.join(taken)}: the request has its own place for that")
+    return variables
 
 
 def check_tools(tools: object) -> None:

@@ -510,7 +510,7 @@ def test_chat(llm: LLM) -> None:
     begun = [*talk, {"role": "assistant", "content": " well "}]
     options: dict[str, Any] = {"chat_template": TEMPLATE + "<end>", "add_generation_prompt": False}
     assert llm.chat(begun, GREEDY, **options)[0].prompt == "<user>hello<assistant> well <end>"
-    assert llm.chat(begun, GREEDY, continue_final_message=True, **options)[0].prompt == "<user>hello<assistant> well"
+    assert llm.chat(begun, GREEDY, continue_final_message=True, **options)[0].prompt == "<user>hello<assistant> well "
 
 
 @pytest.mark.parametrize(

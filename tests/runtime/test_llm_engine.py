@@ -173,8 +173,7 @@ def test_requests_without_a_seed_get_one_of_the_engines() -> None:
 
 def test_a_closed_engine_takes_nothing() -> None:
     closed: list[str] = []
-    core = make_core(CountingRunner)
-    core._close_model = lambda: closed.append("model")
+    core = make_core(CountingRunner, close_model=lambda: closed.append("model"))
     engine = LLMEngine(core)
     engine.shutdown()
     engine.shutdown()

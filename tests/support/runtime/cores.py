@@ -15,7 +15,12 @@ from tests.support.runtime.runners import VOCAB
 ZOO = Path(__file__).parents[3] / "fixtures" / "zoo" / "tiny-llama-genai-fp32"
 
 
-def make_core(*factories: Callable[[], Runner], max_failures: int = 5, seed: int | None = None) -> EngineCore:
+def make_core(
+    *factories: Callable[[], Runner],
+    max_failures: int = 5,
+    seed: int | None = None,
+    close_model: Callable[[], None] = lambda: None,
+) -> EngineCore:
     """A core with a replica for each factory of runners; sequences may have 64 tokens."""
     scheduling = SchedulerLimits(
         num_groups=1, slots_per_group=4, num_pages=64, page_size=4, max_length=64, prefill_chunk_size=8
@@ -28,4 +33,5 @@ def make_core(*factories: Callable[[], Runner], max_failures: int = 5, seed: int
             max_length=64, max_prompt_length=None, capacity=256, vocab_size=VOCAB, eos_token_ids=frozenset()
         ),
         seed=seed,
+        close_model=close_model,
     )
