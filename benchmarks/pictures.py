@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import httpx
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 from rich.text import Text
 
@@ -24,6 +25,8 @@ PLANNED = Path("fixtures/graphs/llama-3.1-8b-dynamo-op21-fp16")
 DEVICES = ("--devices", "npu:0,npu:1,npu:2,npu:3", "-pp", "2", "-dp", "2")
 PORT = 8765
 COLUMNS = 100
+SHOTS = Path("build/pictures")
+WIDTHS = (360, 768, 1024, 1280, 1920)
 _FURIOSA_LLM = Path(sys.executable).parent / "furiosa-llm"
 
 
@@ -42,25 +45,34 @@ def take_terminal(picture: str, arguments: Sequence[str], folder: Path) -> None:
 
 
 def take_page(picture: str, folder: Path) -> None:
-    """The page while requests run, as docs/`picture`."""
+    """The page behind a question, as docs/`picture`, and in all widths, light and dark, in `SHOTS`."""
     command: list[str | Path] = [_FURIOSA_LLM, "serve", folder, *DEVICES, "--port", str(PORT)]
     url = f"http://localhost:{PORT}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             _wait_for(url)
             with sync_playwright() as playwright:
-                browser = playwright.chromium.launch(
-                    executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-                )
-                page = browser.new_page(viewport={"width": 1440, "height": 940})
-                page.goto(url)
-                page.fill("#message", "What is the capital of France?")
-                page.keyboard.press("Enter")
-                page.get_by_text("The capital of France is Paris.").first.wait_for(timeout=60_000)
-                page.screenshot(path=DOCS / picture)
+                chromium = shutil.which("chromium")
+                browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+                _shoot(browser, url, DOCS / picture, 1440, "light")
+                for width in WIDTHS:
+                    _shoot(browser, url, SHOTS / f"page-{width}-light.png", width, "light")
+                    _shoot(browser, url, SHOTS / f"page-{width}-dark.png", width, "dark")
                 browser.close()
         finally:
             server.terminate()
+
+
+def _shoot(browser: Browser, url: str, picture: Path, width: int, scheme: Literal["light", "dark"]) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 940}, color_scheme=scheme)
+    page.goto(url)
+    page.locator("#temperature").evaluate("field => { field.value = '0'; }")
+    page.fill("#message", "What is the capital of France?")
+    page.keyboard.press("Enter")
+    page.get_by_text("The capital of France is Paris.").first.wait_for(timeout=60_000)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=picture)
+    page.close()
 
 
 def _wait_for(url: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -17,6 +18,20 @@ from furiosa_llm.server.errors import ApiError, api_error, error_event
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+
+
+_GONE: ContextVar[list[bool]] = ContextVar("gone")
+"""Of the request that is handled: whether its client has gone. One list for all of its tasks."""
+
+
+def begin_request() -> None:
+    """The request of this task has begun, and its client is there."""
+    _GONE.set([False])
+
+
+def client_is_gone() -> bool:
+    """Whether the request of this task is given up because its client has gone."""
+    return _GONE.get([False])[0]
 
 
 class ClientGoneError(Exception):
@@ -56,6 +71,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
+            _GONE.get([False])[0] = True
             raise ClientGoneError
         return working.result()
     finally:

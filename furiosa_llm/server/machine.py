@@ -117,6 +117,8 @@ class MachineRequests(BaseModel):
 
     received: int
     succeeded: int
+    cancelled: int
+    """Whose client stopped them, or went."""
     failed: int
 
 
@@ -179,8 +181,7 @@ def _tokens(metrics: Metrics) -> MachineTokens:
 
 
 def _requests(metrics: Metrics) -> MachineRequests:
-    received, succeeded, failed = metrics.request_counts()
-    return MachineRequests(received=received, succeeded=succeeded, failed=failed)
+    return MachineRequests(**metrics.request_counts())
 
 
 def _pe(one: PESnapshot) -> MachinePE:

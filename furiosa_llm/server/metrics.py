@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
+from furiosa_llm.server.events import client_is_gone
 from furiosa_llm.server.machine_metrics import BusyShares, MachineCollector
 from furiosa_llm.server.model import Decoder, ServedModel
 
@@ -30,7 +31,8 @@ class Metrics:
         lengths = _one_two_five(model.max_length or _UNLIMITED_LENGTH)
         self.received = self._counter("request_received", "Requests that the engine was given.")
         self.succeeded = self._counter("request_success", "Requests that were completed.")
-        self.failed = self._counter("request_failure", "Requests that were refused, failed, or were given up.")
+        self.failed = self._counter("request_failure", "Requests that were refused or failed.")
+        self.cancelled = self._counter("request_cancelled", "Requests whose client stopped them, or went.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated.")
         self.prefix_queries = self._counter("prefix_cache_queries", "Tokens that were looked for in the prefix cache.")
@@ -57,9 +59,10 @@ class Metrics:
         """The tokens of prompts, and the tokens that were generated, so far."""
         return self._read(self.prompt_tokens), self._read(self.generation_tokens)
 
-    def request_counts(self) -> tuple[int, int, int]:
-        """The requests that were received, succeeded and failed, so far."""
-        return int(self._read(self.received)), int(self._read(self.succeeded)), int(self._read(self.failed))
+    def request_counts(self) -> dict[str, int]:
+        """The requests so far: `received`, and of them `succeeded`, `cancelled` and `failed`."""
+        names = ("received", "succeeded", "cancelled", "failed")
+        return {name: int(self._read(getattr(self, name))) for name in names}
 
     @contextmanager
     def counting(self, requests: int) -> Iterator[None]:
@@ -68,9 +71,14 @@ class Metrics:
         try:
             yield
         except BaseException:
-            self.failed.inc(requests)
+            self.not_done.inc(requests)
             raise
         self.succeeded.inc(requests)
+
+    @property
+    def not_done(self) -> Counter:
+        """What counts a request that ends now, and not as it should."""
+        return self.cancelled if client_is_gone() else self.failed
 
     def _read(self, counter: Counter) -> float:
         [value] = [one.value for family in counter.collect() for one in family.samples if one.name.endswith("_total")]
@@ -121,7 +129,7 @@ class RequestMeter:
         """The request has ended, whole or not."""
         metrics = self._metrics
         if not self._finished or self._first is None:
-            metrics.failed.inc()
+            metrics.not_done.inc()
             return
         metrics.succeeded.inc()
         metrics.whole_request.observe(self._last - self._started)

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from furiosa_llm.server import page
 from furiosa_llm.server.errors import INTERNAL_ERROR, REQUEST_ID, ApiError, error_event, error_response
+from furiosa_llm.server.events import begin_request
 from furiosa_llm.server.notes import NOTES, header_values, on_one_line
 from furiosa_llm.server.openapi import OPEN_PATHS
 
@@ -39,6 +40,7 @@ class RequestIds:
             return
         request_id = uuid.uuid4().hex
         REQUEST_ID.set(request_id)
+        begin_request()
         notes: dict[str, list[str]] = {}
         NOTES.set(notes)
         started = False

@@ -57,7 +57,7 @@ def snapshot(second: float = 0, *, cards: int = 4, replicas: int = 2, stages: in
             for one in each
         ],
         "tokens": {"prompt": 100 * second, "generation": 10 * second},
-        "requests": {"received": 1234, "succeeded": 1200, "failed": 4},
+        "requests": {"received": 1234, "succeeded": 1200, "cancelled": 30, "failed": 4},
         **others,
     }
 

@@ -55,6 +55,12 @@ def answered(context: BrowserContext, body: str) -> list[Any]:
     return asked
 
 
+def unending(route: Route, **others: Any) -> None:
+    """Lets the model say all the tokens that it may."""
+    body: dict[str, Any] = json.loads(route.request.post_data or "")
+    route.continue_(post_data=json.dumps({**body, "ignore_eos": True, **others}))
+
+
 def test_a_chat_streams(url: str, open_page: Open) -> None:
     page = open_page(url)
     live(page)
@@ -70,8 +76,9 @@ def test_a_chat_streams(url: str, open_page: Open) -> None:
             });
         }"""
     )
+    page.route("**/v1/chat/completions", unending)
     before = metric(url, "generation_tokens_total")
-    ask(page, "hello", tokens=30)
+    ask(page, "hello", tokens=300)
     expect(page.locator(".note")).to_contain_text("tokens, first after")
     assert len(page.evaluate("[...window.lengths]")) > 5
     expect(page.locator(".said h3")).to_have_text(["You", NAME])
@@ -96,8 +103,7 @@ ENDLESS = 128
 
 def endless(route: Route) -> None:
     """Asks for more than the model has to say, so that there is something to stop."""
-    body: dict[str, Any] = json.loads(route.request.post_data or "")
-    route.continue_(post_data=json.dumps({**body, "ignore_eos": True, "n": ENDLESS}))
+    unending(route, n=ENDLESS)
 
 
 @pytest.mark.parametrize("how", list(STOPS))
@@ -110,13 +116,13 @@ def test_stop_aborts_the_request(chat_artifact: Path, open_page: Open, how: str)
         page.evaluate(
             f"""() => new MutationObserver(() => {{
                 if (document.querySelector('.said.model .text')?.textContent) {STOPS[how]};
-            }}).observe(document.querySelector('#log'), {{subtree: true, characterData: true}})"""
+            }}).observe(document.querySelector('#log'), {{subtree: true, characterData: true, childList: true}})"""
         )
         ask(page, "hello", tokens=450)
         expect(page.locator(".note")).to_have_text("stopped")
-        wait_for(lambda: metric(url, "request_failure_total") == 1)
+        wait_for(lambda: metric(url, "request_cancelled_total") == 1)
         wait_for(lambda: metric(url, "num_requests_running") == 0)
-        assert metric(url, "request_success_total") == 0
+        assert metric(url, "request_success_total") == metric(url, "request_failure_total") == 0
         assert metric(url, "generation_tokens_total") < ENDLESS * 450 / 2
         expect(page.locator("#message")).to_be_focused()
         expect(page.locator("#stop")).to_be_disabled()
@@ -169,6 +175,58 @@ def test_what_the_model_says_is_no_html(context_of: Contexts, url: str) -> None:
     assert page.locator("#log :is(img, script, b)").count() == 0
     expect(page).not_to_have_title("taken")
     assert watched.complaints == []
+
+
+def markdown(page: Page, text: str) -> str:
+    """The HTML of the elements that a text becomes."""
+    script = """async (text) => {
+        const { markdown } = await import('/page/markdown.js');
+        const root = document.createElement('div');
+        root.append(markdown(text));
+        return root.innerHTML;
+    }"""
+    return str(page.evaluate(script, text))
+
+
+def test_markdown_is_shown_as_it_is_meant(url: str, open_page: Open) -> None:
+    page = open_page(url)
+    assert markdown(page, "# A *b*\none\ntwo\n\nthree") == (
+        '<p class="heading">A <em>b</em></p><p>one\ntwo</p><p>three</p>'
+    )
+    assert markdown(page, "- a\n  - **b `c`**\n\n3. d") == (
+        '<ul><li class="depth-0">a</li><li class="depth-1"><strong>b <code>c</code></strong></li></ul>'
+        '<ol start="3"><li class="depth-0">d</li></ol>'
+    )
+    assert markdown(page, "```py\n*a*\n") == '<pre tabindex="0"><code>*a*\n</code></pre>'
+    assert markdown(page, "|a|b|\n|-|-|\n|c|*d*|") == (
+        '<div class="scrolled" tabindex="0"><table><tr><th>a</th><th>b</th></tr>'
+        "<tr><td>c</td><td><em>d</em></td></tr></table></div>"
+    )
+    assert markdown(page, "> q") == "<blockquote>q</blockquote>"
+    assert markdown(page, "2 * 3 * 4 and **open") == "<p>2 * 3 * 4 and **open</p>"
+
+
+def test_markdown_gives_no_html_and_leads_to_the_web_alone(url: str, open_page: Open) -> None:
+    page = open_page(url)
+    escaped = ATTACK.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for text in (ATTACK, f"# {ATTACK}", f"- {ATTACK}", f"> {ATTACK}", f"```\n{ATTACK}\n```", f"**{ATTACK}**"):
+        assert escaped in markdown(page, text)
+    assert "<a" not in markdown(page, "[a](javascript:alert(1)) [b](data:text/html,x) [c](//x) [d](/metrics)")
+    assert markdown(page, '[a](https://x.org/"onclick=1)') == (
+        '<p><a href="https://x.org/&quot;onclick=1" rel="noreferrer noopener" target="_blank">a</a></p>'
+    )
+
+
+def test_markdown_takes_no_time_for_what_never_closes(url: str, open_page: Open) -> None:
+    page = open_page(url)
+    script = """async () => {
+        const { markdown } = await import('/page/markdown.js');
+        const began = performance.now();
+        for (const one of ['[', '`', '**', '*a', '[a](https://', '|-', '> ', '- ', '#'])
+            for (const end of ['', '\\n']) markdown((one + end).repeat(20000));
+        return performance.now() - began;
+    }"""
+    assert page.evaluate(script) < 20_000  # milliseconds; without limits minutes
 
 
 def test_nothing_inline_would_run(url: str, context_of: Contexts) -> None:

@@ -155,7 +155,7 @@ class Campaign:
 
     def _is_idle(self) -> bool:
         found = self._metrics()
-        ended = found["request_success_total"] + found["request_failure_total"]
+        ended = sum(found[f"request_{end}_total"] for end in ("success", "cancelled", "failure"))
         return found["num_requests_running"] + found["num_requests_waiting"] == 0 and (
             found["request_received_total"] == ended
         )

@@ -55,7 +55,7 @@ def test_a_client_that_goes_aborts_its_request(
             wait_for(lambda: metric(url, "generation_tokens_total") > 0)
             connection.close()
         wait_for(lambda: idle(url))
-        wait_for(lambda: metric(url, "request_failure_total") == failures)
+        wait_for(lambda: metric(url, "request_cancelled_total") == failures)
         tokens = metric(url, "generation_tokens_total")
         assert tokens < LENGTH * WIDTH / 2
         assert metric(url, "request_success_total") == 0
@@ -90,6 +90,6 @@ def test_a_client_that_takes_nothing_is_given_up(artifact: Path) -> None:
     body = {**LONG, "stream": True, "logprobs": 20}
     with serving(load(artifact), ServerSettings(send_timeout=0.2)) as url:
         with httpx.stream("POST", f"{url}/v1/completions", json=body):
-            wait_for(lambda: metric(url, "request_failure_total") == 1)
+            wait_for(lambda: metric(url, "request_cancelled_total") == 1)
             wait_for(lambda: idle(url))
         assert httpx.get(f"{url}/health").status_code == 200

@@ -35,7 +35,7 @@ KEYS = {
     "stages": {"replica", "stage", "first_block", "num_blocks", "busy_seconds", "batches"},
     "collectives": {"replica", "stage", "kind", "calls", "nbytes", "seconds"},
     "tokens": {"prompt", "generation"},
-    "requests": {"received", "succeeded", "failed"},
+    "requests": {"received", "succeeded", "cancelled", "failed"},
 }
 
 
@@ -112,7 +112,7 @@ def test_a_decoder(artifact: Path) -> None:
         wait_for(lambda: not any(one["running"] for one in machine(url)["replicas"]))
         after, metrics = machine(url), families(url)
     assert after["tokens"] == {"prompt": 40, "generation": 7}
-    assert after["requests"] == {"received": 2, "succeeded": 1, "failed": 1}
+    assert after["requests"] == {"received": 2, "succeeded": 1, "cancelled": 0, "failed": 1}
     assert after["uptime_seconds"] > before["uptime_seconds"]
     assert after["time"] > before["time"] > 1.5e9
     assert [card["npu"] for card in after["cards"]] == [0, 2]
@@ -208,7 +208,7 @@ def test_an_encoder(encoder_artifact: Path) -> None:
     assert (stage["batches"], stage["first_block"]) == (1, 0)
     assert next(one for one in found["collectives"] if one["kind"] == "AllReduce")["calls"] > 0
     assert found["tokens"] == {"prompt": 8, "generation": 0}
-    assert found["requests"] == {"received": 3, "succeeded": 2, "failed": 1}
+    assert found["requests"] == {"received": 3, "succeeded": 2, "cancelled": 0, "failed": 1}
     agree(found, metrics)
 
 

@@ -79,9 +79,9 @@ def test_metrics(artifact: Path) -> None:
                 client.completions.create(model=NAME, prompt=[5] * 600)
         text = httpx.get(f"{url}/metrics").text
         counts = {
-            name: metric(url, f"{name}_total") for name in ("request_received", "request_success", "request_failure")
+            name: metric(url, f"request_{name}_total") for name in ("received", "success", "cancelled", "failure")
         }
-        assert counts == {"request_received": 3, "request_success": 2, "request_failure": 1}
+        assert counts == {"received": 3, "success": 2, "cancelled": 0, "failure": 1}
         assert metric(url, "prompt_tokens_total") == 80
         assert metric(url, "generation_tokens_total") == 14
         assert metric(url, "prefix_cache_queries_total") == 80

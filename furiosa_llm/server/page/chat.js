@@ -4,6 +4,7 @@ import { errorMessage, request } from "./api.js";
 import { byId, element, setText } from "./dom.js";
 import { eventData } from "./events.js";
 import { count, duration, rate } from "./format.js";
+import { markdown } from "./markdown.js";
 
 const COMPLETION_TOKENS = "64";
 
@@ -26,11 +27,17 @@ export function read(chunk) {
 
 /** An answer while it comes. */
 class Answer {
-  /** @param {string} who */
-  constructor(who) {
-    this.text = document.createTextNode("");
+  /**
+   * @param {string} who
+   * @param {boolean} rich  Whether it is Markdown.
+   */
+  constructor(who, rich) {
+    this.rich = rich;
+    this.text = "";
+    this.drawing = 0;
     this.note = element("p", { class: "note" });
-    this.body = element("div", { class: "text" }, this.text);
+    this.words = element("div", { class: rich ? "rich" : "plain" });
+    this.body = element("div", { class: "text" }, this.words);
     this.root = element("article", { class: "said model" }, element("h3", {}, who), this.body, this.note);
     this.started = performance.now();
     this.first = 0;
@@ -49,10 +56,19 @@ class Answer {
     if (text !== "") {
       this.last = performance.now();
       this.first ||= this.last;
-      this.text.appendData(text);
+      this.text += text;
+      this.drawing ||= requestAnimationFrame(() => this.draw());
     }
     this.finish = finish ?? this.finish;
     this.tokens = tokens ?? this.tokens;
+  }
+
+  /** Shows what there is of it. */
+  draw() {
+    cancelAnimationFrame(this.drawing);
+    this.drawing = 0;
+    if (this.rich) this.words.replaceChildren(markdown(this.text));
+    else setText(this.words, this.text);
   }
 
   /** Says how it went, once it has ended. */
@@ -137,7 +153,7 @@ export class Chat {
     this.field.value = "";
     this.again.hidden = false;
     if (this.template) this.log.append(said("You", text));
-    const answer = new Answer(this.model());
+    const answer = new Answer(this.model(), this.template);
     if (!this.template) answer.body.prepend(element("span", { class: "given" }, text));
     this.log.append(answer.root);
     this.toEnd();
@@ -163,16 +179,17 @@ export class Chat {
         this.follow();
       }
       answer.sum();
-      messages.push({ role: "user", content: text }, { role: "assistant", content: answer.text.data });
+      messages.push({ role: "user", content: text }, { role: "assistant", content: answer.text });
     } catch (error) {
       if (running.signal.aborted) {
         setText(answer.note, "stopped");
-        messages.push({ role: "user", content: text }, { role: "assistant", content: answer.text.data });
+        messages.push({ role: "user", content: text }, { role: "assistant", content: answer.text });
       } else {
         answer.root.append(element("p", { class: "fault", role: "alert" }, sentence(error)));
         if (this.field.value === "") this.field.value = text;
       }
     }
+    answer.draw();
     this.setRunning(null);
     this.follow();
   }

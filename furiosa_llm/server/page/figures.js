@@ -93,8 +93,8 @@ export class Figures {
     const pes = machine.cards.flatMap((card) => card.pes);
     const [used, room] = [total(pes, "kv_used_nbytes"), total(pes, "kv_nbytes")];
     this.cache.show(room > 0 ? percent(used / room) : "none", room > 0 ? `${bytes(used)} of ${bytes(room)}` : "");
-    const { received, succeeded, failed } = machine.requests;
-    this.requests.show(count(received), `${count(succeeded)} done, ${count(failed)} failed`);
+    const { received, succeeded, cancelled, failed } = machine.requests;
+    this.requests.show(count(received), `${count(succeeded)} done, ${count(cancelled)} stopped, ${count(failed)} failed`);
   }
 }
 

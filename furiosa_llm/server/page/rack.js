@@ -62,7 +62,7 @@ class Tile {
       element("span", { class: "number" }, `PE ${pe.pe}`),
       this.label,
       element("span", { class: "bar" }, ...this.bars),
-      element("span", { class: "amount" }, this.taken, this.whole),
+      element("span", { class: "amount" }, this.taken, " ", this.whole),
     );
     if (pe.replica === null || pe.stage === null) {
       this.root.classList.add("unused");
@@ -83,7 +83,7 @@ class Tile {
       this.bars[index].hidden = parts[part] === 0;
     }
     setText(this.taken, pe.replica === null ? "–" : bytes(pe.weights_nbytes + pe.kv_nbytes));
-    setText(this.whole, pe.replica === null ? "" : ` / ${bytes(pe.memory_nbytes)}`);
+    setText(this.whole, pe.replica === null ? "" : `/ ${bytes(pe.memory_nbytes)}`);
     const words = describe(this.npu, pe);
     if (this.root.getAttribute("aria-label") !== words) this.root.setAttribute("aria-label", words);
   }

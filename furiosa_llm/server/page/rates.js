@@ -51,7 +51,7 @@
  * @property {Stage[]} stages
  * @property {Collective[]} collectives
  * @property {{prompt: number, generation: number}} tokens
- * @property {{received: number, succeeded: number, failed: number}} requests
+ * @property {{received: number, succeeded: number, cancelled: number, failed: number}} requests
  *
  * @typedef {{calls: number, nbytes: number}} Traffic  Per second.
  *
