@@ -62,9 +62,11 @@ wheels: test-wheel ## that wheel and all that it needs, for a machine without a 
 quickstart: wheels ## docs/quickstart.md, command by command, in an empty folder
 	scripts/quickstart.sh $(BIN)
 
+INTO ?= build/pictures
+
 .PHONY: pictures
-pictures: $(INSTALLED) ## the pictures in README.md and docs/, taken anew
-	$(BIN)/python -m benchmarks.pictures
+pictures: $(INSTALLED) ## the pictures in README.md and docs/ (INTO=docs), and the page in all widths, in build/pictures
+	$(BIN)/python -m benchmarks.pictures $(INTO)
 
 .PHONY: lint
 lint: $(INSTALLED) ## ruff: rules and format
@@ -220,12 +222,16 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then sdist and wheel in dist/, from a clean tree
+release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \
-	rm -rf dist && cp -r build/dist dist && sha256sum dist/*; \
-	echo "Next: git tag --annotate v$$version"
+	rm -rf dist && cp -r build/dist dist; \
+	sed -n "/^## .*$$version/,/^## /{/^## /d;p}" CHANGELOG.md >dist/NOTES.md; \
+	cp -r build/pictures dist; \
+	(cd dist && sha256sum *.whl *.tar.gz >SHA256SUMS && cat SHA256SUMS); \
+	git tag --annotate --file dist/NOTES.md "v$$version"; \
+	echo "Next: git push origin v$$version, and upload dist/*.whl and dist/*.tar.gz; the notes are in dist/NOTES.md"
 
 .PHONY: clean
 clean: ## remove what the other targets made, except .venv and the downloaded model

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+
+from furiosa_llm.cli.main import command_of
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -42,3 +47,27 @@ def test_links_lead_somewhere(path: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, target
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each line of a guide that begins with the command line's name, and its arguments; choices in brackets are cut."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = re.match(r"^(?: {4}(?:\$ )?)?(furiosa-llm \S.*)$", line)
+            if found is not None:
+                text = re.split(r"\s(?:\[|#|&|\||>|-{2,}\s)", found[1])[0]
+                yield path.name, shlex.split(text)[1:]
+
+
+def test_commands_in_the_guides_are_commands() -> None:
+    """With the options that they have; what they are about need not be here."""
+    seen = set()
+    for guide, (name, *arguments) in commands():
+        command = command_of(name)
+        context = click.Context(command)
+        try:
+            command.make_parser(context).parse_args([one for one in arguments if one != "..."])
+        except click.UsageError as error:
+            pytest.fail(f"{guide}: furiosa-llm {name} {shlex.join(arguments)}: {error}")
+        seen.add(name)
+    assert len(seen) > 12
