@@ -13,9 +13,12 @@ from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import PROGRESS
 from furiosa_llm.runtime.artifact.errors import OutputFileError
 from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.simulate.errors import DeviceFileError, LoadError
 
 if TYPE_CHECKING:
-    from furiosa_llm.simulate.question import Report, Setting
+    from furiosa_llm.simulate.closed_form import Load
+    from furiosa_llm.simulate.question import Clocked, Report, Setting
+    from furiosa_llm.simulate.steps import Placement
 
 
 class _Users(click.ParamType[tuple[float, ...]]):
@@ -60,9 +63,19 @@ _USERS = (1, 8, 64)
 _COUNT = click.IntRange(min=1)
 _GROUPS = {
     "Placement": ("cards", "tp", "pp", "dp", "search"),
-    "Load": ("concurrency", "request_rate", "input_len", "output_len"),
+    "Load": (
+        "concurrency",
+        "request_rate",
+        "input_len",
+        "output_len",
+        "trace",
+        "requests",
+        "lengths",
+        "shared_prefix",
+        "seed",
+    ),
     "What-if": ("weights", "kv", "calibrate"),
-    "Output": ("goodput", "price_per_hour", "json_file", "progress"),
+    "Output": ("goodput", "price_per_hour", "json_file", "timeline", "progress"),
 }
 _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 
@@ -82,6 +95,15 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 @click.option("--input-len", type=click.FloatRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
 @click.option("--output-len", type=click.FloatRange(min=1), default=256, show_default=True,
               help="Tokens of a completion.")  # fmt: skip
+@click.option("--trace", type=click.Path(path_type=Path),
+              help="Serve the requests of this file one by one: JSON Lines, docs/simulation.md.")  # fmt: skip
+@click.option("--requests", type=_COUNT,
+              help="Serve so many requests of each load one by one, and show how they are spread.")  # fmt: skip
+@click.option("--lengths", type=click.Choice(["sharegpt"]),
+              help="Draw the lengths of --requests instead.")  # fmt: skip
+@click.option("--shared-prefix", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Tokens with which all prompts of --trace or --requests begin.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of arrivals and lengths.")
 @click.option("--weights", type=_WIDTHS, help="Type of the layers' weights.  [default: the model's own]")
 @click.option("--kv", type=_WIDTHS, help="Type of the KV cache.  [default: the model's own]")
 @click.option("--goodput", type=Objective(), multiple=True,
@@ -91,6 +113,8 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
               help="A figure that you measured on these cards: tpot=13.9@c=1.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path, allow_dash=True),
               help="Write all figures to this file (-: standard output, and no table).")  # fmt: skip
+@click.option("--timeline", type=click.Path(path_type=Path),
+              help="Write every batch of the last load of --trace or --requests, for Perfetto.")  # fmt: skip
 @PROGRESS
 def simulate(model: Path, progress: bool | None, **options: Any) -> None:
     """Say what MODEL (an .onnx file, its folder, or an artifact) will do on cards, with the error of every figure.
@@ -101,18 +125,23 @@ def simulate(model: Path, progress: bool | None, **options: Any) -> None:
     with shown(progress):
         found = _asked(model, options)
     if options["json_file"] is not None:
-        _write_json(options["json_file"], found.to_json())
+        _write_json(options["json_file"], found.to_json(), "--json", indent=2)
+    if options["timeline"] is not None:
+        from furiosa_llm.simulate.timeline import chrome_trace
+
+        _write_json(options["timeline"], chrome_trace(found.clocked[-1].run), "--timeline")
     if str(options["json_file"]) != "-":
         from furiosa_llm.simulate.tables import show_report
 
         show_report(found, price=options["price_per_hour"])
-    if found.limits and not (found.fewest or any(one.keeps(found.limits) for one in found.answers)):
+    if not found.keeps:
         click.get_current_context().exit(1)
 
 
 def _asked(model: Path, options: dict[str, Any]) -> Report:
     from furiosa_llm.simulate.question import Report, answer, calibrated, fewest_cards, front, placed, search
 
+    _check(options)
     setting, cards, limits = _setting(model, options), options["cards"], dict(options["goodput"])
     place = placed(setting, cards, options["tp"], options["pp"], options["dp"])
     if options["calibrate"] is not None:
@@ -120,36 +149,79 @@ def _asked(model: Path, options: dict[str, Any]) -> Report:
     users, rates = options["concurrency"], options["request_rate"] or ()
     closed = users or (() if rates else _USERS)
     loads = [setting.load("closed", n) for n in closed] + [setting.load("open", rate) for rate in rates]
+    one_by_one = _one_by_one(setting, place, options, loads)
     tell("trying placements")
     tried = list(search(setting, cards, loads if users or rates else None)) if options["search"] else []
     return Report(
         model=str(model),
         setting=setting,
         tried=len(tried),
-        answers=front(tried) if tried else [answer(setting, place, cards, load) for load in loads],
+        answers=front(tried) if tried else [] if one_by_one else [answer(setting, place, cards, n) for n in loads],
         limits=limits,
         last=loads[-1],
         cards=cards,
         searched=options["search"],
         fewest=fewest_cards(setting, loads[-1], limits, cards) if limits and options["search"] else None,
+        clocked=one_by_one,
         calibrated=options["calibrate"] is not None,
     )
 
 
-def _write_json(file: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+def _check(options: dict[str, Any]) -> None:
+    """Refuse options that would have no effect."""
+    if options["trace"] is not None:
+        for name in ("requests", "lengths", "concurrency", "request_rate"):
+            if options[name] is not None:
+                raise LoadError(f"--trace has its own requests and arrivals; leave out --{name.replace('_', '-')}")
+    elif options["requests"] is None:
+        for name in ("lengths", "timeline"):
+            if options[name] is not None:
+                raise LoadError(f"--{name} is of requests that are served one by one; add --requests or --trace")
+        if options["shared_prefix"]:
+            raise LoadError("--shared-prefix is of requests that are served one by one; add --requests or --trace")
+
+
+def _one_by_one(setting: Setting, place: Placement, options: dict[str, Any], loads: list[Load]) -> list[Clocked]:
+    from furiosa_llm.simulate.question import clocked
+    from furiosa_llm.simulate.requests import drawn, read_trace
+
+    limits, spans = dict(options["goodput"]), options["timeline"] is not None
+    shared = options["shared_prefix"]
+    if options["trace"] is not None:
+        requests = read_trace(options["trace"])
+        name = options["trace"].name
+        return [clocked(setting, place, name, requests, limits, shared_prefix=shared, spans=spans)]
+    found = []
+    for load in loads if options["requests"] is not None else []:
+        users = round(load.amount) if load.kind == "closed" else None
+        requests = drawn(
+            options["requests"],
+            input_len=setting.input_len,
+            output_len=setting.output_len,
+            lengths=options["lengths"],
+            rate=load.amount if users is None else None,
+            seed=options["seed"],
+        )
+        name = f"{users} users" if users else f"{load.amount:g} req/s"
+        found.append(
+            clocked(setting, place, name, requests, limits, concurrency=users, shared_prefix=shared, spans=spans)
+        )
+    return found
+
+
+def _write_json(file: Path, document: dict[str, Any], option: str, *, indent: int | None = None) -> None:
+    text = json.dumps(document, indent=indent, ensure_ascii=False) + "\n"
     if str(file) == "-":
         click.echo(text, nl=False)
         return
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputFileError(f"{file} cannot be written: {error}; choose another place for --json") from error
+        raise OutputFileError(f"{file} cannot be written: {error}; choose another place for {option}") from error
 
 
 def _setting(model: Path, options: dict[str, Any]) -> Setting:
     from furiosa_llm.simulate.device import load_device
-    from furiosa_llm.simulate.errors import DeviceFileError
     from furiosa_llm.simulate.model import costs_of_model
     from furiosa_llm.simulate.question import Setting
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-_METRICS = {"tpot": ("tpot", "itl_mean"), "ttft": ("ttft",), "output_tps": ("output_tps",), "e2e": ("e2e",)}
+_METRICS = {"tpot": ("tpot", "itl_mean"), "ttft": ("ttft",), "output_tps": ("output_tps",), "tpot_p99": ("tpot_p99",)}
+
+_SLACK = 1.25
+"""By this factor a question may be beyond what was measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +36,8 @@ def belief(device: str, software: str, metric: str, *, outside: str | None) -> B
     found = _validation()
     groups = [g for g in found["groups"] if "model" not in g and g.get("metric") in _METRICS[metric]]
     own = [g for g in groups if g["device"] == device and g["software"] == software]
-    errors = [g["held_out_median"] for g in own if g["held_out_median"] is not None]
+    held_out = [g["held_out_median"] if g["held_out_median"] is not None else g["before_median"] for g in own]
+    errors = [error for error in held_out if error is not None]
     if outside is None and errors:
         rows = sum(g["rows"] for g in own)
         return Belief(error=max(errors), basis=f"held out, {rows} published rows", extrapolated=False)
@@ -54,7 +58,7 @@ def outside(device: str, software: str, *, tp: int, pp: int, input_len: float, o
     asked = {"tp": tp, "pp": pp, "input_len": input_len, "output_len": output_len}
     for name, value in asked.items():
         low, high = domain[name]
-        if not low <= value <= high:
+        if not low / _SLACK <= value <= high * _SLACK:
             within = f"{low:g} to {high:g}" if low < high else f"{low:g}"
             return f"{name} {value:g}, measured at {within}"
     return None

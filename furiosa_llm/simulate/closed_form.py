@@ -13,6 +13,9 @@ from furiosa_llm.simulate.errors import LoadError, PlacementError
 from furiosa_llm.simulate.steps import CAUSES, Steps, Work
 
 _ROUNDS = 60
+_BUBBLE = 0.8
+"""How much of the time by which a prompt takes longer than a decode is lost on stages that wait for it, times the share
+of the other stages: found by comparison with the clock (`tests/simulate/test_clock.py`)."""
 Kind = Literal["closed", "open", "static", "max"]
 
 
@@ -87,20 +90,10 @@ def shown(steps: Steps) -> str:
     return f"tp {place.tensor_parallel_size}, pp {place.pipeline_parallel_size}, dp {place.data_parallel_size}"
 
 
-def _round(steps: Steps, rows: float, length: float, prompt: tuple[float, float] | None = None) -> dict[str, float]:
+def _round(steps: Steps, rows: float, length: float) -> dict[str, float]:
     """The seconds by cause until every one of `rows` sequences has a token more, stages overlapped."""
     stages = len(steps.counts)
-    each = rows / stages
-    work = steps.decode(max(each, 1.0), length)
-    if prompt is not None:
-        more = steps.prefill(*prompt)
-        work = Work(
-            tokens=work.tokens + more.tokens,
-            rows=work.rows + more.rows,
-            positions=work.positions + more.positions,
-            pairs=work.pairs + more.pairs,
-            length=length,
-        )
+    work = steps.decode(max(rows / stages, 1.0), length)
     found = [steps.causes(work, stage) for stage in range(stages)]
     path, slowest = (dict.fromkeys(CAUSES, 0.0) for _ in range(2))
     for one in found:
@@ -136,13 +129,7 @@ def _prompt_seconds(steps: Steps, new: float, past: float, prompts: float, rows:
     if not steps.software.mixed.value or rows < 1:
         return max(steps.seconds(work, stage) for stage in stages)
     decode = steps.decode(rows / len(steps.counts), length)
-    both = Work(
-        tokens=work.tokens + decode.tokens,
-        rows=work.rows + decode.rows,
-        positions=work.positions + decode.positions,
-        pairs=work.pairs + decode.pairs,
-        length=max(work.length, length),
-    )
+    both = work + decode
     return max(steps.seconds(both, stage) - steps.seconds(decode, stage) for stage in stages)
 
 
@@ -156,6 +143,8 @@ def _closed(steps: Steps, load: Load, users: float, most: float, *, saturated: b
     decode = sum(causes.values())
     alone = _prefill(steps, load.input_len, 0.0, length, 1.0) * _path(steps)
     beside = _prefill(steps, load.input_len, users - 1, length, per_round) if users > 1 else alone
+    stages = len(steps.counts)
+    beside += _BUBBLE * (1 - 1 / stages) * max(beside - decode / stages, 0.0)
     own = beside + (decode if users > 1 and steps.software.mixed.value else 0.0)
     others = max(users - 1, 0.0) * beside
     waiting = min(others, others * beside / max(rounds * decode + others + own, 1e-12))

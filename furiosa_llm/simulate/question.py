@@ -7,15 +7,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from furiosa_llm.bench.metrics import Figures, figures_of
 from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.simulate.believed import Belief, belief, outside
+from furiosa_llm.simulate.clock import Run, run
 from furiosa_llm.simulate.closed_form import Estimate, Load, estimate, most_sequences
 from furiosa_llm.simulate.device import Device, Software
 from furiosa_llm.simulate.errors import LoadError, PlacementError
 from furiosa_llm.simulate.model import Costs
+from furiosa_llm.simulate.requests import Request
 from furiosa_llm.simulate.steps import Placement, Steps
 
 FIGURES = ("ttft", "tpot", "output_tps")
+_ENOUGH = 0.99
+"""The share of requests that must keep the limits."""
 _MOST_RANKS = 64
 _USERS = tuple(2**n for n in range(11))
 _STRETCH = 64.0
@@ -49,7 +54,7 @@ class Setting:
         """A load of requests of these lengths."""
         return Load(kind=kind, amount=amount, input_len=self.input_len, output_len=self.output_len)  # type: ignore[arg-type]
 
-    def beliefs(self, placement: Placement) -> dict[str, Belief]:
+    def beliefs(self, placement: Placement, figures: Sequence[str] = FIGURES) -> dict[str, Belief]:
         """The error of each figure."""
         software = self.software_at(placement)
         beyond = outside(
@@ -60,7 +65,7 @@ class Setting:
             input_len=self.input_len,
             output_len=self.output_len,
         )
-        return {f: belief(self.device.name, software, f, outside=beyond) for f in FIGURES}
+        return {f: belief(self.device.name, software, f, outside=beyond) for f in figures}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +108,33 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Clocked:
+    """Requests that were served one by one on simulated time."""
+
+    placement: Placement
+    load: str
+    figures: Figures
+    run: Run
+    beliefs: Mapping[str, Belief]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether nearly all requests keep the limits."""
+        good, figures = self.figures.goodput, self.figures
+        return good is None or good >= _ENOUGH * figures.request_throughput
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "placement": dataclasses.asdict(self.placement),
+            "load": self.load,
+            **self.figures.as_dict(),
+            "preemptions": self.run.preemptions,
+            "error": {name: dataclasses.asdict(one) for name, one in self.beliefs.items()},
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """All that was asked, and the answers."""
 
@@ -118,7 +150,14 @@ class Report:
     searched: bool
     fewest: Answer | None
     """The fewest cards that do the last load within the limits."""
+    clocked: Sequence[Clocked]
     calibrated: bool
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything keeps the limits."""
+        done = [one.keeps(self.limits) for one in self.answers] + [one.keeps for one in self.clocked]
+        return not self.limits or self.fewest is not None or any(done)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -131,6 +170,7 @@ class Report:
             "tried": self.tried,
             "answers": [one.to_json() for one in self.answers],
             "fewest": None if self.fewest is None else self.fewest.to_json(),
+            "clocked": [one.to_json() for one in self.clocked],
         }
 
 
@@ -139,6 +179,30 @@ def answer(setting: Setting, placement: Placement, cards: int, load: Load) -> An
     steps = setting.steps(placement)
     found = estimate(steps, load)
     return Answer(placement=placement, cards=cards, load=load, estimate=found, beliefs=setting.beliefs(placement))
+
+
+def clocked(
+    setting: Setting,
+    placement: Placement,
+    load: str,
+    requests: Sequence[Request],
+    limits: Mapping[str, float],
+    *,
+    concurrency: int | None = None,
+    shared_prefix: int = 0,
+    spans: bool = False,
+) -> Clocked:
+    """Serve `requests` with the product's scheduler on simulated time; see `clock.run`."""
+    found = run(setting.steps(placement), requests, concurrency=concurrency, shared_prefix=shared_prefix, spans=spans)
+    typical = dataclasses.replace(
+        setting,
+        input_len=sum(one.input_len for one in requests) / len(requests),
+        output_len=sum(one.output_len for one in requests) / len(requests),
+    )
+    beliefs = typical.beliefs(placement, (*FIGURES, "tpot_p99"))
+    return Clocked(
+        placement=placement, load=load, figures=figures_of(found.observed, limits), run=found, beliefs=beliefs
+    )
 
 
 def placements(device: Device, cards: int, layers: int) -> Iterator[Placement]:

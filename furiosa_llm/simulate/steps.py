@@ -47,6 +47,16 @@ class Work:
     length: float
     """Of the longest sequence; windows of attention cut the others at the same share."""
 
+    def __add__(self, other: Work) -> Work:
+        """Both in one step."""
+        return Work(
+            tokens=self.tokens + other.tokens,
+            rows=self.rows + other.rows,
+            positions=self.positions + other.positions,
+            pairs=self.pairs + other.pairs,
+            length=max(self.length, other.length),
+        )
+
 
 class Steps:
     """The times of steps of one stage of a model on a device; each is a pure function of the work."""

@@ -15,21 +15,23 @@ from furiosa_llm.simulate.closed_form import Load
 from furiosa_llm.simulate.device import MARKS
 from furiosa_llm.simulate.question import Answer, Report, Setting
 
-_WIDTH = 110
+_WIDTH = 140
 """Columns that a table may take: a narrow terminal wraps its lines, and no figure is cut."""
 _ASSUMED = (
-    "prompts have no common beginning, and every request has these lengths",
     "experts are chosen uniformly; a step takes as long as its slowest stage, and what stages send each other no time",
     "8-bit weights are multiplied in 8 bits, 4-bit ones in 16; head and tables keep 16 bits",
-    "means: the spread over requests is not in a closed form",
+    "without --requests or --trace: means, with requests of one length and no common beginning",
 )
 
 
 def show_report(found: Report, *, price: float | None) -> None:
     """Print everything."""
-    _show_answers(found.setting, found.answers, limits=found.limits, price=price, tried=found.tried)
-    if found.limits:
+    if found.answers:
+        _show_answers(found.setting, found.answers, limits=found.limits, price=price, tried=found.tried)
+    if found.limits and found.answers:
         _show_verdict(found)
+    if found.clocked:
+        _show_clocked(found)
     _show_assumptions(found.setting, calibrated=found.calibrated)
 
 
@@ -56,7 +58,7 @@ def _show_answers(
         console.print(f"{_LONG[name]}: {_error(belief)}")
 
 
-_LONG = {"ttft": "TTFT", "tpot": "TPOT and tok/s a user", "output_tps": "tok/s"}
+_LONG = {"ttft": "TTFT", "tpot": "TPOT and tok/s a user", "output_tps": "tok/s", "tpot_p99": "TPOT p99"}
 
 
 def _error(belief: Belief) -> str:
@@ -109,6 +111,34 @@ def _show_verdict(found: Report) -> None:
             console.print(f"Within {asked}: up to {best.estimate.output_tps:,.0f} tok/s, at {_load(best.load)}.")
         else:
             console.print(f"None of these loads is done within {asked}.")
+
+
+def _show_clocked(found: Report) -> None:
+    """The loads that were served one by one: means, and what 99 of 100 requests keep."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.width = max(console.width, _WIDTH)
+    setting = found.setting
+    console.print(
+        f"{setting.device.title} with {setting.software_name}: requests one by one, by this engine's scheduler"
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
+    names = ["tp pp dp", "load", "TTFT", "p99", "TPOT", "p99", "E2E", "p99", "tok/s", "req/s", "at once"]
+    for name in [*names, *(["good req/s"] if found.limits else [])]:
+        table.add_column(name, justify="left" if name in ("tp pp dp", "load") else "right", no_wrap=True)
+    for one in found.clocked:
+        place, figures = one.placement, one.figures
+        cells = [f"{place.tensor_parallel_size} {place.pipeline_parallel_size} {place.data_parallel_size}", one.load]
+        for spread in (figures.ttft, figures.tpot, figures.e2el):
+            cells += ["-" if ms is None else _time(ms / 1000) for ms in (spread.mean, spread.p99)]
+        cells += [
+            f"{figures.output_throughput:,.0f}",
+            f"{figures.request_throughput:.2f}",
+            f"{figures.max_concurrency}",
+        ]
+        table.add_row(*cells, *([f"{figures.goodput:.2f}"] if figures.goodput is not None else []))
+    console.print(table, crop=False)
+    for name, belief in found.clocked[0].beliefs.items():
+        console.print(f"{_LONG[name]}: {_error(belief)}")
 
 
 def _show_assumptions(setting: Setting, *, calibrated: bool) -> None:

@@ -51,3 +51,36 @@ def test_a_model_that_does_not_decode_is_refused(cli: Cli, zoo: Path) -> None:
     result = cli("simulate", zoo / "tiny-vit-optimum" / "model.onnx", "--device", "rngd")
     assert result.code == 1
     assert "no steps that decode with a cache" in result.err
+
+
+def test_requests_are_served_one_by_one(cli: Cli, zoo: Path, tmp_path: Path) -> None:
+    line, trace = tmp_path / "line.json", tmp_path / "trace.jsonl"
+    trace.write_text('{"arrival_time": 1, "input_toks": 20, "output_toks": 5}\n' * 4)
+    run = ["simulate", zoo / MODEL / "model.onnx", "--device", "h100"]
+    result = cli(*run, "--trace", trace, "--timeline", line, "--goodput", "ttft:1000", "--json", "-")
+    assert result.code == 0
+    found = json.loads(result.out)
+    assert found["answers"] == []
+    assert found["clocked"][0]["completed"] == 4
+    assert found["clocked"][0]["goodput"] > 0
+    assert json.loads(line.read_text())["traceEvents"]
+    drawn = cli(*run, "--concurrency", 2, "--request-rate", 3, "--requests", 5, "--lengths", "sharegpt")
+    assert drawn.code == 0
+    assert "2 users" in drawn.out
+    assert "3 req/s" in drawn.out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--timeline", "x"], "--timeline is of requests that are served one by one"),
+        (["--shared-prefix", 3], "--shared-prefix is of requests that are served one by one"),
+        (["--trace", "x", "--request-rate", 2], "--trace has its own requests and arrivals; leave out --request-rate"),
+        (["--trace", "none"], "the trace none cannot be read"),
+        (["--json", "none/none"], "none/none cannot be written"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(cli: Cli, zoo: Path, more: list[object], message: str) -> None:
+    result = cli("simulate", zoo / MODEL / "model.onnx", "--device", "h100", *more)
+    assert result.code == 1
+    assert message in " ".join(result.err.split())
