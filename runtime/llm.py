@@ -8,7 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from functools import cached_property
-from typing import Any, Literal, NoReturn, Self, cast, overload
+from typing import Any, Literal, NoReturn, Self, Unpack, cast, overload
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.artifact.composite import is_composite
@@ -18,7 +18,12 @@ from furiosa_llm.runtime.async_engine import AsyncLLMEngine
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingOutput, PoolingRequestOutput
 from furiosa_llm.runtime.engine.core import EngineCore, adapters_for_each, params_for_each, with_kind
-from furiosa_llm.runtime.engine.engine_args import EngineArgs, refuse_foreign_options
+from furiosa_llm.runtime.engine.engine_args import (
+    EngineArgs,
+    EngineOptions,
+    refuse_foreign_options,
+    with_engine_options,
+)
 from furiosa_llm.runtime.engine.launch import make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
@@ -52,13 +57,14 @@ class LLM(Closing):
     its threads.
     """
 
+    @with_engine_options
     def __init__(
         self,
         model: str | os.PathLike[str],
         *,
         skip_engine: bool = False,
         use_tqdm_on_load: bool | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
         args = EngineArgs(model, **refuse_foreign_options(options))
         self._folder = os.fspath(model)
@@ -66,9 +72,17 @@ class LLM(Closing):
             self._model = _load(args, skip_engine=skip_engine)
 
     @classmethod
-    def load_artifact(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    @with_engine_options
+    def load_artifact(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        skip_engine: bool = False,
+        use_tqdm_on_load: bool | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> Self:
         """Loads the artifact in the folder `path`; takes the options of the class."""
-        return cls(path, **options)
+        return cls(path, skip_engine=skip_engine, use_tqdm_on_load=use_tqdm_on_load, **options)
 
     @classmethod
     def load_artifacts(cls, path: str | os.PathLike[str], **options: Any) -> Self:

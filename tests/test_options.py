@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 import pytest
 
-from furiosa_llm import EngineArgs
+from furiosa_llm import LLM, EngineArgs
 from furiosa_llm.builder import ArtifactBuilder, plan_model
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.options import BuildOptions
@@ -19,7 +19,7 @@ from furiosa_llm.cli.options import ENGINE
 from furiosa_llm.mlperf.cli import cli as mlperf
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.options import Option, declared
-from furiosa_llm.runtime.engine.engine_args import SchedulerConfig
+from furiosa_llm.runtime.engine.engine_args import EngineOptions, SchedulerConfig
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.server.settings import ServerSettings
 from tests.test_packaging import ROOT
@@ -117,6 +117,20 @@ def test_signatures_of_builds(function: Callable[..., Any], others: set[str]) ->
         option, parameter = BUILD[name], signature[name]
         assert parameter.default == (None if option.default == {} else option.default)
         assert f"{name}: {option.help}" in text
+
+
+@pytest.mark.parametrize("function", [LLM, LLM.load_artifact])
+def test_signatures_of_loading(function: Callable[..., Any]) -> None:
+    """Every option, typed, with its default and its text."""
+    hints, engine = get_type_hints(EngineArgs), inspect.signature(EngineArgs).parameters
+    assert get_type_hints(EngineOptions) == {name: hint for name, hint in hints.items() if name != "model"}
+    shown = inspect.signature(function).parameters
+    assert list(shown)[1:] == ["skip_engine", "use_tqdm_on_load", *EngineOptions.__annotations__]
+    for name, hint in get_type_hints(EngineOptions).items():
+        assert (shown[name].annotation, shown[name].default) == (hint, engine[name].default)
+    text = inspect.getdoc(LLM.__init__ if function is LLM else function) or ""
+    for name, option in ENGINE.items():
+        assert name == "model" or f"    {name}: {option.help}" in text
 
 
 REFUSED = [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, ParamSpec, Self, TypedDict, TypeVar, get_type_hints
 
 from furiosa_llm.runtime.artifact.options import (
     COMPUTE,
@@ -27,6 +28,9 @@ from furiosa_llm.runtime.engine.buckets import BucketConfig
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEFAULT_BATCH_SIZE = 16
 
@@ -208,6 +212,54 @@ class EngineArgs:
         """The arguments that a parser with `add_cli_args` found; what else is in `args` is not looked at."""
         names = [field.name for field in fields(cls)]
         return cls(**{name: value for name in names if (value := getattr(args, name, None)) is not None})
+
+
+class EngineOptions(TypedDict, total=False):
+    """The fields of `EngineArgs` but the model, as keyword arguments."""
+
+    pipeline_parallel_size: int | None
+    data_parallel_size: int | None
+    tokenizer: str | os.PathLike[str] | Tokenizer | None
+    tokenizer_mode: Literal["auto", "slow"]
+    seed: int | None
+    devices: str | Sequence[str] | None
+    cache_dir: str | os.PathLike[str] | None
+    paged_attention_num_blocks: int | None
+    npu_queue_limit: int | None
+    max_processing_samples: int | None
+    spare_blocks_ratio: float | None
+    is_offline: bool | None
+    tensor_parallel_size: int | None
+    num_blocks_per_pp_stage: Sequence[int] | None
+    allow_subset: bool
+    max_batch_size: int | None
+    max_model_len: int | None
+    max_prompt_len: int | None
+    prefill_chunk_size: int | None
+    enable_prefix_caching: bool | None
+    bucket_config: BucketConfig | None
+    scheduler_config: SchedulerConfig | None
+    workers: int | None
+    threads: int | None
+    batch_invariant: bool
+    mapped: bool
+    compute: str | None
+    full_verification: bool | None
+    step_timeout: float | None
+    max_step_nbytes: int | None
+
+
+def with_engine_options(method: Callable[P, T]) -> Callable[P, T]:
+    """Shows every option of `EngineOptions` in the signature of `method` and its text, in place of `**options`."""
+    signature, hints = inspect.signature(method), get_type_hints(EngineArgs)
+    own = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    fields = list(inspect.signature(EngineArgs).parameters.values())[1:]
+    shown = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name]) for one in fields]
+    declared_options = {**declared(SchedulerConfig), **declared(EngineArgs)}
+    lines = [f"    {one.name}: {declared_options[one.name].help_text}" for one in fields]
+    method.__doc__ = "\n".join((inspect.cleandoc(method.__doc__ or ""), "", "Options:", *lines))
+    method.__signature__ = signature.replace(parameters=[*own, *shown])  # type: ignore[attr-defined]
+    return method
 
 
 @dataclass(frozen=True, slots=True)

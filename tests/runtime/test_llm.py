@@ -288,8 +288,9 @@ def test_options_that_cannot_be_met_are_refused(
 
 def test_unknown_options_are_type_errors(folder: Path) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_batchsize'"):
-        LLM.load_artifact(folder, max_batchsize=3)
-    with LLM(folder, trust_remote_code=False, num_speculative_tokens=None, prefill_buckets=[], threads=1) as plain:
+        LLM.load_artifact(folder, max_batchsize=3)  # type: ignore[call-arg]
+    unused: dict[str, Any] = {"trust_remote_code": False, "num_speculative_tokens": None, "prefill_buckets": []}
+    with LLM(folder, threads=1, **unused) as plain:
         assert plain.generate("hello", GREEDY).finished
 
 

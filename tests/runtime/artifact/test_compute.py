@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +42,7 @@ def run(model: ModelProto, **feeds: Array) -> list[Array]:
     return found
 
 
-def tokens(folder: Path, **options: object) -> list[int]:
+def tokens(folder: Path, **options: Any) -> list[int]:
     with LLM.load_artifact(folder, compute="float32", **options) as llm:
         [output] = llm.generate([{"prompt_token_ids": PROMPT}], GREEDY)
     return list(output.outputs[0].token_ids)

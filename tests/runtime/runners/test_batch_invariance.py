@@ -326,7 +326,7 @@ def test_an_encoder_has_no_batches(encoder_artifact: Path) -> None:
 
 def test_it_is_on_or_off(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="batch_invariant must be True or False, got 'yes'"):
-        LLM(tmp_path, batch_invariant="yes")
+        LLM(tmp_path, batch_invariant="yes")  # type: ignore[arg-type]
 
 
 def test_what_is_said() -> None:
