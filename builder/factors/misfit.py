@@ -30,8 +30,8 @@ def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable
     return ShapeError(
         f"{message} Expected sizes that the model accepts together. It follows from {taken or 'no input'}{more}. Say "
         "what an input is with --role INPUT=ROLE[DIM,...] (for instance --role pos=positions[3,batch,sequence]), a "
-        "size with --dim NAME=SIZE (for instance --dim height=224), or a value with --fix INPUT=VALUE; "
-        "`furiosa-llm plan --roles` shows what is inferred."
+        "size with --dim NAME=SIZE (for instance --dim height=224), or a value with --fix INPUT=VALUE "
+        "(in Python roles, dims and fixed); `furiosa-llm plan --roles` shows what is inferred."
     )
 
 

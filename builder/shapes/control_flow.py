@@ -77,7 +77,7 @@ class ControlFlow:
     def _remedy(self, condition: ir.Value | None) -> str:
         remedy = "export the branches as separate models, for instance the prefill and the with-past decoder"
         if condition is not None and condition.is_graph_input():
-            choice = f"--fix {condition.name}=true or --fix {condition.name}=false"
+            choice = f"--fix {condition.name}=true or --fix {condition.name}=false (in Python fixed)"
             remedy = f"say which is meant with {choice}, or {remedy}"
         if not self._siblings:
             return remedy

@@ -78,7 +78,7 @@ def _check_destination(destination: Path, *, force: bool) -> None:
     if not os.path.lexists(destination):
         return
     if not force:
-        raise OutputError(f"{destination} exists already; give another output, or --force to replace it.")
+        raise OutputError(f"{destination} exists already; give another output, or --force (force=True) to replace it.")
     is_folder = destination.is_dir() and not destination.is_symlink()
     if not is_folder or not ((destination / MANIFEST_NAME).is_file() or not any(destination.iterdir())):
         raise OutputError(

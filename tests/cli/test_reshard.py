@@ -28,7 +28,7 @@ def test_reshard(folder: Path, tmp_path: Path, cli: Cli) -> None:
     assert digests(tmp_path / "out") == digests(folder / "8")
     result = cli("reshard", folder / "4", tmp_path / "out", "-tp", 8)
     assert result.code == 1
-    assert "exists already; give another output, or --force to replace it" in result.out + result.err
+    assert "exists already; give another output, or --force (force=True) to replace it" in result.out + result.err
     result = cli("reshard", folder / "8", tmp_path / "out", "-tp", 4, "--force")
     assert result.code == 0
     assert digests(tmp_path / "out") == digests(folder / "4")

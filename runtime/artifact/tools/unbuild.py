@@ -95,7 +95,7 @@ def _check_output(artifact: Artifact, out: Path, *, force: bool) -> None:
         if file.is_dir():
             raise OutputFileError(f"{file} is a folder, where the weights go; give another output.")
         if file.exists() and not force:
-            raise OutputFileError(f"{file} exists already; give another output, or --force to replace it.")
+            raise OutputFileError(f"{file} exists already; give another output, or --force (force=True) to replace it.")
 
 
 def _write_data(artifact: Artifact, stored: Sequence[OriginalInitializer], path: Path) -> dict[str, _Region]:
