@@ -196,10 +196,10 @@ def segments_of(factor: Factor) -> list[Factor]:
     root = factor.find()
     if root.kind is Kind.LEAF:
         return [root]
-    if root.kind is Kind.CONCATENATION or (root.kind is Kind.PREFIX and _has_concatenation(root)):
+    if root.kind is Kind.CONCATENATION or (root.kind is Kind.PREFIX and has_concatenation(root)):
         return [s for kid in root.kids for s in segments_of(kid)]
     # A product of a concatenation and other factors: each segment with all the rest.
-    return [root] if not any(_has_concatenation(kid) for kid in root.kids) else list(_expand(root))
+    return [root] if not any(has_concatenation(kid) for kid in root.kids) else list(_expand(root))
 
 
 def leaves_in_prefixes(factors: Iterable[Factor]) -> frozenset[Factor]:
@@ -215,15 +215,16 @@ def leaves_in_prefixes(factors: Iterable[Factor]) -> frozenset[Factor]:
     return frozenset(found)
 
 
-def _has_concatenation(factor: Factor) -> bool:
+def has_concatenation(factor: Factor) -> bool:
+    """Whether a concatenation is among what `factor` is made of."""
     root = factor.find()
-    return root.kind is Kind.CONCATENATION or any(_has_concatenation(kid) for kid in root.kids)
+    return root.kind is Kind.CONCATENATION or any(has_concatenation(kid) for kid in root.kids)
 
 
 def _expand(product_: Factor) -> Iterator[Factor]:
     rows: list[list[Factor]] = [[]]
     for kid in product_.kids:
-        parts = segments_of(kid) if _has_concatenation(kid) else [kid.find()]
+        parts = segments_of(kid) if has_concatenation(kid) else [kid.find()]
         rows = [[*row, part] for row in rows for part in parts]
     for row in rows:
         yield Factor(math.prod(f.find().size for f in row), Kind.PRODUCT, row)

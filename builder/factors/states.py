@@ -12,11 +12,13 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rules import op_of
 from furiosa_llm.builder.shapes.flow import as_outputs, grown_output, is_kept, reached
-from furiosa_llm.builder.shapes.interface import role_of
+from furiosa_llm.builder.shapes.interface import PROBE, SECOND_PROBE, role_of
 from furiosa_llm.builder.shapes.interpreter import Fact, Facts
 from furiosa_llm.runtime.artifact.manifest import StateMode
 
 _STATE_OUTPUT = re.compile(r"present.*")
+_POSITIONS = frozenset((getattr(PROBE, kind), getattr(SECOND_PROBE, kind)) for kind in ("sequence", "past", "total"))
+"""The sizes of dimensions that count positions."""
 MAX_REPLACED = 1024
 """Where more inputs or outputs than this may be states of a fixed size, none is taken for one: which of them belong
 together takes a comparison of each with each."""
@@ -116,10 +118,14 @@ def _appended(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
 
 
 def _keeps_its_size(value: ir.Value, facts: Facts, others: Facts) -> bool:
-    """Whether `value` has elements as a state has them, and at most one dynamic dimension, the batch."""
+    """Whether `value` has elements as a state has them, and at most one dynamic dimension, the batch.
+
+    So a model for one sequence has inputs with one dynamic dimension that counts positions: these are no states.
+    """
     fact, other = facts[value], others[value]
-    changed = sum(a != b for a, b in zip(fact.shape, other.shape, strict=True))
-    return len(fact.shape) > 1 and changed <= 1 and (fact.dtype.is_floating_point() or _is_state(value))
+    changed = [pair for pair in zip(fact.shape, other.shape, strict=True) if pair[0] != pair[1]]
+    kept = len(changed) <= 1 and _POSITIONS.isdisjoint(changed)
+    return len(fact.shape) > 1 and kept and (fact.dtype.is_floating_point() or _is_state(value))
 
 
 def _is_state(value: ir.Value) -> bool:

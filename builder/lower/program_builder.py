@@ -7,7 +7,6 @@ from which a rank knows its place (whether it is the first of its group, where i
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from furiosa_llm.builder.plan.storage import segments_by_axes
 from furiosa_llm.builder.rewrite.control_flow import ORIGINAL_NAME
 from furiosa_llm.builder.shapes.names import FreeNames
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
-from furiosa_llm.runtime.artifact.layout import Cat, Dim, Leaf, Mesh, Prod, axes_of, global_size, local_size
+from furiosa_llm.runtime.artifact.layout import Dim, Leaf, Mesh, axes_of, global_size, local_size
 from furiosa_llm.runtime.artifact.manifest import Part
 
 INLINE_NBYTES = 1024
@@ -155,7 +155,7 @@ class ProgramBuilder:
             unique = self._names.take(name)
             return self._initializer(unique, ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=unique))
         for d, dim in enumerate(layout):
-            segments = _segments_by_axes(dim)
+            segments = segments_by_axes(dim)
             if len(segments) > 1:
                 return self._add_parts(name, tensor, layout, d, segments)
         return self._add_stored(name, tensor, layout, layout, None)
@@ -215,18 +215,6 @@ class ProgramBuilder:
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
-
-
-def _segments_by_axes(dim: Dim) -> list[Dim]:
-    """Runs of segments of a concatenation that are split over the same axes; one run if there are no such segments."""
-    if isinstance(dim, Prod) and isinstance(dim.parts[0], Cat):
-        segments: tuple[Dim, ...] = tuple(Prod((part, *dim.parts[1:])) for part in dim.parts[0].parts)
-    elif isinstance(dim, Cat):
-        segments = dim.parts
-    else:
-        return [dim]
-    runs = [list(run) for _, run in itertools.groupby(segments, key=lambda part: frozenset(axes_of(part)))]
-    return [run[0] if len(run) == 1 else Cat(tuple(run)) for run in runs]
 
 
 def _is_here(tensor: ir.TensorProtocol) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from furiosa_llm.builder.factors.analysis import Analysis, NodeInfo
-from furiosa_llm.builder.factors.factor import Factor, leaves_in_prefixes
+from furiosa_llm.builder.factors.factor import Factor, has_concatenation, leaves_in_prefixes
 from furiosa_llm.builder.factors.states import States
 from furiosa_llm.builder.plan.outcome import Assignment, InfeasibleError, Outcome
 from furiosa_llm.builder.plan.sweep_pass import Ground, SweepPass
@@ -38,6 +38,12 @@ class Sweeper:
             mesh=mesh,
             states=states,
             leaves=leaves,
+            packed=frozenset(
+                (value, d)
+                for value in analysis.graph.initializers.values()
+                for d, _ in leaves[value]
+                if has_concatenation(analysis.dims[value][d])
+            ),
             in_prefixes=leaves_in_prefixes(factor for dims in analysis.dims.values() for factor in dims),
             active=_find_active(analysis, {value for value, dims in leaves.items() if dims}),
             consumers=_count_consumers(analysis),

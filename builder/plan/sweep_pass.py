@@ -18,6 +18,7 @@ from furiosa_llm.builder.plan.padding import (
     output_content,
     padded_places,
 )
+from furiosa_llm.builder.plan.storage import can_be_stored
 from furiosa_llm.builder.rules.elementwise import CUT
 from furiosa_llm.builder.rules.facts import present
 from furiosa_llm.builder.rules.padding import Content
@@ -36,6 +37,8 @@ class Ground:
     states: States
     leaves: Mapping[ir.Value, tuple[tuple[int, tuple[Factor, ...]], ...]]
     """For every value, the dimensions that have leaves which may be split, each with these leaves."""
+    packed: frozenset[tuple[ir.Value, int]]
+    """The dimensions of weights that have concatenations among their factors."""
     in_prefixes: frozenset[Factor]
     """The leaves that are below some prefix: splitting them makes padding, even if they are split evenly."""
     active: Sequence[NodeInfo]
@@ -303,6 +306,9 @@ class SweepPass:
                 for axis in self._axes[leaf]:
                     if owner.setdefault(axis, (leaf, d)) != (leaf, d):
                         raise InfeasibleError(f'"{value.name}" would be split twice over mesh axis {axis}')
+            packed = (value, d) in self._ground.packed and d not in whole
+            if packed and not can_be_stored(simplify(to_dim(self._analysis.dims[value][d], self._axes))):
+                raise InfeasibleError(f'segments inside of "{value.name}" would be split over different axes')
 
     def _check_node(self, info: NodeInfo, step: NodeAction, split: Mapping[int, Split]) -> None:
         """No mesh axis may be used by two different factors, or by a factor and a partial sum, inside one node."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ _MAX_RETRIES = 32
 _MAX_KEYS = 6
 """How many different reshapes before a faulty node are given other readings, the nearest first."""
 _MAX_WAYS = 3
-"""How many other readings each of a pair of reshapes is given, the likeliest first."""
+"""How many other readings each of a pair of reshapes is given, the likeliest first; of one alone, before the rest."""
 
 
 def prove(path: str | os.PathLike[str]) -> ProofReport:
@@ -248,27 +248,31 @@ class _Checker:
         return ways[self._choices.get(key, 0)]
 
     def _read_otherwise(self, position: int) -> bool:
-        """Whether everything up to a faulty node is right with another reading of one or two reshapes before it."""
+        """Whether everything up to a faulty node is right with another reading of one or two reshapes before it.
+
+        The few likeliest readings of each reshape are tried first, those of the nearest before others.
+        """
         self._retries += 1
         if self._retries > _MAX_RETRIES:
             return False
         keys = self._readable(self._nodes[position])
-        return any(self._fits((key,), position) for key in keys) or any(
-            self._fits(pair, position) for pair in itertools.combinations(keys, 2)
-        )
+        others = {key: [n for n in range(self._ways[key][1]) if n != self._choices.get(key, 0)] for key in keys}
+        trials = [{key: n} for key in keys for n in others[key]]
+        trials.sort(key=lambda trial: max(trial.values()) >= _MAX_WAYS)
+        trials += [
+            dict(zip(pair, numbers, strict=True))
+            for pair in itertools.combinations(keys, 2)
+            for numbers in itertools.product(*(others[key][:_MAX_WAYS] for key in pair))
+        ]
+        return any(self._fits(trial, position) for trial in trials)
 
-    def _fits(self, keys: Sequence[object], position: int) -> bool:
-        """Whether everything up to a node is right with other readings of all `keys`; if so, they are kept."""
-        before, kept = dict(self._held), {key: self._choices.get(key, 0) for key in keys}
-        others = [[n for n in range(self._ways[key][1]) if n != kept[key]] for key in keys]
-        if len(keys) > 1:
-            others = [ways[:_MAX_WAYS] for ways in others]
-        first = min(self._ways[key][0] for key in keys)
-        for numbers in itertools.product(*others):
-            self._choices.update(zip(keys, numbers, strict=True))
-            if self._redo(first, position):
-                return True
-            self._held = dict(before)
+    def _fits(self, trial: Mapping[object, int], position: int) -> bool:
+        """Whether everything up to a node is right with the readings of a `trial`; if so, they are kept."""
+        before, kept = dict(self._held), {key: self._choices.get(key, 0) for key in trial}
+        self._choices.update(trial)
+        if self._redo(min(self._ways[key][0] for key in trial), position):
+            return True
+        self._held = before
         self._choices.update(kept)
         return False
 

@@ -139,29 +139,32 @@ def _distributions(gap: _Gap) -> Iterator[tuple[float, list[_Bin]]]:
     count = len(gap.pieces)
     for cuts in itertools.combinations_with_replacement(range(count + 1), len(places) - 1):
         bins = [gap.pieces[a:b] for a, b in itertools.pairwise([0, *cuts, count])]
-        price = sum(
-            _price(gap, target, tagged) for (target, _), own in zip(places, bins, strict=True) for tagged in own
-        )
-        for dim in {tagged.dim for tagged in gap.pieces}:
-            price += 0.5 * (sum(any(tagged.dim == dim for tagged in own) for own in bins) - 1)
+        price = 0.0
+        for dim in {tagged.dim for tagged in gap.pieces}:  # pieces of one dimension belong together
+            own = [(target, t) for (target, _), found in zip(places, bins, strict=True) for t in found if t.dim == dim]
+            price += max(_price(gap, target, tagged) for target, tagged in own)
+            price += 0.5 * (sum(any(tagged.dim == dim for tagged in found) for found in bins) - 1)
         pairs = zip(places, bins, strict=True)
         yield price, [(target, side, [tagged.piece for tagged in own]) for (target, side), own in pairs]
 
 
 def _price(gap: _Gap, target: int, tagged: _Tagged) -> float:
     """How unlikely it is that a piece belongs to an output dimension."""
-    between = sorted({t.dim for t in gap.pieces}.union(gap.blanks) - {gap.before_dim, gap.after_dim})
-    spare = len(between) < len(gap.ones)
+    inside = {t.dim for t in gap.pieces} - {gap.before_dim, gap.after_dim}
+    between, spare = sorted(inside.union(gap.blanks)), len(inside) < len(gap.ones)
     if tagged.dim == gap.before_dim == gap.after_dim and not gap.ones and not gap.after_is_dynamic:
         return 1.0 if target == gap.before else 0.0  # a factor that is split has its axes before its own indices
     if tagged.dim in (gap.before_dim, gap.after_dim):  # a piece at the end of a dimension stays there or is cut off
         own, other = (gap.before, gap.after) if tagged.dim == gap.before_dim else (gap.after, gap.before)
-        return 4.0 if target == other else float(spare) if target == own else 0.0 if spare else 2.0
+        if target in (own, other):
+            return 4.0 if target == other else float(spare)
+        place = 0 if tagged.dim == gap.before_dim else len(between)  # what is cut off comes next to what is left
+        return 0.1 * abs(gap.ones.index(target) - min(place, len(gap.ones) - 1)) if spare else 2.0
     if target == gap.before:
         return 3.0 if gap.ones else 1.5
     place = between.index(tagged.dim)
     if gap.blanks and place >= len(gap.ones):  # every output dimension of size 1 is one that the input has already
-        return 0.0 if target == gap.after else 1.0
+        return 0.0 if target == gap.after else 1.0 + 0.1 * (len(gap.ones) - gap.ones.index(target))
     if target == gap.after:  # heads join their vectors if these follow, and the batch if the sequence follows
         return 2.0 if gap.ones or gap.after_is_dynamic else 1.0
     return 0.1 * abs(gap.ones.index(target) - min(place, len(gap.ones) - 1))

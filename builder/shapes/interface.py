@@ -63,6 +63,8 @@ def dimension_kinds(
                 f'input "{value.name}" has no shape, not even its number of dimensions; '
                 "export the model with dynamic axes instead of unknown ones."
             )
+    if _BATCH_LAST not in graph.meta:
+        settle_batch_last(graph, batch_last=_shows_batch_last(graph))
     sizes = _given_sizes(graph, given)
     known = _known(graph, sizes)
     symbols: dict[str, str] = {}
@@ -81,6 +83,14 @@ def dimension_kinds(
 def settle_batch_last(graph: ir.Graph, *, batch_last: bool) -> None:
     """Take tokens, or embeddings in their place, for [sequence, batch], or for [batch, sequence] as usual."""
     graph.meta[_BATCH_LAST] = batch_last
+
+
+def _shows_batch_last(graph: ir.Graph) -> bool:
+    """Whether states have the second symbol of the tokens, not the first: then that is the batch, not the sequence."""
+    states = [value for value in graph.inputs if role_of(value) == "state"]
+    kept = {_symbol((v, d)) for v in states if v.shape is not None for d in range(len(v.shape)) if d != growing_dim(v)}
+    tokens = (v for v in graph.inputs if role_of(v) == "token_ids" and v.shape is not None and len(v.shape) == 2)
+    return any(_symbol((v, 1)) in kept - {None} and _symbol((v, 0)) not in kept for v in tokens)
 
 
 def fixed_sequence(graph: ir.Graph) -> int | None:

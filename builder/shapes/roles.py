@@ -342,17 +342,29 @@ def _lookups(
 
 
 def _is_embedded(graph: ir.Graph, tables: list[ir.Value], value: ir.Value) -> bool:
-    """Whether another input has vectors as wide as a table's rows, one for each position."""
+    """Whether another input has vectors as wide as a table's rows, one for each position.
+
+    There is one for each position if the symbols say so, or if the rows are added to them.
+    """
     widths = {math.prod(t.shape.numpy()[1:]) for t in tables if t.shape is not None}
-    places = [other.shape for other in graph.inputs if other.dtype is not None and other.dtype.is_floating_point()]
+    added = _added_to_rows(value)
     return any(
         shape is not None
         and len(shape) == 3
         and shape[2] in widths
         and value.shape is not None
-        and str(shape[1]) == str(value.shape[-1])
-        for shape in places
+        and (str(shape[1]) == str(value.shape[-1]) or other in added)
+        for other in graph.inputs
+        if other.dtype is not None and other.dtype.is_floating_point()
+        for shape in (other.shape,)
     )
+
+
+def _added_to_rows(value: ir.Value) -> set[ir.Value | None]:
+    """What is added to the rows that `value` looks up."""
+    lookups = [node for form in reached([value], is_kept) for node, port in form.uses() if port == 1]
+    readers = (reader for node in lookups if node.op_type == "Gather" for reader, _ in node.outputs[0].uses())
+    return {operand for reader in readers if reader.op_type == "Add" for operand in reader.inputs}
 
 
 def _rows(table: ir.Value) -> int:

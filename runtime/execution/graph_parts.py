@@ -148,7 +148,7 @@ def _feed(info: InputInfo, lengths: list[int]) -> Array:
     shape = tuple(dim if isinstance(dim, int) else parse_dimension(dim).value(sizes) for dim in info.shape)
     array = np.zeros(shape, dtype=DTYPES[info.dtype].numpy)
     if info.role == "attention_mask":
-        array[...] = np.arange(shape[1]) <= np.array(lengths)[:, None]
+        array[...] = np.arange(shape[-1]) <= np.array(lengths).reshape(-1, *[1] * (len(shape) - 1))
     elif info.role == "position_ids":
         array[...] = np.array(lengths)[:, None]
     return array

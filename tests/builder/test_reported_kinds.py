@@ -38,6 +38,9 @@ _WEIGHTS = {
     "wv": _weight(_WIDTH, 32),
     "wo": _weight(64, _WIDTH),
     "widen": _weight(32, _WIDTH),
+    "packed": _weight(_WIDTH, 128),
+    "p5": _ints(0, 0, 2, 4, 16),
+    "parts": _ints(2, 1, 1),
     "types": _weight(8, _WIDTH),
     "norm": _weight(8),
     "zero": np.array([[0]]),
@@ -156,6 +159,20 @@ def test_a_cache_of_one_sequence_behind_idle_nodes(tmp_path: Path) -> None:
     _checked(tmp_path, "int64[1, seq] input_ids, float[1, past, 32] old", outputs, nodes, 4)
     states = open_artifact(tmp_path / "artifact").manifest.states
     assert [(state.input, state.output) for state in states] == [("old", "new")]
+
+
+def test_a_packed_weight_whose_segments_lie_inside_of_heads(tmp_path: Path) -> None:
+    """Of each key head first its queries, then its key and its value: two of these have no more parts than key heads.
+
+    Keys and values cannot be stored apart from queries there, so that queries are split no further than they.
+    """
+    nodes = f"""
+        x = Gather(emb, input_ids) p0 = MatMul(x, packed) p = Reshape(p0, p5) q, k, v = Split<axis=3>(p, parts)
+        qk = Mul(q, k) gate = Softmax<axis=-1>(qk) o = Mul(gate, v) o2 = Reshape(o, q64)
+        a = MatMul(o2, wo) x2 = Add(x, a) {_FEED_FORWARD}
+    """
+    report = _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 128] logits", nodes, 4)
+    assert report.weight_nbytes < report.model_nbytes / 2
 
 
 def test_a_split_of_what_was_copied_along_other_dimensions(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tests.support.exports import BASES
 
 NAMED = {rewrite.__name__: rewrite for rewrite in REWRITES}
 GENAI, PLAIN, GPT2 = "tiny-llama-genai-fp32/model.onnx", "bsnh", "gpt2_past"
+HYBRID, MIXTURE = "genai-qwen35", "tiny-mixtral-dynamo-tf5/model.onnx"
 ROWS = {
     "weights that are Constant nodes, stored in parts": (GENAI, 4, "constant_nodes"),
     "a lookup by rows that are copies": (GPT2, 4, "position_vector"),
@@ -34,12 +35,22 @@ ROWS = {
     "scores of the last position over written caches": (PLAIN, 2, "written last_scores"),
     "a batch that an attention op alone tells from a head's vector": (GENAI, 2, "layout symbols"),
     "positions of one row, without symbols": (PLAIN, 2, "position_vector symbols"),
+    "embeddings that only a sum ties to positions": (GPT2, 4, "embeddings symbols batch_size names"),
+    "a mask of numbers beside recurrent states of one sequence": (
+        HYBRID,
+        4,
+        "batch_size no_positions mask_type embeddings",
+    ),
+    "tokens as [sequence, batch], which states alone show": (MIXTURE, 2, "position_vector time_first"),
+    "heads that one position leaves without sizes": (PLAIN, 4, "products_as_gemm flat_heads one_position"),
 }
 """Base, tensor parallel size and rewrites."""
 FAST = (
     "weights that are Constant nodes, stored in parts",
     "a lookup by rows that are copies",
     "one position a step behind a past",
+    "embeddings that only a sum ties to positions",
+    "heads that one position leaves without sizes",
 )
 
 
@@ -50,6 +61,13 @@ def test_an_export_of_a_kind_that_was_wrong(name: str, tmp_path: Path) -> None:
     export = rewritten(chosen, [NAMED[word] for word in rewrites.split()], random.Random(1))
     assert export.applied == rewrites.split()
     assert tried(chosen, export, size, tmp_path) == ("same", "")
+
+
+@pytest.mark.slow
+def test_tokens_of_a_batch_behind_a_mask_of_four_dimensions(tmp_path: Path) -> None:
+    base = next(one for one in BASES if one.name == MIXTURE)
+    export = rewritten(base, [NAMED["square_mask"]], random.Random(1))
+    assert tried(base, export, 2, tmp_path, generate=True) == ("same", "")
 
 
 @pytest.mark.slow
