@@ -210,7 +210,8 @@ def _time_limit(seconds: float | None) -> Callable[[], None]:
 
 def _tolerance(manifest: Manifest, compute: str | None) -> float:
     halves = compute is None and any(tensor.dtype == "FLOAT16" for tensor in manifest.tensors)
-    return HALF_TOLERANCE if halves else TOLERANCE
+    rounded = any(info.role == "state" and info.dtype.startswith(("INT", "UINT")) for info in manifest.inputs)
+    return HALF_TOLERANCE if halves or rounded else TOLERANCE
 
 
 def _output_check(name: str, found: Found[OutputDifference], tolerance: float, folder: Path) -> Check:

@@ -54,7 +54,7 @@ _COUNTED = {
     "--tolerance",
     type=click.FloatRange(min=0.0),
     help="Greatest mean error to accept in an output, relative to its largest element.  "
-    f"[default: {TOLERANCE:g}, float16 {HALF_TOLERANCE:g}]",
+    f"[default: {TOLERANCE:g}, float16 weights or caches of integers {HALF_TOLERANCE:g}]",
 )
 @click.option("--dim", "dims", type=Sizes(), multiple=True, help="Size of a dynamic input dimension to run with.")
 @click.option(

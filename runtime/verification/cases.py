@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -174,14 +174,26 @@ def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[ComparedStep]:
 
 
 def within_limit(inputs: Inputs, lengths: Lengths) -> Lengths:
-    """`lengths`, shortened to what the reference runs: a model that declares no limit may have a table of positions."""
-    if lengths.limit is not None or inputs.runs(lengths.past):
+    """`lengths`, shortened to what the reference runs, if it declares no limit.
+
+    A model may have a table of positions, or an exporter may have fixed how many new tokens a step has at most.
+    """
+    if lengths.limit is not None:
         return lengths
-    good, bad = 1, lengths.past
+    past = _most(inputs.runs, lengths.past)
+    limit = past if past < lengths.past else None
+    return Lengths(limit=limit, past=past, new=_most(inputs.prefills, min(lengths.new, past)))
+
+
+def _most(runs: Callable[[int], bool], longest: int) -> int:
+    """The longest length up to `longest` that runs."""
+    if runs(longest):
+        return longest
+    good, bad = 1, longest
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if inputs.runs(middle) else (good, middle)
-    return Lengths(limit=good, past=good, new=min(lengths.new, good))
+        good, bad = (middle, bad) if runs(middle) else (good, middle)
+    return good
 
 
 def configured_sizes(path: Companion | None) -> dict[str, int]:
@@ -226,11 +238,17 @@ class Inputs:
         return ComparedStep(case=case, sizes=sizes, inputs=inputs, expected=self._reference.run(inputs))
 
     def runs(self, length: int) -> bool:
-        """Whether the reference runs at a length."""
+        """Whether the reference runs at a length: a decoder in a step of one token."""
         decode = Case(kind="decode", batch=1, sequence=1, past=length - 1, drawn=True)
-        forward = Case(kind="forward", batch=1, sequence=length, past=0)
+        return self._runs(decode) if self._manifest.states else self.prefills(length)
+
+    def prefills(self, length: int) -> bool:
+        """Whether the reference takes so many new tokens at once."""
+        return self._runs(Case(kind="prefill", batch=1, sequence=length, past=0))
+
+    def _runs(self, case: Case) -> bool:
         try:
-            self.step(decode if self._manifest.states else forward)
+            self.step(case)
         except ExecutionError:
             return False
         return True

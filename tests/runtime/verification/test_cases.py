@@ -68,15 +68,16 @@ def test_short_models(longest: int, manifest: Manifest) -> None:
 
 
 class Echo:
-    """A model whose states are their positions' numbers, and that has positions up to `limit`."""
+    """A model whose states are their positions' numbers, with positions up to `limit`, `most` of them in a step."""
 
-    def __init__(self, manifest: Manifest, limit: int = 10**9) -> None:
+    def __init__(self, manifest: Manifest, limit: int = 10**9, most: int = 10**9) -> None:
         self._manifest = manifest
         self._limit = limit
+        self._most = most
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         total = inputs["attention_mask"].shape[1]
-        if total > self._limit:
+        if total > self._limit or inputs["input_ids"].shape[1] > self._most:
             raise ExecutionError("past the table")
         batch = inputs["input_ids"].shape[0]
         rows = np.broadcast_to(np.arange(total, dtype=np.float32)[None, None, :, None], (batch, 4, total, 16))
@@ -106,3 +107,11 @@ def test_a_table_of_positions_is_a_limit(table: int, manifest: Manifest) -> None
     found = within_limit(inputs, lengths_of(unlimited))
     assert found.past == table
     assert found.limit == (table if table < 1024 else None)
+
+
+def test_a_step_takes_as_many_new_tokens_as_the_exporter_left(manifest: Manifest) -> None:
+    """One that pads to a chunk of 64 while it traces leaves a graph for no more."""
+    model = dataclasses.replace(manifest.model, max_sequence_length=None)
+    unlimited = dataclasses.replace(manifest, model=model)
+    inputs = Inputs(Echo(unlimited, most=64), unlimited, {}, np.random.default_rng(0))
+    assert within_limit(inputs, lengths_of(unlimited)) == Lengths(limit=None, past=1024, new=64)
