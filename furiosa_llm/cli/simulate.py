@@ -75,7 +75,7 @@ _GROUPS = {
         "seed",
     ),
     "What-if": ("weights", "kv", "calibrate"),
-    "Output": ("goodput", "price_per_hour", "json_file", "timeline", "progress"),
+    "Output": ("goodput", "price_per_hour", "json_file", "html_file", "timeline", "progress"),
 }
 _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 
@@ -113,6 +113,8 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
               help="A figure that you measured on these cards: tpot=13.9@c=1.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path, allow_dash=True),
               help="Write all figures to this file (-: standard output, and no table).")  # fmt: skip
+@click.option("--html", "html_file", type=click.Path(path_type=Path),
+              help="Write a page with charts: speeds, causes, memory, stages, roofline.")  # fmt: skip
 @click.option("--timeline", type=click.Path(path_type=Path),
               help="Write every batch of the last load of --trace or --requests, for Perfetto.")  # fmt: skip
 @PROGRESS
@@ -126,6 +128,10 @@ def simulate(model: Path, progress: bool | None, **options: Any) -> None:
         found = _asked(model, options)
     if options["json_file"] is not None:
         _write_json(options["json_file"], found.to_json(), "--json", indent=2)
+    if options["html_file"] is not None:
+        from furiosa_llm.simulate.page import page
+
+        _write(options["html_file"], page(found), "--html")
     if options["timeline"] is not None:
         from furiosa_llm.simulate.timeline import chrome_trace
 
@@ -155,7 +161,8 @@ def _asked(model: Path, options: dict[str, Any]) -> Report:
     return Report(
         model=str(model),
         setting=setting,
-        tried=len(tried),
+        placement=place,
+        tried_answers=tried,
         answers=front(tried) if tried else [] if one_by_one else [answer(setting, place, cards, n) for n in loads],
         limits=limits,
         last=loads[-1],
@@ -213,7 +220,11 @@ def _write_json(file: Path, document: dict[str, Any], option: str, *, indent: in
     text = json.dumps(document, indent=indent, ensure_ascii=False) + "\n"
     if str(file) == "-":
         click.echo(text, nl=False)
-        return
+    else:
+        _write(file, text, option)
+
+
+def _write(file: Path, text: str, option: str) -> None:
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -107,6 +107,11 @@ class Answer:
         }
 
 
+def placed_words(place: Placement) -> str:
+    """A placement in words."""
+    return f"tp {place.tensor_parallel_size}, pp {place.pipeline_parallel_size}, dp {place.data_parallel_size}"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Clocked:
     """Requests that were served one by one on simulated time."""
@@ -140,8 +145,10 @@ class Report:
 
     model: str
     setting: Setting
-    tried: int
-    """Loads on placements that were searched; 0 without a search."""
+    placement: Placement
+    """As asked for and completed; `answers` of a search have others."""
+    tried_answers: Sequence[Answer]
+    """Of every placement and load that was searched; none without a search."""
     answers: Sequence[Answer]
     limits: Mapping[str, float]
     """In milliseconds."""
@@ -167,7 +174,7 @@ class Report:
             "software": self.setting.software_name,
             "weights": self.setting.weights,
             "kv": self.setting.kv,
-            "tried": self.tried,
+            "tried": len(self.tried_answers),
             "answers": [one.to_json() for one in self.answers],
             "fewest": None if self.fewest is None else self.fewest.to_json(),
             "clocked": [one.to_json() for one in self.clocked],

@@ -163,6 +163,20 @@ class Steps:
         """Of a step in a stage."""
         return sum(self.causes(work, stage).values())
 
+    def demand(self, work: Work, stage: int) -> tuple[float, float]:
+        """The FLOPs and the bytes read in a stage."""
+        share, costs = self.counts[stage] / self.costs.layers, self.costs
+        last = stage == len(self.counts) - 1
+        seen = self._seen(work.length)
+        flops = (costs.flops_per_token * work.tokens + self._pair_flops * work.pairs * seen) * share
+        nbytes = self.counts[stage] * self._weights_read(work.tokens) + work.positions * seen * self.kv_nbytes * share
+        return flops + last * costs.flops_per_row * work.rows, nbytes + last * self._ends[1]
+
+    def peak_flops(self) -> float:
+        """Of one PE, in the type that the layers' products are computed in."""
+        peak = self.device.flops_8 if self._computes_narrow() else self.device.flops_16
+        return peak.value / self.device.units_per_card
+
     def decode(self, rows: float, length: float) -> Work:
         """One token of each of `rows` sequences that have `length` on average."""
         return Work(tokens=rows, rows=rows, positions=rows * length, pairs=rows * length, length=length)

@@ -13,7 +13,7 @@ from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.simulate.believed import Belief
 from furiosa_llm.simulate.closed_form import Load
 from furiosa_llm.simulate.device import MARKS
-from furiosa_llm.simulate.question import Answer, Report, Setting
+from furiosa_llm.simulate.question import Answer, Report, Setting, placed_words
 
 _WIDTH = 140
 """Columns that a table may take: a narrow terminal wraps its lines, and no figure is cut."""
@@ -27,7 +27,7 @@ _ASSUMED = (
 def show_report(found: Report, *, price: float | None) -> None:
     """Print everything."""
     if found.answers:
-        _show_answers(found.setting, found.answers, limits=found.limits, price=price, tried=found.tried)
+        _show_answers(found.setting, found.answers, limits=found.limits, price=price, tried=len(found.tried_answers))
     if found.limits and found.answers:
         _show_verdict(found)
     if found.clocked:
@@ -101,9 +101,9 @@ def _show_verdict(found: Report) -> None:
     if found.searched and fewest is None:
         console.print(f"No placement on up to {counted(found.cards, 'card')} does {load} within {asked}.")
     elif fewest is not None:
-        place = fewest.placement
-        where = f"tp {place.tensor_parallel_size}, pp {place.pipeline_parallel_size}, dp {place.data_parallel_size}"
-        console.print(f"{load} within {asked}: {counted(fewest.cards, 'card')} suffice, at {where}.")
+        where = placed_words(fewest.placement)
+        verb = "suffices" if fewest.cards == 1 else "suffice"
+        console.print(f"{load} within {asked}: {counted(fewest.cards, 'card')} {verb}, at {where}.")
     else:
         good = [one for one in found.answers if one.keeps(found.limits)]
         if good:

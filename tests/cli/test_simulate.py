@@ -64,10 +64,14 @@ def test_requests_are_served_one_by_one(cli: Cli, zoo: Path, tmp_path: Path) -> 
     assert found["clocked"][0]["completed"] == 4
     assert found["clocked"][0]["goodput"] > 0
     assert json.loads(line.read_text())["traceEvents"]
-    drawn = cli(*run, "--concurrency", 2, "--request-rate", 3, "--requests", 5, "--lengths", "sharegpt")
+    shown = tmp_path / "page.html"
+    drawn = cli(
+        *run, "--html", shown, "--concurrency", 2, "--request-rate", 3, "--requests", 5, "--lengths", "sharegpt"
+    )
     assert drawn.code == 0
     assert "2 users" in drawn.out
     assert "3 req/s" in drawn.out
+    assert shown.read_text().startswith("<!doctype html>")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from furiosa_llm.builder.lower.step_costs import Attention, StepCosts, Traffic, Weights
+from furiosa_llm.simulate.device import load_device
+from furiosa_llm.simulate.question import Report, Setting, answer, front, search
+from furiosa_llm.simulate.steps import Placement
 
 
 def llama(size: int) -> StepCosts:
@@ -50,3 +53,45 @@ class LlamaCosts:
 def costs() -> LlamaCosts:
     """Of Llama 3.1 8B at any size."""
     return LlamaCosts()
+
+
+@pytest.fixture
+def setting() -> Setting:
+    """Llama 3.1 8B on RNGD."""
+    return llama_on_rngd()
+
+
+def llama_on_rngd() -> Setting:
+    """The same, for fixtures of a longer life."""
+    device = load_device("rngd")
+    return Setting(
+        costs=LlamaCosts(),  # type: ignore[arg-type]
+        device=device,
+        software_name="furiosa-llm",
+        software=device.software,
+        weights=None,
+        kv=None,
+        input_len=857,
+        output_len=652,
+    )
+
+
+def report_of(setting: Setting, *, model: str = "llama", searched: bool = False) -> Report:
+    """What `simulate --cards 2 -pp 2` finds."""
+    place = Placement(tensor_parallel_size=8, pipeline_parallel_size=2)
+    load = setting.load("closed", 8)
+    tried = list(search(setting, 2, None)) if searched else []
+    return Report(
+        model=model,
+        setting=setting,
+        placement=place,
+        tried_answers=tried,
+        answers=front(tried) if tried else [answer(setting, place, 2, load)],
+        limits={},
+        last=load,
+        cards=2,
+        searched=searched,
+        fewest=None,
+        clocked=[],
+        calibrated=False,
+    )

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 
 from furiosa_llm.simulate.believed import belief, outside
-from furiosa_llm.simulate.device import load_device
 from furiosa_llm.simulate.errors import LoadError, PlacementError
 from furiosa_llm.simulate.question import (
     Setting,
@@ -20,22 +19,6 @@ from furiosa_llm.simulate.question import (
     search,
 )
 from furiosa_llm.simulate.steps import Placement
-from tests.simulate.conftest import LlamaCosts
-
-
-@pytest.fixture
-def setting(costs: LlamaCosts) -> Setting:
-    device = load_device("rngd")
-    return Setting(
-        costs=costs,  # type: ignore[arg-type]
-        device=device,
-        software_name="furiosa-llm",
-        software=device.software,
-        weights=None,
-        kv=None,
-        input_len=857,
-        output_len=652,
-    )
 
 
 def test_every_placement_uses_all_cards(setting: Setting) -> None:
