@@ -80,7 +80,8 @@ def page(found: Report) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    kinds = ["" if cell[:1].isdecimal() else ' class="text"' for cell in rows[0]]
+    numbers = [all(cell[:1].isdecimal() for cell in column) for column in zip(*rows, strict=True)]
+    kinds = ["" if is_number else ' class="text"' for is_number in numbers]
     cells = "".join(f'<th scope="col"{k}>{escape(name)}</th>' for k, name in zip(kinds, head, strict=True))
     lines = "".join(
         "<tr>" + "".join(f"<td{k}>{escape(cell)}</td>" for k, cell in zip(kinds, row, strict=True)) + "</tr>"

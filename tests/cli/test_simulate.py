@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Cli
+from tests.cli.conftest import OPTIMUM, Cli
 
 MODEL = "tiny-llama-genai-fp32"
 
@@ -88,3 +88,11 @@ def test_options_that_do_not_go_together_are_refused(cli: Cli, zoo: Path, more: 
     result = cli("simulate", zoo / MODEL / "model.onnx", "--device", "h100", *more)
     assert result.code == 1
     assert message in " ".join(result.err.split())
+
+
+def test_an_artifact_is_simulated_as_its_model(cli: Cli, zoo: Path, built: Path) -> None:
+    more = ["--device", "rngd", "--input-len", 64, "--output-len", 32, "--json", "-"]
+    of_artifact, of_model = (
+        json.loads(cli("simulate", path, *more).out) for path in (built, zoo / OPTIMUM / "model.onnx")
+    )
+    assert of_artifact["answers"] == of_model["answers"]
