@@ -39,7 +39,7 @@ _GROUPS = {
     ),
     "Limits of requests": (
         *("max_concurrency", "max_body_nbytes", "max_connections", "request_timeout", "shutdown_timeout"),
-        *("text_timeout", "text_max_nbytes"),
+        *("text_timeout", "text_max_nbytes", "max_stored_responses"),
     ),
     **ENGINE_GROUPS,
     "What is logged": (
@@ -114,6 +114,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
     is_flag=True,
     help="Log what requests hold: prompts may be private, and are then in the log.",
 )
+@options(SERVER, "max_stored_responses")
 @options(SERVER, "max_concurrency", "max_body_nbytes", "max_connections", "request_timeout", "shutdown_timeout")
 @options(SERVER, "text_timeout", "text_max_nbytes")
 @click.option("--uvicorn-log-level", type=click.Choice(_LOG_LEVELS), default="info", show_default=True)

@@ -12,7 +12,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 import furiosa_llm
-from furiosa_llm.server import adapters, chat, completions, embeddings, machine, page, status, tokens
+from furiosa_llm.server import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    machine,
+    messages_api,
+    page,
+    responses_api,
+    status,
+    tokens,
+)
 from furiosa_llm.server.errors import install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
@@ -23,6 +34,7 @@ from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.notes import HEADERS, on_one_line
 from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
 from furiosa_llm.server.reasoning import reasoning_format
+from furiosa_llm.server.response_store import ResponseStore
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.state import ServerState
 from furiosa_llm.server.stats_log import log_stats
@@ -65,12 +77,15 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         gate=Gate(settings.max_concurrency),
         metrics=metrics,
         text=text,
+        responses=ResponseStore(settings.max_stored_responses),
         call_format=call_format(settings.tool_call_parser),
         reasoning_format=reasoning_format(settings.reasoning_parser),
     )
     routers: tuple[tuple[APIRouter, Responses], ...] = (
         (completions.router, GENERATING),
         (chat.router, GENERATING),
+        (responses_api.router, GENERATING),
+        (messages_api.router, GENERATING),
         (embeddings.router, GENERATING),
         (tokens.router, READING),
         (status.router, errors(413, 500)),

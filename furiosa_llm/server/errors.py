@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.errors import ContextLengthError, EngineDeadError, SamplingParamsError
@@ -140,7 +141,18 @@ def _shaped(request: Request, error: StarletteHTTPException) -> ApiError:
     message = error.detail
     if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         message = f"{request.method} {request.url.path[:200]}: {message}; /openapi.json lists what there is"
-    return ApiError(error.status_code, message, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods(request))
+    return ApiError(error.status_code, message, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the request's path takes, by all of its routes: the framework names those of the first one."""
+    routers = [getattr(route, "original_router", None) for route in request.app.routes]
+    routes = [*request.app.routes, *(route for router in routers if router is not None for route in router.routes)]
+    fitting = [one for one in routes if isinstance(one, Route) and one.matches(request.scope)[0] is not Match.NONE]
+    return sorted({name for one in fitting for name in one.methods or ()})
 
 
 def _invalid(found: Any) -> ApiError:

@@ -43,13 +43,29 @@ def event(data: Any) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def named_event(name: str, data: Any) -> bytes:
+    """One event that says what it is."""
+    return f"event: {name}\n".encode() + event(data)
+
+
+def json_answer(data: Any) -> Response:
+    """An answer at once."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return Response(text.encode(), media_type="application/json")
+
+
 async def events_of(
     outputs: AsyncGenerator[T, None],
     first: T,
     chunks: Callable[[T], bytes],
     last: Callable[[], bytes],
+    *,
+    end: bytes = DONE,
 ) -> AsyncGenerator[bytes, None]:
-    """The `chunks` of each output, then what is `last`; what fails now has its place among them, as the last one."""
+    """The `chunks` of each output, then what is `last`, and the `end`.
+
+    What fails now has its place among them, as the last one.
+    """
     async with aclosing(outputs):
         try:
             yield chunks(first)
@@ -58,7 +74,7 @@ async def events_of(
         except (FuriosaLLMError, ApiError) as error:
             yield error_event(api_error(error))
             return
-    yield last() + DONE
+    yield last() + end
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

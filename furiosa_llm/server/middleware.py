@@ -142,6 +142,8 @@ class ApiKeys:
 
     def _known(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        if "x-api-key" in headers:  # Anthropic's clients
+            scheme, key = "bearer", headers["x-api-key"]
         given = _digest(key.strip().encode("latin-1"))
         # All of them are compared, so that the time does not give away which one is nearly right.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]

@@ -57,6 +57,19 @@ READING = errors(*_READING)
 """Of endpoints that read a body."""
 
 
+NAMED_EVENTS: Responses = {
+    200: {
+        "description": "At once as JSON, or with `stream` in events that say what they are.",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+            }
+        },
+    }
+}
+"""Of endpoints of the newer protocols."""
+
+
 def stream_of(chunk: type[BaseModel]) -> Responses:
     """The answers of an endpoint that may send them in pieces, each of which is a `chunk`, one of CHUNKS."""
     piece = {"anyOf": [{"$ref": _REFERENCE.format(model=one.__name__)} for one in (chunk, ErrorResponse)]}

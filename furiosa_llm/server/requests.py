@@ -317,6 +317,49 @@ class ChatCompletionRequest(_GenerationRequest):
         )
 
 
+class ResponsesRequest(RequestBody):
+    """`POST /v1/responses`."""
+
+    model: str
+    input: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: fields.Length | None = None
+    temperature: fields.Temperature | None = None
+    top_p: fields.Share | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: dict[str, Any] | None = Field(None, description="`format` says what the answer has to look like.")
+    reasoning: dict[str, Any] | None = Field(None, description="`effort` is a variable of the chat template.")
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = Field(None, description="Given back.")
+    user: str | None = Field(None, description="Accepted, and without effect.")
+    background: fields.No | None = None
+    conversation: Annotated[None, refused("give previous_response_id")] = None
+    prompt: Annotated[None, refused("there are no stored prompts")] = None
+
+
+class MessagesRequest(RequestBody):
+    """`POST /v1/messages`."""
+
+    model: str
+    max_tokens: fields.Length
+    messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = Field(min_length=1)
+    system: str | list[dict[str, Any]] | None = None
+    stop_sequences: fields.Words | None = None
+    temperature: fields.Temperature | None = None
+    top_p: fields.Share | None = None
+    top_k: fields.TopK | None = None
+    stream: bool | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = Field(None, description="Accepted, and without effect.")
+
+
 class EmbeddingRequest(RequestBody):
     """`POST /v1/embeddings`."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from furiosa_llm.runtime.artifact.options import COUNT, POSITIVE, TEXT, Option, check_options
+from furiosa_llm.runtime.artifact.options import COUNT, COUNT_OR_NONE, POSITIVE, TEXT, Option, check_options
 from furiosa_llm.runtime.errors import InputError
 
 TOOL_CALL_PARSERS = (
@@ -64,6 +64,9 @@ class ServerSettings:
     max_concurrency: Annotated[
         int, Option("Sequences that may run and wait; requests beyond them get the status 429.", COUNT)
     ] = 1024
+    max_stored_responses: Annotated[
+        int, Option("Responses that are kept for /v1/responses to go on with; 0 for none.", COUNT_OR_NONE)
+    ] = 256
     max_connections: Annotated[int, Option("Clients beyond them are turned away with the status 503.", COUNT)] = 2048
     head_timeout: Annotated[
         float, Option("Seconds within which the head of a request has to arrive.", POSITIVE, unit="s")

@@ -17,6 +17,7 @@ from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Gate, Generator
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder, Embedder, ServedModel
+from furiosa_llm.server.response_store import ResponseStore
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.text_processes import TextWork
 
@@ -35,6 +36,8 @@ class ServerState:
     """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
     """What `/metrics` shows."""
+    responses: ResponseStore
+    """What `/v1/responses` keeps."""
     text: TextWork
     """Reads, renders and tokenizes what clients send."""
     call_format: CallFormat | None

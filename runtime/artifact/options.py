@@ -84,6 +84,7 @@ def instance(expected: str, *types: type) -> Kind:
 INTEGER = Kind("an integer", is_whole, int)
 COUNT = Kind("an integer of at least 1", lambda value: is_whole(value) and 1 <= value <= MAX_INTEGER, int)
 """And no greater than a manifest's integers, which nobody means."""
+COUNT_OR_NONE = Kind("an integer of at least 0", lambda value: is_whole(value) and 0 <= value <= MAX_INTEGER, int)
 SEED = Kind("an integer of at least 0 and below 2**64", lambda value: is_whole(value) and 0 <= value < 2**64, int)
 SHARE = Kind("a number of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1, float)
 AT_LEAST_ONE = Kind("a number of at least 1", lambda value: is_number(value) and value >= 1, float)

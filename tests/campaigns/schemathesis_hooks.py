@@ -64,9 +64,14 @@ BETWEEN_FIELDS = re.compile(
 means for another, nor what the model takes."""
 
 
+_NEWER = ("/v1/responses", "/v1/messages")
+
+
 @schemathesis.check
 def refusals_are_known(context: CheckContext, response: Response, case: Case[Any]) -> None:
     """A request that keeps to the schema is refused for a reason between its fields only."""
+    if case.path in _NEWER:
+        return  # they hold objects that the schema does not describe: those of chats, in other shapes
     positive = case.meta is not None and case.meta.generation.mode.is_positive
     if positive and response.status_code == 400:
         message = response.json()["error"]["message"]
@@ -193,6 +198,10 @@ def streams_are_whole(context: CheckContext, response: Response, case: Case[Any]
     text = response.content.decode()
     assert text.endswith("\n\n"), "the stream breaks off"
     events = text.removesuffix("\n\n").split("\n\n")
+    if case.path in _NEWER:
+        kinds = [json.loads(event.partition("data: ")[2])["type"] for event in events]
+        assert kinds[-1] in ("response.completed", "response.incomplete", "message_stop"), f"it ends with {kinds[-1]}"
+        return
     assert all(event.startswith("data: ") for event in events), "something else than data"
     *chunks, last = [event.removeprefix("data: ") for event in events]
     assert last == "[DONE]", f"the stream ends with {last:.200}"

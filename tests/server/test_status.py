@@ -185,14 +185,15 @@ def test_the_schema_has_every_endpoint_and_one_kind_of_error(url: str) -> None:
     schema = httpx.get(f"{url}/openapi.json").json()
     assert set(schema["paths"]) == {
         *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}"),
+        *("/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/v1/messages"),
         *("/tokenize", "/detokenize", "/tokenizer_info", "/health", "/version", "/metrics", "/machine"),
     }
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             answers = operation["responses"]
-            generates = "completions" in path
+            generates = "completions" in path or path in ("/v1/responses", "/v1/messages")
             assert ("text/event-stream" in answers["200"].get("content", {})) is generates
-            expected = {"post": {"400", "404", "408", "413", "415"}, "get": {"413"}}[method]
+            expected = {"post": {"400", "404", "408", "413", "415"}, "get": {"413"}, "delete": {"404", "413"}}[method]
             assert expected <= set(answers)
             assert {"429", "503", "504"} <= set(answers) or not (generates or path == "/v1/embeddings")
             assert {"422", "401"}.isdisjoint(answers)

@@ -1,0 +1,270 @@
+"""`/v1/responses`: OpenAI's newer protocol for chats, in terms of the older one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.server.blocks import Block, Blocks
+from furiosa_llm.server.body_route import BodyRoute
+from furiosa_llm.server.chat_service import Chat, Reader, begin_chat
+from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.events import EventStream, events_of, json_answer, named_event, until_disconnect
+from furiosa_llm.server.generation import collect
+from furiosa_llm.server.notes import IGNORED, note
+from furiosa_llm.server.openapi import NAMED_EVENTS
+from furiosa_llm.server.requests import ChatCompletionRequest, ResponsesRequest
+from furiosa_llm.server.response_store import Messages, ResponseStore
+from furiosa_llm.server.state import State, require_json
+
+router = APIRouter(route_class=BodyRoute)
+
+
+@router.post("/v1/responses", response_model=None, responses=NAMED_EVENTS, dependencies=[Depends(require_json)])
+async def create_response(body: ResponsesRequest, request: Request, state: State) -> Response:
+    """Answers an input, or goes on with an earlier response."""
+    if body.background:
+        raise ApiError(400, "nothing runs in the background; leave it out, or stream", param="background")
+    before = [] if body.previous_response_id is None else _before(body.previous_response_id, state.responses)
+    messages = [*before, *_messages(body.input)]
+    chat = await begin_chat(_as_chat(body, messages), state, "resp")
+    answer = _Answer(chat, body, messages, state.responses)
+    if not body.stream:
+        [found] = await until_disconnect(request.receive, collect(chat.outputs, 1, 1))
+        [completion] = found.completions
+        list(answer.blocks.take(chat.reader(streams=False).read(completion.text, ended=True)))
+        list(answer.blocks.end())
+        answer.count(len(found.token_ids), len(completion.token_ids), found.cached)
+        return json_answer(answer.finished(completion.finish_reason))
+    first = await until_disconnect(request.receive, anext(chat.outputs))
+    return EventStream(events_of(chat.outputs, first, answer.chunks, lambda: b"", end=b""))
+
+
+@router.get("/v1/responses/{response_id}", response_model=None)
+async def retrieve_response(response_id: str, state: State) -> Response:
+    """One that is kept."""
+    return json_answer(state.responses.get(response_id)[0])
+
+
+@router.post("/v1/responses/{response_id}/cancel", response_model=None)
+async def cancel_response(response_id: str, state: State) -> Response:
+    """One that is kept, which has ended: those that run are given up when their clients go."""
+    return json_answer(state.responses.get(response_id)[0])
+
+
+@router.delete("/v1/responses/{response_id}", response_model=None)
+async def delete_response(response_id: str, state: State) -> Response:
+    """Gives one up."""
+    state.responses.forget(response_id)
+    return json_answer({"id": response_id, "object": "response.deleted", "deleted": True})
+
+
+def _before(response_id: str, store: ResponseStore) -> Messages:
+    return store.get(response_id, "previous_response_id")[1]
+
+
+def _messages(given: str | list[dict[str, Any]]) -> Messages:
+    """The input as messages: calls of one answer are one message."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    made: Messages = []
+    for item in given:
+        kind = item.get("type", "message")
+        if kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            if not (made and made[-1]["role"] == "assistant"):
+                made.append({"role": "assistant", "content": None})
+            made[-1]["tool_calls"] = [*made[-1].get("tool_calls", ()), call]
+        elif kind == "function_call_output":
+            made.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+        elif kind == "message":
+            made.append({"role": item.get("role", "user"), "content": item.get("content")})
+        elif kind != "reasoning":
+            raise ApiError(400, f"input: found an item of type {kind!r:.80}, which is not understood", param="input")
+    return made
+
+
+def _as_chat(body: ResponsesRequest, messages: Messages) -> ChatCompletionRequest:
+    system = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
+    given = {
+        **body.model_dump(include={"model", "temperature", "top_p", "parallel_tool_calls", "stream", "user"}),
+        "messages": [*system, *messages],
+        "max_completion_tokens": body.max_output_tokens,
+        "tools": _tools(body.tools or ()) or None,
+        "tool_choice": _tool_choice(body.tool_choice),
+        "response_format": _format((body.text or {}).get("format")),
+        "reasoning_effort": (body.reasoning or {}).get("effort"),
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    return as_chat_request(given)
+
+
+def as_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
+    """A request for a chat, of which what is wrong is told as of any other."""
+    try:
+        return ChatCompletionRequest.model_validate(given)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _tools(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The functions among them: what OpenAI's servers do themselves is not here."""
+    found = []
+    for place, tool in enumerate(given):
+        if tool.get("type") == "function":
+            function = {name: tool.get(name) for name in ("name", "description", "parameters", "strict")}
+            found.append({"type": "function", "function": function})
+        else:
+            note(IGNORED, f"tools.{place}")
+    return found
+
+
+def _tool_choice(given: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    if given.get("type") == "allowed_tools":
+        tools = [{"type": "function", "function": tool} for tool in given.get("tools", ()) if isinstance(tool, dict)]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": given.get("mode"), "tools": tools}}
+    return {"type": "function", "function": {"name": given.get("name")}}
+
+
+def _format(given: Any) -> Any:
+    if isinstance(given, dict) and given.get("type") == "json_schema":
+        return {"type": "json_schema", "json_schema": given}
+    return given
+
+
+class _Answer:
+    """One response, whole or as it grows."""
+
+    def __init__(self, chat: Chat, body: ResponsesRequest, messages: Messages, store: ResponseStore) -> None:
+        self._id = chat.head.id.replace("-", "_")
+        self._body, self._messages, self._store, self._head = body, messages, store, chat.head
+        self._reader: Reader | None = chat.reader(streams=True) if body.stream else None
+        self._usage: dict[str, Any] | None = None
+        self._number = 0
+        self._num_tokens = 0
+        self.blocks = Blocks()
+
+    def count(self, prompt: int, completion: int, cached: int) -> None:
+        """Notes the counts of tokens."""
+        self._usage = {
+            "input_tokens": prompt,
+            "input_tokens_details": {"cached_tokens": cached},
+            "output_tokens": completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": prompt + completion,
+        }
+
+    def finished(self, reason: str | None) -> dict[str, Any]:
+        """The whole response, which is kept if it may be."""
+        status = "incomplete" if reason == "length" else "completed"
+        response = self._response(status)
+        if self._body.store is not False:
+            self._store.keep(response, [*self._messages, self._said()])
+        return response
+
+    def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
+        """The events of the next output."""
+        assert self._reader is not None
+        [part], output = found[1].outputs, found[1]
+        made = b""
+        if not self._number:
+            made += self._event("response.created", response=self._response("in_progress"))
+            made += self._event("response.in_progress", response=self._response("in_progress"))
+        self._num_tokens += len(part.token_ids)
+        # Each change is told before the next one is made: a block is shown as it is then.
+        said = self._reader.read(part.text, ended=part.finish_reason is not None)
+        made += b"".join(self._change(*change) for change in self.blocks.take(said))
+        if part.finish_reason is not None:
+            made += b"".join(self._change(*change) for change in self.blocks.end())
+            self.count(len(output.prompt_token_ids), self._num_tokens, output.num_cached_tokens or 0)
+            response = self.finished(part.finish_reason)
+            made += self._event(f"response.{response['status']}", response=response)
+        return made
+
+    def _change(self, what: str, block: Block, piece: str) -> bytes:
+        is_call = block.kind == "call"
+        place: dict[str, Any] = {"item_id": self._item_id(block), "output_index": block.index}
+        part = place if is_call else {**place, "content_index": 0}
+        kind = {"thought": "reasoning_text", "text": "output_text", "call": "function_call_arguments"}[block.kind]
+        written = {**part, "logprobs": []} if block.kind == "text" else part
+        if what == "grow":
+            return self._event(f"response.{kind}.delta", **written, delta=piece)
+        name, status = ("added", "in_progress") if what == "begin" else ("done", "completed")
+        item = {"output_index": block.index, "item": self._item(block, status)}
+        around = [(f"response.output_item.{name}", item)]
+        if not is_call:
+            around.append((f"response.content_part.{name}", {**part, "part": _part(block)}))
+        if what == "end":
+            words = {"arguments": block.text, "name": block.name} if is_call else {"text": block.text}
+            around = [(f"response.{kind}.done", {**written, **words}), *reversed(around)]
+        return b"".join(self._event(one, **data) for one, data in around)
+
+    def _event(self, name: str, /, **data: Any) -> bytes:
+        self._number += 1
+        return named_event(name, {"type": name, "sequence_number": self._number - 1, **data})
+
+    def _item_id(self, block: Block) -> str:
+        kinds = {"thought": "rs", "text": "msg", "call": "fc"}
+        return f"{kinds[block.kind]}_{self._id.removeprefix('resp_')}_{block.index}"
+
+    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        begin = {"id": self._item_id(block), "status": status}
+        parts = [_part(block)] if status != "in_progress" else []
+        match block.kind:
+            case "thought":
+                return {**begin, "type": "reasoning", "summary": [], "content": parts}
+            case "text":
+                return {**begin, "type": "message", "role": "assistant", "content": parts}
+            case _:
+                call = {"call_id": block.id, "name": block.name, "arguments": block.text}
+                return {**begin, "type": "function_call", **call}
+
+    def _said(self) -> dict[str, Any]:
+        """The answer as a message of the conversation that goes on."""
+        texts = {kind: "".join(one.text for one in self.blocks.all if one.kind == kind) for kind in ("text", "thought")}
+        calls = [
+            {"id": one.id, "type": "function", "function": {"name": one.name, "arguments": one.text}}
+            for one in self.blocks.all
+            if one.kind == "call"
+        ]
+        thoughts = {"reasoning_content": texts["thought"]} if texts["thought"] else {}
+        return {"role": "assistant", "content": texts["text"], **thoughts, **({"tool_calls": calls} if calls else {})}
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body = self._body
+        cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._head.created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": cut,
+            "model": self._head.model,
+            "output": [self._item(block, "completed") for block in self.blocks.all],
+            "usage": self._usage,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "text": body.text or {"format": {"type": "text"}},
+            "truncation": "disabled",
+            "metadata": body.metadata or {},
+            **body.model_dump(include={"instructions", "previous_response_id", "max_output_tokens", "store"}),
+            **body.model_dump(include={"temperature", "top_p", "reasoning", "user"}),
+        }
+
+
+def _part(block: Block) -> dict[str, Any]:
+    if block.kind == "thought":
+        return {"type": "reasoning_text", "text": block.text}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}

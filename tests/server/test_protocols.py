@@ -1,0 +1,245 @@
+"""`/v1/responses` and `/v1/messages`: the same answers as those of chats, in other shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from furiosa_llm.server.blocks import Blocks
+from furiosa_llm.server.response_store import MAX_NBYTES, ResponseStore
+from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.tools import CallPiece, Found
+from tests.server.conftest import CALL, NAME, connected, error_of, load, serving
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+FUNCTION: dict[str, Any] = {"type": "function", "name": "weather", "parameters": SCHEMA}
+TOOL = {"name": "weather", "input_schema": SCHEMA}
+ASKED: dict[str, Any] = {"model": NAME, "temperature": 0, "max_output_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def talking(artifact: Path, talking_tokenizer: Path) -> Iterator[str]:
+    settings = ServerSettings(tool_call_parser="hermes", max_stored_responses=2)
+    with serving(load(artifact, tokenizer=talking_tokenizer), settings) as url:
+        yield url
+
+
+def test_a_response_is_what_a_chat_answers(client: openai.OpenAI) -> None:
+    made = client.responses.create(input="hello", instructions="Be short.", **ASKED)
+    messages: list[Any] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello"}]
+    chat = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=6)
+    assert made.output_text == chat.choices[0].message.content
+    assert made.usage is not None
+    assert chat.usage is not None
+    assert (made.usage.input_tokens, made.usage.output_tokens) == (chat.usage.prompt_tokens, 6)
+    assert (made.status, made.incomplete_details and made.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    assert made.instructions == "Be short."
+
+
+def test_a_stream_adds_up_to_the_response(client: openai.OpenAI) -> None:
+    whole = client.responses.create(input="hello", **ASKED)
+    events: list[Any] = list(client.responses.create(input="hello", stream=True, **ASKED))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:4]] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert [event.type for event in events[-4:]] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.output_text == whole.output_text
+    assert whole.usage is not None
+    assert events[-1].response.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_a_conversation_goes_on_until_it_is_forgotten(url: str, client: openai.OpenAI) -> None:
+    first = client.responses.create(input="hello", **ASKED)
+    again = client.responses.create(input="and?", previous_response_id=first.id, **ASKED)
+    spelled: Any = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": first.output_text}]},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "and?"}]},
+    ]
+    assert again.output_text == client.responses.create(input=spelled, store=False, **ASKED).output_text
+    assert client.responses.retrieve(first.id).output == first.output
+    assert client.responses.cancel(first.id).id == first.id
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match=r"no response 'resp_.*' is kept") as error:
+        client.responses.create(input="and?", previous_response_id=first.id, **ASKED)
+    assert error.value.param == "previous_response_id"
+    unkept = client.responses.create(input="hello", store=False, **ASKED)
+    for method in ("get", "delete"):
+        assert error_of(httpx.request(method, f"{url}/v1/responses/{unkept.id}"))["code"] == "response_not_found"
+
+
+def test_what_is_kept_has_a_limit() -> None:
+    store = ResponseStore(2)
+    for number in range(4):
+        store.keep({"id": str(number)}, [])
+    assert [number for number in range(4) if str(number) in store._kept] == [2, 3]
+    store.keep({"id": "large"}, [{"content": "x" * (MAX_NBYTES - 17)}])
+    assert list(store._kept) == ["large"]
+    store.forget("large")
+    assert store._nbytes == 0
+    ResponseStore(0).keep({"id": "x"}, [])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_responses_and_their_results(talking: str, stream: bool) -> None:
+    extra = {"allowed_token_ids": [CALL]}
+    tools: list[Any] = [FUNCTION]
+    begin: Any = {"role": "user", "content": "x"}
+    asked: dict[str, Any] = {"model": NAME, "input": "x", "tools": [*tools, {"type": "web_search"}]}
+    with connected(talking) as client:
+        forced = {
+            **asked,
+            "tool_choice": {"type": "function", "name": "weather"},
+            "max_output_tokens": 80,
+            "temperature": 0,
+        }
+        if stream:
+            events: list[Any] = list(client.responses.create(stream=True, **forced))
+            answer = events[-1].response
+            pieces = [one.delta for one in events if one.type == "response.function_call_arguments.delta"]
+            assert "".join(pieces) == answer.output[0].arguments
+        else:
+            answer = client.responses.create(**forced)
+        [call] = answer.output
+        assert (call.type, call.name) == ("function_call", "weather")
+        assert isinstance(json.loads(call.arguments), dict)
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+        again = client.responses.create(
+            model=NAME, input=[result], previous_response_id=answer.id, tools=tools, max_output_tokens=1
+        )
+        spelled = client.responses.create(
+            model=NAME,
+            input=[begin, call.to_dict(), result],
+            tools=tools,
+            max_output_tokens=1,
+        )
+        assert again.usage is not None
+        assert spelled.usage is not None
+        assert again.usage.input_tokens == spelled.usage.input_tokens
+    response = httpx.post(f"{talking}/v1/responses", json={**asked, **extra, "max_output_tokens": 1})
+    assert response.headers["x-furiosa-ignored"].split("; ") == ["allowed_token_ids", "tools.1"]
+
+
+def test_forms_and_refusals_of_responses(url: str, client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"const": 12}, "strict": True}}
+    assert client.responses.create(**{**ASKED, "max_output_tokens": 60}, input="x", text=form).output_text == "12"
+    for change, param in (
+        ({"input": [{"type": "image"}]}, "input"),
+        ({"background": True}, "background"),
+        ({"conversation": "x"}, "conversation"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "messages"),
+        ({"max_output_tokens": 0}, "max_tokens"),
+    ):
+        response = httpx.post(f"{url}/v1/responses", json={**ASKED, "input": "x", **change})
+        assert response.status_code == 400
+        assert error_of(response)["param"] == param
+
+
+def test_methods_of_a_path_with_several(url: str) -> None:
+    refused = httpx.put(f"{url}/v1/responses/x")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET")
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def test_messages_are_what_a_chat_answers(url: str, client: openai.OpenAI) -> None:
+    body = {"model": NAME, "max_tokens": 6, "temperature": 0, "system": [{"type": "text", "text": "Be short."}]}
+    body["messages"] = [{"role": "user", "content": [{"type": "text", "text": "hello", "cache_control": {}}]}]
+    made = httpx.post(f"{url}/v1/messages", json=body, headers={"anthropic-version": "2023-06-01"}).json()
+    messages: list[Any] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello"}]
+    chat = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=6)
+    assert made["content"] == [{"type": "text", "text": chat.choices[0].message.content}]
+    assert (made["stop_reason"], made["usage"]["output_tokens"]) == ("max_tokens", 6)
+    events = events_of(httpx.post(f"{url}/v1/messages", json={**body, "stream": True}).text)
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert (
+        "".join(one["delta"]["text"] for one in events if one["type"] == "content_block_delta")
+        == made["content"][0]["text"]
+    )
+    assert events[-2]["delta"]["stop_reason"] == "max_tokens"
+    assert events[-2]["usage"]["output_tokens"] == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_messages_and_their_results(talking: str, stream: bool) -> None:
+    body = {"model": NAME, "max_tokens": 80, "temperature": 0, "tools": [TOOL], "stream": stream}
+    asked: list[Any] = [{"role": "user", "content": "x"}]
+    response = httpx.post(
+        f"{talking}/v1/messages",
+        json={**body, "messages": asked, "tool_choice": {"type": "any", "disable_parallel_tool_use": True}},
+    )
+    if stream:
+        events = events_of(response.text)
+        begin = next(event for event in events if event["type"] == "content_block_start")["content_block"]
+        pieces = [
+            one["delta"]["partial_json"] for one in events if one["type"] == "content_block_delta" and one["index"] == 0
+        ]
+        call = {**begin, "input": json.loads("".join(pieces))}
+    else:
+        call = response.json()["content"][0]
+        assert response.json()["stop_reason"] in ("tool_use", "max_tokens")
+    assert (call["type"], call["name"]) == ("tool_use", "weather")
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": [{"type": "text", "text": "sunny"}]}
+    thought = {"type": "thinking", "thinking": "hm", "signature": ""}
+    asked += [
+        {"role": "assistant", "content": [thought, call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "So?"}]},
+    ]
+    again = httpx.post(f"{talking}/v1/messages", json={**body, "stream": False, "messages": asked, "max_tokens": 1})
+    assert again.status_code == 200, again.text
+    refused = httpx.post(
+        f"{talking}/v1/messages", json={**body, "messages": [{"role": "user", "content": [{"type": "image"}]}]}
+    )
+    assert (refused.status_code, error_of(refused)["param"]) == (400, "messages")
+
+
+def test_keys_as_anthropic_s_clients_send_them(artifact: Path) -> None:
+    with serving(load(artifact), ServerSettings(api_keys=["k"])) as url:
+        statuses = [httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).status_code for key in ("k", "other")]
+    assert statuses == [200, 401]
+
+
+def test_blocks() -> None:
+    blocks = Blocks()
+    given = [
+        Found(reasoning="a"),
+        Found(reasoning="b", content="\n"),
+        Found(content="\nc"),
+        Found(content="\n", calls=[CallPiece(index=0, id="1", name="f", arguments="{")]),
+        Found(calls=[CallPiece(index=0, arguments="}")], content="\n"),
+    ]
+    changes = [(what, block.index, piece) for found in given for what, block, piece in blocks.take(found)]
+    changes += [(what, block.index, piece) for what, block, piece in blocks.end()]
+    assert [(block.kind, block.text) for block in blocks.all] == [
+        ("thought", "ab"),
+        ("text", "\n\nc\n"),
+        ("call", "{}"),
+    ]
+    for index, block in enumerate(blocks.all):
+        own = [change for change in changes if change[1] == index]
+        assert (own[0][0], own[-1][0]) == ("begin", "end")
+        assert "".join(piece for _, _, piece in own) == block.text
+    assert [what for what, _, _ in Blocks().end()] == ["begin", "end"]
