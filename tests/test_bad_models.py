@@ -170,7 +170,10 @@ def test_a_file_that_is_not_onnx(content: bytes, tmp_path: Path, output: Path) -
 
 
 def test_a_folder_instead_of_a_file(model: Path, output: Path) -> None:
-    assert "model.onnx: name one of them" in refusal(ModelLoadError, model.parent, output)
+    """One that holds several models of no usual name."""
+    shutil.copy(model, model.with_name("b.onnx"))
+    model.rename(model.with_name("a.onnx"))
+    assert "a.onnx, b.onnx: give the path of one of them" in refusal(ModelLoadError, model.parent, output)
 
 
 def test_an_output_below_a_file(model: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ _FORM = "the form of what the builder itself writes; anything else is refused"
 _PATTERN = "a pattern of the graph: what is done with an input or a state says its role, and nothing of the ops"
 REASONS = {
     "builder/proof/movers.py: Movers.__init__": "the proof's own methods: it shares with the builder only the rules",
+    "builder/plan/annotations/correspondence.py: Correspondence._learn_alias": "what rewriting removes: its two names",
     "builder/proof/ranks.py: ELEMENTWISE": _FORM,
     "builder/proof/ranks.py: _SHAPED": _FORM,
     "builder/proof/ranks.py: restored": _FORM,

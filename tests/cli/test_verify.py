@@ -130,7 +130,7 @@ def test_a_read_only_artifact_is_verified(artifact: Path, cli: Cli, monkeypatch:
     def refuse(**_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     result = cli("verify", artifact)
     assert result.code == 0
     assert "\nverified: " in result.out
