@@ -5,15 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 
 from furiosa_llm.cli.main import command_of
+from tests.support.guides import GUIDES, ROOT, commands
 
-ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 QUOTED = re.findall(r"^\| `([^`]+)` \|", GUIDE, flags=re.MULTILINE)
 
@@ -34,7 +33,7 @@ def test_the_guide_quotes_messages() -> None:
     assert [message for message in QUOTED if message not in written] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     """To a file, and where a link names a heading, to one that is there."""
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
@@ -49,20 +48,10 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in anchors, target
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
-    """Each line of a guide that begins with the command line's name, and its arguments; choices in brackets are cut."""
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            found = re.match(r"^(?: {4}(?:\$ )?)?(furiosa-llm \S.*)$", line)
-            if found is not None:
-                text = re.split(r"\s(?:\[|#|&|\||>|-{2,}\s)", found[1])[0]
-                yield path.name, shlex.split(text)[1:]
-
-
 def test_commands_in_the_guides_are_commands() -> None:
     """With the options that they have; what they are about need not be here."""
     seen = set()
-    for guide, (name, *arguments) in commands():
+    for guide, (name, *arguments) in [(path.name, command) for path in GUIDES for command in commands(path)]:
         command = command_of(name)
         context = click.Context(command)
         try:

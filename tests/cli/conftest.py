@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,8 @@ Cli = Callable[..., Result]
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     monkeypatch.setenv("COLUMNS", "200")  # so that no line is broken
+    # A model that another test of this process has loaded is no reason to end the process.
+    monkeypatch.setattr("furiosa_llm.cli.exit_code.end_at_once", sys.exit)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr("sys.argv", ["furiosa-llm", *map(str, arguments)])

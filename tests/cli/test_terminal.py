@@ -188,8 +188,8 @@ def test_a_server(built: Path, tmp_path: Path) -> None:
     name = f"{NASTY}\n\t\"'\\</script>=cmd|"
     folder = shutil.copytree(built, tmp_path / NASTY)
     edit_manifest(folder, lambda manifest: manifest["model"].update(name=name))
-    with started(folder, "--allow-runtime-lora-updating", "--enable-payload-logging") as server:
-        client = httpx.Client(base_url=server.url)
+    options = ("--allow-runtime-lora-updating", "--enable-payload-logging")
+    with started(folder, *options) as server, httpx.Client(base_url=server.url) as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == name
         for model, status in ((name, 200), (f"other{name}", 404)):
             asked = {"model": model, "prompt": "a", "max_tokens": 1, "user": name}
