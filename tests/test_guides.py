@@ -53,7 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "guide",
-    ["adapters", "artifact-tools", "bench", "determinism", "example-model", "planning", "simulation", "topology"],
+    [
+        "adapters",
+        "artifact-tools",
+        "bench",
+        "determinism",
+        "example-model",
+        "planning",
+        "serving",
+        "simulation",
+        "topology",
+    ],
 )
 def test_commands_run(guide: str, folder: Path) -> None:
     """Those of a server until it listens; those of README, quick start and encoders have tests of their own."""
