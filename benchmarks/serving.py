@@ -18,7 +18,7 @@ from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
 from furiosa_llm.runtime.engine.replica import Replica
-from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
+from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE, SchedulerLimits
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.runners.batch import Batch, Decode
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind
@@ -30,7 +30,6 @@ _BATCH = len(PROMPTS)
 _VOCABULARY = 49152
 _STEPS = 500
 _MAX_LENGTH = 2048
-_PAGE_SIZE = 16
 _CANNED = 4
 """Different logits that an instant runner takes turns with, so that texts are no endless repetition of a token."""
 _PREFILL_ROWS = {"none": 0, "last": 1}
@@ -139,8 +138,8 @@ def _serve_all(runner: InstantRunner, tokenizer: Tokenizer, params: SamplingPara
     scheduling = SchedulerLimits(
         num_groups=1,
         slots_per_group=_BATCH,
-        num_pages=_BATCH * _MAX_LENGTH // _PAGE_SIZE,
-        page_size=_PAGE_SIZE,
+        num_pages=_BATCH * _MAX_LENGTH // PAGE_SIZE,
+        page_size=PAGE_SIZE,
         max_length=_MAX_LENGTH,
         prefill_chunk_size=512,
     )

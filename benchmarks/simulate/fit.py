@@ -88,7 +88,7 @@ def predicted(row: Measurement, constants: Constants) -> float:
     if row.metric == "kv_tokens":
         replicas = steps.device.units_per_card // row.tp if row.tp < steps.device.units_per_card else 1
         return float(steps.cache_tokens() * replicas)
-    load = Load(kind=row.mode, amount=row.amount, input_len=row.input_len, output_len=row.output_len)  # type: ignore[arg-type]
+    load = Load(kind=row.mode, amount=row.amount, input_len=row.input_len, output_len=row.output_len)
     try:
         return _figure(estimate(steps, load), row.metric)
     except PlacementError:

@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import functools
 from pathlib import Path
+from typing import cast
 
 from benchmarks.simulate.models import MODELS
+from furiosa_llm.simulate.closed_form import Kind
 from furiosa_llm.simulate.device import device_names, load_device
 
 _FILE = Path(__file__).with_name("measurements.csv")
@@ -41,7 +43,7 @@ class Measurement:
     dp: int
     weights: str
     kv: str
-    mode: str
+    mode: Kind
     amount: float
     input_len: float
     output_len: float
@@ -117,7 +119,7 @@ def _read(row: dict[str, str]) -> Measurement:
         dp=int(row["dp"]),
         weights={"16": "bf16", "8": "fp8", "4": "int4"}[row["wbits"]],
         kv={"16": "bf16", "8": "fp8"}[row["kvbits"]],
-        mode=row["mode"],
+        mode=cast(Kind, row["mode"]),
         amount=float(row["conc"] or 0),
         input_len=float(row["isl"]),
         output_len=float(row["osl"]),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fixtures.outline import write_outline
-from furiosa_llm.builder.lower.step_costs import StepCosts
+from furiosa_llm.builder.lower.step_costs import Attention, StepCosts, Traffic, Weights
 from furiosa_llm.example.llama.config import LlamaConfig
-from furiosa_llm.simulate.model import Costs, costs_from_json, costs_of_model, planned_size
+from furiosa_llm.simulate.model import Costs, costs_of_model, planned_size
 
 _ROOT = Path(__file__).parents[2]
 _CACHE = _ROOT / "build" / "simulate"
@@ -62,7 +64,7 @@ def costs_of(model: str, size: int) -> StepCosts:
     if not file.exists():
         found = _model(model)
         file.write_text(json.dumps(dataclasses.asdict(found.at(size)), indent=1))
-    return costs_from_json(json.loads(file.read_text()))
+    return _from_json(json.loads(file.read_text()))
 
 
 @functools.cache
@@ -75,3 +77,15 @@ def _model(model: str) -> Costs:
         write_outline(folder, _OUTLINES[model])
     _CACHE.mkdir(parents=True, exist_ok=True)
     return costs_of_model(folder / "model.onnx")
+
+
+def _from_json(found: Mapping[str, Any]) -> StepCosts:
+    """As `costs_of` keeps them."""
+    return StepCosts(
+        **{
+            **found,
+            "weights": tuple(Weights(**one) for one in found["weights"]),
+            "attention": tuple(Attention(**one) for one in found["attention"]),
+            "traffic": tuple(Traffic(**one) for one in found["traffic"]),
+        }
+    )

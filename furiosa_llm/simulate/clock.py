@@ -13,15 +13,12 @@ from dataclasses import dataclass, field
 from furiosa_llm.bench.load import Observed, Record
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.engine.router import choose_replica
-from furiosa_llm.runtime.engine.scheduler import Scheduler, SchedulerLimits
+from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE, Scheduler, SchedulerLimits
 from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill
-from furiosa_llm.simulate.closed_form import most_sequences
-from furiosa_llm.simulate.errors import PlacementError
+from furiosa_llm.simulate.closed_form import check_room
 from furiosa_llm.simulate.requests import Request
 from furiosa_llm.simulate.steps import Steps
 
-PAGE_SIZE = 16
-"""Tokens of one page, as the engine's."""
 _TOLD_EVERY = 1000
 """Batches between two reports of progress."""
 
@@ -52,12 +49,10 @@ class Run:
 
 
 def limits_of(steps: Steps) -> SchedulerLimits:
-    """What a replica has room for."""
+    """What a replica has room for. Raises PlacementError if that is not even a page of cache."""
     stages, software = len(steps.counts), steps.software
+    check_room(steps, PAGE_SIZE)
     tokens = steps.cache_tokens()
-    if tokens < PAGE_SIZE:
-        most_sequences(steps, PAGE_SIZE)  # says what is missing
-        raise PlacementError("there is no room for a page of cache")
     return SchedulerLimits(
         num_groups=stages,
         slots_per_group=max(1, round(software.max_sequences.value) // stages),

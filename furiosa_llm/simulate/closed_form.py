@@ -71,23 +71,28 @@ def estimate(steps: Steps, load: Load) -> Estimate:
 
 
 def most_sequences(steps: Steps, length: float) -> float:
-    """How many sequences of `length` one replica runs at once."""
+    """How many sequences of `length` one replica runs at once. Raises PlacementError if not even one fits."""
+    check_room(steps, length)
+    return min(steps.cache_tokens() / length, steps.software.max_sequences.value)
+
+
+def check_room(steps: Steps, length: float) -> None:
+    """Raise PlacementError unless a sequence of `length` fits, which says what is missing."""
+    if (short := shortage(steps, length)) is not None:
+        raise PlacementError(short)
+
+
+def shortage(steps: Steps, length: float) -> str | None:
+    """What a sequence of `length` lacks, in words; None if it fits."""
     room = steps.cache_tokens()
-    if room < length:
-        needed = steps.missing_nbytes()
-        short = (
-            f"the weights need {needed / 1e9:.2f} GB more on a PE"
-            if room < 0
-            else (f"there is room for {room:,} tokens of cache, and one sequence has {length:,.0f}")
-        )
-        raise PlacementError(f"the model does not fit at {shown(steps)}: {short}")
-    return min(room / length, steps.software.max_sequences.value)
-
-
-def shown(steps: Steps) -> str:
-    """The placement in the words of the command line."""
-    place = steps.placement
-    return f"tp {place.tensor_parallel_size}, pp {place.pipeline_parallel_size}, dp {place.data_parallel_size}"
+    if room >= length:
+        return None
+    short = (
+        f"the weights need {steps.missing_nbytes() / 1e9:.2f} GB more on a PE"
+        if room < 0
+        else f"there is room for {room:,} tokens of cache, and one sequence has {length:,.0f}"
+    )
+    return f"the model does not fit at {steps.placement}: {short}"
 
 
 def _round(steps: Steps, rows: float, length: float) -> dict[str, float]:
@@ -141,9 +146,9 @@ def _closed(steps: Steps, load: Load, users: float, most: float, *, saturated: b
     per_round = users / max(load.output_len, 1.0)
     causes = _round(steps, users, length)
     decode = sum(causes.values())
-    alone = _prefill(steps, load.input_len, 0.0, length, 1.0) * _path(steps)
-    beside = _prefill(steps, load.input_len, users - 1, length, per_round) if users > 1 else alone
     stages = len(steps.counts)
+    alone = _prefill(steps, load.input_len, 0.0, length, 1.0) * stages  # through all, each as slow as the slowest
+    beside = _prefill(steps, load.input_len, users - 1, length, per_round) if users > 1 else alone
     beside += _BUBBLE * (1 - 1 / stages) * max(beside - decode / stages, 0.0)
     own = beside + (decode if users > 1 and steps.software.mixed.value else 0.0)
     others = max(users - 1, 0.0) * beside
@@ -163,11 +168,6 @@ def _closed(steps: Steps, load: Load, users: float, most: float, *, saturated: b
         saturated=saturated,
         causes={**causes, "prefill": tpot - decode},
     )
-
-
-def _path(steps: Steps) -> float:
-    """How many times the slowest stage a prompt alone takes on its way through all."""
-    return float(len(steps.counts))
 
 
 def _open(steps: Steps, load: Load, most: float) -> Estimate:

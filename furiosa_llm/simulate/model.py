@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from furiosa_llm.builder.lower.step_costs import Attention, StepCosts, Traffic, Weights, step_costs
+from furiosa_llm.builder.lower.step_costs import StepCosts, step_costs
 from furiosa_llm.builder.options import BuildOptions, recorded_options
 from furiosa_llm.builder.pipeline import Analysed, analyse_model, analyse_source
 from furiosa_llm.builder.source.folder import find_model
@@ -59,15 +57,3 @@ def costs_of_model(path: Path) -> Costs:
         options = recorded_options(artifact.manifest.provenance.options)
         return Costs(analyse_source(source_of(artifact), options))
     return Costs(analyse_model(find_model(path), BuildOptions()))
-
-
-def costs_from_json(found: Mapping[str, Any]) -> StepCosts:
-    """As they are in `plan --json`."""
-    return StepCosts(
-        **{
-            **found,
-            "weights": tuple(Weights(**one) for one in found["weights"]),
-            "attention": tuple(Attention(**one) for one in found["attention"]),
-            "traffic": tuple(Traffic(**one) for one in found["traffic"]),
-        }
-    )

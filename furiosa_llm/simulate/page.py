@@ -8,9 +8,9 @@ from html import escape
 from furiosa_llm.simulate.charts import Axis, Point, chart, dots, legend, path, spans, stacks
 from furiosa_llm.simulate.clock import run
 from furiosa_llm.simulate.closed_form import Estimate, estimate, most_sequences
-from furiosa_llm.simulate.question import Answer, Report, placed_words
+from furiosa_llm.simulate.question import Answer, Report
 from furiosa_llm.simulate.requests import drawn
-from furiosa_llm.simulate.steps import CAUSES, Placement, Steps, Work
+from furiosa_llm.simulate.steps import CAUSES, Placement, Steps
 
 _USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHOWN_REQUESTS, _SHOWN_TOKENS = 6, 12
@@ -55,7 +55,7 @@ def page(found: Report) -> str:
     parts = [
         f"<h1>{title}</h1>",
         f"<p>{escape(setting.software_name)}; {setting.input_len:g} tokens in, {setting.output_len:g} out; "
-        f"{placed_words(place)} on {found.cards} card{'s' * (found.cards > 1)}, unless another placement is named.</p>",
+        f"{place} on {found.cards} card{'s' * (found.cards > 1)}, unless another placement is named.</p>",
         "<h2>A user's speed against a card's</h2>",
         _speeds(found, curve),
         "<h2>Time per output token, by cause</h2>",
@@ -113,7 +113,7 @@ def _speeds(found: Report, curve: Sequence[tuple[int, Estimate]]) -> str:
 
 
 def _named(one: Answer) -> str:
-    return f"{placed_words(one.placement)}: {one.load.amount:g} {'req/s' if one.load.kind == 'open' else 'users'}"
+    return f"{one.placement}: {one.load.amount:g} {'req/s' if one.load.kind == 'open' else 'users'}"
 
 
 def _causes(curve: Sequence[tuple[int, Estimate]]) -> str:
@@ -188,7 +188,7 @@ def _roofline(steps: Steps, users: Sequence[int], input_len: float, output_len: 
     work.append((f"prefill of {input_len:g}", steps.prefill(min(input_len, steps.software.chunk.value), 0)))
     points, rows = [], []
     for name, one in work:
-        flops, nbytes, seconds = _demand(steps, one)
+        (flops, nbytes), seconds = steps.demand(one, 0), steps.seconds(one, 0)
         points.append(Point(x=flops / nbytes, y=flops / seconds, title=name, kind=int(name.startswith("prefill"))))
         rows.append(
             [name, f"{flops / 1e9:.1f}", f"{nbytes / 1e9:.3f}", f"{flops / nbytes:.1f}", f"{1e3 * seconds:.2f}"]
@@ -205,12 +205,6 @@ def _roofline(steps: Steps, users: Sequence[int], input_len: float, output_len: 
         + legend(["decode", "prefill"])
         + table
     )
-
-
-def _demand(steps: Steps, work: Work) -> tuple[float, float, float]:
-    """FLOPs, bytes and seconds of a step in the first stage."""
-    flops, nbytes = steps.demand(work, 0)
-    return flops, nbytes, steps.seconds(work, 0)
 
 
 def _limits(curve: Sequence[tuple[int, Estimate]]) -> str:

@@ -11,7 +11,7 @@ from furiosa_llm.bench.metrics import Figures, figures_of
 from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.simulate.believed import Belief, belief, outside
 from furiosa_llm.simulate.clock import Run, run
-from furiosa_llm.simulate.closed_form import Estimate, Load, estimate, most_sequences
+from furiosa_llm.simulate.closed_form import Estimate, Kind, Load, estimate, most_sequences, shortage
 from furiosa_llm.simulate.device import Device, Software
 from furiosa_llm.simulate.errors import LoadError, PlacementError
 from furiosa_llm.simulate.model import Costs
@@ -50,9 +50,9 @@ class Setting:
         """The name of the software for a placement."""
         return self.device.software_at(self.software_name, placement.tensor_parallel_size)
 
-    def load(self, kind: str, amount: float) -> Load:
+    def load(self, kind: Kind, amount: float) -> Load:
         """A load of requests of these lengths."""
-        return Load(kind=kind, amount=amount, input_len=self.input_len, output_len=self.output_len)  # type: ignore[arg-type]
+        return Load(kind=kind, amount=amount, input_len=self.input_len, output_len=self.output_len)
 
     def beliefs(self, placement: Placement, figures: Sequence[str] = FIGURES) -> dict[str, Belief]:
         """The error of each figure."""
@@ -105,11 +105,6 @@ class Answer:
             "card_tps": self.card_tps,
             "error": {name: dataclasses.asdict(one) for name, one in self.beliefs.items()},
         }
-
-
-def placed_words(place: Placement) -> str:
-    """A placement in words."""
-    return f"tp {place.tensor_parallel_size}, pp {place.pipeline_parallel_size}, dp {place.data_parallel_size}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,11 +263,7 @@ def fits(setting: Setting, place: Placement) -> bool:
 
 def _no_place(setting: Setting, cards: int, largest: Placement) -> str:
     """By how much the model does not fit, and on how many cards it would."""
-    try:
-        most_sequences(setting.steps(largest), setting.input_len + setting.output_len)
-        reason = "it does not fit"
-    except PlacementError as error:
-        reason = str(error)
+    reason = shortage(setting.steps(largest), setting.input_len + setting.output_len)
     layers = setting.costs.at(1).layers
     for more in (2**n for n in range(1, 7)):
         if more > cards and any(fits(setting, place) for place in placements(setting.device, more, layers)):

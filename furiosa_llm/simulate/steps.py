@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from furiosa_llm.builder.lower.step_costs import StepCosts, Weights
 from furiosa_llm.runtime.placement.stages import balance
 from furiosa_llm.simulate.device import Device, Software
 from furiosa_llm.simulate.errors import PlacementError
 
-Width = Literal["fp16", "bf16", "fp8", "int8", "int4"]
 BITS: dict[str, float] = {"fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4.25}
 """Of an element with its scales: a 4-bit one shares a byte with 31 others."""
 CAUSES = ("weights", "products", "cache", "attention", "head", "collectives", "layers", "sequences")
@@ -30,6 +28,9 @@ class Placement:
     def units(self) -> int:
         """PEs of all replicas."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+
+    def __str__(self) -> str:
+        return f"tp {self.tensor_parallel_size}, pp {self.pipeline_parallel_size}, dp {self.data_parallel_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

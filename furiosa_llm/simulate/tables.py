@@ -13,7 +13,7 @@ from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.simulate.believed import Belief
 from furiosa_llm.simulate.closed_form import Load
 from furiosa_llm.simulate.device import MARKS
-from furiosa_llm.simulate.question import Answer, Report, Setting, placed_words
+from furiosa_llm.simulate.question import Answer, Report, Setting
 
 _WIDTH = 140
 """Columns that a table may take: a narrow terminal wraps its lines, and no figure is cut."""
@@ -101,9 +101,8 @@ def _show_verdict(found: Report) -> None:
     if found.searched and fewest is None:
         console.print(f"No placement on up to {counted(found.cards, 'card')} does {load} within {asked}.")
     elif fewest is not None:
-        where = placed_words(fewest.placement)
         verb = "suffices" if fewest.cards == 1 else "suffice"
-        console.print(f"{load} within {asked}: {counted(fewest.cards, 'card')} {verb}, at {where}.")
+        console.print(f"{load} within {asked}: {counted(fewest.cards, 'card')} {verb}, at {fewest.placement}.")
     else:
         good = [one for one in found.answers if one.keeps(found.limits)]
         if good:

@@ -20,7 +20,7 @@ from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
 from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
 from furiosa_llm.runtime.engine.machine_snapshot import layout_of
 from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
-from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
+from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE, SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
 from furiosa_llm.runtime.placement.block_reads import block_starts
@@ -36,10 +36,6 @@ from furiosa_llm.runtime.runners.process_runner import ProcessHost
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 
 logger = logging.getLogger(__name__)
-
-PAGE_SIZE = 16
-"""Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
-
 
 _OF_DECODERS = (
     *("devices", "pipeline_parallel_size", "data_parallel_size", "num_blocks_per_pp_stage", "workers"),

@@ -12,6 +12,9 @@ from furiosa_llm.runtime.engine.slots import WORTH_A_COPY, Pages, SequenceState,
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
 from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
 
+PAGE_SIZE = 16
+"""Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:

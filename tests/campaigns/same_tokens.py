@@ -25,6 +25,7 @@ from benchmarks.parity import PROMPTS
 from furiosa_llm.example.smollm2.recipe import ensure
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.engine.engine_args import SchedulerConfig
+from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE
 from furiosa_llm.runtime.execution.decoder import DecoderSession
 from furiosa_llm.runtime.llm import LLM
 from furiosa_llm.runtime.requests.outputs import RequestOutput
@@ -34,7 +35,6 @@ from furiosa_llm.runtime.verification.reference import ReferenceModel
 
 SHAPE = "genai-fp32"
 NUM_TOKENS = 64
-_PAGE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +185,7 @@ def compare(
 
 def _num_pages(setting: Setting, expected: Sequence[Answered]) -> int:
     """Enough for each replica's sequences, or for half of them, and for the longest of all."""
-    longest = max(-(-(len(one.prompt) + len(one.token_ids)) // _PAGE) for one in expected)
+    longest = max(-(-(len(one.prompt) + len(one.token_ids)) // PAGE_SIZE) for one in expected)
     at_once = min(-(-len(expected) // setting.dp), setting.pp * -(-setting.batch // setting.pp))
     return max(longest, at_once * longest // 2) if setting.preempted else 2 * at_once * longest
 

@@ -18,7 +18,8 @@ from furiosa_llm.runtime.artifact.card import PE_NBYTES
 from furiosa_llm.runtime.artifact.reader import SplitModel, open_artifact
 from furiosa_llm.runtime.artifact.tools.inspection import inspect_artifact
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
-from furiosa_llm.runtime.engine.launch import PAGE_SIZE, make_plan
+from furiosa_llm.runtime.engine.launch import make_plan
+from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE
 from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.runtime.placement.workload import Workload
 from tests.cli.conftest import Cli

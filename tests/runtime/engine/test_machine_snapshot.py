@@ -20,9 +20,10 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.engine.core import EngineCore
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
-from furiosa_llm.runtime.engine.launch import PAGE_SIZE, make_plan, start
+from furiosa_llm.runtime.engine.launch import make_plan, start
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot
 from furiosa_llm.runtime.engine.replica_counts import ReplicaMeter
+from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE
 from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.execution.counters import (
     WIDTH,
