@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from furiosa_llm.server.tool_grammar import CallSyntax
 
-_NAME = r'"(?P<name>(?:[^"\\]|\\.)*)"'
+_NAME = r'"(?P<quoted>(?:[^"\\]|\\.)*)"'
 _OBJECT = re.compile(rf'\s*\{{\s*"name"\s*:\s*{_NAME}\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
 """The beginning of `{"name": ..., "arguments": {...}}`."""
 _END = re.compile(r"[^{}\[\]]*\}")
@@ -36,7 +36,7 @@ class CallFormat:
     closes: tuple[str, ...] = ()
     """What it ends with."""
     begin: re.Pattern[str] = _OBJECT
-    """What stands before the arguments, with the function's `name`."""
+    """What stands before the arguments, with the function's `name`, or `quoted` as in JSON."""
     end: re.Pattern[str] = _END
     """What stands behind arguments that are JSON."""
     between: re.Pattern[str] = re.compile(r"[\s,;\[\]]*")
@@ -83,7 +83,7 @@ CALL_FORMATS = {
     "mistral": CallFormat(
         opens=("[TOOL_CALLS]",),
         begin=re.compile(
-            rf"{_OBJECT.pattern}|\s*(?P<other>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{{)",
+            rf"{_OBJECT.pattern}|\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{{)",
         ),
         end=re.compile(rf"(?:{_END.pattern})?"),
         syntax=_json_syntax("[TOOL_CALLS]", "[", "}]"),

@@ -153,12 +153,6 @@ class _Stream:
 
 
 def _delta(piece: CallPiece) -> dict[str, Any]:
-    function = {"arguments": piece.arguments} if piece.name is None else {"name": piece.name, "arguments": ""}
-    if piece.id is None:
-        return {"index": piece.index, "function": function}
-    return {
-        "index": piece.index,
-        "id": piece.id,
-        "type": "function",
-        "function": {**function, "arguments": piece.arguments},
-    }
+    begin = {} if piece.id is None else {"id": piece.id, "type": "function"}
+    name = {} if piece.name is None else {"name": piece.name}
+    return {"index": piece.index, **begin, "function": {**name, "arguments": piece.arguments}}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.tokens.chat import check_variables, conversations_of, for_template
 from furiosa_llm.server.call_formats import ReasoningFormat
@@ -90,6 +93,14 @@ class Reader:
     def finish_reason(self, reason: str | None) -> str | None:
         """Why the answer ended, in the words that clients get."""
         return "tool_calls" if reason == "stop" and self.num_calls and not self._is_named else reason
+
+
+def as_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
+    """A request for a chat, of which what is wrong is told as of any other."""
+    try:
+        return ChatCompletionRequest.model_validate(given)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
 
 
 async def begin_chat(body: ChatCompletionRequest, state: ServerState, prefix: str) -> Chat:

@@ -23,8 +23,9 @@ class ResponseStore:
         self._nbytes = 0
 
     def keep(self, response: dict[str, Any], messages: Messages) -> None:
-        """Keeps one, and gives up the oldest beyond the limit."""
-        nbytes = len(json.dumps(messages))
+        """Keeps one, and gives up the oldest beyond the limit. `messages` begin with those that it goes on from."""
+        _, before, nbytes = self._kept.get(response.get("previous_response_id", ""), ({}, [], 0))
+        nbytes += len(json.dumps(messages[len(before) :]))
         self._kept[response["id"]] = (response, messages, nbytes)
         self._nbytes += nbytes
         while len(self._kept) > self._limit or self._nbytes > MAX_NBYTES:

@@ -6,17 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.responses import Response
 
-from furiosa_llm.runtime.requests.outputs import RequestOutput
-from furiosa_llm.server.blocks import Block, Blocks
+from furiosa_llm.server.blocks import Block, BlockAnswer
 from furiosa_llm.server.body_route import BodyRoute
-from furiosa_llm.server.chat_service import Chat, Reader, begin_chat
+from furiosa_llm.server.chat_service import Chat, as_chat_request, begin_chat
 from furiosa_llm.server.errors import ApiError
-from furiosa_llm.server.events import EventStream, events_of, json_answer, named_event, until_disconnect
-from furiosa_llm.server.generation import collect
+from furiosa_llm.server.events import json_answer, named_event
 from furiosa_llm.server.notes import IGNORED, note
 from furiosa_llm.server.openapi import NAMED_EVENTS
 from furiosa_llm.server.requests import ChatCompletionRequest, ResponsesRequest
@@ -34,16 +30,7 @@ async def create_response(body: ResponsesRequest, request: Request, state: State
     before = [] if body.previous_response_id is None else _before(body.previous_response_id, state.responses)
     messages = [*before, *_messages(body.input)]
     chat = await begin_chat(_as_chat(body, messages), state, "resp")
-    answer = _Answer(chat, body, messages, state.responses)
-    if not body.stream:
-        [found] = await until_disconnect(request.receive, collect(chat.outputs, 1, 1))
-        [completion] = found.completions
-        list(answer.blocks.take(chat.reader(streams=False).read(completion.text, ended=True)))
-        list(answer.blocks.end())
-        answer.count(len(found.token_ids), len(completion.token_ids), found.cached)
-        return json_answer(answer.finished(completion.finish_reason))
-    first = await until_disconnect(request.receive, anext(chat.outputs))
-    return EventStream(events_of(chat.outputs, first, answer.chunks, lambda: b"", end=b""))
+    return await _Answer(chat, body, messages, state.responses).respond(request)
 
 
 @router.get("/v1/responses/{response_id}", response_model=None)
@@ -106,14 +93,6 @@ def _as_chat(body: ResponsesRequest, messages: Messages) -> ChatCompletionReques
     return as_chat_request(given)
 
 
-def as_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
-    """A request for a chat, of which what is wrong is told as of any other."""
-    try:
-        return ChatCompletionRequest.model_validate(given)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
-
-
 def _tools(given: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The functions among them: what OpenAI's servers do themselves is not here."""
     found = []
@@ -141,54 +120,39 @@ def _format(given: Any) -> Any:
     return given
 
 
-class _Answer:
-    """One response, whole or as it grows."""
+class _Answer(BlockAnswer):
+    """One response."""
 
     def __init__(self, chat: Chat, body: ResponsesRequest, messages: Messages, store: ResponseStore) -> None:
+        super().__init__(chat)
         self._id = chat.head.id.replace("-", "_")
-        self._body, self._messages, self._store, self._head = body, messages, store, chat.head
-        self._reader: Reader | None = chat.reader(streams=True) if body.stream else None
-        self._usage: dict[str, Any] | None = None
+        self._body, self._messages, self._store = body, messages, store
         self._number = 0
-        self._num_tokens = 0
-        self.blocks = Blocks()
 
-    def count(self, prompt: int, completion: int, cached: int) -> None:
-        """Notes the counts of tokens."""
-        self._usage = {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": cached},
-            "output_tokens": completion,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + completion,
-        }
-
-    def finished(self, reason: str | None) -> dict[str, Any]:
-        """The whole response, which is kept if it may be."""
-        status = "incomplete" if reason == "length" else "completed"
-        response = self._response(status)
+    def _whole(self, reason: str | None, stop: int | str | None) -> dict[str, Any]:  # noqa: ARG002 - not in a response
+        """It is kept if it may be."""
+        response = self._response("incomplete" if reason == "length" else "completed")
         if self._body.store is not False:
             self._store.keep(response, [*self._messages, self._said()])
         return response
 
-    def chunks(self, found: tuple[int, RequestOutput]) -> bytes:
-        """The events of the next output."""
-        assert self._reader is not None
-        [part], output = found[1].outputs, found[1]
-        made = b""
-        if not self._number:
-            made += self._event("response.created", response=self._response("in_progress"))
-            made += self._event("response.in_progress", response=self._response("in_progress"))
-        self._num_tokens += len(part.token_ids)
-        # Each change is told before the next one is made: a block is shown as it is then.
-        said = self._reader.read(part.text, ended=part.finish_reason is not None)
-        made += b"".join(self._change(*change) for change in self.blocks.take(said))
-        if part.finish_reason is not None:
-            made += b"".join(self._change(*change) for change in self.blocks.end())
-            self.count(len(output.prompt_token_ids), self._num_tokens, output.num_cached_tokens or 0)
-            response = self.finished(part.finish_reason)
-            made += self._event(f"response.{response['status']}", response=response)
-        return made
+    def _begin(self) -> bytes:
+        response = self._response("in_progress")
+        created = self._event("response.created", response=response)
+        return created + self._event("response.in_progress", response=response)
+
+    def _end(self, reason: str, stop: int | str | None) -> bytes:
+        response = self._whole(reason, stop)
+        return self._event(f"response.{response['status']}", response=response)
+
+    def _usage(self) -> dict[str, Any]:
+        return {
+            "input_tokens": self._num_prompt,
+            "input_tokens_details": {"cached_tokens": self._num_cached},
+            "output_tokens": self._num_completion,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self._num_prompt + self._num_completion,
+        }
 
     def _change(self, what: str, block: Block, piece: str) -> bytes:
         is_call = block.kind == "call"
@@ -252,7 +216,7 @@ class _Answer:
             "incomplete_details": cut,
             "model": self._head.model,
             "output": [self._item(block, "completed") for block in self.blocks.all],
-            "usage": self._usage,
+            "usage": None if status == "in_progress" else self._usage(),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],

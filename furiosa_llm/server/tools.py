@@ -143,11 +143,9 @@ class ToolFinder:
         match = self._form.begin.match(text, self._behind_call(text, place))
         if match is None:
             return None
-        name = match["name"]
-        if name is None:
-            name = match["other"]
-        elif self._form.begin.pattern.startswith(r"\s*\{"):
-            name = _parsed(f'"{name}"')
+        names = match.groupdict()
+        quoted = names.get("quoted")
+        name = names["name"] if quoted is None else _parsed(f'"{quoted}"')
         return (name, match.end()) if isinstance(name, str) and name in self._functions else None
 
     def _behind_call(self, text: str, place: int) -> int:
@@ -219,13 +217,6 @@ class ToolFinder:
         return CallPiece(index=self._num_calls - 1, id=f"call_{uuid.uuid4().hex}", name=name)
 
 
-class HermesFinder(ToolFinder):
-    """For calls in the format that is used where a call is forced and none was chosen."""
-
-    def __init__(self, functions: Mapping[str, dict[str, Any]] | Iterable[str], *, streams: bool = False) -> None:
-        super().__init__(CALL_FORMATS["hermes"], functions, streams=streams)
-
-
 class _JsonText:
     """Follows one object of JSON, as it comes, to its end."""
 
@@ -294,16 +285,11 @@ def _kinds(schema: Any) -> set[Any]:
     if not isinstance(schema, dict):
         return set()
     kind = schema.get("type")
-    found = set(filter(_is_text, kind)) if isinstance(kind, list) else {kind} if isinstance(kind, str) else set()
+    found = {one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str)}
     for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
-        found |= (
-            {one for part in alternatives or () for one in _kinds(part)} if isinstance(alternatives, list) else set()
-        )
+        if isinstance(alternatives, list):
+            found.update(one for part in alternatives for one in _kinds(part))
     return found
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def call_format(name: str | None) -> CallFormat | None:

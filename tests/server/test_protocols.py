@@ -97,6 +97,10 @@ def test_what_is_kept_has_a_limit() -> None:
     store.forget("large")
     assert store._nbytes == 0
     ResponseStore(0).keep({"id": "x"}, [])
+    message = {"content": "said"}
+    store.keep({"id": "begun"}, [message])
+    store.keep({"id": "goes on", "previous_response_id": "begun"}, [message, message])
+    assert store._nbytes == 3 * len(json.dumps([message]))  # of which what was kept before is not written again
 
 
 @pytest.mark.parametrize("stream", [False, True])
