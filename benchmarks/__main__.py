@@ -19,6 +19,7 @@ from benchmarks import (
     planning,
     serve,
     serving,
+    silence,
     speed,
     startup,
 )
@@ -27,6 +28,7 @@ from benchmarks.bars import Bar, show
 SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "artifact": artifact.bars,
     "startup": startup.bars,
+    "silence": silence.bars,
     "building": building.bars,
     "planning": planning.bars,
     "fusion": fusion.bars,

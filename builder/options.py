@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.plan.mesh import MAX_PADDING, check_tensor_parallel_size, mesh_of
 from furiosa_llm.builder.plan.tactics import Tactic, Tactics
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import Field
-from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.options import (
     AT_LEAST_ONE,
     COUNT,
@@ -24,6 +23,9 @@ from furiosa_llm.runtime.artifact.options import (
     declared,
     instance,
 )
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.layout import Mesh
 
 SIZES = Kind(
     "integers of at least 1, by name",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.runtime.artifact.card import PES_PER_CARD
-from furiosa_llm.runtime.artifact.layout import Mesh
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.layout import Mesh
 
 SUPPORTED_SIZES = (4, 8)
 EXPERIMENTAL_SIZES = (1, 2, 16)
@@ -28,4 +32,6 @@ def check_tensor_parallel_size(size: int, *, experimental: bool) -> None:
 
 def mesh_of(size: int) -> Mesh:
     """The mesh of `size` ranks: one axis for each factor of two, so that a dimension may be split in part."""
+    from furiosa_llm.runtime.artifact.layout import Mesh  # with numpy, 0.1 s that help has no use for
+
     return Mesh((2,) * (size.bit_length() - 1) or (1,))

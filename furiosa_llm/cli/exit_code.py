@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -37,6 +38,7 @@ def end(code: int) -> NoReturn:
     """
     if any(thread.daemon and thread.name.startswith("furiosa-") for thread in threading.enumerate()):
         end_at_once(code)
+    gc.freeze()  # the interpreter's end would look for cycles in whole graphs, for up to a second
     sys.exit(code)
 
 
