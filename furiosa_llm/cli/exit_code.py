@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import logging
@@ -38,7 +39,7 @@ def end(code: int) -> NoReturn:
     """
     if any(thread.daemon and thread.name.startswith("furiosa-") for thread in threading.enumerate()):
         end_at_once(code)
-    gc.freeze()  # the interpreter's end would look for cycles in whole graphs, for up to a second
+    atexit.register(gc.freeze)  # the interpreter's end would look for cycles in whole graphs, for up to a second
     sys.exit(code)
 
 

@@ -46,8 +46,8 @@ def outputs(executor: Executor) -> Mapping[str, Any]:
     return executor.run(given)
 
 
-def mapped_files() -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(WEIGHTS)]
+def mapped_files(folder: Path) -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(folder / WEIGHTS))]
 
 
 def truncate(path: Path) -> None:
@@ -71,7 +71,7 @@ def lose(path: Path) -> None:
 @pytest.mark.parametrize("harm", [truncate, overwrite, replace, lose])
 def test_a_running_model_is_out_of_reach(folder: Path, harm: Callable[[Path], None]) -> None:
     with Executor(open_artifact(folder), threads=1) as executor:
-        assert not mapped_files()
+        assert not mapped_files(folder)
         before = outputs(executor)
         harm(folder / WEIGHTS)
         for name, array in outputs(executor).items():
@@ -121,7 +121,7 @@ def test_files_that_are_replaced_while_they_are_loaded(folder: Path, monkeypatch
 def test_mapped_weights_that_are_written_to(folder: Path) -> None:
     artifact = open_artifact(folder)
     with Executor(artifact, threads=1, mapped=True) as executor:
-        assert mapped_files()
+        assert mapped_files(folder)
         outputs(executor)
         truncate(folder / WEIGHTS)
         with pytest.raises(ExecutionError, match=re.escape(f"{WEIGHTS} was written to while it was mapped")):
