@@ -141,12 +141,12 @@ def _check_same_layouts(before: Manifest, after: Manifest) -> None:
         if layouts[1].get(key) != layout:
             raise PlanError(
                 f"this release lays initializer {key[0]!r:.80} out otherwise than {before.provenance.tool} did; "
-                "build without --reuse-plan."
+                "build it anew, without --reuse-plan."
             )
 
 
 def _refuse(found: str, expected: str) -> NoReturn:
     raise PlanError(
         f"the model's graph is not the one that the plan was made for: found {found}, expected {expected}; "
-        "build it without --reuse-plan."
+        "build it anew, without --reuse-plan."
     )

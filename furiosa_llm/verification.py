@@ -201,8 +201,8 @@ def _time_limit(seconds: float | None) -> Callable[[], None]:
     def check() -> None:
         if seconds is not None and time.monotonic() - started > seconds:
             raise ExecutionError(
-                f"the comparison took longer than its limit of {seconds:g} s; give a longer --time-limit, or a smaller "
-                "--max-length"
+                f"the comparison took longer than its limit of {seconds:g} s; give a longer --time-limit "
+                "(time_limit=), or a smaller --max-length (max_length=)"
             )
 
     return check

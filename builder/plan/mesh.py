@@ -26,7 +26,7 @@ def check_tensor_parallel_size(size: int, *, experimental: bool) -> None:
         f"tensor parallel size {size} is not supported; a card has {PES_PER_CARD} PEs, fused by 4 or 8, so use 4 or 8"
     )
     if size in EXPERIMENTAL_SIZES:
-        message += f" (or say --experimental-tp to build for {size} all the same)"
+        message += f" (or say --experimental-tp, experimental_tp=True, to build for {size} all the same)"
     raise OptionError(message + ".")
 
 

@@ -236,7 +236,7 @@ def test_sizes_that_no_option_allows(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 16])
 def test_sizes_that_are_experimental(size: int, folder: Path) -> None:
-    with pytest.raises(OptionError, match=f"--experimental-tp to build for {size} all the same") as caught:
+    with pytest.raises(OptionError, match=f"--experimental-tp, experimental_tp=True, to build for {size}") as caught:
         ArtifactBuilder("model.onnx", tensor_parallel_size=size)
     assert caught.value.exit_code == 2
     (folder / "good.onnx").write_bytes(good().SerializeToString())

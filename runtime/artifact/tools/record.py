@@ -192,8 +192,8 @@ def write_verification(folder: Path, record: Verification) -> Path:
     except OSError as error:
         kind = ReadOnlyError if error.errno in _READ_ONLY else RecordError
         raise kind(
-            f"{path} cannot be written: {error.strerror}; make the folder writable, or give --no-record to verify "
-            "without leaving a record"
+            f"{path} cannot be written: {error.strerror}; make the folder writable, or verify without leaving a "
+            "record (--no-record)"
         ) from error
     return path
 
