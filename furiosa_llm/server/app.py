@@ -24,12 +24,13 @@ from furiosa_llm.server import (
     status,
     tokens,
 )
+from furiosa_llm.server.encodings import ContentEncodings
 from furiosa_llm.server.errors import install_handlers
 from furiosa_llm.server.events import ClientGoneError
 from furiosa_llm.server.generation import Gate
 from furiosa_llm.server.machine_metrics import watch
 from furiosa_llm.server.metrics import Metrics
-from furiosa_llm.server.middleware import ApiKeys, BodyLimits, RequestIds, TimeLimits
+from furiosa_llm.server.middleware import ApiKeys, BodyLimits, Heads, RequestIds, TimeLimits
 from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.notes import HEADERS, on_one_line
 from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
@@ -106,6 +107,8 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
 
 def _surround(app: FastAPI, settings: ServerSettings) -> None:
     """Adds the middleware; the last one is the outermost."""
+    app.add_middleware(ContentEncodings, max_nbytes=settings.max_body_nbytes)
+    app.add_middleware(Heads)
     if settings.api_keys:
         app.add_middleware(ApiKeys, keys=settings.api_keys)
     app.add_middleware(BodyLimits, max_nbytes=settings.max_body_nbytes, timeout=settings.body_timeout)

@@ -152,7 +152,8 @@ def _methods(request: Request) -> list[str]:
     routers = [getattr(route, "original_router", None) for route in request.app.routes]
     routes = [*request.app.routes, *(route for router in routers if router is not None for route in router.routes)]
     fitting = [one for one in routes if isinstance(one, Route) and one.matches(request.scope)[0] is not Match.NONE]
-    return sorted({name for one in fitting for name in one.methods or ()})
+    names = {name for one in fitting for name in one.methods or ()}
+    return sorted(names | {"HEAD"} if "GET" in names else names)
 
 
 def _invalid(found: Any) -> ApiError:

@@ -62,6 +62,18 @@ class RequestIds:
             await error_response(INTERNAL_ERROR)(scope, receive, send_with_id)
 
 
+class Heads:
+    """Answers HEAD wherever there is a GET, with its headers; the connection leaves out the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
+
+
 class TimeLimits:
     """Ends requests that take more than `seconds`, and requests that are still there when the server stops.
 

@@ -23,7 +23,7 @@ _REASONS = {
     404: "There is no such model.",
     408: "The body takes too long to arrive.",
     413: "The body is too large.",
-    415: "The body is not said to be JSON.",
+    415: "The body is not said to be JSON, or compressed in a way that is not known.",
     429: "Too many sequences run or wait; Retry-After says when to come back.",
     500: "The server is at fault.",
     503: "The engine is dead, or the server is stopping.",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 import select
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from starlette.responses import Response
 from furiosa_llm import LLM
 from furiosa_llm.runtime.errors import TokenizerError
 from furiosa_llm.server.settings import ServerSettings
-from tests.server.conftest import NAME, listen, load, metric, serving, wait_for
+from tests.server.conftest import NAME, TIMEOUT, error_of, listen, load, metric, serving, wait_for
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY: dict[str, Any] = {"model": NAME, "prompt": "hello", "temperature": 0, "max_tokens": 2}
@@ -165,8 +167,73 @@ def test_a_method_or_an_upgrade_that_nothing_takes(url: str) -> None:
         (b"GET /v1/completions HTTP/1.1\r\nHost: x\r\n" + upgrade + b"\r\n", 405),
     ):
         assert error_in(exchange(url, closing(request) + b"\r\n"))[0] == status
-    response = httpx.head(f"{url}/v1/models")
-    assert (response.status_code, response.content) == (405, b"")
+
+
+def test_head_is_a_get_without_its_body(url: str) -> None:
+    paths = ("/", "/health", "/version", "/metrics", "/machine", "/openapi.json", "/v1/models", "/tokenizer_info")
+    for path in (*paths, f"/v1/models/{NAME}"):
+        head, get = httpx.head(f"{url}{path}"), httpx.get(f"{url}{path}")
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"] if get.content else True
+    missing = httpx.head(f"{url}/v1/models/nobody")
+    assert (missing.status_code, missing.content) == (404, b"")
+    refused = httpx.head(f"{url}/v1/completions")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert httpx.post(f"{url}/health").headers["allow"] == "GET, HEAD"
+    # No body was sent that would be taken for an answer.
+    request = b"HEAD /version HTTP/1.1\r\nHost: x\r\n"
+    answers = exchange(url, request + b"\r\n" + closing(request.replace(b"HEAD", b"GET")) + b"\r\n")
+    assert (answers.count(b"HTTP/1.1 200 "), answers.count(b'{"version"')) == (2, 1)
+
+
+def compressed(url: str, body: bytes, encoding: str = "gzip") -> httpx.Response:
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    return httpx.post(f"{url}/v1/completions", content=body, headers=headers, timeout=TIMEOUT)
+
+
+def test_compressed_bodies(url: str) -> None:
+    plain = json.dumps(BODY).encode()
+    expected = httpx.post(f"{url}/v1/completions", json=BODY).json()["choices"]
+    for encoding, body in (("gzip", gzip.compress(plain)), ("X-GZIP", gzip.compress(plain)), ("identity", plain),
+                           ("deflate", zlib.compress(plain))):  # fmt: skip
+        assert compressed(url, body, encoding).json()["choices"] == expected, encoding
+    pieces = [gzip.compress(plain)[place : place + 1] for place in range(len(gzip.compress(plain)))]
+    sent = HEAD.replace(b"\r\n", b"\r\nContent-Encoding: gzip\r\nConnection: close\r\n", 1) + chunked(*pieces, b"")
+    assert exchange(url, sent).startswith(b"HTTP/1.1 200 ")
+
+
+def test_bodies_that_are_not_what_they_say(url: str) -> None:
+    body = gzip.compress(json.dumps(BODY).encode())
+    for broken, reason in (
+        (b"{}", "incorrect header check"),
+        (body[:-3], "its end is missing"),
+        (b"", "its end is missing"),
+        (body + body, "something follows its end"),
+        (body[:-8] + b"\0" * 8, "incorrect data check"),
+    ):
+        answer = compressed(url, broken)
+        assert answer.status_code == 400
+        assert reason in error_of(answer)["message"]
+    for encoding in ("br", "zstd", "gzip, gzip", "compress"):
+        answer = compressed(url, body, encoding)
+        assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
+        assert encoding in error_of(answer)["message"]
+
+
+def test_a_small_body_cannot_say_too_much(hasty: str) -> None:
+    bomb = gzip.compress(b" " * 2_500_000)
+    assert len(bomb) < 3000
+    answer = compressed(hasty, bomb)
+    assert answer.status_code == 413
+    assert "says more than the 3000 bytes" in error_of(answer)["message"]
+    spaces = gzip.compress(json.dumps(BODY).encode() + b" " * (3000 - len(json.dumps(BODY))))
+    assert compressed(hasty, spaces).status_code == 200
+
+
+def test_what_zlib_holds_back_is_asked_for(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    plain = json.dumps(BODY).encode() + b" " * 300
+    monkeypatch.setattr("furiosa_llm.server.encodings._PIECE", 1)
+    assert compressed(url, gzip.compress(plain)).status_code == 200
 
 
 def test_http_1_0(url: str) -> None:
