@@ -19,7 +19,7 @@ from furiosa_llm.runtime.artifact.options import declared
 from furiosa_llm.runtime.artifact.progress import shown
 from furiosa_llm.runtime.errors import InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.placement.workload import Workload
-from furiosa_llm.server.settings import REASONING_PARSERS, TOOL_CALL_PARSERS, ServerSettings
+from furiosa_llm.server.settings import METRICS_NAMES, REASONING_PARSERS, TOOL_CALL_PARSERS, ServerSettings
 
 if TYPE_CHECKING:
     from furiosa_llm.runtime.engine.launch import Plan
@@ -44,7 +44,7 @@ _GROUPS = {
     **ENGINE_GROUPS,
     "What is logged": (
         *("uvicorn_log_level", "disable_uvicorn_access_log", "disable_log_stats", "enable_payload_logging"),
-        *("enable_metrics", "progress"),
+        *("metrics_names", "enable_metrics", "progress"),
     ),
 }
 
@@ -124,6 +124,10 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
 @options(ENGINE, "full_verification", "step_timeout", "max_step_nbytes", "compute")
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
+@click.option(
+    "--metrics-names", type=click.Choice(METRICS_NAMES), default="furiosa", show_default=True,
+    help="Whose names /metrics has: vllm for dashboards that were made for it.",
+)  # fmt: skip
 @click.option("--enable-metrics", is_flag=True, help="No effect: /metrics is always there.")
 @PROGRESS
 @refused_options
@@ -217,6 +221,7 @@ def _settings(options: dict[str, Any]) -> ServerSettings:
         runtime_lora_updating=options.pop("allow_runtime_lora_updating"),
         payload_logging=options.pop("enable_payload_logging"),
         log_stats=not options.pop("disable_log_stats"),
+        metrics_names=options.pop("metrics_names"),
         **{name: options.pop(name) for name in ("allowed_origins", *SERVER) if name in options},
     )
 

@@ -67,7 +67,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(model.close)
 
-    metrics, text = Metrics(model), TextWork(model.tokenizer, settings)
+    metrics, text = Metrics(model, settings.metrics_names), TextWork(model.tokenizer, settings)
     # The pages of documentation that FastAPI would make load scripts from elsewhere.
     app = FastAPI(
         title="furiosa-llm", version=furiosa_llm.__version__, docs_url=None, redoc_url=None, lifespan=lifespan

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import time
+from collections import Counter as Counts
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.requests.outputs import FinishReason, RequestOutput
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 from furiosa_llm.server.events import client_is_gone
 from furiosa_llm.server.machine_metrics import BusyShares, MachineCollector
 from furiosa_llm.server.model import Decoder, ServedModel
+from furiosa_llm.server.vllm_metrics import VLLMCollector
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 _OUTPUT_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_SEQUENCES = (1, 2, 5, 10, 20)
 _WHOLE_REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 _UNLIMITED_LENGTH = 131072
 
 
 class Metrics:
-    """The metrics of one model, in a registry of their own. They have the label `model_name`."""
+    """The metrics of one model, in a registry of their own. They have the label `model_name`.
 
-    def __init__(self, model: ServedModel) -> None:
-        self._registry = CollectorRegistry()
-        self._name = model.names[0]
+    `names` says whose names are shown: "furiosa", "vllm" or "both".
+    """
+
+    def __init__(self, model: ServedModel, names: str = "furiosa") -> None:
+        self._registry, self._others = CollectorRegistry(), CollectorRegistry()
+        self._others.register(VLLMCollector(self._registry))
+        self._names, self._name = names, model.names[0]
         lengths = _one_two_five(model.max_length or _UNLIMITED_LENGTH)
         self.received = self._counter("request_received", "Requests that the engine was given.")
         self.succeeded = self._counter("request_success", "Requests that were completed.")
@@ -46,14 +54,29 @@ class Metrics:
         self.request_prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", lengths)
         self.request_generation = self._histogram("request_generation_tokens", "Tokens of all completions.", lengths)
         self.request_max = self._histogram("request_params_max_tokens", "What max_tokens was asked for.", lengths)
+        self.longest = self._histogram("request_max_num_generation_tokens", "Of the longest completion.", lengths)
+        self.sequences = self._histogram("request_params_n", "What n was asked for.", _SEQUENCES)
+        self.queued = self._histogram("request_queue_time_seconds", "Until the first batch.", _WHOLE_REQUEST)
+        self.prefilled = self._histogram("request_prefill_time_seconds", "From there to a token.", _WHOLE_REQUEST)
+        self.decoded = self._histogram("request_decode_time_seconds", "From there to the last one.", _WHOLE_REQUEST)
+        self.ran = self._histogram("request_inference_time_seconds", "From the first batch to the end.", _WHOLE_REQUEST)
+        labels = ["model_name", "finished_reason"]
+        self.ended = Counter("furiosa_llm_completions_finished", "Why they ended.", labels, registry=self._registry)
+        for reason in get_args(FinishReason):  # from the start: what grows is seen from its second value on only
+            self.ended.labels(self._name, reason)
         self.busy = BusyShares()
         self._registry.register(MachineCollector(model.kind.machine, self.busy, self._name))
         if isinstance(model.kind, Decoder):
             self._registry.register(_EngineCollector(model.kind, self._name))
 
     def render(self) -> bytes:
-        """Everything, in the text format of Prometheus."""
-        return generate_latest(self._registry)
+        """Everything under the names that are wanted, in the text format of Prometheus."""
+        own = generate_latest(self._registry) if self._names != "vllm" else b""
+        return own + (b"" if self._names == "furiosa" else generate_latest(self._others))
+
+    def count_ends(self, reason: str, count: int = 1) -> None:
+        """Counts completions that have ended."""
+        self.ended.labels(self._name, reason).inc(count)
 
     def token_counts(self) -> tuple[float, float]:
         """The tokens of prompts, and the tokens that were generated, so far."""
@@ -99,20 +122,28 @@ class RequestMeter:
     def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
         self._metrics = metrics
         self._started = self._last = time.monotonic()
+        self._began: float | None = None
         self._first: float | None = None
-        self._tokens = 0
+        self._tokens: Counts[int] = Counts()
+        self._running = params.n
         self._finished = False
         metrics.received.inc()
+        metrics.sequences.observe(params.n)
         if params.max_tokens is not None:
             metrics.request_max.observe(params.max_tokens)
 
     def see(self, output: RequestOutput) -> None:
         """Takes an output of the kind DELTA, as it comes."""
         now = time.monotonic()
-        tokens = sum(len(one.token_ids) for one in output.outputs)
         metrics = self._metrics
+        for one in output.outputs:
+            self._tokens[one.index] += len(one.token_ids)
+            metrics.generation_tokens.inc(len(one.token_ids))
+            if one.finish_reason is not None:
+                metrics.count_ends(one.finish_reason)
+                self._running -= 1
         if self._first is None:
-            self._first = now
+            self._first, self._began = now, output.began
             metrics.first_token.observe(now - self._started)
             metrics.prompt_tokens.inc(len(output.prompt_token_ids))
             metrics.request_prompt.observe(len(output.prompt_token_ids))
@@ -120,8 +151,6 @@ class RequestMeter:
             metrics.prefix_hits.inc(output.num_cached_tokens or 0)
         else:
             metrics.inter_token.observe(now - self._last)
-        metrics.generation_tokens.inc(tokens)
-        self._tokens += tokens
         self._last = now
         self._finished = output.finished
 
@@ -129,13 +158,21 @@ class RequestMeter:
         """The request has ended, whole or not."""
         metrics = self._metrics
         if not self._finished or self._first is None:
+            metrics.count_ends("abort" if metrics.not_done is metrics.cancelled else "error", self._running)
             metrics.not_done.inc()
             return
+        tokens = self._tokens.total()
         metrics.succeeded.inc()
         metrics.whole_request.observe(self._last - self._started)
-        metrics.request_generation.observe(self._tokens)
-        if self._tokens > 1:
-            metrics.output_token.observe((self._last - self._first) / (self._tokens - 1))
+        metrics.request_generation.observe(tokens)
+        metrics.longest.observe(max(self._tokens.values()))
+        metrics.decoded.observe(self._last - self._first)
+        if self._began is not None:
+            metrics.queued.observe(self._began - self._started)
+            metrics.prefilled.observe(self._first - self._began)
+            metrics.ran.observe(self._last - self._began)
+        if tokens > 1:
+            metrics.output_token.observe((self._last - self._first) / (tokens - 1))
 
 
 class EngineGauges:

@@ -26,6 +26,8 @@ TOOL_CALL_PARSERS = (
 )
 REASONING_PARSERS = ("qwen3", "glm45", "deepseek_r1", "minimax_m2", "kimi_k2", "mistral", "granite")
 """The names of `call_formats`, which the command line knows without loading it."""
+METRICS_NAMES = ("furiosa", "vllm", "both")
+"""Whose names `/metrics` may have."""
 
 
 def is_text(text: str) -> bool:
@@ -58,6 +60,8 @@ class ServerSettings:
     """Whether clients may load and unload adapters, from paths on the server's machine."""
     payload_logging: bool = False
     """Whether what requests hold is logged."""
+    metrics_names: str = "furiosa"
+    """Whose names `/metrics` has: one of METRICS_NAMES."""
     log_stats: bool = True
     """Whether figures of what runs are logged every ten seconds."""
     max_body_nbytes: Annotated[int, Option("Greater bodies get the status 413.", COUNT, unit="B")] = 16 * 2**20
@@ -95,6 +99,8 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_options(self, InputError)
+        if self.metrics_names not in METRICS_NAMES:
+            raise InputError(f"metrics_names={self.metrics_names!r:.80} is unknown; give {', '.join(METRICS_NAMES)}")
         if any(not key.strip() or not key.isascii() or not key.isprintable() for key in self.api_keys):
             raise InputError("an API key is empty, or holds what a header cannot; give printable ASCII characters")
         for text in (*(self.served_model_names or ()), self.response_role):

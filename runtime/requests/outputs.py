@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
@@ -57,7 +57,8 @@ class RequestOutput:
 
     `prompt_logprobs` has an entry for each token of the prompt if the parameters ask for them, None for the first one.
     `num_cached_tokens` says how many tokens of the prompt were in the prefix cache, None if nothing has run yet.
-    `error` is why the request failed, None if it did not.
+    `error` is why the request failed, None if it did not. `began` is when it was first in a batch, by the monotonic
+    clock, None if it was in none.
     """
 
     request_id: str
@@ -68,6 +69,7 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     error: FuriosaLLMError | None = None
+    began: float | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         return _repr(self, always=("request_id", "prompt", "prompt_token_ids", "outputs", "finished"))
@@ -75,7 +77,7 @@ class RequestOutput:
 
 def _repr(output: Any, *, always: tuple[str, ...]) -> str:
     """The vendor's fields, and the others if they hold something."""
-    values = [(field.name, getattr(output, field.name)) for field in fields(output)]
+    values = [(one.name, getattr(output, one.name)) for one in fields(output) if one.repr]
     shown = [f"{name}={value!r}" for name, value in values if name in always or value is not None]
     return f"{type(output).__name__}({', '.join(shown)})"
 

@@ -131,10 +131,10 @@ class SequenceRequest:
 class Request:
     """A prompt and the completions that are generated for it, one for each of `sequence_ids`.
 
-    `max_tokens` is the limit of each completion, `seed` is used if the parameters have none, and `num_cached_tokens` is
-    set by who runs it. Penalties count the tokens of `penalised`, the prompt if it is None. Completions keep to
-    `grammar`, and are computed with `adapter`. Raises SamplingParamsError if the parameters need a tokenizer and there
-    is none.
+    `max_tokens` is the limit of each completion, `seed` is used if the parameters have none; `num_cached_tokens` and
+    `began` are set by who runs it. Penalties count the tokens of `penalised`, the prompt if it is None. Completions
+    keep to `grammar`, and are computed with `adapter`. Raises SamplingParamsError if the parameters need a tokenizer
+    and there is none.
     """
 
     def __init__(
@@ -161,6 +161,7 @@ class Request:
         self.prompt_token_ids = list(prompt_token_ids)
         self.params = params
         self.num_cached_tokens: int | None = None
+        self.began: float | None = None
         self.adapter = adapter
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
@@ -208,6 +209,7 @@ class Request:
             finished=finished,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens,
+            began=self.began,
         )
 
     def _completions(self, *, delta: bool) -> list[CompletionOutput]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,6 +101,8 @@ class RequestTable:
         if sequence_id not in self._running:
             return
         submission, sequence = self._running[sequence_id]
+        if submission.request.began is None:
+            submission.request.began = time.monotonic()
         self._begun.add(submission.key)
         if sequence is submission.request.sequences[0]:
             submission.request.num_cached_tokens = cached

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
 from furiosa_llm import LLM, SamplingParams
+from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.server import app
 from furiosa_llm.server.generation import Gate, Generator, collect
 from furiosa_llm.server.metrics import Metrics
@@ -63,7 +64,8 @@ def test_models_have_the_names_that_they_were_given(artifact: Path) -> None:
 
 
 def test_metrics(artifact: Path) -> None:
-    with serving(load(artifact, devices="npu:0", data_parallel_size=2), ServerSettings()) as url:
+    model, settings = load(artifact, devices="npu:0", data_parallel_size=2), ServerSettings(metrics_names="both")
+    with serving(model, settings) as url:
         with connected(url) as client:
             usages = []
             for _ in range(2):
@@ -102,6 +104,56 @@ def test_metrics(artifact: Path) -> None:
         assert used.value == 3 * 16 * token  # 46 tokens are kept, in 3 pages
         assert share.value == used.value / total.value
         assert metric(url, "kv_cache_usage_percent") == pytest.approx(100 * share.value)
+        check_vllm_names(text, usages[1])
+
+
+# What the dashboards ask for that vLLM publishes (examples/online_serving/prometheus_grafana and .../dashboards).
+DASHBOARD = """
+    e2e_request_latency_seconds_bucket e2e_request_latency_seconds_sum e2e_request_latency_seconds_count
+    time_to_first_token_seconds_bucket time_to_first_token_seconds_sum time_to_first_token_seconds_count
+    time_per_output_token_seconds_bucket time_per_output_token_seconds_sum time_per_output_token_seconds_count
+    inter_token_latency_seconds_bucket inter_token_latency_seconds_sum inter_token_latency_seconds_count
+    request_prompt_tokens_bucket request_prompt_tokens_sum request_prompt_tokens_count request_success_total
+    request_generation_tokens_bucket request_generation_tokens_sum request_generation_tokens_count
+    request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum
+    request_max_num_generation_tokens_sum prompt_tokens_total generation_tokens_total num_requests_running
+    num_requests_waiting gpu_cache_usage_perc kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total
+    request_inference_time_seconds_bucket request_params_n_sum request_params_max_tokens_sum num_preemptions_total
+"""
+
+
+def check_vllm_names(text: str, cached: int) -> None:
+    """`text` has them for two requests, each of 40 tokens with 7 more, of the second of which some were `cached`."""
+    families = [one for one in text_string_to_metric_families(text) if one.name.startswith("vllm:")]
+    samples = [sample for one in families for sample in one.samples]
+    assert [one for one in DASHBOARD.split() if f"vllm:{one}" not in {sample.name for sample in samples}] == []
+    assert {(one.labels["model_name"], one.labels["engine"]) for one in samples} == {(NAME, "0")}
+    kinds = {one.name.removeprefix("vllm:"): one.type for one in families}
+    assert (kinds["request_success"], kinds["num_requests_running"]) == ("counter", "gauge")
+    assert kinds["request_queue_time_seconds"] == "histogram"
+    values = {sample.name.removeprefix("vllm:"): sample.value for sample in samples}
+    ended = {one.labels["finished_reason"]: one.value for one in samples if one.name == "vllm:request_success_total"}
+    assert ended == {"stop": 0, "length": 2, "abort": 0, "error": 1}
+    assert (values["prompt_tokens_total"], values["prefix_cache_hits_total"]) == (80, cached)
+    assert 0 < values["kv_cache_usage_perc"] < 0.1
+    parts = [values[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")]
+    assert sum(parts) == pytest.approx(values["e2e_request_latency_seconds_sum"])
+    assert all(part >= 0 for part in parts)
+    assert sum(parts[1:]) == pytest.approx(values["request_inference_time_seconds_sum"])
+    assert values["inter_token_latency_seconds_sum"] == values["time_per_output_token_seconds_sum"]
+
+
+def test_metrics_may_have_vllms_names_alone(url: str, artifact: Path) -> None:
+    assert "vllm:" not in httpx.get(f"{url}/metrics").text
+    with pytest.raises(InputError, match="metrics_names='prometheus' is unknown; give furiosa, vllm, both"):
+        ServerSettings(metrics_names="prometheus")
+    model = load(artifact)
+    try:
+        text = Metrics(model, "vllm").render().decode()
+    finally:
+        model.close()
+    assert "vllm:num_requests_running" in text
+    assert "furiosa_llm_" not in text
 
 
 def test_the_line_of_figures(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
