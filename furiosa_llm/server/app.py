@@ -33,7 +33,7 @@ from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.middleware import ApiKeys, BodyLimits, Heads, RequestIds, TimeLimits
 from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.notes import HEADERS, on_one_line
-from furiosa_llm.server.openapi import GENERATING, READING, Responses, describe, errors
+from furiosa_llm.server.openapi import ANTHROPICS, GENERATING, READING, Responses, describe, errors
 from furiosa_llm.server.reasoning import reasoning_format
 from furiosa_llm.server.response_store import ResponseStore
 from furiosa_llm.server.settings import ServerSettings
@@ -86,7 +86,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         (completions.router, GENERATING),
         (chat.router, GENERATING),
         (responses_api.router, GENERATING),
-        (messages_api.router, GENERATING),
+        (messages_api.router, ANTHROPICS),
         (embeddings.router, GENERATING),
         (tokens.router, READING),
         (status.router, errors(413, 500)),

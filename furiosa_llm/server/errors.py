@@ -1,4 +1,4 @@
-"""Errors as clients see them: one shape, OpenAI's, whatever went wrong."""
+"""Errors as clients see them: one shape, OpenAI's, whatever went wrong; Anthropic's at the endpoints of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import fields
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,8 +28,21 @@ logger = logging.getLogger(__name__)
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 """The `x-request-id` of the request that is being answered, for the log."""
 
+FOR_ANTHROPIC: ContextVar[bool] = ContextVar("for_anthropic", default=False)
+"""Whether it has come to an endpoint of Anthropic's, whose errors have their own shape."""
+
 _INVALID = "invalid_request_error"
 _FAILED = "server_error"
+_ANTHROPICS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""What Anthropic calls errors of these statuses."""
 _FIELD = re.compile("(?!str$)[a-z_]+")
 """A part of a location that is a field, and not the type that was tried."""
 _PARAMETERS = frozenset(field.name for field in fields(SamplingParams))
@@ -49,6 +62,21 @@ class ErrorResponse(BaseModel):
     """The body of every answer that is an error."""
 
     error: ErrorInfo
+
+
+class AnthropicError(BaseModel):
+    """What went wrong, in Anthropic's words."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """The body of every answer of Anthropic's endpoints that is an error."""
+
+    type: Literal["error"]
+    error: AnthropicError
+    request_id: str
 
 
 class ApiError(HTTPException):
@@ -101,12 +129,17 @@ INTERNAL_ERROR = ApiError(500, "the server failed at this request; its log says 
 
 def error_body(error: ApiError) -> bytes:
     """The answer's body, in ASCII: messages quote what was sent, which may not be encodable."""
-    return json.dumps({"error": error.info.model_dump()}, separators=(",", ":")).encode()
+    shown: dict[str, Any] = {"error": error.info.model_dump()}
+    if FOR_ANTHROPIC.get():
+        by_status = _INVALID if error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR else "api_error"
+        about = {"type": _ANTHROPICS.get(error.status_code, by_status), "message": error.info.message}
+        shown = {"type": "error", "error": about, "request_id": REQUEST_ID.get()}
+    return json.dumps(shown, separators=(",", ":")).encode()
 
 
 def error_event(error: ApiError) -> bytes:
     """The last event of a stream."""
-    return b"data: " + error_body(error) + b"\n\n"
+    return (b"event: error\n" if FOR_ANTHROPIC.get() else b"") + b"data: " + error_body(error) + b"\n\n"
 
 
 def error_response(error: ApiError) -> Response:

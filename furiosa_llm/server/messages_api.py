@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -10,15 +11,19 @@ from starlette.responses import Response
 
 from furiosa_llm.server.blocks import Block, BlockAnswer
 from furiosa_llm.server.body_route import BodyRoute
-from furiosa_llm.server.chat_service import as_chat_request, begin_chat
+from furiosa_llm.server.chat_service import as_chat_request, begin_chat, prompt_of
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import named_event
+from furiosa_llm.server.notes import IGNORED, note
 from furiosa_llm.server.openapi import NAMED_EVENTS
-from furiosa_llm.server.requests import ChatCompletionRequest, MessagesRequest
+from furiosa_llm.server.requests import ChatCompletionRequest, CountTokensRequest, MessagesRequest
+from furiosa_llm.server.responses import CountTokensResponse
 from furiosa_llm.server.state import State, require_json
+from furiosa_llm.server.tool_choice import Tools
 
 router = APIRouter(route_class=BodyRoute)
 
+_NO_TEXTS = ("tool_result", "tool_use", "thinking", "redacted_thinking")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -29,31 +34,59 @@ async def create_message(body: MessagesRequest, request: Request, state: State) 
     return await _Answer(chat).respond(request)
 
 
-def _as_chat(body: MessagesRequest) -> ChatCompletionRequest:
+@router.post("/v1/messages/count_tokens", dependencies=[Depends(require_json)])
+async def count_tokens(body: CountTokensRequest, state: State) -> CountTokensResponse:
+    """How many tokens the conversation is to the model."""
+    chat = _as_chat(body)
+    state.check_model(chat.model)
+    shown = Tools(chat, state.call_format, state.tokenizer.tags).shown
+    text = await prompt_of(chat, state, with_tools=shown)
+    return CountTokensResponse(input_tokens=len(await state.encode(text, add_special_tokens=False)))
+
+
+def _as_chat(body: CountTokensRequest) -> ChatCompletionRequest:
     system = [] if body.system is None else [{"role": "system", "content": _text(body.system)}]
     messages = [one for message in body.messages for one in _messages(message)]
     choice = body.tool_choice or {}
     named = {"type": "function", "function": {"name": choice.get("name")}}
-    tools = [
-        {"type": "function", "function": {"name": tool.get("name"), "description": tool.get("description"),
-                                          "parameters": tool.get("input_schema")}}
-        for tool in body.tools or ()
-    ]  # fmt: skip
+    config = body.output_config or {}
     prefilled = bool(messages) and messages[-1]["role"] == "assistant"
     return as_chat_request(
         {
             **body.model_dump(include={"model", "temperature", "top_p", "top_k", "stream", "max_tokens"}),
             "messages": [*system, *messages],
-            "stop": body.stop_sequences,
-            "tools": tools or None,
+            "stop": body.stop_sequences if isinstance(body, MessagesRequest) else None,
+            "tools": _tools(body.tools or ()) or None,
             "tool_choice": named if choice.get("type") == "tool" else _CHOICES.get(choice.get("type", "")),
             "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,
             "continue_final_message": prefilled,
+            "reasoning_effort": config.get("effort"),
+            "response_format": _format(config.get("format")),
             "chat_template_kwargs": {"enable_thinking": body.thinking.get("type") != "disabled"}
             if body.thinking
             else None,
         }
     )
+
+
+def _tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the client's own: what Anthropic's servers and models bring along is not here."""
+    found = []
+    for place, tool in enumerate(given):
+        if tool.get("type", "custom") == "custom":
+            function = {"name": tool.get("name"), "description": tool.get("description"),
+                        "parameters": tool.get("input_schema"), "strict": tool.get("strict")}  # fmt: skip
+            found.append({"type": "function", "function": function})
+        else:
+            note(IGNORED, f"tools.{place}")
+    return found
+
+
+def _format(given: Any) -> dict[str, Any] | None:
+    if not isinstance(given, dict):
+        return given
+    schema = {"name": "output", "schema": given.get("schema"), "strict": True}
+    return {"type": given.get("type"), "json_schema": schema}
 
 
 def _messages(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,9 +109,7 @@ def _messages(message: dict[str, Any]) -> list[dict[str, Any]]:
         for block in blocks
         if block.get("type") == "tool_use"
     ]
-    text = _text(
-        [one for one in blocks if one.get("type") not in ("tool_result", "tool_use", "thinking", "redacted_thinking")]
-    )
+    text = _text([one for one in content if not (isinstance(one, dict) and one.get("type") in _NO_TEXTS)])
     thought = "".join(str(block.get("thinking", "")) for block in blocks if block.get("type") == "thinking")
     more = {**({"tool_calls": calls} if calls else {}), **({"reasoning_content": thought} if thought else {})}
     said = [{"role": role, "content": text, **more}] if text or more or not results else []

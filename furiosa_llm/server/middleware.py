@@ -14,10 +14,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from furiosa_llm.server import page
-from furiosa_llm.server.errors import INTERNAL_ERROR, REQUEST_ID, ApiError, error_event, error_response
+from furiosa_llm.server.errors import FOR_ANTHROPIC, INTERNAL_ERROR, REQUEST_ID, ApiError, error_event, error_response
 from furiosa_llm.server.events import begin_request
 from furiosa_llm.server.notes import NOTES, header_values, on_one_line
-from furiosa_llm.server.openapi import OPEN_PATHS
+from furiosa_llm.server.openapi import OPEN_PATHS, is_anthropics
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class RequestIds:
             return
         request_id = uuid.uuid4().hex
         REQUEST_ID.set(request_id)
+        FOR_ANTHROPIC.set(is_anthropics(scope["path"]))
         begin_request()
         notes: dict[str, list[str]] = {}
         NOTES.set(notes)
@@ -49,7 +50,8 @@ class RequestIds:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message).update({"x-request-id": request_id, **header_values(notes)})
+                ids = dict.fromkeys(("x-request-id", *(("request-id",) if FOR_ANTHROPIC.get() else ())), request_id)
+                MutableHeaders(scope=message).update({**ids, **header_values(notes)})
             await send(message)
 
         try:

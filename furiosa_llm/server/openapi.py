@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from furiosa_llm.server.errors import ErrorResponse
+from furiosa_llm.server.errors import AnthropicErrorResponse, ErrorResponse
 from furiosa_llm.server.responses import ChatCompletionChunk, CompletionChunk
 
 OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/openapi.json"})
@@ -45,13 +45,21 @@ CHUNKS: tuple[type[BaseModel], ...] = (CompletionChunk, ChatCompletionChunk)
 Responses = dict[int | str, dict[str, Any]]
 
 
-def errors(*statuses: int) -> Responses:
+def errors(*statuses: int, model: type[BaseModel] = ErrorResponse) -> Responses:
     """The answers of these statuses."""
-    return {status: {"model": ErrorResponse, "description": _REASONS[status]} for status in statuses}
+    return {status: {"model": model, "description": _REASONS[status]} for status in statuses}
+
+
+def is_anthropics(path: str) -> bool:
+    """Whether the endpoint is one of Anthropic's protocol."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 GENERATING = errors(*_READING, 429, 503, 504)
 """Of endpoints that run the model."""
+
+ANTHROPICS = errors(*_READING, 429, 503, 504, model=AnthropicErrorResponse)
+"""Of those of Anthropic's protocol."""
 
 READING = errors(*_READING)
 """Of endpoints that read a body."""
@@ -136,12 +144,13 @@ def _add_what_stands_around(document: dict[str, Any], *, needs_key: bool) -> Non
         document["components"]["schemas"].pop(unused)
     if needs_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="ErrorResponse")}}}
     for path, operation in _operations(document):
         answers = operation["responses"]
         answers.pop("422", None)  # FastAPI's, which are errors of status 400 here
         if needs_key and path not in OPEN_PATHS:
             operation["security"] = [{"key": []}]
+            model = AnthropicErrorResponse if is_anthropics(path) else ErrorResponse
+            content = {"application/json": {"schema": {"$ref": _REFERENCE.format(model=model.__name__)}}}
             answers["401"] = {"description": _REASONS[401], "content": content}
         for status, answer in answers.items():
             answer["headers"] = {"x-request-id": _REQUEST_ID, **_HEADERS.get(status, {})}

@@ -342,21 +342,27 @@ class ResponsesRequest(RequestBody):
     prompt: Annotated[None, refused("there are no stored prompts")] = None
 
 
-class MessagesRequest(RequestBody):
-    """`POST /v1/messages`."""
+class CountTokensRequest(RequestBody):
+    """`POST /v1/messages/count_tokens`."""
 
     model: str
-    max_tokens: fields.Length
     messages: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = Field(min_length=1)
     system: str | list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = Field(None, description="`format`: a schema; `effort`: for the template.")
+
+
+class MessagesRequest(CountTokensRequest):
+    """`POST /v1/messages`."""
+
+    max_tokens: fields.Length
     stop_sequences: fields.Words | None = None
     temperature: fields.Temperature | None = None
     top_p: fields.Share | None = None
     top_k: fields.TopK | None = None
     stream: bool | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = Field(None, description="Accepted, and without effect.")
 
 

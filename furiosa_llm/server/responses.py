@@ -267,6 +267,12 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str | None] | None = None
 
 
+class CountTokensResponse(BaseModel):
+    """How many tokens a conversation is, in Anthropic's shape."""
+
+    input_tokens: int
+
+
 class DetokenizeResponse(BaseModel):
     """The text of tokens."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import openai
 import pytest
 
 from furiosa_llm.server.blocks import Blocks
+from furiosa_llm.server.errors import FOR_ANTHROPIC, ApiError, error_event
+from furiosa_llm.server.events import named_event
 from furiosa_llm.server.response_store import MAX_NBYTES, ResponseStore
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.tools import CallPiece, Found
@@ -160,7 +163,7 @@ def test_forms_and_refusals_of_responses(url: str, client: openai.OpenAI) -> Non
 
 def test_methods_of_a_path_with_several(url: str) -> None:
     refused = httpx.put(f"{url}/v1/responses/x")
-    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "DELETE, GET, HEAD")
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
@@ -217,13 +220,90 @@ def test_calls_of_messages_and_their_results(talking: str, stream: bool) -> None
     refused = httpx.post(
         f"{talking}/v1/messages", json={**body, "messages": [{"role": "user", "content": [{"type": "image"}]}]}
     )
-    assert (refused.status_code, error_of(refused)["param"]) == (400, "messages")
+    assert refused_by_anthropic(refused) == (400, "invalid_request_error")
 
 
-def test_keys_as_anthropic_s_clients_send_them(artifact: Path) -> None:
-    with serving(load(artifact), ServerSettings(api_keys=["k"])) as url:
-        statuses = [httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).status_code for key in ("k", "other")]
-    assert statuses == [200, 401]
+def test_tools_and_forms_of_messages(talking: str, url: str) -> None:
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 60, "messages": [{"role": "user", "content": "x"}]}
+    tools = [{"type": "web_search_20250305", "name": "web_search"}, TOOL, {"type": "custom", **TOOL, "name": "other"}]
+    response = httpx.post(f"{talking}/v1/messages", json={**asked, "tools": tools, "max_tokens": 1})
+    assert response.headers["x-furiosa-ignored"] == "tools.0"
+    form = {"format": {"type": "json_schema", "schema": {"const": 12}}, "effort": "low"}
+    response = httpx.post(f"{url}/v1/messages", json={**asked, "output_config": form})
+    assert response.json()["content"] == [{"type": "text", "text": "12"}]
+    for change in (
+        {"output_config": {"format": {"type": "grammar"}}},
+        {"messages": [{"role": "user", "content": ["a text that is no block"]}]},
+        {"tools": [{"input_schema": {}}]},
+    ):
+        response = httpx.post(f"{talking}/v1/messages", json={**asked, **change})
+        assert refused_by_anthropic(response) == (400, "invalid_request_error")
+
+
+def test_tokens_of_messages_are_counted(talking: str) -> None:
+    asked: dict[str, Any] = {"model": NAME, "system": "Be short.", "messages": [{"role": "user", "content": "hello"}]}
+    counts = []
+    for more in ({}, {"tools": [TOOL]}, {"tools": [TOOL], "tool_choice": {"type": "none"}}):
+        counted = httpx.post(f"{talking}/v1/messages/count_tokens", json={**asked, **more})
+        made = httpx.post(f"{talking}/v1/messages", json={**asked, **more, "max_tokens": 1}).json()["usage"]
+        assert counted.json() == {"input_tokens": made["input_tokens"] + made["cache_read_input_tokens"]}
+        counts.append(counted.json()["input_tokens"])
+    assert counts[1] > counts[0] == counts[2]
+    unknown = httpx.post(f"{talking}/v1/messages/count_tokens", json={**asked, "model": "other"})
+    assert refused_by_anthropic(unknown) == (404, "not_found_error")
+
+
+def refused_by_anthropic(response: httpx.Response) -> tuple[int, str]:
+    """The status and the type of an answer of Anthropic's, whose shape is checked."""
+    found = response.json()
+    assert response.headers["content-type"] == "application/json"
+    assert (list(found), found["type"]) == (["type", "error", "request_id"], "error")
+    assert found["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
+    assert list(found["error"]) == ["type", "message"]
+    assert found["error"]["message"]
+    return response.status_code, found["error"]["type"]
+
+
+def test_errors_of_messages_have_anthropic_s_shape(artifact: Path) -> None:
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 60, "messages": [{"role": "user", "content": "x"}]}
+    settings = ServerSettings(api_keys=["k"], max_body_nbytes=1000, max_concurrency=1)
+    with serving(load(artifact), settings) as url, httpx.Client(base_url=url, headers={"x-api-key": "k"}) as client:
+        path = "/v1/messages"
+        held = client.stream("POST", path, json={**asked, "max_tokens": 400, "stream": True})
+        with held as running:
+            events = running.iter_lines()
+            next(events)
+            assert refused_by_anthropic(client.post(path, json=asked)) == (429, "rate_limit_error")
+        for answer, expected in (
+            (client.post(path, json=asked, headers={"x-api-key": "other"}), (401, "authentication_error")),
+            (client.post(path, json={**asked, "model": "other"}), (404, "not_found_error")),
+            (client.post(f"{path}/batches", json=asked), (404, "not_found_error")),
+            (client.get(path), (405, "invalid_request_error")),
+            (client.post(path, json={**asked, "max_tokens": None}), (400, "invalid_request_error")),
+            (client.post(path, json={**asked, "max_tokens": 0}), (400, "invalid_request_error")),
+            (client.post(path, json={**asked, "mirostat": 1}), (400, "invalid_request_error")),
+            (
+                client.post(path, content=b"{", headers={"content-type": "application/json"}),
+                (400, "invalid_request_error"),
+            ),
+            (client.post(path, content=b"{}"), (415, "invalid_request_error")),
+            (client.post(path, content=b"", headers={"content-encoding": "br"}), (415, "invalid_request_error")),
+            (client.post(path, json={**asked, "system": "x" * 1000}), (413, "request_too_large")),
+        ):
+            assert refused_by_anthropic(answer) == expected
+        statuses = [client.get("/v1/models", headers={"x-api-key": key}).status_code for key in ("k", "other")]
+        assert statuses == [200, 401]
+        assert error_of(client.get("/v1/models", headers={"x-api-key": "other"}))["code"] == "invalid_api_key"
+
+
+def test_a_stream_of_messages_ends_with_anthropic_s_error() -> None:
+    def told(status: int) -> bytes:
+        FOR_ANTHROPIC.set(True)
+        return error_event(ApiError(status, "no"))
+
+    for status, kind in ((500, "api_error"), (503, "overloaded_error"), (504, "timeout_error")):
+        expected = {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": "-"}
+        assert contextvars.copy_context().run(told, status) == named_event("error", expected)
 
 
 def test_blocks() -> None:
