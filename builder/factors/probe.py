@@ -186,15 +186,30 @@ def _first_run(interpreter: Interpreter, graph: ir.Graph, kinds: DimensionKinds)
             return _run(interpreter, graph, tried, PROBE), tried
         except SizeMismatchError as error:
             source = source_of(error.value, error.dim, graph.inputs)
-            if source is None:
+            place = _place_of(error.found, tried) if source is None else (str(source[0].name), source[1])
+            if place is None or place in found:
                 raise
-            name, dim = str(source[0].name), source[1]
+            name, dim = place
             kind = kinds[name][dim]
-            if isinstance(kind, int) or (name, dim) in found:
+            if isinstance(kind, int):
                 raise
             found[name, dim] = error.expected
             if not hasattr(PROBE, kind):
                 guessed.setdefault(kind, error.expected)
+
+
+def _place_of(size: int, kinds: DimensionKinds) -> tuple[str, int] | None:
+    """The first dimension without a known meaning that is probed with `size`, a prime that tells it from others."""
+    shapes = concrete(kinds, PROBE)
+    return next(
+        (
+            (name, d)
+            for name, dims in kinds.items()
+            for d, kind in enumerate(dims)
+            if isinstance(kind, str) and shapes[name][d] == size in PROBE.others
+        ),
+        None,
+    )
 
 
 def _size(

@@ -87,7 +87,7 @@ def _group_query_attention_shape(node: ir.Node, inputs: Sequence[Fact | None]) -
     for port in (3, 4):
         cache_value = node.inputs[port]
         if past is not None and cache_value is not None and past.shape[3] != size:
-            raise SizeMismatchError(cache_value, 3, size, node)
+            raise SizeMismatchError(cache_value, 3, past.shape[3], size, node)
         past = inputs[4] if port == 3 else inputs[3]
     length = sequence + (past.shape[2] if past is not None else 0)
     if total is not None and total.value is not None:

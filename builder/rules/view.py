@@ -25,12 +25,12 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 class SizeMismatchError(ShapeError):
     """A graph input has a dimension whose size follows from the graph; the prober sets this size and tries again."""
 
-    def __init__(self, value: ir.Value, dim: int, expected: int, node: ir.Node) -> None:
+    def __init__(self, value: ir.Value, dim: int, found: int, expected: int, node: ir.Node) -> None:
         super().__init__(
             f'dimension {dim} of "{value.name}" must be {expected} for node {node.op_type} "{node.name}"; '
             "export the model again, its inputs contradict its weights."
         )
-        self.value, self.dim, self.expected = value, dim, expected
+        self.value, self.dim, self.found, self.expected = value, dim, found, expected
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

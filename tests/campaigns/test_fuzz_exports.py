@@ -42,6 +42,7 @@ ROWS = {
         "batch_size no_positions mask_type embeddings",
     ),
     "tokens as [sequence, batch], which states alone show": (MIXTURE, 2, "position_vector time_first"),
+    "a stack of caches of flat heads, whose vectors have no size": (GENAI, 2, "stacked flat_heads"),
     "heads that one position leaves without sizes": (PLAIN, 4, "products_as_gemm flat_heads one_position"),
 }
 """Base, tensor parallel size and rewrites."""
