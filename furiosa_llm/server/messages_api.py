@@ -82,7 +82,7 @@ def _tools(given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _format(given: Any) -> dict[str, Any] | None:
+def _format(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     schema = {"name": "output", "schema": given.get("schema"), "strict": True}
