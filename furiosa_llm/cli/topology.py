@@ -109,9 +109,9 @@ def _length(artifact: Artifact, asked: int | None) -> int:
 
 def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> _Report:
     from furiosa_llm.runtime.placement.capacity import card_memory, check_weights, kv_pages, stage_memory
+    from furiosa_llm.runtime.program.stage_graph import received_values
 
     memory = stage_memory(artifact, stages, workload)
-    blocks = artifact.manifest.blocks
     cards = card_memory(placed, memory, workload)
     tokens, fault = None, None
     try:
@@ -125,7 +125,7 @@ def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], wor
         workload=workload,
         stages=stages,
         memory=memory,
-        crossing=tuple(blocks[stage.first_block].crossing if stage.first_block else () for stage in stages),
+        crossing=received_values(artifact, [stage.first_node for stage in stages]),
         cards=cards,
         kv_tokens=tokens,
         fault=fault,

@@ -22,6 +22,7 @@ from furiosa_llm.runtime.placement.stages import Stage, divide_blocks
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.runtime.program.segments import Program, ValueType, cut_program, size_names
+from furiosa_llm.runtime.program.stage_graph import received_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class Memory:
         self._states = _states_kept_at(model)
         self._values: dict[tuple[int, int], list[tuple[str, ValueType, Lifetime]]] = {}
         self._peaks: dict[tuple[int, int, tuple[tuple[str, int], ...]], int | None] = {}
+        self._received: dict[tuple[int, ...], tuple[tuple[str, ...], ...]] = {}
 
     def of_stages(self, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
         """What each of `stages`, which are all of the model, keeps on each PE."""
@@ -97,10 +99,17 @@ class Memory:
                     nbytes for kept_at, nbytes in self._states if stage.first_node <= kept_at < stage.stop_node
                 ),
                 activation_nbytes=0,
-                received_nbytes_per_token=_received_nbytes(self._model, self._program, stage),
+                received_nbytes_per_token=_received_nbytes(self._program, received),
             )
-            for stage in stages
+            for stage, received in zip(stages, self.received(stages), strict=True)
         )
+
+    def received(self, stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
+        """The values that each of `stages` receives of earlier ones."""
+        first_nodes = tuple(stage.first_node for stage in stages)
+        if first_nodes not in self._received:
+            self._received[first_nodes] = received_values(self._model, first_nodes)
+        return self._received[first_nodes]
 
     def _activation_nbytes(self, stage: Stage, workload: Workload) -> int | None:
         peaks = [self._peak_nbytes(stage, sizes) for sizes in _steps(workload)]
@@ -233,16 +242,9 @@ def _steps(workload: Workload) -> tuple[dict[str, int], ...]:
     return known_sizes(decode), known_sizes({"batch": 1, "sequence": chunk, "past": longest - chunk})
 
 
-def _crossing(model: SplitModel, stage: Stage) -> tuple[str, ...]:
-    return model.manifest.blocks[stage.first_block].crossing if stage.first_block else ()
-
-
-def _received_nbytes(model: SplitModel, program: Program, stage: Stage) -> int | None:
+def _received_nbytes(program: Program, received: Sequence[str]) -> int | None:
     one = {"batch": 1, "sequence": 1}
-    sizes = [
-        _nbytes(kind, one) if (kind := program.types.get(name)) is not None else None
-        for name in _crossing(model, stage)
-    ]
+    sizes = [_nbytes(kind, one) if (kind := program.types.get(name)) is not None else None for name in received]
     known = [nbytes for nbytes in sizes if nbytes is not None]
     return sum(known) if len(known) == len(sizes) else None
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, following, used_names
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, Collective, State, StoredTensor
+from furiosa_llm.runtime.artifact.reader import SplitModel
 from furiosa_llm.runtime.errors import UnsupportedError
 
 RECOMPUTED_NBYTES = 2**20
@@ -47,12 +49,19 @@ def cut_stages(
     states: Sequence[State],
     tensors: Mapping[str, StoredTensor],
 ) -> tuple[StageGraph, ...]:
-    """The stages of `model`: the first begins at the first node, each other one after a collective.
+    """The stages of `model`: the first begins at the first node, each other one after a collective, or soon behind it.
 
     `starts` gives for each stage the output of the collective that it begins after, None for the first. Raises
     ArtifactError if a value that must be sent has no type in the program.
     """
     return _Cutting(model, starts, collectives, states, tensors).run()
+
+
+def received_values(model: SplitModel, first_nodes: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    """What each stage of `model` receives of earlier ones; `first_nodes` are those of blocks that stages begin with."""
+    starts = [str(model.program.graph.node[at - 1].output[0]) if at else None for at in first_nodes]
+    manifest = model.manifest
+    return _Cutting(model.program, starts, manifest.collectives, manifest.states, model.tensors).received()
 
 
 class _Cutting:
@@ -75,8 +84,8 @@ class _Cutting:
         }
         known = {collective.id: collective for collective in collectives}  # serving may need only some of them
         self._collectives = {n.output[0]: known[n.name] for n in self._nodes if n.domain == COLLECTIVE_DOMAIN}
-        self._first = [0 if start is None else self._producer[start] + 1 for start in starts]
         self._waits = following(self._nodes)
+        self._first = self._begin([0 if start is None else self._producer[start] + 1 for start in starts])
         inputs = {value.name: value.type.tensor_type.shape.SerializeToString() for value in graph.input}
         self._state_shapes = {state.input: inputs[state.input] for state in states}
 
@@ -95,6 +104,45 @@ class _Cutting:
             self._stage(index, positions, received[index], tuple(sent[index]))
             for index, (positions, _) in enumerate(parts)
         )
+
+    def received(self) -> tuple[tuple[str, ...], ...]:
+        """See `received_values`."""
+        return tuple(tuple(self._part(stage)[1]) for stage in range(len(self._first)))
+
+    def _begin(self, starts: Sequence[int]) -> list[int]:
+        """Where stages begin that may begin at `starts`, or before anything large is read or exchanged after these."""
+        last_read = {name: at for at, node in enumerate(self._nodes) for name in used_names(node)}
+        last_read |= {value.name: len(self._nodes) for value in self._model.graph.output}
+        ends = [*starts[1:], len(self._nodes)]
+        return [start and self._least_crossing(start, end, last_read) for start, end in zip(starts, ends, strict=True)]
+
+    def _least_crossing(self, start: int, end: int, last_read: Mapping[str, int]) -> int:
+        """The first of the positions from `start` on with the fewest bytes in front of it that are read behind it."""
+        kept = {name for state in self._states for name in (state.input, state.output)}
+        crossing = {n for n in self._waits - kept if self._producer[n] < start <= last_read.get(n, -1)}
+        best, least = start, self._nbytes(crossing)
+        for at in range(start, end - 1):
+            node = self._nodes[at]
+            read = used_names(node)
+            large = any(n in self._tensors and self._tensors[n].local_nbytes > RECOMPUTED_NBYTES for n in read)
+            if large or node.domain == COLLECTIVE_DOMAIN or kept.intersection((*read, *node.output)):
+                break
+            crossing = {n for n in (*crossing, *node.output) if n in self._waits and last_read.get(n, -1) > at}
+            found = self._nbytes(crossing)
+            if found < least:
+                best, least = at + 1, found
+        return best
+
+    def _nbytes(self, names: set[str]) -> float:
+        """What `names` take for a token; no number is as great as that of a value that has no type."""
+        total = 0.0
+        for name in names:
+            kind = self._declared[name].type.tensor_type if name in self._declared else None
+            if kind is None or not kind.HasField("shape"):
+                return float("inf")
+            itemsize = helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+            total += itemsize * float(np.prod([dim.dim_value or 1 for dim in kind.shape.dim]))
+        return total
 
     def _own(self, stage: int) -> range:
         ends = [*self._first[1:], len(self._nodes)]

@@ -78,7 +78,10 @@ class LoadedModel:
 
     artifact: Artifact
     interface: DecoderInterface
+    graphs: tuple[StageGraph, ...]
+    """Those of all stages."""
     programs: tuple[StageProgram, ...]
+    """The stages that are loaded: all, or the one that was asked for."""
     traits: Traits
     own: tuple[int, ...]
     companions: Companions = NO_COMPANIONS
@@ -111,8 +114,11 @@ def load_model(
     own: Collection[int] | None = None,
     companions: Companions = NO_COMPANIONS,
     max_step_nbytes: int | None = None,
+    only: int | None = None,
 ) -> LoadedModel:
     """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
+
+    `only` that one of the stages is loaded, and nothing is read of what only others need; None: all of them.
 
     `threads` sessions are made at a time; `mapped` leaves the weights in their files, and `exact` is for comparisons
     (see `SessionSettings`). Steps may allocate `max_step_nbytes`; None: what docs/limits.md says. Raises
@@ -140,13 +146,14 @@ def load_model(
     memory = max_step_nbytes or step_nbytes(manifest)
     count = min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []
-    for graph in graphs:
-        laid = _lanes(artifact, graph, programs, count)
-        sessions = create_sessions(artifact, laid, settings, threads=threads, step_nbytes=memory, own=own)
-        programs.append(StageProgram(graph=graph, lanes=laid, sessions=sessions))
+    for graph, laid in zip(graphs, _lanes(artifact, graphs, count), strict=True):
+        if only in (None, graph.index):
+            sessions = create_sessions(artifact, laid, settings, threads=threads, step_nbytes=memory, own=own)
+            programs.append(StageProgram(graph=graph, lanes=laid, sessions=sessions))
     return LoadedModel(
         artifact=artifact,
         interface=interface,
+        graphs=graphs,
         programs=tuple(programs),
         traits=traits,
         own=tuple(range(count)) if own is None else tuple(own),
@@ -188,17 +195,20 @@ def rank_lanes(artifact: Artifact, model: ModelProto) -> Lanes:
     return lanes_of(program, alone, 1, shard_axes=shard_axes(manifest), inputs={})
 
 
-def _lanes(artifact: Artifact, graph: StageGraph, earlier: Sequence[StageProgram], count: int) -> Lanes:
-    """The lanes of a stage; what it receives is alike on the ranks on which its stage had it alike."""
+def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int) -> list[Lanes]:
+    """The lanes of every stage; what a stage receives is alike on the ranks on which its stage had it alike."""
     manifest = artifact.manifest
-    alike: dict[tuple[int, str], int] = dict(alike_inputs(manifest))
-    for rank in range(manifest.mesh.size):
-        alike.update({(rank, name): 0 for name in (WANTED, LAST_POSITIONS)})
-        for name, stage in graph.received.items():
-            known: Alike = earlier[stage].lanes.alike
-            alike[rank, name] = known.get((rank, name), rank)
-    program = cut_program(graph.model, graph.collectives, size_names(manifest) | {"wanted"})
-    return lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike)
+    laid: list[Lanes] = []
+    for graph in graphs:
+        alike: dict[tuple[int, str], int] = dict(alike_inputs(manifest))
+        for rank in range(manifest.mesh.size):
+            alike.update({(rank, name): 0 for name in (WANTED, LAST_POSITIONS)})
+            for name, stage in graph.received.items():
+                known: Alike = laid[stage].alike
+                alike[rank, name] = known.get((rank, name), rank)
+        program = cut_program(graph.model, graph.collectives, size_names(manifest) | {"wanted"})
+        laid.append(lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike))
+    return laid
 
 
 def _start(artifact: Artifact, stage: Stage) -> str | None:

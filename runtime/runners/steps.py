@@ -19,6 +19,7 @@ from furiosa_llm.runtime.execution.binding import Allocate, BoundProgram, RunsLa
 from furiosa_llm.runtime.execution.counters import Counters, count_run, count_send, rows_of
 from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.execution.memory import Block
+from furiosa_llm.runtime.execution.ort import Tensor
 from furiosa_llm.runtime.execution.states import Overwritten, SlotStates, StagedStates
 from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.segments import growing_values
@@ -28,6 +29,9 @@ from furiosa_llm.runtime.runners.loaded_model import LoadedModel, StageProgram, 
 
 Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 """`occupy(stage, bound)` is entered while a batch runs on a stage."""
+
+Received = Callable[[int, str, int], Tensor]
+"""`received(stage, name, rank)` is the value `name` of an earlier stage, as `rank` of a later one has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +150,7 @@ def own_ranks(model: LoadedModel, program: StageProgram) -> tuple[int, ...]:
     return tuple(rank for lane in model.own for rank in program.lanes.ranks[lane])
 
 
-class _Use:
+class Use:
     """One form of step (its number of rows, one token or several) on one stage: bindings and the memory of values."""
 
     def __init__(
@@ -183,7 +187,7 @@ class _Use:
         self._received = graph.received
         self._ranks = own_ranks(model, program)
 
-    def prepare(self, step: Step, adapters: StepAdapters, cached: int | None, earlier: Sequence[_Use]) -> None:
+    def prepare(self, step: Step, adapters: StepAdapters, cached: int | None, received: Received) -> None:
         """Gives everything but the states its place for `step`, of whose past `cached` positions are there, or all."""
         self.bound.resize({**step.sizes(max(step.starts) if cached is None else cached), **adapters.beside.sizes})
         if adapters.beside is not self._adapters:
@@ -201,12 +205,12 @@ class _Use:
             self.bound.bind_shared(LAST_POSITIONS, last)
         for name, stage in self._received.items():
             for rank in self._ranks:
-                self.bound.bind_input(rank, name, earlier[stage].bound.tensor(rank, name))
+                self.bound.bind_input(rank, name, received(stage, name, rank))
 
-    def received_nbytes(self, earlier: Sequence[_Use]) -> int:
+    def received_nbytes(self, received: Received) -> int:
         """What each PE of the stage receives of earlier stages in a run."""
         first = self._ranks[0]
-        return sum(earlier[stage].bound.tensor(first, name).array.nbytes for name, stage in self._received.items())
+        return sum(received(stage, name, first).array.nbytes for name, stage in self._received.items())
 
 
 class StageBuffers:
@@ -237,7 +241,7 @@ class StageBuffers:
             batch=model.traits.batch,
         )
         self._overwritten: Overwritten = ()
-        self._uses: dict[tuple[int, bool], _Use] = {}
+        self._uses: dict[tuple[int, bool], Use] = {}
         self._blocks: dict[int, Block] = {}
 
     def copy(self, batch: Batch) -> None:
@@ -245,21 +249,21 @@ class StageBuffers:
         for one in batch.copies:
             self._states.copy(one.source, one.target, one.length)
 
-    def use(self, step: Step, adapters: StepAdapters, earlier: Sequence[_Use]) -> _Use:
-        """What `step` runs on, all bound; `earlier` are what the stages before it ran on."""
+    def use(self, step: Step, adapters: StepAdapters, received: Received) -> Use:
+        """What `step` runs on, all bound, what earlier stages gave included."""
         rows, sequence = step.token_ids.shape
         key = (rows, sequence == 1)
         if key not in self._uses:
-            self._uses[key] = _Use(self._model, self._program, self._crew, self._shared_block, self._interruption)
+            self._uses[key] = Use(self._model, self._program, self._crew, self._shared_block, self._interruption)
         use = self._uses[key]
         past = max(step.starts)
         grown = self._states.reserve(past + sequence)
         self._states.touch(max(step.slots) + 1)
         if isinstance(self._states, StagedStates):
-            use.prepare(step, adapters, self._states.cached(past), earlier)
+            use.prepare(step, adapters, self._states.cached(past), received)
             self._states.stage(use.bound, step.slots * (2 if step.twice else 1) + step.slots[-1:] * step.padding, past)
             return use
-        use.prepare(step, adapters, None, earlier)
+        use.prepare(step, adapters, None, received)
         if grown:
             # Uses keep what is bound to them, and would keep the buffers that there were before.
             for other in self._uses.values():
@@ -280,7 +284,7 @@ class StageBuffers:
             block = self._blocks[lane] = self._allocate(lane, nbytes + nbytes // 2)
         return block
 
-    def finish(self, step: Step, use: _Use) -> None:
+    def finish(self, step: Step, use: Use) -> None:
         """Keeps what `step`, which has run, has added to the states, and takes back what its companion has."""
         for place, kept in self._overwritten:
             place[...] = kept
@@ -288,6 +292,32 @@ class StageBuffers:
         if isinstance(self._states, StagedStates):
             past = step.starts[0]
             self._states.finish(use.bound, step.slots, past, past + step.token_ids.shape[1])
+
+
+class Results:
+    """The logits of a batch, of those of its `steps`."""
+
+    def __init__(self, batch: Batch, steps: Sequence[Step]) -> None:
+        self.steps = steps
+        self._none_wanted = isinstance(batch, Prefill) and batch.logits == "none"
+        self._logits: Array | None = None
+
+    def add(self, step: Step, logits: Array) -> None:
+        """Takes the logits of `step`, which the next step may overwrite if there are several."""
+        if len(self.steps) == 1:
+            self._logits = logits
+            return
+        if self._logits is None:
+            rows = sum(len(one.rows) for one in self.steps)
+            self._logits = np.empty((rows, logits.shape[1]), dtype=logits.dtype)
+        if logits.size and step.rows:
+            self._logits[list(step.rows)] = logits
+
+    @property
+    def logits(self) -> Array:
+        """`[rows, vocabulary]`, once every step has run."""
+        assert self._logits is not None, "a batch of no step"
+        return self._logits[:0] if self._none_wanted else self._logits
 
 
 class GroupRunner:
@@ -317,48 +347,54 @@ class GroupRunner:
         """
         for memory in self._memory:
             memory.copy(batch)
-        steps = steps_of(batch, self._model.traits, self._model.companions)
-        if len(steps) == 1:
-            logits = self._step(steps[0], occupy)
-            return logits[:0] if isinstance(batch, Prefill) and batch.logits == "none" else logits
-        whole: Array | None = None
-        for step in steps:
-            logits = self._step(step, occupy)
-            if whole is None:
-                whole = np.empty((sum(len(one.rows) for one in steps), logits.shape[1]), dtype=logits.dtype)
-            if logits.size and step.rows:
-                whole[list(step.rows)] = logits
-        assert whole is not None, "a batch of no step"
-        return whole[:0] if isinstance(batch, Prefill) and batch.logits == "none" else whole
+        results = Results(batch, steps_of(batch, self._model.traits, self._model.companions))
+        for step in results.steps:
+            results.add(step, self._step(step, occupy))
+        return results.logits
 
     def _step(self, step: Step, occupy: Occupy) -> Array:
-        uses: list[_Use] = []
-        missing = len(step.token_ids) - len(step.adapters)
-        adapters = self._model.bank.of(step.adapters + step.adapters[-1:] * missing)
+        uses: list[Use] = []
+
+        def received(stage: int, name: str, rank: int) -> Tensor:
+            return uses[stage].bound.tensor(rank, name)
+
+        adapters = adapters_of_step(self._model, step)
         for stage, (memory, row) in enumerate(zip(self._memory, self._rows, strict=True)):
             left = time.perf_counter_ns()
-            use = memory.use(step, adapters, uses)
+            use = memory.use(step, adapters, received)
             with occupy(stage, use.bound):
                 started = time.perf_counter_ns()
                 use.bound.run()
                 count_run(row, started)
             use.bound.count(row)
             if stage:
-                count_send(row, use.received_nbytes(uses), started - left)
+                count_send(row, use.received_nbytes(received), started - left)
             memory.finish(step, use)
             uses.append(use)
         if 0 not in self._model.own:
             return np.empty((0, 0), dtype=np.float32)
-        logits = uses[-1].bound.array(0, self._model.logits)[: len(step.slots)]
-        if not self._model.traits.selects:
-            logits = self._wanted(logits, step)
-        return logits.reshape(-1, logits.shape[-1])
+        return logits_of(self._model, step, uses[-1])
 
-    def _wanted(self, logits: Array, step: Step) -> Array:
-        """The logits of the wanted positions, of all that the model gives."""
-        positions = step.token_ids.shape[1]
-        if logits.ndim == 3 and logits.shape[1] == 1 < positions:
-            if step.wanted != (positions - 1,):
-                raise UnsupportedError("the model gives the last position's logits only; ask for no others")
-            return logits
-        return logits[:, list(step.wanted)] if logits.ndim == 3 else logits[:, None]
+
+def adapters_of_step(model: LoadedModel, step: Step) -> StepAdapters:
+    """What `step` is given of adapters."""
+    missing = len(step.token_ids) - len(step.adapters)
+    return model.bank.of(step.adapters + step.adapters[-1:] * missing)
+
+
+def logits_of(model: LoadedModel, step: Step, last: Use) -> Array:
+    """The logits that `step` wants, `[rows, vocabulary]`, of its run on the last stage."""
+    logits = last.bound.array(0, model.logits)[: len(step.slots)]
+    if not model.traits.selects:
+        logits = _wanted(logits, step)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _wanted(logits: Array, step: Step) -> Array:
+    """The logits of the wanted positions, of all that the model gives."""
+    positions = step.token_ids.shape[1]
+    if logits.ndim == 3 and logits.shape[1] == 1 < positions:
+        if step.wanted != (positions - 1,):
+            raise UnsupportedError("the model gives the last position's logits only; ask for no others")
+        return logits
+    return logits[:, list(step.wanted)] if logits.ndim == 3 else logits[:, None]

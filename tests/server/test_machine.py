@@ -132,7 +132,7 @@ def test_a_decoder(artifact: Path) -> None:
     of_stages = ((0, "AllReduce"), (0, "AllGather"), (1, "AllReduce"), (1, "AllGather"), (1, "Send"))
     assert kinds == [(replica, *one) for replica in range(2) for one in of_stages]
     sent = next(one for one in after["collectives"] if one["kind"] == "Send")
-    assert (sent["calls"], sent["nbytes"]) == (7, 46 * 512)  # `furiosa-llm topology` says 512 bytes a token
+    assert (sent["calls"], sent["nbytes"]) == (7, 46 * 256)  # `furiosa-llm topology` says 256 bytes a token
     agree(after, metrics)
 
 

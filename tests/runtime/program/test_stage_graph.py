@@ -120,6 +120,46 @@ def test_every_stage_has_the_weights_that_it_reads(decoder: Artifact) -> None:
     assert {"head", "layer2.attention.qkv"} <= held[1] - held[0]
 
 
+def residual(behind: Sequence[str], rows: int = 1) -> Spmd:
+    """Two layers with a residual; the sum of the first is shifted by a table's row, and goes through ops `behind`."""
+    program = Spmd(MESH)
+    program.input("x", ["batch", WIDTH])
+    program.weight("table", np.ones((rows, WIDTH), dtype=np.float32))
+    program.constant("number", np.array([0], dtype=np.int64))
+    program.node("Neg", ["x"], "part")
+    program.all_reduce("part", "early", (0,), ["batch", WIDTH])
+    program.node("Neg", ["early"], "second.part")
+    program.all_reduce("second.part", "sum", (0,), ["batch", WIDTH])
+    program.node("Gather", ["table", "number"], "row", axis=0)
+    name = program.node("Add", ["sum", "row"], "shifted")
+    for op in behind:
+        name = program.declare(program.node(op, [name], f"{name}.{op}"), ["batch", WIDTH])
+    program.node("Add", ["early", name], "residual")
+    program.declare("residual", ["batch", WIDTH])
+    program.node("Relu", ["residual"], "third.part")
+    program.all_reduce("third.part", "third", (0,), ["batch", WIDTH])
+    program.node("Add", ["third", "residual"], "y")
+    program.output("y", ["batch", WIDTH])
+    return program
+
+
+@pytest.mark.parametrize("behind", [(), ("Relu",), ("Relu", "Tanh", "Sigmoid")])
+def test_a_stage_begins_behind_the_addition_of_a_sum(behind: Sequence[str], tmp_path: Path) -> None:
+    artifact = written(residual(behind), tmp_path)
+    first, second = cut(artifact, [None, "sum"])
+    assert (first.sent, second.received) == (("residual",), {"residual": 0})
+    assert ops(first) == Counter({"Neg": 2, "AllReduce": 2, "Add": 2, "Gather": 1, **Counter(behind)})
+    assert ops(second) == Counter({"Relu": 1, "AllReduce": 1, "Add": 1})
+    assert first.collectives + second.collectives == artifact.manifest.collectives
+
+
+def test_a_stage_does_not_begin_behind_what_reads_much(tmp_path: Path) -> None:
+    """A large tensor in front of the addition would move to the other stage with it."""
+    program = residual((), rows=RECOMPUTED_NBYTES // 4 // WIDTH + 1)
+    _, second = cut(written(program, tmp_path), [None, "sum"])
+    assert second.received == {"early": 0, "sum": 0}
+
+
 @pytest.mark.parametrize(
     ("rows", "again"), [(RECOMPUTED_NBYTES // 4 // WIDTH, True), (RECOMPUTED_NBYTES // 4 // WIDTH + 1, False)]
 )
