@@ -171,6 +171,12 @@ exporters: $(INSTALLED) ## what exporters' models of 49 architectures become, in
 mutants: $(INSTALLED) ## seeded faults, one after the other in copies of the tree: which suite catches which
 	$(BIN)/python -m tests.seeded_faults
 
+ENDS ?= 200
+
+.PHONY: process-ends
+process-ends: $(INSTALLED) ## ends of processes at random moments of a generation: no abort, no hang, nothing left (ENDS=200)
+	$(BIN)/python -m tests.campaigns.process_ends --ends $(ENDS)
+
 MOMENTS ?= 100
 
 .PHONY: harmed-files
@@ -222,7 +228,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
+release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -5,6 +5,7 @@ It is started without this package's heavier modules, and what it imports has to
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import signal
 import socket
@@ -74,8 +75,16 @@ class _Works:
 def main() -> None:
     """Works until the connection ends. What takes too long ends the process, and with it the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent says what it means
-    with socket.socket(fileno=FD) as connection, connection.makefile("rwb") as stream:
-        setup: Setup = pickle.loads(_received(stream.read))
+    # The parent may be killed at any moment, with what it was sending or was to be sent.
+    with (
+        contextlib.suppress(ConnectionError),
+        socket.socket(fileno=FD) as connection,
+        connection.makefile("rwb") as stream,
+    ):
+        first = _received(stream.read)
+        if not first:
+            return
+        setup: Setup = pickle.loads(first)
         signal.alarm(_SECONDS_TO_LOAD)
         works = _Works(setup)
         limit_memory(setup.nbytes)
@@ -90,8 +99,13 @@ def main() -> None:
 
 
 def _received(read: Callable[[int], bytes]) -> bytes:
+    """The next message; empty if the connection has ended, be it inside of one."""
     head = read(HEAD.size)
-    return read(*HEAD.unpack(head)) if len(head) == HEAD.size else b""
+    if len(head) < HEAD.size:
+        return b""
+    [size] = HEAD.unpack(head)
+    message = read(size)
+    return message if len(message) == size else b""
 
 
 def _answer(works: _Works, message: bytes) -> bytes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +17,40 @@ from typing import Any
 import httpx
 import pytest
 
+from furiosa_llm.runtime.tokens.lean_process import lean_process
 from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.server.text_child import HEAD, Setup
 from tests.campaigns.server_hostile import TEMPLATE, kinds
 from tests.server.conftest import NAME, error_of, load, serving, wait_for
 
 LIMITS: dict[str, Any] = {"chat_template": TEMPLATE, "text_max_nbytes": 2**28}
 MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+SETUP = pickle.dumps(Setup(tokenizer=None, config={}, chat_templates=None, seconds=5.0, nbytes=2**28))
+WORK = pickle.dumps(("read", (b"{}",), {}))
+
+
+@pytest.mark.parametrize(
+    ("sent", "reads"),
+    [
+        (b"", True),
+        (HEAD.pack(len(SETUP)) + SETUP[:9], True),
+        (b"".join(HEAD.pack(len(one)) + one for one in (SETUP, WORK, WORK)), False),
+    ],
+    ids=["nothing", "a part of the setup", "work whose answer nobody reads"],
+)
+def test_a_child_whose_parent_is_killed_says_nothing(sent: bytes, reads: bool) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, lean_process("furiosa_llm.server.text_child", stdin=theirs, stderr=subprocess.PIPE) as child:
+        theirs.close()
+        ours.sendall(sent)
+        if reads:
+            ours.shutdown(socket.SHUT_WR)
+        ours.close()
+        assert child.stderr is not None
+        assert child.stderr.read() == b""
+    assert child.returncode == 0
 
 
 @pytest.fixture(scope="module")
