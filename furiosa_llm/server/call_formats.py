@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from furiosa_llm.server.tool_grammar import CallSyntax
+from furiosa_llm.server.tool_grammar import CallSyntax, ParameterSyntax
 
 _NAME = r'"(?P<quoted>(?:[^"\\]|\\.)*)"'
 _OBJECT = re.compile(rf'\s*\{{\s*"name"\s*:\s*{_NAME}\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
 """The beginning of `{"name": ..., "arguments": {...}}`."""
 _END = re.compile(r"[^{}\[\]]*\}")
 """Its end, behind the arguments: an id may come before it."""
-_TEXT = r"(.|\n)*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +48,28 @@ class CallFormat:
     """How calls are written that are forced; None if that cannot be said as a grammar."""
 
 
-def _json_syntax(trigger: str, before: str = "", after: str = "}", between: str = "", text: str = _TEXT) -> CallSyntax:
+def _list_syntax(trigger: str) -> CallSyntax:
     return CallSyntax(
         trigger=trigger,
-        before_name=f'{before}{{"name": ',
+        opens="[",
+        before_name='{"name": ',
         before_arguments=', "arguments": ',
-        end=after,
-        between=between,
-        text=text,
+        end="}",
+        between=", ",
+        closes="]",
     )
 
 
 _HERMES = CallFormat(
-    opens=("<tool_call>",), closes=("</tool_call>",), syntax=_json_syntax("<tool_call>", "\n", "}\n</tool_call>", "\n")
+    opens=("<tool_call>",),
+    closes=("</tool_call>",),
+    syntax=CallSyntax(
+        trigger="<tool_call>",
+        before_name='\n{"name": ',
+        before_arguments=', "arguments": ',
+        end="}\n</tool_call>",
+        between="\n",
+    ),
 )
 _LLAMA3_JSON = CallFormat(
     opens=("<|python_tag|>",),
@@ -86,11 +94,11 @@ CALL_FORMATS = {
             rf"{_OBJECT.pattern}|\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?\s*(?=\{{)",
         ),
         end=re.compile(rf"(?:{_END.pattern})?"),
-        syntax=_json_syntax("[TOOL_CALLS]", "[", "}]"),
+        syntax=_list_syntax("[TOOL_CALLS]"),
     ),
-    "granite": CallFormat(opens=("<|tool_call|>", "<tool_call>"), syntax=_json_syntax("<tool_call>", "[", "}]")),
+    "granite": CallFormat(opens=("<|tool_call|>", "<tool_call>"), syntax=_list_syntax("<tool_call>")),
     "phi4": CallFormat(
-        opens=("<|tool_call|>", "functools"), closes=("<|/tool_call|>",), syntax=_json_syntax("functools", "[", "}]")
+        opens=("<|tool_call|>", "functools"), closes=("<|/tool_call|>",), syntax=_list_syntax("functools")
     ),
     "qwen3_coder": CallFormat(
         opens=("<tool_call>",),
@@ -99,6 +107,15 @@ CALL_FORMATS = {
         parameters=Parameters(
             one=re.compile(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>\s*", re.DOTALL),
             end=re.compile(r"</function>"),
+        ),
+        syntax=CallSyntax(
+            trigger="<tool_call>",
+            before_name="\n<function=",
+            before_arguments=">\n",
+            end="</function>\n</tool_call>",
+            between="\n",
+            parameters=ParameterSyntax(before_key="<parameter=", before_value=">\n", ends="\n</parameter>", after="\n"),
+            quotes=False,
         ),
     ),
     "glm45": CallFormat(
@@ -112,6 +129,17 @@ CALL_FORMATS = {
             ),
             end=re.compile(r"(?=</tool_call>)"),
         ),
+        syntax=CallSyntax(
+            trigger="<tool_call>",
+            before_name="",
+            before_arguments="\n",
+            end="</tool_call>",
+            between="\n",
+            parameters=ParameterSyntax(
+                before_key="<arg_key>", before_value="</arg_key>\n<arg_value>", ends="</arg_value>", after="\n"
+            ),
+            quotes=False,
+        ),
     ),
     "minimax_m2": CallFormat(
         opens=("<minimax:tool_call>",),
@@ -124,6 +152,17 @@ CALL_FORMATS = {
             ),
             end=re.compile(r"</invoke>"),
         ),
+        syntax=CallSyntax(
+            trigger="<minimax:tool_call>",
+            before_name='\n<invoke name="',
+            before_arguments='">\n',
+            end="</invoke>",
+            closes="\n</minimax:tool_call>",
+            parameters=ParameterSyntax(
+                before_key='<parameter name="', before_value='">', ends="</parameter>", after="\n"
+            ),
+            quotes=False,
+        ),
     ),
     "kimi_k2": CallFormat(
         opens=("<|tool_calls_section_begin|>",),
@@ -132,18 +171,43 @@ CALL_FORMATS = {
             r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s:<]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*(?=\{)"
         ),
         end=re.compile(r"\s*<\|tool_call_end\|>"),
+        syntax=CallSyntax(
+            trigger="<|tool_calls_section_begin|>",
+            before_name="<|tool_call_begin|>functions.",
+            before_arguments=":0<|tool_call_argument_begin|>",
+            end="<|tool_call_end|>",
+            closes="<|tool_calls_section_end|>",
+            quotes=False,
+        ),
     ),
     "deepseek_v3": CallFormat(
         opens=("<｜tool▁calls▁begin｜>",),
         closes=("<｜tool▁calls▁end｜>",),
         begin=re.compile(r"\s*<｜tool▁call▁begin｜>function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n\s*(?=\{)"),
         end=re.compile(r"\s*```<｜tool▁call▁end｜>"),
+        syntax=CallSyntax(
+            trigger="<｜tool▁calls▁begin｜>",
+            before_name="<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
+            before_arguments="\n```json\n",
+            end="\n```<｜tool▁call▁end｜>",
+            closes="<｜tool▁calls▁end｜>",
+            between="\n",
+            quotes=False,
+        ),
     ),
     "deepseek_v31": CallFormat(
         opens=("<｜tool▁calls▁begin｜>",),
         closes=("<｜tool▁calls▁end｜>",),
         begin=re.compile(r"\s*<｜tool▁call▁begin｜>(?P<name>[^\n<]+)<｜tool▁sep｜>\s*(?=\{)"),
         end=re.compile(r"\s*<｜tool▁call▁end｜>"),
+        syntax=CallSyntax(
+            trigger="<｜tool▁calls▁begin｜>",
+            before_name="<｜tool▁call▁begin｜>",
+            before_arguments="<｜tool▁sep｜>",
+            end="<｜tool▁call▁end｜>",
+            closes="<｜tool▁calls▁end｜>",
+            quotes=False,
+        ),
     ),
 }
 

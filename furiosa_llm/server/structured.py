@@ -51,13 +51,18 @@ async def _kept_to(schema: dict[str, Any], strict: bool, shown: str) -> dict[str
     return found
 
 
-async def forced(tools: Sequence[Tool], chosen: str | None, writing: CallWriting) -> StructuredOutputsParams:
-    """The constraint of answers that have to be calls: one of the function `chosen`, or of any."""
+async def forced(tools: Sequence[Tool], chosen: str | None, writing: CallWriting) -> StructuredOutputsParams | None:
+    """The constraint of answers that have to be calls: one of the function `chosen`, or of any.
+
+    None if they cannot be written so.
+    """
     named = [(index, tool) for index, tool in enumerate(tools) if chosen in (None, tool.function.name)]
     if chosen is not None:
         named = named[:1]
         writing = replace(writing, several=False)
     functions = await _functions(named, strict_only=False)
+    if not writing.syntax.can_write(functions):
+        return None
     return await _compiled("tools", grammar=CallGrammar(functions, writing).forced())
 
 
@@ -72,10 +77,15 @@ async def optional(
         schema = await _kept_to(schema, response_format.strict, _SCHEMA)
         await _compiled("response_format", _SCHEMA, json=schema)
         functions = await _functions(list(enumerate(tools)), strict_only=False)
+        if not writing.syntax.can_write(functions):
+            raise _either_or()
         return await _compiled("tools", grammar=CallGrammar(functions, writing).or_json(schema))
     if not any(tool.function.strict for tool in tools):
         return None
     functions = await _functions(list(enumerate(tools)), strict_only=True)
+    if not writing.syntax.can_write(functions):
+        check_unconstrained(tools, response_format)
+        return None
     return await _compiled("tools", grammar=CallGrammar(functions, writing).or_text())
 
 

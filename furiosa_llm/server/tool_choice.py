@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams
 from furiosa_llm.server.call_formats import CALL_FORMATS, CallFormat
@@ -11,6 +12,9 @@ from furiosa_llm.server.requests import AllowedToolChoice, ChatCompletionRequest
 from furiosa_llm.server.structured import check_unconstrained, forced, optional, structured_outputs
 from furiosa_llm.server.tool_grammar import CallWriting
 from furiosa_llm.server.tools import ToolFinder
+
+_SPARE = CALL_FORMATS["hermes"]
+"""In which any call can be written."""
 
 
 class Tools:
@@ -52,7 +56,7 @@ class Tools:
         self._tags = tags
         # A call that is forced may be written in any way that can be read again.
         can_be_forced = form is not None and form.syntax is not None
-        self._form = form if form is not None and (can_be_forced or not self._forced) else CALL_FORMATS["hermes"]
+        self._form = form if form is not None and (can_be_forced or not self._forced) else _SPARE
 
     def finder(self, *, streams: bool) -> ToolFinder | None:
         """For one answer, which comes in pieces or as a whole; None if there is nothing to look for."""
@@ -84,5 +88,9 @@ class Tools:
             return None
         writing = CallWriting(syntax=self._form.syntax, tags=self._tags, several=not self.only_one)
         if self._forced:
-            return await forced(self._tools, self.chosen, writing)
+            found = await forced(self._tools, self.chosen, writing)
+            if found is None and _SPARE.syntax is not None:
+                self._form = _SPARE
+                found = await forced(self._tools, self.chosen, replace(writing, syntax=_SPARE.syntax))
+            return found
         return await optional(self._tools, body.response_format, writing)

@@ -12,6 +12,7 @@ from typing import Any
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.server.call_formats import CALL_FORMATS, CallFormat
 from furiosa_llm.server.responses import CalledFunction, ToolCall
+from furiosa_llm.server.tool_grammar import kinds_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -272,24 +273,12 @@ class _Parameters:
 
     def _value(self, key: str, text: str) -> str:
         """A value as JSON: text, unless its schema asks for something else, and it is that."""
-        kinds = _kinds(self._properties.get(key))
+        kinds = kinds_of(self._properties.get(key))
         if kinds and kinds != {"string"}:
             value = _parsed({"True": "true", "False": "false", "None": "null"}.get(text.strip(), text))
             if value is not None or "null" in kinds:
                 return _as_json(value) or json.dumps(text)
         return json.dumps(text, ensure_ascii=False)
-
-
-def _kinds(schema: Any) -> set[Any]:
-    """The types of values by a schema; none if it does not say."""
-    if not isinstance(schema, dict):
-        return set()
-    kind = schema.get("type")
-    found = {one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str)}
-    for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
-        if isinstance(alternatives, list):
-            found.update(one for part in alternatives for one in _kinds(part))
-    return found
 
 
 def call_format(name: str | None) -> CallFormat | None:

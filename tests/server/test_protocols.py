@@ -231,11 +231,11 @@ def test_tools_and_forms_of_messages(talking: str, url: str) -> None:
     form = {"format": {"type": "json_schema", "schema": {"const": 12}}, "effort": "low"}
     response = httpx.post(f"{url}/v1/messages", json={**asked, "output_config": form})
     assert response.json()["content"] == [{"type": "text", "text": "12"}]
-    changes: tuple[dict[str, Any], ...] = (
+    changes: list[dict[str, Any]] = [
         {"output_config": {"format": {"type": "grammar"}}},
         {"messages": [{"role": "user", "content": ["a text that is no block"]}]},
         {"tools": [{"input_schema": {}}]},
-    )
+    ]
     for change in changes:
         response = httpx.post(f"{talking}/v1/messages", json={**asked, **change})
         assert refused_by_anthropic(response) == (400, "invalid_request_error")
