@@ -63,3 +63,15 @@ class SchedulingError(FuriosaLLMError, ValueError):
 
 class WorkerError(FuriosaLLMError):
     """A worker process has ended, or failed with an error of another library."""
+
+
+class StageError(WorkerError):
+    """A stage on another host has ended, cannot be reached, or refuses; the text names the stage and its host."""
+
+
+class NoHostError(WorkerError):
+    """No host has room for a stage at the moment; the replica waits for one."""
+
+
+class WireError(WorkerError):
+    """What came over a connection between hosts is no message of theirs."""

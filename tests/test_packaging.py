@@ -78,6 +78,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
             ("/mlperf/", "mlperf"),
             ("/signing.py", "sign"),
             ("/example/", "example"),
+            ("/distributed/", "ray"),
         )
     }
     extras["/server/"].add("starlette")  # FastAPI's own

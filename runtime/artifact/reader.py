@@ -101,19 +101,24 @@ class Artifact(SplitModel):
         data = self.files.read(window.file, window.offset, window.nbytes)
         return self._compared(window) if self.files.changed(window.file) else data
 
+    def check_tensor(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of all shards of the stored tensor `name`; raises ArtifactError if they have not its digest."""
+        tensor = self.tensors[name]
+        nbytes = tensor.local_nbytes * self.manifest.mesh.parts(tensor.shard_axes)
+        whole = self.files.read(tensor.file, self.offsets[name], nbytes)
+        if hashlib.sha256(whole.data).hexdigest() != tensor.sha256:
+            raise ArtifactError(
+                f"{tensor.file} was altered in the tensor {name!r:.80}; copy the artifact again or {REBUILD}"
+            )
+        return whole
+
     def _compared(self, window: Window) -> npt.NDArray[np.uint8]:
         """The bytes of `window`, once those of the tensor that it belongs to have its digest."""
         for tensor in self.manifest.tensors:
             start = self.offsets[tensor.name]
             nbytes = tensor.local_nbytes * self.manifest.mesh.parts(tensor.shard_axes)
             if tensor.file == window.file and start <= window.offset < start + nbytes:
-                whole = self.files.read(tensor.file, start, nbytes)
-                if hashlib.sha256(whole.data).hexdigest() != tensor.sha256:
-                    raise ArtifactError(
-                        f"{tensor.file} was altered in the tensor {tensor.name!r:.80} while the artifact was open; "
-                        f"copy the artifact again or {REBUILD}"
-                    )
-                return whole[window.offset - start :][: window.nbytes]
+                return self.check_tensor(tensor.name)[window.offset - start :][: window.nbytes]
         return self.files.read(window.file, window.offset, window.nbytes)
 
     def copy_file(self, name: str, target: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -21,9 +22,17 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts, ReplicaMeter
 from furiosa_llm.runtime.engine.scheduler import Scheduler, SchedulerLimits
-from furiosa_llm.runtime.errors import EngineDeadError, ReplicaError, StepTimeoutError
+from furiosa_llm.runtime.errors import EngineDeadError, NoHostError, ReplicaError, StepTimeoutError
 from furiosa_llm.runtime.requests.request_table import RequestTable, Submission
-from furiosa_llm.runtime.runners.batch import Batch, Prefill, ReportsFailure, ReportsProgress, Runner
+from furiosa_llm.runtime.runners.batch import (
+    Batch,
+    Picked,
+    PicksTokens,
+    Prefill,
+    ReportsFailure,
+    ReportsProgress,
+    Runner,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +48,8 @@ class FaultPolicy:
     backoff: float = 0.05
     """What is waited before a new runner is made; doubled for each failure in a row, up to `max_backoff`."""
     max_backoff: float = 5.0
+    host_wait: float = 1.0
+    """How often a replica that waits for a host asks for one, which is never a failure."""
     close_timeout: float = 5.0
     """How long a runner may take to close before it is left behind."""
 
@@ -46,7 +57,7 @@ class FaultPolicy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Done:
     number: int
-    logits: Future[Array]
+    logits: Future[Array] | Future[Picked]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +213,7 @@ class Replica:
 
     def _make_watched_runner(self) -> Runner:
         runner = self._make_runner()
+        self._picker = runner if isinstance(runner, PicksTokens) else None
         self._meter.follow(runner)
         if isinstance(runner, ReportsFailure):
             runner.watch(lambda error: self._inbox.put(_Failed(runner=runner, error=error)))
@@ -223,7 +235,7 @@ class Replica:
     def _note_failure(self, failure: BaseException) -> None:
         logger.warning("replica %d failed: %s: %s", self.index, type(failure).__name__, failure)
         self._failure = failure
-        self._failures += 1
+        self._failures += not isinstance(failure, NoHostError)  # waiting for a host is nobody's failure
 
     def _serve(self) -> None:
         """Keeps the runner busy, hands outputs out while it computes, and handles what arrives, until it is closed."""
@@ -238,6 +250,14 @@ class Replica:
         """Handles what is there already; the _Stop is the last of it."""
         while not self._inbox.empty():
             self._handle(self._inbox.get())
+
+    def _handle_for(self, seconds: float) -> None:
+        """Handles what arrives for so long, or until it is closed."""
+        deadline = time.monotonic() + seconds
+        while not self._stopped and (left := deadline - time.monotonic()) > 0:
+            with suppress(Empty):
+                self._handle(self._inbox.get(timeout=left))
+                self._table.deliver()
 
     def _next(self) -> _Message:
         """What arrives next; if nothing does while a batch is overdue, the runner has failed."""
@@ -270,8 +290,8 @@ class Replica:
         self._table.admit(submission)
         if self._death is not None:
             self._table.end(submission.key, "error", self._failed_with(self._death))
-            return
-        self._schedule_request(submission)
+        elif self._failure is None:  # else it is scheduled with the others that wait, when there is a runner again
+            self._schedule_request(submission)
 
     def _schedule_request(self, submission: Submission) -> None:
         request = submission.request
@@ -293,7 +313,11 @@ class Replica:
             assert self._runner is not None
             number = next(self._numbers)
             self._under_way[number] = _UnderWay(batch=batch, deadline=time.monotonic() + self._policy.step_timeout)
-            self._runner.submit(batch).add_done_callback(partial(self._report, number))
+            report = partial(self._report, number)
+            if self._picker is None:
+                self._runner.submit(batch).add_done_callback(report)
+            else:
+                self._picker.submit_picking(batch, self._table.picks(batch)).add_done_callback(report)
 
     def _schedule(self) -> Batch | None:
         with self._scheduler_lock:
@@ -302,7 +326,7 @@ class Replica:
                 self._table.begin(batch.sequence_id, self._scheduler.num_cached_tokens(batch.sequence_id))
         return batch
 
-    def _report(self, number: int, logits: Future[Array]) -> None:
+    def _report(self, number: int, logits: Future[Array] | Future[Picked]) -> None:
         self._inbox.put(_Done(number=number, logits=logits))
 
     def _finish(self, done: _Done) -> None:
@@ -345,8 +369,11 @@ class Replica:
         if dies:
             self._death = self._failure
             return
-        delay = self._policy.backoff * 2 ** (self._failures - 1)
-        if not self._closing.wait(min(delay, self._policy.max_backoff)):
+        delay = self._policy.backoff * 2 ** max(0, self._failures - 1)
+        self._handle_for(
+            self._policy.host_wait if isinstance(failure, NoHostError) else min(delay, self._policy.max_backoff)
+        )
+        if not self._stopped:
             try:
                 self._runner = self._make_watched_runner()
             except BaseException as error:  # noqa: BLE001 - what waits may run on the one that is made next

@@ -58,6 +58,11 @@ class SequenceRequest:
         """Whether `accept_prompt_logits` is still to be called for some tokens of the prompt."""
         return self._prompt_logprobs is not None and not self._prompt_logprobs.complete
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether `accept` reads the logits that it is given."""
+        return self._params.logprobs is not None or self._params.ranks_sequences
+
     def accept(self, token: int, logits: Array | None) -> None:
         """Takes the token that the sampler chose from `logits` [vocabulary], which are read before this returns.
 

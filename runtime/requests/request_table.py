@@ -11,8 +11,8 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.requests.outputs import FinishReason, RequestOutput
 from furiosa_llm.runtime.requests.request import Request, SequenceRequest
-from furiosa_llm.runtime.runners.batch import Batch, Prefill, Row
-from furiosa_llm.runtime.tokens.sampler import sample_rows
+from furiosa_llm.runtime.runners.batch import Batch, Picked, Prefill, Row
+from furiosa_llm.runtime.tokens.sampler import sample_rows, take_likeliest
 
 Sink = Callable[[Sequence[tuple[int, RequestOutput]]], None]
 """Takes the outputs that a step made for it, each with its submission's key, on a replica's thread: it must return at
@@ -107,31 +107,54 @@ class RequestTable:
         if sequence is submission.request.sequences[0]:
             submission.request.num_cached_tokens = cached
 
-    def accept(self, batch: Batch, logits: Array) -> Accepted:
+    def picks(self, batch: Batch) -> tuple[bool, ...]:
+        """For each row of logits that `batch` gives, whether its likeliest token is all that is wanted of it."""
+        if not isinstance(batch, Prefill):
+            return tuple(self._takes_likeliest(row.sequence_id) for row in batch.rows)
+        return {
+            "none": (),
+            "last": (self._takes_likeliest(batch.sequence_id),),
+            "all": (False,) * len(batch.tokens),
+        }[batch.logits]
+
+    def _takes_likeliest(self, sequence_id: int) -> bool:
+        """Of a sequence that has ended nobody reads anything."""
+        owned = self._running.get(sequence_id)
+        return owned is None or (owned[1].sampler.takes_likeliest and not owned[1].wants_logits)
+
+    def accept(self, batch: Batch, found: Array | Picked) -> Accepted:
         """Samples what `batch` was run for, and shows the tokens to their sequences.
 
         Sequences that ended meanwhile get no token. One whose logits cannot be sampled ends its own request alone.
         """
+        logits = found.logits if isinstance(found, Picked) else found
         rows = self._prefilled(batch, logits) if isinstance(batch, Prefill) else self._decoded(batch.rows)
+        picked: list[tuple[int, _Owned]] = []
+        if isinstance(found, Picked) and any(found.rows):
+            picked = [(found.place(index), owned) for index, owned in rows if found.rows[index]]
+            rows = [(found.place(index), owned) for index, owned in rows if not found.rows[index]]
         sampled, failed = self._sample(rows, logits)
+        likeliest, failed_too = self._take_likeliest(picked, found) if isinstance(found, Picked) else ((), [])
         tokens: dict[int, int] = {}
         finished: list[int] = []
-        for (index, (submission, sequence)), token in zip(rows, sampled, strict=True):
+        with_logits = [*(logits[place] for place, _ in rows), *(None for _ in picked)]
+        for (_, owned), token, row in zip([*rows, *picked], [*sampled, *likeliest], with_logits, strict=True):
+            submission, sequence = owned
             sequence_id = sequence.sequence_id
             if token is None or sequence_id not in self._running:
                 continue
-            sequence.accept(token, logits[index])
+            sequence.accept(token, row)
             tokens[sequence_id] = token
             self._touched[submission.key] = submission
             if sequence.finished:
                 finished.append(sequence_id)
                 del self._running[sequence_id]
         with self._lock:
-            for _, (submission, sequence) in rows:
+            for _, (submission, sequence) in (*rows, *picked):
                 if sequence.sequence_id in tokens:
                     self._loads[submission.key] += 1
                     self._load += 1
-        return Accepted(tokens=tokens, finished=finished, failed=failed)
+        return Accepted(tokens=tokens, finished=finished, failed=[*failed, *failed_too])
 
     def end(self, key: int, reason: FinishReason, error: FuriosaLLMError | None = None) -> list[int]:
         """Ends a request before its time; the ids of its sequences that ran, none if it has ended already."""
@@ -173,7 +196,7 @@ class RequestTable:
             sequence.accept_prompt_logits(batch.start, logits)
             if batch.start + len(batch.tokens) < len(submission.request.prompt_token_ids) + len(sequence.token_ids):
                 return []
-        return [(len(logits) - 1, owned)]
+        return [(0 if batch.logits == "last" else len(logits) - 1, owned)]
 
     def _decoded(self, rows: Iterable[Row]) -> list[tuple[int, _Owned]]:
         pairs = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))
@@ -189,6 +212,20 @@ class RequestTable:
             return sample_rows([sequence.sampler for _, (_, sequence) in rows], chosen), []
         except FuriosaLLMError:
             return self._sample_one_by_one(rows, logits)
+
+    def _take_likeliest(
+        self, rows: Sequence[tuple[int, _Owned]], found: Picked
+    ) -> tuple[Sequence[int | None], list[int]]:
+        """As `_sample`, of rows whose likeliest token is known."""
+        tokens: list[int | None] = []
+        failed: list[int] = []
+        for place, (submission, sequence) in rows:
+            try:
+                tokens.append(take_likeliest(sequence.sampler, int(found.tokens[place]), float(found.greatest[place])))
+            except FuriosaLLMError as error:
+                tokens.append(None)
+                failed += self.end(submission.key, "error", error)
+        return tokens, failed
 
     def _sample_one_by_one(
         self, rows: Sequence[tuple[int, _Owned]], logits: Array

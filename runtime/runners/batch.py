@@ -6,7 +6,7 @@ pipeline of several stages has as many groups, so that every stage has something
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -101,6 +101,23 @@ def with_adapters(batch: Batch, other: Callable[[Adapter], Adapter]) -> Batch:
     return replace(batch, rows=tuple(rows))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picked:
+    """What a batch gave where of some rows no more is wanted than the likeliest token: those that `rows` marks."""
+
+    rows: tuple[bool, ...]
+    tokens: npt.NDArray[np.int32]
+    """The likeliest token of each row that is marked."""
+    greatest: npt.NDArray[np.float32]
+    """Its logit."""
+    logits: Array
+    """The logits of the other rows, `[rows, vocabulary]`."""
+
+    def place(self, row: int) -> int:
+        """Where `row` is in what it is in: `tokens` and `greatest`, or `logits`."""
+        return self.rows[:row].count(self.rows[row])
+
+
 class Runner(Protocol):
     """The stages of one replica with their KV cache.
 
@@ -148,4 +165,13 @@ class ReportsCounts(Protocol):
 
     def counts(self) -> npt.NDArray[np.int64]:
         """A row of counters for each stage, since the runner was made; see `runtime/execution/counters.py`."""
+        ...
+
+
+@runtime_checkable
+class PicksTokens(Protocol):
+    """A runner from which logits come a long way."""
+
+    def submit_picking(self, batch: Batch, picks: Sequence[bool]) -> Future[Picked]:
+        """As `submit`, with less of the rows that `picks` marks: one for each row of logits that `batch` gives."""
         ...

@@ -52,6 +52,13 @@ def sample_rows(samplers: Sequence[Sampler], logits: Array) -> list[int]:
     return tokens
 
 
+def take_likeliest(sampler: Sampler, token: int, greatest: float) -> int:
+    """As `sample_rows` for one sampler that `takes_likeliest`, of a row whose likeliest `token` has this logit."""
+    sampler.check_finite(greatest)
+    sampler.record(token)
+    return token
+
+
 class Sampler:
     """The sampling of one completion, the `index`-th of its request.
 
@@ -124,7 +131,7 @@ class Sampler:
         """The next token by what `score` gave."""
         return int(scores.argmax()) if self._greedy else self._draw(scores, top)
 
-    def check_finite(self, greatest: np.float32) -> None:
+    def check_finite(self, greatest: float | np.float32) -> None:
         """Raises ExecutionError unless the `greatest` of the logits, which is NaN if one is, is a finite number."""
         if not math.isfinite(greatest):
             raise ExecutionError(

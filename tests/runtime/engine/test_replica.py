@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -16,11 +17,18 @@ import pytest
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.engine.scheduler import SchedulerLimits
-from furiosa_llm.runtime.errors import EngineDeadError, ExecutionError, ReplicaError, StepTimeoutError, WorkerError
+from furiosa_llm.runtime.errors import (
+    EngineDeadError,
+    ExecutionError,
+    NoHostError,
+    ReplicaError,
+    StepTimeoutError,
+    WorkerError,
+)
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.request import Request
 from furiosa_llm.runtime.requests.request_table import Submission
-from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Runner
+from furiosa_llm.runtime.runners.batch import Batch, Decode, Picked, Prefill, Runner
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from tests.support.runtime.runners import VOCAB, CountingRunner
@@ -408,6 +416,93 @@ def test_logits_that_are_no_numbers_end_their_own_request(desk: Desk, start: Sta
     assert isinstance(outputs[bad].error, ExecutionError)
     assert outputs[bad].outputs[0].token_ids == [6, 7]
     assert replica.num_requests == 0
+
+
+class _Picking(_Spoiled):
+    """Gives of rows that are picked the likeliest token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picks: list[tuple[Batch, Sequence[bool]]] = []
+
+    def submit_picking(self, batch: Batch, picks: Sequence[bool]) -> Future[Picked]:
+        self.picks.append((batch, picks))
+        logits = self.submit(batch).result()
+        picked = np.array(picks, dtype=np.bool_)
+        found: Future[Picked] = Future()
+        found.set_result(
+            Picked(
+                rows=tuple(picks),
+                tokens=logits[picked].argmax(axis=1).astype(np.int32),
+                greatest=logits[picked].max(axis=1),
+                logits=logits[~picked],
+            )
+        )
+        return found
+
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"logprobs": 0},
+    {"temperature": 1.0, "seed": 5},
+    {},
+    {"repetition_penalty": 1.5},
+    {"min_tokens": 2, "stop_token_ids": [9]},
+    {"n": 2, "temperature": 0.5, "seed": 3},
+    {"prompt_logprobs": 1},
+)
+
+
+def test_of_greedy_rows_the_likeliest_tokens_alone_are_asked_for(desk: Desk, start: Start) -> None:
+    """In batches with rows whose logits are wanted: the outputs are those of a runner that gives all logits."""
+    found = []
+    picking = _Picking()
+    for runner in (CountingRunner(), picking):
+        replica = start(runner)
+        keys = [desk.submit(replica, [10 + 2 * number], max_tokens=5, **kind) for number, kind in enumerate(KINDS)]
+        outputs = desk.finished(len(keys))
+        found.append([[(one.token_ids, one.logprobs) for one in outputs[key].outputs] for key in keys])
+        assert [outputs[key].error for key in keys] == [None] * len(keys)
+    assert found[0] == found[1]
+    assert any(len(set(picks)) == 2 for _, picks in picking.picks)
+    assert all(len(picks) == len(batch.rows) for batch, picks in picking.picks if isinstance(batch, Decode))
+
+
+def test_a_likeliest_token_that_is_no_number_ends_its_own_request(desk: Desk, start: Start) -> None:
+    replica = start(_Picking())
+    good, bad = desk.submit(replica, [1], max_tokens=5), desk.submit(replica, [5], max_tokens=5)
+    outputs = desk.finished(2)
+    assert outputs[good].outputs[0].token_ids == counted([1], 5)
+    assert isinstance(outputs[bad].error, ExecutionError)
+    assert outputs[bad].outputs[0].token_ids == [6, 7]
+    assert replica.num_requests == 0
+
+
+def test_waiting_for_a_host_is_no_failure(desk: Desk, start: Start) -> None:
+    """More attempts than failures are survived; what comes meanwhile waits, and may be aborted."""
+    broken = CountingRunner(fault=failing(at=1, error=ExecutionError("broke")))
+    waits = [NoHostError("no room") for _ in range(20)]
+    replica = start(broken, *waits, CountingRunner(), policy=replace(QUICK, host_wait=0.02))
+    desk.submit(replica, [1])
+    desk.finished()
+    kept, aborted = desk.submit(replica, [3]), desk.submit(replica, [4])
+    assert not replica.ready
+    replica.abort(aborted)
+    outputs = desk.finished()
+    assert outputs[aborted].outputs[0].finish_reason == "abort"
+    assert not replica.ready
+    assert desk.finished()[kept].outputs[0].token_ids == counted([3])
+    assert (replica.ready, replica.death) == (True, None)
+
+
+def test_a_replica_that_waits_for_a_host_can_be_closed(desk: Desk, start: Start) -> None:
+    broken = CountingRunner(fault=failing(at=1, error=ExecutionError("broke")))
+    replica = start(broken, NoHostError("no room"), policy=replace(QUICK, host_wait=60.0))
+    desk.submit(replica, [1])
+    desk.finished()
+    late = desk.submit(replica, [3])
+    replica.close()
+    assert isinstance(desk.finished()[late].error, EngineDeadError)
 
 
 class _FirstOfTwoSpoiled(CountingRunner):
