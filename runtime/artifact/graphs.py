@@ -14,7 +14,8 @@ def attribute_graphs(node: NodeProto) -> Iterator[GraphProto]:
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
-        yield from attribute.graphs
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
 
 
 def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
@@ -44,7 +45,7 @@ def all_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
 
 def used_names(node: NodeProto) -> Iterator[str]:
     """The names that `node` reads, what its graphs capture from outside included."""
-    yield from (name for name in node.input if name)
+    yield from filter(None, node.input)
     for graph in attribute_graphs(node):
         defined = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
         for inner in graph.node:

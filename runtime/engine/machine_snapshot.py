@@ -10,11 +10,10 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.engine.replica import Replica, ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.execution.counters import StageCounts
-from furiosa_llm.runtime.placement.capacity import stage_memory
+from furiosa_llm.runtime.placement.capacity import kv_nbytes_per_token
 from furiosa_llm.runtime.placement.devices import PE, first_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology
-from furiosa_llm.runtime.placement.workload import Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +96,10 @@ class MachineSnapshot:
 
 def layout_of(artifact: Artifact, topology: Topology, stages: Sequence[Stage], *, page_size: int) -> MachineLayout:
     """What `artifact` lays on the PEs of `topology`, with pages of `page_size` tokens."""
-    memory = stage_memory(artifact, stages, Workload())
     return MachineLayout(
         topology=topology,
         stages=tuple(stages),
-        page_nbytes=tuple(stage.kv_nbytes_per_token * page_size for stage in memory),
+        page_nbytes=tuple(nbytes * page_size for nbytes in kv_nbytes_per_token(artifact, stages)),
     )
 
 

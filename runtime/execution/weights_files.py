@@ -109,8 +109,7 @@ def _copied_behind(artifact: Artifact, names: Sequence[str], folder: Path, *, ma
         before = {name: list(_mapped(number)) for name, number in files.items()}
         yield
         for name, number in files.items():
-            for span in _without(_mapped(number), before[name]):
-                _replace(number, span, artifact.folder / name)
+            _replace(number, _without(_mapped(number), before[name]), artifact.folder / name)
     finally:
         for number in files.values():
             os.close(number)
@@ -144,15 +143,50 @@ def _without(spans: Iterable[Span], others: Sequence[Span]) -> Iterator[Span]:
             yield at, stop, offset + at - start
 
 
-def _replace(number: int, span: Span, path: Path) -> None:
-    """Puts private memory with the same bytes in the place of a mapping, which nobody reads yet."""
-    start, stop, offset = span
-    nbytes = stop - start
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-    if _libc.mmap(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != start:
-        why = os.strerror(ctypes.get_errno())
-        raise ArtifactError(f"{path}: the system has no memory for {nbytes} bytes of its weights: {why}")
-    _libc.madvise(start, nbytes, mmap.MADV_HUGEPAGE)  # saves tens of thousands of page faults where it is possible
-    view, done = memoryview((ctypes.c_uint8 * nbytes).from_address(start)), 0
-    while (count := os.preadv(number, [view[done:]], offset + done)) > 0:
-        done += count
+def _replace(number: int, spans: Iterable[Span], path: Path) -> None:
+    """Puts private memory with the same bytes in the place of mappings, which nobody reads yet.
+
+    What is mapped more than once, such as a rotary table that every layer reads, is copied once.
+    """
+    places: dict[tuple[int, int], list[int]] = {}
+    for start, stop, offset in spans:
+        places.setdefault((offset, stop - start), []).append(start)
+    for (offset, nbytes), starts in places.items():
+        try:
+            if len(starts) == 1:
+                _map(starts[0], nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+                _libc.madvise(starts[0], nbytes, mmap.MADV_HUGEPAGE)  # saves tens of thousands of page faults
+                _read(number, offset, (ctypes.c_uint8 * nbytes).from_address(starts[0]))
+            else:
+                _map_copy(number, offset, nbytes, starts)
+        except OSError as error:
+            raise ArtifactError(
+                f"{path}: the system has no memory for {nbytes} bytes of its weights: {error.strerror}"
+            ) from error
+
+
+def _map_copy(number: int, offset: int, nbytes: int, starts: Sequence[int]) -> None:
+    """Maps one copy of a part of a file at each of `starts`; nobody else has it."""
+    memory = os.memfd_create("furiosa-llm weights")
+    try:
+        os.ftruncate(memory, nbytes)
+        with mmap.mmap(memory, nbytes) as copy:
+            _read(number, offset, copy)
+        for start in starts:
+            _map(start, nbytes, mmap.MAP_PRIVATE, memory)
+    finally:
+        os.close(memory)
+
+
+def _map(start: int, nbytes: int, flags: int, number: int) -> None:
+    """Maps the beginning of a file, or anonymous memory, at an address; raises OSError."""
+    if _libc.mmap(start, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags | _MAP_FIXED, number, 0) != start:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _read(number: int, offset: int, target: ctypes.Array[ctypes.c_uint8] | mmap.mmap) -> None:
+    """Fills `target` from a file; what is behind the file's end stays zero, as in a mapping."""
+    done = 0
+    with memoryview(target) as view:
+        while (count := os.preadv(number, [view[done:]], offset + done)) > 0:
+            done += count

@@ -69,6 +69,12 @@ def stage_memory(model: SplitModel, stages: Sequence[Stage], workload: Workload)
     return Memory(model).of_stages(stages, workload)
 
 
+def kv_nbytes_per_token(model: SplitModel, stages: Sequence[Stage]) -> tuple[int, ...]:
+    """What each of `stages` keeps in the KV cache of one position of one sequence."""
+    states = _states_kept_at(model)
+    return tuple(_kept_nbytes(states, stage) for stage in stages)
+
+
 class Memory:
     """What the stages of a model keep, for any cut into stages and any workload."""
 
@@ -95,9 +101,7 @@ class Memory:
         return tuple(
             StageMemory(
                 weight_nbytes=stage.weight_nbytes,
-                kv_nbytes_per_token=sum(
-                    nbytes for kept_at, nbytes in self._states if stage.first_node <= kept_at < stage.stop_node
-                ),
+                kv_nbytes_per_token=_kept_nbytes(self._states, stage),
                 activation_nbytes=0,
                 received_nbytes_per_token=_received_nbytes(self._program, received),
             )
@@ -132,6 +136,10 @@ class Memory:
         values = [(name, nbytes_of[kind], alive) for name, kind, alive in self._values[nodes]]
         known = [(name, nbytes, alive) for name, nbytes, alive in values if nbytes is not None]
         return place(known)[1] if len(known) == len(values) else None
+
+
+def _kept_nbytes(states: Sequence[tuple[int, int]], stage: Stage) -> int:
+    return sum(nbytes for kept_at, nbytes in states if stage.first_node <= kept_at < stage.stop_node)
 
 
 def _states_kept_at(model: SplitModel) -> list[tuple[int, int]]:

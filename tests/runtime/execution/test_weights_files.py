@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -20,7 +22,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.execution.executor import Executor
-from furiosa_llm.runtime.execution.weights_files import _without
+from furiosa_llm.runtime.execution.weights_files import _replace, _without
 from tests.support.runtime.models import LlamaSize, llama
 from tests.support.runtime.spmd import WEIGHTS
 
@@ -46,8 +48,12 @@ def outputs(executor: Executor) -> Mapping[str, Any]:
     return executor.run(given)
 
 
+def open_maps() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
+
+
 def mapped_files(folder: Path) -> list[str]:
-    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(folder / WEIGHTS))]
+    return [line for line in open_maps() if line.endswith(str(folder / WEIGHTS))]
 
 
 def truncate(path: Path) -> None:
@@ -171,3 +177,25 @@ def test_what_is_mapped_next_to_others_is_told_apart() -> None:
         (60, 100, 7060),
     ]
     assert list(_without([(10, 20, 0), (30, 40, 5)], [(5, 20, 0)])) == [(30, 40, 5)]
+
+
+def test_what_is_mapped_twice_is_copied_once(tmp_path: Path) -> None:
+    """And each mapping stays by itself: what one session wrote into its own, no other would see."""
+    page = mmap.PAGESIZE
+    path = tmp_path / WEIGHTS
+    path.write_bytes(bytes([1] * page + [2] * page))
+    with path.open("rb") as file:
+        maps = [mmap.mmap(file.fileno(), page, flags=mmap.MAP_PRIVATE, offset=offset) for offset in (0, page, page)]
+        places = [(ctypes.c_uint8 * page).from_buffer(given) for given in maps]
+        starts = [ctypes.addressof(place) for place in places]
+        _replace(
+            file.fileno(),
+            [(start, start + page, offset) for start, offset in zip(starts, (0, page, page), strict=True)],
+            path,
+        )
+    truncate(path)
+    assert [bytes(place) for place in places] == [bytes([1] * page), bytes([2] * page), bytes([2] * page)]
+    inodes = {int(line[0].split("-")[0], 16): line[4] for line in map(str.split, open_maps())}
+    assert inodes[starts[1]] == inodes[starts[2]] != "0"
+    places[1][0] = 9
+    assert places[2][0] == 2
