@@ -24,7 +24,6 @@ from furiosa_llm.builder.plan.explain import explain
 from furiosa_llm.builder.plan.mesh import MAX_PADDING
 from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.plan_figures import SHOWN_BATCH, SHOWN_CARDS, CollectiveCost, ModelPlan, Room, SizePlan
-from furiosa_llm.builder.source import companions
 from furiosa_llm.builder.source.folder import find_model
 from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.artifact import planned
@@ -107,7 +106,7 @@ def plan_model(
     path = find_model(Path(model))
     analysed = analyse_model(path, options)
     builds = tuple(analysed.lowered_for(of_size) for of_size in of_sizes)
-    limit = companions.max_sequence_length(path)
+    limit = builds[0].max_length
     workload = Workload(max_batch_size=batch, max_model_len=context or limit or DEFAULT_LENGTH)
     tensors = weights_of(analysed.source.model)
     dtypes: Counter[str] = Counter()

@@ -29,6 +29,10 @@ REASONS = {
     "builder/shapes/control_flow.py: ControlFlow.infer": "the interpreter's own methods",
     **dict.fromkeys(
         (
+            *(
+                f"builder/factors/longest.py: {where}"
+                for where in ("_ROTARY_PORTS", "_Positions._computed", "_Positions._limits")
+            ),
             *(f"builder/factors/scores.py: {where}" for where in ("_BEHIND", "_PRODUCTS", "_tables")),
             "builder/factors/states.py: _computed_from",
             *(f"builder/shapes/flow.py: {where}" for where in ("_PARTS", "_WRITES")),

@@ -12,7 +12,7 @@ import numpy as np
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import program_shapes
 from furiosa_llm.builder.options import BuildOptions
-from furiosa_llm.builder.source.companions import companions, eos_token_ids, max_sequence_length
+from furiosa_llm.builder.source.companions import companions, eos_token_ids
 from furiosa_llm.builder.source.pooling import pooling_json
 from furiosa_llm.builder.write.manifest import manifest_of
 from furiosa_llm.builder.write.onnx_files import program_proto, source_proto, write_bytes, write_manifest
@@ -119,15 +119,14 @@ def planned(build: Build) -> SplitModel:
 
 def model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
     """What the manifest says of the model; `limit` is the longest sequence that was asked for."""
-    path = build.source.path
-    limits = [max_sequence_length(path), limit]
+    limits = [build.max_length, limit]
     logits = build.logits
     return ModelInfo(
         name=name,
         task=build.task,
         max_sequence_length=min((limit for limit in limits if limit is not None), default=None),
         vocab_size=build.probes.facts[logits].shape[-1] if logits is not None else None,
-        eos_token_ids=eos_token_ids(path),
+        eos_token_ids=eos_token_ids(build.source.path),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import onnx_ir as ir
 
+from furiosa_llm.builder.factors.factor import Factor
 from furiosa_llm.builder.lower.blocks import find_blocks
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shapes
@@ -132,15 +133,33 @@ def _static_layouts(shape: Shape, layouts: tuple[Dim, ...]) -> tuple[Dim | None,
 
 
 def _states(build: Build) -> tuple[State, ...]:
+    batch = _fixed_batch(build)
     return tuple(
         State(
             input=str(pair.input.name),
             output=str(pair.output.name),
             sequence_dim=pair.sequence_dim,
             mode=pair.mode,
+            batch_dim=None if batch is None else _place_of(batch, build.analysis.dims[pair.input]),
         )
         for pair in build.states.pairs
     )
+
+
+def _fixed_batch(build: Build) -> Factor | None:
+    """The dimension of the tokens that runs over several sequences, if their number is fixed."""
+    dims = (build.analysis.dims[v][0] for v in build.model.graph.inputs if role_of(v) == "token_ids" and _is_fixed(v))
+    return next((factor.find() for factor in dims if factor.find().size > 1), None)
+
+
+def _is_fixed(tokens: ir.Value) -> bool:
+    return tokens.shape is not None and len(tokens.shape) > 1 and isinstance(tokens.shape[0], int)
+
+
+def _place_of(factor: Factor, dims: Sequence[Factor]) -> int | None:
+    """Which of `dims` is `factor`, if one is."""
+    places = [d for d, own in enumerate(dims) if own.find() is factor]
+    return places[0] if len(places) == 1 else None
 
 
 def _collectives(build: Build, shapes: Mapping[str, ValueShape]) -> tuple[Collective, ...]:

@@ -51,17 +51,17 @@ class Field:
             field = Field(field.value[key], field, key)
         return field
 
-    def members(self, keys: Collection[str]) -> dict[str, Field]:
-        """The members of an object that must have exactly `keys`."""
+    def members(self, keys: Collection[str], may: Collection[str] = ()) -> dict[str, Field]:
+        """The members of an object that must have `keys`, and of the others only those that it `may` have, or null."""
         if not isinstance(self.value, dict):
             self.fail(f"an object with the keys {', '.join(keys)}")
         for key in keys:
             if key not in self.value:
                 self.fail(f"the key {key!r}", "an object without it")
         for key in self.value:
-            if key not in keys:
-                self.fail(f"only the keys {', '.join(keys)}", f"the unknown key {key!r:.80}")
-        return {key: Field(self.value[key], self, key) for key in keys}
+            if key not in keys and key not in may:
+                self.fail(f"only the keys {', '.join((*keys, *may))}", f"the unknown key {key!r:.80}")
+        return {key: Field(self.value.get(key), self, key) for key in (*keys, *may)}
 
     def items(self, read: Callable[[Field], T], *, most: int | None = None) -> tuple[T, ...]:
         """The items of a list, each taken by `read`; at most `most` of them."""

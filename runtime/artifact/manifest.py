@@ -176,6 +176,8 @@ class State:
     output: str
     sequence_dim: int | None
     mode: StateMode
+    batch_dim: int | None = None
+    """The dimension that runs over the sequences, where their number is fixed; None where the shape names it."""
 
     @property
     def grown_dim(self) -> int:
@@ -293,7 +295,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Leaf | Prod | Cat | Prefix):
         return to_json(value)
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        members = ((field, getattr(value, field.name)) for field in fields(value))
+        return {field.name: _plain(own) for field, own in members if own is not None or field.default is not None}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):

@@ -230,13 +230,14 @@ def _value(field: Field, mesh: Mesh, roles: Sequence[str]) -> dict[str, Any]:
 
 
 def _state(field: Field) -> State:
-    member = field.members(("input", "output", "sequence_dim", "mode"))
+    member = field.members(("input", "output", "sequence_dim", "mode"), ("batch_dim",))
     mode: StateMode = member["mode"].choice(get_args(StateMode))  # type: ignore[assignment]  # `choice` gives one of them
     return State(
         input=member["input"].name(),
         output=member["output"].name(),
         sequence_dim=member["sequence_dim"].optional(lambda f: f.integer()),
         mode=mode,
+        batch_dim=member["batch_dim"].optional(lambda f: f.integer()),
     )
 
 

@@ -243,7 +243,8 @@ def check_interface(interface: DecoderInterface) -> None:
         raise UnsupportedError(f"a batch of {batch} whose caches are written in place; use `furiosa-llm run`")
     paired = {state.input for state in interface.states}
     for state in interface.states:
-        if (batch or "batch") not in interface.state_shapes[state.input]:
+        places = interface.state_shapes[state.input].count(batch or "batch")
+        if not places or (places > 1 and state.batch_dim is None and batch != 1):
             raise UnsupportedError(f"state {state.input!r:.80} is not of a batch of sequences; use `furiosa-llm run`")
     for name, shape in interface.state_shapes.items():
         if name not in paired:

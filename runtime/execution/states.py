@@ -115,7 +115,7 @@ class _Rows:
 
     def __init__(self, state: State, dtype: str, shape: Shape, batch: int | None) -> None:
         self.state, self.dtype = state, dtype
-        self.batch_dim = shape.index("batch" if batch is None else batch)
+        self.batch_dim = shape.index(batch or "batch") if state.batch_dim is None else state.batch_dim
         sizes = shape_of(shape, {"batch": 1, "past": 0, "total": 0})
         self.shape = (*sizes[: self.batch_dim], *sizes[self.batch_dim + 1 :])
         dim = state.sequence_dim

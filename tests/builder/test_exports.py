@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
 from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.builder import ArtifactBuilder
@@ -48,6 +48,8 @@ class Row:
     fixed: dict[str, int] = dataclasses.field(default_factory=dict)
     note: str = ""
     """What one of the notes says."""
+    limit: int | None = 32
+    """The longest sequence, by the tables of positions."""
     runs: bool = True
     """Whether onnxruntime has kernels for it."""
     compute: str | None = None
@@ -106,12 +108,16 @@ ROWS = {
     "bsnh": Row(collectives=(3, 1), states=_KV, roles="tpm"),
     "dake": Row(task="encoder", collectives=(4, 0), states=_KV, roles="tllo"),
     "embeds": Row(task="other", collectives=(3, 1), states=_KV, roles="op"),
-    "genai-exclude-lm-head": Row(task="encoder", collectives=(5, 0), states=("in_place",) * 4, roles="tm"),
-    "genai-phi3-longrope": Row(collectives=(3, 1), states=("in_place",) * 4, roles="tm", note="If: replicated"),
-    "genai-prune-lm-head": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tm"),
-    "genai-qwen25vl-mrope": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tmp"),
-    "genai-lfm2": Row(collectives=(5, 1), states=("in_place", "in_place", "replace"), roles="tm", share=1.3),
-    "genai-qwen35": Row(collectives=(5, 1), states=("in_place", "in_place", "replace", "replace"), roles="tmp"),
+    "genai-exclude-lm-head": Row(task="encoder", collectives=(5, 0), states=("in_place",) * 4, roles="tm", limit=128),
+    "genai-phi3-longrope": Row(
+        collectives=(3, 1), states=("in_place",) * 4, roles="tm", note="If: replicated", limit=None
+    ),
+    "genai-prune-lm-head": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tm", limit=128),
+    "genai-qwen25vl-mrope": Row(collectives=(5, 1), states=("in_place",) * 4, roles="tmp", limit=128),
+    "genai-lfm2": Row(collectives=(5, 1), states=("in_place", "in_place", "replace"), roles="tm", share=1.3, limit=128),
+    "genai-qwen35": Row(
+        collectives=(5, 1), states=("in_place", "in_place", "replace", "replace"), roles="tmp", limit=128
+    ),
     "gidx-ordered": Row(collectives=(1, 3), states=_KV, roles="tp", note="g_idx: the rows are whole"),
     "gidx-ordered, no zero points": Row(collectives=(3, 1), states=_KV, roles="tp", change=_without_zero_points),
     "gidx-ordered, shuffled": Row(collectives=(1, 3), states=_KV, roles="tp", change=_shuffled, note="g_idx"),
@@ -123,12 +129,12 @@ ROWS = {
     "lora_init": Row(collectives=(3, 1), states=_KV, roles="tpoooooo"),
     "mask4d": Row(collectives=(3, 1), states=_KV, roles="tpm"),
     "merged": Row(collectives=(3, 1), states=_KV, roles="tp", fixed={"use_cache_branch": 1}),
-    "mobius-bf16": Row(collectives=(5, 1), states=_KV * 2, roles="tmp", compute="float32"),
-    "mobius-llama": Row(collectives=(5, 1), states=_KV * 2, roles="tmp"),
-    "mobius-mamba": Row(collectives=(9, 1), states=("replace",) * 4, roles="t"),
-    "mobius-static-cache": Row(collectives=(5, 1), states=("replace",) * 4, roles="tpll"),
+    "mobius-bf16": Row(collectives=(5, 1), states=_KV * 2, roles="tmp", compute="float32", limit=128),
+    "mobius-llama": Row(collectives=(5, 1), states=_KV * 2, roles="tmp", limit=128),
+    "mobius-mamba": Row(collectives=(9, 1), states=("replace",) * 4, roles="t", limit=None),
+    "mobius-static-cache": Row(collectives=(5, 1), states=("replace",) * 4, roles="tpll", limit=64),
     "nvfp4": Row(collectives=(3, 1), states=_KV, roles="tp", compute="float32"),
-    "sha": Row(collectives=(18, 1), states=_KV * 4, roles="t", share=1.25, note="written head by head"),
+    "sha": Row(collectives=(18, 1), states=_KV * 4, roles="t", share=1.25, note="written head by head", limit=None),
     "stacked": Row(collectives=(3, 1), states=("append",), roles="tp"),
 }
 """Over four PEs."""
@@ -145,6 +151,7 @@ def test_export(name: str, tp: int, tmp_path: Path) -> None:
     assert report.faults == ()
     manifest = open_artifact(tmp_path / "artifact").manifest
     assert (manifest.model.task, tuple(state.mode for state in manifest.states)) == (row.task, row.states)
+    assert manifest.model.max_sequence_length == row.limit
     assert "".join(_LETTERS[i.role] for i in manifest.inputs if i.role != "state") == row.roles
     assert row.note in " ".join((*report.notes, *report.shortfalls))
     if tp == 4:
@@ -223,6 +230,44 @@ def test_sequences_together_and_alone_have_the_same_tokens(name: str, tmp_path: 
     )
     if manifest.inputs[0].shape[0] == "batch" and all(state.mode != "in_place" for state in manifest.states):
         assert tokens == [_greedy(reference, prompt, 6) for prompt in _PROMPTS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_a_fixed_number_of_sequences_that_other_dimensions_have_as_size(heads_first: bool, tmp_path: Path) -> None:
+    """Of keys and values, or of the heads on a PE: which one runs over the sequences, the artifact says."""
+
+    def two(model: ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            dims = value.type.tensor_type.shape.dim
+            dims[1 if len(dims) == 5 else 0].dim_value = 2
+
+    def turned(model: ModelProto) -> None:
+        """Caches as [heads, batch, past, d]: over four PEs, two heads on each."""
+        two(model)
+        for value, state in ((model.graph.input[-1], True), (model.graph.output[-1], False)):
+            name, dims = value.name, value.type.tensor_type.shape.dim
+            order = [2, 1, 0, 3, 4]
+            new = [TensorShapeProto.Dimension.FromString(dims[d].SerializeToString()) for d in order]
+            del dims[:]
+            dims.extend(new)
+            node = helper.make_node(
+                "Transpose", *(([name], [f"{name}_"]) if state else ([f"{name}_"], [name])), perm=order
+            )
+            for other in model.graph.node:
+                for names in (other.input, other.output):
+                    names[:] = [f"{own}_" if own == name else own for own in names]
+            model.graph.node.insert(0 if state else len(model.graph.node), node)
+
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    found = []
+    for change in (None, turned if heads_first else two):
+        model = exported("gpt2_past", tmp_path, change)
+        ArtifactBuilder(model, tensor_parallel_size=4).build(tmp_path / "artifact", force=True)
+        with LLM(tmp_path / "artifact") as llm:
+            outputs = llm.generate(prompt_token_ids=_PROMPTS, sampling_params=params)
+        found.append([output.outputs[0].token_ids for output in outputs])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["genai-qwen35", "genai-lfm2", "mobius-mamba"])

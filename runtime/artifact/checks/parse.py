@@ -65,6 +65,10 @@ def _check_pair(field: Field, state: State, before: InputInfo, after: OutputInfo
         field.child("sequence_dim").fail("null for the mode 'replace', and a dimension for the others")
     if state.sequence_dim is not None and not state.sequence_dim < len(before.shape):
         field.child("sequence_dim").fail(f"a dimension below {len(before.shape)}")
+    if state.batch_dim is not None and (
+        not state.batch_dim < len(before.shape) or not isinstance(before.shape[state.batch_dim], int)
+    ):
+        field.child("batch_dim").fail("a dimension whose size is fixed")
     others = [index for index in range(len(before.shape)) if index != state.sequence_dim]
     same = len(before.shape) == len(after.shape) and before.dtype == after.dtype
     if not same or any(before.layout[i] != after.layout[i] or before.shape[i] != after.shape[i] for i in others):

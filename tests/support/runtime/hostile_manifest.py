@@ -99,6 +99,10 @@ _FIELDS: list[tuple[Edit, str]] = [
         put("logits", "states", 0, "output"),
         r"\$\.states\[0\]\.output: found \"logits\", expected an entry of \$\.outputs",
     ),
+    (
+        put(9, "states", 0, "batch_dim"),
+        r"\$\.states\[0\]\.batch_dim: found 9, expected a dimension whose size is fixed",
+    ),
     (put(7, "states", 0, "sequence_dim"), r"\$\.states\[0\]\.sequence_dim: found 7, expected a dimension below 4"),
     (
         put(8, "outputs", 1, "layout", 1),
