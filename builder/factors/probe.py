@@ -20,6 +20,7 @@ from furiosa_llm.builder.shapes.interface import (
     concrete,
     dimension_kinds,
     fixed_sequence,
+    is_batch_last,
     lengths,
     open_counts,
     role_of,
@@ -105,12 +106,13 @@ def _first_accepted(
     try:
         return _first_run(interpreter, graph, kinds)
     except ShapeError as error:
-        for batch_last in (False, True):
+        shown = is_batch_last(graph)
+        for batch_last in (shown, not shown):
             settle_batch_last(graph, batch_last=batch_last)
             found = _first_other(interpreter, graph, kinds_of())
             if found is not None:
                 return found
-        settle_batch_last(graph, batch_last=False)
+        settle_batch_last(graph, batch_last=shown)
         raise error
 
 

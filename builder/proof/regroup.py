@@ -151,7 +151,8 @@ def _distributions(gap: _Gap) -> Iterator[tuple[float, list[_Bin]]]:
 def _price(gap: _Gap, target: int, tagged: _Tagged) -> float:
     """How unlikely it is that a piece belongs to an output dimension."""
     inside = {t.dim for t in gap.pieces} - {gap.before_dim, gap.after_dim}
-    between, spare = sorted(inside.union(gap.blanks)), len(inside) < len(gap.ones)
+    between = sorted(inside.union(gap.blanks))
+    spare = len(between) < len(gap.ones)
     if tagged.dim == gap.before_dim == gap.after_dim and not gap.ones and not gap.after_is_dynamic:
         return 1.0 if target == gap.before else 0.0  # a factor that is split has its axes before its own indices
     if tagged.dim in (gap.before_dim, gap.after_dim):  # a piece at the end of a dimension stays there or is cut off

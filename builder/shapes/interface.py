@@ -85,6 +85,11 @@ def settle_batch_last(graph: ir.Graph, *, batch_last: bool) -> None:
     graph.meta[_BATCH_LAST] = batch_last
 
 
+def is_batch_last(graph: ir.Graph) -> bool:
+    """Whether tokens are taken for [sequence, batch]."""
+    return bool(graph.meta.get(_BATCH_LAST))
+
+
 def _shows_batch_last(graph: ir.Graph) -> bool:
     """Whether states have the second symbol of the tokens, not the first: then that is the batch, not the sequence."""
     states = [value for value in graph.inputs if role_of(value) == "state"]
@@ -103,7 +108,7 @@ def _fixed(graph: ir.Graph, *, batch: bool) -> int | None:
     for value in graph.inputs:
         tokens = role_of(value) == "token_ids"
         if (tokens or _is_embedding(graph, value)) and value.shape is not None and len(value.shape) > 1:
-            first = batch != bool(graph.meta.get(_BATCH_LAST))
+            first = batch != is_batch_last(graph)
             size = value.shape[0 if first else len(value.shape) - (1 if tokens else 2)]
             return size if isinstance(size, int) else None
     return None
@@ -220,7 +225,7 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
             kind = _of_steps(role.name, behind, len(value.shape), has_state=has_state)
             if len(value.shape) == 1 and role.name != "attention_mask":
                 kind = "sequence" if role.name == "position_ids" and _symbol(place) not in batches else None
-        if graph.meta.get(_BATCH_LAST) and (role.name == "token_ids" or _is_embedding(graph, value)):
+        if is_batch_last(graph) and (role.name == "token_ids" or _is_embedding(graph, value)):
             kind = {0: "sequence", 1: "batch"}.get(d, kind)
         if kind is not None:
             found[place] = kind, role.name

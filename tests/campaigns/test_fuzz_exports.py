@@ -43,6 +43,7 @@ ROWS = {
     ),
     "tokens as [sequence, batch], which states alone show": (MIXTURE, 2, "position_vector time_first"),
     "a stack of caches of flat heads, whose vectors have no size": (GENAI, 2, "stacked flat_heads"),
+    "heads beside dimensions of one sequence and one position": (HYBRID, 4, "one_position square_mask batch_size"),
     "heads that one position leaves without sizes": (PLAIN, 4, "products_as_gemm flat_heads one_position"),
 }
 """Base, tensor parallel size and rewrites."""
@@ -69,6 +70,14 @@ def test_tokens_of_a_batch_behind_a_mask_of_four_dimensions(tmp_path: Path) -> N
     base = next(one for one in BASES if one.name == MIXTURE)
     export = rewritten(base, [NAMED["square_mask"]], random.Random(1))
     assert tried(base, export, 2, tmp_path, generate=True) == ("same", "")
+
+
+@pytest.mark.slow
+def test_symbols_that_show_the_batch_behind_the_sequence_beside_a_number_of_positions(tmp_path: Path) -> None:
+    base = next(one for one in BASES if one.name == "tiny-llama-optimum/model.onnx")
+    rewrites = [NAMED[name] for name in ("no_positions", "symbols", "time_first")]
+    export = rewritten(base, rewrites, random.Random(5))
+    assert tried(base, export, 4, tmp_path) == ("same", "")
 
 
 @pytest.mark.slow
