@@ -22,11 +22,11 @@ from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, layout_of_one, replica_snapshot, snapshot
 from furiosa_llm.runtime.engine.replica import ReplicaUsage
 from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
-from furiosa_llm.runtime.errors import ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.errors import ContextLengthError, InputError, TokenizerError, UnsupportedError
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.model import Model
-from furiosa_llm.runtime.requests.prompts import Prompt, listed, read_prompt
+from furiosa_llm.runtime.requests.prompts import Prompt, check_token_ids, listed, read_prompt
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
 
 Vector = npt.NDArray[np.float32]
@@ -34,6 +34,9 @@ Vector = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 MAX_BATCH_SIZE = 32
+
+_BY_TEXT = 2
+"""Dimensions of an output with one vector for each text."""
 
 # The runtime imports nothing of the builder, where the ops' entries are, and an artifact does not say it of its ops.
 _MIXES_ROWS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul"})
@@ -62,6 +65,14 @@ class PoolingRequestOutput(Generic[T]):
     prompt_token_ids: list[int]
     outputs: T
     finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two texts as one: their tokens, and which of the two each token is of."""
+
+    token_ids: list[int]
+    type_ids: list[int]
 
 
 class Encoder(Model):
@@ -102,7 +113,10 @@ class Encoder(Model):
         self.pooling = pooling
         limits = (manifest.model.max_sequence_length, pooling.max_sequence_length)
         self.max_length = self.max_prompt_length = min((limit for limit in limits if limit is not None), default=None)
+        # What a classifier calls logits is as wide as its labels, and says nothing of its tokens.
         self._vocab_size = manifest.model.vocab_size
+        if len(self._output.shape) == _BY_TEXT:
+            self._vocab_size = None if tokenizer is None else tokenizer.vocab_size
         self._executor = executor
         self._layout = layout_of_one(executor.artifact)
         self._padded = padded
@@ -211,12 +225,11 @@ class Encoder(Model):
             how = replace(
                 how, pooling=pooling or how.pooling, normalize=how.normalize if normalize is None else normalize
             )
-        limit = self._truncation(truncate_prompt_tokens)
-        rows = [self._token_ids(prompt, limit) for prompt in listed(prompts)]
+        rows = self.tokens(prompts, truncate_prompt_tokens=truncate_prompt_tokens)
         vectors: dict[int, Vector] = {}
         tell("reading texts", 0, len(rows))
         for batch in self._batches(rows):
-            vectors.update(zip(batch, self._vectors([rows[index] for index in batch], how), strict=True))
+            vectors.update(zip(batch, self.vectors([rows[index] for index in batch], how), strict=True))
             tell("reading texts", len(vectors), len(rows))
         return [
             PoolingRequestOutput(
@@ -228,6 +241,38 @@ class Encoder(Model):
             for index, row in enumerate(rows)
         ]
 
+    def tokens(
+        self, prompts: Prompt | Sequence[Prompt], *, truncate_prompt_tokens: int | None = None
+    ) -> list[list[int]]:
+        """What is run for each of `prompts`; raises what `encode` does of them."""
+        limit = self._truncation(truncate_prompt_tokens)
+        return [self._token_ids(prompt, limit) for prompt in listed(prompts)]
+
+    def pair(self, text: str, other: str, *, truncate_prompt_tokens: int | None = None) -> Pair:
+        """The same of two texts as the tokenizer puts them together, of which the end of the `other` is cut."""
+        if self.tokenizer is None:
+            raise TokenizerError("the artifact has no tokenizer.json, by which two texts are put together")
+        limit = self._truncation(truncate_prompt_tokens)
+        token_ids, type_ids = self.tokenizer.encode_pair(text, other, max_length=limit)
+        self._check_length(token_ids)
+        return Pair(token_ids=check_token_ids(token_ids, self._vocab_size), type_ids=type_ids)
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the model gives one number for each text, as models do that score a question and an answer."""
+        return self._output.shape == ("batch", 1)
+
+    def scores(self, pairs: Sequence[Pair]) -> list[float]:
+        """The model's number for each of `pairs`, which are of one length, between 0 and 1; only of such a model."""
+        rows, types = [one.token_ids for one in pairs], [one.type_ids for one in pairs]
+        outputs = self._executor.run(prompt_feeds(self._inputs, rows, types))[self._output.name]
+        return [float(one) for one in 1 / (1 + np.exp(-outputs[:, 0].astype(np.float64)))]
+
+    @property
+    def batch_size(self) -> int:
+        """How many texts run together."""
+        return self._batch_size
+
     @property
     def dimensions(self) -> int | None:
         """The length of a vector; None if the model does not say."""
@@ -237,7 +282,7 @@ class Encoder(Model):
     def machine(self, *, running: int = 0, waiting: int = 0) -> MachineSnapshot:
         """What lies on every PE, and what the model has done so far, as one replica of one stage.
 
-        The caller says how many requests are `running` and `waiting`: an encoder knows only what it runs.
+        The caller says how many texts are `running` and `waiting`: an encoder knows only what it runs.
         """
         usage = ReplicaUsage(running=running, waiting=waiting, used_pages=0, num_pages=0, preemptions=0)
         counts = ReplicaCounts(stages=self._executor.counts)
@@ -257,12 +302,15 @@ class Encoder(Model):
 
     def _token_ids(self, prompt: Prompt, limit: int | None) -> list[int]:
         _, row = read_prompt(prompt, self.tokenizer, self._vocab_size, add_special_tokens=True, max_length=limit)
+        self._check_length(row)
+        return row
+
+    def _check_length(self, row: Sequence[int]) -> None:
         if self.max_length is not None and len(row) > self.max_length:
             raise ContextLengthError(
                 f"the prompt has {len(row)} tokens, the model takes at most {self.max_length}; give a shorter one, or "
                 f"truncate_prompt_tokens=-1 to cut it"
             )
-        return row
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """The positions in `rows` of the prompts that run together."""
@@ -271,9 +319,11 @@ class Encoder(Model):
         for group in groups:
             yield from (group[start : start + self._batch_size] for start in range(0, len(group), self._batch_size))
 
-    def _vectors(self, rows: Sequence[Sequence[int]], how: Pooling) -> list[Vector]:
+    def vectors(self, rows: Sequence[Sequence[int]], how: Pooling | None = None) -> list[Vector]:
+        """The vectors of texts that run together, given as `tokens` gives them; `how` stands for the model's own."""
+        how = how or self.pooling
         states = self._executor.run(prompt_feeds(self._inputs, rows))[self._output.name]
-        if states.ndim == 2:
+        if states.ndim == _BY_TEXT:
             return [_finished(row, how) for row in states]
         return [_pooled(row[: len(tokens)], how) for row, tokens in zip(states, rows, strict=True)]
 

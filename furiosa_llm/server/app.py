@@ -21,6 +21,7 @@ from furiosa_llm.server import (
     messages_api,
     page,
     responses_api,
+    scores,
     status,
     tokens,
 )
@@ -88,6 +89,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         (responses_api.router, GENERATING),
         (messages_api.router, ANTHROPICS),
         (embeddings.router, GENERATING),
+        (scores.router, GENERATING),
         (tokens.router, READING),
         (status.router, errors(413, 500)),
         (machine.router, errors(413, 500)),

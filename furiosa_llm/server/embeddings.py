@@ -6,15 +6,14 @@ import asyncio
 import base64
 from collections.abc import Sequence
 
-import numpy as np
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from furiosa_llm.runtime.encoder import Vector
 from furiosa_llm.runtime.requests.prompts import Prompt, listed
 from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import until_disconnect
-from furiosa_llm.server.model import EmbeddingResult
 from furiosa_llm.server.requests import EmbeddingRequest, as_prompt
 from furiosa_llm.server.responses import EmbeddingData, EmbeddingResponse, EmbeddingUsage
 from furiosa_llm.server.state import ServerState, State, require_json
@@ -31,17 +30,21 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, state: Sta
     prompts = listed(body.input)
     if not prompts:
         raise ApiError(400, "input is empty; give at least one text", param="input")
+    if embedder.encoder.scores_pairs:
+        message = f"{state.model.names[0]} scores pairs of texts, and makes no embeddings; use /v1/score or /v1/rerank"
+        raise ApiError(400, message)
     width = embedder.encoder.dimensions
     if body.dimensions not in (None, width):
         raise ApiError(400, f"the model's vectors have {width} dimensions, which cannot be cut", param="dimensions")
     with state.gate.admit(len(prompts)), state.metrics.counting(len(prompts)):
         prompts = [await _tokenized(prompt, body, state) for prompt in prompts]
-        work = embedder.embed(prompts, truncate_prompt_tokens=body.truncate_prompt_tokens)
-        results = await until_disconnect(request.receive, work)
-    num_tokens = sum(len(one.prompt_token_ids) for one in results)
+        limit = body.truncate_prompt_tokens
+        rows = await asyncio.to_thread(embedder.encoder.tokens, prompts, truncate_prompt_tokens=limit)
+        vectors = await until_disconnect(request.receive, embedder.vectors(rows))
+    num_tokens = sum(map(len, rows))
     state.metrics.prompt_tokens.inc(num_tokens)
     usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
-    return await asyncio.to_thread(_response, results, usage, body, state.model.names[0])
+    return await asyncio.to_thread(_response, vectors, usage, body, state.model.names[0])
 
 
 async def _tokenized(prompt: Prompt, body: EmbeddingRequest, state: ServerState) -> Prompt:
@@ -52,18 +55,16 @@ async def _tokenized(prompt: Prompt, body: EmbeddingRequest, state: ServerState)
     return as_prompt(await state.encode(prompt, add_special_tokens=True, max_length=limit), None)
 
 
-def _response(
-    results: Sequence[EmbeddingResult], usage: EmbeddingUsage, body: EmbeddingRequest, model: str
-) -> Response:
+def _response(vectors: Sequence[Vector], usage: EmbeddingUsage, body: EmbeddingRequest, model: str) -> Response:
     """The answer, written vector by vector, so that a thousand of them do not stop other threads."""
-    data = (EmbeddingData(index=index, embedding=_shown(one, body)) for index, one in enumerate(results))
+    data = (EmbeddingData(index=index, embedding=_shown(one, body)) for index, one in enumerate(vectors))
     whole = EmbeddingResponse(model=model, data=[], usage=usage).model_dump_json()
-    vectors = ",".join(one.model_dump_json() for one in data)
-    return Response(whole.replace('"data":[]', f'"data":[{vectors}]', 1), media_type="application/json")
+    written = ",".join(one.model_dump_json() for one in data)
+    return Response(whole.replace('"data":[]', f'"data":[{written}]', 1), media_type="application/json")
 
 
-def _shown(result: EmbeddingResult, body: EmbeddingRequest) -> list[float] | str:
-    vector = result.outputs.embedding
+def _shown(vector: Vector, body: EmbeddingRequest) -> list[float] | str:
     if body.encoding_format == "float":
-        return vector
-    return base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode()
+        numbers: list[float] = vector.tolist()
+        return numbers
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from furiosa_llm.runtime import model
@@ -15,17 +13,15 @@ from furiosa_llm.runtime.artifact.errors import AdapterError
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.record_summary import verification_of
 from furiosa_llm.runtime.async_engine import AsyncLLMEngine
-from furiosa_llm.runtime.encoder import EmbeddingOutput, Encoder, PoolingRequestOutput
+from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.settings import is_text
-
-EmbeddingResult = PoolingRequestOutput[EmbeddingOutput]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,35 +38,6 @@ class Decoder:
     def machine(self) -> MachineSnapshot:
         """What lies on every PE, and what was done so far."""
         return self.engine.core.machine()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Embedder:
-    """A model that makes vectors of texts, one request after another."""
-
-    encoder: Encoder
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "furiosa-encoder"))
-    _under_way: set[Future[list[EmbeddingResult]]] = field(default_factory=set)
-
-    async def embed(
-        self, prompts: Sequence[Prompt], *, truncate_prompt_tokens: int | None = None
-    ) -> list[EmbeddingResult]:
-        """The vectors of `prompts`; see `Encoder.embed`. A request that is cancelled while it waits is not run."""
-        work = self._thread.submit(self.encoder.embed, list(prompts), truncate_prompt_tokens=truncate_prompt_tokens)
-        self._under_way.add(work)
-        work.add_done_callback(self._under_way.discard)
-        return await asyncio.wrap_future(work)
-
-    def machine(self) -> MachineSnapshot:
-        """What lies on every PE, and what was done so far."""
-        under_way = [work.running() for work in list(self._under_way)]
-        running = sum(under_way)
-        return self.encoder.machine(running=running, waiting=len(under_way) - running)
-
-    def close(self) -> None:
-        """Ends the threads; a request that runs fails after the batch of texts that it is at."""
-        self.encoder.close()
-        self._thread.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +143,7 @@ def load_served(
         return ServedModel(
             names=shown,
             artifact=artifact,
-            kind=Embedder(encoder=encoder),
+            kind=Embedder(encoder),
             max_length=encoder.max_length,
             max_prompt_length=encoder.max_length,
             parallelism={"tensor_parallel_size": artifact.manifest.mesh.size},

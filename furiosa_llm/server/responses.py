@@ -228,6 +228,48 @@ class EmbeddingResponse(BaseModel):
     usage: EmbeddingUsage
 
 
+class ScoreData(BaseModel):
+    """How well two texts go together."""
+
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreResponse(BaseModel):
+    """The scores of pairs, in their order, in vLLM's shape."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ScoreData]
+    usage: EmbeddingUsage
+
+
+class RankedDocument(BaseModel):
+    """A document."""
+
+    text: str
+
+
+class RankedResult(BaseModel):
+    """A document by its place in the request, and how well it goes with the query."""
+
+    index: int
+    relevance_score: float
+    document: RankedDocument | None = None
+
+
+class RerankResponse(BaseModel):
+    """The documents that go best with a query, the best one first, in the shape of Jina and Cohere."""
+
+    id: str
+    model: str
+    results: list[RankedResult]
+    usage: EmbeddingUsage
+
+
 class ModelCard(BaseModel):
     """A model that is served. The fields behind `owned_by` are the vendor's."""
 

@@ -13,10 +13,11 @@ from pydantic import BaseModel
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.call_formats import CallFormat, ReasoningFormat
+from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Gate, Generator
 from furiosa_llm.server.metrics import Metrics
-from furiosa_llm.server.model import Decoder, Embedder, ServedModel
+from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.response_store import ResponseStore
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.text_processes import TextWork

@@ -209,18 +209,36 @@ class Tokenizer:
         Special tokens count, and are there however much of the text is not. Raises TokenizerError if `text` is not a
         string of Unicode characters, or has some that are no tokens.
         """
-        if not isinstance(text, str):
-            raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
-        try:
-            encoding = self._encoding(text)
-        except TypeError as error:  # Half of a surrogate pair is no character.
-            raise TokenizerError(f"found {text[:80]!r:.80}, expected text of Unicode characters only") from error
+        encoding = self._read(text)
         if max_length is not None:
             added = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
             encoding.truncate(max(0, max_length - added))
         if add_special_tokens:
             encoding = self._tokenizer.post_process(encoding)
         return list(encoding.ids)
+
+    @_in_library
+    def encode_pair(self, text: str, other: str, *, max_length: int | None = None) -> tuple[list[int], list[int]]:
+        """The tokens of two texts with the special tokens around and between them, and of which text each one is.
+
+        At most `max_length` of them: what is too much is cut from the end of `other`, and then of `text`.
+        """
+        first, second = self._read(text), self._read(other)
+        if max_length is not None:
+            room = max(0, max_length - self._tokenizer.num_special_tokens_to_add(is_pair=True))
+            first.truncate(min(room, len(first)))
+            second.truncate(max(0, room - len(first)))
+        made = self._tokenizer.post_process(first, second)
+        return list(made.ids), list(made.type_ids)
+
+    def _read(self, text: str) -> tokenizers.Encoding:
+        """What a text is, without special tokens; raises TokenizerError if it is none."""
+        if not isinstance(text, str):
+            raise TokenizerError(f"found {text!r:.80} of type {type(text).__name__}, expected text")
+        try:
+            return self._encoding(text)
+        except TypeError as error:  # Half of a surrogate pair is no character.
+            raise TokenizerError(f"found {text[:80]!r:.80}, expected text of Unicode characters only") from error
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         if len(text) < _LONG:

@@ -16,7 +16,7 @@ import pytest
 from furiosa_llm import LLM
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.server.model import Embedder
+from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.settings import ServerSettings
 from tests.server.conftest import connected, error_of, load, metric, serving
 
@@ -136,7 +136,7 @@ def test_closing_does_not_wait_for_all_texts_of_a_request(
 
     async def embed_and_close() -> None:
         assert isinstance(model.kind, Embedder)
-        asked = asyncio.create_task(model.kind.embed([[5] * (1 + index % 400) for index in range(4000)]))
+        asked = asyncio.create_task(model.kind.vectors([[5] * (1 + index % 400) for index in range(4000)]))
         await asyncio.to_thread(runs.acquire)
         await asyncio.to_thread(model.close)
         with pytest.raises(ExecutionError, match=r"the executor (is|was) closed"):
@@ -145,6 +145,62 @@ def test_closing_does_not_wait_for_all_texts_of_a_request(
     asyncio.run(embed_and_close())
     begun = 1 + sum(runs.acquire(blocking=False) for _ in range(4000))
     assert begun < 400  # of as many as there are lengths
+
+
+def test_texts_of_one_length_run_together_whoever_sent_them(
+    encoder_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(encoder_artifact)
+    assert isinstance(model.kind, Embedder)
+    embedder, sizes, first = model.kind, [], threading.Event()
+    run = embedder.encoder.vectors
+
+    def held(rows: Any) -> Any:
+        sizes.append((len(rows), len(rows[0])))
+        first.wait(60)
+        return run(rows)
+
+    requests = [[[7, 8, 9], [5] * 7], [[9] * 5], [[4, 5, 6]], [[6] * 5, [1, 2, 3]]]
+
+    async def ask() -> list[list[Any]]:
+        asked = [asyncio.create_task(embedder.vectors(rows)) for rows in ([[3]], *requests)]
+        gone = asyncio.create_task(embedder.vectors([[2, 2, 2]]))
+        await asyncio.sleep(0.05)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        first.set()
+        return (await asyncio.gather(*asked))[1:]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder.encoder, "vectors", held)
+        found = asyncio.run(ask())
+    assert sizes == [(1, 1), (3, 3), (1, 7), (2, 5)]
+    for rows, vectors in zip(requests, found, strict=True):
+        for row, vector in zip(rows, vectors, strict=True):
+            np.testing.assert_array_equal(vector, run([row])[0])
+    model.close()
+
+
+def test_a_request_that_fails_takes_no_other_with_it(encoder_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(encoder_artifact)
+    assert isinstance(model.kind, Embedder)
+    embedder, run = model.kind, model.kind.encoder.vectors
+
+    def failing(rows: Any) -> Any:
+        if len(rows[0]) == 2:
+            raise ExecutionError("no")
+        return run(rows)
+
+    async def ask() -> list[Any]:
+        asked = (embedder.vectors([[1, 2], [3]]), embedder.vectors([[4, 5, 6]]))
+        return list(await asyncio.gather(*asked, return_exceptions=True))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder.encoder, "vectors", failing)
+        failed, vectors = asyncio.run(ask())
+    assert isinstance(failed, ExecutionError)
+    np.testing.assert_array_equal(vectors[0], run([[4, 5, 6]])[0])
+    model.close()
 
 
 def test_a_long_text_is_cut_like_a_short_one(model: tuple[openai.OpenAI, str]) -> None:
