@@ -187,6 +187,10 @@ harmed-files: $(INSTALLED) ## files of an artifact cut short, replaced and delet
 hostile-programs: $(INSTALLED) ## programs that never end or take all memory: each ends with an error, soon and small
 	$(BIN)/python -m tests.campaigns.hostile_programs
 
+.PHONY: clients
+clients: $(INSTALLED) ## clients of the server, each in an environment of its own, against a model that says what they want
+	$(BIN)/python -m tests.clients
+
 COUNT ?= 1000
 
 .PHONY: server-campaign
@@ -228,7 +232,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
+release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs clients server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -7,17 +7,23 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 TIMEOUT = 60
 MAIN = "from furiosa_llm.cli.main import main; main()"
 
 
 class Process:
-    """A server in a process, with the environment `env`, by default its parent's."""
+    """A server in a process, with the environment `env`, by default its parent's; `program` is what Python runs."""
 
-    def __init__(self, *arguments: object, env: Mapping[str, str] | None = None) -> None:
-        everything = [sys.executable, "-uc", MAIN, "serve", *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
+    def __init__(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-uc", MAIN, "serve"),
+    ) -> None:
+        everything = [sys.executable, *program, *map(str, arguments), "--host", "127.0.0.1", "--port", "0"]
         self.process = subprocess.Popen(
             everything, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
         )
@@ -58,9 +64,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def started(*arguments: object, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+def started(*arguments: object, **options: Any) -> Iterator[Process]:
     """A server that takes requests."""
-    process = Process(*arguments, env=env)
+    process = Process(*arguments, **options)
     try:
         yield process
     finally:
