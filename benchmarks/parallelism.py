@@ -16,7 +16,7 @@ from benchmarks.parity import PROMPTS
 from benchmarks.stepping import PAST, Served, alternate, decode_milliseconds, ratio, replicas
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.placement.stages import choose_stages
-from furiosa_llm.runtime.runners.batch import Decode, Prefill, Row, Runner
+from furiosa_llm.runtime.runners.batch import Decode, Piece, Prefill, Row, Runner
 from furiosa_llm.runtime.runners.process_runner import ProcessHost
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 
@@ -138,8 +138,8 @@ def _workers(size: int) -> Iterator[Bar]:
 
 def greedy_tokens(runner: Runner, prompt: Sequence[int], count: int = _TOKENS) -> list[int]:
     """The likeliest `count` tokens behind `prompt`."""
-    prefill = Prefill(group=0, copies=(), sequence_id=0, slot=0, start=0, tokens=tuple(prompt), logits="last")
-    tokens = [int(runner.submit(prefill).result()[-1].argmax())]
+    piece = Piece(sequence_id=0, slot=0, start=0, tokens=tuple(prompt), logits="last")
+    tokens = [int(runner.submit(Prefill(group=0, copies=(), pieces=(piece,))).result()[-1].argmax())]
     while len(tokens) < count:
         row = Row(sequence_id=0, start=len(prompt) + len(tokens) - 1, token=tokens[-1])
         logits = runner.submit(Decode(group=0, copies=(), rows=(row,))).result()

@@ -32,7 +32,6 @@ _STEPS = 500
 _MAX_LENGTH = 2048
 _CANNED = 4
 """Different logits that an instant runner takes turns with, so that texts are no endless repetition of a token."""
-_PREFILL_ROWS = {"none": 0, "last": 1}
 
 
 def bars() -> Iterator[Bar]:
@@ -111,9 +110,9 @@ class InstantRunner:
         full = isinstance(batch, Decode) and len(batch.rows) == self._rows
         if full and self._ended is not None:
             self.between.append(started - self._ended)
-        rows = len(batch.rows) if isinstance(batch, Decode) else _PREFILL_ROWS[batch.logits]
+        wanted = batch.rows if isinstance(batch, Decode) else [i for piece in batch.pieces for i in piece.wanted]
         future: Future[Array] = Future()
-        future.set_result(self._canned[self._count % _CANNED][:rows])
+        future.set_result(self._canned[self._count % _CANNED][: len(wanted)])
         self._count += 1
         self._ended = time.perf_counter() if full else None
         return future

@@ -18,7 +18,7 @@ from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.decoder import DecoderSession
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE
-from furiosa_llm.runtime.runners.batch import Decode, Prefill, Row, Runner, WantedLogits
+from furiosa_llm.runtime.runners.batch import Decode, Piece, Prefill, Row, Runner, WantedLogits
 from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
 from furiosa_llm.runtime.verification.reference import ReferenceModel
 
@@ -59,16 +59,14 @@ class Served:
         self._length = count
         for slot in range(self._rows):
             for start in range(0, count, DEFAULT_CHUNK_SIZE):
-                batch = Prefill(
-                    group=self._group,
-                    copies=(),
+                piece = Piece(
                     sequence_id=slot,
                     slot=slot,
                     start=start,
                     tokens=tuple(range(start + 1, min(start + DEFAULT_CHUNK_SIZE, count) + 1)),
                     logits=self._logits,
                 )
-                self._runner.submit(batch).result()
+                self._runner.submit(Prefill(group=self._group, copies=(), pieces=(piece,))).result()
 
     def start(self) -> Future[Array]:
         """Starts a step of one token of each sequence."""

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.states import SlotStates
 from furiosa_llm.runtime.placement.stages import choose_stages
-from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.batch import Batch, Decode, Piece, Prefill, Row, WantedLogits
 from furiosa_llm.runtime.runners.local_runner import Host
 from tests.support.runtime.models import LlamaSize, llama
 from tests.support.runtime.runners import VOCAB, CountingRunner
@@ -53,9 +52,10 @@ def _counted(tmp_path: Path, how: str, times: int) -> tuple[int, list[str]]:
     return found["nbytes_read"], found["mapped"]
 
 
-def prefill(group: int, slot: int, count: int) -> Prefill:
+def prefill(group: int, slot: int, count: int, logits: WantedLogits = "all") -> Prefill:
     tokens = tuple(range(1, count + 1))
-    return Prefill(group=group, copies=(), sequence_id=slot, slot=slot, start=0, tokens=tokens, logits="all")
+    piece = Piece(sequence_id=slot, slot=slot, start=0, tokens=tokens, logits=logits)
+    return Prefill(group=group, copies=(), pieces=(piece,))
 
 
 def decode(group: int, rows: int, start: int) -> Decode:
@@ -154,12 +154,12 @@ def test_greedy_tokens_follow_each_other(staged: StagedRunner) -> None:
 def test_time_between_full_decodes_is_counted() -> None:
     runner = InstantRunner(rows=2, vocabulary=VOCAB)
     full, partial = decode(0, 2, 1), decode(0, 1, 1)
-    for batch in (replace(prefill(0, 0, 3), logits="last"), full, full, full, partial, full, full):
+    for batch in (prefill(0, 0, 3, "last"), full, full, full, partial, full, full):
         logits = runner.submit(batch).result()
     assert len(runner.between) == 3
     assert all(seconds > 0 for seconds in runner.between)
     assert logits.shape == (2, VOCAB)
-    assert runner.submit(replace(prefill(0, 0, 3), logits="none")).result().shape == (0, VOCAB)
+    assert runner.submit(prefill(0, 0, 3, "none")).result().shape == (0, VOCAB)
 
 
 def test_the_kv_of_a_slot_is_counted(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from furiosa_llm.bench.load import Observed, Record
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.engine.router import choose_replica
 from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE, Scheduler, SchedulerLimits
-from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill
+from furiosa_llm.runtime.runners.batch import Batch, Decode, Piece, Prefill, Row
 from furiosa_llm.simulate.closed_form import check_room
 from furiosa_llm.simulate.requests import Request
 from furiosa_llm.simulate.steps import Steps
@@ -197,8 +197,8 @@ class _Clock:
             length = sum(row.start for row in batch.rows) / rows + 1
             replica.decoding[batch.group] = rows, length
             return steps.seconds(steps.decode(rows, length), stage)
-        last = batch.logits != "none"
-        alone = steps.prefill(len(batch.tokens), batch.start, last=last)
+        works = [steps.prefill(len(one.tokens), one.start, last=one.logits != "none") for one in batch.pieces]
+        alone = sum(works[1:], start=works[0])
         rows, length = replica.decoding.get(batch.group, (0, 0.0))
         if not steps.software.mixed.value or not rows:
             return steps.seconds(alone, stage)
@@ -208,16 +208,15 @@ class _Clock:
     def _note(self, replica: _Replica, batch: Batch, stage: int, begin: float, end: float) -> None:
         if self._spans is None:
             return
-        prefill = isinstance(batch, Prefill)
-        members = (batch.sequence_id,) if isinstance(batch, Prefill) else tuple(row.sequence_id for row in batch.rows)
+        parts: Sequence[Piece | Row] = batch.pieces if isinstance(batch, Prefill) else batch.rows
         self._spans.append(
             Span(
                 replica=replica.number,
                 stage=stage,
                 begin=begin,
                 end=end,
-                kind="prefill" if prefill else "decode",
-                tokens=len(batch.tokens) if isinstance(batch, Prefill) else len(batch.rows),
-                sequences=members,
+                kind="prefill" if isinstance(batch, Prefill) else "decode",
+                tokens=batch.num_tokens if isinstance(batch, Prefill) else len(batch.rows),
+                sequences=tuple(one.sequence_id for one in parts),
             )
         )

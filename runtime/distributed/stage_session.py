@@ -10,7 +10,7 @@ import numpy as np
 
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
-from furiosa_llm.runtime.distributed.wire import Message, num_rows, parse_batch, parse_tensors
+from furiosa_llm.runtime.distributed.wire import Message, parse_batch, parse_tensors
 from furiosa_llm.runtime.errors import WireError
 from furiosa_llm.runtime.execution.binding import private_block
 from furiosa_llm.runtime.execution.counters import Counters, count_run, count_send, new_counters, rows_of
@@ -109,7 +109,7 @@ class StageSession:
         if pending.batch is not None:
             raise WireError(f"batch {message.number} comes a second time")
         pending.batch, pending.picks = batch, picks
-        pending.results = Results(batch, steps_of(batch, self._model.traits, self._model.companions))
+        pending.results = Results(steps_of(batch, self._model.traits, self._model.companions))
         self._buffers[batch.group].copy(batch)
 
     def take_tensors(self, message: Message) -> None:
@@ -183,8 +183,10 @@ class StageSession:
 
     def _check(self, batch: Batch) -> None:
         """Raises WireError for a batch that has no place here."""
-        rows = [(batch.slot, batch.start, len(batch.tokens))] if isinstance(batch, Prefill) else []
-        rows += [] if isinstance(batch, Prefill) else [(i, row.start, 1) for i, row in enumerate(batch.rows)]
+        if isinstance(batch, Prefill):
+            rows = [(piece.slot, piece.start, len(piece.tokens)) for piece in batch.pieces]
+        else:
+            rows = [(index, row.start, 1) for index, row in enumerate(batch.rows)]
         places = [slot for slot, _, _ in rows] + [slot for one in batch.copies for slot in (one.source, one.target)]
         ends = [start + count for _, start, count in rows] + [one.length for one in batch.copies]
         least = min([start for _, start, _ in rows] + [one.length for one in batch.copies])
@@ -192,7 +194,7 @@ class StageSession:
             batch.group < len(self._buffers)
             and 0 <= min(places) <= max(places) < self._slots
             and 0 <= least <= max(ends) <= self._max_length
-            and num_rows(batch) <= self._max_length * self._slots
+            and len(rows) <= self._slots
         ):
             raise WireError(
                 f"a batch of group {batch.group}, slots {min(places)} to {max(places)} and {max(ends)} positions, of "

@@ -25,7 +25,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, parse_json
 from furiosa_llm.runtime.errors import ExecutionError, KernelError, StageError, UnsupportedError, WireError, WorkerError
 from furiosa_llm.runtime.placement.stages import Stage
-from furiosa_llm.runtime.runners.batch import Batch, Companions, Copy, Decode, Picked, Prefill, Row, WantedLogits
+from furiosa_llm.runtime.runners.batch import Batch, Companions, Copy, Decode, Picked, Piece, Prefill, Row, WantedLogits
 
 MAX_FRAME_NBYTES = 2**26
 """What a socket takes of one frame; a longer one is refused by its announced length, and the connection closed."""
@@ -38,6 +38,8 @@ _VERSION = 1
 _MAX_JSON_NBYTES = 2**20
 _MAX_DIMS = 8
 _WANTED: tuple[WantedLogits, ...] = get_args(WantedLogits)
+_PIECE, _ROW = 7, 5
+"""Integers of a piece, but for its tokens, and of a row."""
 
 T = TypeVar("T")
 Frames = list[bytes | memoryview]
@@ -233,8 +235,14 @@ def batch_bytes(batch: Batch, picks: Sequence[bool]) -> bytes:
     """What `parse_batch` reads; `picks` says for each row of logits whether its likeliest token is enough."""
     copies = [number for copy in batch.copies for number in (copy.source, copy.target, copy.length)]
     if isinstance(batch, Prefill):
-        own = [batch.sequence_id, batch.slot, batch.start, _WANTED.index(batch.logits), key_of(batch.adapter)]
-        body = [0, batch.group, len(batch.copies), len(batch.tokens), *own, any(picks), *copies, *batch.tokens]
+        left = iter(picks)
+        numbers = []
+        for one in batch.pieces:
+            pick = any(itertools.islice(left, len(one.wanted)))
+            numbers += [one.sequence_id, one.slot, one.start, _WANTED.index(one.logits), key_of(one.adapter), pick]
+            numbers.append(len(one.tokens))
+        tokens = [token for piece in batch.pieces for token in piece.tokens]
+        body = [0, batch.group, len(batch.copies), len(batch.pieces), *copies, *numbers, *tokens]
     else:
         rows = zip(batch.rows, picks, strict=True)
         numbers = [n for row, pick in rows for n in (row.sequence_id, row.start, row.token, key_of(row.adapter), pick)]
@@ -249,42 +257,57 @@ def parse_batch(data: memoryview, adapters: Mapping[int, Adapter]) -> tuple[Batc
         raise WireError(f"a batch of {len(numbers)} integers")
     kind, group, num_copies, count = numbers[:4]
     is_prefill = kind == 0
-    own = 6 if is_prefill else 0
-    expected = 4 + own + 3 * num_copies + (count if is_prefill else 5 * count)
-    if kind not in (0, 1) or min(numbers[:4]) < 0 or count < 1 or len(numbers) != expected:
-        raise WireError(f"a batch of kind {kind} with {num_copies} copies and {count} rows in {len(numbers)} integers")
-    start = 4 + own + 3 * num_copies
-    triples = [numbers[at : at + 3] for at in range(4 + own, start, 3)]
+    start = 4 + 3 * num_copies
+    tokens = start + (_PIECE if is_prefill else _ROW) * count  # where those of a prefill begin
+    if kind not in (0, 1) or min(numbers[:4]) < 0 or count < 1 or len(numbers) < tokens:
+        raise WireError(f"a batch of kind {kind} with {num_copies} copies and {count} parts in {len(numbers)} integers")
+    parts = [numbers[at : at + (tokens - start) // count] for at in range(start, tokens, (tokens - start) // count)]
+    sizes = [part[-1] for part in parts] if is_prefill else []
+    if (is_prefill and min(sizes) < 1) or len(numbers) != tokens + sum(sizes):
+        raise WireError(f"a batch of kind {kind} with {count} parts and {sizes} tokens in {len(numbers)} integers")
+    triples = [numbers[at : at + 3] for at in range(4, start, 3)]
     copies = tuple(Copy(source=source, target=target, length=length) for source, target, length in triples)
-    if not is_prefill:
-        quintuples = [numbers[at : at + 5] for at in range(start, len(numbers), 5)]
-        rows = tuple(
-            Row(sequence_id=sequence, start=past, token=token, adapter=_adapter(key, adapters))
-            for sequence, past, token, key, _ in quintuples
-        )
-        return Decode(group=group, copies=copies, rows=rows), tuple(bool(one[4]) for one in quintuples)
-    sequence, slot, past, wanted, key, pick = numbers[4 : 4 + own]
-    if wanted not in range(len(_WANTED)):
-        raise WireError(f"a prefill that wants the logits {wanted}")
-    logits = _WANTED[wanted]
-    prefill = Prefill(
-        group=group,
-        copies=copies,
-        sequence_id=sequence,
-        slot=slot,
-        start=past,
-        tokens=tuple(numbers[start:]),
-        logits=logits,
-        adapter=_adapter(key, adapters),
+    if is_prefill:
+        return _prefill(group, copies, parts, numbers[tokens:], adapters)
+    rows = tuple(
+        Row(sequence_id=sequence, start=past, token=token, adapter=_adapter(key, adapters))
+        for sequence, past, token, key, _ in parts
     )
-    return prefill, () if logits == "none" else (bool(pick),) * (count if logits == "all" else 1)
+    return Decode(group=group, copies=copies, rows=rows), tuple(bool(part[4]) for part in parts)
+
+
+def _prefill(
+    group: int,
+    copies: tuple[Copy, ...],
+    parts: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    adapters: Mapping[int, Adapter],
+) -> tuple[Prefill, tuple[bool, ...]]:
+    pieces: list[Piece] = []
+    picks: list[bool] = []
+    end = 0
+    for sequence, slot, past, wanted, key, pick, size in parts:
+        if wanted not in range(len(_WANTED)):
+            raise WireError(f"a prefill that wants the logits {wanted}")
+        first, end = end, end + size
+        piece = Piece(
+            sequence_id=sequence,
+            slot=slot,
+            start=past,
+            tokens=tuple(tokens[first:end]),
+            logits=_WANTED[wanted],
+            adapter=_adapter(key, adapters),
+        )
+        pieces.append(piece)
+        picks += [bool(pick)] * len(piece.wanted)
+    return Prefill(group=group, copies=copies, pieces=tuple(pieces)), tuple(picks)
 
 
 def num_rows(batch: Batch) -> int:
     """The rows of logits that `batch` gives."""
     if isinstance(batch, Decode):
         return len(batch.rows)
-    return {"none": 0, "last": 1, "all": len(batch.tokens)}[batch.logits]
+    return sum(len(piece.wanted) for piece in batch.pieces)
 
 
 def integers(data: memoryview) -> Integers:

@@ -120,6 +120,8 @@ def make_plan(args: EngineArgs, artifact: Artifact | None = None) -> Plan:
     if invariance is not None and not (invariance.chunks and scheduling.prefill_chunk_size > LEAST_CHUNK):
         # What follows a prefix that is found would have other bits than in the whole prompt.
         scheduling = replace(scheduling, prefix_caching=False)
+    if invariance is not None and not (invariance.chunks and invariance.invariant):
+        scheduling = replace(scheduling, prompts_together=False)
     return Plan(
         artifact=artifact,
         tokenizer=tokenizer_of(artifact, args.tokenizer, wait=False),

@@ -323,7 +323,8 @@ class Replica:
         with self._scheduler_lock:
             batch = self._scheduler.schedule()
             if isinstance(batch, Prefill):
-                self._table.begin(batch.sequence_id, self._scheduler.num_cached_tokens(batch.sequence_id))
+                for piece in batch.pieces:
+                    self._table.begin(piece.sequence_id, self._scheduler.num_cached_tokens(piece.sequence_id))
         return batch
 
     def _report(self, number: int, logits: Future[Array] | Future[Picked]) -> None:
@@ -411,7 +412,7 @@ class Replica:
 
 def _describe(batch: Batch) -> str:
     if isinstance(batch, Prefill):
-        return f"prefill of {len(batch.tokens)} tokens after {batch.start}"
+        return f"prefill of {batch.num_tokens} tokens after {batch.pieces[0].start}"
     return f"decode of {len(batch.rows)} sequences"
 
 

@@ -54,7 +54,7 @@ class ReplicaMeter:
         """Counts a batch that is done."""
         self._copies += len(batch.copies)
         if isinstance(batch, Prefill):
-            self._prefilled += len(batch.tokens)
+            self._prefilled += batch.num_tokens
         else:
             self._decoded += len(batch.rows)
 

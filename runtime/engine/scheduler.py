@@ -7,10 +7,10 @@ from bisect import insort
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from furiosa_llm.runtime.adapters.adapter import Adapter, key_of
-from furiosa_llm.runtime.engine.slots import WORTH_A_COPY, Pages, SequenceState, SlotGroup, reusable_length
+from furiosa_llm.runtime.adapters.adapter import Adapter
+from furiosa_llm.runtime.engine.slots import Pages, SequenceState, SlotGroup, reusable_length
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
-from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.batch import Batch, Decode, Piece, Prefill, Row
 
 PAGE_SIZE = 16
 """Tokens of one page of KV. Pages are only counted: small ones cost nothing, and waste 8 tokens a sequence."""
@@ -34,6 +34,8 @@ class SchedulerLimits:
     """The greatest number of tokens in a prefill batch."""
     prefix_caching: bool = True
     """Whether prompts find the KV of earlier ones that begin alike."""
+    prompts_together: bool = True
+    """Whether prompts that fit into one prefill batch are in it together."""
     batch_invariant: bool = False
     """Whether KV is always computed in the same steps, whoever else is served: what was generated is computed again
     token by token after a preemption, and not found by other prompts."""
@@ -63,7 +65,15 @@ class Scheduler:
         limits = self.limits
         self._pages = Pages(limits.num_pages, limits.page_size)
         self._groups = [
-            SlotGroup(index, limits.slots_per_group, self._pages, limits.prefix_caching, limits.batch_invariant)
+            SlotGroup(
+                index,
+                limits.slots_per_group,
+                self._pages,
+                chunk_size=limits.prefill_chunk_size,
+                prefix_caching=limits.prefix_caching,
+                prompts_together=limits.prompts_together,
+                batch_invariant=limits.batch_invariant,
+            )
             for index in range(limits.num_groups)
         ]
         self._sequences: dict[int, SequenceState] = {}
@@ -191,7 +201,7 @@ class Scheduler:
         return None
 
     def sequences_to_sample(self, batch: Batch) -> tuple[int, ...]:
-        """The sequences whose next token `complete` expects: all sequences of a decode, or the one whose prefill ends.
+        """The sequences whose next token `complete` expects: all sequences of a decode, or those whose prefill ends.
 
         Sequences that were aborted meanwhile are left out.
 
@@ -199,10 +209,10 @@ class Scheduler:
             SchedulingError: The batch is not under way.
         """
         self._group_of(batch)
-        members = (self._sequences[sequence_id] for sequence_id in _members(batch))
+        members = [self._sequences[sequence_id] for sequence_id in _members(batch)]
         if isinstance(batch, Prefill):
-            end = batch.start + len(batch.tokens)
-            members = (sequence for sequence in members if end == len(sequence.tokens))
+            pairs = zip(batch.pieces, members, strict=True)
+            members = [sequence for piece, sequence in pairs if piece.end == len(sequence.tokens)]
         return tuple(sequence.sequence_id for sequence in members if not sequence.aborted)
 
     def complete(self, batch: Batch, tokens: Mapping[int, int], finished: Collection[int] = ()) -> None:
@@ -269,13 +279,13 @@ class Scheduler:
             for row in batch.rows:
                 self._sequences[row.sequence_id].slot.length += 1
             return
-        sequence = self._sequences[batch.sequence_id]
-        end = batch.start + len(batch.tokens)
-        sequence.slot.length = end
-        sequence.delivered = max(sequence.delivered, min(end, sequence.prompt_length))
-        if end == len(sequence.tokens):
-            group.prefilling = None
-            group.decoding.append(sequence)
+        for piece in batch.pieces:
+            sequence = self._sequences[piece.sequence_id]
+            sequence.slot.length = piece.end
+            sequence.delivered = max(sequence.delivered, min(piece.end, sequence.prompt_length))
+            if piece.end == len(sequence.tokens):
+                group.prefilling.remove(sequence)
+                group.decoding.append(sequence)
 
     def _leave(self, sequence: SequenceState) -> None:
         if sequence.group is not None:
@@ -290,52 +300,39 @@ class Scheduler:
         while self._waiting:
             sequence = self._waiting[0]
             needed = self._pages.needed(len(sequence.tokens) + 1)
-            ready = any(group.is_ready_for_a_prompt for group in self._groups)
+            open_groups = [group for group in self._groups if group.takes(sequence)]
+            ready = any(group.is_ready_for_a_prompt for group in open_groups)
             if not ready or self._pages.held + needed > self._pages.total:
                 return
             del self._waiting[0]
-            group = self._choose_group(sequence)
-            group.admit(sequence, self.limits.prefill_chunk_size, next(self._uses))
+            group = _choose_group(sequence, open_groups)
+            group.admit(sequence, next(self._uses))
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.slot.length
 
-    def _choose_group(self, sequence: SequenceState) -> SlotGroup:
-        """The group with the longest match, of the groups that have the fewest sequences or one more.
-
-        No match is worth leaving a group empty while another is not: a stage would have nothing to do.
-        """
-        open_groups = [group for group in self._groups if group.takes_a_prompt]
-        least = min(group.load for group in open_groups)
-        suitable = [group for group in open_groups if group.load <= least + min(least, 1)]
-
-        def rank(group: SlotGroup) -> tuple[int, int, bool]:
-            match = group.match(sequence.tokens, sequence.reusable, key_of(sequence.adapter))
-            return (-match if match >= WORTH_A_COPY else 0, group.load, not group.is_ready_for_a_prompt)
-
-        return min(suitable, key=rank)
-
     def _next_batch(self, group: SlotGroup) -> Batch | None:
         """The batch whose turn it is, or the other kind if there is no batch of it."""
-        if group.prefilling is not None and group.prefill_is_next:
-            return self._prefill(group, group.prefilling)
+        if group.prefilling and group.prefill_is_next:
+            return self._prefill(group)
         decode = self._decode(group)
-        if decode is None and group.prefilling is not None:
-            return self._prefill(group, group.prefilling)
-        return decode
+        return self._prefill(group) if decode is None and group.prefilling else decode
 
-    def _prefill(self, group: SlotGroup, sequence: SequenceState) -> Prefill:
-        start = sequence.slot.length
-        end, logits = sequence.chunk(start, self.limits.prefill_chunk_size)
-        return Prefill(
-            group=group.index,
-            copies=group.take_copies(),
-            sequence_id=sequence.sequence_id,
-            slot=sequence.slot.index,
-            start=start,
-            tokens=tuple(sequence.tokens[start:end]),
-            logits=logits,
-            adapter=sequence.adapter,
-        )
+    def _prefill(self, group: SlotGroup) -> Prefill:
+        pieces: list[Piece] = []
+        for sequence in group.prefilling:
+            start = sequence.slot.length
+            end, logits = sequence.chunk(start, self.limits.prefill_chunk_size)
+            pieces.append(
+                Piece(
+                    sequence_id=sequence.sequence_id,
+                    slot=sequence.slot.index,
+                    start=start,
+                    tokens=tuple(sequence.tokens[start:end]),
+                    logits=logits,
+                    adapter=sequence.adapter,
+                )
+            )
+        return Prefill(group=group.index, copies=group.take_copies(), pieces=tuple(pieces))
 
     def _decode(self, group: SlotGroup) -> Decode | None:
         if not self._make_room_for_next_tokens(group) or not group.decoding:
@@ -375,8 +372,7 @@ class Scheduler:
         for group in self._groups:
             if group.under_way is None:
                 yield from group.decoding
-                if group.prefilling is not None:
-                    yield group.prefilling
+                yield from group.prefilling
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Sends a sequence back to its place among the waiting ones. It will compute again what is not found then."""
@@ -391,9 +387,23 @@ def _members(batch: Batch | None) -> Collection[int]:
     if batch is None:
         return ()
     if isinstance(batch, Prefill):
-        return (batch.sequence_id,)
+        return {piece.sequence_id: None for piece in batch.pieces}
     return {row.sequence_id: None for row in batch.rows}
 
 
 def _arrival(sequence: SequenceState) -> int:
     return sequence.arrival
+
+
+def _choose_group(sequence: SequenceState, open_groups: Sequence[SlotGroup]) -> SlotGroup:
+    """The group with the longest match, of the groups that have the fewest sequences or one more.
+
+    No match is worth leaving a group empty while another is not: a stage would have nothing to do.
+    """
+    least = min(group.load for group in open_groups)
+    suitable = [group for group in open_groups if group.load <= least + min(least, 1)]
+
+    def rank(group: SlotGroup) -> tuple[int, int, bool]:
+        return (-group.worthwhile_match(sequence), group.load, not group.is_ready_for_a_prompt)
+
+    return min(suitable, key=rank)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from furiosa_llm.runtime.adapters.adapter import Adapter, key_of
-from furiosa_llm.runtime.runners.batch import Batch, Copy, WantedLogits
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Prefill, WantedLogits
 
 WORTH_A_COPY = 16
-"""The least number of tokens for which a copy of KV is made; fewer are computed again."""
+"""The least number of tokens whose KV is taken over from a slot; fewer are computed again."""
 
 LEAST_CHUNK = 2
 """The least number of tokens of a prompt that are computed after others, where the limits allow it.
@@ -143,24 +143,34 @@ class SlotGroup:
     """
 
     def __init__(
-        self, index: int, num_slots: int, pages: Pages, prefix_caching: bool, batch_invariant: bool = False
+        self,
+        index: int,
+        num_slots: int,
+        pages: Pages,
+        *,
+        chunk_size: int,
+        prefix_caching: bool,
+        prompts_together: bool,
+        batch_invariant: bool,
     ) -> None:
         self.index = index
         self.slots = [Slot(index=number) for number in range(num_slots)]
-        self.prefilling: SequenceState | None = None
+        self.prefilling: list[SequenceState] = []
         self.decoding: list[SequenceState] = []
         self.under_way: Batch | None = None
         self.last_was_prefill = False
         self._copies: list[Copy] = []
         self._pages = pages
         pages.slots += self.slots
+        self._chunk_size = chunk_size
         self._prefix_caching = prefix_caching
+        self._prompts_together = prompts_together
         self._batch_invariant = batch_invariant
 
     @property
     def load(self) -> int:
         """How many sequences run in this group."""
-        return len(self.decoding) + (self.prefilling is not None)
+        return len(self.decoding) + len(self.prefilling)
 
     @property
     def prefill_is_next(self) -> bool:
@@ -168,14 +178,36 @@ class SlotGroup:
         return not (self.last_was_prefill and self.decoding)
 
     @property
-    def takes_a_prompt(self) -> bool:
-        """Whether a sequence may be admitted: one is prefilled at a time, and there is a free slot."""
-        return self.prefilling is None and len(self.decoding) < len(self.slots)
-
-    @property
     def is_ready_for_a_prompt(self) -> bool:
-        """Whether a sequence that is admitted now can be in the next batch."""
-        return self.takes_a_prompt and self.under_way is None and self.prefill_is_next
+        """Whether a sequence that is admitted now is in the next batch."""
+        return self.under_way is None and self.prefill_is_next
+
+    def takes(self, sequence: SequenceState) -> bool:
+        """Whether a sequence may be admitted: there is a free slot, and no other is prefilled, or it can be so too."""
+        return self.load < len(self.slots) and (not self.prefilling or self._joins(sequence))
+
+    def _joins(self, sequence: SequenceState) -> bool:
+        """Whether one batch prefills a sequence and those that wait for it, each from its first token to its last.
+
+        A sequence of which much is in a slot, or will be after that batch, is better prefilled by itself.
+        """
+        if not self._prompts_together or isinstance(self.under_way, Prefill):
+            return False
+        everyone = [*self.prefilling, sequence]
+        if sum(len(one.tokens) for one in everyone) > self._chunk_size:
+            return False
+        if any(one.chunk(0, self._chunk_size)[0] < len(one.tokens) for one in everyone):
+            return False
+        return not (self.worthwhile_match(sequence) or any(self._is_like(sequence, one) for one in self.prefilling))
+
+    def _is_like(self, sequence: SequenceState, other: SequenceState) -> bool:
+        """Whether other tokens of a sequence are in a slot already, or a sequence would find much in another's slot."""
+        if other.slot.length:
+            return True
+        if not self._prefix_caching or key_of(sequence.adapter) != key_of(other.adapter):
+            return False
+        limit = min(sequence.reusable, len(other.tokens))
+        return common_prefix(other.tokens, sequence.tokens, limit) >= WORTH_A_COPY
 
     def take_copies(self) -> tuple[Copy, ...]:
         """The copies that were decided since the last batch, in order; the batch that is about to start has them."""
@@ -187,34 +219,40 @@ class SlotGroup:
         """How many of the first `limit` tokens one of the slots has, computed with the adapter of that key."""
         return self._longest_match(tokens, limit, self.slots, adapter)[1] if self._prefix_caching else 0
 
-    def admit(self, sequence: SequenceState, chunk_size: int, now: int) -> None:
+    def worthwhile_match(self, sequence: SequenceState) -> int:
+        """How many of a sequence's tokens need not be computed; 0 if they are fewer than are worth a copy."""
+        match = self.match(sequence.tokens, sequence.reusable, key_of(sequence.adapter))
+        return match if match >= WORTH_A_COPY else 0
+
+    def admit(self, sequence: SequenceState, now: int) -> None:
         """Gives a sequence a slot, the KV that is found for it, and the pages of its tokens and the next one.
 
         A sequence that is whole after the group's next batch may sit anywhere among the decoding ones. Another one sits
         behind them, where it is in nobody's way while some of them leave.
         """
         num_decoding = len(self.decoding)
-        if self._is_prefilled_next(sequence, chunk_size):
-            places = [slot for slot in self.slots[: num_decoding + 1] if slot.owner is None]
+        if self._is_prefilled_next(sequence):
+            places = [slot for slot in self.slots[: self.load + 1] if slot.owner is None]
         else:
             self.compact()
-            places = [self.slots[num_decoding]]
+            places = [next(slot for slot in self.slots[num_decoding:] if slot.owner is None)]
         sequence.pages = self._pages.needed(len(sequence.tokens) + 1)
         self._seat(sequence, places, now)
         if sequence.prompt_logits and sequence.slot.length == sequence.delivered - 1:
             sequence.slot.length = max(0, sequence.delivered - LEAST_CHUNK)  # or one token would be computed alone
         self._pages.held += sequence.pages
         sequence.group = self
-        self.prefilling = sequence
+        self.prefilling.append(sequence)
 
-    def _is_prefilled_next(self, sequence: SequenceState, chunk_size: int) -> bool:
+    def _is_prefilled_next(self, sequence: SequenceState) -> bool:
         """Whether this group's next batch prefills a sequence from what is found for it to its end."""
-        match = self.match(sequence.tokens, sequence.reusable, key_of(sequence.adapter))
-        end, _ = sequence.chunk(match if match >= WORTH_A_COPY else 0, chunk_size)
+        end, _ = sequence.chunk(self.worthwhile_match(sequence), self._chunk_size)
         return self.is_ready_for_a_prompt and end == len(sequence.tokens)
 
     def _seat(self, sequence: SequenceState, places: list[Slot], now: int) -> None:
         """Takes the place that has the longest match itself, or else copies the longest match into the oldest place.
+
+        A match that is not worth a copy is none: prompts are prefilled together from their first tokens.
 
         Pages are freed before anything is saved, so that nothing is copied that would be given up next.
         """
@@ -224,9 +262,8 @@ class SlotGroup:
         target, match_in_place = self._longest_match(tokens, limit, places, adapter)
         if source is None or match < WORTH_A_COPY:
             self._pages.evict(sequence.pages)
-            target = min(places, key=_age)
-            match = common_prefix(target.tokens, tokens, min(self._offered(target, adapter), limit))
-            self._overwrite(target, match, sequence.pages)
+            target, match = min(places, key=_age), 0
+            self._overwrite(target, 0, sequence.pages)
         elif target is not None and match_in_place == match:
             self._pages.evict(sequence.pages - self._pages.needed(target.length), but_not=target)
             self._overwrite(target, match, sequence.pages)
@@ -255,7 +292,7 @@ class SlotGroup:
     def _overwrite(self, target: Slot, kept: int, pages: int, but_not: Slot | None = None) -> None:
         """Gives up a free slot from its first `kept` tokens on; the rest goes elsewhere if `pages` are free."""
         if self._pages.free >= pages:
-            self._save(target, kept, behind=len(self.decoding) + 1, but_not=but_not)
+            self._save(target, kept, behind=self.load + 1, but_not=but_not)
         self._pages.keep_only(target, 0)
 
     def _note_use(self, source: Slot, length: int, now: int) -> None:
@@ -304,10 +341,7 @@ class SlotGroup:
     def leave(self, sequence: SequenceState, now: int) -> None:
         """Frees a sequence's slot and pages; the slot keeps its tokens if prompts may find them there."""
         slot = sequence.slot
-        if sequence is self.prefilling:
-            self.prefilling = None
-        else:
-            self.decoding.remove(sequence)
+        (self.prefilling if sequence in self.prefilling else self.decoding).remove(sequence)
         self._pages.held -= sequence.pages
         self._pages.cached += self._pages.needed(slot.length)
         slot.owner, slot.last_used = None, now

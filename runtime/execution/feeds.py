@@ -54,24 +54,31 @@ class StepFeeds:
         self._ones: dict[str, Array] = {}
 
     def update(
-        self, token_ids: TokenIds, past: int | Sequence[int], *, cached: int | None = None
+        self,
+        token_ids: TokenIds,
+        past: int | Sequence[int],
+        *,
+        lengths: Sequence[int] | None = None,
+        cached: int | None = None,
     ) -> Iterator[tuple[str, Array]]:
         """Writes the inputs of the step that adds `token_ids` [batch, sequence] to `past` tokens, one number or by row.
 
+        `lengths` are the new tokens of each row; what follows them in `token_ids` is padding. None: there is none.
         Yields name and array of those whose array is another than in the last step. Where rows have unequal lengths
         the mask of a shorter one ends in zeros. The mask is of `cached` earlier positions, if not of all of them.
         """
         batch, sequence = token_ids.shape
         starts = np.broadcast_to(np.asarray(past, dtype=np.int64), (batch,))
+        added = np.broadcast_to(np.asarray(sequence if lengths is None else lengths, dtype=np.int64), (batch,))
         for info in self._infos:
             if info.role == "attention_mask":
                 behind = starts if cached is None else np.full_like(starts, cached)
-                yield info.name, self._mask(info, behind, sequence)
+                yield info.name, self._mask(info, behind, added, sequence)
                 continue
             if info.role in LENGTH_ROLES:
-                number = {"past": starts, "sequence": np.full_like(starts, sequence), "total": starts + sequence}
+                number = {"past": starts, "sequence": added, "total": starts + added}
                 found = number[LENGTH_ROLES[info.role]].astype(DTYPES[info.dtype].numpy)
-                yield info.name, found if info.shape == ("batch",) else found[:1].reshape([1] * len(info.shape))
+                yield info.name, found if info.shape == ("batch",) else found.max().reshape([1] * len(info.shape))
                 continue
             array = self._kept.get(info.name)
             front = tuple(int(size) for size in info.shape[:-2])
@@ -83,8 +90,8 @@ class StepFeeds:
             elif info.role == "position_ids":
                 array[...] = starts[:, None] + np.arange(sequence)
 
-    def _mask(self, info: InputInfo, behind: TokenIds, sequence: int) -> Array:
-        dtype, totals = DTYPES[info.dtype].numpy, behind + sequence
+    def _mask(self, info: InputInfo, behind: TokenIds, added: TokenIds, sequence: int) -> Array:
+        dtype, totals = DTYPES[info.dtype].numpy, behind + added
         batch, total = totals.size, int(totals.max())
         if len(info.shape) == 4:
             last = behind[:, None, None, None] + np.arange(sequence)[:, None]

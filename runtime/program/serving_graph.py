@@ -23,7 +23,7 @@ from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, used_names
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
 WANTED = "furiosa_llm.wanted"
-"""The graph input, INT64 `[wanted]`, of the positions in a step whose logits are wanted."""
+"""The graph input, INT64 `[wanted]`, of the positions in a step whose logits are wanted, counted through all rows."""
 LAST_POSITIONS = "furiosa_llm.last_positions"
 """The graph input, INT32 `[batch]`, of the cache position that each row's last new token goes to."""
 
@@ -89,13 +89,16 @@ def _select(model: ModelProto, logits: str) -> bool:
     product, values = found
     if any(_dims(declared[name]) != ["batch", "sequence"] for name in values if name in declared):
         return False
-    chosen = f"{WANTED}/{product.input[0]}"
-    gather = helper.make_node("Gather", [product.input[0], WANTED], [chosen], name=WANTED, axis=1)
+    flat, chosen, shape = f"{WANTED}/flat", f"{WANTED}/{product.input[0]}", f"{WANTED}/shape"
+    graph.initializer.append(helper.make_tensor(shape, TensorProto.INT64, [3], [1, -1, 0]))
+    place = next(i for i, other in enumerate(graph.node) if other is product)
+    graph.node.insert(place, helper.make_node("Reshape", [product.input[0], shape], [flat], name=flat))
+    graph.node.insert(place + 1, helper.make_node("Gather", [flat, WANTED], [chosen], name=WANTED, axis=1))
     product.input[0] = chosen
-    graph.node.insert(next(i for i, other in enumerate(graph.node) if other is product), gather)
     graph.input.append(helper.make_tensor_value_info(WANTED, TensorProto.INT64, ["wanted"]))
     for name in values:
         if name in declared:
+            declared[name].type.tensor_type.shape.dim[0].dim_value = 1
             declared[name].type.tensor_type.shape.dim[1].dim_param = "wanted"
     return True
 

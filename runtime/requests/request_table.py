@@ -111,11 +111,11 @@ class RequestTable:
         """For each row of logits that `batch` gives, whether its likeliest token is all that is wanted of it."""
         if not isinstance(batch, Prefill):
             return tuple(self._takes_likeliest(row.sequence_id) for row in batch.rows)
-        return {
-            "none": (),
-            "last": (self._takes_likeliest(batch.sequence_id),),
-            "all": (False,) * len(batch.tokens),
-        }[batch.logits]
+        return tuple(
+            piece.logits == "last" and self._takes_likeliest(piece.sequence_id)
+            for piece in batch.pieces
+            for _ in piece.wanted
+        )
 
     def _takes_likeliest(self, sequence_id: int) -> bool:
         """Of a sequence that has ended nobody reads anything."""
@@ -128,7 +128,7 @@ class RequestTable:
         Sequences that ended meanwhile get no token. One whose logits cannot be sampled ends its own request alone.
         """
         logits = found.logits if isinstance(found, Picked) else found
-        rows = self._prefilled(batch, logits) if isinstance(batch, Prefill) else self._decoded(batch.rows)
+        rows = self._prefilled(batch, found) if isinstance(batch, Prefill) else self._decoded(batch.rows)
         picked: list[tuple[int, _Owned]] = []
         if isinstance(found, Picked) and any(found.rows):
             picked = [(found.place(index), owned) for index, owned in rows if found.rows[index]]
@@ -186,17 +186,23 @@ class RequestTable:
         for sink, several in outputs.items():
             sink(several)
 
-    def _prefilled(self, batch: Prefill, logits: Array) -> list[tuple[int, _Owned]]:
-        """The row of `logits` to sample from, if there is one."""
-        owned = self._running.get(batch.sequence_id)
-        if owned is None or batch.logits == "none":
-            return []
-        submission, sequence = owned
-        if batch.logits == "all":
-            sequence.accept_prompt_logits(batch.start, logits)
-            if batch.start + len(batch.tokens) < len(submission.request.prompt_token_ids) + len(sequence.token_ids):
-                return []
-        return [(0 if batch.logits == "last" else len(logits) - 1, owned)]
+    def _prefilled(self, batch: Prefill, given: Array | Picked) -> list[tuple[int, _Owned]]:
+        """The rows to sample from."""
+        found: list[tuple[int, _Owned]] = []
+        end = 0
+        for piece in batch.pieces:
+            first, end = end, end + len(piece.wanted)
+            owned = self._running.get(piece.sequence_id)
+            if owned is None or piece.logits == "none":
+                continue
+            submission, sequence = owned
+            if piece.logits == "all":
+                logits, place = (given.logits, given.place(first)) if isinstance(given, Picked) else (given, first)
+                sequence.accept_prompt_logits(piece.start, logits[place : place + end - first])
+                if piece.end < len(submission.request.prompt_token_ids) + len(sequence.token_ids):
+                    continue
+            found.append((end - 1, owned))
+        return found
 
     def _decoded(self, rows: Iterable[Row]) -> list[tuple[int, _Owned]]:
         pairs = ((index, self._running.get(row.sequence_id)) for index, row in enumerate(rows))

@@ -1,4 +1,4 @@
-"""What a replica runs at once: a piece of a prompt, or the next token of several sequences, and the slots of their KV.
+"""What a replica runs at once: pieces of prompts, or the next token of several sequences, and the slots of their KV.
 
 The KV cache of a replica lies in slots. Slots belong to a group, and one batch of a group is under way at a time; a
 pipeline of several stages has as many groups, so that every stage has something to do.
@@ -47,20 +47,43 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prefill:
+class Piece:
     """`tokens` of one sequence, whose first `start` tokens are in its `slot` already.
 
     `logits`: after which of these tokens they are wanted: none, the last one, or all of them.
     """
 
-    group: int
-    copies: tuple[Copy, ...]
     sequence_id: int
     slot: int
     start: int
     tokens: tuple[int, ...]
     logits: WantedLogits
     adapter: Adapter | None = None
+
+    @property
+    def end(self) -> int:
+        """How many of the sequence's tokens are in its slot once the batch has run."""
+        return self.start + len(self.tokens)
+
+    @property
+    def wanted(self) -> range:
+        """Behind which of `tokens` logits are wanted."""
+        count = len(self.tokens)
+        return range({"none": count, "last": count - 1, "all": 0}[self.logits], count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """A piece of one prompt, or several prompts from their beginnings to their ends."""
+
+    group: int
+    copies: tuple[Copy, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all pieces."""
+        return sum(len(piece.tokens) for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +110,17 @@ Batch = Prefill | Decode
 
 def adapters_of(batch: Batch) -> list[Adapter]:
     """The adapters of a batch."""
-    found = [batch.adapter] if isinstance(batch, Prefill) else [row.adapter for row in batch.rows]
-    return list(dict.fromkeys(one for one in found if one is not None))
+    parts: Sequence[Piece | Row] = batch.pieces if isinstance(batch, Prefill) else batch.rows
+    return list(dict.fromkeys(one.adapter for one in parts if one.adapter is not None))
 
 
 def with_adapters(batch: Batch, other: Callable[[Adapter], Adapter]) -> Batch:
     """`batch` with what `other` gives in place of each adapter."""
-    if isinstance(batch, Prefill):
-        return batch if batch.adapter is None else replace(batch, adapter=other(batch.adapter))
-    if all(row.adapter is None for row in batch.rows):
+    if not adapters_of(batch):
         return batch
+    if isinstance(batch, Prefill):
+        pieces = (p if p.adapter is None else replace(p, adapter=other(p.adapter)) for p in batch.pieces)
+        return replace(batch, pieces=tuple(pieces))
     rows = (row if row.adapter is None else replace(row, adapter=other(row.adapter)) for row in batch.rows)
     return replace(batch, rows=tuple(rows))
 
@@ -123,7 +147,8 @@ class Runner(Protocol):
 
     Batches of one group are run in the order in which they are submitted. The result is the logits, `[rows,
     vocabulary]` in float32 or the model's own type, in memory that belongs to the group and is overwritten by its next
-    batch: a row for every token whose logits a prefill wants, or for every row of a decode. A future that fails has a
+    batch: a row for every token whose logits a prefill wants, piece after piece, or for every
+    row of a decode. A future that fails has a
     FuriosaLLMError; the runner is of no use then, but to be closed.
     """
 

@@ -61,7 +61,8 @@ class Traits:
 
     "ragged" rows are one step; "equal" ones are stepped together where their lengths are equal. `in_place`: states are
     written where they are read. `selects`: logits are computed of wanted positions only. `singly`: a step has one
-    position. `mixes`: rows of a step may have adapters of their own. `batch`: every step has so many rows.
+    position. `mixes`: rows of a step may have adapters of their own. `pads`: shorter prompts may be padded beside
+    longer ones. `batch`: every step has so many rows.
     """
 
     rows: Literal["ragged", "equal"]
@@ -69,6 +70,7 @@ class Traits:
     selects: bool
     singly: bool = False
     mixes: bool = True
+    pads: bool = False
     batch: int | None = None
 
 
@@ -182,6 +184,7 @@ def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[Servi
         in_place=all(state.mode == "in_place" for state in manifest.states),
         selects=serving.selects,
         singly=takes_one_position(manifest.inputs),
+        pads=serving.ragged and serving.selects and not serving.biases,
         batch=fixed_batch(manifest.inputs),
     )
     return serving, traits

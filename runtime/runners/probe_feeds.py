@@ -47,7 +47,7 @@ class Span:
     def sizes(self) -> dict[str, int]:
         """The sizes of the dynamic dimensions."""
         sequence, past = self.last - self.first, PAST + self.first
-        return {"batch": self.rows, "sequence": sequence, "past": past, "total": past + sequence, "wanted": 1}
+        return {"batch": self.rows, "sequence": sequence, "past": past, "total": past + sequence, "wanted": self.rows}
 
 
 class ProbeFeeds:
@@ -112,7 +112,8 @@ class ProbeFeeds:
         if self._rows is not None:
             shape = shape_of(self._rows.shape, self._sizes(span))
             values[self._rows.name] = np.ones(shape, dtype=DTYPES[self._rows.dtype].numpy)
-        values[WANTED] = np.array([span.last - span.first - 1])
+        positions = span.last - span.first
+        values[WANTED] = np.arange(span.rows) * positions + positions - 1
         values[LAST_POSITIONS] = np.full(span.rows, PAST + span.last - 1, dtype=np.int32)
         if self._derived is not None:
             caches = {name: self._numbers(name, span) for name in self._derived.inputs if name not in values}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -24,8 +25,14 @@ from furiosa_llm.runtime.execution.states import Overwritten, SlotStates, Staged
 from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.segments import growing_values
 from furiosa_llm.runtime.program.serving_graph import LAST_POSITIONS, WANTED
-from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, Decode, Prefill
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, Decode, Piece, Prefill
 from furiosa_llm.runtime.runners.loaded_model import LoadedModel, StageProgram, Traits
+
+WORTH_A_STEP = 4
+"""So many tokens of padding for each sequence cost no more than a step of its own; measured, see docs/execution.md."""
+
+_Placed = tuple[Piece, range]
+"""A piece, and the rows of the batch's logits that are its own."""
 
 Occupy = Callable[[int, BoundProgram], AbstractContextManager[None]]
 """`occupy(stage, bound)` is entered while a batch runs on a stage."""
@@ -38,16 +45,18 @@ Received = Callable[[int, str, int], Tensor]
 class Step:
     """One run of the model: `token_ids` [sequences, new tokens] after `starts` tokens, of sequences in `slots`.
 
-    `rows` are their places in a decode batch. `wanted` are the positions whose logits are wanted, `adapters` those of
-    the sequences. If it is `twice`,
-    `token_ids` and `starts` have the one sequence once more: its companion in the next slot, whose logits nobody reads.
-    So they have the last sequence `padding` times more, for a model with a batch of its own.
+    `lengths` are the new tokens of each sequence: what follows them is padding. `wanted` are the positions whose logits
+    are computed, counted through `token_ids`; those of the first ones belong to the batch's rows `rows`. `adapters` are
+    those of the sequences. If it is `twice`,
+    `token_ids`, `lengths` and `starts` have the one sequence once more: its companion in the next slot, whose logits
+    nobody reads. So they have the last sequence `padding` times more, for a model with a batch of its own.
     """
 
     slots: tuple[int, ...]
     rows: tuple[int, ...]
     token_ids: TokenIds
     starts: tuple[int, ...]
+    lengths: tuple[int, ...]
     wanted: tuple[int, ...]
     adapters: tuple[Adapter | None, ...]
     twice: bool = False
@@ -74,34 +83,28 @@ def steps_of(batch: Batch, traits: Traits, companions: Companions = NO_COMPANION
 def _padded(step: Step, batch: int) -> Step:
     """`step` with so many rows as every step has."""
     missing = batch - len(step.token_ids)
-    token_ids = np.concatenate([step.token_ids, *[step.token_ids[-1:]] * missing])
-    return replace(step, token_ids=token_ids, starts=step.starts + step.starts[-1:] * missing, padding=missing)
+    return replace(
+        step,
+        token_ids=np.concatenate([step.token_ids, *[step.token_ids[-1:]] * missing]),
+        starts=step.starts + step.starts[-1:] * missing,
+        lengths=step.lengths + step.lengths[-1:] * missing,
+        padding=missing,
+    )
 
 
 def _with_companions(step: Step, companions: Companions) -> Step:
     """`step` with the companion that a lone sequence gets in a step of one token, as all decode steps are."""
     if not companions.lone or step.token_ids.size > 1:
         return step
-    return replace(step, token_ids=np.concatenate([step.token_ids] * 2), starts=step.starts * 2, twice=True)
+    token_ids = np.concatenate([step.token_ids] * 2)
+    return replace(
+        step, token_ids=token_ids, starts=step.starts * 2, lengths=step.lengths * 2, wanted=(0, 1), twice=True
+    )
 
 
 def _steps(batch: Batch, traits: Traits) -> list[Step]:
     if isinstance(batch, Prefill):
-        count = len(batch.tokens)
-        wanted = tuple(range(count)) if batch.logits == "all" else (count - 1,)
-        token_ids = np.array([batch.tokens], dtype=np.int64)
-        if traits.singly:
-            return [_single(batch, position, wanted) for position in range(count)]
-        return [
-            Step(
-                slots=(batch.slot,),
-                rows=(),
-                token_ids=token_ids,
-                starts=(batch.start,),
-                wanted=wanted,
-                adapters=(batch.adapter,),
-            )
-        ]
+        return _prefill_steps(batch, traits)
     alike: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(batch.rows):
         start, adapter = 0 if traits.rows == "ragged" else row.start, 0 if traits.mixes else key_of(row.adapter)
@@ -111,15 +114,60 @@ def _steps(batch: Batch, traits: Traits) -> list[Step]:
     return [_decode(batch, run[i : i + most]) for run in runs for i in range(0, len(run), most)]
 
 
-def _single(batch: Prefill, position: int, wanted: Sequence[int]) -> Step:
-    """One position of a prompt; `rows` says where its logits belong if they are wanted."""
+def _prefill_steps(batch: Prefill, traits: Traits) -> list[Step]:
+    """Pieces in consecutive slots in one step, where they may be and padding costs less than steps of their own."""
+    ends = itertools.accumulate(len(piece.wanted) for piece in batch.pieces)
+    placed = [(piece, range(end - len(piece.wanted), end)) for piece, end in zip(batch.pieces, ends, strict=True)]
+    if traits.singly:
+        return [_prefill([one]) for piece, rows in placed for one in _singly(piece, rows)]
+    runs: list[list[_Placed]] = []
+    for one in sorted(placed, key=lambda pair: pair[0].slot):
+        if runs and _fits([piece for piece, _ in runs[-1]], one[0], traits):
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return [_prefill(run) for run in runs]
+
+
+def _singly(piece: Piece, rows: range) -> Iterator[_Placed]:
+    """A piece as one for each token."""
+    places = dict(zip(piece.wanted, rows, strict=True))
+    for index, token in enumerate(piece.tokens):
+        place = range(places[index], places[index] + 1) if index in places else range(0)
+        yield replace(piece, start=piece.start + index, tokens=(token,)), place
+
+
+def _fits(run: Sequence[Piece], piece: Piece, traits: Traits) -> bool:
+    """Whether a piece may be in the step of a run of pieces, and had better be.
+
+    Attention takes several sequences of several tokens only where none of them has a past.
+    """
+    last, sizes = run[-1], [len(one.tokens) for one in (*run, piece)]
+    if last.start or piece.start or len(run) == traits.batch or (traits.in_place and piece.slot != last.slot + 1):
+        return False
+    if not traits.mixes and key_of(piece.adapter) != key_of(last.adapter):
+        return False
+    padding = max(sizes) * len(sizes) - sum(sizes)
+    return not padding or (traits.pads and min(sizes) > 1 and padding <= WORTH_A_STEP * len(run))
+
+
+def _prefill(run: Sequence[_Placed]) -> Step:
+    pieces = [piece for piece, _ in run]
+    longest = max(len(piece.tokens) for piece in pieces)
+    token_ids = np.zeros((len(run), longest), dtype=np.int64)
+    wanted: list[int] = []
+    for index, (piece, rows) in enumerate(run):
+        count = len(piece.tokens)
+        token_ids[index, :count] = piece.tokens
+        wanted += range(index * longest + count - len(rows), index * longest + count)
     return Step(
-        slots=(batch.slot,),
-        rows=tuple(index for index, one in enumerate(wanted) if one == position),
-        token_ids=np.array([[batch.tokens[position]]], dtype=np.int64),
-        starts=(batch.start + position,),
-        wanted=(0,),
-        adapters=(batch.adapter,),
+        slots=tuple(piece.slot for piece in pieces),
+        rows=tuple(row for _, rows in run for row in rows),
+        token_ids=token_ids,
+        starts=tuple(piece.start for piece in pieces),
+        lengths=tuple(len(piece.tokens) for piece in pieces),
+        wanted=tuple(wanted) or (len(pieces[0].tokens) - 1,),
+        adapters=tuple(piece.adapter for piece in pieces),
     )
 
 
@@ -129,7 +177,8 @@ def _decode(batch: Decode, rows: Sequence[int]) -> Step:
         rows=tuple(rows),
         token_ids=np.array([[batch.rows[row].token] for row in rows], dtype=np.int64),
         starts=tuple(batch.rows[row].start for row in rows),
-        wanted=(0,),
+        lengths=(1,) * len(rows),
+        wanted=tuple(range(len(rows))),
         adapters=tuple(batch.rows[row].adapter for row in rows),
     )
 
@@ -196,12 +245,12 @@ class Use:
                 self.bound.bind_shared(name, self._adapters.arrays[name])
         if adapters.mask is not None and ROWS in self._read:
             self.bound.bind_shared(ROWS, adapters.mask)
-        for name, array in self._feeds.update(step.token_ids, step.starts, cached=cached):
+        for name, array in self._feeds.update(step.token_ids, step.starts, lengths=step.lengths, cached=cached):
             self.bound.bind_shared(name, array)
         if WANTED in self._read:
             self.bound.bind_shared(WANTED, np.array(step.wanted, dtype=np.int64))
         if LAST_POSITIONS in self._read:
-            last = np.array(step.starts, dtype=np.int32) + np.int32(step.token_ids.shape[1] - 1)
+            last = np.array(step.starts, dtype=np.int32) + np.array(step.lengths, dtype=np.int32) - np.int32(1)
             self.bound.bind_shared(LAST_POSITIONS, last)
         for name, stage in self._received.items():
             for rank in self._ranks:
@@ -297,27 +346,26 @@ class StageBuffers:
 class Results:
     """The logits of a batch, of those of its `steps`."""
 
-    def __init__(self, batch: Batch, steps: Sequence[Step]) -> None:
+    def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
-        self._none_wanted = isinstance(batch, Prefill) and batch.logits == "none"
         self._logits: Array | None = None
 
     def add(self, step: Step, logits: Array) -> None:
         """Takes the logits of `step`, which the next step may overwrite if there are several."""
-        if len(self.steps) == 1:
+        if len(self.steps) == 1 and step.rows == tuple(range(len(step.rows))):
             self._logits = logits
             return
         if self._logits is None:
             rows = sum(len(one.rows) for one in self.steps)
             self._logits = np.empty((rows, logits.shape[1]), dtype=logits.dtype)
-        if logits.size and step.rows:
+        if logits.size:
             self._logits[list(step.rows)] = logits
 
     @property
     def logits(self) -> Array:
         """`[rows, vocabulary]`, once every step has run."""
         assert self._logits is not None, "a batch of no step"
-        return self._logits[:0] if self._none_wanted else self._logits
+        return self._logits
 
 
 class GroupRunner:
@@ -347,7 +395,7 @@ class GroupRunner:
         """
         for memory in self._memory:
             memory.copy(batch)
-        results = Results(batch, steps_of(batch, self._model.traits, self._model.companions))
+        results = Results(steps_of(batch, self._model.traits, self._model.companions))
         for step in results.steps:
             results.add(step, self._step(step, occupy))
         return results.logits
@@ -383,18 +431,19 @@ def adapters_of_step(model: LoadedModel, step: Step) -> StepAdapters:
 
 
 def logits_of(model: LoadedModel, step: Step, last: Use) -> Array:
-    """The logits that `step` wants, `[rows, vocabulary]`, of its run on the last stage."""
-    logits = last.bound.array(0, model.logits)[: len(step.slots)]
+    """The logits of the batch's rows `step.rows`, `[rows, vocabulary]`, of the step's run on the last stage."""
+    logits = last.bound.array(0, model.logits)
     if not model.traits.selects:
         logits = _wanted(logits, step)
-    return logits.reshape(-1, logits.shape[-1])
+    return logits.reshape(-1, logits.shape[-1])[: len(step.rows)]
 
 
 def _wanted(logits: Array, step: Step) -> Array:
     """The logits of the wanted positions, of all that the model gives."""
-    positions = step.token_ids.shape[1]
-    if logits.ndim == 3 and logits.shape[1] == 1 < positions:
-        if step.wanted != (positions - 1,):
+    rows, positions = step.token_ids.shape
+    logits = logits.reshape(-1, logits.shape[-1])
+    if len(logits) == rows < step.token_ids.size:
+        if any(place % positions != positions - 1 for place in step.wanted):
             raise UnsupportedError("the model gives the last position's logits only; ask for no others")
-        return logits
-    return logits[:, list(step.wanted)] if logits.ndim == 3 else logits[:, None]
+        return logits[[place // positions for place in step.wanted]]
+    return logits[list(step.wanted)]

@@ -25,7 +25,7 @@ from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.errors import ExecutionError
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.placement.stages import choose_stages
-from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
 from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
 from furiosa_llm.runtime.verification.cases import Lengths, Model
 from furiosa_llm.runtime.verification.errors import OutputDifference, output_error
@@ -161,9 +161,7 @@ def _steps(
 def _prefilled(runner: LocalRunner, one: _Sequence, stop: int, case: str) -> tuple[str, Array, Array]:
     start = one.stepped
     theirs = one.advance(stop - start)
-    batch = Prefill(
-        group=0,
-        copies=(),
+    piece = Piece(
         sequence_id=one.slot,
         slot=one.slot,
         start=start,
@@ -171,7 +169,7 @@ def _prefilled(runner: LocalRunner, one: _Sequence, stop: int, case: str) -> tup
         logits="all" if len(theirs) == stop - start else "last",
         adapter=one.adapter,
     )
-    return case, _run(runner, batch), theirs
+    return case, _run(runner, Prefill(group=0, copies=(), pieces=(piece,))), theirs
 
 
 def _decoded(

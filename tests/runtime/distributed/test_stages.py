@@ -40,7 +40,7 @@ from furiosa_llm.runtime.distributed.wire import (
 from furiosa_llm.runtime.errors import ExecutionError, StageError, UnsupportedError, WireError, WorkerError
 from furiosa_llm.runtime.execution.counters import stage_counts
 from furiosa_llm.runtime.placement.stages import choose_stages
-from furiosa_llm.runtime.runners.batch import Copy, Decode, Prefill, Row, Runner
+from furiosa_llm.runtime.runners.batch import Copy, Decode, Piece, Prefill, Row, Runner
 from furiosa_llm.runtime.runners.loaded_model import load_model
 from furiosa_llm.runtime.runners.local_runner import Host
 from tests.support.runtime.blocks import llama_blocks
@@ -79,7 +79,8 @@ def decode(token: int = 1, start: int = 0, group: int = 0) -> Decode:
 
 
 def prefill(tokens: tuple[int, ...], *, slot: int = 0, start: int = 0, group: int = 0) -> Prefill:
-    return Prefill(group=group, copies=(), sequence_id=slot, slot=slot, start=start, tokens=tokens, logits="all")
+    piece = Piece(sequence_id=slot, slot=slot, start=start, tokens=tokens, logits="all")
+    return Prefill(group=group, copies=(), pieces=(piece,))
 
 
 def results(runner: Runner, group: int) -> list[Array]:
@@ -372,7 +373,7 @@ RUN = header(Kind.RUN, 9, number=1)
         ([RUN, b"123"], "3 bytes are no integers of 8 bytes"),
         ([RUN, b"12345678"], "a batch of 1 integers"),
         ([RUN, np.array([1, 0, 0, 2**62], np.int64).tobytes()], "a batch of kind 1 with 0 copies and 4611"),
-        ([RUN, np.array([1, 0, -1, 1], np.int64).tobytes()], "a batch of kind 1 with -1 copies and 1 rows"),
+        ([RUN, np.array([1, 0, -1, 1], np.int64).tobytes()], "a batch of kind 1 with -1 copies and 1 parts"),
         ([RUN, batch_bytes(decode(group=1), (True,))], "a batch of group 1, slots 0 to 0 and 1 positions, of 1 groups"),
         (
             [RUN, batch_bytes(decode(start=2**40), (True,))],
@@ -380,6 +381,10 @@ RUN = header(Kind.RUN, 9, number=1)
         ),
         ([RUN, batch_bytes(prefill((1,), slot=4), (False,))], "slots 4 to 4 and 1 positions"),
         ([RUN, batch_bytes(prefill((1,), start=-1), (False,))], "slots 0 to 0 and 0 positions"),
+        (
+            [RUN, batch_bytes(dataclasses.replace(prefill((1,)), pieces=prefill((1,)).pieces * 9), (False,) * 9)],
+            "slots 0 to 0",
+        ),
         (
             [RUN, batch_bytes(dataclasses.replace(decode(), copies=(Copy(source=9, target=0, length=1),)), (True,))],
             "slots 0 to 9",

@@ -32,7 +32,7 @@ from furiosa_llm.runtime.distributed.wire import (
     tensor_frames,
 )
 from furiosa_llm.runtime.errors import ExecutionError, WireError, WorkerError
-from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
 
 ADAPTER = Adapter(
     key=7, name="a", arrays={"x": np.arange(6, dtype=np.float16).reshape(2, 3), "y": np.zeros((0, 4), np.float32)}
@@ -49,12 +49,10 @@ BATCHES: tuple[Batch, ...] = (
         Prefill(
             group=1,
             copies=COPIES,
-            sequence_id=4,
-            slot=2,
-            start=6,
-            tokens=(1, 2, 3),
-            logits=logits,
-            adapter=ADAPTER,
+            pieces=(
+                Piece(sequence_id=4, slot=2, start=6, tokens=(1, 2, 3), logits=logits, adapter=ADAPTER),
+                Piece(sequence_id=5, slot=1, start=0, tokens=(4,), logits="last"),
+            ),
         )
         for logits in ("none", "last", "all")
     ),
@@ -68,8 +66,8 @@ def views(frames: Frames) -> list[memoryview]:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_a_batch_arrives_as_it_was_sent(batch: Batch) -> None:
     picks = tuple(index == 0 for index in range(num_rows(batch)))
-    if isinstance(batch, Prefill) and batch.logits == "all":
-        picks = (False,) * 3
+    if isinstance(batch, Prefill) and batch.pieces[0].logits == "all":
+        picks = (False, False, False, True)
     assert parse_batch(memoryview(batch_bytes(batch, picks)), {7: ADAPTER}) == (batch, picks)
 
 

@@ -46,6 +46,7 @@ from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.runners.batch import (
     Copy,
     Decode,
+    Piece,
     Prefill,
     ReportsCounts,
     ReportsProgress,
@@ -93,9 +94,8 @@ def runner_of(artifact: Artifact, stages: int, *, threads: int = 0, workers: int
 def serve(runner: Runner, group: int = 0) -> None:
     for slot, prompt in enumerate(PREFILLS):
         wanted: WantedLogits = "all" if slot == 1 else "last"
-        runner.submit(
-            Prefill(group=group, copies=(), sequence_id=slot, slot=slot, start=0, tokens=prompt, logits=wanted)
-        ).result(DEADLINE)
+        piece = Piece(sequence_id=slot, slot=slot, start=0, tokens=prompt, logits=wanted)
+        runner.submit(Prefill(group=group, copies=(), pieces=(piece,))).result(DEADLINE)
     for step in range(DECODES):
         rows = tuple(Row(sequence_id=s, start=len(p) + step, token=step + s) for s, p in enumerate(PREFILLS))
         runner.submit(Decode(group=group, copies=(), rows=rows)).result(DEADLINE)
@@ -170,7 +170,8 @@ def test_what_crosses_is_what_the_accounting_says(artifact: Artifact) -> None:
 
 
 def test_a_run_that_fails_is_not_counted(artifact: Artifact) -> None:
-    bad = Prefill(group=0, copies=(), sequence_id=9, slot=3, start=0, tokens=(SIZE.vocab,), logits="last")
+    piece = Piece(sequence_id=9, slot=3, start=0, tokens=(SIZE.vocab,), logits="last")
+    bad = Prefill(group=0, copies=(), pieces=(piece,))
     with runner_of(artifact, 1, threads=2) as runner:
         assert runner.submit(bad).exception(DEADLINE) is not None
         serve(runner)
@@ -279,7 +280,8 @@ def test_what_batches_were() -> None:
     meter = ReplicaMeter()
     copies = tuple(Copy(source=0, target=target, length=4) for target in (1, 2))
     rows = tuple(Row(sequence_id=s, start=4, token=1) for s in range(3))
-    meter.note(Prefill(group=0, copies=copies, sequence_id=0, slot=0, start=2, tokens=(1, 2, 3, 4), logits="none"))
+    pieces = tuple(Piece(sequence_id=s, slot=s, start=0, tokens=(1, 2), logits="last") for s in range(2))
+    meter.note(Prefill(group=0, copies=copies, pieces=pieces))
     meter.note(Decode(group=0, copies=copies[:1], rows=rows))
     found = meter.read()
     assert (found.prefilled_tokens, found.decoded_tokens, found.copies) == (4, 3, 3)

@@ -397,7 +397,10 @@ class _Spoiled(CountingRunner):
 
     def submit(self, batch: Batch) -> Future[Array]:
         logits = super().submit(batch).result()
-        tokens = [batch.tokens[-1]] if isinstance(batch, Prefill) else [row.token for row in batch.rows]
+        if isinstance(batch, Prefill):
+            tokens = [piece.tokens[-1] for piece in batch.pieces]
+        else:
+            tokens = [row.token for row in batch.rows]
         for row, token in zip(logits, tokens, strict=False):
             if token == 7:
                 row[:] = np.nan

@@ -13,7 +13,7 @@ from furiosa_llm.runtime.engine.scheduler import Scheduler
 from furiosa_llm.runtime.engine.slots import Pages, SequenceState, SlotGroup
 from furiosa_llm.runtime.errors import CapacityError, SchedulingError
 from furiosa_llm.runtime.runners.batch import Copy, Decode, Prefill, Row
-from tests.support.runtime.scheduler_cases import complete, decode, limits, members, prefill, prompt, run, start
+from tests.support.runtime.scheduler_cases import complete, decode, limits, lone, members, prefill, prompt, run, start
 from tests.support.runtime.scheduler_model import Machine, run_trace
 from tests.support.tiers import tiered
 
@@ -46,12 +46,12 @@ def test_a_token_is_sampled_at_the_end_of_a_prompt_only() -> None:
     scheduler = Scheduler(limits())
     scheduler.add(0, prompt(40), prompt_logits=True)
     first = scheduler.schedule()
-    assert isinstance(first, Prefill)
-    assert (first.logits, scheduler.sequences_to_sample(first)) == ("all", ())
+    assert first is not None
+    assert (lone(first).logits, scheduler.sequences_to_sample(first)) == ("all", ())
     scheduler.complete(first, {})
     second = scheduler.schedule()
-    assert isinstance(second, Prefill)
-    assert (second.logits, scheduler.sequences_to_sample(second)) == ("all", (0,))
+    assert second is not None
+    assert (lone(second).logits, scheduler.sequences_to_sample(second)) == ("all", (0,))
 
 
 def test_first_come_first_served() -> None:
@@ -146,7 +146,7 @@ def test_a_prompt_goes_where_it_is_found() -> None:
     assert sorted(groups.values()) == [0, 1]
     scheduler.add(2, [*prompt(30), -1])
     scheduler.add(3, [*prompt(30, first=1), -1])
-    found = {batch.sequence_id: batch for batch in (run(scheduler) for _ in range(6)) if isinstance(batch, Prefill)}
+    found = {p.sequence_id: p for p in (lone(b) for b in (run(scheduler) for _ in range(6)) if isinstance(b, Prefill))}
     assert {number: found[number].group for number in (2, 3)} == {2: groups[0], 3: groups[1]}
     assert {found[number].start for number in (2, 3)} == {29}
 
@@ -156,7 +156,7 @@ def test_a_group_may_have_one_sequence_more_if_a_prompt_is_found_there() -> None
     start(scheduler, [prompt(30), prompt(30, first=1), [*prompt(30), -1]])
     scheduler.add(3, [*prompt(30), -2])
     scheduler.add(4, [*prompt(30), -3])
-    found = {batch.sequence_id: batch for batch in (run(scheduler) for _ in range(8)) if isinstance(batch, Prefill)}
+    found = {p.sequence_id: p for p in (lone(b) for b in (run(scheduler) for _ in range(8)) if isinstance(b, Prefill))}
     assert (found[3].start, found[4].start) == (29, 0)
     assert found[3].group != found[4].group
 
@@ -336,22 +336,29 @@ def test_limits_of_nothing_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("found", "start", "chunks"),
-    [(3, 3, [(6, "all")]), (2, 1, [(3, "none"), (6, "all")]), (1, 1, [(3, "none"), (6, "all")]), (0, 0, [(3, "none")])],
+    [
+        (19, 19, [(22, "all")]),
+        (18, 17, [(19, "none"), (22, "all")]),
+        (17, 17, [(19, "none"), (22, "all")]),
+        (15, 0, [(3, "none")]),
+    ],
 )
 def test_no_token_is_alone_before_the_logits_that_are_still_wanted(
     found: int, start: int, chunks: list[tuple[int, str]]
 ) -> None:
-    """A prompt is preempted after the logits of three of its tokens, and finds `found` of them again."""
-    group = SlotGroup(0, 1, Pages(8, 4), True, False)
+    """A prompt is preempted after the logits of 19 of its tokens, and finds `found` of them again."""
+    group = SlotGroup(
+        0, 1, Pages(64, 4), chunk_size=3, prefix_caching=True, prompts_together=True, batch_invariant=False
+    )
     tokens = [*range(1, found + 1), 99]
     earlier = SequenceState(sequence_id=0, arrival=0, tokens=tokens, prompt_length=1, prompt_logits=False)
-    group.admit(earlier, 3, 1)
+    group.admit(earlier, 1)
     earlier.slot.length = found
     group.leave(earlier, 2)
     prompt = SequenceState(
-        sequence_id=1, arrival=1, tokens=list(range(1, 13)), prompt_length=12, prompt_logits=True, delivered=3
+        sequence_id=1, arrival=1, tokens=list(range(1, 29)), prompt_length=28, prompt_logits=True, delivered=19
     )
-    group.admit(prompt, 3, 3)
+    group.admit(prompt, 3)
     assert prompt.slot.length == start
     at = start
     for end, logits in chunks:

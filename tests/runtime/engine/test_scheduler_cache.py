@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.engine.scheduler import Scheduler
 from furiosa_llm.runtime.runners.batch import Copy, Decode, Prefill, Row
-from tests.support.runtime.scheduler_cases import complete, decode, limits, members, prefill, prompt, run, start
+from tests.support.runtime.scheduler_cases import complete, decode, limits, lone, members, prefill, prompt, run, start
 
 # Prefixes
 
@@ -30,13 +32,15 @@ def test_a_short_prefix_is_not_worth_a_copy() -> None:
     assert (batch.copies, batch.start, scheduler.num_cached_tokens(1)) == ((), 0, 0)
 
 
-def test_a_short_prefix_in_the_slot_itself_costs_nothing() -> None:
+@pytest.mark.parametrize(("common", "found"), [(15, 0), (16, 16)])
+def test_a_prefix_in_the_slot_itself_costs_nothing(common: int, found: int) -> None:
+    """A short one would keep the prompt from being prefilled with others."""
     scheduler = Scheduler(limits())
-    scheduler.add(0, prompt(15))
+    scheduler.add(0, prompt(common))
     prefill(scheduler, finished=[0])
-    scheduler.add(1, [*prompt(15), -1, -2])
+    scheduler.add(1, [*prompt(common), -1, -2])
     batch = prefill(scheduler)
-    assert (batch.copies, batch.start) == ((), 15)
+    assert (batch.copies, batch.start) == ((), found)
 
 
 def test_a_conversation_goes_on_in_its_slot() -> None:
@@ -192,12 +196,12 @@ def test_logits_of_a_prompt_are_not_computed_twice() -> None:
     start(scheduler, [prompt(13)])
     scheduler.add(1, prompt(40, first=1), prompt_logits=True)
     decode(scheduler)
-    before = [prefill(scheduler), decode(scheduler), prefill(scheduler), decode(scheduler)]
-    assert [batch.logits for batch in before if isinstance(batch, Prefill)] == ["all", "all"]
+    before = [run(scheduler) for _ in range(4)]
+    assert [lone(batch).logits for batch in before[::2]] == ["all", "all"]
     while not scheduler.num_preemptions:
         before.append(run(scheduler))
     decode(scheduler, finished=[0])
-    delivered = max(batch.start + len(batch.tokens) for batch in before if isinstance(batch, Prefill))
+    delivered = max(lone(batch).end for batch in before if isinstance(batch, Prefill))
     after = []
     while scheduler._groups[0].prefilling or scheduler.num_waiting:
         after.append(prefill(scheduler))
@@ -229,8 +233,8 @@ def test_no_token_is_computed_alone_behind_others() -> None:
         chunks: list[int] = []
         while sum(chunks) < length:
             batch = scheduler.schedule()
-            assert isinstance(batch, Prefill)
-            chunks.append(len(batch.tokens))
+            assert batch is not None
+            chunks.append(len(lone(batch).tokens))
             ended = sum(chunks) == length
             scheduler.complete(batch, {length: 7} if ended else {}, [length] if ended else [])
         assert max(chunks) <= 8

@@ -93,7 +93,13 @@ IN_SLOTS = {
     ),
     "the KV of another adapter is taken over": ("if slot.adapter != adapter:", "if False:"),
     "prefixes are cached though they must not": ("if not self._prefix_caching:", "if False:"),
-    "a second prompt while one is prefilled": ("return self.prefilling is None and", "return"),
+    "prompts together though they must not": ("if not self._prompts_together or ", "if "),
+    "a prompt joins a batch that is under way": ("isinstance(self.under_way, Prefill)", "False"),
+    "more tokens together than a batch may have": ("in everyone) > self._chunk_size", "in everyone) > 1000"),
+    "a part of a prompt beside another": ("if any(one.chunk(0, self._chunk_size)[0] < len(one.tokens)", "if any(False"),
+    "what is found is computed beside other prompts": ("self.worthwhile_match(sequence) or any(", "any("),
+    "prompts that begin alike together": ("common_prefix(other.tokens, sequence.tokens, limit) >=", "0 >="),
+    "what is left of a prompt beside another": ("        if other.slot.length:\n            return True\n", ""),
 }
 
 IN_SCHEDULER = {
@@ -115,8 +121,8 @@ IN_SCHEDULER = {
     "an aborted sequence stays": ("if sequence.aborted or sequence_id in finished", "if sequence_id in finished"),
     "a finished sequence stays": ("if sequence.aborted or sequence_id in finished", "if sequence.aborted"),
     "an aborted sequence is sampled": ("for sequence in members if not sequence.aborted)", "for sequence in members)"),
-    "a prompt is computed with no adapter": ("            adapter=sequence.adapter,\n        )\n\n", "        )\n\n"),
-    "a row is decoded with no adapter": ("                adapter=sequence.adapter,\n", ""),
+    "a prompt is computed with no adapter": ("                    adapter=sequence.adapter,\n", ""),
+    "a row is decoded with no adapter": ("\n                adapter=sequence.adapter,", ""),
     "a step is not noted": ("slot.length += 1", "slot.length += 0"),
     "a group forgets its prompt": ("            group.decoding.append(sequence)\n", ""),
     "clear() keeps the slots": ("        self._reset()\n        return", "        return"),

@@ -31,6 +31,15 @@ def test_rows_of_unequal_lengths() -> None:
     assert found["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
 
 
+def test_prompts_of_unequal_lengths() -> None:
+    """What follows a shorter one is padding, and a number for all rows is that of the longest."""
+    feeds = StepFeeds([*INPUTS, info("sequence_length", "batch"), info("total_length")])
+    found = dict(feeds.update(np.array([[7, 0], [8, 9]], dtype=np.int64), [0, 0], lengths=[1, 2]))
+    assert found["token_ids"].tolist() == [[7, 0], [8, 9]]
+    assert found["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert (found["sequence_length"].tolist(), found["total_length"].tolist()) == ([1, 2], 2)
+
+
 def test_equal_shapes_reuse_memory() -> None:
     feeds = StepFeeds(INPUTS)
     first = fed(feeds, [[7, 8, 9]], 4)

@@ -107,7 +107,7 @@ def test_positions_are_chosen_in_front_of_the_last_product(
     assert list(product.input) == [chosen[0].output[0], "head"]
     shapes = {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim][:2] for v in serving.model.graph.value_info}
     shapes |= {v.name: [d.dim_param for d in v.type.tensor_type.shape.dim][:2] for v in serving.model.graph.output}
-    assert shapes["logits_part"] == shapes["logits"] == ["batch", "wanted"]
+    assert shapes["logits_part"] == shapes["logits"] == ["", "wanted"]
     assert shapes["layer0.mlp.sum"] == ["batch", "sequence"]
     assert WANTED not in {value.name for value in artifact.program.graph.input}
 

@@ -17,9 +17,11 @@ from furiosa_llm import LLM, SamplingParams
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.engine import launch
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.placement.stages import choose_stages
-from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions, Decode, Prefill, Row
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions, Decode, Piece, Prefill, Row
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, KernelDifference, probe_batch_invariance
 from furiosa_llm.runtime.runners.loaded_model import Traits
 from furiosa_llm.runtime.runners.local_runner import Host
@@ -262,9 +264,22 @@ def test_which_steps_get_a_companion() -> None:
     assert steps(Decode(group=0, copies=(), rows=rows[:1]), lone) == [([[7], [7]], (5, 5), True)]
     assert steps(Decode(group=0, copies=(), rows=rows[:1]), NO_COMPANIONS) == [([[7]], (5,), False)]
     assert steps(Decode(group=0, copies=(), rows=rows), lone) == [([[7], [8]], (5, 3), False)]
-    one = Prefill(group=0, copies=(), sequence_id=1, slot=1, start=4, tokens=(7,), logits="none")
-    assert steps(one, lone) == [([[7], [7]], (4, 4), True)]
-    assert steps(dataclasses.replace(one, tokens=(7, 8)), lone) == [([[7, 8]], (4,), False)]
+    one = Piece(sequence_id=1, slot=1, start=4, tokens=(7,), logits="none")
+    two = dataclasses.replace(one, tokens=(7, 8))
+    assert steps(Prefill(group=0, copies=(), pieces=(one,)), lone) == [([[7], [7]], (4, 4), True)]
+    assert steps(Prefill(group=0, copies=(), pieces=(two,)), lone) == [([[7, 8]], (4,), False)]
+
+
+@pytest.mark.parametrize(("lone", "chunks"), [(False, True), (True, True), (False, False)])
+def test_prompts_are_together_where_their_bits_do_not_depend_on_it(
+    lone: bool, chunks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = open_artifact(llama(MESH, LlamaSize(layers=1)).write(tmp_path))
+    found = BatchInvariance(differences=(), companions=Companions(lone=lone), chunks=chunks, unprobed=())
+    monkeypatch.setattr(launch, "probe_batch_invariance", lambda *_, **__: found)
+    plan = launch.make_plan(EngineArgs(artifact.folder, batch_invariant=True), artifact)
+    assert plan.scheduling.prompts_together == (chunks and not lone)
+    assert launch.make_plan(EngineArgs(artifact.folder), artifact).scheduling.prompts_together
 
 
 # -- the option ----------------------------------------------------------------------------------------------------

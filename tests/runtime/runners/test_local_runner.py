@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import weakref
@@ -34,6 +35,7 @@ from furiosa_llm.runtime.runners.batch import (
     Companions,
     Copy,
     Decode,
+    Piece,
     Prefill,
     Row,
     Runner,
@@ -128,17 +130,15 @@ def prefill(
     while not last:
         stop = cut(one.stepped, chunk, len(one.tokens))
         last = stop == len(one.tokens)
-        batch = Prefill(
-            group=group,
-            copies=tuple(copies),
+        piece = Piece(
             sequence_id=one.slot,
             slot=one.slot,
             start=one.stepped,
             tokens=tuple(one.tokens[one.stepped : stop]),
             logits=wanted if last else "none",
         )
+        found = runner.submit(Prefill(group=group, copies=tuple(copies), pieces=(piece,))).result(WAIT)
         copies = ()
-        found = runner.submit(batch).result(WAIT)
         assert last or found.shape[0] == 0
         one.stepped = stop
     if wanted == "last":
@@ -174,6 +174,21 @@ def serve(
         prefill(runner, one, chunk=chunk, group=group)
     for _ in range(steps):
         decode(runner, rows, group=group)
+    return [one.logits for one in rows]
+
+
+def serve_together(runner: Runner, prompts: Sequence[Sequence[int]], steps: int) -> list[list[Array]]:
+    """The same, with all prompts in one batch, the last one first."""
+    rows = begin(prompts)
+    pieces = [
+        Piece(sequence_id=one.slot, slot=one.slot, start=0, tokens=tuple(one.tokens), logits="last") for one in rows
+    ]
+    batch = Prefill(group=0, copies=(), pieces=tuple(reversed(pieces)))
+    for one, logits in zip(reversed(rows), runner.submit(batch).result(WAIT), strict=True):
+        one.stepped = len(one.tokens)
+        one.take(logits)
+    for _ in range(steps):
+        decode(runner, rows)
     return [one.logits for one in rows]
 
 
@@ -250,9 +265,12 @@ def test_the_zoo_in_stages_chunks_and_batches_gives_the_bits_of_sequences_alone(
     with runner_of(artifact, stages=2, threads=4) as (host, runner):
         assert (host.model.traits.rows, host.model.traits.selects) == (ROWS[name], True)
         found = serve(runner, prompts, 4, chunk=3)
+        together = serve_together(runner, prompts, 4)
         if probed.invariant:
             assert same_bits(serve(runner, prompts, 4, chunk=chunk), reference)
-    for ours, theirs in zip(found, reference, strict=True):
+        if probed.invariant and probed.chunks:
+            assert same_bits(together, reference)
+    for ours, theirs in zip([*found, *together], [*reference, *reference], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=APART * np.abs(theirs).max())
         assert [row.argmax() for row in ours] == [row.argmax() for row in theirs]
     if probed.invariant:
@@ -460,7 +478,8 @@ def test_replicas_of_one_host_do_not_mix(artifact: Artifact, expected: list[list
 
 
 def batch_of(*tokens: int, group: int = 0) -> Prefill:
-    return Prefill(group=group, copies=(), sequence_id=1, slot=0, start=0, tokens=tokens, logits="last")
+    piece = Piece(sequence_id=1, slot=0, start=0, tokens=tokens, logits="last")
+    return Prefill(group=group, copies=(), pieces=(piece,))
 
 
 def threads_of_runners() -> list[threading.Thread]:
@@ -547,6 +566,10 @@ def test_a_host_has_at_least_one_thread(artifact: Artifact) -> None:
         Host(artifact, choose_stages(artifact), threads=0)
 
 
+LENGTHS = {1: 3, 2: 7, 3: 7, 4: 12, 6: 7, 7: 1, 8: 1}
+"""Slot -> tokens of a prompt."""
+
+
 # -- which rows are a step -----------------------------------------------------------------------------------------
 
 
@@ -567,8 +590,56 @@ def test_which_rows_are_stepped_together(traits: Traits, expected: list[tuple[in
     for step in steps:
         assert step.starts == tuple(starts[row] for row in step.rows)
         assert step.token_ids.tolist() == [[10 + row] for row in step.rows]
-        assert step.wanted == (0,)
-    assert steps[0].sizes(5) == {"batch": len(expected[0]), "sequence": 1, "past": 5, "total": 6, "wanted": 1}
+        assert step.wanted == tuple(range(len(step.rows)))
+    count = len(expected[0])
+    assert steps[0].sizes(5) == {"batch": count, "sequence": 1, "past": 5, "total": 6, "wanted": count}
+
+
+ALL = Traits(rows="ragged", in_place=True, selects=True, pads=True)
+
+
+@pytest.mark.parametrize(
+    ("traits", "expected"),
+    [
+        (ALL, [(1, 2, 3), (4,), (6,), (7, 8)]),
+        (dataclasses.replace(ALL, batch=2), [(1, 2), (3,), (4,), (6,), (7, 8)]),
+        (dataclasses.replace(ALL, mixes=False), [(1, 2), (3,), (4,), (6,), (7, 8)]),
+        (dataclasses.replace(ALL, pads=False), [(1,), (2, 3), (4,), (6,), (7, 8)]),
+        (Traits(rows="equal", in_place=False, selects=True), [(1,), (2, 3), (4,), (6,), (7, 8)]),
+        (
+            dataclasses.replace(ALL, singly=True),
+            [(slot,) for slot in (8, 6, 3, 2, 1, 7, 4) for _ in range(LENGTHS[slot])],
+        ),
+    ],
+)
+def test_which_prompts_are_stepped_together(traits: Traits, expected: list[tuple[int, ...]]) -> None:
+    """A token alone is not padded, and what costs more to pad than a step of its own is not either."""
+    adapter = Adapter(key=1, name="1", arrays={})
+    pieces = {
+        slot: Piece(
+            sequence_id=slot,
+            slot=slot,
+            start=0,
+            tokens=tuple(range(count)),
+            logits="all" if slot == 2 else "last",
+            adapter=adapter if slot == 3 else None,
+        )
+        for slot, count in LENGTHS.items()
+    }
+    batch = Prefill(group=0, copies=(), pieces=tuple(pieces[slot] for slot in (8, 6, 3, 2, 1, 7, 4)))
+    steps = steps_of(batch, traits)
+    assert [step.slots for step in steps] == expected
+    found: list[tuple[int, int]] = []
+    for step in steps:
+        positions = step.token_ids.shape[1]
+        assert step.lengths == tuple(1 if traits.singly else LENGTHS[slot] for slot in step.slots) + (
+            step.lengths[-1:] * step.padding
+        )
+        places = [divmod(place, positions) for place in step.wanted[: len(step.rows)]]
+        found += [(row, step.slots[index]) for row, (index, _) in zip(step.rows, places, strict=True)]
+        if not traits.singly:
+            assert all(step.token_ids[index, position] == position for index, position in places)
+    assert sorted(found) == [(0, 8), (1, 6), (2, 3), *((3 + i, 2) for i in range(7)), (10, 1), (11, 7), (12, 4)]
 
 
 @pytest.mark.parametrize(

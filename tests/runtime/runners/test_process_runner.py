@@ -19,7 +19,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError, WorkerError
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
-from furiosa_llm.runtime.runners.batch import Decode, Prefill, Row, Runner
+from furiosa_llm.runtime.runners.batch import Decode, Piece, Prefill, Row, Runner
 from furiosa_llm.runtime.runners.local_runner import Host
 from furiosa_llm.runtime.runners.process_runner import ProcessHost, ProcessRunner
 from tests.support.runtime.models import LlamaSize, llama, mlp
@@ -44,15 +44,14 @@ def results(runner: Runner, group: int = 0) -> list[Array]:
     found: list[Array] = []
     for slot, prompt in enumerate(PROMPTS):
         for start in range(0, len(prompt), 3):
-            batch = Prefill(
-                group=group,
-                copies=(),
+            piece = Piece(
                 sequence_id=slot,
                 slot=slot,
                 start=start,
                 tokens=prompt[start : start + 3],
                 logits="all",
             )
+            batch = Prefill(group=group, copies=(), pieces=(piece,))
             found.append(runner.submit(batch).result(DEADLINE).copy())
     for step in range(4):
         rows = tuple(Row(sequence_id=s, start=len(p) + step, token=step + s) for s, p in enumerate(PROMPTS))

@@ -42,7 +42,7 @@ class CountingRunner:
             self._fault(batch, self)
         if not isinstance(batch, Prefill):
             return _count_on(row.token for row in batch.rows)
-        return _count_on({"none": (), "last": batch.tokens[-1:], "all": batch.tokens}[batch.logits])
+        return _count_on(piece.tokens[index] for piece in batch.pieces for index in piece.wanted)
 
 
 def _count_on(tokens: Iterable[int]) -> Array:

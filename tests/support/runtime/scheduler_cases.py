@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from furiosa_llm.runtime.engine.scheduler import Scheduler, SchedulerLimits
-from furiosa_llm.runtime.runners.batch import Batch, Decode, Prefill
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill
 
 
 def limits(**changes: Any) -> SchedulerLimits:
@@ -38,10 +40,23 @@ def run(scheduler: Scheduler, finished: Collection[int] = ()) -> Batch:
     return batch
 
 
-def prefill(scheduler: Scheduler, finished: Collection[int] = ()) -> Prefill:
-    batch = run(scheduler, finished)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lone(Piece):
+    """The only piece of a prefill batch."""
+
+    group: int
+    copies: tuple[Copy, ...]
+
+
+def lone(batch: Batch | None) -> Lone:
     assert isinstance(batch, Prefill)
-    return batch
+    (piece,) = batch.pieces
+    fields = {field.name: getattr(piece, field.name) for field in dataclasses.fields(piece)}
+    return Lone(group=batch.group, copies=batch.copies, **fields)
+
+
+def prefill(scheduler: Scheduler, finished: Collection[int] = ()) -> Lone:
+    return lone(run(scheduler, finished))
 
 
 def decode(scheduler: Scheduler, finished: Collection[int] = ()) -> Decode:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.engine.scheduler import Scheduler, SchedulerLimits
-from furiosa_llm.runtime.engine.slots import LEAST_CHUNK, SequenceState
-from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Prefill
+from furiosa_llm.runtime.engine.slots import LEAST_CHUNK, WORTH_A_COPY
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
 
 MakeScheduler = Callable[[SchedulerLimits], Scheduler]
 
@@ -66,7 +66,8 @@ class SlotStore:
         for copy in batch.copies:
             self._copy(slots, copy)
         if isinstance(batch, Prefill):
-            self._write(slots, batch.slot, batch.start, batch.tokens, batch.adapter)
+            for piece in batch.pieces:
+                self._write(slots, piece.slot, piece.start, piece.tokens, piece.adapter)
             return
         for index, row in enumerate(batch.rows):
             self._write(slots, index, row.start, (row.token,), row.adapter)
@@ -108,7 +109,7 @@ class Machine:
 
     def run(self, num_events: int) -> None:
         """Random events, and then whatever is left to its end."""
-        events = [self.add] * 6 + [self.schedule] * 8 + [self.complete] * 7 + [self.abort]
+        events = [self.add] * 4 + [self.schedule] * 8 + [self.complete] * 7 + [self.abort]
         for _ in range(num_events):
             self.random.choice(events)()
             self.check_accounts()
@@ -139,6 +140,10 @@ class Machine:
     # What may happen
 
     def add(self) -> None:
+        for _ in range(self.random.choice([1, 1, 1, 4])):
+            self._add_one()
+
+    def _add_one(self) -> None:
         limit = self.scheduler.max_length
         prompt = self.random.choice(self.prefixes) + self._random_tokens(self.random.randrange(1, 9))
         if self.clients and self.random.random() < 0.3:
@@ -226,38 +231,60 @@ class Machine:
     # What must hold
 
     def _check_prefill(self, batch: Prefill) -> None:
-        expect(0 < len(batch.tokens) <= self.limits.prefill_chunk_size, f"{len(batch.tokens)} tokens in a prefill")
-        expect(batch.sequence_id in self.clients, "a sequence runs that has left")
-        client = self.clients[batch.sequence_id]
+        size, slots = batch.num_tokens, {piece.slot for piece in batch.pieces}
+        expect(0 < size <= self.limits.prefill_chunk_size, f"{size} tokens in a prefill")
+        expect(len(slots) == len(batch.pieces), "two prompts in one slot")
+        expect(len(slots) == 1 or self.limits.prompts_together, "several prompts in a prefill")
+        for piece in batch.pieces:
+            whole = piece.start == 0 and len(piece.tokens) == len(self.clients[piece.sequence_id].tokens)
+            expect(whole or len(slots) == 1, "a part of a prompt beside another")
+            self._check_piece(piece, batch.group)
+        if self.limits.prefix_caching:
+            self._check_unlike(batch.pieces)
+
+    def _check_unlike(self, pieces: Sequence[Piece]) -> None:
+        """No sequence would have found much of its prompt if it had waited for the others."""
+        for index, piece in enumerate(pieces):
+            reusable = len(piece.tokens) - LEAST_CHUNK
+            for other in pieces[:index]:
+                same = piece.tokens[:WORTH_A_COPY] == other.tokens[:WORTH_A_COPY] and piece.adapter is other.adapter
+                expect(not same or reusable < WORTH_A_COPY, "two prompts that begin alike in a prefill")
+
+    def _check_piece(self, piece: Piece, group: int) -> None:
+        expect(piece.sequence_id in self.clients, "a sequence runs that has left")
+        client = self.clients[piece.sequence_id]
         if client.starts == 0:
             self._check_order(client)
-            found = self.scheduler.num_cached_tokens(batch.sequence_id)
-            expect(found == batch.start or self.scheduler.num_preemptions > 0, "the cached tokens are not those used")
-        if client.starts == 0 or batch.start != client.stepped or client.group != batch.group:
+            found = self.scheduler.num_cached_tokens(piece.sequence_id)
+            expect(found == piece.start or self.scheduler.num_preemptions > 0, "the cached tokens are not those used")
+        if client.starts == 0 or piece.start != client.stepped or client.group != group:
             self.restarts += client.starts > 0
             client.starts += 1
         expect(self.restarts <= self.scheduler.num_preemptions, "a sequence starts again that was not preempted")
-        end = batch.start + len(batch.tokens)
-        expect(list(batch.tokens) == client.tokens[batch.start : end], "other tokens than the sequence's")
-        if self.limits.prefill_chunk_size > LEAST_CHUNK and not self._is_replay(client, batch):
-            expect(len(batch.tokens) >= LEAST_CHUNK or batch.start == 0, f"a single token behind {batch.start}")
-        client.stepped, client.group = end, batch.group
-        if batch.logits == "all":
-            client.delivered += range(batch.start, end)
-            expect(client.prompt_logits and end <= len(client.prompt), "logits behind tokens that are not the prompt's")
+        expect(list(piece.tokens) == client.tokens[piece.start : piece.end], "other tokens than the sequence's")
+        if self.limits.prefill_chunk_size > LEAST_CHUNK and not self._is_replay(client, piece):
+            expect(len(piece.tokens) >= LEAST_CHUNK or piece.start == 0, f"a single token behind {piece.start}")
+        client.stepped, client.group = piece.end, group
+        if piece.logits == "all":
+            client.delivered += range(piece.start, piece.end)
+            inside = client.prompt_logits and piece.end <= len(client.prompt)
+            expect(inside, "logits behind tokens that are not the prompt's")
         else:
-            expect((batch.logits == "last") == (end == len(client.tokens)), f"{batch.logits} of the logits")
+            expect((piece.logits == "last") == (piece.end == len(client.tokens)), f"{piece.logits} of the logits")
 
-    def _is_replay(self, client: Client, batch: Prefill) -> bool:
-        """Whether the batch has one of the tokens that the sequence generated, and no more."""
-        return self.limits.batch_invariant and len(client.prompt) <= batch.start == batch.start + len(batch.tokens) - 1
+    def _is_replay(self, client: Client, piece: Piece) -> bool:
+        """Whether the piece has one of the tokens that the sequence generated, and no more."""
+        return self.limits.batch_invariant and len(client.prompt) <= piece.start == piece.end - 1
 
     def _check_order(self, client: Client) -> None:
-        """First come, first served: at most one earlier sequence for each other group may be about to start."""
-        earlier = [
-            other for other in self.clients.values() if other.sequence_id < client.sequence_id and other.starts == 0
+        """First come, first served: earlier sequences that have not started are about to start in other groups."""
+        earlier = {one.sequence_id for one in self.clients.values() if one.sequence_id < client.sequence_id}
+        passed_over = {sequence_id for sequence_id in earlier if self.clients[sequence_id].starts == 0}
+        expect(not passed_over & Snapshot(self.scheduler).waiting, f"{passed_over} came earlier and wait")
+        groups = [
+            running & passed_over for running in map(Snapshot(self.scheduler).running_in, range(self.limits.num_groups))
         ]
-        expect(len(earlier) < self.limits.num_groups, f"{len(earlier)} earlier sequences were passed over")
+        expect(sum(map(bool, groups)) < self.limits.num_groups, f"{passed_over} came earlier")
 
     def _check_decode(self, batch: Decode) -> None:
         expect(0 < len(batch.rows) <= self.limits.slots_per_group, f"{len(batch.rows)} rows")
@@ -279,7 +306,7 @@ class Machine:
         if isinstance(last, Prefill) and isinstance(batch, Prefill):
             expect(not before.decoding[batch.group], "a second prefill while others want to decode")
         if isinstance(last, Decode) and isinstance(batch, Decode):
-            expect(before.prefilling[batch.group] is None, "a second decode while a prompt is half prefilled")
+            expect(not before.prefilling[batch.group], "a second decode while a prompt is half prefilled")
             expect(not self._head_fits(len(batch.rows)), "a second decode while there is room for a prompt")
 
     def _head_fits(self, num_decoding: int) -> bool:
@@ -291,7 +318,7 @@ class Machine:
         return -(-(len(waiting[0].tokens) + 1) // self.limits.page_size) <= free
 
     def _count_passed_over(self, batch: Batch) -> None:
-        members = {batch.sequence_id} if isinstance(batch, Prefill) else {row.sequence_id for row in batch.rows}
+        members = set(_members(batch))
         after = Snapshot(self.scheduler)
         for sequence_id in after.running_in(batch.group):
             client = self.clients.get(sequence_id)
@@ -314,14 +341,14 @@ class Machine:
     def _expected_to_sample(self, batch: Batch) -> set[int]:
         if isinstance(batch, Decode):
             return {row.sequence_id for row in batch.rows} & set(self.clients)
-        client = self.clients.get(batch.sequence_id)
-        return {batch.sequence_id} if client and client.stepped == len(client.tokens) else set()
+        clients = (self.clients.get(piece.sequence_id) for piece in batch.pieces)
+        return {client.sequence_id for client in clients if client and client.stepped == len(client.tokens)}
 
     def _check_store(self, batch: Batch) -> None:
         """What a sequence's slot has after a batch is the sequence, from its first token to the last one stepped."""
         slots = self.store.slots[batch.group]
         if isinstance(batch, Prefill):
-            seats = {batch.sequence_id: batch.slot}
+            seats = {piece.sequence_id: piece.slot for piece in batch.pieces}
         else:
             seats = {row.sequence_id: index for index, row in enumerate(batch.rows)}
         for sequence_id, index in seats.items():
@@ -351,7 +378,7 @@ class Machine:
         if not self.limits.prefix_caching:
             expect(cached == 0, "free slots keep tokens though prefix caching is off")
         dropped = scheduler.num_running + scheduler.num_waiting - len(self.clients)
-        expect(0 <= dropped <= sum(_size(batch) for batch in self.under_way), "sequences are lost, or live on")
+        expect(0 <= dropped <= sum(len(_members(batch)) for batch in self.under_way), "sequences are lost, or live on")
 
 
 class Snapshot:
@@ -361,15 +388,10 @@ class Snapshot:
         self.num_preemptions = scheduler.num_preemptions
         self.waiting = {sequence.sequence_id for sequence in scheduler._waiting}
         self.decoding = [{sequence.sequence_id for sequence in group.decoding} for group in scheduler._groups]
-        self.prefilling = [_id_of(group.prefilling) for group in scheduler._groups]
+        self.prefilling = [{sequence.sequence_id for sequence in group.prefilling} for group in scheduler._groups]
 
     def running_in(self, group: int) -> set[int]:
-        prefilling = self.prefilling[group]
-        return self.decoding[group] | (set() if prefilling is None else {prefilling})
-
-
-def _id_of(sequence: SequenceState | None) -> int | None:
-    return None if sequence is None else sequence.sequence_id
+        return self.decoding[group] | self.prefilling[group]
 
 
 def recount(scheduler: Scheduler) -> tuple[int, int]:
@@ -383,7 +405,7 @@ def recount(scheduler: Scheduler) -> tuple[int, int]:
                 continue
             steps = {row.sequence_id for row in group.under_way.rows} if isinstance(group.under_way, Decode) else set()
             length = slot.length + (slot.owner.sequence_id in steps)
-            if slot.owner is group.prefilling:
+            if slot.owner in group.prefilling:
                 length = len(slot.owner.tokens) + 1
             # A sequence that was prefilled and not stepped since still has the page of its next token.
             fewest, most = -(-length // size), -(-(len(slot.owner.tokens) + 1) // size)
@@ -392,8 +414,9 @@ def recount(scheduler: Scheduler) -> tuple[int, int]:
     return held, cached
 
 
-def _size(batch: Batch) -> int:
-    return 1 if isinstance(batch, Prefill) else len(batch.rows)
+def _members(batch: Batch) -> list[int]:
+    parts: Sequence[Piece | Row] = batch.pieces if isinstance(batch, Prefill) else batch.rows
+    return [one.sequence_id for one in parts]
 
 
 def random_limits(rng: random.Random) -> SchedulerLimits:
@@ -409,6 +432,7 @@ def random_limits(rng: random.Random) -> SchedulerLimits:
         max_length=max_length,
         prefill_chunk_size=rng.choice([1, 3, 7, 16, 64]),
         prefix_caching=rng.random() < 0.8,
+        prompts_together=rng.random() < 0.8,
     )
     bits_matter = rng.random() < 0.4 and (limits.prefill_chunk_size > LEAST_CHUNK or not limits.prefix_caching)
     return replace(limits, batch_invariant=bits_matter)
