@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -15,7 +15,11 @@ from furiosa_llm.runtime.artifact.composite import Composite, open_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.progress import tell
+from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, layout_of_parts, replica_snapshot, snapshot
+from furiosa_llm.runtime.engine.replica import ReplicaUsage
+from furiosa_llm.runtime.engine.replica_counts import ReplicaCounts
 from furiosa_llm.runtime.errors import ContextLengthError, InputError, SamplingParamsError, UnsupportedError
+from furiosa_llm.runtime.execution.counters import added
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.prompt_feeds import prompt_feeds
 from furiosa_llm.runtime.execution.seq2seq_decoder import CachedSteps, Steps, WholeSteps
@@ -60,6 +64,7 @@ class Seq2Seq(Model):
         self._seed = seed
         self._grammars = Grammars(tokenizer)
         self._idle: SimpleQueue[Steps] = SimpleQueue()
+        self._layout = layout_of_parts(list(composite.parts.values()))
         self._request_ids = itertools.count()
 
     @classmethod
@@ -81,6 +86,27 @@ class Seq2Seq(Model):
         tensor parallel size than asked for.
         """
         composite = open_composite(path, full=full_verification, compute=compute)
+        return cls.of_composite(
+            composite,
+            tokenizer=tokenizer,
+            seed=seed,
+            tensor_parallel_size=tensor_parallel_size,
+            threads=threads,
+            mapped=mapped,
+        )
+
+    @classmethod
+    def of_composite(
+        cls,
+        composite: Composite,
+        *,
+        tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+        seed: int | None = None,
+        tensor_parallel_size: int | None = None,
+        threads: int | None = None,
+        mapped: bool = False,
+    ) -> Self:
+        """Loads a composite artifact that is open; `load_artifact` says the rest."""
         check_tensor_parallel_size(composite.encoder, tensor_parallel_size)
         loaded_tokenizer = tokenizer_of(composite.encoder, tokenizer)
         with ExitStack() as stack:
@@ -120,7 +146,7 @@ class Seq2Seq(Model):
         prompt: Prompt,
         sampling_params: SamplingParams = _DEFAULT_PARAMS,
         adapter: LoRARequest | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """The request after each token, the last time finished; `output_kind` says what the outputs hold."""
         _check_without(adapter)
         text, token_ids = read_prompt(prompt, self.tokenizer, self._vocab_size, add_special_tokens=True)
@@ -140,6 +166,17 @@ class Seq2Seq(Model):
                         yield output
         finally:
             self._idle.put(steps)
+
+    def machine(self, *, running: int = 0, waiting: int = 0) -> MachineSnapshot:
+        """What lies on every PE, and what the model has done so far, as one replica of one stage.
+
+        The caller says how many requests are `running` and `waiting`: the model knows only what it runs.
+        """
+        usage = ReplicaUsage(running=running, waiting=waiting, used_pages=0, num_pages=0, preemptions=0)
+        done = added([one for executor in self._executors.values() for one in executor.counts])
+        counts = ReplicaCounts(stages=(done,))
+        one = replica_snapshot(self._layout, 0, usage=usage, counts=counts, alive=True, ready=True)
+        return snapshot(self._layout, [one])
 
     def close(self) -> None:
         """Ends the threads; the model cannot generate any more."""

@@ -22,6 +22,8 @@ from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.server.settings import METRICS_NAMES, REASONING_PARSERS, TOOL_CALL_PARSERS, ServerSettings
 
 if TYPE_CHECKING:
+    from furiosa_llm.runtime.artifact.composite import Composite
+    from furiosa_llm.runtime.artifact.reader import Artifact
     from furiosa_llm.runtime.engine.launch import Plan
     from furiosa_llm.server.model import Decoder
 
@@ -165,7 +167,7 @@ def serve(
         if require_signature is not None:
             signing.check_signature(artifact, require_signature, digest=opened.digest)
     if plan is None:
-        line(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
+        _show_without_plan(opened)
     else:
         _show_plan(plan)
     with shown(progress):
@@ -242,6 +244,15 @@ def _read(template: Path) -> str:
         return template.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise TokenizerError(f"Error in reading chat template file: {error}") from error
+
+
+def _show_without_plan(opened: Artifact | Composite) -> None:
+    from furiosa_llm.runtime.artifact.composite import Composite
+
+    if isinstance(opened, Composite):
+        line(f"{opened.manifest.name}: an encoder-decoder, tp {opened.encoder.manifest.mesh.size}, one replica")
+    else:
+        line(f"{opened.manifest.model.name}: an encoder, tp {opened.manifest.mesh.size}, one replica")
 
 
 def _show_plan(plan: Plan) -> None:

@@ -106,7 +106,10 @@ def as_chat_request(given: dict[str, Any]) -> ChatCompletionRequest:
 async def begin_chat(body: ChatCompletionRequest, state: ServerState, prefix: str) -> Chat:
     """Starts the answers to a conversation, whose id begins with `prefix`; raises what is wrong with the request."""
     state.check_model(body.model)
-    generator, tools = state.generator, Tools(body, state.call_format, state.tokenizer.tags)
+    generator = state.generator
+    if not generator.goes_on:
+        raise ApiError(400, f"{state.model.names[0]} is an encoder-decoder, and holds no chats; use /v1/completions")
+    tools = Tools(body, state.call_format, state.tokenizer.tags)
     params = body.params(await tools.constraint())
     text = await prompt_of(body, state, with_tools=tools.shown)
     token_ids = await state.encode(text, add_special_tokens=body.add_special_tokens)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.server.body_route import BodyRoute
+from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import EventStream, event, events_of, until_disconnect
 from furiosa_llm.server.generation import Answered, Completed, collect
 from furiosa_llm.server.logprobs import CompletionLogprobsMaker, prompt_logprobs
@@ -40,6 +41,8 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     """Completes one prompt or several, given as text or as token ids."""
     state.check_model(body.model)
     generator = state.generator
+    if body.echo and not generator.goes_on:
+        raise ApiError(400, "echo: the model does not go on with its prompt, which is its encoder's", param="echo")
     params = body.params(await structured_outputs(body))
     if body.echo or body.logprobs is not None or body.prompt_logprobs is not None:
         state.check_tokenizer()

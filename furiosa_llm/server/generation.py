@@ -14,6 +14,7 @@ from furiosa_llm.runtime.errors import SamplingParamsError
 from furiosa_llm.runtime.requests.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
+from furiosa_llm.server.encoder_decoder import EncoderDecoder
 from furiosa_llm.server.errors import ApiError, blamed
 from furiosa_llm.server.metrics import Metrics, RequestMeter
 from furiosa_llm.server.model import Decoder
@@ -63,14 +64,16 @@ class Gate:
 class Generator:
     """Runs prompts on a decoder for one client after another."""
 
-    decoder: Decoder
+    decoder: Decoder | EncoderDecoder
     """The model."""
     gate: Gate
     """Counts the sequences under way, and refuses more than may be."""
     metrics: Metrics
     """Where requests are counted."""
-    max_length: int
-    """The most tokens of a prompt and its completion."""
+    max_length: int | None
+    """The most tokens of a prompt and its completion, or of the completion alone; None for no limit."""
+    goes_on: bool = True
+    """Whether a completion goes on with its prompt, and so shares the limit with it."""
 
     async def run(
         self,
@@ -104,7 +107,9 @@ class Generator:
     def _fitted(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
         """`params` with no more tokens than there is room for behind `prompt`, which the answer says in a header."""
         assert isinstance(prompt, Mapping)
-        room = self.max_length - len(prompt["prompt_token_ids"])
+        if self.max_length is None:
+            return params
+        room = self.max_length - (len(prompt["prompt_token_ids"]) if self.goes_on else 0)
         if params.max_tokens is None or not 0 < room < params.max_tokens:
             return params
         note(MAX_TOKENS, str(room))
@@ -115,7 +120,7 @@ class Generator:
     ) -> Outputs:
         meter = RequestMeter(self.metrics, params)
         try:
-            async with aclosing(self.decoder.engine.generate(prompt, params, request_id, adapter)) as outputs:
+            async with aclosing(self.decoder.generate(prompt, params, request_id, adapter)) as outputs:
                 async for output in outputs:
                     meter.see(output)
                     yield index, output

@@ -12,11 +12,19 @@ from pydantic import BaseModel, Field
 import furiosa_llm
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot, PESnapshot, ReplicaSnapshot
 from furiosa_llm.runtime.execution.counters import TransferKind
+from furiosa_llm.server.embedder import Embedder
+from furiosa_llm.server.encoder_decoder import EncoderDecoder
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.state import State
 
 router = APIRouter()
+
+_TASKS: dict[type, Literal["decoder", "encoder", "encoder-decoder"]] = {
+    Decoder: "decoder",
+    Embedder: "encoder",
+    EncoderDecoder: "encoder-decoder",
+}
 
 
 class Parallelism(BaseModel):
@@ -126,7 +134,7 @@ class MachineResponse(BaseModel):
     """The live machine. What is counted is counted since the model was loaded, and only grows."""
 
     model: str
-    task: Literal["decoder", "encoder"]
+    task: Literal["decoder", "encoder", "encoder-decoder"]
     version: str
     time: float = Field(description="Seconds since 1970.")
     uptime_seconds: float
@@ -147,7 +155,7 @@ async def machine(state: State) -> MachineResponse:
     model, snapshot = state.model, state.model.kind.machine()
     return MachineResponse(
         model=model.names[0],
-        task="decoder" if isinstance(model.kind, Decoder) else "encoder",
+        task=_TASKS[type(model.kind)],
         version=furiosa_llm.__version__,
         time=time.time(),
         uptime_seconds=time.monotonic() - state.started,

@@ -1,14 +1,14 @@
-"""The model that is served: a decoder on its engine, or an encoder on a thread of its own."""
+"""The model that is served: a decoder on its engine, or an encoder or encoder-decoder on threads of their own."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from furiosa_llm.runtime import model
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
-from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.artifact.composite import Composite, is_composite, open_composite
 from furiosa_llm.runtime.artifact.errors import AdapterError
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.record_summary import verification_of
@@ -18,9 +18,14 @@ from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan, make_plan, only_of_one_replica, open_model
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
 from furiosa_llm.runtime.errors import UnsupportedError
+from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.requests.prompts import Prompt
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance
+from furiosa_llm.runtime.seq2seq import Seq2Seq
+from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.embedder import Embedder
+from furiosa_llm.server.encoder_decoder import EncoderDecoder
 from furiosa_llm.server.settings import is_text
 
 
@@ -35,6 +40,12 @@ class Decoder:
     batch_invariant: bool
     """Whether they are kept from doing so."""
 
+    def generate(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, adapter: LoRARequest | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """See `AsyncLLMEngine.generate`."""
+        return self.engine.generate(prompt, params, request_id, adapter)
+
     def machine(self) -> MachineSnapshot:
         """What lies on every PE, and what was done so far."""
         return self.engine.core.machine()
@@ -46,9 +57,9 @@ class ServedModel:
 
     names: tuple[str, ...]
     """What requests may call it; the first is used in answers."""
-    artifact: Artifact
-    """Where it came from."""
-    kind: Decoder | Embedder
+    artifact_id: str
+    """What its artifact calls it."""
+    kind: Decoder | Embedder | EncoderDecoder
     """What runs it."""
     max_length: int | None
     """The most tokens of a prompt and its completion, or of a text to embed; None if there is no limit."""
@@ -68,7 +79,13 @@ class ServedModel:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """Its tokenizer; encoders may have none."""
-        return self.kind.engine.core.tokenizer if isinstance(self.kind, Decoder) else self.kind.encoder.tokenizer
+        match self.kind:
+            case Decoder():
+                return self.kind.engine.core.tokenizer
+            case Embedder():
+                return self.kind.encoder.tokenizer
+            case EncoderDecoder():
+                return self.kind.model.tokenizer
 
     @property
     def dead(self) -> bool:
@@ -86,7 +103,7 @@ class ServedModel:
 async def load_adapter(model: ServedModel, name: str, path: str) -> None:
     """Makes an adapter known under `name`; raises AdapterError if it is not the model's, or the name is taken."""
     if not isinstance(model.kind, Decoder):
-        raise UnsupportedError(f"{model.names[0]} makes embeddings, and takes no adapters")
+        raise UnsupportedError(f"{model.names[0]} runs without an engine, and takes no adapters")
     _check_free(model, name)
     request = LoRARequest(name, next(model.adapter_ids), path)
     await model.kind.engine.add_lora(request)
@@ -109,15 +126,11 @@ def _check_free(model: ServedModel, name: str) -> None:
         raise AdapterError(f"{name!r:.80} is a name of the server's already; give the adapter another")
 
 
-def open_served(args: EngineArgs) -> tuple[Artifact, Plan | None]:
-    """The artifact, and how it will run if it generates; raises what `make_plan` does.
-
-    Encoder-decoders run without an engine, one request after another, and are refused.
-    """
+def open_served(args: EngineArgs) -> tuple[Artifact | Composite, Plan | None]:
+    """The artifact, and how it will run if it has an engine; raises what `make_plan` does."""
     if is_composite(args.model):
-        raise UnsupportedError(
-            f"{args.model} is an encoder-decoder, which runs without an engine; use `furiosa-llm generate`"
-        )
+        only_of_one_replica(args, "an encoder-decoder")
+        return open_composite(args.model, full=args.full_verification, compute=args.compute), None
     artifact = open_model(args)
     if artifact.manifest.model.task == "encoder":
         only_of_one_replica(args, "an encoder")
@@ -127,7 +140,7 @@ def open_served(args: EngineArgs) -> tuple[Artifact, Plan | None]:
 
 def load_served(
     args: EngineArgs,
-    artifact: Artifact,
+    artifact: Artifact | Composite,
     plan: Plan | None,
     names: Sequence[str] | None,
     created: int,
@@ -135,14 +148,16 @@ def load_served(
 ) -> ServedModel:
     """Loads what `open_served` gave, with the adapters of the artifact's own and those that `lora_modules` name."""
     if plan is None and lora_modules:
-        raise UnsupportedError("an encoder takes no adapters; leave --lora-modules out")
+        raise UnsupportedError("a model without an engine takes no adapters; leave --lora-modules out")
+    if isinstance(artifact, Composite):
+        return _encoder_decoder(args, artifact, names, created)
     shown = tuple(names or (artifact.manifest.model.name,))
     verification = str(verification_of(artifact.folder, artifact.digest))
     if plan is None:
         encoder = Encoder.of_artifact(artifact, tokenizer=args.tokenizer, threads=args.threads, mapped=args.mapped)
         return ServedModel(
             names=shown,
-            artifact=artifact,
+            artifact_id=artifact.manifest.model.name,
             kind=Embedder(encoder),
             max_length=encoder.max_length,
             max_prompt_length=encoder.max_length,
@@ -153,7 +168,7 @@ def load_served(
     decoder = model.Decoder(plan, args, skip_engine=False)
     served = ServedModel(
         names=shown,
-        artifact=artifact,
+        artifact_id=artifact.manifest.model.name,
         kind=Decoder(
             engine=AsyncLLMEngine.from_llm(decoder),
             probe=lambda: decoder.batch_invariance,
@@ -175,3 +190,19 @@ def load_served(
         decoder.close()
         raise
     return served
+
+
+def _encoder_decoder(args: EngineArgs, composite: Composite, names: Sequence[str] | None, created: int) -> ServedModel:
+    model = Seq2Seq.of_composite(
+        composite, tokenizer=args.tokenizer, seed=args.seed, threads=args.threads, mapped=args.mapped
+    )
+    return ServedModel(
+        names=tuple(names or (composite.manifest.name,)),
+        artifact_id=composite.manifest.name,
+        kind=EncoderDecoder(model),
+        max_length=model.max_length,
+        max_prompt_length=model.max_prompt_length,
+        parallelism={"tensor_parallel_size": composite.encoder.manifest.mesh.size},
+        created=created,
+        verification=str(verification_of(composite.folder, composite.digest)),
+    )

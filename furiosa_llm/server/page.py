@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
+from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.model import Decoder
 from furiosa_llm.server.state import ServerState, State
@@ -114,5 +115,5 @@ def _box(state: ServerState) -> Box | None:
     if tokenizer is None:
         return None
     if not isinstance(state.model.kind, Decoder):
-        return "embedding"
+        return "embedding" if isinstance(state.model.kind, Embedder) else "completion"
     return "chat" if state.settings.chat_template or tokenizer.chat_template else "completion"

@@ -57,9 +57,11 @@ class ServerState:
     def generator(self) -> Generator:
         """What generates; raises an ApiError for an encoder."""
         kind = self.model.kind
-        if not isinstance(kind, Decoder):
+        if isinstance(kind, Embedder):
             raise ApiError(400, f"{self.model.names[0]} makes embeddings and generates nothing; use /v1/embeddings")
-        return Generator(decoder=kind, gate=self.gate, metrics=self.metrics, max_length=kind.engine.core.limits.longest)
+        goes_on = isinstance(kind, Decoder)
+        limit = kind.engine.core.limits.longest if isinstance(kind, Decoder) else kind.model.max_length
+        return Generator(decoder=kind, gate=self.gate, metrics=self.metrics, max_length=limit, goes_on=goes_on)
 
     @property
     def embedder(self) -> Embedder:

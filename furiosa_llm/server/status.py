@@ -57,7 +57,7 @@ def _card(model: ServedModel, name: str) -> ModelCard:
         created=model.created,
         root=model.names[0],
         parent=model.names[0] if name in model.adapters else None,
-        artifact_id=model.artifact.manifest.model.name,
+        artifact_id=model.artifact_id,
         max_prompt_len=model.max_prompt_length,
         max_context_len=model.max_length,
         max_model_len=model.max_length,

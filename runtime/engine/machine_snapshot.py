@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -110,6 +110,13 @@ def layout_of_one(artifact: Artifact) -> MachineLayout:
         tensor_parallel_size=size, pipeline_parallel_size=1, data_parallel_size=1, replicas=((first_pes(size),),)
     )
     return layout_of(artifact, topology, choose_stages(artifact), page_size=1)
+
+
+def layout_of_parts(parts: Sequence[Artifact]) -> MachineLayout:
+    """The same of a model in several parts, which all lie on the same PEs; shown as one stage, the last part's."""
+    layouts = [layout_of_one(part) for part in parts]
+    stage = replace(layouts[-1].stages[0], weight_nbytes=sum(one.stages[0].weight_nbytes for one in layouts))
+    return MachineLayout(topology=layouts[-1].topology, stages=(stage,), page_nbytes=(0,))
 
 
 def machine_of(layout: MachineLayout, replicas: Sequence[Replica]) -> MachineSnapshot:

@@ -61,6 +61,27 @@ class StageCounts:
     """The transfers of every kind that the stage can have."""
 
 
+def added(counts: Sequence[StageCounts]) -> StageCounts:
+    """What several programs have done that run in one stage, one after the other."""
+    kinds = dict.fromkeys(one.kind for stage in counts for one in stage.transfers)
+    return StageCounts(
+        runs=sum(stage.runs for stage in counts),
+        busy_seconds=sum(stage.busy_seconds for stage in counts),
+        transfers=tuple(
+            _added(kind, [one for stage in counts for one in stage.transfers if one.kind == kind]) for kind in kinds
+        ),
+    )
+
+
+def _added(kind: TransferKind, transfers: Sequence[TransferCounts]) -> TransferCounts:
+    return TransferCounts(
+        kind=kind,
+        calls=sum(one.calls for one in transfers),
+        nbytes=sum(one.nbytes for one in transfers),
+        seconds=sum(one.seconds for one in transfers),
+    )
+
+
 class CollectiveMeter:
     """Measures the collectives in the runs of one program, whose sections have collectives of the kinds `sections`.
 

@@ -352,6 +352,6 @@ def test_the_command_line_needs_none_of_it() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_an_encoder_decoder_is_refused(refused: Refused) -> None:
-    message = refused("serve", artifact_of("tiny-t5-optimum"), "--port", 0)
-    assert "is an encoder-decoder, which runs without an engine" in message
+def test_an_encoder_decoder_has_one_replica(refused: Refused) -> None:
+    message = refused("serve", artifact_of("tiny-t5-optimum"), "--port", 0, "-dp", 2)
+    assert "an encoder-decoder runs as one replica of one stage" in message

@@ -238,6 +238,7 @@ def test_the_schema_has_every_endpoint_and_one_kind_of_error(url: str) -> None:
     assert set(schema["paths"]) == {
         *("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}"),
         *("/v1/responses", "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/v1/messages"),
+        *("/v1/messages/count_tokens", "/v1/score", "/v1/rerank"),
         *("/tokenize", "/detokenize", "/tokenizer_info", "/health", "/version", "/metrics", "/machine"),
     }
     for path, operations in schema["paths"].items():
@@ -253,7 +254,8 @@ def test_the_schema_has_every_endpoint_and_one_kind_of_error(url: str) -> None:
                 assert "x-request-id" in answer["headers"]
                 if status != "200":
                     content = answer["content"]["application/json"]
-                    assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+                    kind = "AnthropicErrorResponse" if path.startswith("/v1/messages") else "ErrorResponse"
+                    assert content["schema"] == {"$ref": f"#/components/schemas/{kind}"}
     assert schema["components"]["schemas"]["CompletionRequest"]["properties"]["model"]["enum"] == [NAME]
 
 
