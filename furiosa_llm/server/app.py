@@ -25,6 +25,7 @@ from furiosa_llm.server import (
     status,
     tokens,
 )
+from furiosa_llm.server.background import Background
 from furiosa_llm.server.encodings import ContentEncodings
 from furiosa_llm.server.errors import install_handlers
 from furiosa_llm.server.events import ClientGoneError
@@ -62,12 +63,14 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
             task.add_done_callback(_log_end)
         await text.start()
         yield
+        await background.close()
         await text.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(model.close)
 
+    background = Background()
     metrics, text = Metrics(model, settings.metrics_names), TextWork(model.tokenizer, settings)
     # The pages of documentation that FastAPI would make load scripts from elsewhere.
     app = FastAPI(
@@ -80,6 +83,7 @@ def make_app(model: ServedModel, settings: ServerSettings) -> FastAPI:
         metrics=metrics,
         text=text,
         responses=ResponseStore(settings.max_stored_responses),
+        background=background,
         call_format=call_format(settings.tool_call_parser),
         reasoning_format=reasoning_format(settings.reasoning_parser),
     )

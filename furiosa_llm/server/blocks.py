@@ -98,13 +98,17 @@ class BlockAnswer(ABC):
         if self._chat.body.stream:
             first = await until_disconnect(request.receive, anext(outputs))
             return EventStream(events_of(outputs, first, self._chunks, lambda: b"", end=b""))
-        [found] = await until_disconnect(request.receive, collect(outputs, 1, 1))
+        return json_answer(await until_disconnect(request.receive, self.finished()))
+
+    async def finished(self) -> dict[str, Any]:
+        """The answer at once, when it has ended."""
+        [found] = await collect(self._chat.outputs, 1, 1)
         [completion] = found.completions
         self._num_prompt, self._num_cached = len(found.token_ids), found.cached
         self._num_completion = len(completion.token_ids)
         for _ in self._changes(completion.text, ended=True):
             pass
-        return json_answer(self._whole(completion.finish_reason, completion.stop_reason))
+        return self._whole(completion.finish_reason, completion.stop_reason)
 
     def _chunks(self, found: tuple[int, RequestOutput]) -> bytes:
         """The events of the next output."""

@@ -337,7 +337,7 @@ class ResponsesRequest(RequestBody):
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, str] | None = Field(None, description="Given back.")
     user: str | None = Field(None, description="Accepted, and without effect.")
-    background: fields.No | None = None
+    background: bool | None = None
     conversation: Annotated[None, refused("give previous_response_id")] = None
     prompt: Annotated[None, refused("there are no stored prompts")] = None
 

@@ -26,6 +26,8 @@ class ResponseStore:
         """Keeps one, and gives up the oldest beyond the limit. `messages` begin with those that it goes on from."""
         _, before, nbytes = self._kept.get(response.get("previous_response_id", ""), ({}, [], 0))
         nbytes += len(json.dumps(messages[len(before) :]))
+        if response["id"] in self._kept:
+            self.forget(response["id"])
         self._kept[response["id"]] = (response, messages, nbytes)
         self._nbytes += nbytes
         while len(self._kept) > self._limit or self._nbytes > MAX_NBYTES:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.server.blocks import Block, BlockAnswer
 from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.chat_service import Chat, as_chat_request, begin_chat
-from furiosa_llm.server.errors import ApiError
+from furiosa_llm.server.errors import INTERNAL_ERROR, REQUEST_ID, ApiError, api_error
 from furiosa_llm.server.events import json_answer, named_event
 from furiosa_llm.server.notes import IGNORED, note
 from furiosa_llm.server.openapi import NAMED_EVENTS
@@ -19,18 +22,26 @@ from furiosa_llm.server.requests import ChatCompletionRequest, ResponsesRequest
 from furiosa_llm.server.response_store import Messages, ResponseStore
 from furiosa_llm.server.state import State, require_json
 
+logger = logging.getLogger(__name__)
+
 router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/responses", response_model=None, responses=NAMED_EVENTS, dependencies=[Depends(require_json)])
 async def create_response(body: ResponsesRequest, request: Request, state: State) -> Response:
     """Answers an input, or goes on with an earlier response."""
-    if body.background:
-        raise ApiError(400, "nothing runs in the background; leave it out, or stream", param="background")
+    if body.background and (body.stream or body.store is False or not state.settings.max_stored_responses):
+        message = "background is for responses that are kept, and are not streamed; leave it out, or stream and store"
+        raise ApiError(400, message, param="background")
     before = [] if body.previous_response_id is None else _before(body.previous_response_id, state.responses)
     messages = [*before, *_messages(body.input)]
     chat = await begin_chat(_as_chat(body, messages), state, "resp")
-    return await _Answer(chat, body, messages, state.responses).respond(request)
+    answer = _Answer(chat, body, messages, state.responses)
+    if not body.background:
+        return await answer.respond(request)
+    begun = answer.begin()
+    state.background.begin(begun["id"], answer.run(state.settings.request_timeout))
+    return json_answer(begun)
 
 
 @router.get("/v1/responses/{response_id}", response_model=None)
@@ -41,19 +52,25 @@ async def retrieve_response(response_id: str, state: State) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel", response_model=None)
 async def cancel_response(response_id: str, state: State) -> Response:
-    """One that is kept, which has ended: those that run are given up when their clients go."""
+    """Ends one that runs in the background; one that has ended is given as it is."""
+    await state.background.cancel(response_id)
     return json_answer(state.responses.get(response_id)[0])
 
 
 @router.delete("/v1/responses/{response_id}", response_model=None)
 async def delete_response(response_id: str, state: State) -> Response:
-    """Gives one up."""
+    """Gives one up, and ends it if it runs."""
+    await state.background.cancel(response_id)
     state.responses.forget(response_id)
     return json_answer({"id": response_id, "object": "response.deleted", "deleted": True})
 
 
 def _before(response_id: str, store: ResponseStore) -> Messages:
-    return store.get(response_id, "previous_response_id")[1]
+    response, messages = store.get(response_id, "previous_response_id")
+    if response["status"] not in ("completed", "incomplete"):
+        message = f"the response {response_id[:100]!r} is {response['status']}, and cannot be gone on with"
+        raise ApiError(400, message, param="previous_response_id")
+    return messages
 
 
 def _messages(given: str | list[dict[str, Any]]) -> Messages:
@@ -136,6 +153,34 @@ class _Answer(BlockAnswer):
             self._store.keep(response, [*self._messages, self._said()])
         return response
 
+    def begin(self) -> dict[str, Any]:
+        """The response before its answer, which is kept, too."""
+        return self._keep("in_progress")
+
+    async def run(self, seconds: float | None) -> None:
+        """Makes the answer within so many seconds, and keeps it, or what prevented it."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.finished()
+        except asyncio.CancelledError:
+            self._keep("cancelled")
+            raise
+        except TimeoutError:
+            self._fail(ApiError(504, f"the response took longer than {seconds or 0:g} s", code="request_timeout"))
+        except (FuriosaLLMError, ApiError) as error:
+            self._fail(api_error(error))
+        except Exception:  # whatever it is, who asks for the response learns that it failed, and the log has all of it
+            logger.exception("request %s: the response failed in the background", REQUEST_ID.get())
+            self._fail(INTERNAL_ERROR)
+
+    def _fail(self, error: ApiError) -> None:
+        self._keep("failed", error={"code": error.info.code or error.info.type, "message": error.info.message})
+
+    def _keep(self, status: str, error: dict[str, Any] | None = None) -> dict[str, Any]:
+        response = {**self._response(status), "error": error}
+        self._store.keep(response, self._messages)
+        return response
+
     def _begin(self) -> bytes:
         response = self._response("in_progress")
         created = self._event("response.created", response=response)
@@ -211,12 +256,12 @@ class _Answer(BlockAnswer):
             "object": "response",
             "created_at": self._head.created,
             "status": status,
-            "background": False,
+            "background": body.background is True,
             "error": None,
             "incomplete_details": cut,
             "model": self._head.model,
             "output": [self._item(block, "completed") for block in self.blocks.all],
-            "usage": None if status == "in_progress" else self._usage(),
+            "usage": self._usage() if status in ("completed", "incomplete") else None,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],

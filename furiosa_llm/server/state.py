@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from furiosa_llm.runtime.adapters.adapter import LoRARequest
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
+from furiosa_llm.server.background import Background
 from furiosa_llm.server.call_formats import CallFormat, ReasoningFormat
 from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.errors import ApiError
@@ -39,6 +40,8 @@ class ServerState:
     """What `/metrics` shows."""
     responses: ResponseStore
     """What `/v1/responses` keeps."""
+    background: Background
+    """What it makes while nobody waits."""
     text: TextWork
     """Reads, renders and tokenizes what clients send."""
     call_format: CallFormat | None

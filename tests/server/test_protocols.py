@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import json
 from collections.abc import Iterator
@@ -12,13 +13,13 @@ import httpx
 import openai
 import pytest
 
-from furiosa_llm.server.blocks import Blocks
+from furiosa_llm.server.blocks import BlockAnswer, Blocks
 from furiosa_llm.server.errors import FOR_ANTHROPIC, ApiError, error_event
 from furiosa_llm.server.events import named_event
 from furiosa_llm.server.response_store import MAX_NBYTES, ResponseStore
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.tools import CallPiece, Found
-from tests.server.conftest import CALL, NAME, connected, error_of, load, serving
+from tests.server.conftest import CALL, NAME, connected, error_of, load, metric, serving, wait_for
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION: dict[str, Any] = {"type": "function", "name": "weather", "parameters": SCHEMA}
@@ -151,7 +152,8 @@ def test_forms_and_refusals_of_responses(url: str, client: openai.OpenAI) -> Non
     assert client.responses.create(**{**ASKED, "max_output_tokens": 60}, input="x", text=form).output_text == "12"
     for change, param in (
         ({"input": [{"type": "image"}]}, "input"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
+        ({"background": True, "stream": True}, "background"),
         ({"conversation": "x"}, "conversation"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "messages"),
         ({"max_output_tokens": 0}, "max_tokens"),
@@ -159,6 +161,60 @@ def test_forms_and_refusals_of_responses(url: str, client: openai.OpenAI) -> Non
         response = httpx.post(f"{url}/v1/responses", json={**ASKED, "input": "x", **change})
         assert response.status_code == 400
         assert error_of(response)["param"] == param
+
+
+def test_responses_in_the_background(url: str, client: openai.OpenAI) -> None:
+    whole = client.responses.create(input="hello", **ASKED)
+    begun = client.responses.create(input="hello", background=True, **ASKED)
+    assert (begun.status, begun.background, begun.output) == ("in_progress", True, [])
+    wait_for(lambda: client.responses.retrieve(begun.id).status != "in_progress")
+    made = client.responses.retrieve(begun.id)
+    assert (made.status, made.output_text) == (whole.status, whole.output_text)
+    assert client.responses.cancel(begun.id).status == whole.status
+    again = client.responses.create(input="and?", previous_response_id=begun.id, **ASKED)
+    assert again.output_text
+
+    long = client.responses.create(input="hello", background=True, **{**ASKED, "max_output_tokens": 400})
+    with pytest.raises(openai.BadRequestError, match="is in_progress, and cannot be gone on with"):
+        client.responses.create(input="and?", previous_response_id=long.id, **ASKED)
+    assert client.responses.cancel(long.id).status == "cancelled"
+    assert client.responses.retrieve(long.id).status == "cancelled"
+    wait_for(lambda: metric(url, "num_requests_running") == 0)
+    dropped = client.responses.create(input="hello", background=True, **{**ASKED, "max_output_tokens": 400})
+    client.responses.delete(dropped.id)
+    wait_for(lambda: metric(url, "num_requests_running") == 0)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(dropped.id)
+    # What is wrong is told at once, or else with the response.
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(input="x", background=True, **{**ASKED, "model": "other"})
+    failed = client.responses.create(input="x " * 600, background=True, **ASKED)
+    wait_for(lambda: client.responses.retrieve(failed.id).status == "failed")
+    error = client.responses.retrieve(failed.id).error
+    assert error is not None
+    assert str(error.code) == "context_length_exceeded"
+
+
+def test_what_fails_in_the_background(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {**ASKED, "max_output_tokens": 400, "background": True}
+
+    async def hang(_: object) -> None:
+        await asyncio.sleep(600)
+
+    async def break_down(_: object) -> None:
+        raise OSError("broken")
+
+    with serving(load(artifact), ServerSettings(request_timeout=2.0)) as url, connected(url) as client:
+        for wrong, code in ((hang, "request_timeout"), (break_down, "server_error")):
+            with monkeypatch.context() as patch:
+                patch.setattr(BlockAnswer, "finished", wrong)
+                begun = client.responses.create(input="hello", **asked)
+                wait_for(lambda: client.responses.retrieve(begun.id).status == "failed")  # noqa: B023 - waited for here
+            error = client.responses.retrieve(begun.id).error
+            assert error is not None
+            assert str(error.code) == code
+        # The server ends with what runs.
+        assert client.responses.create(input="hello", **asked).status == "in_progress"
 
 
 def test_methods_of_a_path_with_several(url: str) -> None:
