@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +14,7 @@ from furiosa_llm.runtime.tokens.chat import check_variables, conversations_of, f
 from furiosa_llm.server.call_formats import ReasoningFormat
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.generation import Outputs
-from furiosa_llm.server.reasoning import ReasoningFinder
+from furiosa_llm.server.reasoning import ReasoningFinder, behind_thoughts
 from furiosa_llm.server.requests import ChatCompletionRequest, TokenizeRequest, as_prompt
 from furiosa_llm.server.responses import ToolCall
 from furiosa_llm.server.state import Head, ServerState, new_head
@@ -112,6 +113,10 @@ async def begin_chat(body: ChatCompletionRequest, state: ServerState, prefix: st
     tools = Tools(body, state.call_format, state.tokenizer.tags)
     params = body.params(await tools.constraint())
     text = await prompt_of(body, state, with_tools=tools.shown)
+    if params.structured_outputs is not None and state.reasoning_format is not None:
+        form, tags = state.reasoning_format, state.tokenizer.tags
+        answer = await asyncio.to_thread(behind_thoughts, params.structured_outputs, form, text, tags)
+        params = replace(params, structured_outputs=answer)
     token_ids = await state.encode(text, add_special_tokens=body.add_special_tokens)
     token_ids = body.kept(token_ids, state.model.max_prompt_length)
     adapter = state.model.adapters.get(body.model)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.runtime.tokens.structured_outputs import StructuredOutputsParams, literal_pattern
 from furiosa_llm.server.call_formats import REASONING_FORMATS, ReasoningFormat
 from furiosa_llm.server.tools import overlap
 
@@ -14,16 +17,40 @@ def reasoning_format(name: str | None) -> ReasoningFormat | None:
     return None if name is None else REASONING_FORMATS[name]
 
 
+def _begins(form: ReasoningFormat, prompt: str) -> tuple[bool, bool]:
+    """Whether an answer to `prompt` has thought already, or begins inside of a thought.
+
+    Templates that switch thinking off write an empty thought, and others begin one.
+    """
+    opened, closed = prompt.rfind(form.opens), prompt.rfind(form.closes)
+    ended = closed > opened and not prompt[closed + len(form.closes) :].strip()
+    return ended, not ended and (form.starts_inside or (opened > closed and prompt.rstrip().endswith(form.opens)))
+
+
+def behind_thoughts(
+    answer: StructuredOutputsParams, form: ReasoningFormat, prompt: str, tags: Collection[str]
+) -> StructuredOutputsParams:
+    """The constraint of what is said, for all that the model writes: first it may think, or has to go on with that.
+
+    `tags` are the tokens of the form `<...>` that the model has, which are no text to a grammar.
+    """
+    ended, inside = _begins(form, prompt)
+    if ended:
+        return answer
+    begin = f"/{literal_pattern(form.opens)}/"
+    begin = f"({form.opens} | {begin})" if form.opens in tags else begin
+    end = f"(spelled | TEXT {form.closes})" if form.closes in tags else "spelled"
+    thought = f"{begin}? {end}" if inside else f"({begin} {end})?"
+    spelled = f"spelled[lazy]: /(.|\\n)*{literal_pattern(form.closes)}/"
+    return answer.behind(f"start: {thought} BLANKS @answer\n{spelled}\nTEXT: /(.|\\n)*/\nBLANKS: /[ \\n]{{0,4}}/\n")
+
+
 class ReasoningFinder:
     """Takes one answer to `prompt` in pieces, and gives what is thought and what is said of each."""
 
     def __init__(self, form: ReasoningFormat, prompt: str) -> None:
         self._form = form
-        opened, closed = prompt.rfind(form.opens), prompt.rfind(form.closes)
-        # Templates that switch thinking off write an empty thought, and others begin one.
-        ended = closed > opened and not prompt[closed + len(form.closes) :].strip()
-        self._inside = not ended and (form.starts_inside or (opened > closed and prompt.rstrip().endswith(form.opens)))
-        self._begun = ended
+        self._begun, self._inside = _begins(form, prompt)
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str]:

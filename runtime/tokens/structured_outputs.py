@@ -6,8 +6,9 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark, is_lark_syntax
@@ -70,6 +71,16 @@ class StructuredOutputsParams:
             raise SamplingParamsError(f"structured_outputs.{kind} cannot be read: {error}") from error
         check_grammar(text, f"structured_outputs.{kind}")
         self._set("llguidance_grammar", text)
+
+    def behind(self, rules: str) -> Self:
+        """The same as a part of a grammar: `rules` in Lark's notation, which refer to it as `@answer`."""
+        text = self.llguidance_grammar
+        answer = {"lark_grammar": text} if self.grammar is not None else json.loads(text)["grammars"][0]
+        whole = json.dumps({"grammars": [{"lark_grammar": rules}, {**answer, "name": "answer"}]})
+        check_grammar(whole, "structured_outputs")
+        made = copy(self)
+        made._set("llguidance_grammar", whole)
+        return made
 
     def _check_blanks(self, kind: str) -> None:
         pattern = self.whitespace_pattern
