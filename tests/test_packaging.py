@@ -105,7 +105,10 @@ def test_every_declared_dependency_is_imported() -> None:
         for distribution in distributions.get(name.partition(".")[0], [])
     }
     extras = PYPROJECT["project"]["optional-dependencies"]
-    product = [*(extras[name] for name in ("serve", "plots", "mlperf", "sign")), PYPROJECT["project"]["dependencies"]]
+    product = [
+        *(extras[name] for name in ("serve", "plots", "mlperf", "sign", "ray")),
+        PYPROJECT["project"]["dependencies"],
+    ]
     assert set().union(*map(names_of, product)) - used == set()
 
 

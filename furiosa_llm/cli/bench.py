@@ -12,7 +12,7 @@ import click
 
 from furiosa_llm.bench.objectives import OBJECTIVES
 from furiosa_llm.cli.command import ENGINE_GROUPS, command
-from furiosa_llm.cli.options import ENGINE, PROGRESS, Numbers, option, options, working
+from furiosa_llm.cli.options import CLUSTER, ENGINE, PROGRESS, Numbers, option, options, working
 from furiosa_llm.cli.output import JSON, echo_json
 from furiosa_llm.cli.terminal import Console, line
 from furiosa_llm.runtime.artifact.errors import OutputFileError
@@ -89,6 +89,7 @@ class Objective(click.ParamType[tuple[str, float]]):
 @options(ENGINE, "allow_subset", "max_batch_size", "max_model_len", "prefill_chunk_size")
 @option("enable_prefix_caching", ENGINE, default=False, show_default="off",
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
+@options(ENGINE, *CLUSTER)
 @options(ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
 @JSON
 @click.option("--plot", "plots", type=click.Path(path_type=Path), multiple=True,

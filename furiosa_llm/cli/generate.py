@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from furiosa_llm.cli.command import ENGINE_GROUPS, command
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, options, working
+from furiosa_llm.cli.options import CLUSTER, ENGINE, PLACEMENT, PROGRESS, options, working
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime.artifact.progress import tell
 
@@ -31,7 +31,7 @@ from furiosa_llm.runtime.artifact.progress import tell
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--lora", help="The adapter to generate with: NAME=PATH, or the NAME of one of the artifact's own.")
 @options(ENGINE, *PLACEMENT, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped")
-@options(ENGINE, "step_timeout", "max_step_nbytes", "compute")
+@options(ENGINE, *CLUSTER, "step_timeout", "max_step_nbytes", "compute")
 @PROGRESS
 def generate(
     artifact: Path,

@@ -165,6 +165,8 @@ def working(progress: bool | None = None) -> Iterator[None]:
 
 
 ENGINE = engine_options()
+CLUSTER = ("distributed_executor_backend", "ray_address", "placement_timeout")
+"""The options of stages on other hosts."""
 PLACEMENT = (
     *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
     *("num_blocks_per_pp_stage", "allow_subset"),

@@ -12,7 +12,7 @@ import click
 
 from furiosa_llm.cli.command import ENGINE_GROUPS, command
 from furiosa_llm.cli.exit_code import end_at_once
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, PROGRESS, NamedPath, options, working
+from furiosa_llm.cli.options import CLUSTER, ENGINE, PLACEMENT, PROGRESS, NamedPath, options, working
 from furiosa_llm.cli.refused_options import refused_options
 from furiosa_llm.cli.terminal import line
 from furiosa_llm.runtime.artifact.options import declared
@@ -124,7 +124,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @options(ENGINE, *PLACEMENT, "tokenizer", "seed", "max_batch_size", "max_model_len", "max_prompt_len")
 @options(ENGINE, "prefill_chunk_size", "enable_prefix_caching", "paged_attention_num_blocks", "npu_queue_limit")
 @options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
-@options(ENGINE, "full_verification", "step_timeout", "max_step_nbytes", "compute")
+@options(ENGINE, *CLUSTER, "full_verification", "step_timeout", "max_step_nbytes", "compute")
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option(
     "--metrics-names", type=click.Choice(METRICS_NAMES), default="furiosa", show_default=True,

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from furiosa_llm.cli.exit_code import exit_code_of
-from furiosa_llm.cli.options import ENGINE, PLACEMENT, options
+from furiosa_llm.cli.options import CLUSTER, ENGINE, PLACEMENT, options
 from furiosa_llm.mlperf.benchmarks import BENCHMARKS, Benchmark
 from furiosa_llm.runtime.errors import UnsupportedError
 
@@ -31,7 +31,7 @@ _OPTIONS = (
         "--max-output-tokens", type=click.IntRange(min=2), help="Of a completion.  [default: as MLPerf has it]"
     ),
     options(ENGINE, *PLACEMENT, "tokenizer", "max_batch_size", "paged_attention_num_blocks", "npu_queue_limit"),
-    options(ENGINE, "spare_blocks_ratio", "workers", "threads", "full_verification", "compute"),
+    options(ENGINE, *CLUSTER, "spare_blocks_ratio", "workers", "threads", "full_verification", "compute"),
 )
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -49,6 +49,7 @@ class MachinePE(BaseModel):
     )
     kv_nbytes: int = Field(description="Room for KV.")
     kv_used_nbytes: int = Field(description="KV in use, that of the prefix cache included.")
+    host: str | None = Field(description="The host that runs it; null: this one, or none at the moment.")
 
 
 class MachineCard(BaseModel):
@@ -202,6 +203,7 @@ def _pe(one: PESnapshot) -> MachinePE:
         weights_nbytes=one.weights_nbytes,
         kv_nbytes=one.kv_nbytes,
         kv_used_nbytes=one.kv_used_nbytes,
+        host=one.host,
     )
 
 

@@ -92,6 +92,11 @@ class ServedModel:
         """Whether it cannot run any request any more."""
         return isinstance(self.kind, Decoder) and self.kind.engine.core.dead
 
+    @property
+    def ready(self) -> bool:
+        """Whether it answers requests now, and not only when a replica is there again."""
+        return not isinstance(self.kind, Decoder) or self.kind.engine.core.ready
+
     def close(self) -> None:
         """Ends its threads; requests that have not ended fail."""
         if isinstance(self.kind, Decoder):

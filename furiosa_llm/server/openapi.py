@@ -26,7 +26,7 @@ _REASONS = {
     415: "The body is not said to be JSON, or compressed in a way that is not known.",
     429: "Too many sequences run or wait; Retry-After says when to come back.",
     500: "The server is at fault.",
-    503: "The engine is dead, or the server is stopping.",
+    503: "The engine is dead, no replica runs at the moment, or the server is stopping.",
     504: "The request takes longer than the server's --request-timeout.",
 }
 _READING = (400, 404, 408, 413, 415, 500)

@@ -18,9 +18,11 @@ router = APIRouter()
 
 @router.get("/health", response_class=Response, responses=errors(503))
 async def health(state: State) -> Response:
-    """Empty if the model can run requests; an error of status 503 if it cannot any more."""
+    """Empty if the model can run requests; an error of status 503 if it cannot now, or cannot any more."""
     if state.model.dead:
         raise ApiError(503, "the engine is dead: every replica failed and could not be rebuilt", code="engine_dead")
+    if not state.model.ready:
+        raise ApiError(503, "no replica runs at the moment: each is built anew, or waits for a host", code="not_ready")
     return Response()
 
 

@@ -37,6 +37,10 @@ class Cluster(Protocol):
         """The stages of `replica`, of which those that have ended are started anew; raises NoHostError, StageError."""
         ...
 
+    def host_of(self, replica: int, stage: int) -> str | None:
+        """The name of the host that has a stage; None while none has."""
+        ...
+
     def close(self) -> None:
         """Ends all stages."""
         ...
@@ -95,6 +99,10 @@ class RemoteHost(Closing):
         return RemoteRunner(
             openings, self._cluster.token, load_seconds=load_seconds(self._artifact.manifest, nodes) + _SLACK_SECONDS
         )
+
+    def host_of(self, replica: int, stage: int) -> str | None:
+        """The name of the host that has a stage; None while none has."""
+        return self._cluster.host_of(replica, stage)
 
     def close(self) -> None:
         """Ends all stages."""

@@ -109,6 +109,11 @@ class EngineCore:
         """Whether it takes no requests any more: it was closed, or all its replicas were given up."""
         return self._closed or all(replica.death is not None for replica in self.replicas)
 
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be answered now: a replica is there that is not just being built anew."""
+        return not self._closed and any(replica.death is None and replica.ready for replica in self.replicas)
+
     def prepare(self, params: SamplingParams) -> None:
         """Compiles the grammar of `params`, if they have one, so that `submit` does not have to: it may take a second.
 

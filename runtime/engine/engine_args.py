@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.options import (
     SEED,
     SHARE,
     SWITCH,
+    TEXT,
     Kind,
     Option,
     check_options,
@@ -67,6 +68,7 @@ DEVICES = Kind("names of devices", lambda _: True)
 """`parse_devices` says what is wrong with them."""
 BLOCK_COUNTS = Kind("a list of integers such as 10,20", lambda _: True, _block_counts)
 """`choose_stages` says whether they are the artifact's."""
+BACKEND = Kind('"local" or "ray"', lambda value: value in ("local", "ray"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,17 @@ class EngineArgs:
         float | None,
         Option("Seconds after which a batch that is not back is ended.", POSITIVE, "by the model's size, 8 to 300 s"),
     ] = None
+    distributed_executor_backend: Annotated[
+        Literal["local", "ray"] | None,
+        Option("Where stages run: local, or as actors of a Ray cluster (docs/cluster.md).", BACKEND, "local"),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        Option("Ray's address, such as auto or 10.0.0.1:6379.", TEXT, "a Ray of its own, here"),
+    ] = None
+    placement_timeout: Annotated[
+        float | None, Option("Seconds to wait for hosts with the cards that the devices name.", POSITIVE, "60")
+    ] = None
     max_step_nbytes: Annotated[
         int | None,
         Option("Bytes that onnxruntime may allocate for the steps of all replicas.", COUNT, "by the model's size"),
@@ -189,6 +202,11 @@ class EngineArgs:
                 f"tokenizer_mode={self.tokenizer_mode!r:.80} is not supported: there is only the tokenizer of "
                 f"tokenizer.json; leave it out, or give 'auto'"
             )
+
+    @property
+    def remote(self) -> bool:
+        """Whether stages run on other hosts."""
+        return self.distributed_executor_backend == "ray"
 
     def scheduler(self) -> SchedulerConfig:
         """`scheduler_config`, with the fields that are given here in place of its own."""
@@ -246,6 +264,9 @@ class EngineOptions(TypedDict, total=False):
     compute: str | None
     full_verification: bool | None
     step_timeout: float | None
+    distributed_executor_backend: Literal["local", "ray"] | None
+    ray_address: str | None
+    placement_timeout: float | None
     max_step_nbytes: int | None
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from furiosa_llm.runtime.adapters.registry import AdapterRegistry
 from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
@@ -18,7 +24,7 @@ from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.engine.core import EngineCore, ModelLimits
 from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
-from furiosa_llm.runtime.engine.machine_snapshot import layout_of
+from furiosa_llm.runtime.engine.machine_snapshot import HostOf, layout_of
 from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE, SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
@@ -29,18 +35,21 @@ from furiosa_llm.runtime.placement.stages import Stage, check_tensor_parallel_si
 from furiosa_llm.runtime.placement.topology import Topology, make_topology
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE, DEFAULT_LENGTH, Workload
 from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS, step_nbytes, step_seconds
-from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions, Runner
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, probe_batch_invariance
 from furiosa_llm.runtime.runners.local_runner import Host
 from furiosa_llm.runtime.runners.process_runner import ProcessHost
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer, tokenizer_of
+
+if TYPE_CHECKING:
+    from furiosa_llm.runtime.distributed.remote_host import Cluster, RemoteHost
 
 logger = logging.getLogger(__name__)
 
 _OF_DECODERS = (
     *("devices", "pipeline_parallel_size", "data_parallel_size", "num_blocks_per_pp_stage", "workers"),
     *("paged_attention_num_blocks", "max_batch_size", "max_model_len", "max_prompt_len", "prefill_chunk_size"),
-    "batch_invariant",
+    *("batch_invariant", "distributed_executor_backend", "ray_address", "placement_timeout"),
 )
 """Options that only a model with an engine has."""
 
@@ -80,7 +89,8 @@ def open_model(args: EngineArgs) -> Artifact:
     if whole is not None:
         raise UnsupportedError(f"{args.model} is a part of the encoder-decoder in {whole}; load that one")
     tell("opening the artifact")
-    artifact = computing(open_artifact(args.model, full=args.full_verification), args.compute)
+    full = False if args.remote else args.full_verification  # there, each host compares what it reads
+    artifact = computing(open_artifact(args.model, full=full), args.compute)
     check_tensor_parallel_size(artifact, args.tensor_parallel_size)
     return artifact
 
@@ -149,11 +159,16 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
     with ExitStack() as opened:
         host = _open_host(plan, args)
         opened.callback(host.close)
-        make_runner = partial(host.runner, slots_per_group=plan.scheduling.slots_per_group)
-        replicas: list[Replica] = []
-        for index in range(plan.topology.data_parallel_size):
-            replicas.append(Replica(index, make_runner, plan.scheduling, policy))
-            opened.callback(replicas[-1].close)
+        count = plan.topology.data_parallel_size
+        with ThreadPoolExecutor(count if args.remote else 1) as pool:
+            made = [
+                pool.submit(Replica, index, partial(host.make, index), plan.scheduling, policy)
+                for index in range(count)
+            ]
+        for one in made:
+            if one.exception() is None:
+                opened.callback(one.result().close)
+        replicas = [one.result() for one in made]
         if plan.tokenizer is not None:
             plan.tokenizer.wait_until_loaded()  # it was loading while the weights were
         opened.pop_all()
@@ -163,7 +178,7 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
         limits=plan.limits,
         adapters=registry_of(plan.artifact),
         seed=args.seed,
-        layout=layout_of(plan.artifact, plan.topology, plan.stages, page_size=PAGE_SIZE),
+        layout=replace(layout_of(plan.artifact, plan.topology, plan.stages, page_size=PAGE_SIZE), host_of=host.host_of),
         close_model=host.close,
     )
 
@@ -181,18 +196,82 @@ def registry_of(artifact: Artifact) -> AdapterRegistry:
     return AdapterRegistry(inputs, model=artifact.manifest.model.name, own=own_adapters(artifact))
 
 
-def _open_host(plan: Plan, args: EngineArgs) -> Host | ProcessHost:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Host:
+    """What makes the runner of a replica, what ends it all, and where stages are, if not here."""
+
+    make: Callable[[int], Runner]
+    close: Callable[[], None]
+    host_of: HostOf | None = None
+
+
+def _open_host(plan: Plan, args: EngineArgs) -> _Host:
     nbytes = args.max_step_nbytes or step_nbytes(
         plan.artifact.manifest,
         tokens=max(plan.scheduling.prefill_chunk_size, plan.scheduling.slots_per_group),
         length=plan.scheduling.max_length,
     )
-    of_both: dict[str, Any] = {"mapped": args.mapped, "companions": plan.companions, "max_step_nbytes": nbytes}
-    if args.workers is None:
-        return Host(plan.artifact, plan.stages, threads=args.threads, **of_both)
-    if args.threads is not None:
+    options: dict[str, Any] = {"mapped": args.mapped, "companions": plan.companions, "max_step_nbytes": nbytes}
+    slots = plan.scheduling.slots_per_group
+    if args.remote:
+        remote = _remote_host(plan, args, options)
+        make = partial(remote.runner, slots_per_group=slots)
+        return _Host(make=make, close=remote.close, host_of=remote.host_of)
+    if args.workers is not None and args.threads is not None:
         raise InputError(f"workers={args.workers} and threads={args.threads} exclude each other: leave one out")
-    return ProcessHost(plan.artifact, plan.stages, workers=args.workers, **of_both)
+    host: Host | ProcessHost
+    if args.workers is None:
+        host = Host(plan.artifact, plan.stages, threads=args.threads, **options)
+    else:
+        host = ProcessHost(plan.artifact, plan.stages, workers=args.workers, **options)
+    return _Host(make=lambda _: host.runner(slots_per_group=slots), close=host.close)
+
+
+def _remote_host(plan: Plan, args: EngineArgs, options: dict[str, Any]) -> RemoteHost:
+    """The stages on other hosts; raises UnsupportedError if what they need is not installed."""
+    refuse_without_ray()
+    if args.workers is not None or args.threads is not None:
+        raise InputError("workers and threads are of stages in this process; leave them out, or the backend ray")
+    from furiosa_llm.runtime.distributed.remote_host import RemoteHost
+
+    cluster = open_cluster(plan.topology, args)
+    try:
+        return RemoteHost(
+            plan.artifact,
+            plan.stages,
+            cluster,
+            max_length=plan.scheduling.max_length,
+            verify=args.full_verification is not False,
+            **options,
+        )
+    except BaseException:
+        cluster.close()
+        raise
+
+
+def open_cluster(topology: Topology, args: EngineArgs) -> Cluster:
+    """The hosts of `topology`, found by Ray, with token authentication unless the environment says otherwise."""
+    if "ray" not in sys.modules:  # it looks at its environment as it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_worker_niceness", "0")
+    from furiosa_llm.runtime.distributed.ray_cluster import RayCluster
+
+    return RayCluster(
+        topology,
+        folder=str(Path(args.model).absolute()),
+        address=args.ray_address,
+        placement_seconds=args.placement_timeout,
+    )
+
+
+def refuse_without_ray() -> None:
+    """Raises UnsupportedError that names the extra if it is not installed."""
+    missing = [name for name, module in (("ray", "ray"), ("pyzmq", "zmq")) if find_spec(module) is None]
+    if missing:
+        raise UnsupportedError(
+            f"distributed_executor_backend='ray' needs {' and '.join(missing)}; "
+            f"`pip install 'furiosa-llm-onnx[ray]'` has what it takes"
+        )
 
 
 def load_engine(args: EngineArgs) -> EngineCore:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from furiosa_llm.runtime.artifact.card import PE_NBYTES, PES_PER_CARD
@@ -15,6 +15,9 @@ from furiosa_llm.runtime.placement.devices import PE, first_pes
 from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import Topology
 
+HostOf = Callable[[int, int], str | None]
+"""The name of the host that has a stage of a replica, None while none has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineLayout:
@@ -26,6 +29,8 @@ class MachineLayout:
     """The stages of a replica."""
     page_nbytes: tuple[int, ...]
     """What a page of KV takes on each PE, for each stage."""
+    host_of: HostOf | None = None
+    """Where stages are, if they are not here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,8 @@ class PESnapshot:
     """Room for KV."""
     kv_used_nbytes: int = 0
     """KV in use, the prefix cache included."""
+    host: str | None = None
+    """The host that runs it, if stages are on other hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +198,7 @@ def _used(layout: MachineLayout, usages: Sequence[ReplicaUsage]) -> Iterator[PES
                     weights_nbytes=_part(layout.stages[stage].weight_nbytes, on_card.index(replica), len(on_card)),
                     kv_nbytes=layout.page_nbytes[stage] * usage.num_pages,
                     kv_used_nbytes=layout.page_nbytes[stage] * usage.used_pages,
+                    host=layout.host_of and layout.host_of(replica, stage),
                 )
 
 

@@ -30,7 +30,7 @@ KEYS = {
         *("collectives", "tokens", "requests", "batch_invariance", "verification"),
     },
     "parallelism": {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "devices"},
-    "pes": {"pe", "replica", "stage", "rank", "memory_nbytes", "weights_nbytes", "kv_nbytes", "kv_used_nbytes"},
+    "pes": {"pe", "replica", "stage", "rank", "memory_nbytes", "weights_nbytes", "kv_nbytes", "kv_used_nbytes", "host"},
     "replicas": {"replica", "alive", "ready", "running", "waiting", "used_pages", "num_pages"},
     "stages": {"replica", "stage", "first_block", "num_blocks", "busy_seconds", "batches"},
     "collectives": {"replica", "stage", "kind", "calls", "nbytes", "seconds"},

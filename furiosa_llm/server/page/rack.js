@@ -35,8 +35,9 @@ export function describe(npu, pe) {
   const name = `npu:${npu} PE ${pe.pe}`;
   if (pe.replica === null) return `${name}: not used`;
   const { free } = memoryParts(pe);
+  const where = pe.host ? ` on ${pe.host}` : "";
   return (
-    `${name}: replica ${pe.replica}, stage ${pe.stage}, rank ${pe.rank}; ` +
+    `${name}${where}: replica ${pe.replica}, stage ${pe.stage}, rank ${pe.rank}; ` +
     `weights ${bytes(pe.weights_nbytes)}, KV ${bytes(pe.kv_used_nbytes)} used of ${bytes(pe.kv_nbytes)}, ` +
     `free ${bytes(free)} of ${bytes(pe.memory_nbytes)}`
   );

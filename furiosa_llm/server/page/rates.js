@@ -10,6 +10,7 @@
  * @property {number} weights_nbytes
  * @property {number} kv_nbytes
  * @property {number} kv_used_nbytes
+ * @property {string | null} [host]
  *
  * @typedef {{npu: number, pes: PE[]}} Card
  *

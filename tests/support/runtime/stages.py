@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.runtime.artifact.reader import Artifact
+from furiosa_llm.runtime.distributed.remote_host import Place
 from furiosa_llm.runtime.distributed.remote_runner import RemoteRunner
 from furiosa_llm.runtime.distributed.stage_server import StageServer
 from furiosa_llm.runtime.distributed.wire import Opening, package_version
@@ -65,3 +66,30 @@ def running(opening: Opening, *, token: str = TOKEN, folders: Sequence[Path] = (
         yield runner
     finally:
         runner.close()
+
+
+class FixedCluster:
+    """Stages that were started by hand: `addresses[replica][stage]`."""
+
+    def __init__(self, folder: str, addresses: Sequence[Sequence[str]]) -> None:
+        self.token = TOKEN
+        self.addresses = [list(one) for one in addresses]
+        self.closed = False
+        self.asked = 0
+        self.error: Exception | None = None
+        self._folder = folder
+
+    def places(self, replica: int) -> Sequence[Place]:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        addresses = enumerate(self.addresses[replica])
+        return [
+            Place(address=address, host=f"host{replica}.{stage}", folder=self._folder) for stage, address in addresses
+        ]
+
+    def host_of(self, replica: int, stage: int) -> str | None:
+        return f"host{replica}.{stage}"
+
+    def close(self) -> None:
+        self.closed = True
