@@ -81,7 +81,11 @@ class SchedulerConfig:
     is_offline: Annotated[bool, Option("No effect: all requests are scheduled alike.", SWITCH)] = False
     prefill_chunk_size: Annotated[
         int | None,
-        Option("Longer prompts are computed in pieces of so many tokens.", COUNT, f"{DEFAULT_CHUNK_SIZE}"),
+        Option(
+            "Longer prompts are computed in pieces of so many tokens, shorter ones together up to so many.",
+            COUNT,
+            f"{DEFAULT_CHUNK_SIZE}",
+        ),
     ] = None
     enable_prefix_caching: Annotated[
         bool, Option("A prompt that begins like an earlier one takes its KV over.", SWITCH)
