@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from furiosa_llm.runtime.requests.prompts import Prompt, listed
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
@@ -222,6 +222,19 @@ class ChatMessage(Body):
     audio: Annotated[None, refused("nothing but text is understood")] = None
     function_call: Annotated[None, refused("it has given way to tool_calls")] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _thoughts_apart(cls, value: Any) -> Any:
+        """What was thought is no part of the content to templates, where some clients have it."""
+        content = value.get("content") if isinstance(value, dict) else None
+        if not isinstance(content, list):
+            return value
+        thoughts = [one for one in content if isinstance(one, dict) and one.get("type") in ("thinking", "reasoning")]
+        if not thoughts:
+            return value
+        thought = "".join(str(one.get("thinking") or one.get("text") or "") for one in thoughts)
+        return {"reasoning_content": thought, **value, "content": [one for one in content if one not in thoughts]}
+
 
 class FunctionDefinition(Body):
     """A function that the model may call; `parameters` is its JSON schema."""
@@ -236,7 +249,9 @@ class FunctionDefinition(Body):
         """The schema of the arguments, which are an object; of none, if no parameters are given."""
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
-        return {"type": "object", **self.parameters}
+        kind = self.parameters.get("type", "object")
+        is_object = isinstance(kind, list) and "object" in kind  # arguments are one, whatever else there might be
+        return {"type": "object", **self.parameters, **({"type": "object"} if is_object else {})}
 
 
 class Tool(Body):

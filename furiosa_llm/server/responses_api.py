@@ -78,21 +78,34 @@ def _messages(given: str | list[dict[str, Any]]) -> Messages:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     made: Messages = []
+    thought = ""
     for item in given:
         kind = item.get("type", "message")
         if kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            if not (made and made[-1]["role"] == "assistant"):
+            if not (made and made[-1]["role"] == "assistant") or thought:
                 made.append({"role": "assistant", "content": None})
             made[-1]["tool_calls"] = [*made[-1].get("tool_calls", ()), call]
         elif kind == "function_call_output":
             made.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
         elif kind == "message":
             made.append({"role": item.get("role", "user"), "content": item.get("content")})
-        elif kind != "reasoning":
+        elif kind == "reasoning":
+            thought += _thought(item)
+            continue
+        else:
             raise ApiError(400, f"input: found an item of type {kind!r:.80}, which is not understood", param="input")
+        if thought and made[-1]["role"] == "assistant":
+            made[-1]["reasoning_content"] = thought
+        thought = ""
     return made
+
+
+def _thought(item: dict[str, Any]) -> str:
+    """What a reasoning item says; nothing if it is encrypted."""
+    parts = item.get("content") or item.get("summary") or ()
+    return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
 
 
 def _as_chat(body: ResponsesRequest, messages: Messages) -> ChatCompletionRequest:

@@ -64,6 +64,8 @@ def keyed(url: str) -> httpx.Client:
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
         ({"max_token": 4}, "max_token", "argument supplied: max_token (did you mean max_tokens?)"),
+        ({"do_sample": False}, "do_sample", "this server does not have it"),
+        ({"typical_p": 0.5}, "typical_p", "this server does not have it"),
         ({"mirostat": 2}, "mirostat", "argument supplied: mirostat (this server does not have it; leave it out)"),
         ({f"unknown {number}": 1 for number in range(33)}, "unknown 0", "33 fields are not known, at most 32"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1, or at least 1"),

@@ -17,6 +17,7 @@ from furiosa_llm.server.blocks import BlockAnswer, Blocks
 from furiosa_llm.server.errors import FOR_ANTHROPIC, ApiError, error_event
 from furiosa_llm.server.events import named_event
 from furiosa_llm.server.response_store import MAX_NBYTES, ResponseStore
+from furiosa_llm.server.responses_api import _messages
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.tools import CallPiece, Found
 from tests.server.conftest import CALL, NAME, connected, error_of, load, metric, serving, wait_for
@@ -145,6 +146,25 @@ def test_calls_of_responses_and_their_results(talking: str, stream: bool) -> Non
         assert again.usage.input_tokens == spelled.usage.input_tokens
     response = httpx.post(f"{talking}/v1/responses", json={**asked, **extra, "max_output_tokens": 1})
     assert response.headers["x-furiosa-ignored"].split("; ") == ["allowed_token_ids", "tools.1"]
+
+
+def test_thoughts_go_back_to_the_answer_that_they_led_to() -> None:
+    thought = {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    told: list[dict[str, Any]] = [
+        {"role": "user", "content": "x"},
+        *(
+            thought,
+            call,
+            {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "y"}]},
+        ),
+        *({"type": "reasoning", "summary": [{"type": "summary_text", "text": "so"}]}, thought),
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+        *({"type": "reasoning", "summary": [], "encrypted_content": "z"}, {"role": "user", "content": "b"}),
+    ]
+    made = _messages(told)
+    assert [message["role"] for message in made] == ["user", "assistant", "tool", "assistant", "user"]
+    assert [message.get("reasoning_content") for message in made] == [None, "hm", None, "sohm", None]
 
 
 def test_forms_and_refusals_of_responses(url: str, client: openai.OpenAI) -> None:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from furiosa_llm import LLM
+from furiosa_llm.server.requests import ChatMessage
 from tests.server.conftest import NAME
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -40,6 +41,13 @@ def post(url: str, path: str, body: dict[str, Any]) -> httpx.Response:
         {"tools": [TOOL], "tool_choice": "none", "functions": None},
         {"repetition_penalty": 2.5},
         {"n": 2},
+        {"top_a": 0, "typical_p": 1, "repeat_penalty": 1.0, "mirostat": 0, "options": {}, "num_beams": 1},
+        {"return_tokens_as_token_ids": False, "do_sample": True, "images": [], "grammar": ""},
+        {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, "a"]}]},
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": ["object", "null"]}}}],
+            "tool_choice": "required",
+        },
         {"stream": True, "stream_options": {"include_usage": None, "unknown": 1}},
         {"add_generation_prompt": None, "continue_final_message": None, "chat_template_kwargs": None},
         {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
@@ -58,6 +66,16 @@ def post(url: str, path: str, body: dict[str, Any]) -> httpx.Response:
 )
 def test_harmless_forms_of_chats(url: str, extra: dict[str, Any]) -> None:
     assert "x-furiosa-ignored" not in post(url, "chat/completions", {**CHAT, **extra}).headers
+
+
+def test_thoughts_among_the_parts_of_a_message_are_reasoning(url: str) -> None:
+    def tokens(message: dict[str, Any]) -> Any:
+        return httpx.post(f"{url}/tokenize", json={"messages": [message]}).json()["tokens"]
+
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}, {"type": "reasoning", "text": "!"}]
+    assert tokens({"role": "assistant", "content": parts}) == tokens({"role": "assistant", "content": "a"})
+    message = ChatMessage.model_validate({"role": "assistant", "content": parts})
+    assert (message.reasoning_content, message.content and len(message.content)) == ("hm!", 1)
 
 
 def test_what_is_not_known_and_changes_nothing_is_named_in_a_header(url: str) -> None:
