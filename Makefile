@@ -156,7 +156,7 @@ mlperf: $(INSTALLED) ## MLPerf runs until LoadGen calls them VALID, and what the
 ROUNDS ?= 5
 
 .PHONY: bench-peers
-bench-peers: $(INSTALLED) ## this project beside other engines, on one model in turns; installs them first (ROUNDS=5)
+bench-peers: $(INSTALLED) ## this project beside other engines, on three models in turns; installs them first (ROUNDS=5)
 	$(BIN)/python -m benchmarks.peers.install
 	$(BIN)/python -m benchmarks.peers --rounds $(ROUNDS)
 

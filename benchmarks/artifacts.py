@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from fixtures.large import write_large
 from fixtures.synthetic import ensure_synthetic
 from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.example.smollm2.recipe import ensure
@@ -19,6 +20,8 @@ from furiosa_llm.example.smollm2.recipe import ensure
 FOLDER = Path("build/bench")
 SYNTHETIC = "synthetic"
 SYNTHETIC_1B = "synthetic-1b"
+LARGE_INT4 = "large-int4"
+"""Two gigabytes of 4-bit weights, in the widths of Llama 3.1 8B."""
 _SYNTHETIC_CONFIGS = {
     SYNTHETIC: LlamaConfig(
         vocab_size=32000,
@@ -73,8 +76,14 @@ class BuiltArtifact:
 def model(name: str) -> Path:
     """The .onnx file of SmolLM2 in the shape `name`, or of a synthetic model.
 
-    The large one is beside its artifact, and not among what is kept for all checkouts.
+    The large ones are beside their artifacts, and not among what is kept for all checkouts.
     """
+    if name == LARGE_INT4:
+        folder = FOLDER / f"{name}-model"
+        if not (folder / "complete").exists():
+            write_large("int4", 2, folder)
+            (folder / "complete").touch()
+        return folder / "model.onnx"
     config = _SYNTHETIC_CONFIGS.get(name)
     if config is None:
         return ensure(name) / "model.onnx"

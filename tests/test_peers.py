@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ import pytest
 
 import benchmarks.peers.__main__ as command
 from benchmarks.peers import install
-from benchmarks.peers.contenders import CLASSES, FLOAT32, FOUR_BITS, OURS, Contender, Files, contenders, missing
+from benchmarks.peers.contenders import CLASSES, FLOAT32, FOUR_BITS, LARGE, OURS, Contender, Files, contenders, missing
 from benchmarks.peers.machine import cpu_fields, describe_machine
 from benchmarks.peers.measuring import AT_ONCE_TOKENS, DECODED, Comparison, Measured, Prompts, Results, agreeing
 from benchmarks.peers.models import write_float32_gguf
@@ -243,14 +244,15 @@ def test_loading_makes_a_token() -> None:
 def test_engines_take_turns_and_who_goes_first_changes() -> None:
     calls: list[tuple[str, int, int]] = []
     found = compare({"a": FakeAsked("a", calls), "b": FakeAsked("b", calls)}, rounds=2)
-    asked = [(1, DECODED + 1), (1, 1), (16, AT_ONCE_TOKENS)]
+    asked = [(1, DECODED + 1), (1, 1), (8, 1), (4, AT_ONCE_TOKENS), (16, AT_ONCE_TOKENS)]
     forth = [(name, *what) for what in asked for name in "ab"]
     back = [(name, *what) for what in asked for name in "ba"]
     assert calls == [(name, 1, 4) for name in "aabb"] + back + forth + back
     first = found.measured[0]
     assert first.decode == [DECODED / 0.5] * 2
     assert first.prefill == [512 / 0.5] * 2
-    assert first.at_once == [16 * AT_ONCE_TOKENS / 1.0] * 2
+    assert first.first == [8.0] * 2
+    assert (first.four, first.at_once) == ([4.0 * AT_ONCE_TOKENS] * 2, [16.0 * AT_ONCE_TOKENS] * 2)
     assert (first.peak_nbytes, first.agreeing, found.compared) == (5_000_000, 8, 8)
 
 
@@ -294,6 +296,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
 def measured(peer: str, decode: list[float]) -> Measured:
     one = Measured(contender=contender(peer), loaded=Loaded(version="1.2", how="2 threads", seconds=1.25))
     one.decode, one.prefill, one.at_once = decode, [1000.0] * 3, [50.0] * 3
+    one.first, one.four = [200.0] * 3, [30.0] * 3
     one.agreeing, one.peak_nbytes = 96, 987_654_321
     return one
 
@@ -315,7 +318,7 @@ def test_the_table() -> None:
     assert lines[0] == "2 cores of A CPU (avx2), 24 GiB, Linux 6, Python 3.11.7. 3 rounds."
     assert "### Float32" in lines
     ours, theirs = (line for line in lines if line.endswith("| 96 of 96 |"))
-    columns = "1000 (1.00x) | 50.0 (1.00x) | 1.2 | 988 | 96 of 96 |"
+    columns = "1000 (1.00x) | 200 (1.00x) | 30.0 (1.00x) | 50.0 (1.00x) | 1.2 | 988 | 96 of 96 |"
     assert ours == f"| {OURS} 1.2 | x | 2 threads | 20.0 (1.00x) | {columns}"
     assert theirs == f"| peer 1.2 | x | 2 threads | 20.0 (1.00x) | {columns}"
     assert lines[-1] == "* gone, x: not installed"
@@ -343,7 +346,7 @@ def test_json_holds_every_round() -> None:
 
 
 def files(tmp_path: Path) -> Files:
-    shapes = ("genai-fp32", "optimum-fp32", "int4")
+    shapes = (*LARGE, "genai-fp32", "optimum-fp32", "int4")
     return Files(
         models={shape: tmp_path / shape for shape in shapes},
         artifacts={(shape, size): tmp_path / f"{shape}-tp{size}" for shape in shapes for size in (4, 8)},
@@ -359,8 +362,9 @@ def test_everyone_is_there_once_and_this_project_is_first(tmp_path: Path) -> Non
     assert len({one.name for one in everyone}) == len(everyone)
     for numbers in CLASSES:
         of_class = [one.peer for one in everyone if one.numbers == numbers]
-        assert of_class[:2] == [OURS, OURS]
-        assert {"onnxruntime", "onnxruntime-genai", "llama.cpp"} <= set(of_class)
+        assert of_class.index("onnxruntime") == of_class.count(OURS) >= 1
+        assert {"onnxruntime", "onnxruntime-genai"} <= set(of_class)
+        assert ("llama.cpp" in of_class) == (numbers not in LARGE.values())
     assert missing({one.peer for one in everyone}) == []
     for one in everyone:
         assert (ROOT / Path(*one.module.split("."))).with_suffix(".py").is_file()
@@ -406,6 +410,13 @@ def test_the_command_fails_without_a_peer_that_must_be_there(commanded: set[str]
     result = click.testing.CliRunner().invoke(command.main, [])
     assert result.exit_code == 1
     assert "FAILED: not measured: onnxruntime-genai" in result.stderr
+
+
+def test_large_models_are_asked_for_less() -> None:
+    """Every token is one that their vocabularies have."""
+    asked = command.of_large(dataclasses.replace(PROMPTS, prefill=[49_000] * 512))
+    assert (max(asked.prefill), len(asked.prefill), len(asked.at_once)) == (17_000, 512, 16)
+    assert (asked.decoded, asked.at_once_tokens) == (16, 9)
 
 
 def test_some_rows_alone(commanded: set[str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.artifacts import FOLDER
 from benchmarks.parity import PROMPTS
-from benchmarks.peers.contenders import CLASSES, Contender, contenders, missing
+from benchmarks.peers.contenders import CLASSES, LARGE, Contender, contenders, missing
 from benchmarks.peers.install import failures
 from benchmarks.peers.machine import cores, describe_machine
 from benchmarks.peers.measuring import Comparison, Prompts, Results, merged
@@ -24,6 +25,8 @@ from fixtures.perplexity import excerpt_tokens
 ROOT = Path(__file__).parents[2]
 _DECODE, _PREFILL, _AT_ONCE, _EACH = 128, 512, 16, 32
 _COMPARED, _COMPARED_TOKENS = 4, 24
+_LARGE_COMPARED, _LARGE_DECODED, _LARGE_AT_ONCE = 4, 16, 9
+_LEAST_VOCABULARY = 32000
 
 
 @click.command()
@@ -31,7 +34,7 @@ _COMPARED, _COMPARED_TOKENS = 4, 24
 @click.option("--only", "names", multiple=True, help="Names of rows begin with this; may be repeated.")
 @click.option("--limit", default=300.0, show_default=True, help="Seconds within which an engine must answer.")
 def main(rounds: int, names: tuple[str, ...], limit: float) -> None:
-    """Measure this project and its peers on SmolLM2, in processes of their own that take turns."""
+    """Measure this project and its peers on SmolLM2 and two large models, in processes of their own that take turns."""
     files = prepare(FOLDER / "peers")
     chosen = [one for one in contenders(files, threads=cores()) if one.name.startswith(names or ("",))]
     prompts = make_prompts(files.models["genai-fp32"] / "tokenizer.json")
@@ -40,7 +43,8 @@ def main(rounds: int, names: tuple[str, ...], limit: float) -> None:
     for numbers in CLASSES:
         of_class = [one for one in chosen if one.numbers == numbers]
         if of_class:
-            results[numbers] = Comparison(start, prompts, say=say).run(of_class, rounds)
+            asked = of_large(prompts) if numbers in LARGE.values() else prompts
+            results[numbers] = Comparison(start, asked, say=say).run(of_class, rounds)
     machine = describe_machine()
     report(markdown(machine, results, rounds), json.dumps(as_json(machine, results, rounds), indent=1))
     for requirement, reason in failures().items():
@@ -61,6 +65,23 @@ def make_prompts(tokenizer: Path) -> Prompts:
         at_once=[text[start : start + _EACH] for start in range(0, _AT_ONCE * _EACH, _EACH)],
         compared=[encoder.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS[:_COMPARED]],
         compared_count=_COMPARED_TOKENS,
+    )
+
+
+def of_large(prompts: Prompts) -> Prompts:
+    """The same for a model of another vocabulary whose tokens take long: completions are shorter."""
+
+    def within(tokens: Sequence[int]) -> list[int]:
+        return [token % _LEAST_VOCABULARY for token in tokens]
+
+    return Prompts(
+        decode=within(prompts.decode),
+        prefill=within(prompts.prefill),
+        at_once=[within(prompt) for prompt in prompts.at_once],
+        compared=[within(prompt) for prompt in prompts.compared],
+        compared_count=_LARGE_COMPARED,
+        decoded=_LARGE_DECODED,
+        at_once_tokens=_LARGE_AT_ONCE,
     )
 
 

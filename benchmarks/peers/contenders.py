@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.artifacts import LARGE_INT4, SYNTHETIC_1B
+
 ENVIRONMENTS = Path("build/peers")
 """Holds a virtual environment for the peers, and one for vLLM, which wants other versions of the same packages."""
 FLOAT32 = "float32"
 FOUR_BITS = "4 bits"
-CLASSES = (FLOAT32, FOUR_BITS)
+LARGE_FOUR_BITS = "4 bits, 2 GB of synthetic weights"
+LARGE_FLOAT32 = "float32, 1.1 billion synthetic weights"
+CLASSES = (LARGE_FOUR_BITS, LARGE_FLOAT32, FLOAT32, FOUR_BITS)
+LARGE = {LARGE_INT4: LARGE_FOUR_BITS, SYNTHETIC_1B: LARGE_FLOAT32}
+"""Model -> the class that it is alone in."""
 OURS = "furiosa-llm"
 _GENAI, _OPTIMUM = "genai-fp32", "optimum-fp32"
 
@@ -68,9 +74,9 @@ class Contender:
 def contenders(files: Files, *, threads: int) -> list[Contender]:
     """Everyone, with this project first in each class."""
     return [
-        *(_ours(files, shape, size, threads) for shape in (_GENAI, _OPTIMUM, "int4") for size in (4, 8)),
-        *(_plain(files, shape, threads) for shape in (_GENAI, _OPTIMUM, "int4")),
-        *(_genai(files, shape, threads) for shape in (_GENAI, "int4")),
+        *(_ours(files, shape, size, threads) for shape in (*LARGE, _GENAI, _OPTIMUM, "int4") for size in sizes(shape)),
+        *(_plain(files, shape, threads) for shape in (*LARGE, _GENAI, _OPTIMUM, "int4")),
+        *(_genai(files, shape, threads) for shape in (*LARGE, _GENAI, "int4")),
         _llama(FLOAT32, "GGUF in float32", threads, files.float32_gguf, "float32"),
         _llama(FOUR_BITS, "Q4_1, the same weights", threads, files.gguf, "float16"),
         _llama(FOUR_BITS, "Q4_0, quantised again", threads, files.float32_gguf, "float16", files.requantised_gguf),
@@ -89,6 +95,11 @@ def contenders(files: Files, *, threads: int) -> list[Contender]:
             },
         ),
     ]
+
+
+def sizes(shape: str) -> tuple[int, ...]:
+    """On how many PEs a model is split: on 8 alone where two artifacts and two peers would take more than 24 GB."""
+    return (8,) if shape == SYNTHETIC_1B else (4, 8)
 
 
 def missing(measured: set[str]) -> list[str]:
@@ -153,7 +164,7 @@ def _transformers(files: Files, size: int, threads: int) -> Contender:
 
 
 def _class(shape: str) -> str:
-    return FOUR_BITS if shape == "int4" else FLOAT32
+    return LARGE.get(shape, FOUR_BITS if shape == "int4" else FLOAT32)
 
 
 def _module(name: str) -> str:

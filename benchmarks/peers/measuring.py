@@ -15,6 +15,9 @@ from benchmarks.peers.worker import WorkerError
 DECODED = 64
 """Tokens of a completion that are timed, behind the first one."""
 AT_ONCE_TOKENS = 33
+"""Of each completion, where several prompts are completed at once."""
+FIRST, FOUR = 8, 4
+"""Prompts whose first tokens are timed, and prompts that are completed at once beside all of them."""
 _LEAST_AGREEING = 0.5
 
 
@@ -47,6 +50,8 @@ class Prompts:
     at_once: Tokens
     compared: Tokens
     compared_count: int
+    decoded: int = DECODED
+    at_once_tokens: int = AT_ONCE_TOKENS
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +62,8 @@ class Measured:
     loaded: Loaded
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    four: list[float] = field(default_factory=list)
     at_once: list[float] = field(default_factory=list)
     agreeing: int = 0
     """Of the compared tokens, how many come before a prompt's first difference from those of the class's first."""
@@ -148,20 +155,33 @@ class Comparison:
 
     def _round(self, number: int) -> None:
         order = list(self._running)[:: 1 if number % 2 else -1]
-        for measure in (self._decode, self._prefill, self._at_once):
+        for measure in (self._decode, self._prefill, self._first, self._four, self._at_once):
             self._each(order, partial(measure, number=number))
 
     def _decode(self, one: _Running, number: int) -> None:
-        found = one.asked.generate([self._prompts.decode], DECODED + 1)
-        _note(one.measured.decode, DECODED / (found.seconds - found.first_seconds), number)
+        decoded = self._prompts.decoded
+        found = one.asked.generate([self._prompts.decode], decoded + 1)
+        _note(one.measured.decode, decoded / (found.seconds - found.first_seconds), number)
 
     def _prefill(self, one: _Running, number: int) -> None:
         found = one.asked.generate([self._prompts.prefill], 1)
         _note(one.measured.prefill, len(self._prompts.prefill) / found.first_seconds, number)
 
+    def _first(self, one: _Running, number: int) -> None:
+        prompts = self._prompts.at_once[:FIRST]
+        found = one.asked.generate(prompts, 1)
+        _note(one.measured.first, sum(map(len, prompts)) / found.seconds, number)
+
+    def _four(self, one: _Running, number: int) -> None:
+        _note(one.measured.four, self._completed(one, self._prompts.at_once[:FOUR]), number)
+
     def _at_once(self, one: _Running, number: int) -> None:
-        found = one.asked.generate(self._prompts.at_once, AT_ONCE_TOKENS)
-        _note(one.measured.at_once, len(self._prompts.at_once) * AT_ONCE_TOKENS / found.seconds, number)
+        _note(one.measured.at_once, self._completed(one, self._prompts.at_once), number)
+
+    def _completed(self, one: _Running, prompts: Tokens) -> float:
+        """Tokens per second where all prompts are completed at once."""
+        count = self._prompts.at_once_tokens
+        return len(prompts) * count / one.asked.generate(prompts, count).seconds
 
     def _remember_peak(self, one: _Running) -> None:
         one.measured.peak_nbytes = one.asked.peak_nbytes()

@@ -10,8 +10,8 @@ import gguf
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.artifacts import artifact
-from benchmarks.peers.contenders import Files
+from benchmarks.artifacts import artifact, model
+from benchmarks.peers.contenders import LARGE, Files, sizes
 from furiosa_llm.example.llama.weights import EMBEDDING, FINAL_NORM, layer_weight
 from furiosa_llm.example.smollm2.gguf_weights import GgufWeights
 from furiosa_llm.example.smollm2.recipe import ensure, ensure_gguf
@@ -21,6 +21,7 @@ _PARTS = (
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
 _FILE_TYPE_FLOAT32 = 0
+_SHAPES = (*LARGE, "genai-fp32", "optimum-fp32", "int4")
 
 
 def prepare(folder: Path) -> Files:
@@ -29,12 +30,8 @@ def prepare(folder: Path) -> Files:
     _once(folder / "model.f32.gguf", lambda path: write_float32_gguf(source, path))
     _once(folder / "safetensors", lambda path: write_safetensors(source, path))
     return Files(
-        models={shape: ensure(shape) for shape in ("genai-fp32", "optimum-fp32", "int4")},
-        artifacts={
-            (shape, size): artifact(shape, size).folder.resolve()
-            for shape in ("genai-fp32", "optimum-fp32", "int4")
-            for size in (4, 8)
-        },
+        models={shape: model(shape).parent.resolve() for shape in _SHAPES},
+        artifacts={(shape, size): artifact(shape, size).folder.resolve() for shape in _SHAPES for size in sizes(shape)},
         gguf=source,
         float32_gguf=(folder / "model.f32.gguf").resolve(),
         requantised_gguf=(folder / "model.q4_0.gguf").resolve(),

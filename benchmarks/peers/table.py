@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.peers.measuring import Measured, Results
 
 _HEADER = (
-    *("engine", "model", "how", "decode, tokens/s", "prefill, tokens/s", "16 at once, tokens/s"),
+    *("engine", "model", "how", "decode, tokens/s", "prefill, tokens/s", "8 prompts, tokens/s"),
+    *("4 at once, tokens/s", "16 at once, tokens/s"),
     *("load, s", "peak memory, MB", "tokens like the first row's"),
 )
 
@@ -55,6 +56,8 @@ def _figures(one: Measured) -> dict[str, Any]:
         **asdict(one.loaded),
         "decode": one.decode,
         "prefill": one.prefill,
+        "first": one.first,
+        "four": one.four,
         "at_once": one.at_once,
         "agreeing": one.agreeing,
         "peak_nbytes": one.peak_nbytes,
@@ -68,6 +71,8 @@ def _cells(one: Measured, first: Measured, compared: int) -> list[str]:
         one.loaded.how,
         _speed(one.decode, first.decode),
         _speed(one.prefill, first.prefill),
+        _speed(one.first, first.first),
+        _speed(one.four, first.four),
         _speed(one.at_once, first.at_once),
         f"{one.loaded.seconds:.1f}",
         f"{one.peak_nbytes / 1e6:.0f}",
