@@ -15,8 +15,7 @@ from furiosa_llm.builder.plan.tactics import Tactics
 from furiosa_llm.builder.source.folder import default_name, find_model, models_folder, variants
 from furiosa_llm.builder.source.from_artifact import load_with_weights
 from furiosa_llm.builder.write.build_report import BuildReport
-from furiosa_llm.runtime.artifact.adapters.files import read_adapter
-from furiosa_llm.runtime.artifact.adapters.stored import check_name
+from furiosa_llm.runtime.artifact.adapters.stored import module_names, read_adapters
 from furiosa_llm.runtime.artifact.progress import Progress, shown
 
 
@@ -59,8 +58,7 @@ class ArtifactBuilder:
         lora_modules: Sequence[str] = (),
         lora: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> None:
-        self._adapters = {check_name(key): read_adapter(Path(path)) for key, path in (lora or {}).items()}
-        named = {".".join(module) for file in self._adapters.values() for module in file.modules}
+        self._adapters = read_adapters(lora or {})
         self._options = BuildOptions(
             tensor_parallel_size=tensor_parallel_size,
             max_seq_len_to_capture=max_seq_len_to_capture,
@@ -70,7 +68,7 @@ class ArtifactBuilder:
             fuse_attention=fuse_attention,
             roles=dict(roles or {}),
             fixed=dict(fixed or {}),
-            lora_modules=sorted(named.union(lora_modules)),
+            lora_modules=sorted(module_names(self._adapters).union(lora_modules)),
         )
         self._options.check(experimental_tp=experimental_tp)
         self._model = Path(model)

@@ -28,6 +28,7 @@ from furiosa_llm.builder.source.folder import find_model
 from furiosa_llm.builder.source.tensors import weights_of
 from furiosa_llm.builder.write.artifact import planned
 from furiosa_llm.builder.write.report import notes, padding_nbytes
+from furiosa_llm.runtime.artifact.adapters.stored import module_names, read_adapters
 from furiosa_llm.runtime.artifact.card import PE_BYTES_PER_S, PE_NBYTES
 from furiosa_llm.runtime.artifact.compute import computing, loaded_nbytes
 from furiosa_llm.runtime.artifact.manifest import Manifest
@@ -59,6 +60,7 @@ def plan_model(
     roles: Mapping[str, str] | None = None,
     fixed: Mapping[str, int] | None = None,
     lora_modules: Sequence[str] = (),
+    lora: Mapping[str, str | os.PathLike[str]] | None = None,
     costs: bool = False,
 ) -> ModelPlan:
     """Plan a model; the files of its weights need not exist, and are not read.
@@ -80,7 +82,9 @@ def plan_model(
             Without, every node of the model has its place in the plan.
         roles: What an input is for, where the graph does not say: INPUT=positions[3,batch,sequence].
         fixed: Makes an input a constant: one boolean or integer.
-        lora_modules: Modules whose products get inputs for adapters, where the graph has none.
+        lora_modules: Modules whose products get inputs for adapters, where the graph has none. Those that the
+            adapters of `lora` name are among them.
+        lora: Adapters that would go into the artifact, by name: the folder or .safetensors file of each.
         costs: Also find what any step costs.
 
     Returns:
@@ -93,7 +97,7 @@ def plan_model(
         fuse_attention=fuse_attention,
         roles=dict(roles or {}),
         fixed=dict(fixed or {}),
-        lora_modules=lora_modules,
+        lora_modules=sorted(module_names(read_adapters(lora or {})).union(lora_modules)),
     )
     of_sizes = [dataclasses.replace(options, tensor_parallel_size=size) for size in tensor_parallel_sizes]
     for of_size in of_sizes:

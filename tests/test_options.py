@@ -105,6 +105,7 @@ def test_commands_in_the_docs(path: str, command: str) -> None:
                 "chunk",
                 "cards",
                 "compute",
+                "lora",
                 "costs",
             },
         ),

@@ -50,6 +50,14 @@ def planning_options(command: Command) -> Command:
         option("fixed", BUILD, "--fix", type=FixedInput(), multiple=True, callback=lambda _, __, given: dict(given)),
         option("roles", BUILD, "--role", type=GivenRole(), multiple=True, callback=lambda _, __, given: dict(given)),
         option("dims", BUILD, "--dim", type=Sizes(), multiple=True, callback=lambda _, __, sizes: dict(sizes)),
+        click.option(
+            "--lora",
+            type=NamedPath(),
+            multiple=True,
+            callback=lambda _, __, given: dict(given),
+            help="An adapter that goes into the artifact: PEFT's folder, or a .safetensors file. The graph gets inputs "
+            "for it if it has none; repeatable.",
+        ),
     ):
         command = add(command)
     return command
@@ -62,14 +70,6 @@ def planning_options(command: Command) -> Command:
 @click.option("--name", default="", help="The artifact's name.  [default: from the model's path]")
 @option("max_seq_len_to_capture", BUILD)
 @planning_options
-@click.option(
-    "--lora",
-    type=NamedPath(),
-    multiple=True,
-    callback=lambda _, __, given: dict(given),
-    help="An adapter that goes into the artifact: PEFT's folder, or a .safetensors file. The graph gets inputs for it "
-    "if it has none; repeatable.",
-)
 @click.option(
     "--reuse-plan",
     type=click.Path(path_type=Path),

@@ -6,13 +6,14 @@ They are no weights of the program, and so not called `.safetensors`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from furiosa_llm.runtime.artifact.adapters.files import AdapterFile, read_tensors
+from furiosa_llm.runtime.artifact.adapters.files import AdapterFile, read_adapter, read_tensors
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import AdapterError
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -20,6 +21,16 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 _FILE = re.compile(r"adapter-(.+)\.lora")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STORED = {np.dtype(dtype.numpy): dtype.safetensors for dtype in DTYPES.values() if dtype.bits >= 8}
+
+
+def read_adapters(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, AdapterFile]:
+    """The adapters in files, by their names; AdapterError for what is none."""
+    return {check_name(name): read_adapter(Path(path)) for name, path in paths.items()}
+
+
+def module_names(adapters: Mapping[str, AdapterFile]) -> set[str]:
+    """The modules that adapters name, as options of a build have them."""
+    return {".".join(module) for file in adapters.values() for module in file.modules}
 
 
 def check_name(name: str) -> str:

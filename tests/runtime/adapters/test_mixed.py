@@ -327,3 +327,14 @@ def test_adapters_take_no_collective_of_their_own(tmp_path: Path) -> None:
     [adapted] = plan_model(model, tensor_parallel_sizes=(4,), lora_modules=modules).builds
     counts = [Counter(node.op_type for node in one.lowered.graph if node.domain) for one in (plain, adapted)]
     assert counts[0]["AllReduce"] == counts[1]["AllReduce"] == 5
+
+
+def test_plan_gives_a_graph_the_inputs_that_a_build_with_the_adapters_does(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "one", {"model.layers.0.mlp.down_proj": (176, 64)})
+    model = ZOO / "tiny-llama-optimum" / "model.onnx"
+    arguments = ["plan", str(model), "-tp", "4", "--lora", f"one={folder}", "--roles"]
+    result = CliRunner().invoke(cli, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for name in ("layers.0.mlp.down_proj.lora_A", "layers.0.mlp.down_proj.lora_B", "lora_rows"):
+        assert name in result.output
+    assert "layers.1.mlp.down_proj.lora_A" not in result.output
