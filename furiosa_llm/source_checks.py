@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -24,6 +26,7 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.lower.program_shapes import program_shapes
 from furiosa_llm.builder.options import recorded_options
 from furiosa_llm.builder.pipeline import Assembly
+from furiosa_llm.builder.source.companions import companions
 from furiosa_llm.builder.source.from_artifact import load_with_weights, source_of
 from furiosa_llm.builder.source.identity import check_identity
 from furiosa_llm.builder.source.load import Source, root_cause
@@ -31,6 +34,7 @@ from furiosa_llm.builder.source.validate import validate
 from furiosa_llm.builder.write.artifact import model_info, tool
 from furiosa_llm.builder.write.manifest import manifest_of
 from furiosa_llm.builder.write.onnx_files import program_proto, source_proto
+from furiosa_llm.builder.write.report import plan_json
 from furiosa_llm.builder.write.shards import cut_shard, num_shards
 from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
@@ -66,7 +70,7 @@ def check_lowering(artifact: Artifact) -> Check:
         weights=weights,
         shapes=shapes,
         files=artifact.manifest.files,
-        plan=artifact.manifest.plan,
+        plan=_plan(artifact.manifest.plan, build),
     )
     faults = [*_program_faults(artifact.program, program), *_manifest_faults(artifact.manifest, manifest)]
     made, ours = artifact.manifest.provenance.tool, tool()
@@ -95,6 +99,16 @@ def _validated(artifact: Artifact) -> Source:
         return source_of(artifact)
     except ir.serde.SerdeError as error:
         raise ModelLoadError(f"it is not a valid graph: {root_cause(error)}") from error
+
+
+def _plan(recorded: Mapping[str, Any], build: Build) -> Mapping[str, Any]:
+    """What a manifest says of the plan that was followed; what was refused, and the order of choices, a search says."""
+    made = json.loads(json.dumps(plan_json(build)))
+    made["refused"] = recorded.get("refused")
+    choices = recorded.get("choices")
+    if isinstance(choices, list) and sorted(map(json.dumps, choices)) == sorted(map(json.dumps, made["choices"])):
+        made["choices"] = choices
+    return cast(Mapping[str, Any], made)
 
 
 def _weights(artifact: Artifact, build: Build) -> WrittenWeights:
@@ -131,7 +145,7 @@ def _made(placement: FilePosition, tensor: ShardedTensor, mesh: Mesh) -> FilePos
 
 
 def check_given(artifact: Artifact, model: str | os.PathLike[str]) -> Check:
-    """`check_identity`, and that source.onnx has the nodes of the ONNX file `model`.
+    """`check_identity`, that source.onnx has the graph of the ONNX file `model`, and the files beside that.
 
     Raises ModelLoadError if the file is not a model, or its weights are not where it says.
     """
@@ -140,7 +154,8 @@ def check_given(artifact: Artifact, model: str | os.PathLike[str]) -> Check:
     manifest = artifact.manifest
     source = load_with_weights(Path(model), fixed_inputs(manifest), adapted_modules(manifest))
     given, ours = source_proto(source, stored), read_source(artifact)
-    return dataclasses.replace(identity, faults=(*identity.faults, *_given_faults(ours, given)))
+    found = (*_given_faults(ours, given), *_companion_faults(manifest, Path(model)))
+    return dataclasses.replace(identity, faults=(*identity.faults, *found))
 
 
 def _given_faults(found: onnx.ModelProto, expected: onnx.ModelProto) -> Iterator[str]:
@@ -152,6 +167,22 @@ def _given_faults(found: onnx.ModelProto, expected: onnx.ModelProto) -> Iterator
     for what in ("functions", "opset_import"):
         if getattr(found, what) != getattr(expected, what):
             yield f"{SOURCE_NAME} has other {what} than the model"
+    for what in ("input", "output", "sparse_initializer"):
+        if getattr(found.graph, what) != getattr(expected.graph, what):
+            yield f"the graph of {SOURCE_NAME} has another {what} than the model's"
+
+
+def _companion_faults(manifest: Manifest, model: Path) -> Iterator[str]:
+    """Whether tokenizer, chat template and configuration, which say how the model is asked, are those beside it."""
+    listed = {entry.path: entry.sha256 for entry in manifest.files}
+    for path in companions(model):
+        try:
+            expected = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ModelLoadError(f"{path} cannot be read: {error.strerror}; it goes with the model.") from error
+        if (found := listed.get(path.name)) != expected:
+            is_there = "is not the one" if found else "is not there, and one is"
+            yield f"{path.name} {is_there} beside the model"
 
 
 # -- the program ---------------------------------------------------------------------------------------------------

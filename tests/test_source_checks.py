@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -173,6 +174,25 @@ def test_a_made_tensor_is_compared(folder: Path) -> None:
     assert fault.startswith(f"manifest.json $.tensors[{place}].sha256 is ")
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda plan: plan.update(padding_nbytes=1), "padding_nbytes is 1, expected 0"),
+        (lambda plan: plan["price"].update(nbytes=1.0), "price.nbytes is 1.0, expected 402960.0"),
+        (lambda plan: plan["choices"][0].update(parts=2), "choices"),
+        (lambda plan: plan.update(notes=["nothing is replicated"]), "notes is ['nothing is replicated'], expected []"),
+        (lambda plan: plan["attention"].update(fused=9), "attention.fused is 9, expected 0"),
+        (lambda plan: plan.update(certified=True), " is {"),
+    ],
+)
+def test_what_is_claimed_of_the_plan(folder: Path, change: Callable[[Any], None], named: str) -> None:
+    edit_manifest(folder, lambda manifest: change(manifest["plan"]))
+    found = faults(folder)
+    assert found
+    assert found[0].startswith("manifest.json $.plan")
+    assert named in found[0]
+
+
 def test_a_source_that_is_no_valid_graph(folder: Path) -> None:
     source = onnx.load_model(folder / "source.onnx", load_external_data=False)
     del source.graph.node[3].input[:]
@@ -196,6 +216,74 @@ def test_source_and_program_altered_alike_are_not_the_model_given(folder: Path, 
     assert fault == (
         '1 nodes of source.onnx are not the model\'s; the first is Tanh "/model/layers.0/mlp/act_fn/Sigmoid", in the '
         'model Sigmoid "/model/layers.0/mlp/act_fn/Sigmoid"'
+    )
+
+
+def edit_json(folder: Path, name: str, change: Callable[[Any], None]) -> None:
+    content = json.loads((folder / name).read_bytes())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def exchange_tokens(folder: Path) -> None:
+    """Every answer is another text."""
+
+    def exchange(tokenizer: Any) -> None:
+        vocab = tokenizer["model"]["vocab"]
+        first, second = list(vocab)[5:7]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+
+    edit_json(folder, "tokenizer.json", exchange)
+
+
+def shorten(folder: Path) -> None:
+    """Of what the model could take, the engine refuses most."""
+    edit_json(folder, "genai_config.json", lambda config: config["model"].update(context_length=32))
+    edit_manifest(folder, lambda manifest: manifest["model"].update(max_sequence_length=32))
+
+
+def end_never(folder: Path) -> None:
+    """No answer ends by itself."""
+    edit_json(folder, "genai_config.json", lambda config: config["model"].update(eos_token_id=[3]))
+    edit_manifest(folder, lambda manifest: manifest["model"].update(eos_token_ids=[3]))
+
+
+def lose_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    edit_manifest(
+        folder, lambda m: m.update(files=[entry for entry in m["files"] if entry["path"] != "chat_template.jinja"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (exchange_tokens, "tokenizer.json is not the one beside the model"),
+        (shorten, "genai_config.json is not the one beside the model"),
+        (end_never, "genai_config.json is not the one beside the model"),
+        (lose_template, "chat_template.jinja is not there, and one is beside the model"),
+    ],
+)
+def test_files_that_say_how_the_model_is_asked(
+    folder: Path, harm: Callable[[Path], None], named: str, zoo: Path
+) -> None:
+    """Program and weights are the model's, and the artifact agrees with itself: only the model's folder tells."""
+    harm(folder)
+    reseal(folder)
+    assert faults(folder) == ()
+    assert check_given(open_artifact(folder), zoo / LLAMA / "model.onnx").faults == (named,)
+
+
+def test_an_interface_that_is_not_the_models(folder: Path, zoo: Path) -> None:
+    """One that takes a sequence at a time, with the same nodes and weights."""
+    source = onnx.load_model(folder / "source.onnx", load_external_data=False)
+    for value in (*source.graph.input, *source.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    (folder / "source.onnx").write_bytes(source.SerializeToString())
+    reseal(folder)
+    assert check_given(open_artifact(folder), zoo / LLAMA / "model.onnx").faults == (
+        "the graph of source.onnx has another input than the model's",
+        "the graph of source.onnx has another output than the model's",
     )
 
 
