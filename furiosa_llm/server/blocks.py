@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.server.chat_service import Chat
+from furiosa_llm.server.errors import ApiError, error_event
 from furiosa_llm.server.events import EventStream, events_of, json_answer, until_disconnect
 from furiosa_llm.server.generation import collect
 from furiosa_llm.server.tools import Found
@@ -97,7 +98,7 @@ class BlockAnswer(ABC):
         outputs = self._chat.outputs
         if self._chat.body.stream:
             first = await until_disconnect(request.receive, anext(outputs))
-            return EventStream(events_of(outputs, first, self._chunks, lambda: b"", end=b""))
+            return EventStream(events_of(outputs, first, self._chunks, lambda: b"", end=b"", failed=self._failed))
         return json_answer(await until_disconnect(request.receive, self.finished()))
 
     async def finished(self) -> dict[str, Any]:
@@ -126,6 +127,10 @@ class BlockAnswer(ABC):
         yield from self.blocks.take(self._reader.read(text, ended=ended))
         if ended:
             yield from self.blocks.end()
+
+    def _failed(self, error: ApiError) -> bytes:
+        """The last event of an answer that fails."""
+        return error_event(error)
 
     @abstractmethod
     def _whole(self, reason: str | None, stop: int | str | None) -> dict[str, Any]:

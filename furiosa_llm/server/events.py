@@ -61,10 +61,11 @@ async def events_of(
     last: Callable[[], bytes],
     *,
     end: bytes = DONE,
+    failed: Callable[[ApiError], bytes] = error_event,
 ) -> AsyncGenerator[bytes, None]:
     """The `chunks` of each output, then what is `last`, and the `end`.
 
-    What fails now has its place among them, as the last one.
+    What fails now has its place among them, as the last one, in the shape that `failed` gives it.
     """
     async with aclosing(outputs):
         try:
@@ -72,7 +73,7 @@ async def events_of(
             async for output in outputs:
                 yield chunks(output)
         except (FuriosaLLMError, ApiError) as error:
-            yield error_event(api_error(error))
+            yield failed(api_error(error))
             return
     yield last() + end
 

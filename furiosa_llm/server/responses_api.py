@@ -187,7 +187,10 @@ class _Answer(BlockAnswer):
             self._fail(INTERNAL_ERROR)
 
     def _fail(self, error: ApiError) -> None:
-        self._keep("failed", error={"code": error.info.code or error.info.type, "message": error.info.message})
+        self._keep("failed", error=_shown(error))
+
+    def _failed(self, error: ApiError) -> bytes:
+        return self._event("response.failed", response={**self._response("failed"), "error": _shown(error)})
 
     def _keep(self, status: str, error: dict[str, Any] | None = None) -> dict[str, Any]:
         response = {**self._response(status), "error": error}
@@ -284,6 +287,10 @@ class _Answer(BlockAnswer):
             **body.model_dump(include={"instructions", "previous_response_id", "max_output_tokens", "store"}),
             **body.model_dump(include={"temperature", "top_p", "reasoning", "user"}),
         }
+
+
+def _shown(error: ApiError) -> dict[str, Any]:
+    return {"code": error.info.code or error.info.type, "message": error.info.message}
 
 
 def _part(block: Block) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -30,12 +31,17 @@ def kill_the_worker() -> None:
     os.kill(int(worker), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kind", tiered(["completion", "chat"], ["chat"]))
+@pytest.mark.parametrize(
+    "kind", tiered(["completion", "chat", "responses", "messages"], ["chat", "responses", "messages"])
+)
 def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     with serving(load(artifact, workers=1), ServerSettings()) as url, connected(url) as client:
         listen(caplog)
         stream: Iterator[Any]
         forever = {"ignore_eos": True}
+        if kind in ("responses", "messages"):
+            fail_in_the_newer_protocols(url, kind)
+            return
         if kind == "chat":
             messages: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "x"}]
             stream = iter(
@@ -51,6 +57,29 @@ def test_a_failure_is_an_event_of_the_stream(artifact: Path, kind: str, caplog: 
             list(stream)
         assert re.search("request [0-9a-f]{32} failed: .*replica 0 failed while it had the request", caplog.text)
         assert client.completions.create(model=NAME, prompt="x", max_tokens=2).choices[0].text
+
+
+def fail_in_the_newer_protocols(url: str, kind: str) -> None:
+    """What ends such a stream is an event of the protocol's own."""
+    body: dict[str, Any] = {"model": NAME, "stream": True}
+    if kind == "responses":
+        body |= {"input": "x", "max_output_tokens": 500}
+    else:
+        body |= {"messages": [{"role": "user", "content": "x"}], "max_tokens": 500}
+    with httpx.stream("POST", f"{url}/v1/{kind}", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        kill_the_worker()
+        name, data = [line for line in lines if line][-2:]
+    found = json.loads(data.removeprefix("data: "))
+    assert name == f"event: {found['type']}"
+    assert found["type"] == ("response.failed" if kind == "responses" else "error")
+    error = found["response"]["error"] if kind == "responses" else found["error"]
+    assert "replica 0 failed while it had the request" in error["message"]
+    if kind == "responses":
+        assert (found["response"]["status"], error["code"]) == ("failed", "server_error")
+    else:
+        assert error["type"] == "api_error"
 
 
 def test_nothing_follows_the_event_of_a_failure() -> None:
@@ -82,7 +111,7 @@ def test_a_failure_is_a_status_of_what_is_not_streamed(artifact: Path, caplog: p
         assert answers[0].status_code == 500
         assert f"request {answers[0].headers['x-request-id']} failed: " in caplog.text
         assert "replica 0 failed" in error_of(answers[0])["message"]
-        assert httpx.get(f"{url}/health").status_code == 200
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200)  # not while its replica is built anew
         assert httpx.post(f"{url}/v1/completions", json={**body, "n": 1}, timeout=60).status_code == 200
 
 
