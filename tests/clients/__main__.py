@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +52,18 @@ _CONFIG = LlamaConfig(
 )
 """What SmolLM2's tokenizer fits, and nearly nothing else: a step takes a millisecond."""
 _METADATA = re.compile(r"^# /// script\n((?:#.*\n)+?)# ///$", re.MULTILINE)
-_PIP = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
+_QUIET = ("--quiet", "--quiet", "--disable-pip-version-check")
 _FAULT = re.compile(r"ERROR|Traceback|Exception")
 _TIMEOUT = 900.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """A program, and what it needs: packages, and those of which no dependency is wanted."""
+    """A program, and what it needs: packages, and of large ones a folder of the wheel alone."""
 
     program: Path
     packages: Sequence[str]
-    alone: Sequence[str]
+    folders: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -80,7 +81,7 @@ def read(program: Path) -> Client:
     found = _METADATA.search(program.read_text(encoding="utf-8"))
     assert found, f"{program} has no head that names its packages"
     head = tomllib.loads("".join(line[2:] or "\n" for line in found[1].splitlines(keepends=True)))
-    return Client(program=program, packages=head["dependencies"], alone=head.get("tool", {}).get("alone", ()))
+    return Client(program=program, packages=head["dependencies"], folders=head.get("tool", {}).get("folders", {}))
 
 
 CLIENTS: Sequence[Client] = [read(program) for program in sorted(HERE.glob("use_*.py"))]
@@ -88,15 +89,22 @@ CLIENTS: Sequence[Client] = [read(program) for program in sorted(HERE.glob("use_
 
 def install(client: Client) -> None:
     """Makes the environment, unless it is there and has the same packages."""
-    noted, wanted = client.environment / "installed", "\n".join((*client.packages, *client.alone))
+    noted, wanted = client.environment / "installed", "\n".join((*client.packages, *client.folders))
     if noted.exists() and noted.read_text() == wanted:
         return
     shutil.rmtree(client.environment, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(client.environment)], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(client.environment / "bin" / "python"), *_PIP[2:]]
-    subprocess.run([*pip, *client.packages], check=True)
-    if client.alone:
-        subprocess.run([*pip, "--no-deps", *client.alone], check=True)
+    python = str(client.environment / "bin" / "python")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", *_QUIET, "--no-compile", *client.packages]
+    subprocess.run(install, check=True)
+    for package, folder in client.folders.items():
+        with tempfile.TemporaryDirectory() as made:
+            download = [sys.executable, "-m", "pip", "download", *_QUIET, "--no-deps", "--dest", made, package]
+            subprocess.run(download, check=True)
+            [wheel] = Path(made).glob("*.whl")
+            with zipfile.ZipFile(wheel) as files:
+                wanted_files = [name for name in files.namelist() if name.startswith(f"{folder}/")]
+                files.extractall(client.environment / "folders", wanted_files)
     noted.write_text(wanted)
 
 
@@ -145,7 +153,7 @@ def main() -> int:
     for client in CLIENTS:
         if arguments.only and client.name not in arguments.only:
             continue
-        sys.stdout.write(f"-- {client.name}: {', '.join((*client.packages, *client.alone))}\n")
+        sys.stdout.write(f"-- {client.name}: {', '.join((*client.packages, *client.folders))}\n")
         sys.stdout.flush()
         install(client)
         begin = time.monotonic()

@@ -1,8 +1,8 @@
-"""litellm: chats, responses, Anthropic's messages, and its bridges from each of these to the others."""
+"""litellm: chats, responses, Anthropic's messages, and its bridges; streams of messages need its proxy's packages."""
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["litellm==1.110.2", "fastapi", "orjson"]
+# dependencies = ["litellm[proxy]==1.110.2"]
 # ///
 
 from __future__ import annotations
