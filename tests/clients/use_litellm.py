@@ -2,7 +2,7 @@
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["litellm[proxy]==1.110.2"]
+# dependencies = ["litellm==1.110.2", "fastapi", "orjson", "soundfile", "backoff", "redis"]
 # ///
 
 from __future__ import annotations
