@@ -91,6 +91,10 @@ bench: $(INSTALLED) ## the benchmarks, each figure beside its bar
 simulate: $(INSTALLED) ## predictions of simulate against published measurements, beside their bars (WRITE=--write: fit)
 	$(BIN)/python -m benchmarks.simulate $(WRITE)
 
+.PHONY: simulate-here
+simulate-here: $(INSTALLED) ## this machine measured, predicted and benchmarked in turns, beside the bar: 8 minutes, nothing else running
+	$(BIN)/python -m benchmarks.simulate.here $(HERE)
+
 PLANS ?= 3000
 
 .PHONY: fuzz

@@ -22,6 +22,7 @@ SYNTHETIC = "synthetic"
 SYNTHETIC_1B = "synthetic-1b"
 LARGE_INT4 = "large-int4"
 """Two gigabytes of 4-bit weights, in the widths of Llama 3.1 8B."""
+SYNTHETIC_SMALL = "synthetic-small"
 _SYNTHETIC_CONFIGS = {
     SYNTHETIC: LlamaConfig(
         vocab_size=32000,
@@ -30,6 +31,19 @@ _SYNTHETIC_CONFIGS = {
         num_hidden_layers=8,
         num_attention_heads=16,
         num_key_value_heads=16,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+    ),
+    SYNTHETIC_SMALL: LlamaConfig(
+        vocab_size=16000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
         head_dim=64,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,

@@ -13,12 +13,12 @@ import numpy as np
 
 from benchmarks.artifacts import run_measured
 from benchmarks.bars import Bar
-from fixtures.synthetic import RandomWeights
 from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.example.llama.genai import write_genai_graph
 from furiosa_llm.example.llama.onnx_writer import write_model_files
 from furiosa_llm.example.llama.optimum import write_optimum_graph
 from furiosa_llm.example.llama.projection import DenseProjection
+from furiosa_llm.example.llama.weights import RandomWeights
 
 GRAPHS = Path("fixtures/graphs")
 PLOT = Path("docs/planning-time.png")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fixtures.outline import write_outline
-from furiosa_llm.builder.lower.step_costs import Attention, StepCosts, Traffic, Weights
+from furiosa_llm.builder.lower.step_costs import VERSION, Attention, StepCosts, Traffic, Weights
 from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.simulate.model import Costs, costs_of_model, planned_size
 
@@ -60,7 +60,7 @@ MODELS = (*_GRAPHS, *_OUTLINES)
 def costs_of(model: str, size: int) -> StepCosts:
     """The costs at a tensor parallel size; kept in build/ between runs."""
     size = planned_size(size)
-    file = _CACHE / f"{model}-tp{size}.json"
+    file = _CACHE / f"{model}-tp{size}-{VERSION}.json"
     if not file.exists():
         found = _model(model)
         file.write_text(json.dumps(dataclasses.asdict(found.at(size)), indent=1))

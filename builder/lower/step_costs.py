@@ -29,7 +29,7 @@ from furiosa_llm.builder.shapes.interface import SizeSet
 from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 
-VERSION = 1
+VERSION = 2
 _RUNS = ((1, 1, 32), (1, 1, 64), (1, 8, 32), (2, 8, 40), (2, 1, 72), (3, 4, 48))
 """Sequences, new tokens of each, past tokens of each: one run more than a polynomial has terms."""
 _LONG = (32767, 8191, 2047)
@@ -96,6 +96,8 @@ class StepCosts:
     activation_nbytes_per_token: float
     """Read and written between kernels, if chains of cheap ops are fused."""
     traffic: tuple[Traffic, ...]
+    ops: int
+    """Nodes of the program that a step runs, without collectives and what is folded as the program is loaded."""
     residual: float
     """The largest relative difference of the polynomial from a run that it was made of."""
 
@@ -128,6 +130,7 @@ def step_costs(build: Build) -> StepCosts | None:
         state_bits=max((one.facts[pair.input].dtype.bitwidth for pair in one.grown(build)), default=0),
         activation_nbytes_per_token=round(float(activations[1]), 3),
         traffic=tuple(_traffic(build, nodes, one, head)),
+        ops=sum(node.domain != COLLECTIVE_DOMAIN for node in nodes) - len(_made_of_weights(nodes)),
         residual=float(np.max(np.abs(terms @ fitted.sum(axis=1) - totals) / totals)),
     )
 

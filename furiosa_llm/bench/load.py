@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -48,13 +48,14 @@ def run_load(
     *,
     due: Sequence[float] | None,
     concurrency: int | None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Observed:
     """Sends `jobs`, each when it is `due` (None: at once) and fewer than `concurrency` (None: any) are under way.
 
     `params` hold for all, but for `max_tokens`. A request that fails is recorded, the others go on; what stops this
-    itself, such as Ctrl-C, aborts all.
+    itself, such as Ctrl-C, aborts all. A `clock` that stands still while nothing runs has nothing `due`.
     """
-    load = _Load(core, params)
+    load = _Load(core, params, clock)
     try:
         return load.run(jobs, due, len(jobs) if concurrency is None else concurrency)
     except BaseException:
@@ -63,8 +64,9 @@ def run_load(
 
 
 class _Load:
-    def __init__(self, core: EngineCore, params: SamplingParams) -> None:
+    def __init__(self, core: EngineCore, params: SamplingParams, clock: Callable[[], float]) -> None:
         self._core = core
+        self._clock = clock
         self._params = params
         self._ended: SimpleQueue[int] = SimpleQueue()
         self._records: list[Record] = []
@@ -73,7 +75,7 @@ class _Load:
 
     def run(self, jobs: Sequence[Job], due: Sequence[float] | None, concurrency: int) -> Observed:
         """See `run_load`."""
-        self._started = time.perf_counter()
+        self._started = self._clock()
         most = 0
         while len(self._records) < len(jobs) or self._handles:
             self._take_ended(self._patience(due, len(jobs), concurrency))
@@ -93,7 +95,7 @@ class _Load:
             handle.abort()
 
     def _now(self) -> float:
-        return time.perf_counter() - self._started
+        return self._clock() - self._started
 
     def _patience(self, due: Sequence[float] | None, count: int, concurrency: int) -> float | None:
         """How long an end may be waited for, in seconds; None if nothing else can happen before."""

@@ -105,6 +105,14 @@ def latencies(observed: Observed) -> dict[str, list[float]]:
     return {name: [1000 * second for second in seconds] for name, seconds in found.items()}
 
 
+def beside(predicted: Figures, measured: Figures) -> dict[str, dict[str, float]]:
+    """The means of latencies in milliseconds, and the tokens a second: predicted, measured, and the relative error."""
+    pairs = {name: (getattr(predicted, name).mean, getattr(measured, name).mean) for name in ("ttft", "tpot", "e2el")}
+    pairs["output_throughput"] = predicted.output_throughput, measured.output_throughput
+    known = {name: (said, was) for name, (said, was) in pairs.items() if said is not None and was}
+    return {name: {"predicted": said, "measured": was, "error": said / was - 1} for name, (said, was) in known.items()}
+
+
 def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from furiosa_llm.bench.metrics import Figures, Spread
+from furiosa_llm.bench.metrics import Figures, Spread, beside
 from furiosa_llm.bench.sweep import Run
 
 LATENCIES = {
@@ -19,6 +19,7 @@ LATENCIES = {
 }
 """The latencies by their names, with what these stand for."""
 
+_PREDICTED = {"ttft": "TTFT, ms", "tpot": "TPOT, ms", "e2el": "E2EL, ms", "output_throughput": "output tok/s"}
 _STATISTICS = ("mean", "p50", "p90", "p99", "max")
 _COLUMNS: dict[str, Callable[[Figures], str]] = {
     "done": lambda one: str(one.completed),
@@ -49,6 +50,16 @@ def latency_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     return ["run", "ms", *_STATISTICS], rows
 
 
+def predicted_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Rows of the table of predictions; none for a run that has none."""
+    return [
+        [str(number), _PREDICTED[name], f"{one['predicted']:.2f}", f"{one['measured']:.2f}", f"{one['error']:+.0%}"]
+        for number, run in enumerate(runs, 1)
+        if run.predicted is not None
+        for name, one in beside(run.predicted, run.figures).items()
+    ]
+
+
 def legend(runs: Sequence[Run]) -> list[str]:
     """Which run is which, and what the latencies are."""
     return [
@@ -61,6 +72,9 @@ def show(runs: Sequence[Run], console: Console) -> None:
     """Prints the tables, and what is in them."""
     console.print(_table("throughput", *throughput_rows(runs), text_columns=1))
     console.print(_table("latency in milliseconds", *latency_rows(runs), text_columns=2))
+    if predicted := predicted_rows(runs):
+        head = ["run", "", "predicted", "measured", "error"]
+        console.print(_table("predicted by simulate, means", head, predicted, text_columns=2))
     for line in legend(runs):
         console.print(line, highlight=False)
 

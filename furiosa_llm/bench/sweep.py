@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from furiosa_llm.bench.load import Observed, run_load
-from furiosa_llm.bench.metrics import Figures, figures_of, latencies
+from furiosa_llm.bench.metrics import Figures, beside, figures_of, latencies
 from furiosa_llm.bench.workload import Job, arrivals
 from furiosa_llm.runtime.artifact.composite import is_composite
 from furiosa_llm.runtime.engine.core import EngineCore
@@ -66,6 +66,8 @@ class Run:
     load: Load
     figures: Figures
     latencies: Mapping[str, Sequence[float]]
+    predicted: Figures | None = None
+    """What `furiosa-llm simulate` says of this load, if it was asked."""
 
     @property
     def label(self) -> str:
@@ -82,6 +84,7 @@ class Run:
             "request_rate": "inf" if math.isinf(rate) else rate,
             "concurrency": self.load.concurrency,
             **self.figures.as_dict(),
+            **({} if self.predicted is None else {"predicted": beside(self.predicted, self.figures)}),
         }
 
 

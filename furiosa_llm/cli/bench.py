@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from furiosa_llm.bench.workload import Job
     from furiosa_llm.runtime.engine.engine_args import EngineArgs
     from furiosa_llm.runtime.engine.launch import Plan
+    from furiosa_llm.simulate.predicted import Prediction
 
 _DEFAULT_REQUESTS = 64
 _DEFAULT_INPUT_LEN = 128
@@ -91,6 +92,8 @@ class Objective(click.ParamType[tuple[str, float]]):
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
 @options(ENGINE, *CLUSTER)
 @options(ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
+@click.option("--device", "device_file", type=click.Path(path_type=Path),
+              help="Show beside it what `simulate` predicts from this file of --measure-this-machine.")  # fmt: skip
 @JSON
 @click.option("--plot", "plots", type=click.Path(path_type=Path), multiple=True,
               help="Write plots: .png, .svg, .pdf, or .html with tables; repeatable.")  # fmt: skip
@@ -102,6 +105,7 @@ def bench(
     request_rate: Sequence[float] | None,
     concurrency: Sequence[int] | None,
     as_json: bool,
+    device_file: Path | None,
     plots: Sequence[Path],
     progress: bool | None,
     **options: Any,
@@ -122,7 +126,11 @@ def bench(
         args = EngineArgs(artifact, **{name: value for name, value in options.items() if name in names})
         plans = plans_of(args, sizes)
         workload = _workload(plans, options)
+        prediction = None if device_file is None else _prediction(device_file, args)
         for run in sweep(plans, loads_of(request_rate or (), concurrency or ()), workload):
+            if prediction is not None:
+                plan = next(plan for _, plan in plans if plan.topology == run.topology)
+                run = dataclasses.replace(run, predicted=prediction.figures(plan, run.load, workload))
             runs.append(run)
             line(f"{run.label}: {run.figures.output_throughput:.1f} output tokens/s", err=True)
     if not as_json:
@@ -135,6 +143,13 @@ def bench(
     _write(runs, report, plots)
     if failed := sum(run.figures.failed for run in runs):
         raise ReplicaError(f"{failed} requests failed, and are in no figure but 'failed'; the log says why")
+
+
+def _prediction(file: Path, args: EngineArgs) -> Prediction:
+    from furiosa_llm.simulate.device import load_device
+    from furiosa_llm.simulate.predicted import Prediction
+
+    return Prediction(load_device(str(file)), args)
 
 
 def _check_files(plots: Sequence[Path]) -> None:

@@ -81,9 +81,12 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 
 
 @command(groups=_GROUPS)
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--device", "device_name", required=True, metavar="NAME|FILE",
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--device", "device_name", metavar="NAME|FILE",
               help="A device that comes with this program, or a file that describes one.")  # fmt: skip
+@click.option("--measure-this-machine", "measure", is_flag=True,
+              help="Take no MODEL, but measure this machine for a minute, and write it as a device file.")  # fmt: skip
+@click.option("--output", type=click.Path(path_type=Path), help="The file of --measure-this-machine.  [default: print]")
 @click.option("--software", help="What serves, of those in the device file.  [default: the first]")
 @click.option("--cards", type=_COUNT, default=1, show_default=True, help="How many there are.")
 @click.option("-tp", "tp", type=_COUNT, help="PEs that share each matrix.  [default: a card, or as many as it takes]")
@@ -112,18 +115,25 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 @click.option("--calibrate", type=_Measured(),
               help="A figure that you measured on these cards: tpot=13.9@c=1.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path, allow_dash=True),
-              help="Write all figures to this file (-: standard output, and no table).")  # fmt: skip
+              help="Write all figures to this file (-: print them). Other commands print theirs.")  # fmt: skip
 @click.option("--html", "html_file", type=click.Path(path_type=Path),
               help="Write a page with charts: speeds, causes, memory, stages, roofline.")  # fmt: skip
 @click.option("--timeline", type=click.Path(path_type=Path),
               help="Write every batch of the last load of --trace or --requests, for Perfetto.")  # fmt: skip
 @PROGRESS
-def simulate(model: Path, progress: bool | None, **options: Any) -> None:
+def simulate(model: Path | None, progress: bool | None, **options: Any) -> None:
     """Say what MODEL (an .onnx file, its folder, or an artifact) will do on cards, with the error of every figure.
 
     The weights are not read, and their files need not be there. Exits with 1 if --goodput is given and nothing keeps
     it.
     """
+    if options["measure"]:
+        _measure(model, progress, options)
+        return
+    if model is None or options["device_name"] is None or options["output"] is not None:
+        raise click.UsageError(
+            "give a MODEL and a --device; --output is of --measure-this-machine, which takes neither"
+        )
     with shown(progress):
         found = _asked(model, options)
     if options["json_file"] is not None:
@@ -142,6 +152,20 @@ def simulate(model: Path, progress: bool | None, **options: Any) -> None:
         show_report(found, price=options["price_per_hour"])
     if not found.keeps:
         click.get_current_context().exit(1)
+
+
+def _measure(model: Path | None, progress: bool | None, options: dict[str, Any]) -> None:
+    """Write this machine as a device file."""
+    if model is not None or options["device_name"] is not None:
+        raise click.UsageError("--measure-this-machine takes no MODEL and no --device: it writes a device")
+    with shown(progress):
+        from furiosa_llm.simulate.this_machine import device_text, measure_this_machine
+
+        text = device_text(measure_this_machine())
+    if options["output"] is None:
+        click.echo(text, nl=False)
+    else:
+        _write(options["output"], text, "--output")
 
 
 def _asked(model: Path, options: dict[str, Any]) -> Report:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from furiosa_llm.simulate.errors import DeviceFileError
 
@@ -17,6 +17,7 @@ Mark = Literal["published", "measured", "fitted", "assumed"]
 MARKS: tuple[str, ...] = get_args(Mark)
 _ENTRY = {"value", "unit", "source", "mark"}
 _MOST_NBYTES = 2**20
+RATE_UNIT = "FLOP/s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,38 +30,84 @@ class Constant:
     mark: str
 
 
+class Unit(NamedTuple):
+    """What a file gives a constant in."""
+
+    name: str
+    may_be_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How fast products are, by their rows; between those that are listed it is interpolated."""
+
+    nbytes_of_weight: float
+    nbytes_read: float
+    """Of all weights that the products went through in turn: few stay in caches."""
+    rows: tuple[float, ...]
+    values: tuple[float, ...]
+    """FLOP/s of the machine."""
+    source: str
+    mark: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cores:
+    """What simulated PEs take of a machine whose cores they share: `--measure-this-machine` writes it."""
+
+    count: Annotated[Constant, Unit("1")]
+    step_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    """Of each step, whatever is in it: scheduler, bindings, threads."""
+    op_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    """Of each node that a core runs, besides what it computes."""
+    collective_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    """Of each collective: where threads wait for each other."""
+    activation_bandwidth: Annotated[Constant, Unit("B/s")]
+    """Of all cores, where values go from node to node."""
+    cache_bandwidth: Annotated[Constant, Unit("B/s")]
+    """Of all cores, where each sequence has one query."""
+    attention_one: Annotated[Constant, Unit("FLOP/s")]
+    """Of all cores, where each sequence has one query."""
+    attention_many: Annotated[Constant, Unit("FLOP/s")]
+    """Of all cores, where a sequence has many."""
+    products: tuple[Rates, ...]
+    """Of several types of weights, few and many."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Software:
     """What a serving software makes of a device. Times are of one PE group, efficiencies shares of the device's own."""
 
-    memory_efficiency: Constant
+    memory_efficiency: Annotated[Constant, Unit("1")]
     """Of the memory's bandwidth, where weights are read."""
-    attention_efficiency: Constant
+    attention_efficiency: Annotated[Constant, Unit("1")]
     """Of the memory's bandwidth, where attention reads the cache."""
-    compute_efficiency: Constant
+    compute_efficiency: Annotated[Constant, Unit("1")]
     """Of the peak, in large products."""
-    block_time: Constant
+    block_time: Annotated[Constant, Unit("s", may_be_zero=True)]
     """Of each layer of a step, whatever it computes: launches, barriers, the latency of collectives."""
-    block_time_spanning: Constant
+    block_time_spanning: Annotated[Constant, Unit("s", may_be_zero=True)]
     """The same where the ranks of a stage are on several cards."""
-    block_time_batched: Constant
+    block_time_batched: Annotated[Constant, Unit("s", may_be_zero=True)]
     """More of each layer where a step has more than one sequence, if one alone is computed otherwise."""
-    sequence_time: Constant
+    sequence_time: Annotated[Constant, Unit("s", may_be_zero=True)]
     """Of each sequence in a step: sampling, and what the host does for it."""
-    request_time: Constant
+    request_time: Annotated[Constant, Unit("s", may_be_zero=True)]
     """Of each request before its prompt is computed: server, tokenizer, queue."""
-    memory_share: Constant
+    memory_share: Annotated[Constant, Unit("1")]
     """Of the card's memory that the software uses."""
-    memory_reserved: Constant
+    memory_reserved: Annotated[Constant, Unit("B", may_be_zero=True)]
     """Of that share, what is neither weights nor cache, on each card."""
-    max_sequences: Constant
+    max_sequences: Annotated[Constant, Unit("1")]
     """The most sequences that a replica runs at once."""
-    chunk: Constant
+    chunk: Annotated[Constant, Unit("tokens")]
     """The most tokens of prompts in a step."""
-    mixed: Constant
+    mixed: Annotated[Constant, Unit("1", may_be_zero=True)]
     """1 if a step has prompts and decoding sequences together, 0 if they take turns."""
-    bucket: Constant
+    bucket: Annotated[Constant, Unit("tokens")]
     """Attention is computed for lengths rounded up to a multiple of this."""
+    cores: Cores | None
+    """None where PEs are processors of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +119,17 @@ class Device:
     units_per_card: int
     """Processing elements that are ranks of their own; 1 where the card is one."""
     cards_per_host: int
-    memory: Constant
-    bandwidth: Constant
-    on_chip: Constant
-    flops_16: Constant
-    flops_8: Constant
-    link_in_card: Constant
-    link_in_host: Constant
-    link_of_hosts: Constant
-    power_idle: Constant
-    power_busy: Constant
+    memory: Annotated[Constant, Unit("B")]
+    bandwidth: Annotated[Constant, Unit("B/s")]
+    on_chip: Annotated[Constant, Unit("B", may_be_zero=True)]
+    flops_16: Annotated[Constant, Unit("FLOP/s")]
+    flops_8: Annotated[Constant, Unit("FLOP/s")]
+    link_in_card: Annotated[Constant, Unit("B/s")]
+    link_in_host: Annotated[Constant, Unit("B/s")]
+    link_of_hosts: Annotated[Constant, Unit("B/s")]
+    power_idle: Annotated[Constant, Unit("W", may_be_zero=True)]
+    power_busy: Annotated[Constant, Unit("W", may_be_zero=True)]
+    """0 if it is not known."""
     software: Mapping[str, Software]
     """The first is the default. `NAME-spanning` is taken for NAME where the ranks of a stage are on several cards."""
 
@@ -92,42 +140,15 @@ class Device:
 
     def constants(self, software: str) -> dict[str, Constant]:
         """All that a prediction with `software` rests on, by name."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _UNITS}
-        return own | {f.name: getattr(self.software[software], f.name) for f in fields(Software)}
+        used = self.software[software]
+        parts = [self, used, *([] if used.cores is None else [used.cores])]
+        return {name: getattr(part, name) for part in parts for name in _units(type(part))}
 
 
-_UNITS = {
-    "memory": "B",
-    "bandwidth": "B/s",
-    "on_chip": "B",
-    "flops_16": "FLOP/s",
-    "flops_8": "FLOP/s",
-    "link_in_card": "B/s",
-    "link_in_host": "B/s",
-    "link_of_hosts": "B/s",
-    "power_idle": "W",
-    "power_busy": "W",
-}
-_SOFTWARE_UNITS = {
-    "memory_efficiency": "1",
-    "attention_efficiency": "1",
-    "compute_efficiency": "1",
-    "block_time": "s",
-    "block_time_spanning": "s",
-    "block_time_batched": "s",
-    "sequence_time": "s",
-    "request_time": "s",
-    "memory_share": "1",
-    "memory_reserved": "B",
-    "max_sequences": "1",
-    "chunk": "tokens",
-    "mixed": "1",
-    "bucket": "tokens",
-}
-_MAY_BE_ZERO = {
-    *(name for name, unit in _SOFTWARE_UNITS.items() if unit == "s"),
-    *("memory_reserved", "mixed", "power_idle", "on_chip"),
-}
+def _units(kind: type) -> dict[str, Unit]:
+    """Of the constants of one of these classes."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if get_origin(hint) is Annotated}
 
 
 def device_names() -> list[str]:
@@ -167,16 +188,61 @@ def parse_device(text: str, name: str) -> Device:
     for key, table in software.items():
         if not isinstance(table, dict):
             raise DeviceFileError(f"{name}: software.{key} is {table!r:.60}, expected a table")
-        _check_keys(table, set(_SOFTWARE_UNITS), name, f"software.{key}.")
-        made[key] = Software(**_constants(table, _SOFTWARE_UNITS, name, f"software.{key}."))
+        made[key] = _software(table, name, f"software.{key}.")
     return Device(
         name=_text(found["name"], name, "name"),
         title=_text(found["title"], name, "title"),
         units_per_card=_count(found["units_per_card"], name, "units_per_card"),
         cards_per_host=_count(found["cards_per_host"], name, "cards_per_host"),
         software=made,
-        **_constants(found, _UNITS, name, ""),
+        **_constants(found, Device, name, ""),
     )
+
+
+def _software(table: Mapping[str, Any], name: str, where: str) -> Software:
+    cores = table.get("cores")
+    _check_keys({**table, "cores": cores}, {field.name for field in fields(Software)}, name, where)
+    return Software(
+        **_constants(table, Software, name, where),
+        cores=None if cores is None else _cores(cores, name, f"{where}cores."),
+    )
+
+
+def _cores(table: Any, name: str, where: str) -> Cores:
+    _check_table(table, {field.name for field in fields(Cores)}, name, where)
+    products = table["products"]
+    if not isinstance(products, list) or not products:
+        raise DeviceFileError(f"{name}: {where}products is {products!r:.60}, expected tables [[{where}products]]")
+    rates = tuple(_rates(entry, name, f"{where}products[{number}].") for number, entry in enumerate(products))
+    return Cores(**_constants(table, Cores, name, where), products=rates)
+
+
+def _rates(table: Any, name: str, where: str) -> Rates:
+    _check_table(table, {*(field.name for field in fields(Rates)), "unit"}, name, where)
+    if table["unit"] != RATE_UNIT:
+        raise DeviceFileError(f"{name}: {where}unit is {table['unit']!r:.40}, expected {RATE_UNIT!r}")
+    rows, values = (_numbers(table[key], name, where + key) for key in ("rows", "values"))
+    if len(rows) != len(values) or list(rows) != sorted(set(rows)):
+        raise DeviceFileError(f"{name}: {where}rows must grow, and have a value each; there are {len(values)} values")
+    sizes = {key: _numbers([table[key]], name, where + key)[0] for key in ("nbytes_of_weight", "nbytes_read")}
+    source, mark = _text(table["source"], name, f"{where}source"), _mark(table["mark"], name, f"{where}mark")
+    return Rates(**sizes, rows=rows, values=values, source=source, mark=mark)
+
+
+def _numbers(found: Any, name: str, key: str) -> tuple[float, ...]:
+    if not isinstance(found, list) or not found or not all(_is_number(one) and one > 0 for one in found):
+        raise DeviceFileError(f"{name}: {key} is {found!r:.60}, expected numbers above 0")
+    return tuple(map(float, found))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_table(table: Any, expected: set[str], name: str, where: str) -> None:
+    if not isinstance(table, dict):
+        raise DeviceFileError(f"{name}: {where.removesuffix('.')} is {table!r:.60}, expected a table")
+    _check_keys(table, expected, name, where)
 
 
 def _check_keys(found: Mapping[str, Any], expected: set[str], name: str, where: str) -> None:
@@ -188,25 +254,32 @@ def _check_keys(found: Mapping[str, Any], expected: set[str], name: str, where: 
         raise DeviceFileError(f"{name}: {where}{missing[0]} is missing; every constant is needed, assumed if not known")
 
 
-def _constants(found: Mapping[str, Any], units: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
-    return {key: _constant(found[key], unit, name, where + key, key in _MAY_BE_ZERO) for key, unit in units.items()}
+def _constants(found: Mapping[str, Any], kind: type, name: str, where: str) -> dict[str, Any]:
+    return {key: _constant(found[key], unit, name, where + key) for key, unit in _units(kind).items()}
 
 
-def _constant(entry: Any, unit: str, name: str, key: str, may_be_zero: bool) -> Constant:
+def _constant(entry: Any, unit: Unit, name: str, key: str) -> Constant:
     if not isinstance(entry, dict) or set(entry) != _ENTRY:
         raise DeviceFileError(f"{name}: {key} is {entry!r:.60}, expected {{value, unit, source, mark}}")
     value = entry["value"]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         raise DeviceFileError(f"{name}: {key} has the value {value!r:.60}, expected a number")
-    if value < 0 or (value == 0 and not may_be_zero):
+    if value < 0 or (value == 0 and not unit.may_be_zero):
         raise DeviceFileError(f"{name}: {key} is {value}, expected more than 0")
-    if entry["unit"] != unit:
-        raise DeviceFileError(f"{name}: {key} has the unit {entry['unit']!r:.40}, expected {unit!r}")
-    if entry["mark"] not in MARKS:
-        raise DeviceFileError(f"{name}: {key} has the mark {entry['mark']!r:.40}, expected one of {', '.join(MARKS)}")
+    if entry["unit"] != unit.name:
+        raise DeviceFileError(f"{name}: {key} has the unit {entry['unit']!r:.40}, expected {unit.name!r}")
     return Constant(
-        value=float(value), unit=unit, source=_text(entry["source"], name, f"{key}.source"), mark=entry["mark"]
+        value=float(value),
+        unit=unit.name,
+        source=_text(entry["source"], name, f"{key}.source"),
+        mark=_mark(entry["mark"], name, key),
     )
+
+
+def _mark(value: Any, name: str, key: str) -> str:
+    if value not in MARKS:
+        raise DeviceFileError(f"{name}: {key} has the mark {value!r:.40}, expected one of {', '.join(MARKS)}")
+    return str(value)
 
 
 def _text(value: Any, name: str, key: str) -> str:

@@ -12,6 +12,7 @@ from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.simulate.believed import Belief, belief, outside
 from furiosa_llm.simulate.clock import Run, run
 from furiosa_llm.simulate.closed_form import Estimate, Kind, Load, estimate, most_sequences, shortage
+from furiosa_llm.simulate.cores import steps_on
 from furiosa_llm.simulate.device import Device, Software
 from furiosa_llm.simulate.errors import LoadError, PlacementError
 from furiosa_llm.simulate.model import Costs
@@ -44,7 +45,7 @@ class Setting:
         """The steps in a placement."""
         costs = self.costs.at(placement.tensor_parallel_size)
         software = self.software[self.software_at(placement)]
-        return Steps(costs, self.device, software, placement, weights=self.weights, kv=self.kv)
+        return steps_on(costs, self.device, software, placement, weights=self.weights, kv=self.kv)
 
     def software_at(self, placement: Placement) -> str:
         """The name of the software for a placement."""

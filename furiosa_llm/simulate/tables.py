@@ -81,7 +81,8 @@ def _cells(setting: Setting, one: Answer, limits: Mapping[str, float], price: fl
     ]
     if price is not None:
         cells.append(f"{price * one.cards / 3600 / found.output_tps * 1e6:.3g}")
-    cells.append(f"{setting.device.power_busy.value * one.cards / found.output_tps:.3g}")
+    power = setting.device.power_busy.value * one.cards
+    cells.append(f"{power / found.output_tps:.3g}" if power else "-")
     return [*cells, "yes" if one.keeps(limits) else "no"] if limits else cells
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 
 from furiosa_llm.bench import sweep
 from furiosa_llm.bench.load import Observed, run_load
+from furiosa_llm.simulate.this_machine import device_text
 from tests.cli.conftest import Cli
+from tests.simulate.conftest import small_machine
 from tests.support.artifacts import artifact_of
 
 SMALL = ("--num-requests", 6, "--input-len", 5, "--output-len", 4, "--num-warmups", 1)
@@ -151,3 +154,31 @@ def test_options_of_no_sense(cli: Cli, built: Path, options: tuple[object, ...],
 )
 def test_what_has_no_engine(refused: Callable[..., str], model: str, message: str) -> None:
     assert message in refused("bench", artifact_of(model))
+
+
+def test_predictions_are_shown_beside(cli: Cli, built: Path, tmp_path: Path) -> None:
+    file = tmp_path / "here.toml"
+    file.write_text(device_text(small_machine(len(os.sched_getaffinity(0)))))
+    arguments = ("--device", file, "--request-rate", "inf,500")
+    report = _report(cli, built, *SMALL, *arguments)
+    for run in report["runs"]:
+        found = run["predicted"]
+        assert found.keys() == {"ttft", "tpot", "e2el", "output_throughput"}
+        assert found["tpot"]["measured"] == run["tpot"]["mean"]
+        assert found["tpot"]["error"] == pytest.approx(found["tpot"]["predicted"] / run["tpot"]["mean"] - 1)
+    result = cli("bench", built, *SMALL, *arguments, "--concurrency", 2)
+    assert result.code == 0, result.err
+    assert result.out.count("TPOT, ms") == 1  # arrivals by chance with a limit are not predicted
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("rngd", "rngd is a card, and this runs on cores"), ("other", "was measured on 999 cores, and this runs on")],
+)
+def test_a_device_that_is_not_this_machine_is_refused(
+    cli: Cli, built: Path, tmp_path: Path, device: str, message: str
+) -> None:
+    (tmp_path / "other.toml").write_text(device_text(small_machine(999)))
+    result = cli("bench", built, *SMALL, "--device", tmp_path / "other.toml" if device == "other" else device)
+    assert result.code == 1
+    assert message in " ".join(result.err.split())

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from furiosa_llm.simulate import this_machine
 from tests.cli.conftest import OPTIMUM, Cli
+from tests.simulate.conftest import small_machine
 
 MODEL = "tiny-llama-genai-fp32"
 
@@ -96,3 +98,31 @@ def test_an_artifact_is_simulated_as_its_model(cli: Cli, zoo: Path, built: Path)
         json.loads(cli("simulate", path, *more).out) for path in (built, zoo / OPTIMUM / "model.onnx")
     )
     assert of_artifact["answers"] == of_model["answers"]
+
+
+def test_this_machine_is_written_as_a_device(
+    cli: Cli, zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(this_machine, "measure_this_machine", small_machine)
+    file = tmp_path / "here.toml"
+    assert cli("simulate", "--measure-this-machine", "--output", file).code == 0
+    assert cli("simulate", "--measure-this-machine").out == file.read_text()
+    result = cli("simulate", zoo / MODEL / "model.onnx", "--device", file, "-tp", 4, "-dp", 1, "--concurrency", "1,4")
+    assert result.code == 0, result.err
+    assert "furiosa-llm-onnx: 1024 tokens in" in result.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--device", "rngd"),
+        ("model.onnx",),
+        ("model.onnx", "--device", "rngd", "--output", "here.toml"),
+        ("--measure-this-machine", "--device", "rngd"),
+        ("model.onnx", "--measure-this-machine"),
+    ],
+)
+def test_a_model_or_this_machine_is_asked_for(cli: Cli, arguments: tuple[str, ...]) -> None:
+    result = cli("simulate", *arguments)
+    assert result.code == 2
+    assert "--measure-this-machine" in result.err

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from furiosa_llm.builder.lower.step_costs import Attention, StepCosts, Traffic, Weights
-from furiosa_llm.simulate.device import load_device
+from furiosa_llm.simulate import this_machine
+from furiosa_llm.simulate.device import Device, Rates, load_device
+from furiosa_llm.simulate.kernels import NBYTES
 from furiosa_llm.simulate.question import Report, Setting, answer, front, search
 from furiosa_llm.simulate.steps import Placement
 
@@ -37,6 +39,7 @@ def llama(size: int) -> StepCosts:
             Traffic(kind="AllGather", parts=size, nbytes=256_512, count=1, head=True),
             Traffic(kind="AllReduce", parts=size, nbytes=8192, count=65, head=False),
         ),
+        ops=449,
         residual=0.0,
     )
 
@@ -95,3 +98,22 @@ def report_of(setting: Setting, *, model: str = "llama", searched: bool = False)
         clocked=[],
         calibrated=False,
     )
+
+
+def small_machine(cores: int = 2) -> Device:
+    """A machine whose times are round numbers, as `simulate --measure-this-machine` would write it."""
+    rates = [
+        Rates(
+            nbytes_of_weight=nbytes,
+            nbytes_read=64e6,
+            rows=(1.0, 16.0),
+            values=(2e10, 1e11),
+            source="measured here",
+            mark="measured",
+        )
+        for nbytes in NBYTES.values()
+    ]
+    seconds = {"step_time": 1e-4, "op_time": 1e-6, "collective_time": 1e-5, "sequence_time": 2e-5, "request_time": 1e-3}
+    inverse = {"activation_bandwidth": 2e10, "cache_bandwidth": 1e10, "attention_one": 5e9, "attention_many": 4e10}
+    device = this_machine._device(cores, rates, "measured here")
+    return this_machine._with(device, seconds | {name: 1 / value for name, value in inverse.items()})

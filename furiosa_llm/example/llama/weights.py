@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +30,49 @@ class LlamaWeights(Protocol):
     def tensor(self, name: str) -> Array:
         """The float32 weight `name`: [H] for a norm, [V, H] for the embedding, [out, in] for a projection."""
         ...
+
+
+class RandomWeights:
+    """Weights drawn by name and seed: norms 1 + 0.2N, matrices N/sqrt(inputs), so that activations keep their size.
+
+    Unit norms are avoided because tools fold them away. A tensor's numbers do not depend on which others were asked
+    for.
+    """
+
+    def __init__(self, config: LlamaConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's sizes."""
+        return self._config
+
+    def tensor(self, name: str) -> Array:
+        """The float32 weight `name`; see `LlamaWeights.tensor`."""
+        shape = _shape_of(self._config, name)
+        random = np.random.default_rng([self._seed, zlib.crc32(name.encode())])
+        values: Array = random.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            return np.float32(1.0) + np.float32(0.2) * values
+        values /= np.float32(math.sqrt(shape[1]))
+        return values
+
+
+def _shape_of(config: LlamaConfig, name: str) -> tuple[int, ...]:
+    """The shape of the weight `name`; see `LlamaWeights.tensor`."""
+    if name in (EMBEDDING, LM_HEAD):
+        return config.vocab_size, config.hidden_size
+    shapes = {
+        "q_proj": (config.query_size, config.hidden_size),
+        "k_proj": (config.kv_size, config.hidden_size),
+        "v_proj": (config.kv_size, config.hidden_size),
+        "o_proj": (config.hidden_size, config.query_size),
+        "gate_proj": (config.intermediate_size, config.hidden_size),
+        "up_proj": (config.intermediate_size, config.hidden_size),
+        "down_proj": (config.hidden_size, config.intermediate_size),
+    }
+    return shapes.get(name.split(".")[-2], (config.hidden_size,))
 
 
 def layer_weight(layer: int, part: str) -> str:

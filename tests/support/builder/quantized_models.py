@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from fixtures.synthetic import RandomWeights
 from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.example.llama.genai import write_genai_graph
 from furiosa_llm.example.llama.onnx_writer import ModelWriter, write_model_files
 from furiosa_llm.example.llama.projection import weight_name
-from furiosa_llm.example.llama.weights import EMBEDDING, LM_HEAD
+from furiosa_llm.example.llama.weights import EMBEDDING, LM_HEAD, RandomWeights
 
 Array = npt.NDArray[Any]
 
