@@ -14,7 +14,7 @@ ENGINE_GROUPS: Mapping[str, Sequence[str]] = {
         *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
         *("num_blocks_per_pp_stage", "allow_subset", "workers", "threads"),
     ),
-    "Several hosts": ("distributed_executor_backend", "ray_address", "placement_timeout"),
+    "Several hosts": ("distributed_executor_backend", "ray_address", "placement_timeout", "artifact_cache"),
     "Sequences": (
         *("max_batch_size", "max_model_len", "max_prompt_len", "prefill_chunk_size", "enable_prefix_caching"),
         *("paged_attention_num_blocks", "max_processing_samples", "spare_blocks_ratio", "npu_queue_limit"),

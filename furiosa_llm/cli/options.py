@@ -165,7 +165,7 @@ def working(progress: bool | None = None) -> Iterator[None]:
 
 
 ENGINE = engine_options()
-CLUSTER = ("distributed_executor_backend", "ray_address", "placement_timeout")
+CLUSTER = ("distributed_executor_backend", "ray_address", "placement_timeout", "artifact_cache")
 """The options of stages on other hosts."""
 PLACEMENT = (
     *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),

@@ -48,8 +48,7 @@ class StageActor:
     """A stage server in a process of its own on a host."""
 
     def __init__(self, token: str) -> None:
-        host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._server = StageServer(f"tcp://{host}:0", token)
+        self._server = StageServer(f"tcp://{_own_address()}:0", token)
         threading.Thread(target=self._server.serve, name="furiosa-stage", daemon=True).start()
 
     def address(self) -> str:
@@ -82,15 +81,14 @@ class RayCluster:
     """The stages of `topology`, whose cards are numbered over all hosts, in the order of these.
 
     `address` is Ray's own (None: a Ray on this machine is started, and ended by `close`). Hosts are in the order of
-    their addresses, the head's first. The artifact is in `folder` on each of them. Raises StageError if there is no Ray
-    at the address, TopologyError if the hosts have not had the cards after `placement_seconds`.
+    their addresses, the head's first. Raises StageError if there is no Ray at the address, TopologyError if the hosts
+    have not had the cards after `placement_seconds`.
     """
 
     def __init__(
-        self, topology: Topology, *, folder: str, address: str | None = None, placement_seconds: float | None = None
+        self, topology: Topology, *, address: str | None = None, placement_seconds: float | None = None
     ) -> None:
         self.token = secrets.token_hex(32)
-        self._folder = folder
         self._share = topology.tensor_parallel_size / PES_PER_CARD
         self._cards = [[pes[0].npu for pes in stages] for stages in topology.replicas]
         self._seconds = PLACEMENT_SECONDS if placement_seconds is None else placement_seconds
@@ -103,6 +101,11 @@ class RayCluster:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def own_address(self) -> str:
+        """See `Cluster`."""
+        return _own_address()
 
     def places(self, replica: int) -> Sequence[Place]:
         """See `Cluster`."""
@@ -198,7 +201,7 @@ class RayCluster:
         if node is None:
             remove_placement_group(group)
             raise NoHostError(f"{name} was started on a host that has ended since")
-        place = Place(address=address, host=node.host, folder=self._folder)
+        place = Place(address=address, host=node.host)
         return _Stage(node=node, group=group, actor=actor, place=place)
 
     def _home(self, card: int) -> _Node:
@@ -224,6 +227,11 @@ def _connect(address: str | None, cards: int) -> bool:
             f"`ray start --head`, and see docs/cluster.md for its token"
         ) from error
     return True
+
+
+def _own_address() -> str:
+    """The address that Ray has for this host."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _nodes() -> list[_Node]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.distributed.artifact_cache import ArtifactSource
 from furiosa_llm.runtime.distributed.remote_runner import RemoteRunner
 from furiosa_llm.runtime.distributed.wire import Opening, package_version
 from furiosa_llm.runtime.placement.stages import Stage
@@ -18,11 +19,10 @@ from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a stage is: the address of its server, its host's name, and the artifact's folder there."""
+    """Where a stage is: the address of its server, and its host's name."""
 
     address: str
     host: str
-    folder: str
 
 
 class Cluster(Protocol):
@@ -31,6 +31,11 @@ class Cluster(Protocol):
     @property
     def token(self) -> str:
         """What lets a head in."""
+        ...
+
+    @property
+    def own_address(self) -> str:
+        """This host's, as the stages reach it."""
         ...
 
     def places(self, replica: int) -> Sequence[Place]:
@@ -47,7 +52,11 @@ class Cluster(Protocol):
 
 
 class RemoteHost(Closing):
-    """Replicas of an artifact whose stages a `cluster` has; nothing of the weights is read here."""
+    """Replicas of an artifact whose stages a `cluster` has; nothing of the weights is read here.
+
+    The artifact is in the same folder on each host; or its stages copy what they read of it into the folder `cache` of
+    their host.
+    """
 
     def __init__(
         self,
@@ -58,6 +67,7 @@ class RemoteHost(Closing):
         max_length: int,
         mapped: bool = False,
         verify: bool = False,
+        cache: str | None = None,
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
     ) -> None:
@@ -70,6 +80,9 @@ class RemoteHost(Closing):
         self._companions = companions
         self._max_step_nbytes = max_step_nbytes
         self._heads: dict[int, int] = {}
+        self._cache = cache
+        own = f"tcp://{cluster.own_address}:0"
+        self._source = None if cache is None else ArtifactSource(artifact, own, cluster.token)
 
     def runner(self, replica: int, *, slots_per_group: int) -> RemoteRunner:
         """Replica `replica`; raises what a stage raises that cannot load, NoHostError if there is no room for one."""
@@ -78,7 +91,8 @@ class RemoteHost(Closing):
         openings = [
             Opening(
                 head=head,
-                folder=place.folder,
+                folder=self._cache or str(self._artifact.folder.absolute()),
+                source=None if self._source is None else self._source.address,
                 digest=self._artifact.digest,
                 version=package_version(),
                 stages=self._stages,
@@ -106,6 +120,8 @@ class RemoteHost(Closing):
 
     def close(self) -> None:
         """Ends all stages."""
+        if self._source is not None:
+            self._source.close()
         self._cluster.close()
 
 

@@ -20,6 +20,7 @@ from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.closing import Closing
+from furiosa_llm.runtime.distributed.artifact_cache import ArtifactCache, fetching
 from furiosa_llm.runtime.distributed.link import Doorkeeper, Link, check_token, listen, receive
 from furiosa_llm.runtime.distributed.stage_session import Sent, StageSession
 from furiosa_llm.runtime.distributed.wire import (
@@ -39,7 +40,7 @@ from furiosa_llm.runtime.distributed.wire import (
 )
 from furiosa_llm.runtime.errors import StageError, WireError
 from furiosa_llm.runtime.execution.driver import Crew, cores_for
-from furiosa_llm.runtime.runners.loaded_model import LoadedModel, load_model
+from furiosa_llm.runtime.runners.loaded_model import LoadedModel, load_model, stage_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -229,11 +230,12 @@ class StageServer(Closing):
 
     def _model(self, opening: Opening) -> LoadedModel:
         """The stage, as it was loaded for the session before if that is what is asked for."""
-        key = replace(opening, addresses=(), hosts=(), slots_per_group=1, max_length=1, head=0)
+        key = replace(opening, addresses=(), hosts=(), slots_per_group=1, max_length=1, head=0, source=None)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
         self._loaded = None
-        artifact = open_artifact(Path(opening.folder), full=False)
+        folder = self._folder(opening)
+        artifact = open_artifact(folder, full=False)
         if artifact.digest != opening.digest:
             raise ArtifactError(
                 f"{stage_name(opening)}: {opening.folder} is another artifact than the head's: digest "
@@ -249,12 +251,28 @@ class StageServer(Closing):
             max_step_nbytes=opening.max_step_nbytes,
             only=opening.stage,
         )
-        if opening.verify:
+        if opening.verify and opening.source is None:  # else it was compared as it was copied
             stored = {tensor.name for tensor in model.programs[0].graph.model.graph.initializer}
             for name in sorted(stored & artifact.tensors.keys()):
                 self._check_digest(artifact, name, opening)
         self._loaded = (key, model)
         return model
+
+    def _folder(self, opening: Opening) -> Path:
+        """The folder that has what the stage reads, into which that is copied if it comes from the head."""
+        if opening.source is None:
+            return Path(opening.folder)
+        cache = ArtifactCache(Path(opening.folder), opening.digest, opening.stages[opening.stage])
+        try:
+            with fetching(opening.source, self._token) as fetch:
+                cache.fill(
+                    fetch,
+                    lambda found: stage_tensors(computing(found, opening.compute), opening.stages, opening.stage),
+                    verify=opening.verify,
+                )
+        except ArtifactError as error:
+            raise ArtifactError(f"{stage_name(opening)}: {error}") from error
+        return cache.folder
 
     def _check_digest(self, artifact: Artifact, name: str, opening: Opening) -> None:
         try:

@@ -78,6 +78,10 @@ class Kind(IntEnum):
     """Head to stage: an adapter, which batches then name by its key. JSON, then a frame for each array."""
     FORGET = 11
     """Head to stage: adapters of these keys are in no batch any more. Integers."""
+    FETCH = 12
+    """Stage to the head's files: bytes of one of them. Its name, then offset and length as integers."""
+    DATA = 13
+    """The head's files to a stage: these bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +131,9 @@ class Opening:
     head: int
     """A number that the head has chosen for itself: it may replace its own session, and nobody else's."""
     folder: str
+    """Where the artifact is on the stage's host; or the cache that it is copied into, if there is a `source`."""
+    source: str | None
+    """The address of the head's files."""
     digest: str
     version: str
     stages: tuple[Stage, ...]
@@ -156,6 +163,7 @@ def parse_opening(data: memoryview) -> Opening:
         return Opening(
             head=member["head"].integer(),
             folder=member["folder"].name(),
+            source=member["source"].optional(Field.name),
             digest=member["digest"].name(),
             version=member["version"].name(),
             stages=member["stages"].items(_stage, most=1024),

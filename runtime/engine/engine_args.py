@@ -193,6 +193,10 @@ class EngineArgs:
     placement_timeout: Annotated[
         float | None, Option("Seconds to wait for hosts with the cards that the devices name.", POSITIVE, "60")
     ] = None
+    artifact_cache: Annotated[
+        str | os.PathLike[str] | None,
+        Option("Folder on each host for the tensors of its stages.", PATH, "the artifact is on each host"),
+    ] = None
     max_step_nbytes: Annotated[
         int | None,
         Option("Bytes that onnxruntime may allocate for the steps of all replicas.", COUNT, "by the model's size"),
@@ -271,6 +275,7 @@ class EngineOptions(TypedDict, total=False):
     distributed_executor_backend: Literal["local", "ray"] | None
     ray_address: str | None
     placement_timeout: float | None
+    artifact_cache: str | os.PathLike[str] | None
     max_step_nbytes: int | None
 
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from furiosa_llm.runtime.adapters.registry import AdapterRegistry
@@ -49,7 +48,7 @@ logger = logging.getLogger(__name__)
 _OF_DECODERS = (
     *("devices", "pipeline_parallel_size", "data_parallel_size", "num_blocks_per_pp_stage", "workers"),
     *("paged_attention_num_blocks", "max_batch_size", "max_model_len", "max_prompt_len", "prefill_chunk_size"),
-    *("batch_invariant", "distributed_executor_backend", "ray_address", "placement_timeout"),
+    *("batch_invariant", "distributed_executor_backend", "ray_address", "placement_timeout", "artifact_cache"),
 )
 """Options that only a model with an engine has."""
 
@@ -242,6 +241,7 @@ def _remote_host(plan: Plan, args: EngineArgs, options: dict[str, Any]) -> Remot
             cluster,
             max_length=plan.scheduling.max_length,
             verify=args.full_verification is not False,
+            cache=None if args.artifact_cache is None else str(args.artifact_cache),
             **options,
         )
     except BaseException:
@@ -256,12 +256,7 @@ def open_cluster(topology: Topology, args: EngineArgs) -> Cluster:
         os.environ.setdefault("RAY_worker_niceness", "0")
     from furiosa_llm.runtime.distributed.ray_cluster import RayCluster
 
-    return RayCluster(
-        topology,
-        folder=str(Path(args.model).absolute()),
-        address=args.ray_address,
-        placement_seconds=args.placement_timeout,
-    )
+    return RayCluster(topology, address=args.ray_address, placement_seconds=args.placement_timeout)
 
 
 def refuse_without_ray() -> None:

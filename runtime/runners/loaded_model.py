@@ -137,13 +137,7 @@ def load_model(
     StepFeeds([info for info in step_inputs(interface.inputs, bank.inputs, defaults) if info.name in read])
     serving, traits = serving_of(artifact, companions.doubled)
     traits = replace(traits, mixes=bank.mixes)
-    graphs = cut_stages(
-        serving.model,
-        [_start(artifact, stage) for stage in stages],
-        collectives=manifest.collectives,
-        states=manifest.states,
-        tensors=artifact.tensors,
-    )
+    graphs = _cut(artifact, serving, stages)
     settings = SessionSettings(prepack=not mapped, exact=exact, dequantise=dequantises(artifact))
     memory = max_step_nbytes or step_nbytes(manifest)
     count = min(lanes, manifest.mesh.size)
@@ -164,6 +158,35 @@ def load_model(
         check=mapped_check(artifact) if mapped else None,
         bank=bank,
     )
+
+
+def _cut(artifact: Artifact, serving: ServingGraph, stages: Sequence[Stage]) -> tuple[StageGraph, ...]:
+    return cut_stages(
+        serving.model,
+        [_start(artifact, stage) for stage in stages],
+        collectives=artifact.manifest.collectives,
+        states=artifact.manifest.states,
+        tensors=artifact.tensors,
+    )
+
+
+def stage_tensors(artifact: Artifact, stages: Sequence[Stage], stage: int) -> frozenset[str]:
+    """The stored tensors of `artifact` that loading and running one of `stages` reads.
+
+    Those of the biases are among them, by which each stage finds out what its steps may be, and all if an input has a
+    default that is stored.
+    """
+    manifest = artifact.manifest
+    inputs = {info.name for info in manifest.inputs}
+    if any(entry.stored and entry.name in inputs for entry in manifest.initializers):
+        return frozenset(artifact.tensors)
+    serving = serving_graph(artifact.program, manifest)
+    read = {tensor.name for tensor in _cut(artifact, serving, stages)[stage].model.graph.initializer}
+    behind = set(serving.biases)
+    for node in reversed(serving.model.graph.node):
+        if behind.intersection(node.output):
+            behind.update(used_names(node))
+    return frozenset((read | behind) & artifact.tensors.keys())
 
 
 def step_inputs(inputs: Sequence[InputInfo], adapters: AdapterInputs, defaults: Mapping[str, Array]) -> list[InputInfo]:

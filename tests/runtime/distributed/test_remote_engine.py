@@ -58,12 +58,10 @@ def engine_of(
         yield engine
 
 
-def cluster_of(artifact: Artifact, servers: Sequence[StageServer], replicas: int) -> FixedCluster:
+def cluster_of(servers: Sequence[StageServer], replicas: int) -> FixedCluster:
     count = len(servers) // replicas
     addresses = [server.address for server in servers]
-    return FixedCluster(
-        str(artifact.folder), [addresses[replica * count : (replica + 1) * count] for replica in range(replicas)]
-    )
+    return FixedCluster([addresses[replica * count : (replica + 1) * count] for replica in range(replicas)])
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:
@@ -131,12 +129,23 @@ def test_the_tokens_of_one_process(
         expected = answers(engine)
     with (
         serving_stages(stages * replicas) as servers,
-        engine_of(artifact, cluster_of(artifact, servers, replicas), monkeypatch, **options) as engine,
+        engine_of(artifact, cluster_of(servers, replicas), monkeypatch, **options) as engine,
     ):
         assert answers(engine) == expected
         usage = [replica.usage for replica in engine.core.replicas]
         assert replicas > 1 or usage[0].preemptions > 0
         assert all(replica.counts.prefilled_tokens > 0 for replica in engine.core.replicas)
+
+
+def test_an_artifact_that_is_at_the_head_alone(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(artifact, None, monkeypatch, pipeline_parallel_size=2) as engine:
+        expected = answers(engine)
+    options = {"pipeline_parallel_size": 2, "artifact_cache": tmp_path / "cache"}
+    with serving_stages(2) as servers, engine_of(artifact, cluster_of(servers, 1), monkeypatch, **options) as engine:
+        assert answers(engine) == expected
+        assert len(list((tmp_path / "cache").glob(f"{artifact.digest}-*/manifest.json"))) == 2  # one for each stage
 
 
 def test_adapters_go_to_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +154,7 @@ def test_adapters_go_to_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     adapters = [None, *(LoRARequest(f"a{i}", i, str(saved(tmp_path / f"a{i}", LORA, seed=i))) for i in (1, 2))]
     found = []
     with serving_stages(1) as servers:
-        for cluster in (None, cluster_of(artifact, servers, 1)):
+        for cluster in (None, cluster_of(servers, 1)):
             with engine_of(artifact, cluster, monkeypatch) as engine:
                 for number, adapter in enumerate(adapters):
                     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -178,7 +187,7 @@ def test_a_lost_stage_ends_what_its_replica_has_begun_and_nothing_else(
             add(engine, number, prompt, LONG)
         tokens = [output.outputs[0].token_ids for _, output in sorted(ended(engine).items())]
     with serving_stages(5) as servers:
-        cluster = cluster_of(artifact, servers[:4], 2)
+        cluster = cluster_of(servers[:4], 2)
         with engine_of(artifact, cluster, monkeypatch, **options) as engine:
             for number, prompt in enumerate(prompts):
                 add(engine, number, prompt, LONG)
@@ -214,7 +223,7 @@ def test_a_lost_stage_ends_what_its_replica_has_begun_and_nothing_else(
 
 def test_a_replica_that_cannot_load_ends_the_others(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving_stages(2) as servers:
-        cluster = cluster_of(artifact, servers, 2)
+        cluster = cluster_of(servers, 2)
         monkeypatch.setattr("furiosa_llm.runtime.distributed.remote_runner.CONNECT_SECONDS", 0.3)
         cluster.addresses[1][0] = "tcp://127.0.0.1:1"
         with (
@@ -223,7 +232,7 @@ def test_a_replica_that_cannot_load_ends_the_others(artifact: Artifact, monkeypa
         ):
             pass
         assert cluster.closed
-        with engine_of(artifact, cluster_of(artifact, servers, 2), monkeypatch, data_parallel_size=2):
+        with engine_of(artifact, cluster_of(servers, 2), monkeypatch, data_parallel_size=2):
             pass  # the servers are free again
 
 
@@ -231,7 +240,7 @@ def test_a_replica_that_cannot_load_ends_the_others(artifact: Artifact, monkeypa
 def test_threads_and_workers_are_of_this_process(
     option: dict[str, int], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = FixedCluster(str(artifact.folder), [])
+    cluster = FixedCluster([])
     with (
         pytest.raises(InputError, match="workers and threads are of stages in this process; leave them out"),
         engine_of(artifact, cluster, monkeypatch, **option),
@@ -243,6 +252,6 @@ def test_without_the_extra(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "find_spec", lambda name: None if name == "zmq" else nullcontext())
     with (
         pytest.raises(UnsupportedError, match=r"distributed_executor_backend='ray' needs pyzmq; `pip install 'furiosa"),
-        engine_of(artifact, FixedCluster("", []), monkeypatch),
+        engine_of(artifact, FixedCluster([]), monkeypatch),
     ):
         pass

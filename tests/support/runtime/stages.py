@@ -39,6 +39,7 @@ def opening_of(artifact: Artifact, addresses: Sequence[str], **changed: Any) -> 
     fields: dict[str, Any] = {
         "head": 1,
         "folder": str(artifact.folder),
+        "source": None,
         "digest": artifact.digest,
         "version": package_version(),
         "stages": choose_stages(artifact, pipeline_parallel_size=len(addresses)),
@@ -71,22 +72,20 @@ def running(opening: Opening, *, token: str = TOKEN, folders: Sequence[Path] = (
 class FixedCluster:
     """Stages that were started by hand: `addresses[replica][stage]`."""
 
-    def __init__(self, folder: str, addresses: Sequence[Sequence[str]]) -> None:
+    def __init__(self, addresses: Sequence[Sequence[str]]) -> None:
         self.token = TOKEN
         self.addresses = [list(one) for one in addresses]
         self.closed = False
         self.asked = 0
         self.error: Exception | None = None
-        self._folder = folder
+        self.own_address = "127.0.0.1"
 
     def places(self, replica: int) -> Sequence[Place]:
         self.asked += 1
         if self.error is not None:
             raise self.error
         addresses = enumerate(self.addresses[replica])
-        return [
-            Place(address=address, host=f"host{replica}.{stage}", folder=self._folder) for stage, address in addresses
-        ]
+        return [Place(address=address, host=f"host{replica}.{stage}") for stage, address in addresses]
 
     def host_of(self, replica: int, stage: int) -> str | None:
         return f"host{replica}.{stage}"
