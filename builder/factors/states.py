@@ -138,7 +138,8 @@ def _replaced_pairs(
 ) -> Iterator[StatePair]:
     """Pair each output with the input that it is computed from, if earlier outputs leave exactly one such input.
 
-    A layer's state depends on the states of all layers before it, so outputs that depend on fewer inputs come first.
+    A layer's state depends on the states of all layers before it, so outputs that depend on fewer inputs come first:
+    on fewer of its own type and shape, then on fewer of any.
     """
     if not outputs or max(len(inputs), len(outputs)) > MAX_REPLACED:
         return
@@ -159,7 +160,7 @@ def _replaced_pairs(
             taken.add(written[0])
             sources.pop(output)
             yield StatePair(input=written[0], output=output, sequence_dim=None, mode="replace")
-    for output in sorted(sources, key=lambda output: len(sources[output])):
+    for output in sorted(sources, key=lambda output: (len(sources[output]), computed.get(output, 0).bit_count())):
         free = [value for value in sources[output] if value not in taken]
         if len(free) == 1:
             taken.add(free[0])
