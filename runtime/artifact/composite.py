@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
 
@@ -78,7 +78,7 @@ def whole_of_part(path: str | os.PathLike[str]) -> Path | None:
 def open_composite(path: str | os.PathLike[str], *, full: bool | None = None, compute: str | None = None) -> Composite:
     """The composite artifact in the folder `path`, all of its parts opened; `full` is as for `open_artifact`.
 
-    The parts compute in `compute`, see `computing`.
+    The parts compute in `compute`, see `computing`, and give each other what they computed, not the declared types.
 
     Raises ArtifactError for a part that is missing, damaged, another one than was built with the others, split
     differently, or that cannot be fed what the others give.
@@ -99,7 +99,7 @@ def open_composite(path: str | os.PathLike[str], *, full: bool | None = None, co
                 f"{artifact.digest[:16]}..., expected {entry.digest[:16]}...; copy the whole artifact again or "
                 f"{REBUILD}"
             )
-        parts[entry.name] = computing(artifact, compute)
+        parts[entry.name] = replace(computing(artifact, compute), declared={})
     check_fit(manifest, {name: part.manifest for name, part in parts.items()})
     return Composite(folder=folder, digest=manifest_digest(data), manifest=manifest, parts=parts)
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
 import ml_dtypes
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from tests.support.builder.exported import exported
 from tests.support.builder.graphs import model as written
 from tests.support.builder.graphs import random
 from tests.support.float32 import Array, float32_model, greedy, narrowed
+from tests.support.server.process import started
 
 ZOO = Path(__file__).parents[3] / "fixtures" / "zoo"
 PROMPT = [1, 2, 3, 4, 5]
@@ -280,3 +282,35 @@ def test_other_types_are_refused(bf16: tuple[Path, Path]) -> None:
         LLM.load_artifact(bf16[0], compute="int8")
     result = CliRunner().invoke(cli, ["verify", os.fspath(bf16[0]), "--compute", "bfloat16"])
     assert (result.exit_code, 'must be "float32", got bfloat16' in result.output) == (2, True)
+
+
+# -- an encoder-decoder, a server ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tokens_of_a_bfloat16_encoder_decoder(tmp_path: Path) -> None:
+    """Those of the artifact of the models that numpy converted."""
+    prompts = [np.random.default_rng(n).integers(3, 1024, n).tolist() for n in (1, 5, 23)]
+    found = []
+    for name, convert in (("narrow", narrowed), ("wide", lambda model: float32_model(narrowed(model)))):
+        (tmp_path / name).mkdir()
+        for part in ("encoder_model", "decoder_model", "decoder_with_past_model"):
+            onnx.save(convert(onnx.load(ZOO / "tiny-t5-optimum" / f"{part}.onnx")), tmp_path / name / f"{part}.onnx")
+        (tmp_path / name / "config.json").write_bytes((ZOO / "tiny-t5-optimum" / "config.json").read_bytes())
+        ArtifactBuilder(tmp_path / name).build(tmp_path / f"{name}.artifact")
+        with LLM.load_artifact(tmp_path / f"{name}.artifact", compute="float32" if name == "narrow" else None) as llm:
+            outputs = llm.generate(prompt_token_ids=prompts, sampling_params=GREEDY)
+        found.append([list(output.outputs[0].token_ids) for output in outputs])
+    assert found[0] == found[1]
+    assert len(set(map(tuple, found[0]))) > 1
+
+
+@pytest.mark.slow
+def test_a_server_of_a_bfloat16_decoder(bf16: tuple[Path, Path]) -> None:
+    pytest.importorskip("fastapi")
+    folder, _ = bf16
+    body = {"model": "m", "prompt": PROMPT, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    with started(folder, "--compute", "float32", "--served-model-name", "m", "--threads", "1") as server:
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["token_ids"] == tokens(folder)
