@@ -9,13 +9,18 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import BuildError, ShapeError
 from furiosa_llm.builder.shapes.dimension_names import dimension, names_of_sizes
-from furiosa_llm.builder.shapes.interpreter import MisfitError
+from furiosa_llm.builder.shapes.interpreter import DATA_DEPENDENT, MisfitError
 from furiosa_llm.builder.shapes.roles import inferred_role
 
 Kinds = Mapping[str, tuple[int | str, ...]]
 
 _NUMBER = re.compile(r"(?<![\w.\"/])\d+(?![\w.\"])")
 _SHOWN = 4
+_OF_DATA = (
+    " Where the model computes the size, as a mixture that gathers the rows of each expert does, no option helps: "
+    "export it so that sizes follow from those of the inputs "
+    '(with transformers, set_experts_implementation("batched_mm")).'
+)
 
 
 def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable[[], object]) -> ShapeError:
@@ -27,11 +32,13 @@ def explained(error: MisfitError, graph: ir.Graph, kinds: Kinds, again: Callable
     behind = list(_inputs_behind(error.node, graph))
     taken = "; ".join(_taken(value, kinds) for value in behind[:_SHOWN])
     more = f"; and {len(behind) - _SHOWN} other inputs" if len(behind) > _SHOWN else ""
+    advice = _OF_DATA if DATA_DEPENDENT in message else ""
     return ShapeError(
         f"{message} Expected sizes that the model accepts together. It follows from {taken or 'no input'}{more}. Say "
         "what an input is with --role INPUT=ROLE[DIM,...] (for instance --role pos=positions[3,batch,sequence]), a "
         "size with --dim NAME=SIZE (for instance --dim height=224), or a value with --fix INPUT=VALUE "
         "(in Python roles, dims and fixed); `furiosa-llm plan --roles` shows what is inferred."
+        f"{advice}"
     )
 
 

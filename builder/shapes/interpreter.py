@@ -31,6 +31,7 @@ from furiosa_llm.builder.shapes.control_flow import SIBLINGS, ControlFlow
 from furiosa_llm.builder.shapes.operand_checks import operand_fault, result_fault
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 
+DATA_DEPENDENT = "an output's size depends on the inputs' elements"
 _MAX_KNOWN_ELEMENTS = 4096
 _MAX_READ_NBYTES = 1024
 """Constants larger than this are weights to the interpreter: their values are never looked at."""
@@ -261,7 +262,7 @@ def _from_type(proto: onnx.TypeProto | None, node: ir.Node, inputs: Sequence[Fac
         raise _contradiction(node, inputs, "the shape of an output does not follow from the inputs' shapes")
     dims = proto.tensor_type.shape.dim
     if not all(dim.HasField("dim_value") for dim in dims):
-        raise _contradiction(node, inputs, "an output's size depends on the inputs' elements")
+        raise _contradiction(node, inputs, DATA_DEPENDENT)
     return ir.DataType(proto.tensor_type.elem_type), tuple(dim.dim_value for dim in dims)
 
 

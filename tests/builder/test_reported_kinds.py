@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport
+from furiosa_llm.builder.errors import ShapeError
 from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.executor import Executor
@@ -109,6 +110,16 @@ def test_a_lookup_at_the_next_position_alone(tmp_path: Path) -> None:
     inputs = "int64[batch, 1] input_ids, float[batch, 4, past, 8] past"
     outputs = "float[batch, 1, 128] logits, float[batch, 4, total, 8] present"
     _checked(tmp_path, inputs, outputs, nodes, 4)
+
+
+def test_rows_that_the_model_chooses_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """As many as it computes: of a mixture whose experts each gather their own."""
+    nodes = """
+        x = Gather(emb, input_ids) total = ReduceSum<keepdims=0>(x) count = Cast<to=7>(total)
+        i = Range(none, count, one) y = Gather(w1, i) z = ReduceSum<keepdims=0>(y) logits = Add(x, z)
+    """
+    with pytest.raises(ShapeError, match=r"depends on the inputs' elements.*no option helps: export it so that sizes"):
+        _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 64] logits", nodes, 4)
 
 
 @pytest.mark.parametrize("tp", [4, 8])
