@@ -14,6 +14,7 @@ import numpy as np
 
 from furiosa_llm.bench.report import LATENCIES, latency_rows, legend, throughput_rows
 from furiosa_llm.bench.sweep import Run
+from furiosa_llm.runtime.artifact.console import ESCAPES
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def check_plot(path: Path) -> None:
 def plot(runs: Sequence[Run], path: Path, report: dict[str, Any]) -> None:
     """Writes the plots of `runs` to `path`, as its suffix says; `report` goes into a page as JSON."""
     if path.suffix.lower() == ".html":
-        path.write_text(_page(runs, report), "utf-8")
+        path.write_text(_page(runs, report).translate(ESCAPES), "utf-8")
     else:
         _figure(runs).savefig(path, dpi=120)
 

@@ -11,6 +11,7 @@ import click
 from furiosa_llm.cli.bench import Objective
 from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import PROGRESS
+from furiosa_llm.runtime.artifact.console import ESCAPES
 from furiosa_llm.runtime.artifact.errors import OutputFileError
 from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.simulate.errors import DeviceFileError, LoadError
@@ -250,7 +251,7 @@ def _write_json(file: Path, document: dict[str, Any], option: str, *, indent: in
 
 def _write(file: Path, text: str, option: str) -> None:
     try:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text.translate(ESCAPES), encoding="utf-8")
     except OSError as error:
         raise OutputFileError(f"{file} cannot be written: {error}; choose another place for {option}") from error
 

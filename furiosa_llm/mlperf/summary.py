@@ -12,6 +12,7 @@ from furiosa_llm.mlperf.benchmarks import Benchmark
 from furiosa_llm.mlperf.loadgen import Mode
 from furiosa_llm.mlperf.scoring import Scores
 from furiosa_llm.mlperf.sut import Query
+from furiosa_llm.runtime.artifact.console import ESCAPES
 
 SUMMARY = "furiosa_summary.txt"
 LATENCIES = "furiosa_latencies.json"
@@ -44,7 +45,7 @@ def interrupted(benchmark: Benchmark, mode: Mode, folder: Path, done: int) -> st
 
 def write_summary(folder: Path, text: str) -> None:
     """Writes our summary next to LoadGen's."""
-    (folder / SUMMARY).write_text(text, encoding="utf-8")
+    (folder / SUMMARY).write_text(text.translate(ESCAPES), encoding="utf-8")
 
 
 def write_latencies(folder: Path, finished: Sequence[Query]) -> None:

@@ -98,7 +98,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def test_a_page_has_everything_in_it(tmp_path: Path) -> None:
-    report = report_json(RUNS, artifact="</script><b>", workload={"seed": 0}, machine={"cores": 2})
+    report = report_json(RUNS, artifact="</script><b>\x1b[31m", workload={"seed": 0}, machine={"cores": 2})
     plot(RUNS, tmp_path / "page.html", report)
     text = (tmp_path / "page.html").read_text("utf-8")
     page = _Page()
@@ -108,6 +108,7 @@ def test_a_page_has_everything_in_it(tmp_path: Path) -> None:
     assert page.cells[1:3] == ["2", "0"]
     assert text.count("<svg") == 1
     assert "<b>" not in text
+    assert "\x1b" not in text
 
 
 @pytest.mark.parametrize(("suffix", "begin"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_a_model_that_does_not_decode_is_refused(cli: Cli, zoo: Path) -> None:
 def test_requests_are_served_one_by_one(cli: Cli, zoo: Path, tmp_path: Path) -> None:
     line, trace = tmp_path / "line.json", tmp_path / "trace.jsonl"
     trace.write_text('{"arrival_time": 1, "input_toks": 20, "output_toks": 5}\n' * 4)
-    run = ["simulate", zoo / MODEL / "model.onnx", "--device", "h100"]
+    odd = shutil.copytree(zoo / MODEL, tmp_path / "\x1b[31m\x9b")  # what would steer a terminal that shows the page
+    run = ["simulate", odd / "model.onnx", "--device", "h100"]
     result = cli(*run, "--trace", trace, "--timeline", line, "--goodput", "ttft:1000", "--json", "-")
     assert result.code == 0
     found = json.loads(result.out)
@@ -74,6 +76,8 @@ def test_requests_are_served_one_by_one(cli: Cli, zoo: Path, tmp_path: Path) -> 
     assert "2 users" in drawn.out
     assert "3 req/s" in drawn.out
     assert shown.read_text().startswith("<!doctype html>")
+    assert "/\\u001b[31m\\u009b/model.onnx" in shown.read_text()
+    assert not {"\x1b", "\x9b"} & {*shown.read_text(), *drawn.out, *drawn.err}
 
 
 @pytest.mark.parametrize(
