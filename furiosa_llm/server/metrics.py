@@ -17,6 +17,7 @@ from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 from furiosa_llm.server.events import client_is_gone
 from furiosa_llm.server.machine_metrics import BusyShares, MachineCollector
 from furiosa_llm.server.model import Decoder, ServedModel
+from furiosa_llm.server.notes import on_one_line
 from furiosa_llm.server.vllm_metrics import VLLMCollector
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -35,7 +36,7 @@ class Metrics:
     def __init__(self, model: ServedModel, names: str = "furiosa") -> None:
         self._registry, self._others = CollectorRegistry(), CollectorRegistry()
         self._others.register(VLLMCollector(self._registry))
-        self._names, self._name = names, model.names[0]
+        self._names, self._name = names, on_one_line(model.names[0])
         lengths = _one_two_five(model.max_length or _UNLIMITED_LENGTH)
         self.received = self._counter("request_received", "Requests that the engine was given.")
         self.succeeded = self._counter("request_success", "Requests that were completed.")

@@ -14,7 +14,7 @@ HEADERS = (IGNORED, DROPPED, MAX_TOKENS)
 
 _MAX_LENGTH = 1000
 """Of a header."""
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
 
 NOTES: ContextVar[dict[str, list[str]] | None] = ContextVar("notes", default=None)
@@ -35,5 +35,5 @@ def header_values(notes: dict[str, list[str]]) -> dict[str, str]:
 
 
 def on_one_line(text: str) -> str:
-    r"""What a client sent, for the log: with escapes such as \n, so that nobody can write lines of their own."""
+    r"""What a client sent, or a foreign name, for log and metrics: with escapes such as \n, so that it ends no line."""
     return text.translate(_ESCAPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -150,10 +151,13 @@ def test_metrics_may_have_vllms_names_alone(url: str, artifact: Path) -> None:
     model = load(artifact)
     try:
         text = Metrics(model, "vllm").render().decode()
+        steering = Metrics(replace(model, names=("a\x1b[31m\x9b\u202e",)), "both").render().decode()
     finally:
         model.close()
     assert "vllm:num_requests_running" in text
     assert "furiosa_llm_" not in text
+    assert 'model_name="a\\\\x1b[31m\\\\x9b\\\\u202e"' in steering
+    assert not {*"\x1b\x9b\u202e"} & {*steering}
 
 
 def test_the_line_of_figures(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
