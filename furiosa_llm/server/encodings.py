@@ -51,14 +51,12 @@ class _Compressed:
         self._count = 0
         self._more = True
         """Whether the client sends more."""
-        self._full = False
-        """Whether what was sent may say more than was given so far."""
 
     async def receive(self) -> Message:
         """The next piece of what it says."""
-        if not self._more and not self._full:
+        if not self._more and not self._held:
             return await self._receive()
-        if not self._full:
+        if not self._held:
             message = await self._receive()
             if message["type"] != "http.request":
                 return message
@@ -69,17 +67,16 @@ class _Compressed:
         except zlib.error as error:
             raise self._invalid(str(error)) from error
         self._held = self._decompressor.unconsumed_tail
-        self._full = len(piece) == _PIECE  # zlib itself may hold more then
         self._count += len(piece)
         if self._count > self._max_nbytes:
             raise ApiError(413, f"the body says more than the {self._max_nbytes} bytes that are taken; send less")
         self._check_end()
-        return {"type": "http.request", "body": piece, "more_body": self._more or self._full}
+        return {"type": "http.request", "body": piece, "more_body": self._more or bool(self._held)}
 
     def _check_end(self) -> None:
         if self._decompressor.unused_data:
             raise self._invalid("something follows its end")
-        if not self._more and not self._full and not self._decompressor.eof:
+        if not self._more and not self._held and not self._decompressor.eof:
             raise self._invalid("its end is missing")
 
     def _invalid(self, reason: str) -> ApiError:

@@ -230,7 +230,7 @@ def test_a_small_body_cannot_say_too_much(hasty: str) -> None:
     assert compressed(hasty, spaces).status_code == 200
 
 
-def test_what_zlib_holds_back_is_asked_for(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_a_body_may_say_more_than_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     plain = json.dumps(BODY).encode() + b" " * 300
     monkeypatch.setattr("furiosa_llm.server.encodings._PIECE", 1)
     assert compressed(url, gzip.compress(plain)).status_code == 200
