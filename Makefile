@@ -88,7 +88,7 @@ bench: $(INSTALLED) ## the benchmarks, each figure beside its bar
 	$(BIN)/python -m benchmarks
 
 .PHONY: simulate
-simulate: $(INSTALLED) ## predictions of simulate against published measurements, beside their bars (WRITE=--write: fit)
+simulate: $(INSTALLED) ## predictions of simulate against published measurements, beside their bars (WRITE="--write --plot docs/parity.png": fit and draw)
 	$(BIN)/python -m benchmarks.simulate $(WRITE)
 
 .PHONY: simulate-here

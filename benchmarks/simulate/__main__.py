@@ -18,8 +18,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.simulate.blind import show_blind
 from benchmarks.simulate.fit import FITTED, SPREAD, fit, predicted, prior_of, steps_of
 from benchmarks.simulate.measurements import Measurement, measurements
+from benchmarks.simulate.parity import draw_parity
 from furiosa_llm.bench.metrics import figures_of
 from furiosa_llm.simulate.clock import run
 from furiosa_llm.simulate.device import load_device
@@ -330,12 +332,16 @@ def _with_constants(text: str, software: str, constants: Mapping[str, float], co
 
 @click.command()
 @click.option("--write", is_flag=True, help="Write the fitted constants and the errors into furiosa_llm/simulate.")
-def main(write: bool) -> None:
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw what was held out into this file: docs/parity.png.")
+def main(write: bool, plot: Path | None) -> None:
     """Compare predictions with published measurements."""
     rows, refused = measurements()
     results = evaluate([row for row in rows if row.fitted])
     console = Console()
     show(results, console)
+    show_blind(console)
+    if plot is not None:
+        draw_parity(results.rows, results.held_out, plot)
     for number, reason in refused.items():
         console.print(f"row {number} is not used: {reason}", highlight=False, markup=False)
     if write:

@@ -12,9 +12,9 @@ from benchmarks.simulate.models import MODELS
 from furiosa_llm.simulate.closed_form import Kind
 from furiosa_llm.simulate.device import device_names, load_device
 
-_FILE = Path(__file__).with_name("measurements.csv")
+_FOLDER = Path(__file__).parent
 _DEVICES = {"h100-sxm": "h100", "h200-sxm": "h200", "a100-80g": "a100"}
-_OWN = Path(__file__).with_name("devices")
+_OWN = _FOLDER / "devices"
 """Devices that a user would describe: `--device FILE`."""
 _SOFTWARE = (
     ("furiosa-llm", "furiosa-llm"),
@@ -72,10 +72,13 @@ class Measurement:
 
 
 @functools.cache
-def measurements() -> tuple[tuple[Measurement, ...], dict[int, str]]:
-    """The usable rows, and why the others are not."""
+def measurements(name: str = "measurements") -> tuple[tuple[Measurement, ...], dict[int, str]]:
+    """The usable rows of a file, and why the others are not.
+
+    Those of `blind` were looked for when everything had been fitted, and nothing is.
+    """
     found, refused = [], {}
-    with _FILE.open(newline="") as file:
+    with (_FOLDER / f"{name}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             reason = _reason(row)
             if reason is None:
@@ -102,17 +105,20 @@ def _file_of(device: str) -> str | None:
     if name in device_names():
         return name
     own = _OWN / f"{name}.toml"
-    return str(own.relative_to(_FILE.parents[2])) if own.exists() else None
+    return str(own.relative_to(_FOLDER.parents[1])) if own.exists() else None
 
 
 def _read(row: dict[str, str]) -> Measurement:
     device = _file_of(row["device"])
     assert device is not None  # it has no reason against it
     software = next(name for start, name in _SOFTWARE if row["stack"].startswith(start))
+    known = load_device(device)
+    if software not in known.software:
+        software = next(iter(known.software))
     return Measurement(
         id=int(row["id"]),
         device=device,
-        software=load_device(device).software_at(software, int(row["tp"])),
+        software=known.software_at(software, int(row["tp"])),
         model=row["model"],
         tp=int(row["tp"]),
         pp=int(row["pp"]),

@@ -1,0 +1,29 @@
+"""The published figures that predictions are compared with, and the picture of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from benchmarks.simulate.measurements import measurements
+from benchmarks.simulate.parity import draw_parity
+
+
+def test_blind_figures_are_none_of_those_that_were_fitted_to() -> None:
+    known, blind = measurements()[0], measurements("blind")[0]
+    assert len(blind) == 40
+    assert all(row.source for row in blind)
+    asked = {(*row.run, row.metric) for row in known}
+    assert not [row.id for row in blind if (*row.run, row.metric) in asked]
+    assert not {row.id for row in known} & {row.id for row in blind}
+
+
+def test_a_software_that_no_file_knows_is_the_device_files_first() -> None:
+    assert {row.software for row in measurements("blind")[0] if row.device == "l40s"} == {"vllm"}
+
+
+def test_the_parity_plot_is_drawn(tmp_path: Path) -> None:
+    rows = [row for row in measurements()[0] if row.fitted]
+    held_out = {row.id: [0.1, math.nan] for row in rows[:20]}
+    draw_parity(rows, held_out, tmp_path / "parity.png")
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
