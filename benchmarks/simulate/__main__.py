@@ -21,11 +21,13 @@ from rich.table import Table
 from benchmarks.simulate.blind import show_blind
 from benchmarks.simulate.fit import FITTED, SPREAD, fit, predicted, prior_of, steps_of
 from benchmarks.simulate.measurements import Measurement, measurements
+from benchmarks.simulate.models import costs_of
 from benchmarks.simulate.parity import draw_parity
 from furiosa_llm.bench.metrics import figures_of
 from furiosa_llm.simulate.clock import run
 from furiosa_llm.simulate.device import load_device
 from furiosa_llm.simulate.requests import drawn, read_trace
+from furiosa_llm.simulate.steps import BITS
 
 SEEDS = range(5)
 _HELD_OUT = 0.25
@@ -298,8 +300,29 @@ def write_errors(results: Results, spread: Errors, rows: Iterable[Measurement]) 
         "groups": [*summary(results), *unfitted],
         "transfer": {name: quantile(sorted(map(abs, e)), 0.5) for name, e in results.transfer.items()},
         "domain": _domain(results.rows),
+        "points": points(results.rows),
     }
     (_PACKAGE / "validation.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def points(rows: Iterable[Measurement]) -> list[dict[str, object]]:
+    """The TPOT of closed loops, for the page of a simulation like them."""
+    return [
+        {
+            "device": row.device,
+            "software": row.software,
+            "tp": row.tp,
+            "bits": BITS[row.weights],
+            "flops": round(costs_of(row.model, row.tp).flops_per_token * row.tp),
+            "input_len": row.input_len,
+            "output_len": row.output_len,
+            "users": row.amount,
+            "tpot": row.value,
+            "source": row.source,
+        }
+        for row in rows
+        if row.mode == "closed" and row.metric == "tpot" and row.pp == row.dp == 1
+    ]
 
 
 def _domain(rows: Iterable[Measurement]) -> dict[str, dict[str, list[float]]]:

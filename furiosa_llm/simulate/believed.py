@@ -64,6 +64,29 @@ def outside(device: str, software: str, *, tp: int, pp: int, input_len: float, o
     return None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A TPOT that somebody measured, in milliseconds."""
+
+    users: float
+    tpot: float
+    source: str
+
+
+def published(
+    device: str, software: str, *, tp: int, flops: float, bits: float, input_len: float, output_len: float
+) -> list[Published]:
+    """What was measured of a model of so many FLOPs a token and such weights, of requests of about these lengths."""
+
+    def alike(one: dict[str, Any]) -> bool:
+        near = {"input_len": input_len, "output_len": output_len, "flops": flops}
+        same = (one["device"], one["software"], one["tp"], one["bits"]) == (device, software, tp, bits)
+        return same and all(1 / _SLACK <= one[name] / value <= _SLACK for name, value in near.items())
+
+    found = [one for one in _validation()["points"] if alike(one)]
+    return [Published(users=one["users"], tpot=one["tpot"], source=one["source"]) for one in found]
+
+
 @functools.cache
 def _validation() -> dict[str, Any]:
     text = (resources.files("furiosa_llm.simulate") / "validation.json").read_text()

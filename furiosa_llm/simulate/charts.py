@@ -88,6 +88,14 @@ def dots(x: Axis, y: Axis, points: Sequence[Point]) -> list[str]:
     ]
 
 
+def rings(x: Axis, y: Axis, points: Sequence[Point]) -> list[str]:
+    """A ring for each point, of the same look everywhere."""
+    return [
+        f'<circle class="ring" cx="{_x(x, p.x)}" cy="{_y(y, p.y)}" r="5"><title>{escape(p.title)}</title></circle>'
+        for p in points
+    ]
+
+
 def path(x: Axis, y: Axis, points: Sequence[tuple[float, float]]) -> str:
     """A line through points."""
     steps = " ".join(f"{_x(x, a)},{_y(y, b)}" for a, b in points)
@@ -130,9 +138,11 @@ def spans(x: Axis, rows: Sequence[str], bars: Sequence[tuple[int, float, float, 
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">\n{inside}\n</svg>'
 
 
-def legend(names: Sequence[str]) -> str:
-    """The series by their colours."""
+def legend(names: Sequence[str], *, ring: str | None = None) -> str:
+    """The series by their colours, and what the rings are."""
     items = "".join(f'<li><span class="key k{i % COLOURS}"></span>{escape(name)}</li>' for i, name in enumerate(names))
+    if ring is not None:
+        items += f'<li><span class="key ring"></span>{escape(ring)}</li>'
     return f'<ul class="legend">{items}</ul>'
 
 

@@ -24,8 +24,8 @@ class CoreSteps(Steps):
         return self.software.cores
 
     @property
-    def _parts(self) -> float:
-        """How many such ranks as this one the machine has time for."""
+    def parts(self) -> float:
+        """See `Steps.parts`: the machine has no more time for one rank than a core has."""
         return max(self.placement.units, self.cores.count.value)
 
     def room_nbytes(self) -> float:
@@ -51,13 +51,13 @@ class CoreSteps(Steps):
         many = work.tokens > max(work.rows, 1)  # several queries of one sequence
         return {
             "step_time": 1.0,
-            "op_time": costs.ops * share * self._parts / self.cores.count.value,
+            "op_time": costs.ops * share * self.parts / self.cores.count.value,
             "collective_time": collectives,
             "sequence_time": last * work.rows,
-            "activation_bandwidth": self._parts * (moved + logits),
-            "cache_bandwidth": self._parts * cache * (not many),
-            "attention_one": self._parts * pairs * (not many),
-            "attention_many": self._parts * pairs * many,
+            "activation_bandwidth": self.parts * (moved + logits),
+            "cache_bandwidth": self.parts * cache * (not many),
+            "attention_one": self.parts * pairs * (not many),
+            "attention_many": self.parts * pairs * many,
         }
 
     def products(self, work: Work, stage: int) -> tuple[float, float]:
@@ -65,15 +65,15 @@ class CoreSteps(Steps):
         last, share = stage == len(self.counts) - 1, self.counts[stage] / self.costs.layers
         flops = self.costs.flops_per_token * work.tokens * share
         rows = work.rows * self.costs.flops_per_row * last
-        layers = self._parts * flops / rate_at(self._rates("block", self.costs.flops_per_token), work.tokens)
-        head = self._parts * rows / rate_at(self._rates("head", self.costs.flops_per_row), work.rows) if rows else 0.0
+        layers = self.parts * flops / rate_at(self._rates("block", self.costs.flops_per_token), work.tokens)
+        head = self.parts * rows / rate_at(self._rates("head", self.costs.flops_per_row), work.rows) if rows else 0.0
         return layers, head
 
     def causes(self, work: Work, stage: int) -> dict[str, float]:
         """See `Steps.causes`."""
         cores, amounts = self.cores, self.amounts(work, stage)
         products, head = self.products(work, stage)
-        read = self._parts * self.counts[stage] * self._weights_read(work.tokens) / self.device.bandwidth.value
+        read = self.parts * self.counts[stage] * self._weights_read(work.tokens) / self.device.bandwidth.value
         found = dict.fromkeys(CAUSES, 0.0)
         found["weights"] = min(products, read)
         found["products"] = products - found["weights"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
-from furiosa_llm.simulate.charts import Axis, Point, chart, dots, legend, path, spans, stacks
+from furiosa_llm.simulate.believed import Published, published
+from furiosa_llm.simulate.charts import Axis, Point, chart, dots, legend, path, rings, spans, stacks
 from furiosa_llm.simulate.clock import run
 from furiosa_llm.simulate.closed_form import Estimate, estimate, most_sequences
 from furiosa_llm.simulate.question import Answer, Report
@@ -25,6 +27,8 @@ _WORDS = {
     "sequences": "what every sequence takes besides",
     "prefill": "prompts of others",
 }
+_ROOFS = {"products": ("weights", "products"), "attention": ("cache", "attention"), "head": ("head",)}
+"""Kinds of ops, with the causes that are their time."""
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif;
   --c0: #1f6fb4; --c1: #c2571a; --c2: #2b8a3e; --c3: #a4262c; --c4: #6741a5; --c5: #7a5230; --c6: #a8327f;
@@ -36,6 +40,8 @@ body { max-width: 60rem; margin: 0 auto; padding: 1rem; color: var(--ink); backg
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
 .grid { stroke: var(--grid); } .line { fill: none; stroke: var(--ink); stroke-width: 2; }
+.ring { fill: var(--paper); stroke: var(--ink); stroke-width: 2; }
+.key.ring { border: 2px solid var(--ink); border-radius: 50%; }
 .wide { overflow-x: auto; } .legend { display: flex; flex-wrap: wrap; gap: 0 1.2rem; list-style: none; padding: 0; }
 .key { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -59,7 +65,7 @@ def page(found: Report) -> str:
         "<h2>A user's speed against a card's</h2>",
         _speeds(found, curve),
         "<h2>Time per output token, by cause</h2>",
-        _causes(curve),
+        _causes(curve, _published(found, steps)),
         "<h2>Memory of a PE</h2>",
         _memory(found, steps, most),
         "<h2>Stages over time</h2>",
@@ -116,16 +122,36 @@ def _named(one: Answer) -> str:
     return f"{one.placement}: {one.load.amount:g} {'req/s' if one.load.kind == 'open' else 'users'}"
 
 
-def _causes(curve: Sequence[tuple[int, Estimate]]) -> str:
+def _published(found: Report, steps: Steps) -> list[Published]:
+    """The TPOT that was measured of such a model, of requests of such lengths."""
+    setting, place = found.setting, found.placement
+    if place.units != place.tensor_parallel_size:
+        return []
+    return published(
+        setting.device.name,
+        setting.software_at(place),
+        tp=place.tensor_parallel_size,
+        flops=steps.costs.flops_per_token * place.tensor_parallel_size,
+        bits=steps.bits,
+        input_len=setting.input_len,
+        output_len=setting.output_len,
+    )
+
+
+def _causes(curve: Sequence[tuple[int, Estimate]], measured: Sequence[Published]) -> str:
     names = [*CAUSES, "prefill"]
     columns = [(float(i), [(_WORDS[c], 1e3 * one.causes[c]) for c in names]) for i, (_, one) in enumerate(curve)]
     x = Axis(name="users", low=-0.6, high=len(curve) - 0.4)
-    y = Axis(name="milliseconds", low=0, high=1.1e3 * max(one.tpot for _, one in curve))
+    shown = [one for one in measured if one.users <= curve[-1][0]]
+    highest = max([1e3 * one.tpot for _, one in curve] + [one.tpot for one in shown])
+    y = Axis(name="milliseconds", low=0, high=1.1 * highest)
+    points = [Point(x=math.log2(p.users), y=p.tpot, title=f"measured: {p.tpot:g} ms, {p.source}") for p in shown]
+    marks = [*stacks(x, y, columns), *rings(x, y, points)]
     ticks = [(float(i), str(n)) for i, (n, _) in enumerate(curve)]
-    drawn_ = chart("Time per output token by users, by cause", x, y, stacks(x, y, columns), x_names=ticks)
+    drawn_ = chart("Time per output token by users, by cause", x, y, marks, x_names=ticks)
     rows = [[str(n), *(f"{1e3 * one.causes[c]:.2f}" for c in names), f"{1e3 * one.tpot:.2f}"] for n, one in curve]
     table = _table(["users", *(_WORDS[c] for c in names), "all"], rows, "Milliseconds by cause")
-    return drawn_ + legend([_WORDS[c] for c in names]) + table
+    return drawn_ + legend([_WORDS[c] for c in names], ring="measured, as published" if shown else None) + table
 
 
 def _memory(found: Report, steps: Steps, most: float) -> str:
@@ -183,26 +209,30 @@ def _stages(found: Report, steps: Steps, place: Placement) -> str:
 
 
 def _roofline(steps: Steps, users: Sequence[int], input_len: float, output_len: float) -> str:
-    length = input_len + output_len / 2
-    work = [(f"decode of {n}", steps.decode(n, length)) for n in users]
+    """What the ops of the last stage do, by what they are, in steps of few and of many sequences and of a prompt."""
+    length, last = input_len + output_len / 2, len(steps.counts) - 1
+    work = [(f"decode of {n}", steps.decode(n, length)) for n in dict.fromkeys((users[0], users[-1]))]
     work.append((f"prefill of {input_len:g}", steps.prefill(min(input_len, steps.software.chunk.value), 0)))
     points, rows = [], []
-    for name, one in work:
-        (flops, nbytes), seconds = steps.demand(one, 0), steps.seconds(one, 0)
-        points.append(Point(x=flops / nbytes, y=flops / seconds, title=name, kind=int(name.startswith("prefill"))))
-        rows.append(
-            [name, f"{flops / 1e9:.1f}", f"{nbytes / 1e9:.3f}", f"{flops / nbytes:.1f}", f"{1e3 * seconds:.2f}"]
-        )
-    peak, bandwidth = steps.peak_flops(), steps.device.bandwidth.value / steps.device.units_per_card
+    for step, one in work:
+        causes = steps.causes(one, last)
+        for name, (flops, nbytes) in steps.demands(one, last).items():
+            seconds = sum(causes[cause] for cause in _ROOFS[name])
+            if flops and nbytes and seconds:
+                title, kind = f"{name}, {step}", list(_ROOFS).index(name)
+                points.append(Point(x=flops / nbytes, y=flops / seconds, title=title, kind=kind))
+                figures = f"{flops / 1e9:.2f}", f"{nbytes / 1e9:.3f}", f"{flops / nbytes:.1f}", f"{1e3 * seconds:.2f}"
+                rows.append([title, *figures])
+    peak, bandwidth = steps.peak_flops(), steps.peak_bandwidth()
     ridge = peak / bandwidth
     low, high = min(p.x for p in points) / 3, max(ridge, *(p.x for p in points)) * 3
     x = Axis(name="FLOPs a byte", low=low, high=high, logarithmic=True)
     y = Axis(name="FLOP/s", low=min(min(p.y for p in points) / 3, low * bandwidth), high=2 * peak, logarithmic=True)
     roof = path(x, y, [(low, low * bandwidth), (ridge, peak), (high, peak)])
-    table = _table(["step", "GFLOPs", "GB", "FLOPs a byte", "ms"], rows, "Steps on one PE of the first stage")
+    table = _table(["ops", "GFLOPs", "GB", "FLOPs a byte", "ms"], rows, "Ops on one PE of the last stage")
     return (
-        chart("Roofline of one PE, with the steps", x, y, [roof, *dots(x, y, points)])
-        + legend(["decode", "prefill"])
+        chart("Roofline of one PE, with the ops", x, y, [roof, *dots(x, y, points)])
+        + legend([f"{name}{' of the layers' * (name != 'head')}" for name in _ROOFS])
         + table
     )
 

@@ -164,19 +164,31 @@ class Steps:
         """Of a step in a stage."""
         return sum(self.causes(work, stage).values())
 
-    def demand(self, work: Work, stage: int) -> tuple[float, float]:
-        """The FLOPs and the bytes read in a stage."""
-        share, costs = self.counts[stage] / self.costs.layers, self.costs
-        last = stage == len(self.counts) - 1
-        seen = self._seen(work.length)
-        flops = (costs.flops_per_token * work.tokens + self._pair_flops * work.pairs * seen) * share
-        nbytes = self.counts[stage] * self._weights_read(work.tokens) + work.positions * seen * self.kv_nbytes * share
-        return flops + last * costs.flops_per_row * work.rows, nbytes + last * self._ends[1]
+    def demands(self, work: Work, stage: int) -> dict[str, tuple[float, float]]:
+        """The FLOPs and the bytes read in a stage: of the layers' products, of attention, and of a head."""
+        count, costs, seen = self.counts[stage], self.costs, self._seen(work.length)
+        share = count / costs.layers
+        found = {
+            "products": (costs.flops_per_token * work.tokens * share, count * self._weights_read(work.tokens)),
+            "attention": (self._pair_flops * work.pairs * seen * share, work.positions * seen * self.kv_nbytes * share),
+        }
+        if stage == len(self.counts) - 1:
+            found["head"] = costs.flops_per_row * work.rows, self._ends[1]
+        return found
+
+    @property
+    def parts(self) -> float:
+        """How many ranks share what the device does in a second."""
+        return self.device.units_per_card
 
     def peak_flops(self) -> float:
-        """Of one PE, in the type that the layers' products are computed in."""
+        """Of one rank, in the type that the layers' products are computed in."""
         peak = self.device.flops_8 if self._computes_narrow() else self.device.flops_16
-        return peak.value / self.device.units_per_card
+        return peak.value / self.parts
+
+    def peak_bandwidth(self) -> float:
+        """Of one rank, bytes a second."""
+        return self.device.bandwidth.value / self.parts
 
     def decode(self, rows: float, length: float) -> Work:
         """One token of each of `rows` sequences that have `length` on average."""
@@ -188,6 +200,12 @@ class Steps:
         length = -(-(past + new) // bucket) * bucket
         pairs = new * length if bucket > 1 else new * (past + new / 2)
         return Work(tokens=new, rows=float(last), positions=past + new, pairs=pairs, length=length)
+
+    @property
+    def bits(self) -> float:
+        """Of a weight of the layers."""
+        own = max((w for w in self.costs.weights if w.part == "block"), key=lambda w: w.nbytes, default=None)
+        return self._bits or (16 if own is None else own.bits)
 
     # -- details ---------------------------------------------------------------------------------------------------
 
