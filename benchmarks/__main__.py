@@ -12,6 +12,7 @@ from benchmarks import (
     artifact,
     building,
     fusion,
+    growth,
     invariance,
     page,
     parallelism,
@@ -41,6 +42,7 @@ SUITES: dict[str, Callable[[], Iterator[Bar]]] = {
     "parallelism": parallelism.bars,
     "page": page.bars,
     "large": speed.large_bars,
+    "growth": growth.bars,
 }
 """In this order: the memory of this process counts as that of those that it starts, so who measures theirs is first."""
 

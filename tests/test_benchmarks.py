@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import growth
 from benchmarks.parallelism import Bubbles, greedy_tokens, pipelined_milliseconds
 from benchmarks.second_replica import capacity, kv_nbytes
 from benchmarks.serving import InstantRunner
@@ -172,3 +173,29 @@ def test_the_kv_of_a_slot_is_counted(tmp_path: Path) -> None:
     assert isinstance(states, SlotStates)
     assert states.capacity == capacity()
     assert kv_nbytes(artifact.manifest) == sum(buffer.nbytes for buffer in states._buffers.values())
+
+
+# -- cost growth ---------------------------------------------------------------------------------------------------
+
+
+def test_an_exponent_is_the_slope_of_logarithms() -> None:
+    assert growth.exponent({1: 3.0, 2: 12.0, 8: 192.0}) == pytest.approx(2.0)
+    assert growth.exponent({1: 5.0, 4: 5.0}) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(("power", "kept"), [(1.0, True), (1.04, True), (1.06, False), (0.94, False)])
+def test_only_linear_factors_have_a_bar(power: float, kept: bool) -> None:
+    costs = {value: growth.Cost(decode=2 * value**power, prefill=7.0) for value in (1, 2, 8)}
+    assert growth.bar("layers", costs).kept is kept
+    assert growth.bar("batch", costs).limit is None
+    assert f"decode {power:.3f}, prefill 0.000" in growth.bar("layers", costs).beside
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_small_model_is_measured_and_drawn(tmp_path: Path) -> None:
+    """Two stages and replicas, and two prompts in each."""
+    case = growth.Case(layers=2, hidden=64, tp=2, pp=2, dp=2, batch=2, tokens=2)
+    cost = growth.measure(case, tmp_path)
+    assert cost.decode > 0 < cost.prefill
+    growth.plot({"layers": {1: cost, 2: cost}}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
