@@ -159,6 +159,10 @@ mlperf: $(INSTALLED) ## MLPerf runs until LoadGen calls them VALID, and what the
 
 ROUNDS ?= 5
 
+.PHONY: bench-cluster
+bench-cluster: $(INSTALLED) ## stages on servers beside stages in one process: a hop, a step, what crosses, what is copied
+	$(BIN)/python -m benchmarks.cluster
+
 .PHONY: bench-peers
 bench-peers: $(INSTALLED) ## this project beside other engines, on three models in turns; installs them first (ROUNDS=5)
 	$(BIN)/python -m benchmarks.peers.install
