@@ -78,7 +78,8 @@ class StepFeeds:
             if info.role in LENGTH_ROLES:
                 number = {"past": starts, "sequence": added, "total": starts + added}
                 found = number[LENGTH_ROLES[info.role]].astype(DTYPES[info.dtype].numpy)
-                yield info.name, found if info.shape == ("batch",) else found.max().reshape([1] * len(info.shape))
+                alike = np.full([1] * len(info.shape), found.max(), dtype=found.dtype)
+                yield info.name, found if info.shape == ("batch",) else alike
                 continue
             array = self._kept.get(info.name)
             front = tuple(int(size) for size in info.shape[:-2])

@@ -38,6 +38,7 @@ def test_prompts_of_unequal_lengths() -> None:
     assert found["token_ids"].tolist() == [[7, 0], [8, 9]]
     assert found["attention_mask"].tolist() == [[1, 0], [1, 1]]
     assert (found["sequence_length"].tolist(), found["total_length"].tolist()) == ([1, 2], 2)
+    assert isinstance(found["total_length"], np.ndarray)  # a scalar of numpy would have no memory to bind
 
 
 def test_equal_shapes_reuse_memory() -> None:
