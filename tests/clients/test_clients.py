@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer
 from furiosa_llm import LLM, SamplingParams, StructuredOutputsParams
 from furiosa_llm.runtime.requests import request
 from tests.clients.__main__ import CLIENTS
-from tests.support.artifacts import artifact_of
+from tests.support.artifacts import ROOT, artifact_of
 from tests.support.server.scripted import REFUSED, scripted
 
 
@@ -33,7 +35,12 @@ def test_a_script_is_said_where_it_is_allowed(monkeypatch: pytest.MonkeyPatch, t
         assert llm.generate("x", greedy).outputs[0].text == unscripted
 
 
-def test_programs_name_their_packages() -> None:
-    assert len(CLIENTS) > 5
-    for client in CLIENTS:
-        assert all("==" in package for package in client.packages[:1]), f"{client.program}: which version is it for?"
+def test_the_guide_has_the_versions_that_are_tried() -> None:
+    guide = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \|", guide, re.MULTILINE)
+    packages = [package for client in CLIENTS for package in (*client.packages, *client.folders)]
+    tried = [re.fullmatch(r"([\w-]+)(?:\[.*\])?==([\d.]+)", package) for package in packages]
+    beside = {"aiohttp"}
+    assert set(rows) == {match.groups() for match in tried if match is not None and match[1] not in beside}
+    for code in re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL):
+        ast.parse(code)
