@@ -44,6 +44,7 @@ class Case:
     threads: int = THREADS
     batch: int = 1
     context: int = PAST
+    vocab: int = 256
     tokens: int = _STEPS
 
 
@@ -60,7 +61,7 @@ FACTORS: Mapping[str, Sequence[tuple[int, Case]]] = {
     "hidden size, squared": [(n * n, Case(hidden=n, layers=2)) for n in (1024, 1536, 2048, 3072)],
     "tokens": [(n, Case(tokens=n)) for n in (32, 64, 128, 256)],
     "batch": [(n, Case(batch=n)) for n in (1, 2, 4, 8, 16)],
-    "context": [(n, Case(context=n, layers=2, hidden=256)) for n in (128, 512, 2048, 8192, 32000)],
+    "context": [(n, Case(context=n, layers=2, hidden=256, vocab=1 << 15)) for n in (128, 512, 2048, 8192, 32000)],
     "PEs": [(n, Case(tp=n)) for n in (1, 2, 4, 8, 16)],
     "stages": [(n, Case(pp=n)) for n in (1, 2, 4, 8)],
     "replicas": [(n, Case(dp=n)) for n in (1, 2, 4)],
@@ -133,12 +134,12 @@ def _milliseconds(work: Callable[[], None]) -> float:
 
 def _artifact(case: Case, folder: Path) -> Path:
     """Built from a synthetic model in genai's shape, of heads of 64 and a small vocabulary."""
-    name = f"{case.layers}-{case.hidden}-{case.context > PAST}"
+    name = f"{case.layers}-{case.hidden}-{case.vocab}"
     model, artifact = folder / name, folder / f"{name}-tp{case.tp}"
     if not model.exists():
         heads = case.hidden // 32
         config = LlamaConfig(
-            vocab_size=1 << 15 if case.context > PAST else 256,  # prompts count upwards
+            vocab_size=case.vocab,  # prompts count upwards: no fewer tokens than the context
             hidden_size=case.hidden,
             intermediate_size=4 * case.hidden,
             num_hidden_layers=case.layers,
@@ -178,6 +179,8 @@ def plot(found: Mapping[str, Mapping[int, Cost]], path: Path) -> None:
         ):
             (line,) = axes.loglog(values, times, marker="o", label=label)
             axes.loglog(values, [times[0] * v / values[0] for v in values], ":", color=line.get_color(), linewidth=0.8)
+        axes.set_xticks(values, [str(value) for value in values], fontsize=7)
+        axes.minorticks_off()
         axes.set_xlabel(name)
         axes.set_ylabel("ms of processor time")
         axes.legend(fontsize=8)
