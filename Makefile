@@ -26,6 +26,10 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## split SmolLM2 over 4, then 8 PEs, and let it answer a question
 	scripts/demo.sh $(BIN)
 
+.PHONY: demo-cluster
+demo-cluster: $(INSTALLED) ## two stages over three Ray nodes on this machine, which are lost one after the other; prints what happened
+	$(BIN)/python -m tests.support.runtime.ray_scenario 2>/dev/null | tail -n 1 | $(BIN)/python -m json.tool
+
 # Tests start many interpreters: without compiled files each of them would compile this project again.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses auto --dist worksteal
 

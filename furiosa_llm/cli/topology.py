@@ -38,11 +38,14 @@ class _Report:
     cards: tuple[CardMemory, ...]
     kv_tokens: int | None
     fault: str | None
+    hosts: tuple[str, ...] | None = None
+    """The host of each card, by its number; None: nobody asked."""
 
 
 @command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @options(ENGINE, *PLACEMENT, "compute")
+@option("ray_address", ENGINE, help="Show the host of each card in the Ray cluster there, such as auto.")
 @option("max_batch_size", ENGINE, default=1, show_default=True, help="Sequences decoded together.")
 @option(
     "max_model_len",
@@ -59,6 +62,7 @@ def topology(
     num_blocks_per_pp_stage: tuple[int, ...] | None,
     allow_subset: bool,
     compute: str | None,
+    ray_address: str | None,
     max_batch_size: int,
     max_model_len: int | None,
     as_json: bool,
@@ -89,6 +93,10 @@ def topology(
             max_pipeline_parallel_size=len(block_starts(opened)),
         )
         report = _report(opened, placed, stages, workload)
+        if ray_address is not None:
+            from furiosa_llm.runtime.engine.launch import card_hosts
+
+            report = dataclasses.replace(report, hosts=card_hosts(placed, ray_address))
     if as_json:
         echo_json(_to_json(report))
         return
@@ -163,7 +171,8 @@ def _drawing(report: _Report) -> Table:
     }
     for npu in sorted({pe.npu for pe in cells}):
         at = {pe.index: cell for pe, cell in cells.items() if pe.npu == npu}
-        table.add_row(f"npu:{npu}", *(at.get(first, "-") for first in range(0, PES_PER_CARD, size)))
+        where = "" if report.hosts is None else f"\n{report.hosts[npu]}"
+        table.add_row(f"npu:{npu}{where}", *(at.get(first, "-") for first in range(0, PES_PER_CARD, size)))
     return table
 
 
@@ -235,7 +244,13 @@ def _to_json(report: _Report) -> dict[str, Any]:
     return {
         **placed.as_dict(),
         "pes": [
-            {"pe": str(pe), "replica": replica, "stage": stage, "rank": rank}
+            {
+                "pe": str(pe),
+                "replica": replica,
+                "stage": stage,
+                "rank": rank,
+                "host": None if report.hosts is None else report.hosts[pe.npu],
+            }
             for replica, groups in enumerate(placed.replicas)
             for stage, group in enumerate(groups)
             for rank, pe in enumerate(group)

@@ -103,6 +103,11 @@ class RayCluster:
             raise
 
     @property
+    def card_hosts(self) -> Sequence[str]:
+        """See `Cluster`."""
+        return [node.host for node in self._nodes for _ in range(node.cards)]
+
+    @property
     def own_address(self) -> str:
         """See `Cluster`."""
         return _own_address()

@@ -38,6 +38,11 @@ class Cluster(Protocol):
         """This host's, as the stages reach it."""
         ...
 
+    @property
+    def card_hosts(self) -> Sequence[str]:
+        """The host of each card."""
+        ...
+
     def places(self, replica: int) -> Sequence[Place]:
         """The stages of `replica`, of which those that have ended are started anew; raises NoHostError, StageError."""
         ...

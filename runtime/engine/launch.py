@@ -259,6 +259,16 @@ def open_cluster(topology: Topology, args: EngineArgs) -> Cluster:
     return RayCluster(topology, address=args.ray_address, placement_seconds=args.placement_timeout)
 
 
+def card_hosts(topology: Topology, ray_address: str) -> tuple[str, ...]:
+    """The host of each card of the Ray cluster at the address, which must have those of `topology`."""
+    refuse_without_ray()
+    cluster = open_cluster(topology, EngineArgs("", ray_address=ray_address, placement_timeout=1.0))
+    try:
+        return tuple(cluster.card_hosts)
+    finally:
+        cluster.close()
+
+
 def refuse_without_ray() -> None:
     """Raises UnsupportedError that names the extra if it is not installed."""
     missing = [name for name, module in (("ray", "ray"), ("pyzmq", "zmq")) if find_spec(module) is None]

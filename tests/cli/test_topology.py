@@ -12,6 +12,7 @@ import pytest
 
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.card import PE_NBYTES
+from furiosa_llm.runtime.engine import launch
 from furiosa_llm.runtime.placement.block_reads import read_blocks
 from furiosa_llm.runtime.placement.capacity import card_memory, check_weights, stage_memory
 from furiosa_llm.runtime.placement.stages import choose_stages
@@ -19,6 +20,7 @@ from furiosa_llm.runtime.placement.topology import make_topology
 from furiosa_llm.runtime.placement.workload import Workload
 from tests.cli.conftest import Cli
 from tests.support.artifacts import artifact_of
+from tests.support.runtime.stages import FixedCluster
 
 TIED = "tiny-llama-tied-genai-int4-shared"
 
@@ -52,6 +54,18 @@ def test_the_drawing(built: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     ]
     assert "for 1 sequence of 512 tokens" in result.out
     assert "It fits: each replica has room for" in result.out
+
+
+def test_the_hosts_of_cards(built: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FixedCluster([])
+    monkeypatch.setattr(launch, "open_cluster", lambda topology, args: cluster)
+    given = (built, "--devices", "npu:1,npu:3", "-pp", 2, "--ray-address", "auto")
+    drawn = rows(cli("topology", *given).out)
+    assert [row[0] for row in drawn[:4]] == ["npu:1", "host1", "npu:3", "host3"]
+    assert {(one["pe"], one["host"]) for one in shown(cli, *given)["pes"]} == {
+        (f"npu:{card}:{pe}", f"host{card}") for card in (1, 3) for pe in range(8)
+    }
+    assert cluster.closed
 
 
 def test_the_machine_that_is_needed(built: Path, cli: Cli) -> None:

@@ -21,6 +21,7 @@ from furiosa_llm.runtime.llm_engine import LLMEngine
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
+from tests.support.artifacts import artifact_of
 
 PROMPTS = ([3, 1, 4], [1, 5, 9, 2, 6])
 SHORT = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -128,4 +129,4 @@ def main(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{json.dumps(main(sys.argv[1]))}\n")
+    sys.stdout.write(f"{json.dumps(main(sys.argv[1] if sys.argv[1:] else str(artifact_of('tiny-llama-optimum'))))}\n")

@@ -79,6 +79,7 @@ class FixedCluster:
         self.asked = 0
         self.error: Exception | None = None
         self.own_address = "127.0.0.1"
+        self.card_hosts = [f"host{card}" for card in range(8)]
 
     def places(self, replica: int) -> Sequence[Place]:
         self.asked += 1
