@@ -392,7 +392,7 @@ class EmbeddingRequest(RequestBody):
     user: str | None = Field(None, description="Accepted, and without effect.")
 
 
-_SomeTexts = fields.Text | fields.Texts
+_SomeTexts = str | Annotated[list[str], Field(fail_fast=True)]
 
 
 class ScoreRequest(RequestBody):

@@ -61,6 +61,8 @@ async def rerank(body: RerankRequest, request: Request, state: State) -> RerankR
     texts = body.texts
     if not texts:
         raise ApiError(400, "documents is empty; give at least one", param="documents")
+    if body.top_n is not None and body.top_n < 0:
+        raise ApiError(400, f"top_n must be at least 0, which is for all, got {body.top_n}", param="top_n")
     scores, num_tokens = await _scored([(body.query, text) for text in texts], body, request, state)
     order = sorted(range(len(texts)), key=lambda index: -scores[index])[: body.top_n or None]
     shown = body.return_documents is not False

@@ -160,6 +160,7 @@ def test_pairs_are_cut_at_the_end_of_the_second_text(by_pairs: httpx.Client) -> 
         ("/v1/rerank", {"query": "a", "documents": []}, "documents is empty"),
         ("/v1/rerank", {"query": "a", "documents": [{"image": "x"}]}, "documents"),
         ("/v1/rerank", {"query": "a"}, "documents: Field required"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n must be at least 0"),
     ],
 )
 def test_what_cannot_be_scored(by_vectors: httpx.Client, path: str, fields: dict[str, Any], message: str) -> None:
