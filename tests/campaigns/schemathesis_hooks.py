@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import schemathesis
 from schemathesis import Case, CheckContext, HookContext
 from schemathesis.core.transport import Response
 from schemathesis.generation.meta import TestPhase
+
+from tests.campaigns.newer_requests import OBJECT, is_made, made_for
 
 _SCHEMAS = (
     r"response_format\.json_schema\.schema|(structured_outputs\.|guided_)(json|regex|grammar)|"
@@ -67,13 +70,22 @@ means for another, nor what the model takes."""
 
 
 _NEWER = ("/v1/responses", "/v1/messages")
+_kept: deque[str] = deque(maxlen=1)
+"""The response that was kept last."""
 
 
 @schemathesis.check
 def refusals_are_known(context: CheckContext, response: Response, case: Case[Any]) -> None:
     """A request that keeps to the schema is refused for a reason between its fields only."""
     if case.path.startswith(_NEWER):
-        return  # they hold objects that the schema does not describe: those of chats, in other shapes
+        # They hold objects that the schema does not describe, those of chats in other shapes: ours alone are right.
+        body: Any = case.body
+        gone = response.status_code == 404 and isinstance(body, dict) and "previous_response_id" in body
+        if is_made(body) and response.status_code != 200 and not gone:
+            message = response.json()["error"]["message"]
+            assert response.status_code == 400, f"expected an answer, found {response.status_code}: {message}"
+            assert BETWEEN_FIELDS.search(message), f"it is right, but is refused: {message}"
+        return
     positive = case.meta is not None and case.meta.generation.mode.is_positive
     if positive and response.status_code == 400:
         message = response.json()["error"]["message"]
@@ -144,10 +156,14 @@ def before_call(context: HookContext, case: Case[Any], kwargs: dict[str, Any]) -
     meta = case.meta
     if meta is None or not meta.generation.mode.is_positive or meta.phase.name is TestPhase.COVERAGE:
         return
-    if not case.path.endswith("/completions") or not isinstance(case.body, dict):
+    if not isinstance(case.body, dict):
         return
     chance = random.Random(json.dumps(case.body, sort_keys=True))
     if chance.random() < 0.5:
+        return
+    if case.path.startswith(_NEWER):
+        case.body = made_for(case.path, case.body["model"], chance, _kept[-1] if _kept else None) or case.body
+    if not case.path.endswith("/completions"):
         return
     names = sorted(set(case.body) - _AT_ODDS.union(_KEPT))
     kept = (*_KEPT, *chance.sample(names, min(len(names), 3)))
@@ -190,6 +206,29 @@ def answers_keep_to_their_form(context: CheckContext, response: Response, case: 
         return
     for text in _texts(response.json()):
         _check_form(body, text)
+
+
+@schemathesis.check
+def newer_answers_are_whole(context: CheckContext, response: Response, case: Case[Any]) -> None:
+    """An answer says how it ended, and what it says or calls keeps to what was asked for."""
+    is_json = response.headers.get("content-type", [""])[0] == "application/json"
+    body: Any = case.body
+    if response.status_code != 200 or not is_json or not is_made(body):
+        return
+    answer = response.json()
+    if case.path == "/v1/responses":
+        assert answer["status"] in ("completed", "incomplete"), answer["status"]
+        if answer["store"] is not False:
+            _kept.append(answer["id"])
+        if answer["status"] == "completed":
+            calls = [json.loads(item["arguments"]) for item in answer["output"] if item["type"] == "function_call"]
+            assert all(isinstance(call, dict) for call in calls)
+            if body.get("text", {}).get("format", {}).get("schema") is not None:
+                parts = [item["content"] for item in answer["output"] if item["type"] == "message"]
+                jsonschema_rs.validate(OBJECT, json.loads("".join(one["text"] for part in parts for one in part)))
+    elif "count_tokens" not in case.path:
+        assert answer["stop_reason"] in ("end_turn", "max_tokens", "stop_sequence", "tool_use"), answer["stop_reason"]
+        assert all(isinstance(one["input"], dict) for one in answer["content"] if one["type"] == "tool_use")
 
 
 @schemathesis.check
