@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -172,11 +172,16 @@ def test_requests_that_take_too_long_are_cut(built: Path) -> None:
 def test_it_ends_although_nobody_reads_its_log(built: Path) -> None:
     """The log's pipe is full, and whoever writes to it waits: the thread of the requests, for one."""
     with unread_server(built, "--shutdown-timeout", 1) as (process, url):
-        with suppress(httpx.ReadTimeout):
-            for _ in range(1000):
+        unanswered = 0
+        for _ in range(1000):
+            try:
                 httpx.get(f"{url}/health?{'x' * 4000}", timeout=0.5)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.get(f"{url}/health", timeout=0.5)
+                unanswered = 0
+            except httpx.ReadTimeout:
+                unanswered += 1
+            if unanswered == 3:  # one or two a busy machine may leave so long, too
+                break
+        assert unanswered == 3
         process.send_signal(signal.SIGTERM)
         assert process.wait(1 + 1 + 1) == 0, "a second more than docs/limits.md says, for a busy machine"
 
