@@ -28,6 +28,7 @@ from furiosa_llm.cli.terminal import Console, cell, escaped_streams
 from furiosa_llm.mlperf.cli import main as mlperf
 from furiosa_llm.runtime.artifact.manifest import seal
 from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.server.notes import on_one_line
 from tests.cli.conftest import Cli
 from tests.support.artifacts import artifact_of
 from tests.support.builder.graphs import model
@@ -184,7 +185,7 @@ def test_mlperf(built: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_a_server(built: Path, tmp_path: Path) -> None:
-    """Its model, its adapters and its clients have such names: they reach its metrics and answers as they are."""
+    """Its model, adapters and clients have such names: in answers they are as they are, in metrics on one line."""
     name = f"{NASTY}\n\t\"'\\</script>=cmd|"
     folder = shutil.copytree(built, tmp_path / NASTY)
     edit_manifest(folder, lambda manifest: manifest["model"].update(name=name))
@@ -201,7 +202,7 @@ def test_a_server(built: Path, tmp_path: Path) -> None:
         labels = [sample.labels for family in metrics for sample in family.samples]
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
-    assert {label["model_name"] for label in labels if "model_name" in label} == {name}
+    assert {label["model_name"] for label in labels if "model_name" in label} == {on_one_line(name)}
     assert STEERING.search(server.output) is None
     lines = [line for line in server.output.splitlines() if "</script>" in line and not line.startswith("INFO: ")]
     assert all(NASTY[4:9] in line for line in lines), "the name has not made a line of its own"

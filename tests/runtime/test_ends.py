@@ -22,6 +22,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=3)
 BEGIN = """
 import os, signal, sys, threading, time
 from furiosa_llm import LLM, SamplingParams
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 llm = LLM.load_artifact({artifact!r})
 threading.Thread(target=llm.generate, args=("x", SamplingParams(max_tokens=500, ignore_eos=True)), daemon=True).start()
 time.sleep(0.05)

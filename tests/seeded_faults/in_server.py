@@ -32,8 +32,8 @@ SERVER = (
     Fault(
         name="an error is followed by [DONE]",
         file="furiosa_llm/server/events.py",
-        old="            yield error_event(api_error(error))\n            return\n",
-        new="            yield error_event(api_error(error))\n",
+        old="            yield failed(api_error(error))\n            return\n",
+        new="            yield failed(api_error(error))\n",
         effect="clients take a stream that broke off for a whole one",
         hints=("tests/server/test_failures.py::test_nothing_follows_the_event_of_a_failure",),
     ),
@@ -112,8 +112,8 @@ SERVER = (
     Fault(
         name="vectors of doubles",
         file="furiosa_llm/server/embeddings.py",
-        old='np.asarray(vector, dtype="<f4")',
-        new='np.asarray(vector, dtype="<f8")',
+        old='vector.astype("<f4")',
+        new='vector.astype("<f8")',
         effect="the openai client reads embeddings of twice the length, all wrong",
         hints=("tests/server/test_embeddings.py::test_vectors",),
     ),

@@ -83,7 +83,7 @@ def main(folder: str) -> dict[str, Any]:
     others = [cluster.add_node(**node) for _ in range(2)]
     args = EngineArgs(
         folder,
-        devices="npu:0:0-3,npu:1:0-3",
+        devices="npu:0,npu:1",
         pipeline_parallel_size=2,
         max_batch_size=2,
         distributed_executor_backend="ray",
@@ -129,4 +129,6 @@ def main(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{json.dumps(main(sys.argv[1] if sys.argv[1:] else str(artifact_of('tiny-llama-optimum'))))}\n")
+    sys.stdout.write(
+        f"{json.dumps(main(sys.argv[1] if sys.argv[1:] else str(artifact_of('tiny-llama-optimum', 8))))}\n"
+    )
