@@ -13,7 +13,12 @@ import furiosa_llm
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 
 
-OF_EXTRAS = ("furiosa_llm.server.", "furiosa_llm.mlperf.", "furiosa_llm.example.smollm2.")
+OF_EXTRAS = (
+    "furiosa_llm.server.",
+    "furiosa_llm.mlperf.",
+    "furiosa_llm.example.smollm2.",
+    "furiosa_llm.runtime.distributed.",
+)
 """Whose modules need extras, which are not installed here, but for the command line's."""
 COMMAND_LINES = ("furiosa_llm.mlperf.cli",)
 
