@@ -6,15 +6,13 @@ import itertools
 import secrets
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import zmq
 
-from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.artifact.progress import tell
@@ -36,9 +34,10 @@ from furiosa_llm.runtime.distributed.wire import (
     parse_result,
     stage_name,
 )
-from furiosa_llm.runtime.errors import StageError, WireError, WorkerError
+from furiosa_llm.runtime.errors import StageError, WireError
 from furiosa_llm.runtime.execution.counters import WIDTH, Counters, new_counters
-from furiosa_llm.runtime.runners.batch import Batch, Picked, adapters_of
+from furiosa_llm.runtime.runners.batch import Batch, Picked
+from furiosa_llm.runtime.runners.far_runner import FarRunner
 
 _PING_SECONDS = 1.0
 _POLL_MS = 100
@@ -67,7 +66,7 @@ class _UnderWay:
             self.picked.set_result(found)
 
 
-class RemoteRunner:
+class RemoteRunner(FarRunner[_UnderWay]):
     """One replica; stage i of it is on the server that `openings[i]` is sent to, which has the `token`.
 
     A stage takes at most `load_seconds` to load. Raises what
@@ -76,16 +75,11 @@ class RemoteRunner:
     """
 
     def __init__(self, openings: Sequence[Opening], token: str, *, load_seconds: float) -> None:
+        super().__init__()
         self._openings = openings
         count = len(openings)
         self._session = secrets.randbits(62)
         self._numbers = itertools.count(1)
-        self._adapters: weakref.WeakValueDictionary[int, Adapter] = weakref.WeakValueDictionary()
-        self._sent: set[int] = set()
-        self._lock = threading.Lock()
-        self._under_way: dict[int, _UnderWay] = {}
-        self._error: FuriosaLLMError | None = None
-        self._on_failure: Callable[[Exception], None] | None = None
         self._counters = new_counters(count)
         self._heard = [time.monotonic()] * count
         self._ending = threading.Event()
@@ -122,14 +116,6 @@ class RemoteRunner:
         self._send_batch(batch, _UnderWay(picks=tuple(picks), logits=None, picked=future))
         return future
 
-    def watch(self, on_failure: Callable[[Exception], None]) -> None:
-        """Has `on_failure` called with the error when the runner fails, or at once; not when it is closed before."""
-        with self._lock:
-            self._on_failure = on_failure
-            error = self._error
-        if error is not None:
-            on_failure(error)
-
     def progress(self) -> str:
         """How long ago each stage answered: one that runs a step answers when that has ended."""
         now = time.monotonic()
@@ -142,10 +128,7 @@ class RemoteRunner:
 
     def close(self) -> None:
         """Ends the session of every stage, which keeps its weights; what is under way fails."""
-        with self._lock:
-            self._on_failure = None
-        self._fail(WorkerError("the runner is closed"))
-        self._ending.set()
+        super().close()
         self._thread.join(timeout=5)
 
     def _connect(self, opening: Opening, token: str) -> Link:
@@ -166,11 +149,8 @@ class RemoteRunner:
 
     def _news(self, batch: Batch) -> list[Frames]:
         """What stages are told before `batch`: the adapters in it that they do not have, and those that are gone."""
-        gone = self._sent - set(self._adapters)
-        new = [one for one in adapters_of(batch) if one.key not in self._sent]
-        self._adapters.update({one.key: one for one in new})
-        self._sent = self._sent - gone | {one.key for one in new}
-        forget: Frames = [header(Kind.FORGET, self._session), np.array(sorted(gone), np.int64).tobytes()]
+        gone, new = self._changed_adapters(batch)
+        forget: Frames = [header(Kind.FORGET, self._session), np.array(gone, np.int64).tobytes()]
         return [
             *([forget] if gone else []),
             *([header(Kind.ADAPTER, self._session), *adapter_frames(one)] for one in new),
@@ -259,18 +239,8 @@ class RemoteRunner:
             raise
         entry.succeed(found)
 
-    def _fail(self, error: FuriosaLLMError) -> None:
-        with self._lock:
-            if self._error is not None:
-                return
-            self._error = error
-            on_failure = self._on_failure
-            lost, self._under_way = list(self._under_way.values()), {}
+    def _stop(self) -> None:
         self._ending.set()
-        for entry in lost:
-            entry.fail(error)
-        if on_failure is not None:
-            on_failure(error)
 
     def _close_sockets(self) -> None:
         """Ends the sessions, on the thread that has the sockets."""

@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection as connections
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.files import Folder
 from furiosa_llm.runtime.artifact.progress import tell
@@ -29,7 +27,8 @@ from furiosa_llm.runtime.errors import InputError, WorkerError
 from furiosa_llm.runtime.execution.counters import Counters, merged
 from furiosa_llm.runtime.execution.sessions import ranks_text
 from furiosa_llm.runtime.placement.stages import Stage
-from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, adapters_of, with_adapters
+from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Batch, Companions, with_adapters
+from furiosa_llm.runtime.runners.far_runner import FarRunner
 from furiosa_llm.runtime.runners.shared_memory import Arena, ProcessBarrier
 from furiosa_llm.runtime.runners.worker import Answer, Assignment, Forget, InArena, Ready, ToWorker
 
@@ -85,8 +84,12 @@ class _UnderWay:
     missing: set[int]
     logits: Array | None = field(default=None)
 
+    def fail(self, error: Exception) -> None:
+        """Whoever waits for it gets `error`."""
+        self.future.set_exception(error)
 
-class ProcessRunner:
+
+class ProcessRunner(FarRunner[_UnderWay]):
     """One replica in `workers` processes; see `Runner`.
 
     A process that ends, or a batch that fails in one, fails all that is under way and ends the other processes.
@@ -104,14 +107,9 @@ class ProcessRunner:
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
     ) -> None:
-        self._on_failure: Callable[[Exception], None] | None = None
+        super().__init__()
         self._groups = len(stages)
         self._numbers = itertools.count()
-        self._adapters: weakref.WeakValueDictionary[int, Adapter] = weakref.WeakValueDictionary()
-        self._sent: set[int] = set()
-        self._lock = threading.Lock()
-        self._under_way: dict[int, _UnderWay] = {}
-        self._error: Exception | None = None
         arena = Arena.create(self._groups)
         barriers = [ProcessBarrier.create(workers) for _ in range(self._groups)]
         try:
@@ -178,10 +176,7 @@ class ProcessRunner:
 
     def _news(self, batch: Batch) -> list[ToWorker]:
         """What workers are told before `batch`: the adapters in it that they do not have, and those that are gone."""
-        gone = self._sent - set(self._adapters)
-        new = [one for one in adapters_of(batch) if one.key not in self._sent]
-        self._adapters.update({one.key: one for one in new})
-        self._sent = self._sent - gone | {one.key for one in new}
+        gone, new = self._changed_adapters(batch)
         return [*([Forget(keys=frozenset(gone))] if gone else []), *new]
 
     def progress(self) -> str:
@@ -201,19 +196,9 @@ class ProcessRunner:
         """See `ReportsCounts`."""
         return merged(self._counters)
 
-    def watch(self, on_failure: Callable[[Exception], None]) -> None:
-        """Has `on_failure` called with the error when the runner fails, or at once; not when it is closed before."""
-        with self._lock:
-            self._on_failure = on_failure
-            error = self._error
-        if error is not None:
-            on_failure(error)
-
     def close(self) -> None:
         """Ends the processes; what is under way fails."""
-        with self._lock:
-            self._on_failure = None
-        self._fail(WorkerError("the runner is closed"))
+        super().close()
         self._reader.join(timeout=5)
 
     # -- the processes -----------------------------------------------------------------------------------------
@@ -289,23 +274,12 @@ class ProcessRunner:
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return WorkerError(f"worker {lane}, process {process.pid}, has ended {how}; its replica's requests are lost")
 
-    def _fail(self, error: Exception) -> None:
-        with self._lock:
-            if self._error is not None:
-                return
-            self._error = error
-            on_failure = self._on_failure
-            lost, self._under_way = list(self._under_way.values()), {}
+    def _stop(self) -> None:
         for process in self._processes:
             process.kill()
-        for entry in lost:
-            entry.future.set_exception(error)
-        if on_failure is not None:
-            on_failure(error)
 
     def _end_all(self) -> None:
-        for process in self._processes:
-            process.kill()
+        self._stop()
         for process, connection in zip(self._processes, self._connections, strict=True):
             process.wait()
             connection.close()
