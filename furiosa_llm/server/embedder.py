@@ -90,7 +90,8 @@ class Embedder:
             wanted = [text for text in self._waiting if not text.result.cancelled()]
             fitting = (text for text in wanted if (text.length, text.run) == (wanted[0].length, wanted[0].run))
             chosen = list(itertools.islice(fitting, self.encoder.batch_size))
-            self._waiting = deque(text for text in wanted if text not in chosen)
+            left = set(wanted).difference(chosen)
+            self._waiting = deque(text for text in wanted if text in left)
             batch = [text for text in chosen if text.result.set_running_or_notify_cancel()]
             self._running = len(batch)
             return batch

@@ -239,6 +239,10 @@ class Manifest:
         states = [info for info in self.inputs if info.role == "state" and info.name not in fixed]
         return {info.name: self._position_nbytes(info) for info in states}
 
+    def stored_nbytes(self, tensor: StoredTensor) -> int:
+        """The bytes of all shards of `tensor`."""
+        return tensor.local_nbytes * self.mesh.parts(tensor.shard_axes)
+
     def payload_nbytes(self, collective: Collective) -> int:
         """The bytes that `collective` gives each rank for a decoded token: every dynamic dimension is 1."""
         parts = self.mesh.parts(collective.axes) if collective.kind == "AllGather" else 1

@@ -104,8 +104,7 @@ class Artifact(SplitModel):
     def check_tensor(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of all shards of the stored tensor `name`; raises ArtifactError if they have not its digest."""
         tensor = self.tensors[name]
-        nbytes = tensor.local_nbytes * self.manifest.mesh.parts(tensor.shard_axes)
-        whole = self.files.read(tensor.file, self.offsets[name], nbytes)
+        whole = self.files.read(tensor.file, self.offsets[name], self.manifest.stored_nbytes(tensor))
         if hashlib.sha256(whole.data).hexdigest() != tensor.sha256:
             raise ArtifactError(
                 f"{tensor.file} was altered in the tensor {name!r:.80}; copy the artifact again or {REBUILD}"
@@ -116,8 +115,8 @@ class Artifact(SplitModel):
         """The bytes of `window`, once those of the tensor that it belongs to have its digest."""
         for tensor in self.manifest.tensors:
             start = self.offsets[tensor.name]
-            nbytes = tensor.local_nbytes * self.manifest.mesh.parts(tensor.shard_axes)
-            if tensor.file == window.file and start <= window.offset < start + nbytes:
+            stop = start + self.manifest.stored_nbytes(tensor)
+            if tensor.file == window.file and start <= window.offset < stop:
                 return self.check_tensor(tensor.name)[window.offset - start :][: window.nbytes]
         return self.files.read(window.file, window.offset, window.nbytes)
 

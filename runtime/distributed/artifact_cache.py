@@ -26,6 +26,7 @@ from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, FileEntry, Stor
 from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.artifact.temporary import replace_file
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.distributed.link import Context, Doorkeeper, Link, listen, receive
 from furiosa_llm.runtime.distributed.wire import (
@@ -165,7 +166,7 @@ class ArtifactCache:
             data = b"".join(_chunks(fetch, MANIFEST_NAME, 0, None))
             if manifest_digest(data) != self._digest:
                 raise ArtifactError(f"the head's {MANIFEST_NAME} was altered since it was opened; load it again")
-            _put(manifest, data)
+            replace_file(manifest, data)
             self._journal.unlink(missing_ok=True)
         for entry in parse_manifest(manifest.read_bytes()).files:
             path = self.folder / entry.path
@@ -176,7 +177,7 @@ class ArtifactCache:
             else:
                 data = b"".join(_chunks(fetch, entry.path, 0, entry.nbytes))
                 _check(hashlib.sha256(data).hexdigest(), entry.sha256, entry.path)
-                _put(path, data)
+                replace_file(path, data)
 
     def _make_sparse(self, path: Path, entry: FileEntry, fetch: Fetch) -> None:
         """A weights file with its header, and nothing else."""
@@ -208,7 +209,7 @@ class ArtifactCache:
 
     def _copy_tensor(self, artifact: Artifact, tensor: StoredTensor, fetch: Fetch) -> None:
         at = artifact.offsets[tensor.name]
-        nbytes = tensor.local_nbytes * artifact.manifest.mesh.parts(tensor.shard_axes)
+        nbytes = artifact.manifest.stored_nbytes(tensor)
         digest = hashlib.sha256()
         with (self.folder / tensor.file).open("r+b") as file:
             file.seek(at)
@@ -233,13 +234,6 @@ def _chunks(fetch: Fetch, name: str, offset: int, nbytes: int | None) -> Iterato
             return
         done += chunk.nbytes
         yield chunk
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _check(found: str, expected: str, what: str) -> None:

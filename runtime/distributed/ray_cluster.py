@@ -97,7 +97,7 @@ class RayCluster:
         count = max(map(max, self._cards)) + 1
         self._ours = _connect(address, count)
         try:
-            self._nodes = self._await_cards(count)
+            self._owners = [node for node in self._await_cards(count) for _ in range(node.cards)]
         except BaseException:
             self.close()
             raise
@@ -105,7 +105,7 @@ class RayCluster:
     @property
     def card_hosts(self) -> Sequence[str]:
         """See `Cluster`."""
-        return [node.host for node in self._nodes for _ in range(node.cards)]
+        return [node.host for node in self._owners]
 
     @property
     def own_address(self) -> str:
@@ -176,7 +176,7 @@ class RayCluster:
         now = time.monotonic()
         self._suspects = {node_id: until for node_id, until in self._suspects.items() if until > now}
         alive = {node.node_id: node for node in _nodes()}
-        home = self._home(card)
+        home = self._owners[card]  # as the cluster was found
         if home.node_id in alive and home.node_id not in self._suspects:
             wanted = {_NODE_ID: home.node_id}
         else:
@@ -208,11 +208,6 @@ class RayCluster:
             raise NoHostError(f"{name} was started on a host that has ended since")
         place = Place(address=address, host=node.host)
         return _Stage(node=node, group=group, actor=actor, place=place)
-
-    def _home(self, card: int) -> _Node:
-        """The host that had the card as the cluster was found."""
-        owners = [node for node in self._nodes for _ in range(node.cards)]
-        return owners[card]
 
 
 def _connect(address: str | None, cards: int) -> bool:

@@ -16,6 +16,9 @@ from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.program.limits import load_seconds
 from furiosa_llm.runtime.runners.batch import NO_COMPANIONS, Companions
 
+_SLACK_SECONDS = 60.0
+"""What a stage may take to load beside its sessions: reading the artifact and checking its digests."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -128,7 +131,3 @@ class RemoteHost(Closing):
         if self._source is not None:
             self._source.close()
         self._cluster.close()
-
-
-_SLACK_SECONDS = 60.0
-"""What a stage may take to load beside its sessions: reading the artifact and checking its digests."""

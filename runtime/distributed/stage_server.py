@@ -10,6 +10,8 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +19,8 @@ import zmq
 
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.compute import computing
-from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
-from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
+from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.distributed.artifact_cache import ArtifactCache, fetching
 from furiosa_llm.runtime.distributed.link import Doorkeeper, Link, check_token, listen, receive
@@ -138,8 +140,6 @@ class StageServer(Closing):
             elif self._open is not None and message.session == self._open.number:
                 self._open.heard = time.monotonic()
                 self._handle(message, self._open)
-        except FuriosaLLMError as error:
-            self._refuse(bytes(sender), message, error)
         except Exception as error:  # noqa: BLE001 - the head raises it, and this server goes on
             self._refuse(bytes(sender), message, error)
 
@@ -253,8 +253,9 @@ class StageServer(Closing):
         )
         if opening.verify and opening.source is None:  # else it was compared as it was copied
             stored = {tensor.name for tensor in model.programs[0].graph.model.graph.initializer}
-            for name in sorted(stored & artifact.tensors.keys()):
-                self._check_digest(artifact, name, opening)
+            with _named(opening):
+                for name in sorted(stored & artifact.tensors.keys()):
+                    artifact.check_tensor(name)
         self._loaded = (key, model)
         return model
 
@@ -263,22 +264,13 @@ class StageServer(Closing):
         if opening.source is None:
             return Path(opening.folder)
         cache = ArtifactCache(Path(opening.folder), opening.digest, opening.stages[opening.stage])
-        try:
-            with fetching(opening.source, self._token) as fetch:
-                cache.fill(
-                    fetch,
-                    lambda found: stage_tensors(computing(found, opening.compute), opening.stages, opening.stage),
-                    verify=opening.verify,
-                )
-        except ArtifactError as error:
-            raise ArtifactError(f"{stage_name(opening)}: {error}") from error
+        with _named(opening), fetching(opening.source, self._token) as fetch:
+            cache.fill(
+                fetch,
+                lambda found: stage_tensors(computing(found, opening.compute), opening.stages, opening.stage),
+                verify=opening.verify,
+            )
         return cache.folder
-
-    def _check_digest(self, artifact: Artifact, name: str, opening: Opening) -> None:
-        try:
-            artifact.check_tensor(name)
-        except ArtifactError as error:
-            raise ArtifactError(f"{stage_name(opening)}: {error}") from error
 
     def _name(self) -> str:
         assert self._open is not None
@@ -304,6 +296,15 @@ class StageServer(Closing):
             self._socket.send_multipart([receiver, *frames], flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
             logger.warning("a message could not be sent: %s", error)
+
+
+@contextmanager
+def _named(opening: Opening) -> Iterator[None]:
+    """Says in errors of the artifact which stage they are of."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{stage_name(opening)}: {error}") from error
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ _SCORES_NBYTES = 256
 
 def weight_nbytes(manifest: Manifest) -> int:
     """The bytes of all shards."""
-    return sum(tensor.local_nbytes * manifest.mesh.parts(tensor.shard_axes) for tensor in manifest.tensors)
+    return sum(map(manifest.stored_nbytes, manifest.tensors))
 
 
 def step_seconds(manifest: Manifest, tokens: int) -> float:

@@ -12,7 +12,7 @@ from furiosa_llm.runtime.artifact.errors import FuriosaLLMError
 from furiosa_llm.runtime.requests.outputs import FinishReason, RequestOutput
 from furiosa_llm.runtime.requests.request import Request, SequenceRequest
 from furiosa_llm.runtime.runners.batch import Batch, Picked, Prefill, Row
-from furiosa_llm.runtime.tokens.sampler import sample_rows, take_likeliest
+from furiosa_llm.runtime.tokens.sampler import Sampler, sample_rows, take_likeliest
 
 Sink = Callable[[Sequence[tuple[int, RequestOutput]]], None]
 """Takes the outputs that a step made for it, each with its submission's key, on a replica's thread: it must return at
@@ -217,30 +217,26 @@ class RequestTable:
         try:
             return sample_rows([sequence.sampler for _, (_, sequence) in rows], chosen), []
         except FuriosaLLMError:
-            return self._sample_one_by_one(rows, logits)
+            return self._one_by_one(rows, lambda at, sampler: sample_rows([sampler], logits[at : at + 1])[0])
 
     def _take_likeliest(
         self, rows: Sequence[tuple[int, _Owned]], found: Picked
     ) -> tuple[Sequence[int | None], list[int]]:
         """As `_sample`, of rows whose likeliest token is known."""
+        return self._one_by_one(
+            rows,
+            lambda place, sampler: take_likeliest(sampler, int(found.tokens[place]), float(found.greatest[place])),
+        )
+
+    def _one_by_one(
+        self, rows: Sequence[tuple[int, _Owned]], draw: Callable[[int, Sampler], int | None]
+    ) -> tuple[Sequence[int | None], list[int]]:
+        """As `_sample`, each row by itself, by `draw` of its place and its sequence's sampler."""
         tokens: list[int | None] = []
         failed: list[int] = []
         for place, (submission, sequence) in rows:
             try:
-                tokens.append(take_likeliest(sequence.sampler, int(found.tokens[place]), float(found.greatest[place])))
-            except FuriosaLLMError as error:
-                tokens.append(None)
-                failed += self.end(submission.key, "error", error)
-        return tokens, failed
-
-    def _sample_one_by_one(
-        self, rows: Sequence[tuple[int, _Owned]], logits: Array
-    ) -> tuple[Sequence[int | None], list[int]]:
-        tokens: list[int | None] = []
-        failed: list[int] = []
-        for index, (submission, sequence) in rows:
-            try:
-                tokens += sample_rows([sequence.sampler], logits[index : index + 1])
+                tokens.append(draw(place, sequence.sampler))
             except FuriosaLLMError as error:
                 tokens.append(None)
                 failed += self.end(submission.key, "error", error)

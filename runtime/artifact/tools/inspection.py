@@ -230,7 +230,7 @@ def _weights(artifact: Artifact) -> WeightMemory:
         pe_nbytes=split + replicated,
         split_nbytes=split,
         replicated_nbytes=replicated,
-        stored_nbytes=sum(tensor.local_nbytes * mesh.parts(tensor.shard_axes) for tensor in manifest.tensors),
+        stored_nbytes=sum(map(manifest.stored_nbytes, manifest.tensors)),
         padding_nbytes=sum(_padding_nbytes(tensor, mesh) for tensor in manifest.tensors),
         original_nbytes=sum(DTYPES[entry.dtype].nbytes(entry.shape) for entry in _distinct(manifest.initializers)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from furiosa_llm.runtime.artifact.errors import ArtifactError
-from furiosa_llm.runtime.artifact.manifest import FileEntry, StoredTensor
+from furiosa_llm.runtime.artifact.manifest import FileEntry
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import padding_is_zero, read_original, read_whole
@@ -32,14 +32,14 @@ def check_weights(artifact: Artifact) -> Check:
 
 def _file_faults(artifact: Artifact, entry: FileEntry) -> Iterator[str]:
     tensors = [tensor for tensor in artifact.manifest.tensors if tensor.file == entry.path]
-    tensors.sort(key=lambda tensor: (artifact.offsets[tensor.name], _nbytes(artifact, tensor)))
+    tensors.sort(key=lambda tensor: (artifact.offsets[tensor.name], artifact.manifest.stored_nbytes(tensor)))
     whole = hashlib.sha256()
     try:
         with artifact.files.stream(entry.path) as file:
             for tensor in tensors:
                 _update(file, entry.path, artifact.offsets[tensor.name] - file.tell(), [whole])
                 own = hashlib.sha256()
-                _update(file, entry.path, _nbytes(artifact, tensor), [whole, own])
+                _update(file, entry.path, artifact.manifest.stored_nbytes(tensor), [whole, own])
                 if own.hexdigest() != tensor.sha256:
                     yield _differs(f"{entry.path}: stored tensor {tensor.name!r:.80}", own.hexdigest(), tensor.sha256)
             _update(file, entry.path, entry.nbytes - file.tell(), [whole])
@@ -47,11 +47,6 @@ def _file_faults(artifact: Artifact, entry: FileEntry) -> Iterator[str]:
         raise ArtifactError(f"{artifact.folder / entry.path} cannot be read: {error.strerror}") from error
     if whole.hexdigest() != entry.sha256:
         yield _differs(entry.path, whole.hexdigest(), entry.sha256)
-
-
-def _nbytes(artifact: Artifact, tensor: StoredTensor) -> int:
-    """Of all shards."""
-    return tensor.local_nbytes * artifact.manifest.mesh.parts(tensor.shard_axes)
 
 
 def _update(file: BinaryIO, name: str, nbytes: int, digests: Sequence[hashlib._Hash]) -> None:
