@@ -110,7 +110,7 @@ def plan_model(
     path = find_model(Path(model))
     analysed = analyse_model(path, options)
     builds = tuple(analysed.lowered_for(of_size) for of_size in of_sizes)
-    limit = builds[0].max_length
+    limit = analysed.max_length
     workload = Workload(max_batch_size=batch, max_model_len=context or limit or DEFAULT_LENGTH)
     tensors = weights_of(analysed.source.model)
     dtypes: Counter[str] = Counter()

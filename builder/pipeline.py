@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.factors.analysis import Analysis, analyse
+from furiosa_llm.builder.factors.longest import longest_sequence
 from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.states import States, find_states
 from furiosa_llm.builder.lower.build import Build
@@ -35,7 +36,7 @@ from furiosa_llm.builder.rewrite.normalize import normalize
 from furiosa_llm.builder.rewrite.passes import rewrite
 from furiosa_llm.builder.rewrite.weight_inputs import check_adapted
 from furiosa_llm.builder.shapes.roles import find_roles, read_role
-from furiosa_llm.builder.source.companions import read_json
+from furiosa_llm.builder.source.companions import max_sequence_length, read_json
 from furiosa_llm.builder.source.load import Source, load
 from furiosa_llm.builder.write.artifact import write_artifact
 from furiosa_llm.builder.write.build_report import BuildReport
@@ -153,6 +154,12 @@ class Analysed:
         """Plans for any mesh."""
         return Planning(self.analysis, self.states, self.probes)
 
+    @functools.cached_property
+    def max_length(self) -> int | None:
+        """See `Build`."""
+        limits = (max_sequence_length(self.source.path), longest_sequence(self.analysis, self.probes))
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def lowered_for(self, options: BuildOptions) -> Build:
         """Plan for the mesh of `options` and lower.
 
@@ -178,6 +185,7 @@ class Analysed:
             states=self.states,
             fusion=self.fusion,
             analysis=self.analysis,
+            max_length=self.max_length,
             plan=plan,
             lowered=lower(self.analysis, plan.mesh, plan.assignment, plan.outcome, self.source.model),
         )

@@ -7,7 +7,6 @@ import dataclasses
 import onnx_ir as ir
 
 from furiosa_llm.builder.factors.analysis import Analysis
-from furiosa_llm.builder.factors.longest import longest_sequence
 from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.scores import find_scores
 from furiosa_llm.builder.factors.states import States
@@ -16,7 +15,6 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.shapes.interface import role_of
-from furiosa_llm.builder.source.companions import max_sequence_length
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.runtime.artifact.manifest import Task
 
@@ -35,6 +33,8 @@ class Build:
     states: States
     fusion: Fusion
     analysis: Analysis
+    max_length: int | None
+    """The longest sequence that the configuration allows and the tables of positions reach, in tokens."""
     plan: Plan
     lowered: Lowered
 
@@ -54,12 +54,6 @@ class Build:
         if self.states.pairs and self.logits is not None:
             return "decoder"
         return "encoder" if self.reads_tokens else "other"
-
-    @property
-    def max_length(self) -> int | None:
-        """The longest sequence that the configuration allows and the tables of positions reach, in tokens."""
-        limits = (max_sequence_length(self.source.path), longest_sequence(self.analysis, self.probes))
-        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def logits(self) -> ir.Value | None:

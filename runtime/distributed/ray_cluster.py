@@ -231,13 +231,13 @@ def _connect(address: str | None, cards: int) -> bool:
 
 def _own_address() -> str:
     """The address that Ray has for this host."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no type of it
 
 
 def _nodes() -> list[_Node]:
     """The hosts that are alive, the head's first and then by address."""
     found = []
-    for node in ray.nodes():  # type: ignore[no-untyped-call]
+    for node in ray.nodes():  # type: ignore[no-untyped-call]  # nor of this
         if node["Alive"]:
             host = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
             cards = int(node["Resources"].get(RESOURCE, 0))

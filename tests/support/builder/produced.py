@@ -37,6 +37,7 @@ def produced(prepared: Prepared, mesh: Mesh, assignment: Assignment, outcome: Ou
         states=prepared.states,
         fusion=Fusion(),
         analysis=prepared.analysis,
+        max_length=None,
         plan=cast(Plan, SimpleNamespace(mesh=mesh)),
         lowered=lowered,
     )
