@@ -135,7 +135,7 @@ def second_node(artifact: Artifact) -> Bar:
 
 
 @contextmanager
-def server(cores: set[int]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(cores: set[int], token: str = TOKEN) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A stage server on these cores, and its address."""
     program = "from furiosa_llm.runtime.distributed.stage_server import main; main()"
     command = [sys.executable, "-P", "-c", program, _ANY, "1"]
@@ -143,7 +143,7 @@ def server(cores: set[int]) -> Iterator[tuple[subprocess.Popen[str], str]]:
         os.sched_setaffinity(process.pid, cores)
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(f"{TOKEN}\n")
+        process.stdin.write(f"{token}\n")
         process.stdin.flush()
         try:
             yield process, process.stdout.readline().strip()

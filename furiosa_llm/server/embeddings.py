@@ -12,9 +12,10 @@ from starlette.responses import Response
 from furiosa_llm.runtime.encoder import Vector
 from furiosa_llm.runtime.requests.prompts import Prompt, listed
 from furiosa_llm.server.body_route import BodyRoute
+from furiosa_llm.server.encoder_requests import EmbeddingRequest
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import until_disconnect
-from furiosa_llm.server.requests import EmbeddingRequest, as_prompt
+from furiosa_llm.server.requests import as_prompt
 from furiosa_llm.server.responses import EmbeddingData, EmbeddingResponse, EmbeddingUsage
 from furiosa_llm.server.state import ServerState, State, require_json
 from furiosa_llm.server.text_processes import SHORT_TEXT

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, Request
 
 from furiosa_llm.server.body_route import BodyRoute
 from furiosa_llm.server.embedder import Embedder
+from furiosa_llm.server.encoder_requests import RerankRequest, ScoreRequest
 from furiosa_llm.server.errors import ApiError
 from furiosa_llm.server.events import until_disconnect
-from furiosa_llm.server.requests import RerankRequest, ScoreRequest
 from furiosa_llm.server.responses import (
     EmbeddingUsage,
     RankedDocument,

@@ -155,7 +155,8 @@ def test_every_field_of_the_clients_is_known() -> None:
     from openai.types.completion_create_params import CompletionCreateParamsStreaming as Completion
     from openai.types.embedding_create_params import EmbeddingCreateParams
 
-    from furiosa_llm.server.requests import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
+    from furiosa_llm.server.encoder_requests import EmbeddingRequest
+    from furiosa_llm.server.requests import ChatCompletionRequest, CompletionRequest
 
     for theirs, ours in (
         (Chat, ChatCompletionRequest),

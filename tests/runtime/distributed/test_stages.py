@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zmq
 
+from benchmarks.cluster import server
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
@@ -194,22 +193,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
 # -- faults --------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def process() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server in a process of its own, and its address."""
-    program = "from furiosa_llm.runtime.distributed.stage_server import main; main()"
-    command = [sys.executable, "-P", "-c", program, ANY_PORT, "1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(f"{TOKEN}\n")
-        server.stdin.flush()
-        try:
-            yield server, server.stdout.readline().strip()
-        finally:
-            server.kill()
-
-
 def noticed(runner: RemoteRunner, act: Callable[[], None]) -> tuple[Exception, float]:
     """The runner's failure by `act`, and the seconds until it is noticed."""
     failures: list[Exception] = []
@@ -228,13 +211,13 @@ def noticed(runner: RemoteRunner, act: Callable[[], None]) -> tuple[Exception, f
 
 def test_a_stage_that_answers_no_more_and_one_that_ends(artifact: Artifact, servers: list[StageServer]) -> None:
     """Stopped, it is a host behind a cut cable; then it comes back, and then it is killed."""
-    with process() as (server, address):
+    with server(os.sched_getaffinity(0), TOKEN) as (process, address):
         opening = opening_of(artifact, [servers[0].address, address])
         with running(opening) as runner:
             waiting = [Future[Array]()]
 
             def stop() -> None:
-                server.send_signal(signal.SIGSTOP)
+                process.send_signal(signal.SIGSTOP)
                 waiting[0] = runner.submit(decode())
 
             error, seconds = noticed(runner, stop)
@@ -245,10 +228,10 @@ def test_a_stage_that_answers_no_more_and_one_that_ends(artifact: Artifact, serv
                 waiting[0].result(DEADLINE)
             with pytest.raises(StageError, match="stage 1 on host1 is lost"):
                 runner.submit(decode()).result(DEADLINE)
-        server.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGCONT)
         with running(opening) as runner:
             runner.submit(decode()).result(DEADLINE)
-            error, seconds = noticed(runner, server.kill)
+            error, seconds = noticed(runner, process.kill)
             assert isinstance(error, StageError)
             assert "stage 1 on host1" in str(error)
             assert seconds < 1
