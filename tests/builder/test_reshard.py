@@ -24,10 +24,12 @@ from tests.support.tiers import tiered
 
 FEW = (("tiny-phi3-optimum", 8, 4), ("tiny-llama-genai-int4-qdq", 8, 4))
 """A packed weight in parts, and elements below one byte."""
+LEFT = {(row.path, *((4, 8), (8, 4))[number % 2]) for number, row in enumerate(MODELS)} - set(FEW)
+"""To `make test-release`: each model goes one way in every run."""
 
 
 @pytest.mark.parametrize(
-    ("name", "before", "after"), tiered([(row.path, *way) for row in MODELS for way in ((4, 8), (8, 4))], FEW)
+    ("name", "before", "after"), tiered([(row.path, *way) for row in MODELS for way in ((4, 8), (8, 4))], FEW, LEFT)
 )
 def test_the_bytes_are_those_of_a_fresh_build(name: str, before: int, after: int, built: Built, tmp_path: Path) -> None:
     _, start = built(name, before)
@@ -150,9 +152,7 @@ REAL = {(shape, *way) for shape in SHAPES for way in ((4, 8), (8, 4))}
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize(
-    ("shape", "before", "after"), tiered(sorted(REAL), (), REAL - {("int4", 4, 8), ("optimum-fp32", 8, 4)})
-)
+@pytest.mark.parametrize(("shape", "before", "after"), tiered(sorted(REAL), (), REAL - {("optimum-fp32", 8, 4)}))
 def test_the_real_model(shape: str, before: int, after: int, tmp_path: Path) -> None:
     reshard(smollm2_artifact(shape, before), tmp_path / "resharded", tensor_parallel_size=after)
     assert digests(tmp_path / "resharded") == digests(smollm2_artifact(shape, after))

@@ -150,7 +150,7 @@ def command_of(url: str, config: Path, seconds: float | None, seed: int) -> list
     command += ["--continue-on-failure", "--request-timeout", "60", "--max-response-time", "60"]
     command += ["--header", f"Authorization: Bearer {KEY}", "--warnings", "off"]
     if seconds is None:
-        return [*command, "--max-examples", "6", "--generation-deterministic", "--phases", "examples,coverage,fuzzing"]
+        return [*command, "--max-examples", "3", "--generation-deterministic", "--phases", "examples,coverage,fuzzing"]
     command += ["--exclude-path-regex", _READ_ONLY]
     return [*command, "--generation-database", "none", "--max-time", str(max(1, round(seconds)))]
 

@@ -12,7 +12,7 @@ from tests.support.artifacts import smollm2_artifact
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
-FEW, MANY, NUM_TOKENS = 2, 8, 32
+FEW, MANY, NUM_TOKENS = 2, 8, 26
 """Prompts of a replica that runs one at a time, and of one that runs many, and tokens; the campaign has more."""
 OPTIMUM = Setting(tp=4, pp=2, dp=1, batch=16, chunk=7, preempted=True, caching=True, workers=None)
 
