@@ -1,10 +1,9 @@
-"""The cache outside the repository, and folders in it that are built step by step, never half."""
+"""Folders in the cache outside the repository that are built step by step, never half."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,6 @@ class Step:
     name: str
     files: tuple[str, ...]
     write: Callable[[Path], None]
-
-
-def cache_home() -> Path:
-    """The project's cache folder: `$XDG_CACHE_HOME/furiosa-llm-onnx`, or `~/.cache/furiosa-llm-onnx`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "furiosa-llm-onnx"
 
 
 def is_complete(folder: Path, recipe: str) -> bool:

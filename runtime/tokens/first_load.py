@@ -1,14 +1,21 @@
-"""A tokenizer.json is first loaded in a process of its own: a bad one may end a process, hang it, or fill memory."""
+"""A tokenizer.json is first loaded in a process of its own: a bad one may end a process, hang it, or fill memory.
+
+That takes as long as loading it here, and an interpreter's start; so what has passed is remembered in the user's cache,
+by its digest, and is not tried again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import tokenizers
 
+from furiosa_llm.runtime.artifact.cache import cache_home
 from furiosa_llm.runtime.errors import TokenizerError
 from furiosa_llm.runtime.tokens.lean_process import lean_process, limit_memory
 
@@ -16,16 +23,42 @@ _SECONDS = 120.0
 _MAX_NBYTES = 4 * 2**30
 _REFUSED = 3
 _PROBE = "Aé 1\n"
-_LOADED: set[bytes] = set()
-"""Digests of what has passed in this process."""
+_TRIAL = f"{tokenizers.__version__}, {_PROBE!r} within {_SECONDS:g} s and {_MAX_NBYTES} bytes\n".encode()
+"""What a tokenizer has passed that is remembered."""
+_LOADED: set[str] = set()
+"""Digests of what has passed in this process, for users without a cache."""
 
 
 def check_loads(text: str, file: str) -> None:
     """Raises TokenizerError unless another process can make a tokenizer of `text`, the content of `file`."""
     content = text.encode("utf-8", "surrogatepass")
-    digest = hashlib.sha256(content).digest()
-    if digest in _LOADED:
-        return
+    digest = hashlib.blake2b(content, key=hashlib.blake2b(_TRIAL).digest(), digest_size=32).hexdigest()
+    if digest not in _LOADED and not _is_remembered(digest):
+        _try_in_process(content, file)
+        _remember(digest)
+    _LOADED.add(digest)
+
+
+def _is_remembered(digest: str) -> bool:
+    """Whether this user has had it pass before; nobody else's word is taken."""
+    try:
+        return _verdicts().joinpath(digest).lstat().st_uid == os.geteuid()
+    except (OSError, RuntimeError):
+        return False
+
+
+def _remember(digest: str) -> None:
+    """Leaves an empty file of that name; without a folder to write into, the next process tries again."""
+    with contextlib.suppress(OSError, RuntimeError):
+        _verdicts().mkdir(parents=True, exist_ok=True)
+        _verdicts().joinpath(digest).touch()
+
+
+def _verdicts() -> Path:
+    return cache_home() / "tokenizers"
+
+
+def _try_in_process(content: bytes, file: str) -> None:
     process = lean_process(__name__, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with process:
         try:
@@ -41,7 +74,6 @@ def check_loads(text: str, file: str) -> None:
             f"{file} is not a tokenizer: the process that loaded it ended with {process.returncode}, where it may take "
             f"{_MAX_NBYTES >> 30} GiB"
         )
-    _LOADED.add(digest)
 
 
 def main() -> None:

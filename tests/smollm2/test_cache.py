@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from furiosa_llm.example.cache import Step, build_folder, cache_home, is_complete
+from furiosa_llm.example.cache import Step, build_folder, is_complete
 from furiosa_llm.example.errors import CacheError
 
 QUIET = Console(quiet=True)
@@ -86,10 +86,3 @@ def test_disk_trouble_says_where_and_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match=r"cannot build .*file/model: .*XDG_CACHE_HOME"):
         build_folder(tmp_path / "file" / "model", "1", Recorder().steps(), QUIET)
-
-
-def test_cache_home_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_home() == tmp_path / "furiosa-llm-onnx"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_home() == Path.home() / ".cache" / "furiosa-llm-onnx"

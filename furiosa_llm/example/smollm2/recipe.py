@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import rich.console
 
-from furiosa_llm.example.cache import Step, build_folder, cache_home, is_complete
+from furiosa_llm.example.cache import Step, build_folder, is_complete
 from furiosa_llm.example.llama.configs import CONFIG_FILES, GENAI_CONFIG_FILES, write_configs, write_json
 from furiosa_llm.example.llama.genai import write_genai_graph
 from furiosa_llm.example.llama.onnx_writer import DATA, MODEL, ModelWriter, write_model_files
@@ -26,6 +26,7 @@ from furiosa_llm.example.smollm2.tokenizer import (
     special_tokens,
     tokenizer_config,
 )
+from furiosa_llm.runtime.artifact.cache import cache_home
 from furiosa_llm.runtime.artifact.console import Console
 
 RECIPE = "2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -66,6 +67,48 @@ def test_a_tokenizer_that_hangs_the_process(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(first_load, "_SECONDS", 0.05)
     with pytest.raises(TokenizerError, match=r"loading it takes more than 0\.05 s"):
         Tokenizer.from_folder(written(tmp_path, b"hangs"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty cache of a user whose process has loaded nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(first_load, "_LOADED", set())
+    return tmp_path / "cache" / "furiosa-llm-onnx" / "tokenizers"
+
+
+PASSES = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "added_tokens": []}'
+
+
+def test_what_has_passed_is_not_tried_again_by_the_next_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_load.check_loads(PASSES, "tokenizer.json")
+    [verdict] = cache.iterdir()
+    assert verdict.stat().st_size == 0
+    in_place_of_the_child("import os; os.abort()", monkeypatch)
+    first_load._LOADED.clear()
+    first_load.check_loads(PASSES, "tokenizer.json")
+    with pytest.raises(TokenizerError, match="the process that loaded it ended with -6"):
+        first_load.check_loads(PASSES + " ", "tokenizer.json")
+    assert list(cache.iterdir()) == [verdict]
+
+
+def test_what_another_user_has_left_is_not_believed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first_load.check_loads(PASSES, "tokenizer.json")
+    first_load._LOADED.clear()
+    in_place_of_the_child("import os; os.abort()", monkeypatch)
+    monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(TokenizerError, match="the process that loaded it ended with -6"):
+        first_load.check_loads(PASSES, "tokenizer.json")
+
+
+def test_without_a_cache_each_process_tries_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.parent.write_text("a file in place of the folder")
+    first_load.check_loads(PASSES, "tokenizer.json")
+    in_place_of_the_child("import os; os.abort()", monkeypatch)
+    first_load.check_loads(PASSES, "tokenizer.json")
+    first_load._LOADED.clear()
+    with pytest.raises(TokenizerError, match="the process that loaded it ended with -6"):
+        first_load.check_loads(PASSES, "tokenizer.json")
 
 
 def test_without_waiting_the_error_comes_later(tmp_path: Path) -> None:
