@@ -75,7 +75,11 @@ def listen(context: Context, address: str) -> Socket:
 
 
 def receive(socket: Socket) -> list[memoryview]:
-    """The frames of the next message; of one that has too many, raises WireError and keeps none."""
+    """The frames of the next message; of one that has too many, raises WireError and keeps none.
+
+    Waits for it as long as the socket's `rcvtimeo` says, then raises zmq.Again: without a poll before, which costs more
+    than the message does.
+    """
     frames: list[memoryview] = []
     more, count = True, 0
     while more:

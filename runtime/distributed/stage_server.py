@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0
 """A head of which nothing has been heard for so long has ended: its session ends, and another one may open one."""
-_POLL_MS = 500
+_LOOK_MS = 500
+"""So often a stage looks whether its head and the later stages are still there."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,11 +83,12 @@ class StageServer(Closing):
         except zmq.ZMQError as error:
             self._context.term()
             raise StageError(f"nothing can be bound to {address}: {error}; give an address of this host") from error
+        self._socket.rcvtimeo = _LOOK_MS
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._crew = Crew(self._threads)
         self._loaded: tuple[Opening, LoadedModel] | None = None
         self._open: _Open | None = None
-        self._poller = self._make_poller()
+        self._looked = time.monotonic()
         self._ending = threading.Event()
         self._ended = threading.Event()
 
@@ -107,30 +109,39 @@ class StageServer(Closing):
         self._ending.set()
         self._ended.wait(5)
 
-    def _make_poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        for link in self._open.links.values() if self._open is not None else ():
-            poller.register(link.monitor, zmq.POLLIN)
-        return poller
-
     def _serve_once(self) -> None:
-        ready = dict(self._poller.poll(_POLL_MS))
-        for link in self._open.links.values() if self._open is not None else ():
-            if link.monitor in ready and (lost := link.notice()) is not None:
-                self._fail(StageError(f"{self._name()}: {lost}"))
-                return
-        if self._socket in ready:
-            self._take()
-        elif self._open is not None and time.monotonic() - self._open.heard > HEAD_SECONDS:
+        try:
+            frames = receive(self._socket)
+        except zmq.Again:
+            self._look_for_head()
+            frames = []
+        except WireError as error:
+            logger.warning("a message was refused: %s", error)
+            return
+        if frames:
+            self._take(frames)
+        if time.monotonic() - self._looked > _LOOK_MS / 1000:
+            self._look_for_stages()
+
+    def _look_for_head(self) -> None:
+        """Ends the session if its head has ended; only while no message waits, which may be a sign of its life."""
+        if self._open is not None and time.monotonic() - self._open.heard > HEAD_SECONDS:
             logger.warning("the head has not been heard of for %g s: its session ends", HEAD_SECONDS)
             self._end_session()
 
-    def _take(self) -> None:
-        """The next message; whatever is wrong with it is answered, and ends at most the session that it is of."""
+    def _look_for_stages(self) -> None:
+        """Ends the session if a later stage is lost."""
+        self._looked = time.monotonic()
+        links = () if self._open is None else self._open.links.values()
+        lost = next((why for link in links if (why := link.notice()) is not None), None)
+        if lost is not None:
+            self._fail(StageError(f"{self._name()}: {lost}"))
+
+    def _take(self, frames: list[memoryview]) -> None:
+        """A message; whatever is wrong with it is answered, and ends at most the session that it is of."""
+        sender, *rest = frames
         try:
-            sender, *frames = receive(self._socket)
-            message = parse_message(frames)
+            message = parse_message(rest)
         except WireError as error:
             logger.warning("a message was refused: %s", error)
             return
@@ -225,7 +236,6 @@ class StageServer(Closing):
             heard=time.monotonic(),
             dtype=next(info.dtype for info in model.interface.outputs if info.role == "logits"),
         )
-        self._poller = self._make_poller()
         self._send(sender, header(Kind.READY, message.session))
 
     def _model(self, opening: Opening) -> LoadedModel:
@@ -288,7 +298,6 @@ class StageServer(Closing):
             for link in self._open.links.values():
                 link.close()
             self._open = None
-            self._poller = self._make_poller()
 
     def _send(self, receiver: bytes, *frames: bytes | memoryview) -> None:
         """Sends a message; one to a receiver that is gone is dropped."""
