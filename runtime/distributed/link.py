@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import socket as sockets
 import threading
 from collections.abc import Sequence
 
@@ -92,6 +93,23 @@ def receive(socket: Socket) -> list[memoryview]:
     if count > MAX_FRAMES + 2:
         raise WireError(f"a message of {count} frames, expected at most {MAX_FRAMES}")
     return frames
+
+
+def unreachable(address: tuple[str, int], seconds: float) -> str | None:
+    """Why nothing takes connections at `address` within so long; None if something does."""
+    try:
+        sockets.create_connection(address, timeout=seconds).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """The parts of HOST:PORT; raises UnsupportedError for what is none, such as ray://10.0.0.1:10001."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or int(port) > 65535:
+        raise UnsupportedError(f"{address!r:.80} is no address; give HOST:PORT, such as 10.0.0.1:6379")
+    return host.strip("[]"), int(port)
 
 
 class Link:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from furiosa_llm.runtime.artifact.card import PES_PER_CARD
 from furiosa_llm.runtime.artifact.progress import tell
+from furiosa_llm.runtime.distributed.link import split_address, unreachable
 from furiosa_llm.runtime.distributed.remote_host import Place
 from furiosa_llm.runtime.distributed.stage_server import StageServer
 from furiosa_llm.runtime.errors import NoHostError, StageError, TopologyError
@@ -40,6 +41,8 @@ _SPARE_SECONDS = 2.0
 _SUSPECT_SECONDS = 30.0
 """So long nothing is placed on a host that did not answer: Ray itself may take a minute to notice."""
 _CONNECT_SECONDS = 1.0
+_HEAD_SECONDS = 5.0
+"""So long Ray's own address may take to answer."""
 _STORE_NBYTES = 80_000_000
 """Ray's least object store: nothing of ours goes through it."""
 
@@ -155,21 +158,29 @@ class RayCluster:
             time.sleep(0.2)
 
     def _forget_ended(self, stages: list[_Stage | None]) -> None:
-        """Takes the stages out that do not answer."""
-        asked = {index: stage.actor.address.remote() for index, stage in enumerate(stages) if stage is not None}
-        if not asked:
-            return
-        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-        for index, reference in asked.items():
-            stage = stages[index]
-            assert stage is not None
-            why = "it does not answer" if reference not in answered else _failure(reference)
+        """Takes the stages out that do not answer; those of hosts that are gone are not waited for."""
+        there = {index: stage for index, stage in enumerate(stages) if stage is not None}
+        gone = self._gone({stage.node for stage in there.values()})
+        asked = {index: stage.actor.address.remote() for index, stage in there.items() if stage.node not in gone}
+        references = list(asked.values())
+        answered = ray.wait(references, num_returns=len(asked), timeout=_ANSWER_SECONDS)[0] if asked else []
+        for index, stage in there.items():
+            why = gone.get(stage.node)
+            if why is None:
+                why = _failure(asked[index]) if asked[index] in answered else "it does not answer"
             if why is not None:
                 logger.warning("a stage on %s is started anew: %s", stage.node.host, why)
-                if not _is_reachable(stage.node):
-                    self._suspects[stage.node.node_id] = time.monotonic() + _SUSPECT_SECONDS
                 _end(stage)
                 stages[index] = None
+
+    def _gone(self, nodes: Collection[_Node]) -> dict[_Node, str]:
+        """Of these hosts those that Ray's own process does not answer on, and why; they are suspects from now on."""
+        with ThreadPoolExecutor(max(1, len(nodes))) as pool:
+            found = zip(nodes, pool.map(lambda node: unreachable(node.address, _CONNECT_SECONDS), nodes), strict=True)
+            gone = {node: why for node, why in found if why is not None}
+        until = time.monotonic() + _SUSPECT_SECONDS
+        self._suspects.update({node.node_id: until for node in gone})
+        return gone
 
     def _start(self, name: str, card: int, *, first: bool) -> _Stage:
         """Starts a stage on the host of its card, or on a spare one if that host is gone."""
@@ -214,6 +225,9 @@ def _connect(address: str | None, cards: int) -> bool:
     """Connects to Ray, unless this process is; whether to end that."""
     if ray.is_initialized():
         return False
+    if address not in (None, "auto"):
+        assert address is not None
+        _check_address(address)
     quiet: dict[str, Any] = {"configure_logging": False, "log_to_driver": False, "logging_level": "error"}
     try:
         if address is not None:
@@ -222,11 +236,22 @@ def _connect(address: str | None, cards: int) -> bool:
         own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_NBYTES}
         ray.init(address="local", resources={RESOURCE: cards}, **own, **quiet)
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:
-        raise StageError(
-            f"no Ray at {address or 'this machine'}: {type(error).__name__}: {error}; start one with "
-            f"`ray start --head`, and see docs/cluster.md for its token"
-        ) from error
+        raise _no_ray(address, f"{type(error).__name__}: {error}") from error
     return True
+
+
+def _check_address(address: str) -> None:
+    """Raises StageError if nothing is there: Ray itself would try for minutes."""
+    why = unreachable(split_address(address), _HEAD_SECONDS)
+    if why is not None:
+        raise _no_ray(address, why)
+
+
+def _no_ray(address: str | None, why: str) -> StageError:
+    return StageError(
+        f"no Ray at {address or 'this machine'}: {why}; start one with `ray start --head`, and see docs/cluster.md for "
+        f"its token"
+    )
 
 
 def _own_address() -> str:
@@ -251,15 +276,6 @@ def _nodes() -> list[_Node]:
 def _sort_key(address: str) -> tuple[tuple[int, str], ...]:
     """Addresses by their numbers."""
     return tuple((int(part), "") if part.isdigit() else (0, part) for part in address.replace(":", ".").split("."))
-
-
-def _is_reachable(node: _Node) -> bool:
-    """Whether Ray's process there takes connections: Ray's own list has a host that has ended for a while."""
-    try:
-        socket.create_connection(node.address, timeout=_CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def _failure(reference: Any) -> str | None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -161,7 +162,8 @@ def start(plan: Plan, args: EngineArgs) -> EngineCore:
         count = plan.topology.data_parallel_size
         with ThreadPoolExecutor(count if args.remote else 1) as pool:
             made = [
-                pool.submit(Replica, index, partial(host.make, index), plan.scheduling, policy)
+                # in this context, whose progress is shown
+                pool.submit(copy_context().run, Replica, index, partial(host.make, index), plan.scheduling, policy)
                 for index in range(count)
             ]
         for one in made:

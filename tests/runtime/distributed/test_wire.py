@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Callable
 
 import ml_dtypes
@@ -12,6 +13,7 @@ import pytest
 
 from furiosa_llm.runtime.adapters.adapter import Adapter
 from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.distributed.link import split_address, unreachable
 from furiosa_llm.runtime.distributed.wire import (
     Frames,
     Kind,
@@ -31,7 +33,7 @@ from furiosa_llm.runtime.distributed.wire import (
     result_message,
     tensor_frames,
 )
-from furiosa_llm.runtime.errors import ExecutionError, WireError, WorkerError
+from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError, WireError, WorkerError
 from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
 
 ADAPTER = Adapter(
@@ -184,3 +186,25 @@ def test_of_damaged_frames_nothing_but_a_typed_error_comes() -> None:
         except WireError:
             refused += 1
     assert refused > 200
+
+
+# -- addresses -----------------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_nothing_listens_at() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert unreachable(server.getsockname(), 5.0) is None
+    assert "refused" in str(unreachable(("127.0.0.1", 1), 5.0))
+
+
+@pytest.mark.parametrize(
+    "address", ["auto", "10.0.0.1", ":6379", "10.0.0.1:", "10.0.0.1:99999", "ray://10.0.0.1:10001"]
+)
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"'{address}' is no address; give HOST:PORT, such as 10\.0\.0\.1:6379"):
+        split_address(address)
+
+
+def test_an_address_has_a_host_and_a_port() -> None:
+    assert split_address("head.local:6379") == ("head.local", 6379)
+    assert split_address("[fd00::1]:6379") == ("fd00::1", 6379)
