@@ -295,25 +295,28 @@ def _readings(symbol: str, rule: Rule, signature: Signature, inputs: Mapping[int
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def resolve_copies(node: ir.Node, inputs: Mapping[int, Placement]) -> dict[int, Placement]:
-    """The inputs, with copies taken for what the other inputs have in the dimensions that are aligned with theirs."""
-    copied = {port: one for port, one in inputs.items() if any(map(pieces.has_copies, one.dims))}
-    if not copied or len(inputs) == 1:
-        return dict(inputs)
+def resolve_copies(node: ir.Node, signature: Signature, inputs: Mapping[int, Placement]) -> dict[int, Placement]:
+    """The inputs, with copies taken for what the other inputs have in the dimensions that are aligned with theirs.
+
+    `signature` is of the node as a rank has it: what it does not name alike is not aligned.
+    """
     entry = op_of(node)
     skip = 0 if entry is None else entry.core_dims
     dims = {port: list(one.dims) for port, one in inputs.items()}
     for back in range(skip + 1, max(map(len, dims.values())) + 1):
-        aligned = {port: own[-back] for port, own in dims.items() if len(own) >= back}
-        if node.op_type == "Concat":
-            axis = node.attributes["axis"].as_int()
-            aligned = {p: dim for p, dim in aligned.items() if len(dims[p]) - back != axis % len(dims[p])}
-        for port, dim in _resolved(aligned).items():
-            dims[port][-back] = dim
+        alike: dict[DimExpr, dict[int, Dim]] = {}
+        for port, own in dims.items():
+            operand = signature.inputs[port] if port < len(signature.inputs) else None
+            if operand is not None and len(own) >= back:
+                alike.setdefault(operand[-back], {})[port] = own[-back]
+        for aligned in alike.values():
+            for port, dim in _resolved(aligned).items():
+                dims[port][-back] = dim
     found = dict(inputs)
-    for port, one in copied.items():
-        padded = {place: Content.FINITE for dim in dims[port] for place in pieces.places(dim)}
-        found[port] = dataclasses.replace(one, dims=tuple(dims[port]), contents={**padded, **one.contents})
+    for port, one in inputs.items():
+        if any(map(pieces.has_copies, one.dims)):
+            padded = {place: Content.FINITE for dim in dims[port] for place in pieces.places(dim)}
+            found[port] = dataclasses.replace(one, dims=tuple(dims[port]), contents={**padded, **one.contents})
     return found
 
 

@@ -22,10 +22,10 @@ from furiosa_llm.builder.proof.binding import (
 )
 from furiosa_llm.builder.proof.contents import check_contraction, check_positions, contents_of
 from furiosa_llm.builder.proof.interpretation import LocalFacts, global_fact
-from furiosa_llm.builder.proof.pieces import Dim
+from furiosa_llm.builder.proof.pieces import ONE, Copies, Dim
 from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Held, Placement, RankFunction, Rows
-from furiosa_llm.builder.rules import NodeView, rule_of
-from furiosa_llm.builder.rules.rule import Rule, Signature, parse
+from furiosa_llm.builder.rules import NodeView, op_of, rule_of
+from furiosa_llm.builder.rules.rule import Operand, Rule, Signature, parse
 from furiosa_llm.builder.shapes.interpreter import Facts
 from furiosa_llm.runtime.artifact.layout import Mesh
 
@@ -81,7 +81,9 @@ class RuleTransfer:
         found: list[Placement] = []
         for port, value in enumerate(node.outputs):
             operand = signature.outputs[port] if port < len(signature.outputs) else None
-            dims = compose(operand, shapes[port], symbols, unlinked | signature.full)
+            dims = _still_copied(
+                node, operand, compose(operand, shapes[port], symbols, unlinked | signature.full), inputs
+            )
             self._check_local(value, dims)
             check_axes(dims, partial)
             contents = contents_of(rule, inputs, dims, zero=self._facts.is_zero(value))
@@ -114,7 +116,13 @@ class RuleTransfer:
                         "a tensor that is split, partial or the same on all ranks",
                         REBUILD,
                     )
-        return resolve_copies(node, found)
+        if len(found) == 1 or not any(pieces.has_copies(dim) for one in found.values() for dim in one.dims):
+            return found
+        return resolve_copies(node, parse(self._local_rule(node).text), found)
+
+    def _local_rule(self, node: ir.Node) -> Rule:
+        """The rule of the node as a rank has it."""
+        return self._rule(NodeView(node, self._facts.first, self._facts.second, self._opset))
 
     def _rule(self, view: NodeView) -> Rule:
         try:
@@ -154,7 +162,7 @@ class RuleTransfer:
         """Attributes that are sizes, as the unsplit model may have them."""
         if not any(pieces.axes_of(dim) for placement in inputs.values() for dim in placement.dims):
             return [{}]
-        rule = self._rule(NodeView(node, self._facts.first, self._facts.second, self._opset))
+        rule = self._local_rule(node)
         return unsplit_attributes(rule, parse(rule.text), inputs) if rule.attributes else [{}]
 
     # -- results -------------------------------------------------------------------------------------------------
@@ -232,6 +240,19 @@ def _partial(
 def _name(node: ir.Node, port: int) -> str:
     value = node.inputs[port]
     return str(value.name) if value is not None else ""
+
+
+def _still_copied(
+    node: ir.Node, operand: Operand, dims: tuple[Dim, ...], inputs: Mapping[int, Placement]
+) -> tuple[Dim, ...]:
+    """The dimensions of an output, where one index that stands for any number of equal ones still does."""
+    entry = op_of(node)
+    found = list(dims)
+    for back in range(1 + (0 if entry is None else entry.core_dims), len(dims) + 1):
+        copied = any(one.dims[-back] == (Copies(ONE),) for one in inputs.values() if len(one.dims) >= back)
+        if copied and operand is not None and operand[-back].kind == "one":
+            found[-back] = (Copies(ONE),)
+    return tuple(found)
 
 
 def _reduced(contracted: Sequence[Dim]) -> frozenset[int]:

@@ -38,20 +38,23 @@ def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
         pair = _SIZES.get(name) or next(others)
         for sizes, size in zip(both, pair, strict=True):
             sizes[name] = size
-    if steps is not None:
+    if steps is not None and "sequence" not in names:
         both[0]["sequence"] = both[1]["sequence"] = steps
     return known_sizes(both[0]), known_sizes(both[1])
 
 
 def _fixed_sequence(manifest: Manifest) -> int | None:
     """How many new positions each step has, if the shape of the tokens, positions or embeddings fixes it."""
-    for info in manifest.inputs:
-        behind = 1 if info.role in ("token_ids", "position_ids") else 2 if info.role == "other" else 0
-        if not behind or len(info.shape) != behind + 1:
-            continue
-        size = info.shape[-behind]
-        if isinstance(size, int):
-            return size
+    shapes = {info.name: info.shape for info in manifest.inputs}
+    batches = {"batch", *(shapes[s.input][s.batch_dim] for s in manifest.states if s.batch_dim is not None)}
+    for role, rank in (("token_ids", 2), ("position_ids", 2), ("position_ids", 1), ("other", 3)):
+        for info in manifest.inputs:
+            if info.role != role or len(info.shape) != rank:
+                continue
+            first, *rest = info.shape[:2]
+            size = first if not rest or (rest[0] in batches and first not in batches) else rest[0]
+            if isinstance(size, int):
+                return size
     return None
 
 

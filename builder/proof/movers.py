@@ -116,7 +116,7 @@ class Movers:
         dims: list[Dim] = []
         for back, size in enumerate(reversed(sizes), start=1):
             dim = before[-back] if back <= len(before) else ()
-            dims.insert(0, (Copies(size),) if dim == () else dim)
+            dims.insert(0, (Copies(size),) if dim in ((), (Copies(ONE),)) else dim)
         return self._moved(node, operands[0], [tuple(dims)])
 
     def _constant(self, node: ir.Node, _: Sequence[Placement]) -> list[Held]:

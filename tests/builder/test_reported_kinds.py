@@ -55,6 +55,8 @@ _WEIGHTS = {
     "none1": _ints(0),
     "heads13": _ints(1, 2),
     "spread": _weight(8, _WIDTH),
+    "copies": _ints(1, 1, 2, 1, 1),
+    "merge": _ints(4, 8, -1, 8),
     "two1": _ints(2),
     "eight": _ints(1, 1, 8),
     "sixteen": np.array(16),
@@ -196,6 +198,20 @@ def test_a_split_of_what_was_copied_along_other_dimensions(tmp_path: Path) -> No
         s = Sum(sin, cos) t = ReduceMean<keepdims=1>(s, two1) x2 = Add(x, t) {_FEED_FORWARD}
     """
     _checked(tmp_path, "int64[batch, seq] input_ids", "float[batch, seq, 128] logits", nodes, 4)
+
+
+def test_a_copied_head_of_which_a_rank_has_one(tmp_path: Path) -> None:
+    """Keys are copied for each query head, and computed with before the copies are heads."""
+    nodes = f"""
+        x = Gather(emb, input_ids) q0 = MatMul(x, wq) q1 = Reshape(q0, q4) q = Transpose<perm=[0,2,1,3]>(q1)
+        k0 = MatMul(x, wk) k1 = Reshape(k0, k4) k2 = Transpose<perm=[0,2,1,3]>(k1) k3 = Unsqueeze(k2, two1)
+        k6 = Expand(k3, copies) k8 = Mul(k6, scale) k5 = Cast<to=11>(k8) k9 = Cast<to=1>(k5) k7 = Reshape(k9, merge)
+        k = Transpose<perm=[0,1,3,2]>(k7)
+        s0 = MatMul(q, k) s = Softmax<axis=-1>(s0) o0 = MatMul(s, k7) o1 = Transpose<perm=[0,2,1,3]>(o0)
+        o = Reshape(o1, b3) a = MatMul(o, wo) x2 = Add(x, a) {_FEED_FORWARD}
+    """
+    report = _checked(tmp_path, "int64[4, seq] input_ids", "float[4, seq, 128] logits", nodes, 8)
+    assert report.weight_nbytes < report.model_nbytes / 7
 
 
 def test_copies_side_by_side_beside_a_whole_dimension(tmp_path: Path) -> None:
