@@ -123,7 +123,7 @@ def _first_other(
     for other in (kinds, *_instead(kinds)):
         with contextlib.suppress(ShapeError):
             return _first_run(interpreter, graph, other)
-    counts = open_counts(graph)
+    counts = [value for value in open_counts(graph) if value.uses()]
     choices = itertools.product(LENGTHS, repeat=len(counts)) if 0 < len(counts) <= _MOST_COUNTS else ()
     fitting: list[tuple[str, ...]] = []
     for roles in choices:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import global_shapes
-from furiosa_llm.builder.shapes.roles import inferred_role
+from furiosa_llm.builder.shapes.roles import distinct_roles
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +30,9 @@ def interface_of(build: Build) -> tuple[InterfaceValue, ...]:
 
 def _inputs(build: Build) -> Iterator[InterfaceValue]:
     pairs = {pair.input: pair for pair in build.states.pairs}
-    values = build.model.graph.inputs
-    for value, shape in zip(values, global_shapes(build, values), strict=True):
-        role, pair = inferred_role(value), pairs.get(value)
+    roles = distinct_roles(build.model.graph.inputs)
+    for (value, role), shape in zip(roles.items(), global_shapes(build, list(roles)), strict=True):
+        pair = pairs.get(value)
         why = role.why if pair is None or role.name == "state" else "an output of its size is computed of it"
         yield InterfaceValue(
             name=str(value.name),

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import OptionError
 from furiosa_llm.builder.shapes.closures import CLOSURE_DOMAIN, graphs_of, num_captured
 from furiosa_llm.builder.shapes.flow import as_outputs, grown_output, is_kept, reached
+from furiosa_llm.runtime.artifact.manifest import SINGLE_ROLES
 
 LENGTHS = {"past_length": "past", "sequence_length": "sequence", "total_length": "total"}
 """Roles of inputs that hold a number of positions -> the dimension that they count."""
@@ -35,6 +36,7 @@ GIVEN = "the user says so"
 _FEW_ROWS = 4
 """A table with no more rows than this is a table of token types."""
 
+_LOOKED_UP = ("token_ids", "position_ids", "token_type_ids")
 _ANGLE_PORTS = {"RotaryEmbedding": (1, 3), "MRotaryEmbedding": (1,), "GroupQueryAttention": (9,)}
 _MASK_PORTS = {"Attention": (3, 5), "MultiHeadAttention": (4, 5), "GroupQueryAttention": (5, 6, 10)}
 _TOKEN_PORTS = {"EmbedLayerNormalization": 0}
@@ -91,6 +93,28 @@ def inferred_role(value: ir.Value) -> Role:
     return found if isinstance(found, Role) else _by_name(value)
 
 
+def distinct_roles(values: Sequence[ir.Value]) -> dict[ir.Value, Role]:
+    """The role of each input; of several with a role that one input may have, the others are taken for `other`.
+
+    One that the user says has it, then one that is named for it, comes before others.
+    """
+
+    def doubt(value: ir.Value) -> tuple[bool, bool]:
+        role = inferred_role(value)
+        return role.why != GIVEN, role.name != _by_name(value).name
+
+    first: dict[str, ir.Value] = {}
+    for value in sorted(values, key=doubt):
+        first.setdefault(role_of(value), value)
+    found: dict[ir.Value, Role] = {}
+    for value in values:
+        role = inferred_role(value)
+        if role.name in SINGLE_ROLES and (other := first[role.name]) is not value:
+            role = Role(name="other", why=f"{role.why}, as for {other.name}, which is the {role.name}")
+        found[value] = role
+    return found
+
+
 def settle_role(value: ir.Value, role: Role) -> None:
     """Set the role of an input whose role the graph does not show."""
     value.meta[_ROLE] = role
@@ -110,6 +134,12 @@ def find_roles(graph: ir.Graph, given: Mapping[str, Role]) -> None:
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise OptionError(f"--role names {unknown}, but the inputs are {names}.")
+    for single in SINGLE_ROLES:
+        alike = [name for name in names if name in given and given[name].name == single]
+        if len(alike) > 1:
+            raise OptionError(
+                f"--role says of {alike} that they are {single}; one input may be, say other[DIM,...] of the rest."
+            )
     outside = _closure_outputs(graph)
     steps = iter(range(_MAX_STEPS))
     traces = {value: _trace(value, outside, steps) for value in graph.inputs}
@@ -211,10 +241,9 @@ def _is_end(node: ir.Node, port: int, found: _Trace, *, plain: bool) -> bool:
     if op in ("Gather", "GatherBlockQuantized") and port == 1:
         table = _weight(node.inputs[0])
         if table is not None and plain:
+            found.tables.append(table)
             if _becomes_angles(node.outputs[0]):
                 found.angles = found.angles or f"{_shown(node)} looks up rotary angles by it"
-            else:
-                found.tables.append(table)
         return True
     if _TOKEN_PORTS.get(op) == port and node.inputs[2] is not None:
         found.tables.append(node.inputs[2])
@@ -308,7 +337,8 @@ def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
     named = _by_name(value)
     if trace.kept and rank > 1:
         return Role(name="state", why=trace.kept)
-    if value.dtype in _INTEGERS and trace.angles and value.dtype is not ir.DataType.BOOL:
+    scaled = bool(trace.tables) and named.name == "token_ids"  # rows that are multiplied at once, as by a mask
+    if value.dtype in _INTEGERS and trace.angles and value.dtype is not ir.DataType.BOOL and not scaled:
         return Role(name="position_ids", why=trace.angles)
     if trace.length[0] and rank < 2 and value.dtype in _INTEGERS:
         return Role(name=trace.length[0], why=trace.length[1])
@@ -325,19 +355,21 @@ def _lookups(
     """The roles of inputs that index tables; the largest table holds the vocabulary."""
     roles: dict[ir.Value, Role] = {}
     taken = {role.name for role in chosen.values()}
+    by_name = {role.name for value, role in chosen.items() if role.why == GIVEN or _by_name(value).name == role.name}
     for value in sorted(found, key=lambda v: -max(map(_rows, found[v].tables))):
         why = f'it indexes the table "{found[value].tables[0].name}"'
         named, rows = _by_name(value), max(map(_rows, found[value].tables))
-        free = [role for role in ("token_ids", "position_ids", "token_type_ids") if role not in taken]
-        if named.name in free and len(found) + len(taken & {"token_ids"}) > 1:
+        free = [role for role in ("token_ids", "position_ids") if role not in taken]
+        types = rows <= _FEW_ROWS and "token_type_ids" not in taken
+        if named.name in _LOOKED_UP and named.name not in by_name and len(found) + len(taken & {"token_ids"}) > 1:
             role = Role(name=named.name, why=f"{why}, and its name", tie=True)
         elif "position_ids" in free and named.name != "token_ids" and _is_embedded(graph, found[value].tables, value):
             role = Role(name="position_ids", why=f"{why}, and another input has the embeddings")
         else:
-            kind = "token_type_ids" if rows <= _FEW_ROWS and "token_type_ids" in free else next(iter(free), "other")
-            role = Role(name=kind, why=why)
+            role = Role(name="token_type_ids" if types else next(iter(free), "other"), why=why)
         roles[value] = role
         taken.add(role.name)
+        by_name |= {role.name} & {named.name}
     return roles
 
 

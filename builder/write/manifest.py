@@ -12,6 +12,7 @@ from furiosa_llm.builder.lower.blocks import find_blocks
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shapes
 from furiosa_llm.builder.shapes.interface import role_of
+from furiosa_llm.builder.shapes.roles import distinct_roles
 from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights
 from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
@@ -96,15 +97,15 @@ def _initializers(build: Build, digests: Mapping[int, str]) -> tuple[OriginalIni
 
 def _inputs(build: Build) -> tuple[InputInfo, ...]:
     found = []
-    values = build.model.graph.inputs
-    for value, shape in zip(values, global_shapes(build, values), strict=True):
+    roles = distinct_roles(build.model.graph.inputs)
+    for (value, role), shape in zip(roles.items(), global_shapes(build, list(roles)), strict=True):
         found.append(
             InputInfo(
                 name=str(value.name),
                 dtype=build.probes.facts[value].dtype.name,
                 shape=shape,
                 layout=_static_layouts(shape, build.lowered.input_layouts[str(value.name)]),
-                role="state" if value in build.states.values else cast(InputRole, role_of(value)),
+                role="state" if value in build.states.values else cast(InputRole, role.name),
             )
         )
     return tuple(found)

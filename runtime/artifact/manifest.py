@@ -47,6 +47,8 @@ InputRole = Literal[
     "state",
     "other",
 ]
+SINGLE_ROLES = ("token_ids", "attention_mask", "position_ids", "token_type_ids", "logits")
+"""Roles that no two inputs, or outputs, of a manifest have."""
 OutputRole = Literal["logits", "state", "other"]
 StateMode = Literal["append", "in_place", "replace"]
 CollectiveKind = Literal["AllReduce", "AllGather"]

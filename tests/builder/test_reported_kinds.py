@@ -10,8 +10,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from furiosa_llm.builder import ArtifactBuilder, BuildReport
-from furiosa_llm.builder.errors import ShapeError
+from furiosa_llm.builder import ArtifactBuilder, BuildReport, plan_model
+from furiosa_llm.builder.errors import OptionError, ShapeError
+from furiosa_llm.builder.options import BuildOptions
+from furiosa_llm.builder.pipeline import analyse_model
+from furiosa_llm.builder.shapes.roles import distinct_roles
 from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.execution.executor import Executor
@@ -77,12 +80,16 @@ _WEIGHTS = {
 _FEED_FORWARD = "h = MatMul(x2, w1) g = Relu(h) y = MatMul(g, w2) z = Add(x2, y) logits = MatMul(z, head)"
 
 
-def _checked(folder: Path, inputs: str, outputs: str, nodes: str, tp: int, **types: Any) -> BuildReport:
+def _model(inputs: str, outputs: str, nodes: str, **types: Any) -> onnx.ModelProto:
     words = set(nodes.replace("(", " ").replace(")", " ").replace(",", " ").split())
     weights = {name: np.asarray(array) for name, array in _WEIGHTS.items() if name in words}
     weights = {name: array.astype(types.get(name, array.dtype)) for name, array in weights.items()}
+    return model(inputs, outputs, nodes, weights, opset=23)
+
+
+def _checked(folder: Path, inputs: str, outputs: str, nodes: str, tp: int, **types: Any) -> BuildReport:
     path = folder / "model.onnx"
-    onnx.save(model(inputs, outputs, nodes, weights, opset=23), path)
+    onnx.save(_model(inputs, outputs, nodes, **types), path)
     report = ArtifactBuilder(path, tensor_parallel_size=tp).build(folder / "artifact")
     found = verify_artifact(folder / "artifact", against=path, options=ParityOptions(threads=1))
     assert [(check.name, check.faults) for check in found.record.checks if not check.passed] == []
@@ -172,6 +179,68 @@ def test_a_cache_of_one_sequence_behind_idle_nodes(tmp_path: Path) -> None:
     _checked(tmp_path, "int64[1, seq] input_ids, float[1, past, 32] old", outputs, nodes, 4)
     states = open_artifact(tmp_path / "artifact").manifest.states
     assert [(state.input, state.output) for state in states] == [("old", "new")]
+
+
+_ROLES = {
+    "single integers, two of which the graph reads": (
+        "int64[1] n, int64[1] m, int64[1] a, int64[1] b",
+        "from = Squeeze(n) to = Squeeze(m) r = Range(from, to, one) f = Cast<to=1>(r) p = Unsqueeze(f, axis) "
+        "x2 = Add(x, p)",
+        {"n": "past_length", "m": "total_length", "a": "other", "b": "other"},
+    ),
+    "positions in two directions": (
+        "int64[batch, seq] rows, int64[batch, seq] columns",
+        "r0 = Cast<to=1>(rows) c0 = Cast<to=1>(columns) r1 = Cos(r0) c1 = Sin(c0) r = Unsqueeze(r1, two1) "
+        "c = Unsqueeze(c1, two1) y0 = Add(x, r) x2 = Add(y0, c)",
+        {"rows": "position_ids", "columns": "other"},
+    ),
+    "positions of rotary angles, and positions that are named so": (
+        "int64[batch, seq] turns, int64[batch, seq] position_ids",
+        "t0 = Cast<to=1>(turns) t1 = Cos(t0) t = Unsqueeze(t1, two1) p = Gather(spread, position_ids) y0 = Add(x, t) "
+        "x2 = Add(y0, p)",
+        {"turns": "other", "position_ids": "position_ids"},
+    ),
+    "a third table, which is no table of token types": (
+        "int64[batch, seq] places, int64[batch, seq] languages",
+        "p = Gather(w1, places) q = Gather(spread, languages) p2 = MatMul(p, w2) y0 = Add(x, p2) x2 = Add(y0, q)",
+        {"places": "position_ids", "languages": "other"},
+    ),
+    "masks of two kinds of layers": (
+        "float[batch, seq, 1] near, float[batch, seq, 1] far",
+        "y0 = Add(x, near) y1 = Softmax(y0) y2 = Add(x, far) y3 = Softmax(y2) x2 = Add(y1, y3)",
+        {"near": "attention_mask", "far": "other"},
+    ),
+    "embeddings times a mask, which are no rotary angles": (
+        "int64[batch, seq] attention_mask",
+        "f = Cast<to=1>(attention_mask) u = Unsqueeze(f, two1) x2 = Mul(x, u)",
+        {"attention_mask": "attention_mask"},
+    ),
+}
+"""Inputs beside the tokens, nodes, and what each of them is."""
+
+
+def _with_roles(folder: Path, name: str) -> Path:
+    inputs, nodes, _ = _ROLES[name]
+    every = f"x = Gather(emb, input_ids) {nodes} {_FEED_FORWARD}"
+    path = folder / "model.onnx"
+    onnx.save(_model(f"int64[batch, seq] input_ids, {inputs}", "float[batch, seq, 128] logits", every), path)
+    return path
+
+
+@pytest.mark.parametrize("name", _ROLES)
+def test_a_role_that_one_input_may_have(name: str, tmp_path: Path) -> None:
+    graph = analyse_model(_with_roles(tmp_path, name), BuildOptions()).model.graph
+    roles = {str(value.name): role.name for value, role in distinct_roles(graph.inputs).items()}
+    assert roles == {"input_ids": "token_ids", **_ROLES[name][2]}
+
+
+def test_one_of_two_inputs_has_the_role_in_the_artifact(tmp_path: Path) -> None:
+    path = _with_roles(tmp_path, "positions in two directions")
+    ArtifactBuilder(path, roles={"columns": "positions"}).build(tmp_path / "artifact")
+    roles = {info.name: info.role for info in open_artifact(tmp_path / "artifact").manifest.inputs}
+    assert (roles["rows"], roles["columns"]) == ("other", "position_ids")
+    with pytest.raises(OptionError, match=r"rows.*columns.*position_ids"):
+        plan_model(path, roles={"columns": "positions", "rows": "positions"})
 
 
 def test_a_packed_weight_whose_segments_lie_inside_of_heads(tmp_path: Path) -> None:

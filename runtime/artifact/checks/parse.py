@@ -6,9 +6,15 @@ import itertools
 from collections.abc import Mapping
 
 from furiosa_llm.runtime.artifact.json_reader import Field
-from furiosa_llm.runtime.artifact.manifest import PROGRAM_NAME, SOURCE_NAME, InputInfo, Manifest, OutputInfo, State
-
-_ONCE = ("token_ids", "attention_mask", "position_ids", "token_type_ids", "logits")
+from furiosa_llm.runtime.artifact.manifest import (
+    PROGRAM_NAME,
+    SINGLE_ROLES,
+    SOURCE_NAME,
+    InputInfo,
+    Manifest,
+    OutputInfo,
+    State,
+)
 
 
 def check_references(section: Mapping[str, Field], manifest: Manifest) -> None:
@@ -36,7 +42,7 @@ def _check_roles(section: Mapping[str, Field], manifest: Manifest) -> None:
     )
     for key, entries in values:
         roles = [entry.role for entry in entries]
-        for role in _ONCE:
+        for role in SINGLE_ROLES:
             if roles.count(role) > 1:  # type: ignore[arg-type]
                 section[key].fail(f"at most one with the role {role!r}", f"{roles.count(role)} of them")  # type: ignore[arg-type]
     if manifest.model.task == "decoder":
