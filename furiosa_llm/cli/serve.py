@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import time
 from importlib.util import find_spec
@@ -24,8 +26,10 @@ from furiosa_llm.server.settings import METRICS_NAMES, REASONING_PARSERS, TOOL_C
 if TYPE_CHECKING:
     from furiosa_llm.runtime.artifact.composite import Composite
     from furiosa_llm.runtime.artifact.reader import Artifact
+    from furiosa_llm.runtime.engine.engine_args import EngineArgs
     from furiosa_llm.runtime.engine.launch import Plan
     from furiosa_llm.server.model import Decoder
+    from furiosa_llm.server.recent_load import Expectation
 
 _NEEDED = ("fastapi", "h11", "prometheus_client", "pydantic", "uvicorn")
 _BACKENDS = ("auto", "guidance", "xgrammar")
@@ -44,6 +48,7 @@ _GROUPS = {
         *("text_timeout", "text_max_nbytes", "max_stored_responses"),
     ),
     **ENGINE_GROUPS,
+    "Prediction": ("device_file",),
     "What is logged": (
         *("uvicorn_log_level", "disable_uvicorn_access_log", "disable_log_stats", "enable_payload_logging"),
         *("metrics_names", "enable_metrics", "progress"),
@@ -125,6 +130,8 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @options(ENGINE, "prefill_chunk_size", "enable_prefix_caching", "paged_attention_num_blocks", "npu_queue_limit")
 @options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
 @options(ENGINE, *CLUSTER, "full_verification", "step_timeout", "max_step_nbytes", "compute")
+@click.option("--device", "device_file", type=click.Path(path_type=Path),
+              help="Show on the page what `simulate` predicts from this file of --measure-this-machine.")  # fmt: skip
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")
 @click.option(
     "--metrics-names", type=click.Choice(METRICS_NAMES), default="furiosa", show_default=True,
@@ -137,6 +144,7 @@ def serve(
     artifact: Path,
     host: str,
     port: int,
+    device_file: Path | None,
     enable_metrics: bool,  # noqa: ARG001 - the vendor's, without effect
     progress: bool | None,
     **options: Any,
@@ -166,12 +174,14 @@ def serve(
         opened, plan = open_served(args)
         if require_signature is not None:
             signing.check_signature(artifact, require_signature, digest=opened.digest)
+        expected = None if device_file is None else _expected(device_file, args, plan)
     if plan is None:
         _show_without_plan(opened)
     else:
         _show_plan(plan)
     with shown(progress):
         model = load_served(args, opened, plan, settings.served_model_names, int(time.time()), lora_modules)
+        model = dataclasses.replace(model, expected=expected)
     if isinstance(model.kind, Decoder):
         show_batch_invariance(model.kind)
     address = host if ":" not in host else f"[{host}]"
@@ -183,6 +193,18 @@ def serve(
     )
     server.run()
     end_at_once(0 if server.started else 1)
+
+
+def _expected(file: Path, args: EngineArgs, plan: Plan | None) -> Expectation:
+    """What a measured machine should do under the server's load."""
+    from furiosa_llm.server.recent_load import Expectation
+    from furiosa_llm.simulate.device import load_device
+    from furiosa_llm.simulate.predicted import Prediction
+
+    if plan is None:
+        raise InputError("--device predicts how tokens are generated, and an encoder runs without an engine; leave it")
+    prediction = Prediction(load_device(str(file)), args)
+    return Expectation(str(file), functools.partial(prediction.steady, plan))
 
 
 def show_batch_invariance(model: Decoder) -> None:

@@ -16,6 +16,7 @@ from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.encoder_decoder import EncoderDecoder
 from furiosa_llm.server.metrics import Metrics
 from furiosa_llm.server.model import Decoder
+from furiosa_llm.server.recent_load import Expectation
 from furiosa_llm.server.state import State
 
 router = APIRouter()
@@ -131,6 +132,32 @@ class MachineRequests(BaseModel):
     failed: int
 
 
+class MachineFigure(BaseModel):
+    """A figure of the last minute, as it was and as it was expected."""
+
+    measured: float | None
+    predicted: float | None = Field(description="null: by the device file such requests have no room.")
+
+
+class MachineRecentLoad(BaseModel):
+    """The requests that ended in the last minute: their means, and what was expected of so many of such sizes."""
+
+    requests: int
+    concurrency: float = Field(description="Sequences under way while they ran.")
+    prompt_tokens: float = Field(description="Of a prompt, less what the prefix cache had.")
+    generated_tokens: float = Field(description="Of a completion.")
+    ttft_ms: MachineFigure
+    tpot_ms: MachineFigure = Field(description="measured is null if every completion is one token.")
+    tokens_per_second: MachineFigure = Field(description="Generated, of all requests together.")
+
+
+class MachinePrediction(BaseModel):
+    """What the file of --device predicts, beside what is measured."""
+
+    device: str
+    recent: MachineRecentLoad | None = Field(description="null: no request ended in the last minute.")
+
+
 class MachineResponse(BaseModel):
     """The live machine. What is counted is counted since the model was loaded, and only grows."""
 
@@ -148,6 +175,7 @@ class MachineResponse(BaseModel):
     collectives: list[MachineCollective]
     tokens: MachineTokens
     requests: MachineRequests
+    prediction: MachinePrediction | None = Field(description="null: the server has no --device.")
 
 
 @router.get("/machine")
@@ -169,6 +197,33 @@ async def machine(state: State) -> MachineResponse:
         collectives=_collectives(snapshot),
         tokens=_tokens(state.metrics),
         requests=_requests(state.metrics),
+        prediction=None if model.expected is None else await _prediction(model.expected, state.metrics),
+    )
+
+
+async def _prediction(expected: Expectation, metrics: Metrics) -> MachinePrediction:
+    load = metrics.load.read()
+    if load is None:
+        return MachinePrediction(device=expected.device, recent=None)
+    said = await expected.of(load)
+    return MachinePrediction(
+        device=expected.device,
+        recent=MachineRecentLoad(
+            requests=load.requests,
+            concurrency=load.concurrency,
+            prompt_tokens=load.prompt_tokens,
+            generated_tokens=load.generated_tokens,
+            ttft_ms=_figure(1000, load.ttft, None if said is None else said.ttft),
+            tpot_ms=_figure(1000, load.tpot, None if said is None else said.tpot),
+            tokens_per_second=_figure(1, load.output_tps, None if said is None else said.output_tps),
+        ),
+    )
+
+
+def _figure(unit: float, measured: float | None, predicted: float | None) -> MachineFigure:
+    return MachineFigure(
+        measured=None if measured is None else unit * measured,
+        predicted=None if predicted is None else unit * predicted,
     )
 
 

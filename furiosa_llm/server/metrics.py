@@ -18,6 +18,7 @@ from furiosa_llm.server.events import client_is_gone
 from furiosa_llm.server.machine_metrics import BusyShares, MachineCollector
 from furiosa_llm.server.model import Decoder, ServedModel
 from furiosa_llm.server.notes import on_one_line
+from furiosa_llm.server.recent_load import LoadMeter
 from furiosa_llm.server.vllm_metrics import VLLMCollector
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
@@ -65,6 +66,7 @@ class Metrics:
         self.ended = Counter("furiosa_llm_completions_finished", "Why they ended.", labels, registry=self._registry)
         for reason in get_args(FinishReason):  # from the start: what grows is seen from its second value on only
             self.ended.labels(self._name, reason)
+        self.load = LoadMeter()
         self.busy = BusyShares()
         self._registry.register(MachineCollector(model.kind.machine, self.busy, self._name))
         if isinstance(model.kind, Decoder):
@@ -128,6 +130,9 @@ class RequestMeter:
         self._tokens: Counts[int] = Counts()
         self._running = params.n
         self._finished = False
+        self._uncached = 0
+        self._sequences = params.n
+        self._mark = metrics.load.begin(params.n)
         metrics.received.inc()
         metrics.sequences.observe(params.n)
         if params.max_tokens is not None:
@@ -140,6 +145,7 @@ class RequestMeter:
         for one in output.outputs:
             self._tokens[one.index] += len(one.token_ids)
             metrics.generation_tokens.inc(len(one.token_ids))
+            metrics.load.count(len(one.token_ids))
             if one.finish_reason is not None:
                 metrics.count_ends(one.finish_reason)
                 self._running -= 1
@@ -150,6 +156,7 @@ class RequestMeter:
             metrics.request_prompt.observe(len(output.prompt_token_ids))
             metrics.prefix_queries.inc(len(output.prompt_token_ids))
             metrics.prefix_hits.inc(output.num_cached_tokens or 0)
+            self._uncached = len(output.prompt_token_ids) - (output.num_cached_tokens or 0)
         else:
             metrics.inter_token.observe(now - self._last)
         self._last = now
@@ -158,6 +165,7 @@ class RequestMeter:
     def end(self) -> None:
         """The request has ended, whole or not."""
         metrics = self._metrics
+        metrics.load.leave(self._sequences)
         if not self._finished or self._first is None:
             metrics.count_ends("abort" if metrics.not_done is metrics.cancelled else "error", self._running)
             metrics.not_done.inc()
@@ -172,6 +180,14 @@ class RequestMeter:
             metrics.queued.observe(self._began - self._started)
             metrics.prefilled.observe(self._first - self._began)
             metrics.ran.observe(self._last - self._began)
+        metrics.load.served(
+            self._mark,
+            first=self._first,
+            last=self._last,
+            prompt=self._uncached,
+            generated=tokens,
+            sequences=self._sequences,
+        )
         if tokens > 1:
             metrics.output_token.observe((self._last - self._first) / (tokens - 1))
 

@@ -26,6 +26,7 @@ from furiosa_llm.runtime.tokens.sampling_params import SamplingParams
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.embedder import Embedder
 from furiosa_llm.server.encoder_decoder import EncoderDecoder
+from furiosa_llm.server.recent_load import Expectation
 from furiosa_llm.server.settings import is_text
 
 
@@ -71,6 +72,8 @@ class ServedModel:
     """When it was loaded, in seconds since 1970."""
     verification: str
     """What verification.json said then, in words."""
+    expected: Expectation | None = None
+    """What its machine should do, by a device file."""
     adapters: dict[str, LoRARequest] = field(default_factory=dict)
     """The adapters that requests may ask for, by the names that they have beside the model's."""
     adapter_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))

@@ -13,6 +13,8 @@ from furiosa_llm.bench.workload import arrivals
 from furiosa_llm.runtime.engine.engine_args import EngineArgs
 from furiosa_llm.runtime.engine.launch import Plan
 from furiosa_llm.simulate.clock import run
+from furiosa_llm.simulate.closed_form import Estimate, estimate
+from furiosa_llm.simulate.closed_form import Load as SteadyLoad
 from furiosa_llm.simulate.cores import steps_on
 from furiosa_llm.simulate.device import Device
 from furiosa_llm.simulate.errors import DeviceFileError
@@ -56,6 +58,11 @@ class Prediction:
         ]
         users = None if open_loop else min(load.concurrency or count, count)
         return figures_of(run(self._steps(plan), requests, concurrency=users).observed, workload.objectives)
+
+    def steady(self, plan: Plan, users: float, input_len: float, output_len: float) -> Estimate:
+        """In closed form, of so many users with one request after the other. Raises PlacementError without room."""
+        load = SteadyLoad(kind="closed", amount=users, input_len=input_len, output_len=output_len)
+        return estimate(self._steps(plan), load)
 
     def _steps(self, plan: Plan) -> Steps:
         placed, limits = plan.topology, plan.scheduling

@@ -7,6 +7,19 @@ from typing import Any
 from tests.server.conftest import NAME
 
 GB = 10**9
+PREDICTION = {
+    "device": "machines/of-a-long-name/measured-here-on-the-last-day-of-the-year.toml",
+    "recent": {
+        "requests": 1,
+        "concurrency": 3.9,
+        "prompt_tokens": 128.0,
+        "generated_tokens": 32.0,
+        "ttft_ms": {"measured": 80.0, "predicted": 90.0},
+        "tpot_ms": {"measured": 20.0, "predicted": None},
+        "tokens_per_second": {"measured": 2000.0, "predicted": 500.0},
+    },
+}
+"""As `serve --device` gives it."""
 
 
 def snapshot(second: float = 0, *, cards: int = 4, replicas: int = 2, stages: int = 2, **others: Any) -> dict[str, Any]:

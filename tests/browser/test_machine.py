@@ -13,7 +13,7 @@ from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from furiosa_llm.server.settings import ServerSettings
 from tests.browser.conftest import PHONE, Open, Watched, serving_page
-from tests.browser.snapshots import snapshot
+from tests.browser.snapshots import PREDICTION, snapshot
 from tests.server.conftest import load
 
 pytestmark = pytest.mark.browser
@@ -67,10 +67,11 @@ def test_the_machine_is_shown(url: str, open_page: Open) -> None:
 )
 def test_everybody_can_use_it(context_of: Contexts, url: str, width: int, scheme: str) -> None:
     context, _ = context_of((width, 900), color_scheme=scheme)
-    told(context, snapshot(), snapshot(1, cards=5))
+    told(context, snapshot(), snapshot(1, cards=5, prediction=PREDICTION))
     page = context.new_page()
     page.goto(url)
     page.locator(".pe").nth(3).click()
+    expect(page.locator("#prediction-load")).to_be_visible()
     page.locator("summary").click()
     page.fill("#message", "x")
     page.fill("#max-tokens", "2")
@@ -101,6 +102,34 @@ def test_rates_are_those_of_the_counters(context_of: Contexts, url: str) -> None
     expect(stage.locator(".traffic dd")).to_have_text(["1\u00a0MB/s", "20×/s"])
     expect(page.locator(".replica .head").nth(0)).to_contain_text("3 running, 1 waiting")
     expect(page.locator(".replica > .meter .share").nth(0)).to_have_text("1,500 of 2,000")
+
+
+def test_what_was_predicted_is_beside_what_was_measured(context_of: Contexts, url: str) -> None:
+    context, watched = context_of()
+    hostile = {**PREDICTION, "device": "<img src=x onerror=alert(1)>.toml"}
+    told(
+        context,
+        snapshot(prediction=hostile),
+        snapshot(1, prediction={"device": "here.toml", "recent": None}),
+        snapshot(2),
+    )
+    page = context.new_page()
+    page.clock.install()
+    page.goto(url)
+    panel = page.locator("#prediction")
+    expect(panel.locator("tbody tr")).to_have_text(
+        ["First token, ms8090+13\u00a0%", "Each further token, ms20––", "Tokens per second2,000500−75\u00a0%"]
+    )
+    expect(panel.locator("#prediction-device")).to_have_text("by <img src=x onerror=alert(1)>.toml")
+    expect(panel.locator("#prediction-load")).to_have_text(
+        "1 request of the last minute, 3.9 at once; 128 tokens in, 32 out"
+    )
+    page.clock.run_for(1000)
+    expect(panel.locator("#prediction-load")).to_have_text("No request ended in the last minute.")
+    expect(panel.locator("table")).to_be_hidden()
+    page.clock.run_for(1000)
+    expect(panel).to_be_hidden()
+    assert watched.complaints == []
 
 
 def test_memory_is_drawn_to_scale(context_of: Contexts, url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,26 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 import furiosa_llm
+from furiosa_llm import EngineArgs
+from furiosa_llm.cli.serve import _expected
 from furiosa_llm.runtime.encoder import Encoder
 from furiosa_llm.runtime.engine.machine_snapshot import MachineSnapshot
+from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.runners.batch import Companions
 from furiosa_llm.runtime.runners.batch_invariance import BatchInvariance, KernelDifference
 from furiosa_llm.server.machine_metrics import BusyShares, watch
-from furiosa_llm.server.model import Decoder
+from furiosa_llm.server.model import Decoder, load_served, open_served
 from furiosa_llm.server.settings import ServerSettings
+from furiosa_llm.simulate.device import load_device
+from furiosa_llm.simulate.predicted import Prediction
+from furiosa_llm.simulate.this_machine import device_text
 from tests.server.conftest import NAME, connected, error_of, load, serving, wait_for
+from tests.simulate.conftest import small_machine
 
 KEYS = {
     "": {
         *("model", "task", "version", "time", "uptime_seconds", "parallelism", "cards", "replicas", "stages"),
-        *("collectives", "tokens", "requests", "batch_invariance", "verification"),
+        *("collectives", "tokens", "requests", "batch_invariance", "verification", "prediction"),
     },
     "parallelism": {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "devices"},
     "pes": {"pe", "replica", "stage", "rank", "memory_nbytes", "weights_nbytes", "kv_nbytes", "kv_used_nbytes", "host"},
@@ -264,3 +272,29 @@ def test_the_machine_is_watched(encoder_artifact: Path) -> None:
     with Encoder.load_artifact(encoder_artifact) as encoder:
         asyncio.run(run(encoder))
     assert len(noted) >= 3
+
+
+def test_what_a_device_file_predicts(artifact: Path, tmp_path: Path) -> None:
+    """The command's `--device`, from its file to what the page is told."""
+    file = tmp_path / "here.toml"
+    file.write_text(device_text(small_machine(len(os.sched_getaffinity(0)))))
+    args = EngineArgs(artifact)
+    opened, plan = open_served(args)
+    expected = _expected(file, args, plan)
+    with serving(
+        dataclasses.replace(load_served(args, opened, plan, None, 1), expected=expected), ServerSettings()
+    ) as url:
+        assert machine(url)["prediction"] == {"device": str(file), "recent": None}
+        with connected(url) as client:
+            client.completions.create(model=NAME, prompt=[5] * 40, max_tokens=7, extra_body={"ignore_eos": True})
+        wait_for(lambda: machine(url)["prediction"]["recent"] is not None)
+        found = machine(url)["prediction"]["recent"]
+    assert (found["requests"], found["prompt_tokens"], found["generated_tokens"]) == (1, 40, 7)
+    assert found["concurrency"] == pytest.approx(1)
+    assert found["tokens_per_second"]["measured"] > 0
+    assert plan is not None
+    said = Prediction(load_device(str(file)), args).steady(plan, 1, 40, 7)
+    assert found["ttft_ms"]["predicted"] == pytest.approx(1000 * said.ttft)
+    assert found["tpot_ms"]["predicted"] == pytest.approx(1000 * said.tpot)
+    with pytest.raises(InputError, match="an encoder runs without an engine"):
+        _expected(file, args, None)

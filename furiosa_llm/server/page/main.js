@@ -8,6 +8,7 @@ import { Embed } from "./embed.js";
 import { Figures } from "./figures.js";
 import { duration } from "./format.js";
 import { Poll } from "./poll.js";
+import { Prediction } from "./prediction.js";
 import { Rack } from "./rack.js";
 import { Recent } from "./rates.js";
 import { Replicas } from "./replicas.js";
@@ -69,6 +70,7 @@ async function config() {
 async function run() {
   const figures = new Figures(byId("figures", HTMLElement));
   const rack = new Rack(byId("rack", HTMLElement), byId("readout", HTMLElement));
+  const prediction = new Prediction(byId("prediction", HTMLElement));
   const replicas = new Replicas(byId("replicas", HTMLElement));
   const recent = new Recent(SMOOTH_SECONDS);
   let model = "";
@@ -86,6 +88,7 @@ async function run() {
       const { last, smooth } = recent.push(machine);
       figures.show(machine, last, smooth);
       rack.show(machine);
+      prediction.show(machine);
       replicas.show(machine, smooth);
     },
     gone: (reason, seconds) => setState("gone", `${reason}; next try in ${seconds} s`),

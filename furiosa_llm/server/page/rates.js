@@ -53,6 +53,7 @@
  * @property {Collective[]} collectives
  * @property {{prompt: number, generation: number}} tokens
  * @property {{received: number, succeeded: number, cancelled: number, failed: number}} requests
+ * @property {import("./prediction.js").Expected | null} [prediction]
  *
  * @typedef {{calls: number, nbytes: number}} Traffic  Per second.
  *
