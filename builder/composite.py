@@ -25,7 +25,7 @@ from furiosa_llm.runtime.artifact.composite_manifest import (
 )
 from furiosa_llm.runtime.artifact.files import sync
 from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, Manifest, OutputInfo
-from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 
 _SPELLINGS = (
     ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"),
@@ -120,9 +120,19 @@ def write_composite(folder: Path, *, name: str, start: int, ends: tuple[int, ...
     """Write the manifest that makes the parts in `folder` one, and open it, which checks that they fit."""
     found = [part for part in PART_NAMES if (folder / part).is_dir()]
     artifacts = {part: open_artifact(folder / part, full=False) for part in found}
+    (folder / MANIFEST_NAME).write_bytes(composite_of(artifacts, name=name, start=start, ends=ends).to_bytes())
+    for path in (folder / MANIFEST_NAME, folder):
+        sync(path)
+    open_composite(folder, full=False)
+
+
+def composite_of(
+    artifacts: Mapping[PartName, Artifact], *, name: str, start: int, ends: tuple[int, ...]
+) -> CompositeManifest:
+    """The manifest that makes one of these parts; raises UnsupportedModelError if they do not feed each other."""
     manifests = {part: artifact.manifest for part, artifact in artifacts.items()}
     first = manifests.get("decoder_first", manifests["decoder"])
-    manifest = CompositeManifest(
+    return CompositeManifest(
         name=name,
         tool=f"furiosa-llm-onnx {importlib.metadata.version('furiosa-llm-onnx')}",
         decoder_start_token_id=start,
@@ -131,10 +141,6 @@ def write_composite(folder: Path, *, name: str, start: int, ends: tuple[int, ...
         hidden=_hidden_link(manifests["encoder"], first),
         states=_state_links(first, manifests["decoder"]) if "decoder_first" in manifests else (),
     )
-    (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-    for path in (folder / MANIFEST_NAME, folder):
-        sync(path)
-    open_composite(folder, full=False)
 
 
 def summary(reports: Mapping[PartName, BuildReport], *, artifact: str, seconds: float) -> BuildReport:

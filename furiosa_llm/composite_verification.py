@@ -1,21 +1,29 @@
-"""`verify_composite`: the checks of `verify_artifact` for each part of a composite artifact, and whether they fit."""
+"""`verify_composite`: the checks of `verify_artifact` for each part of a composite artifact, and how they make one."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from furiosa_llm.builder.composite import find_encoder_decoder
+from furiosa_llm.builder.composite import composite_of, find_encoder_decoder
+from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.source.folder import models_folder
+from furiosa_llm.builder.source.generation_tokens import end_tokens, start_token
 from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.composite import open_composite, parse_composite
 from furiosa_llm.runtime.artifact.composite_manifest import PartName
 from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.manifest import SOURCE_NAME
 from furiosa_llm.runtime.artifact.reader import manifest_bytes
 from furiosa_llm.runtime.errors import InputError
+from furiosa_llm.source_checks import manifest_faults
 from furiosa_llm.verification import Report, verify_artifact
+
+_MOST_FAULTS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +57,20 @@ def verify_composite(
     parts = {
         name: verify_artifact(folder / name, against=sources.get(name), full=full, options=options) for name in names
     }
-    fault = None
+    return CompositeReport(parts=parts, fault=fault_of_whole(folder))
+
+
+def fault_of_whole(folder: Path) -> str | None:
+    """Why the parts are no whole, or are put together otherwise than a build does."""
+    decoder = folder / "decoder" / SOURCE_NAME
     try:
-        open_composite(folder, full=False)
-    except ArtifactError as error:
-        fault = str(error)
-    return CompositeReport(parts=parts, fault=fault)
+        whole = open_composite(folder, full=False)
+        (start, _), (ends, _) = start_token(decoder), end_tokens(decoder)
+        expected = composite_of(whole.parts, name=whole.manifest.name, start=start, ends=ends)
+    except (ArtifactError, BuildError) as error:
+        return str(error)
+    found = dataclasses.replace(whole.manifest, tool=expected.tool)
+    return "; ".join(itertools.islice(manifest_faults(found, expected), _MOST_FAULTS)) or None
 
 
 def _sources(folder: Path, names: list[PartName]) -> Mapping[PartName, Path]:

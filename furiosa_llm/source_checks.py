@@ -26,7 +26,7 @@ from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.lower.program_shapes import program_shapes
 from furiosa_llm.builder.options import recorded_options
 from furiosa_llm.builder.pipeline import Assembly
-from furiosa_llm.builder.source.companions import companions
+from furiosa_llm.builder.source.companions import COMPANIONS, companions
 from furiosa_llm.builder.source.from_artifact import load_with_weights, source_of
 from furiosa_llm.builder.source.identity import check_identity
 from furiosa_llm.builder.source.load import Source, root_cause
@@ -37,6 +37,7 @@ from furiosa_llm.builder.write.onnx_files import program_proto, source_proto
 from furiosa_llm.builder.write.report import plan_json
 from furiosa_llm.builder.write.shards import cut_shard, num_shards
 from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights
+from furiosa_llm.runtime.artifact.composite_manifest import CompositeManifest
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.graphs import attribute_graphs
@@ -72,7 +73,7 @@ def check_lowering(artifact: Artifact) -> Check:
         files=artifact.manifest.files,
         plan=_plan(artifact.manifest.plan, build),
     )
-    faults = [*_program_faults(artifact.program, program), *_manifest_faults(artifact.manifest, manifest)]
+    faults = [*_program_faults(artifact.program, program), *manifest_faults(artifact.manifest, manifest)]
     made, ours = artifact.manifest.provenance.tool, tool()
     if faults and made != ours:
         faults.insert(0, f"made by {made!r:.{_SHOWN}}, not by {ours}, which may lower otherwise; verify it with that")
@@ -175,7 +176,10 @@ def _given_faults(found: onnx.ModelProto, expected: onnx.ModelProto) -> Iterator
 def _companion_faults(manifest: Manifest, model: Path) -> Iterator[str]:
     """Whether tokenizer, chat template and configuration, which say how the model is asked, are those beside it."""
     listed = {entry.path: entry.sha256 for entry in manifest.files}
-    for path in companions(model):
+    beside = {path.name: path for path in companions(model)}
+    for name in sorted(listed.keys() & set(COMPANIONS) - beside.keys()):
+        yield f"{name} is in the artifact, and there is none beside the model"
+    for path in beside.values():
         try:
             expected = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
@@ -317,7 +321,8 @@ def _rest(model: onnx.ModelProto) -> onnx.ModelProto:
 # -- the manifest --------------------------------------------------------------------------------------------------
 
 
-def _manifest_faults(found: Manifest, expected: Manifest) -> Iterator[str]:
+def manifest_faults(found: Manifest | CompositeManifest, expected: Manifest | CompositeManifest) -> Iterator[str]:
+    """Every member of a manifest that is not as expected."""
     for path, one, other in _differences("$", found.to_json(), expected.to_json()):
         if path != "$.digest":
             yield f"manifest.json {path} is {one!s:.{_SHOWN}}, expected {other!s:.{_SHOWN}}"

@@ -255,6 +255,14 @@ def lose_template(folder: Path) -> None:
     )
 
 
+def bring_a_configuration(folder: Path) -> None:
+    """One that the model lacks, and that is asked before those that it has."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    entry = {"path": "generation_config.json", "nbytes": 0, "sha256": "0" * 64}
+    edit_manifest(folder, lambda m: m.update(files=sorted([*m["files"], entry], key=lambda one: str(one["path"]))))
+    edit_manifest(folder, lambda manifest: manifest["model"].update(eos_token_ids=[3]))
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
@@ -262,6 +270,7 @@ def lose_template(folder: Path) -> None:
         (shorten, "genai_config.json is not the one beside the model"),
         (end_never, "genai_config.json is not the one beside the model"),
         (lose_template, "chat_template.jinja is not there, and one is beside the model"),
+        (bring_a_configuration, "generation_config.json is in the artifact, and there is none beside the model"),
     ],
 )
 def test_files_that_say_how_the_model_is_asked(

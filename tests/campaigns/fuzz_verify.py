@@ -2,28 +2,33 @@
 
     python -m tests.campaigns.fuzz_verify
 
-Every kind in `tests/support/runtime/mutations.py` is made on copies of artifacts of the zoo, which `verify --full` then
-checks, with a seed from the system. The table says which checks found it: the static proof; the default's comparison
-with source.onnx lowered again; and, of `--full`, the outputs alone, as if the rest had not been there. A kind that
-`--full` passes is a finding, and the campaign ends with status 1.
+Every kind in `tests/support/runtime/mutations.py` and `mutations_of_others.py` is made on copies of artifacts, which
+`verify --full` then checks, with a seed from the system. The table says which checks found it: the static proof; the
+default's comparison with source.onnx lowered again; and, of `--full`, the outputs alone, as if the rest had not been
+there. A kind that `--full` passes is a finding, and the campaign ends with status 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from furiosa_llm.composite_verification import verify_composite
 from furiosa_llm.parity_options import ParityOptions
-from furiosa_llm.runtime.artifact.tools.record import Verification
-from furiosa_llm.verification import verify_artifact
-from tests.support.artifacts import artifact_of
-from tests.support.runtime.mutations import MUTATIONS, Mutation
+from furiosa_llm.runtime.artifact.composite import is_composite
+from furiosa_llm.runtime.artifact.manifest import MANIFEST_NAME, manifest_digest
+from furiosa_llm.verification import Report, verify_artifact
+from tests.support.runtime.mutations import Mutation
+from tests.support.runtime.mutations_of_others import base, kinds
 from tests.support.runtime.program_edits import Program
+from tests.support.tampering import edit_manifest
 
 OUTPUTS = ("stitched", "executor", "tokens", "engine")
 
@@ -61,30 +66,42 @@ class Result:
         columns = (self.by_proof, self.by_default, self.by_outputs, bool(self.failed))
         marks = "".join(f"{'yes' if mark else '-':<9}" for mark in columns)
         note = " (refused by the reader)" if self.by_reader else " (neutral)" if self.kind.neutral else ""
-        return f"{self.kind.name:<50}{self.model:<26}{marks}{note}"
+        return f"{self.kind.name:<62}{self.model:<46}{marks}{note}"
 
 
 def judge(kind: Mutation, model: str, folder: Path, options: ParityOptions) -> Result:
     """Makes a change in a copy in `folder`, and checks it."""
-    shutil.copytree(artifact_of(model), folder)
-    program = Program(folder)
+    shutil.copytree(base(model), folder)
+    whole = is_composite(folder)
+    program = Program(folder / kind.part if whole else folder)
     kind.apply(program)
     program.save()
-    record = verify_artifact(folder, full=True, options=options).record
-    return Result(kind, model, _failed(record))
+    options = dataclasses.replace(options, compute=kind.compute)
+    if not whole:
+        return Result(kind, model, _failed([verify_artifact(folder, full=True, options=options)]))
+    edit_manifest(folder, lambda manifest: _name_parts(manifest, folder))
+    found = verify_composite(folder, full=True, options=options)
+    failed = _failed(found.parts.values()) | ({} if found.fault is None else {"whole": found.fault})
+    return Result(kind, model, failed)
 
 
-def _failed(record: Verification) -> dict[str, str]:
-    return {check.name: check.faults[0] for check in record.checks if not check.passed}
+def _name_parts(manifest: dict[str, Any], folder: Path) -> None:
+    for part in manifest["parts"]:
+        part["digest"] = manifest_digest((folder / part["name"] / MANIFEST_NAME).read_bytes())
 
 
-def campaign(kinds: Sequence[str], options: ParityOptions) -> Iterator[Result]:
+def _failed(reports: Iterable[Report]) -> dict[str, str]:
+    checks = [check for report in reports for check in report.record.checks]
+    return {check.name: check.faults[0] for check in checks if not check.passed}
+
+
+def campaign(names: Sequence[str], options: ParityOptions) -> Iterator[Result]:
     """Every kind on every model that it is for."""
     with tempfile.TemporaryDirectory(prefix="furiosa-llm-fuzz-verify-") as temporary:
-        for name in kinds:
-            for model in MUTATIONS[name].models:
+        for name in names:
+            for model in kinds()[name].models:
                 folder = Path(temporary) / "artifact"
-                yield judge(MUTATIONS[name], model, folder, options)
+                yield judge(kinds()[name], model, folder, options)
                 shutil.rmtree(folder)
 
 
@@ -101,16 +118,16 @@ def main() -> int:
     parser.add_argument("--faults", action="store_true", help="show what the checks said")
     options = parser.parse_args()
     parity = ParityOptions(seed=options.seed, max_tokens=4, prompts=("hello",))
-    _say(f"{'kind':<50}{'model':<26}{'proof':<9}{'default':<9}{'outputs':<9}{'--full':<9}")
+    _say(f"{'kind':<62}{'model':<46}{'proof':<9}{'default':<9}{'outputs':<9}{'--full':<9}")
     findings = count = 0
-    for result in campaign(options.kind or list(MUTATIONS), parity):
+    for result in campaign(options.kind or list(kinds()), parity):
         count += 1
         findings += not result.failed
         _say(result.row())
         if options.faults:
             for name, fault in result.failed.items():
                 _say(f"    {name}: {fault}")
-    _say(f"{len(options.kind or MUTATIONS)} kinds, {count} artifacts; {findings} findings")
+    _say(f"{len(options.kind or kinds())} kinds, {count} artifacts; {findings} findings")
     return int(findings > 0)
 
 

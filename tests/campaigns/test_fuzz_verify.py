@@ -11,7 +11,8 @@ from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.tools.record import Check
 from tests.campaigns import fuzz_verify
 from tests.campaigns.fuzz_verify import judge
-from tests.support.runtime.mutations import GENAI, MUTATIONS
+from tests.support.runtime.mutations import GENAI
+from tests.support.runtime.mutations_of_others import kinds
 
 FEW = ParityOptions(seed=5, max_tokens=2, prompts=("hello",), threads=1, max_length=64)
 
@@ -29,14 +30,14 @@ SHARE = {
 
 
 def test_there_are_many_kinds() -> None:
-    assert len(MUTATIONS) >= 60
-    assert all(kind.models for kind in MUTATIONS.values())
+    assert len(kinds()) >= 100
+    assert all(kind.models for kind in kinds().values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHARE)
 def test_a_mutation_is_found(name: str, tmp_path: Path) -> None:
-    result = judge(MUTATIONS[name], GENAI, tmp_path / "artifact", FEW)
+    result = judge(kinds()[name], GENAI, tmp_path / "artifact", FEW)
     assert (result.by_proof, result.by_default, result.by_outputs) == SHARE[name]
     assert not result.by_reader
 

@@ -6,7 +6,7 @@ fault of the builder could do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,22 +24,30 @@ LLAMA, GENAI, GPT2, MIXTRAL = (
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """A kind of change: `apply` makes it, or raises NotThereError. `neutral`: no output of the program is another."""
+    """A kind of change: `apply` makes it, or raises NotThereError. `neutral`: no output of the program is another.
+
+    Of a composite artifact `part` is changed. `compute` is what both sides compute in.
+    """
 
     name: str
     models: tuple[str, ...]
     apply: Callable[[Program], None]
     neutral: bool = False
+    part: str = ""
+    compute: str | None = None
 
 
 MUTATIONS: dict[str, Mutation] = {}
 
 
-def mutation(name: str, *models: str, neutral: bool = False) -> Callable[[Callable[[Program], None]], None]:
+def mutation(
+    name: str, *models: str, neutral: bool = False, part: str = "", compute: str | None = None
+) -> Callable[[Callable[[Program], None]], None]:
     """Registers a kind; by default it is done on Optimum's Llama."""
 
     def register(apply: Callable[[Program], None]) -> None:
-        MUTATIONS[name] = Mutation(name, models or (LLAMA,), apply, neutral)
+        assert name not in MUTATIONS, name
+        MUTATIONS[name] = Mutation(name, models or (LLAMA,), apply, neutral, part, compute)
 
     return register
 
@@ -47,21 +55,23 @@ def mutation(name: str, *models: str, neutral: bool = False) -> Callable[[Callab
 # -- signs, scales, terms -------------------------------------------------------------------------------------------
 
 
-def _negated(p: Program, value: str) -> None:
+def negated(p: Program, value: str) -> None:
+    """A value with the other sign."""
     p.through(value, lambda x: [p.node("Neg", [x])])
 
 
-def _scaled(p: Program, value: str, factor: float) -> None:
+def scaled(p: Program, value: str, factor: float) -> None:
+    """A value times a constant."""
     p.through(value, lambda x: [p.node("Mul", [x, p.constant(factor)])])
 
 
-mutation("sign of the logits", LLAMA, GENAI)(lambda p: _negated(p, "logits"))
-mutation("sign of a hidden value", LLAMA, GENAI, GPT2)(lambda p: _negated(p, p.hidden()))
-mutation("scale of the logits by 1 %")(lambda p: _scaled(p, "logits", 1.01))
-mutation("scale of the logits by 1e-6")(lambda p: _scaled(p, "logits", 1 + 1e-6))
-mutation("scale of a hidden value by 1 %", LLAMA, GENAI)(lambda p: _scaled(p, p.hidden(), 1.01))
-mutation("scale of a hidden value by 1e-6")(lambda p: _scaled(p, p.hidden(), 1 + 1e-6))
-mutation("a layer's output times zero", LLAMA, GENAI)(lambda p: _scaled(p, p.find("AllReduce", -1).output[0], 0.0))
+mutation("sign of the logits", LLAMA, GENAI)(lambda p: negated(p, "logits"))
+mutation("sign of a hidden value", LLAMA, GENAI, GPT2)(lambda p: negated(p, p.hidden()))
+mutation("scale of the logits by 1 %")(lambda p: scaled(p, "logits", 1.01))
+mutation("scale of the logits by 1e-6")(lambda p: scaled(p, "logits", 1 + 1e-6))
+mutation("scale of a hidden value by 1 %", LLAMA, GENAI)(lambda p: scaled(p, p.hidden(), 1.01))
+mutation("scale of a hidden value by 1e-6")(lambda p: scaled(p, p.hidden(), 1 + 1e-6))
+mutation("a layer's output times zero", LLAMA, GENAI)(lambda p: scaled(p, p.find("AllReduce", -1).output[0], 0.0))
 
 
 def _residual(p: Program) -> NodeProto:
@@ -128,21 +138,22 @@ def _(p: Program) -> None:
 # -- lengths, positions, values -------------------------------------------------------------------------------------
 
 
-def _size(p: Program, dim: int) -> tuple[list[NodeProto], str]:
+def size(p: Program, dim: int) -> tuple[list[NodeProto], str]:
     """Nodes that give the batch (0) or the length (1) of the new tokens."""
     shape = p.node("Shape", [p.input("token_ids")])
     size = p.node("Gather", [shape.output[0], p.constant(dim, np.int64)])
     return [shape, size], size.output[0]
 
 
-def _total(p: Program) -> tuple[list[NodeProto], str]:
+def total(p: Program) -> tuple[list[NodeProto], str]:
     """Nodes that give the length of the whole sequence."""
     shape = p.node("Shape", [p.input("attention_mask")])
     size = p.node("Gather", [shape.output[0], p.constant(1, np.int64)])
     return [shape, size], size.output[0]
 
 
-def _negated_if(p: Program, value: str, nodes: list[NodeProto], condition: str) -> None:
+def negated_if(p: Program, value: str, nodes: list[NodeProto], condition: str) -> None:
+    """A value with the other sign where a condition holds, which `nodes` compute."""
     p.through(
         value,
         lambda x: [
@@ -160,7 +171,8 @@ def _masked(p: Program, op: str, ids: str, bound: int) -> tuple[list[NodeProto],
     return [node, wide], wide.output[0]
 
 
-def _compared(p: Program, op: str, size: tuple[list[NodeProto], str], bound: int) -> tuple[list[NodeProto], str]:
+def compared(p: Program, op: str, size: tuple[list[NodeProto], str], bound: int) -> tuple[list[NodeProto], str]:
+    """Nodes that compare what `size` or `total` give, and their result."""
     nodes, value = size
     node = p.node(op, [value, p.constant(bound, np.int64)])
     p.declare(node.output[0], TensorProto.BOOL)
@@ -169,43 +181,43 @@ def _compared(p: Program, op: str, size: tuple[list[NodeProto], str], bound: int
 
 @mutation("negated where a sequence is longer than 24", LLAMA, GENAI)
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_compared(p, "Greater", _total(p), 24))
+    negated_if(p, "logits", *compared(p, "Greater", total(p), 24))
 
 
 @mutation("negated where a sequence is longer than 400", LLAMA, GENAI)
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_compared(p, "Greater", _total(p), 400))
+    negated_if(p, "logits", *compared(p, "Greater", total(p), 400))
 
 
 @mutation("negated at the model's longest sequence")
 def _(p: Program) -> None:
     longest = p.manifest["model"]["max_sequence_length"]
-    _negated_if(p, p.hidden(), *_compared(p, "GreaterOrEqual", _total(p), longest))
+    negated_if(p, p.hidden(), *compared(p, "GreaterOrEqual", total(p), longest))
 
 
 @mutation("negated at the length of 37 alone", LLAMA, GENAI)
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_compared(p, "Equal", _total(p), 37))
+    negated_if(p, "logits", *compared(p, "Equal", total(p), 37))
 
 
 @mutation("negated in prompts longer than 24", LLAMA, GENAI)
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_compared(p, "Greater", _size(p, 1), 24))
+    negated_if(p, "logits", *compared(p, "Greater", size(p, 1), 24))
 
 
 @mutation("negated in decode steps")
 def _(p: Program) -> None:
-    _negated_if(p, p.hidden(), *_compared(p, "Equal", _size(p, 1), 1))
+    negated_if(p, p.hidden(), *compared(p, "Equal", size(p, 1), 1))
 
 
 @mutation("negated in batches")
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_compared(p, "Greater", _size(p, 0), 1))
+    negated_if(p, "logits", *compared(p, "Greater", size(p, 0), 1))
 
 
 @mutation("an If on the length", LLAMA, GENAI)
 def _(p: Program) -> None:
-    nodes, condition = _compared(p, "Greater", _total(p), 24)
+    nodes, condition = compared(p, "Greater", total(p), 24)
 
     def branch(op: str, value: str) -> GraphProto:
         name = p.value()
@@ -220,12 +232,12 @@ def _(p: Program) -> None:
 
 @mutation("negated behind position 30")
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_masked(p, "Greater", p.input("position_ids"), 30))
+    negated_if(p, "logits", *_masked(p, "Greater", p.input("position_ids"), 30))
 
 
 @mutation("negated behind token 7", LLAMA, GENAI)
 def _(p: Program) -> None:
-    _negated_if(p, "logits", *_masked(p, "Equal", p.input("token_ids"), 7))
+    negated_if(p, "logits", *_masked(p, "Equal", p.input("token_ids"), 7))
 
 
 @mutation("hidden values cut off at 1000", LLAMA, GENAI)
@@ -442,7 +454,7 @@ def _(p: Program) -> None:
 
 @mutation("a present negated")
 def _(p: Program) -> None:
-    _negated(p, str(_attention(p, 1).output[2]))
+    negated(p, str(_attention(p, 1).output[2]))
 
 
 @mutation("the mask of scores cancelled")
@@ -453,13 +465,13 @@ def _(p: Program) -> None:
 @mutation("scores of far tokens lowered")
 def _(p: Program) -> None:
     """By 0.01 for each token of the whole sequence, which softmax takes back where all are alike; so by column."""
-    nodes, total = _total(p)
+    nodes, length = total(p)
     p.before(
         _attention(p),
         10,
         lambda x: [
             *nodes,
-            columns := p.node("Range", [p.constant(0, np.int64), total, p.constant(1, np.int64)]),
+            columns := p.node("Range", [p.constant(0, np.int64), length, p.constant(1, np.int64)]),
             numbers := p.node("Cast", [columns.output[0]], to=TensorProto.FLOAT),
             small := p.node("Mul", [numbers.output[0], p.constant(0.01)]),
             p.node("Add", [x, small.output[0]]),
@@ -475,7 +487,7 @@ def _(p: Program) -> None:
     rank = next(tensor["name"] for tensor in p.manifest["tensors"] if tensor["origin"] is None)
     hidden = p.find("AllReduce", 1).input[0]
     first = p.node("Equal", [rank, p.constant(0, np.int64)])
-    _negated_if(p, hidden, [first], first.output[0])
+    negated_if(p, hidden, [first], first.output[0])
 
 
 @mutation("a rank's own constant altered")
@@ -506,7 +518,7 @@ def _(p: Program) -> None:
 
 @mutation("a sum over the ranks made a mean", LLAMA, GENAI)
 def _(p: Program) -> None:
-    _scaled(p, p.hidden(), 0.25)
+    scaled(p, p.hidden(), 0.25)
 
 
 @mutation("a sum over the ranks twice", LLAMA, GENAI)
@@ -591,8 +603,3 @@ def _(p: Program) -> None:
 def _(p: Program) -> None:
     ends = p.manifest["model"]["eos_token_ids"]
     p.manifest["model"]["eos_token_ids"] = [] if ends else [1]
-
-
-def kinds() -> Mapping[str, Mutation]:
-    """All kinds by name."""
-    return MUTATIONS
