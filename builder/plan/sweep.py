@@ -44,6 +44,7 @@ class Sweeper:
                 for d, _ in leaves[value]
                 if has_concatenation(analysis.dims[value][d])
             ),
+            storable={},
             in_prefixes=leaves_in_prefixes(factor for dims in analysis.dims.values() for factor in dims),
             active=_find_active(analysis, {value for value, dims in leaves.items() if dims}),
             consumers=_count_consumers(analysis),

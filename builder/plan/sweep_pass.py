@@ -39,6 +39,8 @@ class Ground:
     """For every value, the dimensions that have leaves which may be split, each with these leaves."""
     packed: frozenset[tuple[ir.Value, int]]
     """The dimensions of weights that have concatenations among their factors."""
+    storable: dict[tuple[ir.Value, int, tuple[tuple[Factor, Axes], ...]], bool]
+    """Whether such a dimension can be stored when these leaves are split so, as far as passes have asked."""
     in_prefixes: frozenset[Factor]
     """The leaves that are below some prefix: splitting them makes padding, even if they are split evenly."""
     active: Sequence[NodeInfo]
@@ -306,9 +308,15 @@ class SweepPass:
                 for axis in self._axes[leaf]:
                     if owner.setdefault(axis, (leaf, d)) != (leaf, d):
                         raise InfeasibleError(f'"{value.name}" would be split twice over mesh axis {axis}')
-            packed = (value, d) in self._ground.packed and d not in whole
-            if packed and not can_be_stored(simplify(to_dim(self._analysis.dims[value][d], self._axes))):
+            if (value, d) in self._ground.packed and d not in whole and not self._can_be_stored(value, d, leaves):
                 raise InfeasibleError(f'segments inside of "{value.name}" would be split over different axes')
+
+    def _can_be_stored(self, value: ir.Value, d: int, leaves: Sequence[Factor]) -> bool:
+        """Whether dimension `d`, whose split leaves are given, can be stored; known since an earlier pass, mostly."""
+        known, key = self._ground.storable, (value, d, tuple((leaf, self._axes[leaf]) for leaf in leaves))
+        if key not in known:
+            known[key] = can_be_stored(simplify(to_dim(self._analysis.dims[value][d], self._axes)))
+        return known[key]
 
     def _check_node(self, info: NodeInfo, step: NodeAction, split: Mapping[int, Split]) -> None:
         """No mesh axis may be used by two different factors, or by a factor and a partial sum, inside one node."""

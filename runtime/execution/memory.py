@@ -53,6 +53,11 @@ def lifetimes(lanes: Lanes) -> dict[str, Lifetime]:
     }
 
 
+def padded(nbytes: int) -> int:
+    """The bytes that an array of `nbytes` takes in a block."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def place(values: Iterable[tuple[str, int, Lifetime]]) -> tuple[dict[str, int], int]:
     """Byte offsets for `(name, nbytes, lifetime)` triples, and the size of the block that holds them.
 
@@ -64,11 +69,11 @@ def place(values: Iterable[tuple[str, int, Lifetime]]) -> tuple[dict[str, int], 
     slots: dict[int, list[tuple[int, int]]] = {}
     end = 0
     for name, nbytes, lifetime in sorted(values, key=lambda value: value[2].first):
-        padded = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        candidates = slots.setdefault(padded, [])
+        size = padded(nbytes)
+        candidates = slots.setdefault(size, [])
         index = next((i for i, (_, last) in enumerate(candidates) if last + 2 <= lifetime.first), None)
         if index is None:
-            offsets[name], end = end, end + padded
+            offsets[name], end = end, end + size
         else:
             offsets[name] = candidates.pop(index)[0]
         candidates.append((offsets[name], lifetime.last))

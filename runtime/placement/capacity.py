@@ -7,6 +7,7 @@ keep a copy each. Each replica has its own KV caches and activations.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.reader import SplitModel
 from furiosa_llm.runtime.artifact.units import nbytes as shown
 from furiosa_llm.runtime.errors import CapacityError
-from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, place
+from furiosa_llm.runtime.execution.memory import Lifetime, array_nbytes, padded, place
 from furiosa_llm.runtime.placement.block_reads import BlockReads, read_blocks
 from furiosa_llm.runtime.placement.stages import Stage, divide_blocks
 from furiosa_llm.runtime.placement.topology import Topology
@@ -86,6 +87,8 @@ class Memory:
         self._touched = [self._life.keys() & {*used_names(node), *node.output} for node in model.program.graph.node]
         self._states = _states_kept_at(model)
         self._values: dict[tuple[int, int], list[tuple[str, ValueType, Lifetime]]] = {}
+        self._kinds: dict[tuple[int, int], tuple[ValueType, ...]] = {}
+        self._places: dict[tuple[tuple[int, int], tuple[int, ...]], Counter[int]] = {}
         self._peaks: dict[tuple[int, int, tuple[tuple[str, int], ...]], int | None] = {}
         self._received: dict[tuple[int, ...], tuple[tuple[str, ...], ...]] = {}
 
@@ -127,15 +130,24 @@ class Memory:
         return self._peaks[key]
 
     def _placed_nbytes(self, stage: Stage, sizes: Mapping[str, int]) -> int | None:
+        """What `place` needs, which gives as many places at any sizes as long as the same values are equally large."""
         nodes = (stage.first_node, stage.stop_node)
         if nodes not in self._values:
             touched = set().union(*self._touched[slice(*nodes)])
             lives = [(name, alive) for name, alive in self._life.items() if name in touched]
             self._values[nodes] = [(name, self._program.types[name], alive) for name, alive in lives]
-        nbytes_of = {kind: _nbytes(kind, sizes) for kind in {kind for _, kind, _ in self._values[nodes]}}
-        values = [(name, nbytes_of[kind], alive) for name, kind, alive in self._values[nodes]]
-        known = [(name, nbytes, alive) for name, nbytes, alive in values if nbytes is not None]
-        return place(known)[1] if len(known) == len(values) else None
+            self._kinds[nodes] = tuple(dict.fromkeys(kind for _, kind, _ in self._values[nodes]))
+        nbytes = [None if (size := _nbytes(kind, sizes)) is None else padded(size) for kind in self._kinds[nodes]]
+        known = [size for size in nbytes if size is not None]
+        if len(known) != len(nbytes):
+            return None
+        alike = tuple(map(known.index, known))
+        if (nodes, alike) not in self._places:
+            size_of = dict(zip(self._kinds[nodes], known, strict=True))
+            offsets, _ = place([(name, size_of[kind], alive) for name, kind, alive in self._values[nodes]])
+            places = {(size_of[kind], offsets[name]) for name, kind, _ in self._values[nodes]}
+            self._places[nodes, alike] = Counter(known.index(size) for size, _ in places)
+        return sum(count * known[first] for first, count in self._places[nodes, alike].items())
 
 
 def _kept_nbytes(states: Sequence[tuple[int, int]], stage: Stage) -> int:
