@@ -42,7 +42,7 @@ from furiosa_llm.runtime.runners.far_runner import FarRunner
 _PING_SECONDS = 1.0
 _POLL_MS = 100
 _GOODBYE_MS = 200
-CONNECT_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
 """A stage that cannot be reached within so long is given up."""
 
 
@@ -174,7 +174,7 @@ class RemoteRunner(FarRunner[_UnderWay]):
                 if message.kind is Kind.READY:
                     missing.discard(stage)
                 elif message.kind is Kind.ERROR:
-                    raise error_of(*parse_error(message.frame()))
+                    raise self._error_of(stage, message)
             waited = time.monotonic() - began
             for stage in missing:
                 link = self._links[stage]
@@ -222,7 +222,7 @@ class RemoteRunner(FarRunner[_UnderWay]):
                 if entry is not None:
                     self._take_result(entry, message)
             case Kind.ERROR:
-                raise error_of(*parse_error(message.frame()))
+                raise self._error_of(stage, message)
             case Kind.PONG:
                 counters = integers(message.frame())
                 if counters.size != WIDTH:
@@ -230,6 +230,11 @@ class RemoteRunner(FarRunner[_UnderWay]):
                 self._counters[stage] = counters
             case _:
                 raise WireError(f"{self._links[stage].what} sends a message {message.kind.name}")
+
+    def _error_of(self, stage: int, message: Message) -> FuriosaLLMError:
+        """The error that a stage has sent, with its name."""
+        error, what = error_of(*parse_error(message.frame())), self._links[stage].what
+        return error if what in str(error) else type(error)(f"{what}: {error}")
 
     def _take_result(self, entry: _UnderWay, message: Message) -> None:
         try:

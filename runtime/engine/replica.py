@@ -233,9 +233,11 @@ class Replica:
         self._close_runner()
 
     def _note_failure(self, failure: BaseException) -> None:
-        logger.warning("replica %d failed: %s: %s", self.index, type(failure).__name__, failure)
+        waits = isinstance(failure, NoHostError)
+        if not (waits and isinstance(self._failure, NoHostError)):  # said once, not each time that it asks for one
+            logger.warning("replica %d failed: %s: %s", self.index, type(failure).__name__, failure)
         self._failure = failure
-        self._failures += not isinstance(failure, NoHostError)  # waiting for a host is nobody's failure
+        self._failures += not waits  # which is nobody's failure
 
     def _serve(self) -> None:
         """Keeps the runner busy, hands outputs out while it computes, and handles what arrives, until it is closed."""

@@ -177,7 +177,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 def test_a_lost_stage_ends_what_its_replica_has_begun_and_nothing_else(
-    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The other replica runs on; the lost one waits for a host, then is built anew, its other stage as it was."""
     prompts = ([3, 1, 4], [1, 5, 9, 2, 6])
@@ -209,8 +209,9 @@ def test_a_lost_stage_ends_what_its_replica_has_begun_and_nothing_else(
             assert hosts[0, 1] == "host0.1"
             assert hosts[1, 0] == "host1.0"
             asked = cluster.asked
-            until(lambda: cluster.asked > asked)
+            until(lambda: cluster.asked > asked + 1)
             assert first.death is None
+            assert caplog.text.count("NoHostError: no room") == 1  # however often it asks
             cluster.addresses[0][1] = servers[4].address
             cluster.error = None
             until(lambda: first.ready)

@@ -314,7 +314,7 @@ def test_a_stage_has_one_head_at_a_time(
 
 
 def test_a_step_that_fails_ends_the_session_alone(two: RemoteRunner, artifact: Artifact) -> None:
-    with pytest.raises(ExecutionError, match=r"segment \d+ failed on rank"):
+    with pytest.raises(ExecutionError, match=r"^stage 0 on host0: segment \d+ failed on rank"):
         two.submit(decode(token=10**6)).result(DEADLINE)
     with pytest.raises(ExecutionError):
         two.submit(decode()).result(DEADLINE)
