@@ -205,6 +205,13 @@ clients: $(INSTALLED) ## clients of the server, each in an environment of its ow
 
 COUNT ?= 1000
 
+FAULTS ?= 30
+
+.PHONY: cluster-campaign
+cluster-campaign: SECONDS = 600
+cluster-campaign: $(INSTALLED) ## hosts and stages lost at random under load: every request answered once, nothing left (FAULTS=30 SECONDS=600)
+	$(BIN)/python -m tests.campaigns.cluster_campaign --faults $(FAULTS) --seconds $(SECONDS)
+
 .PHONY: server-campaign
 server-campaign: $(INSTALLED) ## hostile clients beside honest ones, against the real server (COUNT=1000 of each kind)
 	$(BIN)/python -m tests.campaigns.server_campaign --count $(COUNT)
@@ -244,7 +251,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs clients server-campaign server-hostile server-load lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
+release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs clients server-campaign server-hostile server-load cluster-campaign lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \
