@@ -20,12 +20,11 @@ from rich.table import Table
 
 from benchmarks.simulate.blind import show_blind
 from benchmarks.simulate.fit import FITTED, SPREAD, fit, predicted, prior_of, steps_of
-from benchmarks.simulate.measurements import Measurement, measurements
+from benchmarks.simulate.measurements import Measurement, device_of, measurements
 from benchmarks.simulate.models import costs_of
 from benchmarks.simulate.parity import draw_parity
 from furiosa_llm.bench.metrics import figures_of
 from furiosa_llm.simulate.clock import run
-from furiosa_llm.simulate.device import load_device
 from furiosa_llm.simulate.requests import drawn, read_trace
 from furiosa_llm.simulate.steps import BITS
 
@@ -126,7 +125,7 @@ def spread_errors(rows: Iterable[Measurement]) -> Errors:
     found = {}
     for row in rows:
         if row.metric == "tpot_p99":
-            software = load_device(row.device).software[row.software]
+            software = device_of(row.device).software[row.software]
             steps = steps_of(row, {name: getattr(software, name).value for name in SPREAD})
             said = []
             for seed in SEEDS:

@@ -12,15 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.simulate.fit import SPREAD, predicted
-from benchmarks.simulate.measurements import Measurement, measurements
-from furiosa_llm.simulate.device import load_device
+from benchmarks.simulate.measurements import Measurement, device_of, measurements
 
 
 def blind_errors(rows: Iterable[Measurement]) -> dict[tuple[str, str, str], list[float]]:
     """Relative errors by device, software and model; a run that is said not to fit is an error of all."""
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in rows:
-        software = load_device(row.device).software[row.software]
+        software = device_of(row.device).software[row.software]
         said = predicted(row, {name: getattr(software, name).value for name in SPREAD})
         found[row.device, row.software, row.model].append(-1.0 if math.isnan(said) else said / row.value - 1)
     return found

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.simulate.measurements import Measurement
+from benchmarks.simulate.measurements import Measurement, device_of
 from benchmarks.simulate.models import costs_of
 from furiosa_llm.simulate.closed_form import Estimate, Load, estimate
-from furiosa_llm.simulate.device import Software, load_device
+from furiosa_llm.simulate.device import Software
 from furiosa_llm.simulate.errors import PlacementError
-from furiosa_llm.simulate.steps import Placement, Steps
+from furiosa_llm.simulate.placement import Placement
+from furiosa_llm.simulate.steps import Steps
 
 Constants = Mapping[str, float]
 SPREAD = {
@@ -70,12 +71,16 @@ def with_constants(software: Software, constants: Constants) -> Software:
 
 
 def steps_of(row: Measurement, constants: Constants) -> Steps:
-    """The steps of a measured model on its device."""
-    device = load_device(row.device)
+    """The steps of a measured model on its device. Whoever ran a batch of some size had configured that size."""
+    device = device_of(row.device)
+    software = with_constants(device.software[row.software], constants)
+    if row.mode == "static" and row.amount > software.max_sequences.value:
+        most = dataclasses.replace(software.max_sequences, value=row.amount)
+        software = dataclasses.replace(software, max_sequences=most)
     return Steps(
         costs_of(row.model, row.tp),
         device,
-        with_constants(device.software[row.software], constants),
+        software,
         Placement(tensor_parallel_size=row.tp, pipeline_parallel_size=row.pp, data_parallel_size=row.dp),
         weights=row.weights,
         kv=row.kv,

@@ -10,7 +10,7 @@ from typing import cast
 
 from benchmarks.simulate.models import MODELS
 from furiosa_llm.simulate.closed_form import Kind
-from furiosa_llm.simulate.device import device_names, load_device
+from furiosa_llm.simulate.device import Device, device_names, load_device
 
 _FOLDER = Path(__file__).parent
 _DEVICES = {"h100-sxm": "h100", "h200-sxm": "h200", "a100-80g": "a100"}
@@ -21,8 +21,11 @@ _SOFTWARE = (
     ("Furiosa", "furiosa-sdk-2025"),
     ("trt-llm 0.5", "trt-llm-2023"),
     ("trt-llm 0.6", "trt-llm-2023"),
+    ("trt-llm 0.9", "trt-llm-2023"),
     ("trt-llm", "trt-llm"),
     ("NIM", "nim"),
+    ("vllm 0.6.0", "vllm-2024"),
+    ("vllm 2024", "vllm-2024"),
     ("vllm", "vllm"),
     ("optimum-habana", "optimum-habana"),
 )
@@ -72,6 +75,12 @@ class Measurement:
 
 
 @functools.cache
+def device_of(name: str) -> Device:
+    """A row's device; its file is read once, for thousands of predictions."""
+    return load_device(name)
+
+
+@functools.cache
 def measurements(name: str = "measurements") -> tuple[tuple[Measurement, ...], dict[int, str]]:
     """The usable rows of a file, and why the others are not.
 
@@ -112,7 +121,7 @@ def _read(row: dict[str, str]) -> Measurement:
     device = _file_of(row["device"])
     assert device is not None  # it has no reason against it
     software = next(name for start, name in _SOFTWARE if row["stack"].startswith(start))
-    known = load_device(device)
+    known = device_of(device)
     if software not in known.software:
         software = next(iter(known.software))
     return Measurement(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +21,8 @@ from furiosa_llm.simulate.errors import DeviceFileError, LoadError
 
 if TYPE_CHECKING:
     from furiosa_llm.simulate.closed_form import Load
+    from furiosa_llm.simulate.placement import Placement
     from furiosa_llm.simulate.question import Clocked, Report, Setting
-    from furiosa_llm.simulate.steps import Placement
 
 
 class _Users(click.ParamType[tuple[float, ...]]):
@@ -63,7 +66,7 @@ class _Measured(click.ParamType[tuple[str, float, float]]):
 _USERS = (1, 8, 64)
 _COUNT = click.IntRange(min=1)
 _GROUPS = {
-    "Placement": ("cards", "tp", "pp", "dp", "search"),
+    "Placement": ("cards", "hosts", "tp", "pp", "dp", "search"),
     "Load": (
         "concurrency",
         "request_rate",
@@ -90,6 +93,9 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 @click.option("--output", type=click.Path(path_type=Path), help="The file of --measure-this-machine.  [default: print]")
 @click.option("--software", help="What serves, of those in the device file.  [default: the first]")
 @click.option("--cards", type=_COUNT, default=1, show_default=True, help="How many there are.")
+@click.option(
+    "--hosts", type=_COUNT, help="Hosts that the cards are spread over evenly.  [default: as the device file says]"
+)
 @click.option("-tp", "tp", type=_COUNT, help="PEs that share each matrix.  [default: a card, or as many as it takes]")
 @click.option("-pp", "pp", type=_COUNT, help="Pipeline stages.  [default: as few as fit]")
 @click.option("-dp", "dp", type=_COUNT, help="Replicas.  [default: as many as there are PEs for]")
@@ -135,7 +141,7 @@ def simulate(model: Path | None, progress: bool | None, **options: Any) -> None:
         raise click.UsageError(
             "give a MODEL and a --device; --output is of --measure-this-machine, which takes neither"
         )
-    with shown(progress):
+    with shown(progress), _little_garbage():
         found = _asked(model, options)
     if options["json_file"] is not None:
         _write_json(options["json_file"], found.to_json(), "--json", indent=2)
@@ -153,6 +159,18 @@ def simulate(model: Path | None, progress: bool | None, **options: Any) -> None:
         show_report(found, price=options["price_per_hour"])
     if not found.keeps:
         click.get_current_context().exit(1)
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """Without looking for cycles in a graph of thousands of nodes again and again while it is lowered for each size."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _measure(model: Path | None, progress: bool | None, options: dict[str, Any]) -> None:
@@ -258,6 +276,7 @@ def _write(file: Path, text: str, option: str) -> None:
 
 def _setting(model: Path, options: dict[str, Any]) -> Setting:
     from furiosa_llm.simulate.device import load_device
+    from furiosa_llm.simulate.hosts import on_hosts
     from furiosa_llm.simulate.model import costs_of_model
     from furiosa_llm.simulate.question import Setting
 
@@ -267,6 +286,8 @@ def _setting(model: Path, options: dict[str, Any]) -> Setting:
         raise DeviceFileError(
             f"{device.name} has no software {software!r:.60}; use one of {', '.join(device.software)}"
         )
+    if options["hosts"] is not None:
+        device = on_hosts(device, options["cards"], options["hosts"])
     return Setting(
         costs=costs_of_model(model),
         device=device,

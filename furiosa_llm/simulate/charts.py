@@ -10,7 +10,7 @@ from html import escape
 _WIDTH, _HEIGHT = 760, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 16, 44
 _TICKS = 5
-COLOURS = 9
+COLOURS = 10
 """How many series have a colour of their own: the classes c0, c1, ... of the page's style."""
 
 

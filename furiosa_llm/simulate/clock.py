@@ -163,13 +163,15 @@ class _Clock:
     def _start(self, replica: _Replica, now: float) -> None:
         """All that the scheduler gives, each through its stages as these become free."""
         while (batch := replica.scheduler.schedule()) is not None:
-            at = now
+            ways = self._steps.ways[replica.number]
+            tokens = len(batch.rows) if isinstance(batch, Decode) else batch.num_tokens
+            at = now + ways.into()
             for stage, begin in enumerate(replica.free):
                 at = max(at, begin)
                 end = at + self._seconds(replica, batch, stage)
                 replica.free[stage] = end
                 self._note(replica, batch, stage, at, end)
-                at = end
+                at = end + ways.after(stage, tokens)
             heapq.heappush(self._events, (at, next(self._numbers), replica, batch))
 
     def _complete(self, replica: _Replica, batch: Batch, now: float) -> None:

@@ -99,11 +99,12 @@ def _round(steps: Steps, rows: float, length: float) -> dict[str, float]:
     """The seconds by cause until every one of `rows` sequences has a token more, stages overlapped."""
     stages = len(steps.counts)
     work = steps.decode(max(rows / stages, 1.0), length)
-    found = [steps.causes(work, stage) for stage in range(stages)]
     path, slowest = (dict.fromkeys(CAUSES, 0.0) for _ in range(2))
-    for one in found:
-        path = {cause: path[cause] + one[cause] for cause in CAUSES}
+    for stage, count in steps.stages.items():
+        one = steps.causes(work, stage)
+        path = {cause: path[cause] + count * one[cause] for cause in CAUSES}
         slowest = max(slowest, one, key=lambda causes: sum(causes.values()))
+    path["links"] = steps.longest_way.all(work.tokens)
     full = {cause: min(stages, rows) * seconds for cause, seconds in slowest.items()}
     return max(path, full, key=lambda causes: sum(causes.values()))
 
@@ -121,6 +122,11 @@ def _prefill(steps: Steps, input_len: float, rows: float, length: float, at_once
     return seconds / together
 
 
+def _hops(steps: Steps, input_len: float) -> float:
+    """Of a prompt's last chunk from host to host; those before it are on their way while stages compute."""
+    return steps.longest_way.all(min(steps.software.chunk.value, input_len))
+
+
 def _prompt_seconds(steps: Steps, new: float, past: float, prompts: float, rows: float, length: float) -> float:
     one = steps.prefill(new / prompts, past)
     work = Work(
@@ -130,7 +136,7 @@ def _prompt_seconds(steps: Steps, new: float, past: float, prompts: float, rows:
         pairs=one.pairs * prompts,
         length=one.length,
     )
-    stages = range(len(steps.counts))
+    stages = steps.stages
     if not steps.software.mixed.value or rows < 1:
         return max(steps.seconds(work, stage) for stage in stages)
     decode = steps.decode(rows / len(steps.counts), length)
@@ -147,10 +153,13 @@ def _closed(steps: Steps, load: Load, users: float, most: float, *, saturated: b
     causes = _round(steps, users, length)
     decode = sum(causes.values())
     stages = len(steps.counts)
-    alone = _prefill(steps, load.input_len, 0.0, length, 1.0) * stages  # through all, each as slow as the slowest
-    beside = _prefill(steps, load.input_len, users - 1, length, per_round) if users > 1 else alone
-    beside += _BUBBLE * (1 - 1 / stages) * max(beside - decode / stages, 0.0)
-    own = beside + (decode if users > 1 and steps.software.mixed.value else 0.0)
+    one = _prefill(steps, load.input_len, 0.0, length, 1.0)
+    hops = _hops(steps, load.input_len)
+    alone = one * stages + hops  # through all, each as slow as the slowest
+    beside = _prefill(steps, load.input_len, users - 1, length, per_round) if users > 1 else one * stages
+    computed = decode - causes["links"]
+    beside += _BUBBLE * (1 - 1 / stages) * max(beside - computed / stages, 0.0)
+    own = beside + hops + (decode if users > 1 and steps.software.mixed.value else 0.0)
     others = max(users - 1, 0.0) * beside
     waiting = min(others, others * beside / max(rounds * decode + others + own, 1e-12))
     half = decode / 2 if users > 1 else 0.0
@@ -200,6 +209,7 @@ def _static(steps: Steps, load: Load, most: float) -> Estimate:
     prompts = users * _prefill(steps, load.input_len, 0.0, length, users) + (len(steps.counts) - 1) * _prefill(
         steps, load.input_len, 0.0, length, 1.0
     )
+    prompts += _hops(steps, load.input_len)
     ttft = steps.software.request_time.value + prompts
     e2e = ttft + rounds * decode
     return Estimate(

@@ -8,7 +8,8 @@ import numpy as np
 
 from furiosa_llm.builder.lower.step_costs import StepCosts
 from furiosa_llm.simulate.device import Cores, Device, Rates, Software
-from furiosa_llm.simulate.steps import CAUSES, Placement, Steps, Work
+from furiosa_llm.simulate.placement import Placement
+from furiosa_llm.simulate.steps import CAUSES, Steps, Work
 
 _FLOAT32 = 4.0
 """Bytes of a weight."""
@@ -115,7 +116,8 @@ def steps_on(
     *,
     weights: str | None = None,
     kv: str | None = None,
+    handed_nbytes: float = 0.0,
 ) -> Steps:
     """The steps of a placement: of cards, or of cores that stand in for them."""
     kind = Steps if software.cores is None else CoreSteps
-    return kind(costs, device, software, placement, weights=weights, kv=kv)
+    return kind(costs, device, software, placement, weights=weights, kv=kv, handed_nbytes=handed_nbytes)

@@ -127,6 +127,8 @@ class Device:
     link_in_card: Annotated[Constant, Unit("B/s")]
     link_in_host: Annotated[Constant, Unit("B/s")]
     link_of_hosts: Annotated[Constant, Unit("B/s")]
+    latency_of_hosts: Annotated[Constant, Unit("s", may_be_zero=True)]
+    """Of a message from one host to another, however small."""
     power_idle: Annotated[Constant, Unit("W", may_be_zero=True)]
     power_busy: Annotated[Constant, Unit("W", may_be_zero=True)]
     """0 if it is not known."""

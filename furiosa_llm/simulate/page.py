@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from html import escape
 
 from furiosa_llm.simulate.believed import Published, published
-from furiosa_llm.simulate.charts import Axis, Point, chart, dots, legend, path, rings, spans, stacks
+from furiosa_llm.simulate.charts import COLOURS, Axis, Point, chart, dots, legend, path, rings, spans, stacks
 from furiosa_llm.simulate.clock import run
 from furiosa_llm.simulate.closed_form import Estimate, estimate, most_sequences
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.question import Answer, Report
 from furiosa_llm.simulate.requests import drawn
-from furiosa_llm.simulate.steps import CAUSES, Placement, Steps
+from furiosa_llm.simulate.steps import CAUSES, Steps
 
 _USERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHOWN_REQUESTS, _SHOWN_TOKENS = 6, 12
@@ -25,6 +26,7 @@ _WORDS = {
     "collectives": "collectives",
     "layers": "what every layer takes besides",
     "sequences": "what every sequence takes besides",
+    "links": "from host to host",
     "prefill": "prompts of others",
 }
 _ROOFS = {"products": ("weights", "products"), "attention": ("cache", "attention"), "head": ("head",)}
@@ -32,10 +34,10 @@ _ROOFS = {"products": ("weights", "products"), "attention": ("cache", "attention
 _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif;
   --c0: #1f6fb4; --c1: #c2571a; --c2: #2b8a3e; --c3: #a4262c; --c4: #6741a5; --c5: #7a5230; --c6: #a8327f;
-  --c7: #5c5f66; --c8: #7f7a12; --ink: #1a1c20; --paper: #fff; --grid: #c9ccd2; }
+  --c7: #5c5f66; --c8: #7f7a12; --c9: #0f7d80; --ink: #1a1c20; --paper: #fff; --grid: #c9ccd2; }
 @media (prefers-color-scheme: dark) { :root {
   --c0: #6cb2f2; --c1: #f29a62; --c2: #6cc780; --c3: #f28085; --c4: #b49af0; --c5: #cfa37d; --c6: #ec8cc8;
-  --c7: #b3b7bf; --c8: #d3cd63; --ink: #e9ebee; --paper: #16181c; --grid: #474b53; } }
+  --c7: #b3b7bf; --c8: #d3cd63; --c9: #5fc9cb; --ink: #e9ebee; --paper: #16181c; --grid: #474b53; } }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 13px; }
@@ -47,7 +49,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 13px;
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; }
-""" + "".join(f".c{i} {{ fill: var(--c{i}); }} .k{i} {{ background: var(--c{i}); }}\n" for i in range(9))
+""" + "".join(f".c{i} {{ fill: var(--c{i}); }} .k{i} {{ background: var(--c{i}); }}\n" for i in range(COLOURS))
 
 
 def page(found: Report) -> str:

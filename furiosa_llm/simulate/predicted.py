@@ -19,8 +19,9 @@ from furiosa_llm.simulate.cores import steps_on
 from furiosa_llm.simulate.device import Device
 from furiosa_llm.simulate.errors import DeviceFileError
 from furiosa_llm.simulate.model import Costs, costs_of_model
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.requests import Request
-from furiosa_llm.simulate.steps import Placement, Steps
+from furiosa_llm.simulate.steps import Steps
 
 
 class Prediction:

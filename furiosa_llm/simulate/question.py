@@ -15,9 +15,11 @@ from furiosa_llm.simulate.closed_form import Estimate, Kind, Load, estimate, mos
 from furiosa_llm.simulate.cores import steps_on
 from furiosa_llm.simulate.device import Device, Software
 from furiosa_llm.simulate.errors import LoadError, PlacementError
+from furiosa_llm.simulate.hosts import count_hosts, handed_on, hosts_of
 from furiosa_llm.simulate.model import Costs
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.requests import Request
-from furiosa_llm.simulate.steps import Placement, Steps
+from furiosa_llm.simulate.steps import Steps
 
 FIGURES = ("ttft", "tpot", "output_tps")
 _ENOUGH = 0.99
@@ -45,7 +47,10 @@ class Setting:
         """The steps in a placement."""
         costs = self.costs.at(placement.tensor_parallel_size)
         software = self.software[self.software_at(placement)]
-        return steps_on(costs, self.device, software, placement, weights=self.weights, kv=self.kv)
+        handed = 0
+        if placement.pipeline_parallel_size > 1 and count_hosts(self.device, placement) > 1:
+            handed = handed_on(self.costs.at(max(2, placement.tensor_parallel_size)))  # one rank has no collectives
+        return steps_on(costs, self.device, software, placement, weights=self.weights, kv=self.kv, handed_nbytes=handed)
 
     def software_at(self, placement: Placement) -> str:
         """The name of the software for a placement."""
@@ -66,6 +71,8 @@ class Setting:
             input_len=self.input_len,
             output_len=self.output_len,
         )
+        if beyond is None and any(set(hosts_of(self.device, placement, 0))):
+            beyond = "stages on several hosts, measured on one"
         return {f: belief(self.device.name, software, f, outside=beyond) for f in figures}
 
 
@@ -76,6 +83,10 @@ class Answer:
     placement: Placement
     cards: int
     load: Load
+    hosts: int
+    """That have a stage, or a part of one."""
+    hops: int
+    """From host to host, of a step of the replica that has the most of them: from the head and back to it, too."""
     estimate: Estimate
     beliefs: Mapping[str, Belief]
 
@@ -100,6 +111,8 @@ class Answer:
         return {
             "placement": dataclasses.asdict(self.placement),
             "cards": self.cards,
+            "hosts": self.hosts,
+            "hops": self.hops,
             "load": dataclasses.asdict(self.load),
             **dataclasses.asdict(self.estimate),
             "user_tps": self.user_tps,
@@ -113,6 +126,9 @@ class Clocked:
     """Requests that were served one by one on simulated time."""
 
     placement: Placement
+    hosts: int
+    hops: int
+    """See `Answer`."""
     load: str
     figures: Figures
     run: Run
@@ -128,6 +144,8 @@ class Clocked:
         """Plain values."""
         return {
             "placement": dataclasses.asdict(self.placement),
+            "hosts": self.hosts,
+            "hops": self.hops,
             "load": self.load,
             **self.figures.as_dict(),
             "preemptions": self.run.preemptions,
@@ -179,9 +197,19 @@ class Report:
 
 def answer(setting: Setting, placement: Placement, cards: int, load: Load) -> Answer:
     """The answer for one load. Raises PlacementError if the model does not fit."""
-    steps = setting.steps(placement)
-    found = estimate(steps, load)
-    return Answer(placement=placement, cards=cards, load=load, estimate=found, beliefs=setting.beliefs(placement))
+    return _answer(setting, setting.steps(placement), cards, load, setting.beliefs(placement))
+
+
+def _answer(setting: Setting, steps: Steps, cards: int, load: Load, beliefs: Mapping[str, Belief]) -> Answer:
+    return Answer(
+        placement=steps.placement,
+        cards=cards,
+        load=load,
+        hosts=count_hosts(setting.device, steps.placement),
+        hops=sum(steps.longest_way.crossings),
+        estimate=estimate(steps, load),
+        beliefs=beliefs,
+    )
 
 
 def clocked(
@@ -196,7 +224,8 @@ def clocked(
     spans: bool = False,
 ) -> Clocked:
     """Serve `requests` with the product's scheduler on simulated time; see `clock.run`."""
-    found = run(setting.steps(placement), requests, concurrency=concurrency, shared_prefix=shared_prefix, spans=spans)
+    steps = setting.steps(placement)
+    found = run(steps, requests, concurrency=concurrency, shared_prefix=shared_prefix, spans=spans)
     typical = dataclasses.replace(
         setting,
         input_len=sum(one.input_len for one in requests) / len(requests),
@@ -204,7 +233,13 @@ def clocked(
     )
     beliefs = typical.beliefs(placement, (*FIGURES, "tpot_p99"))
     return Clocked(
-        placement=placement, load=load, figures=figures_of(found.observed, limits), run=found, beliefs=beliefs
+        placement=placement,
+        hosts=count_hosts(setting.device, placement),
+        hops=sum(steps.longest_way.crossings),
+        load=load,
+        figures=figures_of(found.observed, limits),
+        run=found,
+        beliefs=beliefs,
     )
 
 
@@ -283,7 +318,7 @@ def search(setting: Setting, cards: int, loads: Sequence[Load] | None) -> Iterat
         beliefs = setting.beliefs(place)
         users = sorted({u for u in _USERS if u < most} | {int(most)})
         for load in loads or [setting.load("closed", n) for n in users]:
-            yield Answer(placement=place, cards=cards, load=load, estimate=estimate(steps, load), beliefs=beliefs)
+            yield _answer(setting, steps, cards, load, beliefs)
 
 
 def front(answers: Sequence[Answer]) -> list[Answer]:

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from furiosa_llm.builder.lower.step_costs import StepCosts, Weights
 from furiosa_llm.runtime.placement.stages import balance
 from furiosa_llm.simulate.device import Device, Software
 from furiosa_llm.simulate.errors import PlacementError
+from furiosa_llm.simulate.hosts import Ways, count_hosts, ways_of
+from furiosa_llm.simulate.placement import Placement
 
 BITS: dict[str, float] = {"fp16": 16, "bf16": 16, "fp8": 8, "int8": 8, "int4": 4.25}
 """Of an element with its scales: a 4-bit one shares a byte with 31 others."""
-CAUSES = ("weights", "products", "cache", "attention", "head", "collectives", "layers", "sequences")
+CAUSES = ("weights", "products", "cache", "attention", "head", "collectives", "layers", "sequences", "links")
 """What the time of a step goes to."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """How a model lies on cards."""
-
-    tensor_parallel_size: int
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
-
-    @property
-    def units(self) -> int:
-        """PEs of all replicas."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
-
-    def __str__(self) -> str:
-        return f"tp {self.tensor_parallel_size}, pp {self.pipeline_parallel_size}, dp {self.data_parallel_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +58,9 @@ class Steps:
         *,
         weights: str | None = None,
         kv: str | None = None,
+        handed_nbytes: float = 0.0,
     ) -> None:
+        """`handed_nbytes` are those of a token that one stage hands on to the next: `hosts.handed_on`."""
         self.costs = _spread(costs, placement.tensor_parallel_size)
         self.device, self.software, self.placement = device, software, placement
         self._bits = None if weights is None else BITS[weights]
@@ -86,6 +75,8 @@ class Steps:
         costs_of_layers = [round(block)] * (layers - 1) + [round(block + ends[1])]
         self.counts = (layers,) if stages == 1 else balance(costs_of_layers, stages)
         self._block_nbytes, self._ends = block, ends
+        self._handed_nbytes = handed_nbytes
+        self.stages = _alike(self.counts)
         share = 1 / units
         self._read = 1 / (device.bandwidth.value * share * software.memory_efficiency.value)
         self._read_cache = 1 / (device.bandwidth.value * share * software.attention_efficiency.value)
@@ -93,7 +84,7 @@ class Steps:
         narrow = device.flops_8.value * share * software.compute_efficiency.value
         self._wide, self._product = 1 / wide, 1 / (narrow if self._computes_narrow() else wide)
         self._on_chip = device.on_chip.value * share
-        self._link = 1 / self._link_bytes()
+        self._link, self._hop = self._of_link()
         spans = placement.tensor_parallel_size > units
         self._block_seconds = (software.block_time_spanning if spans else software.block_time).value
         self.kv_nbytes = self.costs.state_nbytes_per_position * self._kv_scale()
@@ -104,6 +95,20 @@ class Steps:
         full = sum(a.flops_per_pair for a in self.costs.attention) or 1.0
         self._windows = [(a.window, a.flops_per_pair / full) for a in self.costs.attention]
         self._pair_flops = 0.0 if not self.costs.attention else full
+
+    @functools.cached_property
+    def ways(self) -> Sequence[Ways]:
+        """Between the hosts of each replica's stages."""
+        first = ways_of(self.device, self.placement, 0, self._handed_nbytes)
+        if count_hosts(self.device, self.placement) == 1:
+            return [first] * self.placement.data_parallel_size
+        rest = range(1, self.placement.data_parallel_size)
+        return [first, *(ways_of(self.device, self.placement, n, self._handed_nbytes) for n in rest)]
+
+    @functools.cached_property
+    def longest_way(self) -> Ways:
+        """That of the replica with the most hops from host to host."""
+        return max(set(self.ways), key=lambda ways: sum(ways.crossings))
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -233,23 +238,35 @@ class Steps:
         """The share of its context that a query sees."""
         return sum(part * (1.0 if w is None or length <= w else w / length) for w, part in self._windows) or 1.0
 
-    def _link_bytes(self) -> float:
+    def _of_link(self) -> tuple[float, float]:
+        """The seconds of a byte, and of a collective besides, over the slowest link among the ranks."""
         device, size = self.device, self.placement.tensor_parallel_size
         if size <= device.units_per_card:
-            return device.link_in_card.value
-        in_host = device.units_per_card * device.cards_per_host
-        return device.link_in_host.value if size <= in_host else device.link_of_hosts.value
+            return 1 / device.link_in_card.value, 0.0
+        if size <= device.units_per_card * device.cards_per_host:
+            return 1 / device.link_in_host.value, 0.0
+        return 1 / device.link_of_hosts.value, device.latency_of_hosts.value
 
     def _collectives(self, work: Work, share: float, stage: int) -> float:
         """A ring: every byte but a rank's own is sent once to gather, twice to reduce."""
-        nbytes, last = 0.0, stage == len(self.counts) - 1
+        nbytes, hops, last = 0.0, 0.0, stage == len(self.counts) - 1
         for one in self.costs.traffic:
             factor = (2 if one.kind == "AllReduce" else 1) * (one.parts - 1) / one.parts
             if one.head:
                 nbytes += last * factor * one.nbytes * one.count * work.rows
+                hops += last * one.count
             else:
                 nbytes += factor * one.nbytes * one.count * work.tokens * share
-        return nbytes * self._link
+                hops += one.count * share
+        return nbytes * self._link + hops * self._hop
+
+
+def _alike(counts: Sequence[int]) -> dict[int, int]:
+    """A stage of each kind, and how many there are of it: those of as many layers, and the last one with its head."""
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for stage, count in enumerate(counts):
+        kinds.setdefault((count, stage == len(counts) - 1), []).append(stage)
+    return {found[0]: len(found) for found in kinds.values()}
 
 
 def _overlapped(first: float, second: float) -> float:

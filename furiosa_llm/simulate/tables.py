@@ -18,7 +18,8 @@ from furiosa_llm.simulate.question import Answer, Report, Setting
 _WIDTH = 140
 """Columns that a table may take: a narrow terminal wraps its lines, and no figure is cut."""
 _ASSUMED = (
-    "experts are chosen uniformly; a step takes as long as its slowest stage, and what stages send each other no time",
+    "experts are chosen uniformly; a step takes as long as its slowest stage",
+    "what stages on one host send each other takes no time",
     "8-bit weights are multiplied in 8 bits, 4-bit ones in 16; head and tables keep 16 bits",
     "without --requests or --trace: means, with requests of one length and no common beginning",
 )
@@ -48,11 +49,13 @@ def _show_answers(
         console.print(f"{tried} loads on every placement of the cards; those that no other beats at both:")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="")
     names = ["tp pp dp", "load", "TTFT", "TPOT", "tok/s/user", "tok/s", "tok/s/card", "room"]
+    several = any(one.hosts > 1 for one in answers)
+    names += ["hosts", "hops"] if several else []
     names += [*(["$/Mtok"] if price is not None else []), "J/tok", *(["keeps"] if limits else [])]
     for name in names:
         table.add_column(name, justify="left" if name in ("tp pp dp", "load") else "right", no_wrap=True)
     for one in answers:
-        table.add_row(*_cells(setting, one, limits, price))
+        table.add_row(*_cells(setting, one, limits, price, several=several))
     console.print(table, crop=False)
     for name, belief in answers[0].beliefs.items():
         console.print(f"{_LONG[name]}: {_error(belief)}")
@@ -66,7 +69,9 @@ def _error(belief: Belief) -> str:
     return f"{'extrapolated, ' if belief.extrapolated else ''}{size} ({belief.basis})"
 
 
-def _cells(setting: Setting, one: Answer, limits: Mapping[str, float], price: float | None) -> list[str]:
+def _cells(
+    setting: Setting, one: Answer, limits: Mapping[str, float], price: float | None, *, several: bool
+) -> list[str]:
     place, found = one.placement, one.estimate
     queue = " queue grows" if found.saturated and one.load.kind == "open" else " waits" if found.saturated else ""
     cells = [
@@ -78,6 +83,7 @@ def _cells(setting: Setting, one: Answer, limits: Mapping[str, float], price: fl
         f"{found.output_tps:,.0f}",
         f"{one.card_tps:,.0f}",
         f"{found.most_concurrency:,.0f}",
+        *([str(one.hosts), str(one.hops)] if several else []),
     ]
     if price is not None:
         cells.append(f"{price * one.cards / 3600 / found.output_tps * 1e6:.3g}")

@@ -30,13 +30,15 @@ from furiosa_llm.runtime.artifact.units import counted
 from furiosa_llm.runtime.engine.core import EngineCore
 from furiosa_llm.runtime.engine.engine_args import DEFAULT_BATCH_SIZE, EngineArgs
 from furiosa_llm.runtime.engine.launch import load_engine
+from furiosa_llm.runtime.placement.devices import MAX_CARDS
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.simulate.cores import CoreSteps
 from furiosa_llm.simulate.device import RATE_UNIT, Constant, Cores, Device, Rates, Software
 from furiosa_llm.simulate.kernels import NBYTES, product_rates
 from furiosa_llm.simulate.model import costs_of_model
-from furiosa_llm.simulate.steps import Placement, Work
+from furiosa_llm.simulate.placement import Placement
+from furiosa_llm.simulate.steps import Work
 
 SOFTWARE = "furiosa-llm-onnx"
 _FITTED = (
@@ -214,7 +216,7 @@ def _device(count: int, products: Sequence[Rates], source: str) -> Device:
         name="this-machine",
         title=f"{found['processor']}, {counted(count, 'core')}",
         units_per_card=PES_PER_CARD,
-        cards_per_host=1,
+        cards_per_host=MAX_CARDS,
         memory=constant(float(found["memory_bytes"]), "B"),
         bandwidth=bandwidth,
         on_chip=unused("B"),
@@ -223,6 +225,7 @@ def _device(count: int, products: Sequence[Rates], source: str) -> Device:
         link_in_card=unused("B/s"),
         link_in_host=unused("B/s"),
         link_of_hosts=unused("B/s"),
+        latency_of_hosts=unused("s"),
         power_idle=constant(0.0, "W", "assumed", "not known"),
         power_busy=constant(0.0, "W", "assumed", "not known"),
         software={SOFTWARE: software},

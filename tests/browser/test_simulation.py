@@ -11,7 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import BrowserContext
 
 from furiosa_llm.simulate.page import page
-from furiosa_llm.simulate.steps import Placement
+from furiosa_llm.simulate.placement import Placement
 from tests.browser.conftest import DESKTOP, PHONE, Watched
 from tests.simulate.conftest import llama_on_rngd, report_of
 

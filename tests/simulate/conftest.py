@@ -8,8 +8,8 @@ from furiosa_llm.builder.lower.step_costs import Attention, StepCosts, Traffic, 
 from furiosa_llm.simulate import this_machine
 from furiosa_llm.simulate.device import Device, Rates, load_device
 from furiosa_llm.simulate.kernels import NBYTES
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.question import Report, Setting, answer, front, search
-from furiosa_llm.simulate.steps import Placement
 
 
 def llama(size: int) -> StepCosts:

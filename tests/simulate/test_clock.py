@@ -15,8 +15,9 @@ from furiosa_llm.runtime.errors import CapacityError
 from furiosa_llm.simulate.clock import Run, limits_of, run
 from furiosa_llm.simulate.closed_form import Load, estimate
 from furiosa_llm.simulate.device import load_device
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.requests import Request, drawn, read_trace
-from furiosa_llm.simulate.steps import Placement, Steps
+from furiosa_llm.simulate.steps import Steps
 from furiosa_llm.simulate.timeline import chrome_trace
 from tests.simulate.conftest import LlamaCosts
 

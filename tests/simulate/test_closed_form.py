@@ -10,7 +10,8 @@ import pytest
 from furiosa_llm.simulate.closed_form import Estimate, Load, estimate, most_sequences
 from furiosa_llm.simulate.device import load_device
 from furiosa_llm.simulate.errors import LoadError, PlacementError
-from furiosa_llm.simulate.steps import Placement, Steps
+from furiosa_llm.simulate.placement import Placement
+from furiosa_llm.simulate.steps import Steps
 from tests.simulate.conftest import LlamaCosts
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from furiosa_llm.simulate.charts import Axis
 from furiosa_llm.simulate.page import page
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.question import Setting
-from furiosa_llm.simulate.steps import Placement
 from tests.simulate.conftest import report_of
 
 SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
@@ -40,7 +40,7 @@ def test_the_causes_are_stacked_to_the_time(setting: Setting) -> None:
     causes = ElementTree.fromstring(SVG.findall(text)[1])
     titles = [element.text or "" for element in causes.iter("title")]
     assert any(title.startswith("prompts of others: ") for title in titles)
-    assert len(titles) % 9 == 0  # eight causes and prompts, for each number of users
+    assert len(titles) % 10 == 0  # nine causes and prompts, for each number of users
     assert "of the time" in text  # how busy stages are
 
 

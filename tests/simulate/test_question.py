@@ -8,6 +8,7 @@ import pytest
 
 from furiosa_llm.simulate.believed import belief, outside
 from furiosa_llm.simulate.errors import LoadError, PlacementError
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.question import (
     Setting,
     answer,
@@ -18,7 +19,6 @@ from furiosa_llm.simulate.question import (
     placements,
     search,
 )
-from furiosa_llm.simulate.steps import Placement
 
 
 def test_every_placement_uses_all_cards(setting: Setting) -> None:

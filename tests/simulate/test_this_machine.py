@@ -12,7 +12,7 @@ from furiosa_llm.simulate import kernels, this_machine
 from furiosa_llm.simulate.cores import CoreSteps, rate_at, steps_on
 from furiosa_llm.simulate.device import Rates, parse_device
 from furiosa_llm.simulate.errors import DeviceFileError
-from furiosa_llm.simulate.steps import Placement
+from furiosa_llm.simulate.placement import Placement
 from furiosa_llm.simulate.this_machine import SOFTWARE, device_text
 from tests.simulate.conftest import LlamaCosts, small_machine
 
