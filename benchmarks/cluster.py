@@ -6,28 +6,29 @@ Each stage is a server in a process of its own on this machine, pinned to one co
 from __future__ import annotations
 
 import os
+import re
+import resource
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import zmq
 from rich.console import Console
 
+from benchmarks.artifacts import SYNTHETIC
 from benchmarks.artifacts import artifact as built
 from benchmarks.bars import Bar, show
+from benchmarks.hop import hop
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.distributed.artifact_cache import ArtifactSource
-from furiosa_llm.runtime.distributed.link import Context, Doorkeeper, Link, listen, receive
 from furiosa_llm.runtime.distributed.remote_runner import RemoteRunner
 from furiosa_llm.runtime.distributed.wire import Opening, package_version, result_message
 from furiosa_llm.runtime.execution.counters import stage_counts
@@ -38,11 +39,12 @@ from furiosa_llm.runtime.runners.local_runner import Host
 
 TOKEN = secrets.token_hex(16)
 _ANY = "tcp://127.0.0.1:0"
-_HOP_NBYTES = 36 * 1024
-_HOPS = 2000
 _STEPS = 60
 _ROUNDS = 5
 _IDLE_SECONDS = 10.0
+_TIMES_THE_LIMIT = 1.6
+_SMALL_STAGES = (2, 4, 2)
+"""Blocks of the synthetic model's stages on small nodes: embedding and last matrix take as much as 2.6 blocks each."""
 _HIDDEN_SIZE = 576
 """SmolLM2's."""
 
@@ -55,22 +57,7 @@ def bars(name: str, size: int) -> Iterator[Bar]:
     yield copied(opened)
     yield from second_node(opened)
     yield from losses(opened)
-
-
-def hop() -> Bar:
-    """A message of 36 KiB there and back between two processes, over ZeroMQ as stages use it, beside TCP.
-
-    Each process has a core of its own: where the system puts both ends of a connection on one, TCP does without the
-    wake-up of another core, which two hosts cannot.
-    """
-    both = [(_tcp_hop(), _link_hop()) for _ in range(_ROUNDS)]
-    tcp, ours = sorted(both, key=lambda pair: pair[1] / pair[0])[_ROUNDS // 2]
-    ratios = sorted(own / other for other, own in both)
-    beside = (
-        f"{ours * 1e6:.0f} us beside {tcp * 1e6:.0f} us, half a round trip, tenth percentile; the median of {_ROUNDS} "
-        f"runs, which gave {ratios[0]:.2f} to {ratios[-1]:.2f}"
-    )
-    return Bar(what="hop of 36 KiB / TCP", figure=ours / tcp, limit=4.0, unit="x", beside=beside)
+    yield from small_nodes(open_artifact(built(SYNTHETIC, size).folder, full=False))
 
 
 def beside_local(artifact: Artifact) -> Iterator[Bar]:
@@ -178,16 +165,80 @@ def losses(artifact: Artifact) -> Iterator[Bar]:
             )
 
 
+def small_nodes(artifact: Artifact) -> Iterator[Bar]:
+    """Three stages of a model whose weights are 1.6 times what each node may have of memory, and what the head reads.
+
+    The limit is the kernel's, on private memory (`ulimit -d`): who wants more gets an error.
+    """
+    nbytes = sum(_whole(artifact, name) for name in artifact.tensors)
+    limit = int(nbytes / _TIMES_THE_LIMIT)
+    command = [sys.executable, "-m", "benchmarks.cluster", "head", str(artifact.folder), TOKEN]
+    with ExitStack() as stack:
+        servers = [stack.enter_context(server({0}, limit=limit)) for _ in _SMALL_STAGES]
+        addresses = [address for _, address in servers]
+        run = subprocess.run([*command, *addresses], stdout=subprocess.PIPE, text=True, check=True)
+        peaks = [_peak(process.pid) for process, _ in servers]
+    with server({0}, limit=limit) as (_, address):
+        alone = subprocess.run([*command, address], capture_output=True, text=True)
+    beside = (
+        f"peaks of {', '.join(f'{peak / 1e6:.0f}' for peak in peaks)} MB; {nbytes / 1e6:.0f} MB of weights are "
+        f"{_TIMES_THE_LIMIT} times {limit / 1e6:.0f} MB; on one such node: {' '.join(alone.stderr.splitlines()[-1:])}"
+    )
+    yield Bar(what="pp 3 on small nodes: peak / limit", figure=max(peaks) / limit, limit=1.0, unit="x", beside=beside)
+    others = sum(one.nbytes for one in artifact.manifest.files if not one.path.endswith(".safetensors"))
+    read, mapped = map(int, run.stdout.split())
+    beside = f"{read / 1e6:.1f} MB in all, the other files have {others / 1e6:.1f} MB; {mapped} B of weights mapped"
+    weights = max(0, read - others) + mapped
+    yield Bar(what="weights read by the head", figure=weights / 1e6, limit=1.0, unit=" MB", beside=beside)
+
+
+def head(folder: str, token: str, *addresses: str) -> None:
+    """Steps on stages at these addresses; prints what this process has read to do so, and has of weights in memory."""
+    before = _read(os.getpid())
+    artifact = open_artifact(Path(folder), full=False)
+    blocks = _SMALL_STAGES if len(addresses) == len(_SMALL_STAGES) else None
+    with remote(artifact, addresses, token, blocks) as runner:
+        _steps(runner)
+    print(_read(os.getpid()) - before, _mapped_weights())
+
+
+def _mapped_weights() -> int:
+    """The bytes of weights files that this process has in memory."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(".safetensors")
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def _read(pid: int) -> int:
+    """The bytes that a process has read so far, of whatever."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def _peak(pid: int) -> int:
+    """The most resident memory that a process has had."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+
+
 # -- servers and steps ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def server(cores: set[int], token: str = TOKEN) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A stage server on these cores, and its address."""
+def server(
+    cores: set[int], token: str = TOKEN, *, limit: int | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A stage server on these cores, and its address; it gets so many bytes of private memory at most."""
     program = "from furiosa_llm.runtime.distributed.stage_server import main; main()"
     command = [sys.executable, "-P", "-c", program, _ANY, "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         os.sched_setaffinity(process.pid, cores)
+        if limit is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(f"{token}\n")
@@ -199,11 +250,16 @@ def server(cores: set[int], token: str = TOKEN) -> Iterator[tuple[subprocess.Pop
 
 
 @contextmanager
-def remote(artifact: Artifact, addresses: Sequence[str]) -> Iterator[RemoteRunner]:
-    """A runner of stages at `addresses`."""
+def remote(
+    artifact: Artifact, addresses: Sequence[str], token: str = TOKEN, blocks: Sequence[int] | None = None
+) -> Iterator[RemoteRunner]:
+    """A runner of stages at `addresses`, with so many blocks each."""
     opening = _opening(artifact, addresses)
+    if blocks is not None:
+        stages = choose_stages(artifact, num_blocks_per_pp_stage=blocks)
+        opening = replace(opening, stages=stages)
     openings = [replace(opening, stage=stage) for stage in range(len(addresses))]
-    runner = RemoteRunner(openings, TOKEN, load_seconds=600)
+    runner = RemoteRunner(openings, token, load_seconds=600)
     try:
         yield runner
     finally:
@@ -259,95 +315,8 @@ def _whole(artifact: Artifact, name: str) -> int:
     return tensor.local_nbytes * artifact.manifest.mesh.parts(tensor.shard_axes)
 
 
-# -- a hop ---------------------------------------------------------------------------------------------------------
-
-
-def _tcp_hop() -> float:
-    with _echo("tcp") as address, socket.create_connection(address) as peer:
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        data, view = bytes(_HOP_NBYTES), memoryview(bytearray(_HOP_NBYTES))
-
-        def there_and_back() -> None:
-            peer.sendall(data)
-            _receive_all(peer, view)
-
-        return _tenth(there_and_back)
-
-
-def _link_hop() -> float:
-    with _echo("link") as (host, port):
-        context: Context = zmq.Context()
-        link = Link(context, f"tcp://{host}:{port}", TOKEN, "the echo")
-        link.socket.rcvtimeo = 10_000
-        data = bytes(_HOP_NBYTES)
-
-        def there_and_back() -> None:
-            link.send([data])
-            receive(link.socket)
-
-        try:
-            return _tenth(there_and_back)
-        finally:
-            link.close()
-            context.term()
-
-
-def _tenth(there_and_back: Callable[[], None]) -> float:
-    """The tenth percentile of half a round trip, in seconds."""
-    taken = []
-    for _ in range(_HOPS):
-        started = time.perf_counter()
-        there_and_back()
-        taken.append((time.perf_counter() - started) / 2)
-    return sorted(taken)[_HOPS // 10]
-
-
-@contextmanager
-def _echo(kind: str) -> Iterator[tuple[str, int]]:
-    """An echo on the last core, while this thread and those that it starts are on the first."""
-    cores = sorted(os.sched_getaffinity(0))
-    command = [sys.executable, "-m", "benchmarks.cluster", "echo", kind, TOKEN]
-    os.sched_setaffinity(0, cores[-1:])  # which the child takes over
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        os.sched_setaffinity(0, cores[:1])
-        assert process.stdout is not None
-        host, port = process.stdout.readline().split()
-        try:
-            yield host, int(port)
-        finally:
-            os.sched_setaffinity(0, cores)
-            process.kill()
-
-
-def echo(kind: str, token: str) -> None:
-    """Sends back what comes, until it is killed."""
-    if kind == "tcp":
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            print(*server.getsockname(), flush=True)
-            peer, _ = server.accept()
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            view = memoryview(bytearray(_HOP_NBYTES))
-            while True:
-                _receive_all(peer, view)
-                peer.sendall(view)
-    context: Context = zmq.Context()
-    _keeper = Doorkeeper(context, token)  # as long as this runs
-    router = listen(context, _ANY)
-    print(*router.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").split(":"), flush=True)
-    while True:
-        router.send_multipart(receive(router))
-
-
-def _receive_all(peer: socket.socket, view: memoryview) -> None:
-    done = 0
-    while done < view.nbytes:
-        count = peer.recv_into(view[done:])
-        if not count:
-            sys.exit()
-        done += count
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["echo"]:
-        echo(*sys.argv[2:])
+    if sys.argv[1:2] == ["head"]:
+        head(*sys.argv[2:])
+        sys.exit()
     sys.exit(0 if show(bars("optimum-fp32", 4), Console()) else 1)
