@@ -19,15 +19,25 @@ ValueShape = tuple[ir.DataType, tuple[int | str | None, ...]]
 
 
 def global_shapes(build: Build, values: Sequence[ir.Value]) -> list[tuple[int | str, ...]]:
-    """The shapes of inputs or outputs of the source; a dimension without an expression is named after its place."""
+    """The shapes of inputs or outputs of the source; a dimension without an expression is named after its place.
+
+    So is one that is bounded: a window of the cache is as long as the cache as long as that is shorter.
+    """
     names = names_of_sizes(build.probes.kinds)
     return [_global_shape(build, value, names) for value in values]
 
 
 def _global_shape(build: Build, value: ir.Value, names: dict[tuple[int, int], str]) -> tuple[int | str, ...]:
     pairs = zip(build.probes.facts[value].shape, build.probes.others[value].shape, strict=True)
-    dims = [dimension(sizes, names) for sizes in pairs]
+    bounded = _bounded(build, value)
+    dims = [None if d in bounded else dimension(sizes, names) for d, sizes in enumerate(pairs)]
     return tuple(f"{value.name}.{d}" if dim is None else dim for d, dim in enumerate(dims))
+
+
+def _bounded(build: Build, value: ir.Value) -> set[int]:
+    """The dimensions whose size is constant at usual sizes alone."""
+    shapes = [facts[value].shape for facts in (build.probes.facts, build.probes.others, *build.probes.extremes)]
+    return {d for d, sizes in enumerate(zip(*shapes, strict=True)) if sizes[0] == sizes[1] and len(set(sizes)) > 1}
 
 
 def program_shapes(build: Build) -> dict[str, ValueShape]:
@@ -40,7 +50,12 @@ def program_shapes(build: Build) -> dict[str, ValueShape]:
     first, second = (interpret(local_inputs(build, s), lengths(graph, s)) for s in (PROBE, SECOND_PROBE))
     check_shapes(build.lowered, first)
     names = names_of_sizes(build.probes.kinds)
-    return {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}
+    bounded = {str(v.name): _bounded(build, v) for v in graph.outputs}
+    return {
+        name: (first[v].dtype, tuple(None if d in bounded.get(name, ()) else dim for d, dim in enumerate(dims)))
+        for v in _values_to_describe(build)
+        for name, dims in ((str(v.name), _named(v, first, second, names)),)
+    }
 
 
 def local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
