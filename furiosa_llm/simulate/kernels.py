@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.execution.ort import Session, SessionSettings, wrap
@@ -80,7 +80,7 @@ def _at_once(sessions: list[Session], rows: int, clock: Callable[[], float]) -> 
     return float(np.median(found))
 
 
-def _model(kind: str, matrices: int) -> bytes:
+def _model(kind: str, matrices: int) -> ModelProto:
     """One product after the other. No two have equal weights, which onnxruntime would keep once."""
     nodes, weights = [], []
     for number in range(matrices):
@@ -98,8 +98,7 @@ def _model(kind: str, matrices: int) -> bytes:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", _WIDTH]) for name in ("x", "y"))
     graph = helper.make_graph(nodes, "products", [x], [y], weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    made: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    return made
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def _weights(kind: str, number: int) -> dict[str, npt.NDArray[np.float32] | npt.NDArray[np.uint8]]:

@@ -129,7 +129,7 @@ def _session(model: ModelProto, artifact: Artifact, what: str) -> Session:
     )
     limit_memory(step_nbytes(manifest))
     try:
-        return Session(model.SerializeToString(), Path(tempfile.gettempdir()), settings)
+        return Session(model, Path(tempfile.gettempdir()), settings)
     except ORT_ERRORS as error:
         raise load_error(what, error, model) from error
 

@@ -24,6 +24,7 @@ from furiosa_llm.runtime.artifact.compute import narrow_types
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, all_nodes
 from furiosa_llm.runtime.errors import ExecutionError, KernelError, StepTimeoutError
+from furiosa_llm.runtime.program.fatal_kernels import guard_kernels
 from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, LONGEST_LOAD_SECONDS, LONGEST_STEP_SECONDS
 
@@ -124,8 +125,9 @@ class Session:
 
     __slots__ = ("_run_seconds", "_session", "run_binding")
 
-    def __init__(self, model: bytes, weights_folder: os.PathLike[str], settings: SessionSettings) -> None:
-        """Loads the serialised `model`, whose external data lies in `weights_folder`; raises one of ORT_ERRORS."""
+    def __init__(self, model: ModelProto, weights_folder: os.PathLike[str], settings: SessionSettings) -> None:
+        """Loads `model`, whose external data lies in `weights_folder`, guarded; raises one of ORT_ERRORS."""
+        guard_kernels(model)
         self._run_seconds = settings.run_seconds
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = settings.intra_op_threads
@@ -154,7 +156,9 @@ class Session:
         timer.daemon = True
         timer.start()
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         finally:
             timer.cancel()
         self.run_binding: Callable[[RawBinding, onnxruntime.RunOptions], None] = self._session._sess.run_with_iobinding

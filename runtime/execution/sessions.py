@@ -206,7 +206,7 @@ class SegmentLoader:
             own.name = name
             _point_at_window(own, self._artifact, original, rank)
         try:
-            return Session(model.SerializeToString(), folder, self._settings)
+            return Session(model, folder, self._settings)
         except ORT_ERRORS as error:
             where = f"{what} of {self._artifact.folder}"
             raise load_error(where, error, self._lanes.program.model) from error

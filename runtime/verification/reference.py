@@ -76,7 +76,7 @@ class ReferenceModel:
             model = in_float32(model).model
         settings = SessionSettings(intra_op_threads=threads, exact=accuracy_level == 0)
         try:
-            self._session = Session(model.SerializeToString(), self._path.parent, settings)
+            self._session = Session(model, self._path.parent, settings)
         except ORT_ERRORS as error:
             raise load_error(str(self._path), error, model) from error
 

@@ -82,7 +82,7 @@ class SplitModel:
         `threads` are onnxruntime's intra-op threads.
         """
         settings = SessionSettings(intra_op_threads=threads, prepack=False, exact=True, optimize=False)
-        return Session(stitch(self).SerializeToString(), self.folder, settings)
+        return Session(stitch(self), self.folder, settings)
 
     def run(self, session: Session, feeds: Mapping[str, Array], padding: float = 0.0) -> dict[str, list[Array]]:
         """The outputs of every rank for global `feeds`, by output name; `padding` is what split inputs have there.

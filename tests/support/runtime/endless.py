@@ -211,6 +211,19 @@ KINDS: dict[str, Kind] = {
     "constants that double": lambda k: k.sum(chain(k, "Concat", folded(k, 1), 36, axis=0)),
     "a chain of 200 constant products": lambda k: k.sum(chain(k, "MatMul", folded(k, 2000, 2000), 200)),
     "200 constants of 15 MiB": lambda k: together(k, lambda: folded(k, 15 * 2**18), 200),
+    "the least integer by -1": lambda k: k.do("Cast", k.do("Div", unknown(k, -(2**63)), k.do("Neg", k.one)), to=1),
+    "texts that double 36 times": lambda k: k.sum(
+        k.do("Cast", k.do("Shape", chain(k, "StringConcat", k.do("Cast", k.many(1), to=TensorProto.STRING), 36)), to=1)
+    ),
+    "a set of 2^27": lambda k: k.sum(k.do("Unique", k.many(2**27))),
+    "batch_dims of -2^63": lambda k: k.sum(k.do("GatherND", k.many(4), k.number(0), batch_dims=-(2**63))),
+    "frames of no length": lambda k: k.sum(k.do("STFT", k.many(1, 16, 1), k.number(4), k.many(0))),
+    "a sequence of 10^7": lambda k: k.sum(
+        k.do("ConcatFromSequence", k.do("SplitToSequence", k.many(10**7), k.program.constant(1, np.int64)), axis=0)
+    ),
+    "sequences of 60 times 256 MiB": lambda k: k.sum(
+        k.do("ConcatFromSequence", k.do("SequenceConstruct", *[k.many(GIB // 4) for _ in range(60)]), axis=0)
+    ),
     "1000 constants of 1 MB": lambda k: together(k, lambda: folded(k, 250_000), 1000),
 }
 
