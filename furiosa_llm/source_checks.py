@@ -174,10 +174,13 @@ def _given_faults(found: onnx.ModelProto, expected: onnx.ModelProto) -> Iterator
 
 
 def _companion_faults(manifest: Manifest, model: Path) -> Iterator[str]:
-    """Whether tokenizer, chat template and configuration, which say how the model is asked, are those beside it."""
+    """Whether tokenizer, chat template and configuration, which say how the model is asked, are those beside it.
+
+    Beside a file that lies alone there is nothing to compare with.
+    """
     listed = {entry.path: entry.sha256 for entry in manifest.files}
     beside = {path.name: path for path in companions(model)}
-    for name in sorted(listed.keys() & set(COMPANIONS) - beside.keys()):
+    for name in sorted(listed.keys() & set(COMPANIONS) - beside.keys()) if beside else ():
         yield f"{name} is in the artifact, and there is none beside the model"
     for path in beside.values():
         try:
