@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,17 @@ class _Users(click.ParamType[tuple[float, ...]]):
         return found
 
 
+class _Finite(click.FloatRange):
+    """Numbers of a range, none of which is infinite or none at all."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a number that is finite", param, ctx)
+        return found
+
+
 class _Measured(click.ParamType[tuple[str, float, float]]):
     """`tpot=13.9@c=1`."""
 
@@ -63,8 +75,9 @@ class _Measured(click.ParamType[tuple[str, float, float]]):
         return name, *found
 
 
-_USERS = (1, 8, 64)
+_USERS = (1.0, 8.0, 64.0)
 _COUNT = click.IntRange(min=1)
+_MOST_CARDS, _MOST_TOKENS, _MOST_PRICE = 4096, 2**24, 1e9
 _GROUPS = {
     "Placement": ("cards", "hosts", "tp", "pp", "dp", "search"),
     "Load": (
@@ -92,7 +105,7 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
               help="Take no MODEL, but measure this machine for a minute, and write it as a device file.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="The file of --measure-this-machine.  [default: print]")
 @click.option("--software", help="What serves, of those in the device file.  [default: the first]")
-@click.option("--cards", type=_COUNT, default=1, show_default=True, help="How many there are.")
+@click.option("--cards", type=click.IntRange(1, _MOST_CARDS), default=1, show_default=True, help="How many there are.")
 @click.option(
     "--hosts", type=_COUNT, help="Hosts that the cards are spread over evenly.  [default: as the device file says]"
 )
@@ -102,8 +115,10 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 @click.option("--search", is_flag=True, help="Try every placement on the cards, and show which are best at what.")
 @click.option("--concurrency", type=_Users(), help="Users with one request after the other.  [default: 1,8,64]")
 @click.option("--request-rate", type=_Users(), help="Requests a second.")
-@click.option("--input-len", type=click.FloatRange(min=1), default=1024, show_default=True, help="Tokens of a prompt.")
-@click.option("--output-len", type=click.FloatRange(min=1), default=256, show_default=True,
+@click.option(
+    "--input-len", type=_Finite(min=1, max=_MOST_TOKENS), default=1024, show_default=True, help="Tokens of a prompt."
+)
+@click.option("--output-len", type=_Finite(min=1, max=_MOST_TOKENS), default=256, show_default=True,
               help="Tokens of a completion.")  # fmt: skip
 @click.option("--trace", type=click.Path(path_type=Path),
               help="Serve the requests of this file one by one: JSON Lines, docs/simulation.md.")  # fmt: skip
@@ -118,7 +133,9 @@ _WIDTHS = click.Choice(["fp16", "bf16", "fp8", "int8", "int4"])
 @click.option("--kv", type=_WIDTHS, help="Type of the KV cache.  [default: the model's own]")
 @click.option("--goodput", type=Objective(), multiple=True,
               help="Say what keeps it, on the mean: ttft:MS, tpot:MS or e2el:MS; repeatable.")  # fmt: skip
-@click.option("--price-per-hour", type=click.FloatRange(min=0, min_open=True), help="Of a card: adds what tokens cost.")
+@click.option(
+    "--price-per-hour", type=_Finite(min=0, min_open=True, max=_MOST_PRICE), help="Of a card: adds what tokens cost."
+)
 @click.option("--calibrate", type=_Measured(),
               help="A figure that you measured on these cards: tpot=13.9@c=1.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path, allow_dash=True),
@@ -243,7 +260,9 @@ def _one_by_one(setting: Setting, place: Placement, options: dict[str, Any], loa
         return [clocked(setting, place, name, requests, limits, shared_prefix=shared, spans=spans)]
     found = []
     for load in loads if options["requests"] is not None else []:
-        users = round(load.amount) if load.kind == "closed" else None
+        if load.kind == "closed" and not load.amount.is_integer():
+            raise LoadError(f"--requests is served to whole users, and --concurrency has {load.amount:g}; round it")
+        users = int(load.amount) if load.kind == "closed" else None
         requests = drawn(
             options["requests"],
             input_len=setting.input_len,
@@ -281,7 +300,7 @@ def _setting(model: Path, options: dict[str, Any]) -> Setting:
     from furiosa_llm.simulate.question import Setting
 
     device = load_device(options["device_name"])
-    software = options["software"] or next(iter(device.software))
+    software = next(iter(device.software)) if options["software"] is None else options["software"]
     if software not in device.software:
         raise DeviceFileError(
             f"{device.name} has no software {software!r:.60}; use one of {', '.join(device.software)}"

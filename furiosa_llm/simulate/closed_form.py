@@ -156,9 +156,10 @@ def _closed(steps: Steps, load: Load, users: float, most: float, *, saturated: b
     one = _prefill(steps, load.input_len, 0.0, length, 1.0)
     hops = _hops(steps, load.input_len)
     alone = one * stages + hops  # through all, each as slow as the slowest
-    beside = _prefill(steps, load.input_len, users - 1, length, per_round) if users > 1 else one * stages
-    computed = decode - causes["links"]
-    beside += _BUBBLE * (1 - 1 / stages) * max(beside - computed / stages, 0.0)
+    beside = one * stages
+    if users > 1:
+        beside = _prefill(steps, load.input_len, users - 1, length, per_round)
+        beside += _BUBBLE * (1 - 1 / stages) * max(beside - (decode - causes["links"]) / stages, 0.0)
     own = beside + hops + (decode if users > 1 and steps.software.mixed.value else 0.0)
     others = max(users - 1, 0.0) * beside
     waiting = min(others, others * beside / max(rounds * decode + others + own, 1e-12))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +17,7 @@ Mark = Literal["published", "measured", "fitted", "assumed"]
 MARKS: tuple[str, ...] = get_args(Mark)
 _ENTRY = {"value", "unit", "source", "mark"}
 _MOST_NBYTES = 2**20
+_MOST_COUNT = 4096
 RATE_UNIT = "FLOP/s"
 
 
@@ -35,6 +36,9 @@ class Unit(NamedTuple):
 
     name: str
     may_be_zero: bool = False
+    least: float = 1e-12
+    """What it is if it is not zero: such that times are neither none nor without end."""
+    most: float = 1e21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +60,11 @@ class Cores:
     """What simulated PEs take of a machine whose cores they share: `--measure-this-machine` writes it."""
 
     count: Annotated[Constant, Unit("1")]
-    step_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    step_time: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of each step, whatever is in it: scheduler, bindings, threads."""
-    op_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    op_time: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of each node that a core runs, besides what it computes."""
-    collective_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    collective_time: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of each collective: where threads wait for each other."""
     activation_bandwidth: Annotated[Constant, Unit("B/s")]
     """Of all cores, where values go from node to node."""
@@ -78,33 +82,33 @@ class Cores:
 class Software:
     """What a serving software makes of a device. Times are of one PE group, efficiencies shares of the device's own."""
 
-    memory_efficiency: Annotated[Constant, Unit("1")]
+    memory_efficiency: Annotated[Constant, Unit("1", most=2)]
     """Of the memory's bandwidth, where weights are read."""
-    attention_efficiency: Annotated[Constant, Unit("1")]
+    attention_efficiency: Annotated[Constant, Unit("1", most=2)]
     """Of the memory's bandwidth, where attention reads the cache."""
-    compute_efficiency: Annotated[Constant, Unit("1")]
+    compute_efficiency: Annotated[Constant, Unit("1", most=2)]
     """Of the peak, in large products."""
-    block_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    block_time: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of each layer of a step, whatever it computes: launches, barriers, the latency of collectives."""
-    block_time_spanning: Annotated[Constant, Unit("s", may_be_zero=True)]
+    block_time_spanning: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """The same where the ranks of a stage are on several cards."""
-    block_time_batched: Annotated[Constant, Unit("s", may_be_zero=True)]
+    block_time_batched: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """More of each layer where a step has more than one sequence, if one alone is computed otherwise."""
-    sequence_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    sequence_time: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of each sequence in a step: sampling, and what the host does for it."""
-    request_time: Annotated[Constant, Unit("s", may_be_zero=True)]
+    request_time: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of each request before its prompt is computed: server, tokenizer, queue."""
-    memory_share: Annotated[Constant, Unit("1")]
+    memory_share: Annotated[Constant, Unit("1", most=1)]
     """Of the card's memory that the software uses."""
     memory_reserved: Annotated[Constant, Unit("B", may_be_zero=True)]
     """Of that share, what is neither weights nor cache, on each card."""
-    max_sequences: Annotated[Constant, Unit("1")]
+    max_sequences: Annotated[Constant, Unit("1", least=1)]
     """The most sequences that a replica runs at once."""
-    chunk: Annotated[Constant, Unit("tokens")]
+    chunk: Annotated[Constant, Unit("tokens", least=1)]
     """The most tokens of prompts in a step."""
-    mixed: Annotated[Constant, Unit("1", may_be_zero=True)]
+    mixed: Annotated[Constant, Unit("1", may_be_zero=True, least=1, most=1)]
     """1 if a step has prompts and decoding sequences together, 0 if they take turns."""
-    bucket: Annotated[Constant, Unit("tokens")]
+    bucket: Annotated[Constant, Unit("tokens", least=1)]
     """Attention is computed for lengths rounded up to a multiple of this."""
     cores: Cores | None
     """None where PEs are processors of their own."""
@@ -127,7 +131,7 @@ class Device:
     link_in_card: Annotated[Constant, Unit("B/s")]
     link_in_host: Annotated[Constant, Unit("B/s")]
     link_of_hosts: Annotated[Constant, Unit("B/s")]
-    latency_of_hosts: Annotated[Constant, Unit("s", may_be_zero=True)]
+    latency_of_hosts: Annotated[Constant, Unit("s", may_be_zero=True, most=3600)]
     """Of a message from one host to another, however small."""
     power_idle: Annotated[Constant, Unit("W", may_be_zero=True)]
     power_busy: Annotated[Constant, Unit("W", may_be_zero=True)]
@@ -168,10 +172,12 @@ def load_device(given: str) -> Device:
             f"there is no device {given!r:.80}; use one of {', '.join(device_names())}, or a device file (.toml)"
         )
     try:
+        if path.exists() and not path.is_file():
+            raise DeviceFileError(f"{given} is no file, and a device file is one")
         if path.stat().st_size > _MOST_NBYTES:
             raise DeviceFileError(f"{given} has more than {_MOST_NBYTES} bytes, which no device file has")
         text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with a NUL, and bytes that are no UTF-8
         raise DeviceFileError(f"the device file {given} cannot be read: {error}") from error
     return parse_device(text, given)
 
@@ -180,7 +186,7 @@ def parse_device(text: str, name: str) -> Device:
     """The device that the TOML document `text` describes. Raises DeviceFileError, which names the key."""
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise DeviceFileError(f"{name} is not TOML: {error}") from error
     _check_keys(found, {field.name for field in fields(Device)}, name, "")
     software = found["software"]
@@ -238,7 +244,7 @@ def _numbers(found: Any, name: str, key: str) -> tuple[float, ...]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_table(table: Any, expected: set[str], name: str, where: str) -> None:
@@ -268,6 +274,9 @@ def _constant(entry: Any, unit: Unit, name: str, key: str) -> Constant:
         raise DeviceFileError(f"{name}: {key} has the value {value!r:.60}, expected a number")
     if value < 0 or (value == 0 and not unit.may_be_zero):
         raise DeviceFileError(f"{name}: {key} is {value}, expected more than 0")
+    if value and not unit.least <= value <= unit.most:
+        zero = "0, or " if unit.may_be_zero else ""
+        raise DeviceFileError(f"{name}: {key} is {value:g}, expected {zero}{unit.least:g} to {unit.most:g}")
     if entry["unit"] != unit.name:
         raise DeviceFileError(f"{name}: {key} has the unit {entry['unit']!r:.40}, expected {unit.name!r}")
     return Constant(
@@ -291,8 +300,8 @@ def _text(value: Any, name: str, key: str) -> str:
 
 
 def _count(value: Any, name: str, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DeviceFileError(f"{name}: {key} is {value!r:.60}, expected an integer of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_COUNT:
+        raise DeviceFileError(f"{name}: {key} is {value!r:.60}, expected an integer from 1 to {_MOST_COUNT}")
     return value
 
 

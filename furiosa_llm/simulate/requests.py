@@ -15,6 +15,8 @@ from furiosa_llm.simulate.errors import LoadError, TraceError
 
 _MOST_NBYTES = 2**28
 _MOST_TOKENS = 2**24
+_MOST_SECONDS = 1e12
+"""Beyond them a time has no microseconds, and later no seconds."""
 LENGTHS = {
     "sharegpt": (
         (
@@ -59,10 +61,12 @@ class Request:
 def read_trace(path: Path) -> list[Request]:
     """The requests of a file of JSON Lines, by arrival. Raises TraceError, which names the line."""
     try:
+        if path.exists() and not path.is_file():
+            raise TraceError(f"the trace {path} is no file; give one of JSON Lines")
         if path.stat().st_size > _MOST_NBYTES:
             raise TraceError(f"{path} has more than {_MOST_NBYTES} bytes; give a part of the trace")
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a name with a NUL, and bytes that are no UTF-8
         raise TraceError(f"the trace {path} cannot be read: {error}") from error
     found = [_request(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
@@ -75,7 +79,7 @@ def read_trace(path: Path) -> list[Request]:
 def _request(line: str, where: str) -> Request:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TraceError(f"{where} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise TraceError(f"{where} is {found!r:.60}, expected an object")
@@ -88,8 +92,8 @@ def _request(line: str, where: str) -> Request:
 
 def _number(found: dict[str, Any], key: str, where: str) -> float:
     value = found.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TraceError(f"{where}: {key} is {value!r:.60}, expected seconds")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST_SECONDS:
+        raise TraceError(f"{where}: {key} is {value!r:.60}, expected seconds, at most {_MOST_SECONDS:g}")
     return float(value)
 
 

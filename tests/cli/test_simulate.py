@@ -88,12 +88,30 @@ def test_requests_are_served_one_by_one(cli: Cli, zoo: Path, tmp_path: Path) -> 
         (["--trace", "x", "--request-rate", 2], "--trace has its own requests and arrivals; leave out --request-rate"),
         (["--trace", "none"], "the trace none cannot be read"),
         (["--json", "none/none"], "none/none cannot be written"),
+        (["--requests", 3, "--concurrency", 0.4], "--requests is served to whole users, and --concurrency has 0.4"),
+        (["--cards", 3, "--hosts", 2], "3 cards are not spread evenly over 2 hosts"),
+        (["--software", ""], "h100 has no software ''"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(cli: Cli, zoo: Path, more: list[object], message: str) -> None:
     result = cli("simulate", zoo / MODEL / "model.onnx", "--device", "h100", *more)
     assert result.code == 1
     assert message in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--input-len", value) for value in ("nan", "inf", "0", "1e30")),
+        *(("--price-per-hour", value) for value in ("nan", "inf", "0", "1e308")),
+        *(("--cards", value) for value in ("0", "1000000")),
+        ("--hosts", "0"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(cli: Cli, option: str, value: str) -> None:
+    result = cli("simulate", "model.onnx", "--device", "rngd", option, value)
+    assert result.code == 2
+    assert f"Invalid value for '{option}'" in result.err
 
 
 def test_an_artifact_is_simulated_as_its_model(cli: Cli, zoo: Path, built: Path) -> None:

@@ -89,6 +89,7 @@ def test_the_clock_and_the_closed_form_wait_for_the_link(costs: LlamaCosts) -> N
     assert third - second == pytest.approx(hop)
     said = [estimate(steps, Load(kind="closed", amount=1, input_len=512, output_len=3)) for steps in (two, one)]
     assert said[0].ttft - said[1].ttft == pytest.approx(first)
+    assert said[0].ttft == pytest.approx(found[0].observed.records[0].token_times[0], rel=0.05)  # nobody else waits
     assert said[0].tpot - said[1].tpot == pytest.approx(hop) == said[0].causes["links"]
 
 

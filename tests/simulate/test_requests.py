@@ -30,6 +30,9 @@ def test_a_trace_begins_at_zero_and_is_in_order(tmp_path: Path) -> None:
         ("{", "line 1 is not JSON"),
         ("[1]", r"line 1 is \[1\], expected an object"),
         (GOOD.replace("5.5", "NaN"), "arrival_time is nan, expected seconds"),
+        (GOOD.replace("5.5", "1" + 400 * "0"), "arrival_time is 1000.*, expected seconds, at most 1e"),
+        (GOOD.replace("5.5", "-1e308"), "arrival_time is -1e.308, expected seconds, at most 1e"),
+        (100_000 * "[", "line 1 is not JSON"),
         (GOOD.replace("arrival_time", "arrival"), "arrival_time is None, expected seconds"),
         (GOOD.replace("10", "0"), "input_toks is 0, expected a number of tokens"),
         (GOOD.replace("10", "true"), "input_toks is True, expected a number of tokens"),
@@ -43,6 +46,13 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, line: str, message: str) ->
         read_trace(file)
     with pytest.raises(TraceError, match="cannot be read"):
         read_trace(tmp_path / "none")
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_trace(tmp_path / "a\0b")
+
+
+def test_what_is_no_file_is_not_read() -> None:
+    with pytest.raises(TraceError, match="/dev/zero is no file"):
+        read_trace(Path("/dev/zero"))  # which has no end
 
 
 def test_arrivals_are_a_poisson_process() -> None:
