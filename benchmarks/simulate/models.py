@@ -48,6 +48,7 @@ _OUTLINES = {
     "exaone-3.5-32b": _sizes(64, 5120, 27392, 40, 8, 102400),
     "llama-2-7b": _sizes(32, 4096, 11008, 32, 32, 32000),
     "llama-2-70b": _sizes(80, 8192, 28672, 64, 8, 32000),
+    "mistral-7b": _sizes(32, 4096, 14336, 32, 8, 32000),
     "codellama-34b": _sizes(48, 8192, 22016, 64, 8, 32000),
     # Two matrices of 16384 instead of three: as many bytes in three of 10,922.
     "gpt-j-6b": _sizes(28, 4096, 10922, 16, 16, 50400, head=256),
