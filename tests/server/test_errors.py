@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from furiosa_llm.runtime.engine.replica import Replica
 from furiosa_llm.runtime.errors import InputError, ReplicaError
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.server.errors import ApiError, api_error
@@ -331,9 +332,14 @@ def test_a_failure_of_the_server_itself(artifact: Path, caplog: pytest.LogCaptur
     assert other.headers["x-request-id"] != response.headers["x-request-id"]
 
 
-def test_a_dead_engine(artifact: Path) -> None:
+def test_an_engine_without_a_replica_and_a_dead_one(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(artifact)
     with serving(model, ServerSettings()) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+        with monkeypatch.context() as patched:
+            patched.setattr(Replica, "ready", property(lambda _: False))  # as one that waits for a host
+            response = httpx.get(f"{url}/health")
+            assert (response.status_code, error_of(response)["code"]) == (503, "not_ready")
         assert httpx.get(f"{url}/health").status_code == 200
         model.close()
         for response in (httpx.get(f"{url}/health"), httpx.post(f"{url}/v1/completions", json=COMPLETION)):
