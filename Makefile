@@ -167,6 +167,10 @@ ROUNDS ?= 5
 bench-cluster: $(INSTALLED) ## stages on servers beside stages in one process: a hop, a step, what crosses, what is copied
 	$(BIN)/python -m benchmarks.cluster
 
+.PHONY: bench-head
+bench-head: $(INSTALLED) ## what a cluster's head spends on a batch, a stage and a row, and what that says of 16, 64 and 256 hosts
+	$(BIN)/python -m benchmarks.head
+
 .PHONY: bench-peers
 bench-peers: $(INSTALLED) ## this project beside other engines, on three models in turns; installs them first (ROUNDS=5)
 	$(BIN)/python -m benchmarks.peers.install

@@ -23,6 +23,8 @@ SYNTHETIC_1B = "synthetic-1b"
 LARGE_INT4 = "large-int4"
 """Two gigabytes of 4-bit weights, in the widths of Llama 3.1 8B."""
 SYNTHETIC_SMALL = "synthetic-small"
+SYNTHETIC_TINY = "synthetic-tiny"
+"""Whose steps take no time, beside what runs them."""
 _SYNTHETIC_CONFIGS = {
     SYNTHETIC: LlamaConfig(
         vocab_size=32000,
@@ -45,6 +47,19 @@ _SYNTHETIC_CONFIGS = {
         num_attention_heads=12,
         num_key_value_heads=4,
         head_dim=64,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        tie_word_embeddings=False,
+    ),
+    SYNTHETIC_TINY: LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         rope_theta=1e4,
