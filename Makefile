@@ -27,7 +27,7 @@ demo: $(INSTALLED) ## split SmolLM2 over 4, then 8 PEs, and let it answer a ques
 	scripts/demo.sh $(BIN)
 
 .PHONY: demo-cluster
-demo-cluster: $(INSTALLED) ## two stages over three Ray nodes on this machine, which are lost one after the other; prints what happened
+demo-cluster: $(INSTALLED) ## two stages over three hosts on this machine (network namespaces for root, else Ray nodes), which are lost one after the other
 	$(BIN)/python -m tests.support.runtime.ray_scenario 2>/dev/null | tail -n 1 | $(BIN)/python -m json.tool
 
 # Tests start many interpreters: without compiled files each of them would compile this project again.

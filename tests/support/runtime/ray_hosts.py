@@ -23,19 +23,20 @@ _SCRIPT = ROOT / "scripts" / "netns_cluster.sh"
 _ACTOR = b"ray::StageActor"
 _SECONDS = 120.0
 _TRIES = 3
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_worker_niceness": "0",
+ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
+_HEALTH = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+"""So that Ray, too, notices a cut cable soon; on a busy machine it may give a host up for it."""
 
 
 class Hosts(Protocol):
     """Hosts 1 to `count`, beside the head's."""
 
     kind: str
+    can_cut: bool
     address: str
     cache: str
     """A folder for what stages copy, on each host."""
@@ -60,8 +61,8 @@ class Hosts(Protocol):
         """Its cache, as this process sees it."""
         ...
 
-    def cut(self, host: int) -> bool:
-        """Pulls its cable; False if there is none."""
+    def cut(self, host: int) -> None:
+        """Pulls its cable, if `can_cut`."""
         ...
 
     def heal(self, host: int) -> None:
@@ -73,10 +74,10 @@ class Hosts(Protocol):
         ...
 
 
-def open_hosts(count: int) -> Hosts:
-    """Namespaces if this process may make them."""
+def open_hosts(count: int, *, namespaces: bool = True) -> Hosts:
+    """Namespaces if this process may make them, and they are wanted."""
     os.environ.update(ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
-    may = os.geteuid() == 0 and shutil.which("ip") is not None
+    may = namespaces and os.geteuid() == 0 and shutil.which("ip") is not None
     may = may and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
     return Namespaces(count) if may else Nodes(count)
 
@@ -100,11 +101,14 @@ class Namespaces:
     """Each host is a network namespace; see scripts/netns_cluster.sh."""
 
     kind = "network namespaces"
+    can_cut = True
 
     def __init__(self, count: int) -> None:
         self._base = Path(tempfile.mkdtemp(prefix="rn", dir="/tmp"))  # short: paths of unix sockets are
         ray = str(Path(sys.executable).parent / "ray")
-        self._environment = dict(os.environ, BASE=str(self._base), RAY=ray, NPUS="1", HEAD_NPUS="0", TTL="1800")
+        self._environment = dict(
+            os.environ | _HEALTH, BASE=str(self._base), RAY=ray, NPUS="1", HEAD_NPUS="0", TTL="1800"
+        )
         self.address = "10.77.0.1:6379"
         self.cache = str(self._base / "tmp" / "cache")
         self._do("up", str(count + 1))
@@ -120,10 +124,10 @@ class Namespaces:
         )
 
     def actors(self, host: int) -> list[int]:
-        names = Path(f"/proc/{self._pid(host)}/ns/pid")
-        if not names.exists():
+        try:
+            namespace = Path(f"/proc/{self._pid(host)}/ns/pid").readlink()
+        except OSError:  # it is lost
             return []
-        namespace = names.readlink()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -149,9 +153,8 @@ class Namespaces:
     def folder(self, host: int) -> Path:
         return Path(f"/proc/{self._pid(host)}/root{self.cache}")
 
-    def cut(self, host: int) -> bool:
+    def cut(self, host: int) -> None:
         self._do("cut", str(host))
-        return True
 
     def heal(self, host: int) -> None:
         self._do("heal", str(host))
@@ -170,6 +173,7 @@ class Nodes:
     """Each host is a node of `ray.cluster_utils.Cluster`: no cable to cut."""
 
     kind = "nodes of ray.cluster_utils.Cluster"
+    can_cut = False
 
     def __init__(self, count: int) -> None:
         from ray.cluster_utils import Cluster
@@ -198,8 +202,8 @@ class Nodes:
     def folder(self, host: int) -> Path:
         return Path(self.cache)
 
-    def cut(self, host: int) -> bool:
-        return False
+    def cut(self, host: int) -> None:
+        raise NotImplementedError
 
     def heal(self, host: int) -> None:
         raise NotImplementedError
