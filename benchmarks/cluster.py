@@ -281,6 +281,7 @@ def _opening(artifact: Artifact, addresses: Sequence[str]) -> Opening:
         max_length=512,
         compute=None,
         mapped=False,
+        separate=False,
         verify=False,
         companions=NO_COMPANIONS,
         max_step_nbytes=None,

@@ -55,6 +55,10 @@ REASONS = {
         "what becomes of zeros, where the builder's rules are not at hand",
     ),
     "runtime/placement/block_reads.py: _LOOKED_UP": _ALONE,
+    **dict.fromkeys(
+        (f"runtime/program/stack_rules.py: {where}" for where in ("_APPROXIMATE", "_EXACT", "_RULES")),
+        "which of onnxruntime's kernels keep every bit on stacks: no fact about an op, and the builder does not stack",
+    ),
     "runtime/program/serving_graph.py: _ELEMENTWISE": "the form that the end of a graph must have to be cut",
     "runtime/program/serving_graph.py: _PRODUCTS": "the form that the end of a graph must have to be cut",
 }

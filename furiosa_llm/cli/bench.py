@@ -91,7 +91,9 @@ class Objective(click.ParamType[tuple[str, float]]):
 @option("enable_prefix_caching", ENGINE, default=False, show_default="off",
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
 @options(ENGINE, *CLUSTER)
-@options(ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "compute")
+@options(
+    ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "separate", "compute"
+)
 @click.option("--device", "device_file", type=click.Path(path_type=Path),
               help="Show beside it what `simulate` predicts from this file of --measure-this-machine.")  # fmt: skip
 @JSON

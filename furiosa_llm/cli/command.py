@@ -20,7 +20,7 @@ ENGINE_GROUPS: Mapping[str, Sequence[str]] = {
         *("paged_attention_num_blocks", "max_processing_samples", "spare_blocks_ratio", "npu_queue_limit"),
     ),
     "Loading and running": (
-        *("compute", "mapped", "full_verification", "batch_invariant", "step_timeout", "max_step_nbytes"),
+        *("compute", "mapped", "separate", "full_verification", "batch_invariant", "step_timeout", "max_step_nbytes"),
     ),
 }
 """The options of an engine, by what they are about."""

@@ -30,7 +30,9 @@ from furiosa_llm.runtime.artifact.progress import tell
 @click.option("--top-k", type=int, default=-1, show_default=True, help="Sample from the k likeliest tokens; -1: all.")
 @click.option("--seed", type=int, help="Makes sampling reproducible.")
 @click.option("--lora", help="The adapter to generate with: NAME=PATH, or the NAME of one of the artifact's own.")
-@options(ENGINE, *PLACEMENT, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped")
+@options(
+    ENGINE, *PLACEMENT, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "separate"
+)
 @options(ENGINE, *CLUSTER, "step_timeout", "max_step_nbytes", "compute")
 @PROGRESS
 def generate(

@@ -128,7 +128,16 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
 @click.option("--disable-uvicorn-access-log", is_flag=True, help="Log no line for each request.")
 @options(ENGINE, *PLACEMENT, "tokenizer", "seed", "max_batch_size", "max_model_len", "max_prompt_len")
 @options(ENGINE, "prefill_chunk_size", "enable_prefix_caching", "paged_attention_num_blocks", "npu_queue_limit")
-@options(ENGINE, "max_processing_samples", "spare_blocks_ratio", "workers", "threads", "batch_invariant", "mapped")
+@options(
+    ENGINE,
+    "max_processing_samples",
+    "spare_blocks_ratio",
+    "workers",
+    "threads",
+    "batch_invariant",
+    "mapped",
+    "separate",
+)
 @options(ENGINE, *CLUSTER, "full_verification", "step_timeout", "max_step_nbytes", "compute")
 @click.option("--device", "device_file", type=click.Path(path_type=Path),
               help="Show on the page what `simulate` predicts from this file of --measure-this-machine.")  # fmt: skip

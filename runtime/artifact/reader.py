@@ -86,12 +86,12 @@ class Artifact(SplitModel):
     offsets: Mapping[str, int]
     """Stored tensor -> the byte of its file where shard 0 begins."""
 
-    def window(self, name: str, rank: int) -> Window:
-        """The bytes of the stored tensor `name` that `rank` sees."""
+    def window(self, name: str, rank: int, shards: int = 1) -> Window:
+        """The bytes of the stored tensor `name` that `rank` sees, with those of the next `shards` - 1."""
         tensor = self.tensors[name]
         nbytes = tensor.local_nbytes
         shard = self.manifest.mesh.position(rank, tensor.shard_axes)
-        return Window(file=tensor.file, offset=self.offsets[name] + shard * nbytes, nbytes=nbytes)
+        return Window(file=tensor.file, offset=self.offsets[name] + shard * nbytes, nbytes=nbytes * shards)
 
     def read_window(self, window: Window) -> npt.NDArray[np.uint8]:
         """The bytes of `window`, uint8 `[window.nbytes]`, of a file that has not changed or of a tensor that has not.

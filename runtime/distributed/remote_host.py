@@ -74,6 +74,7 @@ class RemoteHost(Closing):
         *,
         max_length: int,
         mapped: bool = False,
+        separate: bool = False,
         verify: bool = False,
         cache: str | None = None,
         companions: Companions = NO_COMPANIONS,
@@ -84,6 +85,7 @@ class RemoteHost(Closing):
         self._cluster = cluster
         self._max_length = max_length
         self._mapped = mapped
+        self._separate = separate
         self._verify = verify
         self._companions = companions
         self._max_step_nbytes = max_step_nbytes
@@ -111,6 +113,7 @@ class RemoteHost(Closing):
                 max_length=self._max_length,
                 compute=self._artifact.compute,
                 mapped=self._mapped,
+                separate=self._separate,
                 verify=self._verify,
                 companions=self._companions,
                 max_step_nbytes=self._max_step_nbytes,

@@ -257,6 +257,7 @@ class StageServer(Closing):
             lanes=self._threads,
             threads=self._threads,
             mapped=opening.mapped,
+            separate=opening.separate,
             companions=opening.companions,
             max_step_nbytes=opening.max_step_nbytes,
             only=opening.stage,

@@ -144,6 +144,7 @@ class Opening:
     max_length: int
     compute: str | None
     mapped: bool
+    separate: bool
     verify: bool
     """Whether the digests of the tensors that the stage reads are compared."""
     companions: Companions
@@ -174,6 +175,7 @@ def parse_opening(data: memoryview) -> Opening:
             max_length=member["max_length"].integer(1),
             compute=member["compute"].optional(Field.name),
             mapped=_switch(member["mapped"]),
+            separate=_switch(member["separate"]),
             verify=_switch(member["verify"]),
             companions=_companions(member["companions"]),
             max_step_nbytes=member["max_step_nbytes"].optional(lambda field: field.integer(1)),

@@ -169,6 +169,9 @@ class EngineArgs:
         ),
     ] = False
     mapped: Annotated[bool, Option("Leave the weights in their file: starts faster, runs slower.", SWITCH)] = False
+    separate: Annotated[
+        bool, Option("Keep the nodes of every PE apart, as the artifact has them: runs slower, for studies.", SWITCH)
+    ] = False
     compute: Annotated[
         str | None,
         Option(
@@ -269,6 +272,7 @@ class EngineOptions(TypedDict, total=False):
     threads: int | None
     batch_invariant: bool
     mapped: bool
+    separate: bool
     compute: str | None
     full_verification: bool | None
     step_timeout: float | None

@@ -212,7 +212,12 @@ def _open_host(plan: Plan, args: EngineArgs) -> _Host:
         tokens=max(plan.scheduling.prefill_chunk_size, plan.scheduling.slots_per_group),
         length=plan.scheduling.max_length,
     )
-    options: dict[str, Any] = {"mapped": args.mapped, "companions": plan.companions, "max_step_nbytes": nbytes}
+    options: dict[str, Any] = {
+        "mapped": args.mapped,
+        "separate": args.separate,
+        "companions": plan.companions,
+        "max_step_nbytes": nbytes,
+    }
     slots = plan.scheduling.slots_per_group
     if args.remote:
         remote = _remote_host(plan, args, options)

@@ -22,6 +22,7 @@ from furiosa_llm.runtime.execution.weights_files import with_weights
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
 from furiosa_llm.runtime.program.limits import STEP_NBYTES, folded_nbytes, load_seconds, step_seconds
 from furiosa_llm.runtime.program.segments import program_part
+from furiosa_llm.runtime.program.stacking import Shards
 
 _INLINE_NBYTES = 1024
 """Tensors up to this size go into the model itself: onnxruntime can then fold them."""
@@ -176,7 +177,9 @@ class SegmentLoader:
         self._lanes = lanes
         manifest = artifact.manifest
         self._settings = replace(
-            settings, folded_nbytes=folded_nbytes(manifest), run_seconds=step_seconds(manifest, _PROBED_TOKENS)
+            settings,
+            folded_nbytes=folded_nbytes(manifest) * max(map(len, lanes.ranks)),
+            run_seconds=step_seconds(manifest, _PROBED_TOKENS),
         )
         self._flexible = {
             name: state.grown_dim
@@ -200,11 +203,11 @@ class SegmentLoader:
         It is a KernelError if onnxruntime has no kernel for it.
         """
         model = lane_model(self._lanes, segment, self._flexible)
-        for name, (original, rank) in segment.initializers.items():
+        for name, shards in segment.initializers.items():
             own = model.graph.initializer.add()
-            own.CopyFrom(self._stored[original])
+            own.CopyFrom(self._stored[shards.name])
             own.name = name
-            _point_at_window(own, self._artifact, original, rank)
+            _point_at_window(own, self._artifact, shards)
         try:
             return Session(model, folder, self._settings)
         except ORT_ERRORS as error:
@@ -217,11 +220,13 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
-def _point_at_window(initializer: TensorProto, artifact: Artifact, name: str, rank: int) -> None:
-    """Gives a stored tensor the data of `rank`: inline if it is small, else the place of its window."""
-    if name not in artifact.tensors:
+def _point_at_window(initializer: TensorProto, artifact: Artifact, shards: Shards) -> None:
+    """Gives a stored tensor the data of its ranks: inline if it is small, else the place of its window."""
+    if shards.name not in artifact.tensors:
         return
-    window = artifact.window(name, rank)
+    window = artifact.window(shards.name, shards.rank, shards.count)
+    if shards.count > 1:
+        initializer.dims[0] *= shards.count
     if window.nbytes <= _INLINE_NBYTES:
         initializer.ClearField("external_data")
         initializer.data_location = TensorProto.DEFAULT
@@ -230,3 +235,5 @@ def _point_at_window(initializer: TensorProto, artifact: Artifact, name: str, ra
     for entry in initializer.external_data:
         if entry.key == "offset":
             entry.value = str(window.offset)
+        if entry.key == "length":
+            entry.value = str(window.nbytes)

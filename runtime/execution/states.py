@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import State
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes
 from furiosa_llm.runtime.execution.ort import Tensor, wrap
+from furiosa_llm.runtime.program.stacking import HEADS
 
 CAPACITY_STEP = 256
 """States grow by at least this many positions at a time, and by at least half."""
@@ -132,11 +134,17 @@ class _Rows:
         return self.shape if dim is None else (*self.shape[:dim], length, *self.shape[dim + 1 :])
 
 
+def _of_ranks(shape: Shape, count: int) -> Shape:
+    """The shape of a state of so many ranks, whose heads are one behind another."""
+    return shape if count == 1 else (*shape[:HEADS], int(shape[HEADS]) * count, *shape[HEADS + 1 :])
+
+
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
     A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
-    `batch` is the model's, if it is fixed.
+    `batch` is the model's, if it is fixed. `stacked` has the ranks whose states are one, by each of them and the name
+    of the state: they have one buffer, in which their heads are one behind another.
     """
 
     def __init__(
@@ -148,10 +156,15 @@ class SlotStates:
         ranks: Sequence[int],
         slots: int,
         batch: int | None = None,
+        stacked: Mapping[tuple[int, str], tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
-        self._states = tuple(_Rows(state, dtypes[state.input], shapes[state.input], batch) for state in states)
+        self._places = tuple(
+            (rank, _Rows(state, dtypes[state.input], _of_ranks(shapes[state.input], len(group)), batch))
+            for state in states
+            for rank in ranks
+            if (group := stacked.get((rank, state.input), (rank,)))[0] == rank
+        )
         self._slots = slots
-        self._ranks = tuple(ranks)
         self._capacity = 0
         self._used = 0
         self._buffers: dict[tuple[int, str], Array] = {}
@@ -168,26 +181,24 @@ class SlotStates:
             return False
         old, self._capacity = self._capacity, grown_capacity(length, self._capacity)
         self._views.clear()
-        for rows in self._states:
+        for rank, rows in self._places:
             if old and rows.grown_dim is None:
                 continue
             shape = (self._slots, *rows.of_length(self._capacity))
-            for rank in self._ranks:
-                buffer = Block(array_nbytes(rows.dtype, shape)).array(rows.dtype, shape)
-                if old:
-                    kept = self._buffers[rank, rows.state.input][: self._used]
-                    buffer[: self._used][(slice(None), *rows.span(0, old))] = kept
-                self._buffers[rank, rows.state.input] = buffer
+            buffer = Block(array_nbytes(rows.dtype, shape)).array(rows.dtype, shape)
+            if old:
+                kept = self._buffers[rank, rows.state.input][: self._used]
+                buffer[: self._used][(slice(None), *rows.span(0, old))] = kept
+            self._buffers[rank, rows.state.input] = buffer
         return True
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of slot `source` to slot `target`."""
         self._used = max(self._used, target + 1)
-        for rows in self._states:
+        for rank, rows in self._places:
             where = rows.span(0, length)
-            for rank in self._ranks:
-                buffer = self._buffers[rank, rows.state.input]
-                buffer[target][where] = buffer[source][where]
+            buffer = self._buffers[rank, rows.state.input]
+            buffer[target][where] = buffer[source][where]
 
     def touch(self, count: int) -> None:
         """Takes note that the first `count` slots may have something to keep from now on."""
@@ -197,12 +208,11 @@ class SlotStates:
         """What `slot` has at `position`; nothing, if no sequence has touched it."""
         if slot >= self._used:
             return ()
-        found: list[tuple[Array, Array]] = []
-        for rows in self._states:
-            where = rows.span(position, position + 1)
-            places = [self._buffers[rank, rows.state.input][slot][where] for rank in self._ranks]
-            found += [(place, place.copy()) for place in places]
-        return found
+        places = [
+            self._buffers[rank, rows.state.input][slot][rows.span(position, position + 1)]
+            for rank, rows in self._places
+        ]
+        return [(place, place.copy()) for place in places]
 
     def bind(self, bound: BindsStates, first: int, count: int) -> None:
         """Binds the rows of slots [first, first + count) as past and present."""
@@ -215,8 +225,7 @@ class SlotStates:
         if key not in self._views:
             self._views[key] = [
                 (rank, rows.state, wrap(self._buffers[rank, rows.state.input][first : first + count], rows.dtype))
-                for rank in self._ranks
-                for rows in self._states
+                for rank, rows in self._places
             ]
         return self._views[key]
 
@@ -239,14 +248,15 @@ class StagedStates(SlotStates):
         ranks: Sequence[int],
         slots: int,
         batch: int | None = None,
+        stacked: Mapping[tuple[int, str], tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
-        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots, batch=batch)
+        super().__init__(states, dtypes, shapes, ranks=ranks, slots=slots, batch=batch, stacked=stacked)
         self._blocks: dict[tuple[int, str], Block] = {}
         self._windows: dict[str, int] = {}
 
     def cached(self, past: int) -> int:
         """How many of `past` positions a step is given, of the state that keeps most."""
-        growing = [rows.state.input for rows in self._states if rows.grown_dim is not None]
+        growing = {rows.state.input for _, rows in self._places if rows.grown_dim is not None}
         return max((min(past, self._windows.get(name, past)) for name in growing), default=past)
 
     def stage(self, bound: BindsStates, slots: Sequence[int], past: int) -> None:
@@ -254,34 +264,32 @@ class StagedStates(SlotStates):
 
         A state of a fixed size is all zeros where nothing has been stepped.
         """
-        for rows in self._states:
+        for rank, rows in self._places:
             name = rows.state.input
             given = min(past, self._windows.get(name, past))
             where = rows.span(past - given, past)
-            for rank in self._ranks:
-                buffer = self._buffers[rank, name]
-                taken = self._past(rank, rows, len(slots), given)
-                by_row = np.moveaxis(taken, rows.batch_dim, 0)
-                for row, slot in enumerate(slots):
-                    by_row[row] = buffer[slot][where] if past or rows.grown_dim is not None else 0
-                bound.bind_input(rank, name, wrap(taken, rows.dtype))
+            buffer = self._buffers[rank, name]
+            taken = self._past(rank, rows, len(slots), given)
+            by_row = np.moveaxis(taken, rows.batch_dim, 0)
+            for row, slot in enumerate(slots):
+                by_row[row] = buffer[slot][where] if past or rows.grown_dim is not None else 0
+            bound.bind_input(rank, name, wrap(taken, rows.dtype))
 
     def finish(self, bound: BindsStates, slots: Sequence[int], past: int, total: int) -> None:
         """Keeps what a step from `past` to `total` positions has added, as far as it gives it."""
-        for rows in self._states:
+        for rank, rows in self._places:
             name = rows.state.input
             whole = min(past, self._windows.get(name, past)) + total - past
-            for rank in self._ranks:
-                made = np.moveaxis(bound.array(rank, rows.state.output), rows.batch_dim, 0)
-                source = target = rows.span(0, 0)
-                if rows.grown_dim is not None:
-                    length = made.shape[rows.grown_dim + 1]
-                    if length < whole:
-                        self._windows[name] = length
-                    added = min(total - past, length)
-                    source, target = rows.span(length - added, length), rows.span(total - added, total)
-                for row, slot in enumerate(slots):
-                    self._buffers[rank, name][slot][target] = made[row][source]
+            made = np.moveaxis(bound.array(rank, rows.state.output), rows.batch_dim, 0)
+            source = target = rows.span(0, 0)
+            if rows.grown_dim is not None:
+                length = made.shape[rows.grown_dim + 1]
+                if length < whole:
+                    self._windows[name] = length
+                added = min(total - past, length)
+                source, target = rows.span(length - added, length), rows.span(total - added, total)
+            for row, slot in enumerate(slots):
+                self._buffers[rank, name][slot][target] = made[row][source]
 
     def _past(self, rank: int, rows: _Rows, count: int, length: int) -> Array:
         """Memory for the past of `count` sequences of `length` positions, used again for the next step."""

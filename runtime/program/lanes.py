@@ -14,8 +14,10 @@ from onnx import NodeProto, TensorProto, helper
 
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, rename, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
-from furiosa_llm.runtime.artifact.manifest import Manifest
+from furiosa_llm.runtime.artifact.manifest import Manifest, State
 from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Section, Segment, ValueType
+from furiosa_llm.runtime.program.stack_rules import stacked, wanted_pieces
+from furiosa_llm.runtime.program.stacking import HEADS, LaneStacks, ProgramFacts, Shards, stack_name
 
 _NARROW = frozenset({"FLOAT16", "BFLOAT16"})
 """Types whose partial sums are added in 32 bits and rounded once."""
@@ -60,8 +62,8 @@ class LaneSegment:
     nodes: tuple[NodeProto, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    initializers: Mapping[str, tuple[str, int]]
-    """The lane's name of an initializer -> its name in the program, and a rank that has this shard."""
+    initializers: Mapping[str, Shards]
+    """The lane's name of an initializer -> what it is in the program, and a rank, or ranks, that have it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +85,13 @@ class Lanes:
     types: Mapping[str, ValueType]
     """The types of the values that cross sections, by the lanes' names."""
     alike: Alike
+    stacked: Mapping[tuple[int, str], tuple[int, ...]]
+    """(rank, state) -> the ranks whose states of this name are one tensor, along `HEADS`, the rank among them."""
 
     def name(self, rank: int, value: str) -> str:
         """The name of the program's `value` of `rank` in the rank's lane."""
-        return _named(self.alike, rank, value)
+        ranks = self.stacked.get((rank, value))
+        return _named(self.alike, rank, value) if ranks is None else stack_name(ranks, value)
 
     def lane_of(self, rank: int) -> int:
         """The lane of `rank`."""
@@ -94,15 +99,24 @@ class Lanes:
 
 
 def lanes_of(
-    program: Program, mesh: Mesh, count: int, *, shard_axes: Mapping[str, tuple[int, ...]], inputs: Alike
+    program: Program,
+    mesh: Mesh,
+    count: int,
+    *,
+    shard_axes: Mapping[str, tuple[int, ...]],
+    inputs: Alike,
+    states: Collection[State] | None = None,
 ) -> Lanes:
     """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
 
     `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says on which ranks
-    graph inputs are alike.
+    graph inputs are alike. The ranks of a lane are stacked where that is possible, the `states` among what is; with
+    None of them every rank has nodes of its own.
     """
     ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
-    return _Laying(program, mesh, ranks, find_alike(program, mesh, shard_axes, inputs)).run()
+    facts = None if states is None else ProgramFacts(program.model, mesh, shard_axes, states)
+    alike = find_alike(program, mesh, shard_axes, inputs)
+    return _Laying(program, mesh, ranks, alike, facts if facts is not None and facts.stacks else None).run()
 
 
 def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
@@ -167,14 +181,22 @@ def _named(alike: Alike, rank: int, value: str) -> str:
 class _Laying:
     """Lays a program out on lanes, section by section."""
 
-    def __init__(self, program: Program, mesh: Mesh, ranks: tuple[tuple[int, ...], ...], alike: Alike) -> None:
+    def __init__(
+        self,
+        program: Program,
+        mesh: Mesh,
+        ranks: tuple[tuple[int, ...], ...],
+        alike: Alike,
+        facts: ProgramFacts | None,
+    ) -> None:
         self._program = program
         self._mesh = mesh
         self._ranks = ranks
         self._alike = alike
         self._lane_of = {rank: lane for lane, own in enumerate(ranks) for rank in own}
         self._read = {name for section in program.sections if section.segment for name in section.segment.inputs}
-        self._initializers = {tensor.name for tensor in program.model.graph.initializer}
+        self._facts = facts
+        self._stacked: dict[tuple[int, str], tuple[int, ...]] = {}
         self._types = {
             self._name(rank, name): kind for name, kind in program.types.items() for rank in range(mesh.size)
         }
@@ -189,10 +211,12 @@ class _Laying:
             sections=sections,
             types=self._types,
             alike=self._alike,
+            stacked=self._stacked,
         )
 
     def _name(self, rank: int, value: str) -> str:
-        return _named(self._alike, rank, value)
+        ranks = self._stacked.get((rank, value))
+        return _named(self._alike, rank, value) if ranks is None else stack_name(ranks, value)
 
     def _section(self, section: Section) -> LaneSection:
         sums: list[list[NodeProto]] = [[] for _ in self._ranks]
@@ -248,37 +272,63 @@ class _Laying:
     ) -> LaneSegment | None:
         """The segment of one lane; its outputs are what later segments, the caller and the exchanges read."""
         leaving = set(parts)
+        nodes: list[NodeProto] = []
+        initializers: dict[str, Shards] = {}
         if segment is not None:
             wanted = [name for name in segment.outputs if name in self._read or name in self._program.outputs]
+            nodes = list(self._nodes(segment, ranks, initializers))
             leaving.update(self._name(rank, name) for name in wanted for rank in ranks)
-        nodes = _needed([*(self._nodes(segment, ranks) if segment is not None else ()), *sums], leaving)
+        nodes = _needed([*nodes, *sums], leaving)
         if not nodes:
             return None
-        initializers = {
-            self._name(rank, name): (name, rank)
-            for name in (segment.initializers if segment is not None else ())
-            for rank in reversed(ranks)
-        }
         made = dict.fromkeys(name for node in nodes for name in node.output if name)
         read = dict.fromkeys(name for node in nodes for name in used_names(node))
         return LaneSegment(
             nodes=tuple(nodes),
             inputs=tuple(name for name in read if name not in made and name not in initializers),
             outputs=tuple(name for name in made if name in leaving),
-            initializers=initializers,
+            initializers={name: shards for name, shards in initializers.items() if name in read},
         )
 
-    def _nodes(self, segment: Segment, ranks: Sequence[int]) -> Iterator[NodeProto]:
-        """The nodes of the ranks, without nodes that would compute the same as another rank's node."""
-        for position in segment.nodes:
-            node = self._program.model.graph.node[position]
+    def _nodes(self, segment: Segment, ranks: Sequence[int], initializers: dict[str, Shards]) -> Iterator[NodeProto]:
+        """The nodes of the ranks, without nodes that would compute the same as another rank's node.
+
+        What they read of stored tensors is added to `initializers`.
+        """
+        nodes = [self._program.model.graph.node[position] for position in segment.nodes]
+        stacks = self._stacks(segment, nodes, ranks)
+        for node in nodes:
             made = next(name for name in node.output if name)
-            owners: set[int] = set()
-            for rank in ranks:
-                owner = self._alike.get((rank, made), rank)
-                if owner not in owners:
-                    owners.add(owner)
-                    yield self._renamed(node, rank)
+            owners = {self._alike.get((rank, made), rank): rank for rank in reversed(ranks)}
+            if stacks is not None:
+                whole = len(owners) == len(ranks) and stacks.take(stacked(node, stacks))
+                if not whole:
+                    stacks.split(used_names(node))
+                yield from stacks.taken()
+                if whole:
+                    continue
+            yield from (self._renamed(node, rank) for rank in sorted(owners.values()))
+        for name in segment.initializers:
+            initializers.update({self._name(rank, name): Shards(name=name, rank=rank) for rank in reversed(ranks)})
+        if stacks is not None:
+            initializers.update(stacks.windows)
+            self._stack_states(stacks)
+
+    def _stacks(self, segment: Segment, nodes: Sequence[NodeProto], ranks: Sequence[int]) -> LaneStacks | None:
+        """What stacks the nodes of `ranks`; None if they are to have nodes of their own."""
+        if self._facts is None or len(ranks) == 1:
+            return None
+        leaving = set(segment.outputs).difference(self._facts.states.values())
+        return LaneStacks(self._facts, ranks, self._name, leaving=leaving, wanted=wanted_pieces(nodes, self._facts))
+
+    def _stack_states(self, stacks: LaneStacks) -> None:
+        """Takes note of the states that have been stacked: they are bound as one."""
+        for name in stacks.states:
+            self._stacked.update({(rank, name): stacks.ranks for rank in stacks.ranks})
+            kind = self._program.types[name]
+            shape = list(kind.shape or ())
+            shape[HEADS] = int(shape[HEADS]) * len(stacks.ranks)
+            self._types[stack_name(stacks.ranks, name)] = ValueType(dtype=kind.dtype, shape=tuple(shape))
 
     def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
         own = NodeProto()

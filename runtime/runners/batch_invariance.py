@@ -309,8 +309,9 @@ def _signature(segment: LaneSegment, lanes: Lanes) -> tuple[bytes, ...]:
     for name in segment.inputs:
         numbers[name] = str(len(numbers))
         parts.append(repr(lanes.types[name]).encode())
-    for name, (original, _) in segment.initializers.items():
-        numbers.setdefault(name, f"{stored[original].data_type}{list(stored[original].dims)}")
+    for name, shards in segment.initializers.items():
+        tensor = stored[shards.name]
+        numbers.setdefault(name, f"{tensor.data_type}{list(tensor.dims)}")
     for node in segment.nodes:
         for name in node.output:
             numbers.setdefault(name, str(len(numbers)))

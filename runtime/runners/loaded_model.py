@@ -117,14 +117,16 @@ def load_model(
     companions: Companions = NO_COMPANIONS,
     max_step_nbytes: int | None = None,
     only: int | None = None,
+    separate: bool = False,
 ) -> LoadedModel:
     """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
 
     `only` that one of the stages is loaded, and nothing is read of what only others need; None: all of them.
 
     `threads` sessions are made at a time; `mapped` leaves the weights in their files, and `exact` is for comparisons
-    (see `SessionSettings`). Steps may allocate `max_step_nbytes`; None: what docs/limits.md says. Raises
-    UnsupportedError for a model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
+    (see `SessionSettings`). The ranks of a lane are stacked (`runtime/program/stacking.py`), unless they are to be
+    `separate`, or the weights to stay in their files. Steps may allocate `max_step_nbytes`; None: what docs/limits.md
+    says. Raises UnsupportedError for a model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
     """
     manifest = artifact.manifest
     interface = interface_of(manifest)
@@ -142,7 +144,7 @@ def load_model(
     memory = max_step_nbytes or step_nbytes(manifest)
     count = min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []
-    for graph, laid in zip(graphs, _lanes(artifact, graphs, count), strict=True):
+    for graph, laid in zip(graphs, _lanes(artifact, graphs, count, stacks=not (separate or mapped)), strict=True):
         if only in (None, graph.index):
             sessions = create_sessions(artifact, laid, settings, threads=threads, step_nbytes=memory, own=own)
             programs.append(StageProgram(graph=graph, lanes=laid, sessions=sessions))
@@ -221,9 +223,13 @@ def rank_lanes(artifact: Artifact, model: ModelProto) -> Lanes:
     return lanes_of(program, alone, 1, shard_axes=shard_axes(manifest), inputs={})
 
 
-def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int) -> list[Lanes]:
-    """The lanes of every stage; what a stage receives is alike on the ranks on which its stage had it alike."""
+def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int, *, stacks: bool) -> list[Lanes]:
+    """The lanes of every stage; what a stage receives is alike on the ranks on which its stage had it alike.
+
+    `stacks`: whether ranks of a lane are stacked.
+    """
     manifest = artifact.manifest
+    in_place = all(state.mode == "in_place" for state in manifest.states)
     laid: list[Lanes] = []
     for graph in graphs:
         alike: dict[tuple[int, str], int] = dict(alike_inputs(manifest))
@@ -233,7 +239,9 @@ def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int) -> list
                 known: Alike = laid[stage].alike
                 alike[rank, name] = known.get((rank, name), rank)
         program = cut_program(graph.model, graph.collectives, size_names(manifest) | {"wanted"})
-        laid.append(lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike))
+        states = (graph.states if in_place else ()) if stacks else None
+        lanes = lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike, states=states)
+        laid.append(lanes)
     return laid
 
 

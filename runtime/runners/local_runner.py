@@ -33,7 +33,7 @@ class Host(Closing):
     """An artifact's stages loaded into this process, for any number of replicas.
 
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files,
-    and `exact` is for comparisons (see `SessionSettings`).
+    `separate` the nodes of every rank apart (see `load_model`), and `exact` is for comparisons (see `SessionSettings`).
     The rows that `companions` names are computed together with a copy of themselves. `max_step_nbytes` is as for
     `load_model`.
     Close it, or use it as a context manager, to end its threads.
@@ -46,6 +46,7 @@ class Host(Closing):
         *,
         threads: int | None = None,
         mapped: bool = False,
+        separate: bool = False,
         exact: bool = False,
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
@@ -57,6 +58,7 @@ class Host(Closing):
             lanes=self.threads,
             threads=self.threads,
             mapped=mapped,
+            separate=separate,
             exact=exact,
             companions=companions,
             max_step_nbytes=max_step_nbytes,

@@ -46,6 +46,7 @@ class ProcessHost(Closing):
         *,
         workers: int,
         mapped: bool = False,
+        separate: bool = False,
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
     ) -> None:
@@ -56,6 +57,7 @@ class ProcessHost(Closing):
         self._stages = tuple(stages)
         self._workers = workers
         self._mapped = mapped
+        self._separate = separate
         self._companions = companions
         self._max_step_nbytes = max_step_nbytes
 
@@ -67,6 +69,7 @@ class ProcessHost(Closing):
             workers=self._workers,
             slots_per_group=slots_per_group,
             mapped=self._mapped,
+            separate=self._separate,
             compute=self._artifact.compute,
             companions=self._companions,
             max_step_nbytes=self._max_step_nbytes,
@@ -103,6 +106,7 @@ class ProcessRunner(FarRunner[_UnderWay]):
         workers: int,
         slots_per_group: int,
         mapped: bool = False,
+        separate: bool = False,
         compute: str | None = None,
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
@@ -128,6 +132,7 @@ class ProcessRunner(FarRunner[_UnderWay]):
                     lanes=workers,
                     slots_per_group=slots_per_group,
                     mapped=mapped,
+                    separate=separate,
                     compute=compute,
                     companions=companions,
                     max_step_nbytes=max_step_nbytes,

@@ -288,6 +288,7 @@ class StageBuffers:
             ranks=own_ranks(model, program),
             slots=slots + model.companions.lone,
             batch=model.traits.batch,
+            stacked=program.lanes.stacked,
         )
         self._overwritten: Overwritten = ()
         self._uses: dict[tuple[int, bool], Use] = {}

@@ -48,6 +48,7 @@ class Assignment:
     lanes: int
     slots_per_group: int
     mapped: bool
+    separate: bool
     compute: str | None
     companions: Companions
     max_step_nbytes: int | None
@@ -109,6 +110,7 @@ def main(descriptor: int) -> None:
             lanes=assignment.lanes,
             threads=1,
             mapped=assignment.mapped,
+            separate=assignment.separate,
             own=(assignment.lane,),
             companions=assignment.companions,
             max_step_nbytes=assignment.max_step_nbytes,

@@ -71,6 +71,7 @@ def test_nothing_on_the_command_line_is_the_default() -> None:
         ("--workers 2", {"workers": 2}),
         ("--threads 2", {"threads": 2}),
         ("--mapped", {"mapped": True}),
+        ("--separate", {"separate": True}),
         ("--full-verification", {"full_verification": True}),
         ("--step-timeout 1.5", {"step_timeout": 1.5}),
     ],

@@ -50,6 +50,7 @@ def opening_of(artifact: Artifact, addresses: Sequence[str], **changed: Any) -> 
         "max_length": 64,
         "compute": None,
         "mapped": False,
+        "separate": False,
         "verify": False,
         "companions": NO_COMPANIONS,
         "max_step_nbytes": None,
