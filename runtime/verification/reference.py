@@ -7,6 +7,7 @@ state in place, past and present are bound to one buffer.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from furiosa_llm.runtime.execution.ort import (
     wrap,
 )
 from furiosa_llm.runtime.program.interruption import Interruption
+from furiosa_llm.runtime.program.limits import FOLDED_NBYTES
 
 
 class ReferenceModel:
@@ -74,7 +76,9 @@ class ReferenceModel:
             set_accuracy_level(model, accuracy_level)
         if compute is not None:
             model = in_float32(model).model
-        settings = SessionSettings(intra_op_threads=threads, exact=accuracy_level == 0)
+        settings = SessionSettings(
+            intra_op_threads=threads, exact=accuracy_level == 0, folded_nbytes=_largest_nbytes(model)
+        )
         try:
             self._session = Session(model, self._path.parent, settings)
         except ORT_ERRORS as error:
@@ -133,6 +137,11 @@ def _own_states(model: onnx.ModelProto, states: Sequence[State]) -> tuple[State,
     in_place = {name for node in model.graph.node if node.op_type == "GroupQueryAttention" for name in node.input}
     kept = {s.input for s in states if s.mode != "in_place"} | in_place
     return tuple(s if s.input in kept else dataclasses.replace(s, mode="append") for s in states)
+
+
+def _largest_nbytes(model: onnx.ModelProto) -> int:
+    """What the largest weight takes in elements of 32 bits: one that is transposed is so once, not in every step."""
+    return max([FOLDED_NBYTES, *(4 * int(math.prod(tensor.dims)) for tensor in model.graph.initializer)])
 
 
 def _keep_whole(model: onnx.ModelProto) -> None:

@@ -17,6 +17,8 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError
 from furiosa_llm.runtime.execution.decoder import DecoderSession
+from furiosa_llm.runtime.execution.ort import Session, SessionSettings
+from furiosa_llm.runtime.verification import reference as reference_module
 from furiosa_llm.runtime.verification.reference import ReferenceModel
 from tests.runtime.execution.test_executor import plain, step_inputs
 from tests.support.runtime.models import LlamaSize, llama, mlp
@@ -188,6 +190,21 @@ class _Described:
         self.decoder_interface = interface
         self.bind_steps = executor.bind_steps
         self.step = executor.step
+
+
+def test_a_reference_transposes_its_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would transpose one above its limit in every step: as a measure it would be slower than it is."""
+    made: list[SessionSettings] = []
+
+    def session(*arguments: Any) -> Session:
+        made.append(arguments[-1])
+        return Session(*arguments)
+
+    monkeypatch.setattr(reference_module, "Session", session)
+    program = llama(ONE, replace(SIZE, vocab=8192))
+    onnx.save(program.model(), tmp_path / "wide.onnx")
+    ReferenceModel(tmp_path / "wide.onnx", inputs=program.inputs, outputs=program.outputs, states=program.states)
+    assert [settings.folded_nbytes for settings in made] == [4 * 8192 * SIZE.hidden]
 
 
 def test_a_reference_that_is_another_model(tmp_path: Path) -> None:
