@@ -126,13 +126,15 @@ def test_columns_elements_and_activations(tmp_path: Path) -> None:
         program.node("MatMul", ["x", weight(program, rng, f"{name}.w", HIDDEN, columns)], name)
     program.weight("bias", rng.standard_normal(INNER, dtype=np.float32), columns)
     program.constant("half", np.array(0.5, dtype=np.float32))
-    program.node("Add", ["gate", "bias"], "shifted")
+    program.weight("crossed", rng.standard_normal(INNER, dtype=np.float32), Leaf(INNER, (1, 0)))
+    program.node("Add", ["gate", "bias"], "biased")
+    program.node("Add", ["biased", "crossed"], "shifted")
     program.node("Mul", ["shifted", "half"], "scaled")
     program.node("Sigmoid", ["scaled"], "sigmoid")
     program.node("Mul", ["sigmoid", "up"], "h")
-    apart = {"MatMul": 12, "Add": 7, "Mul": 8, "Sigmoid": 4}
+    apart = {"MatMul": 12, "Add": 11, "Mul": 8, "Sigmoid": 4}
     lanes = check(
-        ended(program, rng, "h"), tmp_path, {"MatMul": 6, "Add": 4, "Mul": 2, "Sigmoid": 1, "Split": 1}, apart
+        ended(program, rng, "h"), tmp_path, {"MatMul": 6, "Add": 5, "Mul": 2, "Sigmoid": 1, "Split": 1}, apart
     )
     [first, *_] = [section.segments[0] for section in lanes.sections]
     assert first is not None
@@ -224,6 +226,10 @@ def test_packed_heads_in_pieces_that_nobody_takes_are_put_together(tmp_path: Pat
     found = operators(lanes)
     assert found["GroupQueryAttention"] == 4
     assert not lanes.stacked
+    nodes = [node for section in lanes.sections if (one := section.segments[0]) is not None for node in one.nodes]
+    packed = {node.output[0]: list(node.input) for node in nodes if node.op_type == "Concat" and len(node.input) == 3}
+    names = [f"{rank}/layer0.attention.packed" for rank in range(RANKS)]
+    assert [packed[name] for name in names] == [[f"{name}/{piece}" for piece in range(3)] for name in names]
 
 
 @pytest.mark.parametrize(
