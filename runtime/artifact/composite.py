@@ -27,7 +27,7 @@ from furiosa_llm.runtime.artifact.compute import computing
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, Field, check_unique, parse_json
 from furiosa_llm.runtime.artifact.manifest import COMPOSITE_FORMAT_NAME, MANIFEST_NAME, manifest_digest
-from furiosa_llm.runtime.artifact.parse import check_digest, digest_of
+from furiosa_llm.runtime.artifact.parse import MAX_EOS_TOKENS, check_digest, digest_of
 from furiosa_llm.runtime.artifact.reader import Artifact, manifest_bytes, open_artifact
 
 
@@ -117,7 +117,7 @@ def parse_composite(data: bytes) -> CompositeManifest:
         name=section["name"].name(),
         tool=section["tool"].text(),
         decoder_start_token_id=section["decoder_start_token_id"].integer(),
-        eos_token_ids=section["eos_token_ids"].items(Field.integer),
+        eos_token_ids=section["eos_token_ids"].items(Field.integer, most=MAX_EOS_TOKENS),
         parts=section["parts"].items(_part, most=len(PART_NAMES)),
         hidden=HiddenLink(output=hidden["output"].name(), input=hidden["input"].name()),
         states=section["states"].items(_state),

@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 REBUILD = "rebuild the artifact with `furiosa-llm build`"
 MAX_INTEGER = 2**62
+MAX_DEPTH = 32
+"""Levels of objects and lists whose members no format names."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -101,9 +103,15 @@ class Field:
         return self.value
 
     def mapping(self) -> dict[str, Any]:
-        """An object with any members."""
+        """An object with any members, which are nested at most MAX_DEPTH deep: whoever reads them may recurse."""
         if not isinstance(self.value, dict):
             self.fail("an object")
+        level: list[Any] = [self.value]
+        for _ in range(MAX_DEPTH):
+            members = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
+            level = [value for value in members if isinstance(value, dict | list)]
+        if level:
+            self.fail(f"an object of at most {MAX_DEPTH} levels", "one that is nested deeper")
         return self.value
 
 

@@ -47,6 +47,7 @@ _SECTIONS = (
 )
 _RESERVED = (MANIFEST_NAME, RECORD_NAME, SIGNATURE_NAME)
 _MAX_RANKS = 4096
+MAX_EOS_TOKENS = 1024
 _MAX_MESH_AXES = 12
 _MAX_DIMS = 64
 """numpy's limit."""
@@ -138,7 +139,7 @@ def _model(field: Field) -> ModelInfo:
         task=task,
         max_sequence_length=member["max_sequence_length"].optional(_positive),
         vocab_size=member["vocab_size"].optional(_positive),
-        eos_token_ids=member["eos_token_ids"].items(Field.integer),
+        eos_token_ids=member["eos_token_ids"].items(Field.integer, most=MAX_EOS_TOKENS),
     )
 
 

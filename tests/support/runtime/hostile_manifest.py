@@ -7,6 +7,15 @@ import json
 from furiosa_llm.runtime.artifact.manifest import MAX_MANIFEST_NBYTES
 from tests.support.runtime.hostile import MANIFEST, Copy, Edit, Hostile, Json, copy_first, drop, manifest_kind, put
 
+
+def _nested(levels: int) -> Json:
+    """A list in a list, so deep."""
+    value: Json = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 _FIELDS: list[tuple[Edit, str]] = [
     (put("other", "format", "name"), r"format 'other' version 2; this release reads 'furiosa-llm-onnx' version 2"),
     (put(3, "format", "version"), r"version 3; this release reads .* version 2; rebuild .* or install the release"),
@@ -21,6 +30,12 @@ _FIELDS: list[tuple[Edit, str]] = [
     (put(0, "model", "max_sequence_length"), r"max_sequence_length: found 0, expected an integer of at least 1"),
     (put([True], "model", "eos_token_ids"), r"eos_token_ids\[0\]: found true, expected an integer of at least 0"),
     (put([-1], "model", "eos_token_ids"), r"eos_token_ids\[0\]: found -1"),
+    (
+        put(list(range(2000)), "model", "eos_token_ids"),
+        r"eos_token_ids: found 2000 of them, expected a list of at most",
+    ),
+    (put(_nested(600), "plan", "refused"), r"\$\.plan: found one that is nested deeper, expected .* at most 32 levels"),
+    (put(_nested(600), "provenance", "options", "dims"), r"provenance\.options: found one that is nested deeper"),
     (put([], "mesh", "shape"), r"\$\.mesh\.shape: found \[\], expected a list of at least one length"),
     (put([10**5], "mesh", "shape"), r"\$\.mesh\.shape: found .* whose product is at most 4096"),
     (put("x", "provenance", "source_sha256"), r"source_sha256: found \"x\", expected 64 lower-case hexadecimal"),
