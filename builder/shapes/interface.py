@@ -73,6 +73,7 @@ def dimension_kinds(
         if symbol is not None:
             symbols.setdefault(symbol, known[key][0])
     _settle_lengths(graph, symbols)
+    _settle_lone_position(graph)
     inner = {s for v, d in _dynamic(graph) if d and role_of(v) == "other" and (s := _symbol((v, d))) is not None}
     inner -= {s for v, d in _dynamic(graph) if d == 0 and role_of(v) != "other" and (s := _symbol((v, d))) is not None}
     batch = _fixed(graph, batch=True)
@@ -134,6 +135,16 @@ def _settle_lengths(graph: ir.Graph, symbols: Mapping[str, str]) -> None:
         role = roles.get(symbols.get(str(value.name), ""))
         if role is not None and value in open_counts(graph):
             settle_role(value, Role(name=role, why="dimensions have its name", tie=True))
+
+
+def _settle_lone_position(graph: ir.Graph) -> None:
+    """Take a single integer for the number of old positions if it is the position of all there is in a step."""
+    for value in graph.inputs:
+        role = inferred_role(value)
+        alone = value.shape is not None and len(value.shape) < 2 and _is_single(value) and fixed_sequence(graph) == 1
+        if alone and role.name == "position_ids" and role.why != GIVEN:
+            why = f"{role.why}, and each step has one position"
+            settle_role(value, dataclasses.replace(role, name="past_length", why=why))
 
 
 def lengths(graph: ir.Graph, sizes: SizeSet) -> dict[str, int]:

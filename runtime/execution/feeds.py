@@ -46,9 +46,11 @@ class StepFeeds:
         self._infos = [info for info in inputs if info.role != "state"]
         for info in self._infos:
             if not is_fed(info):
+                counts = info.role == "other" and DTYPES[info.dtype].numpy in (np.int32, np.int64)
+                settled = f", or if it counts positions build with --role {info.name}=past_length" if counts else ""
                 raise UnsupportedError(
                     f"input {info.name!r:.80} of role {info.role!r} and shape {list(info.shape)} cannot be made from "
-                    f"token ids; use `furiosa-llm run` and give it as a tensor"
+                    f"token ids; use `furiosa-llm run` and give it as a tensor{settled}"
                 )
         self._kept: dict[str, Array] = {}
         self._ones: dict[str, Array] = {}

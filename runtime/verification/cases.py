@@ -293,8 +293,10 @@ class Inputs:
         if info.role == "attention_mask":
             return np.ones(shape, dtype=dtype)
         if info.role == "position_ids":
-            positions = np.arange(sizes["past"], sizes["past"] + sizes["sequence"])
-            return np.broadcast_to(positions, shape).astype(dtype)
+            axis = info.shape.index("sequence") if "sequence" in info.shape else len(shape) - 1
+            positions = sizes["past"] + np.arange(shape[axis] if shape else 1)
+            behind = [1] * (len(shape) - 1 - axis)
+            return np.broadcast_to(positions.reshape(-1, *behind) if shape else positions[0], shape).astype(dtype)
         if info.role in LENGTH_ROLES:
             return np.full(shape, sizes[LENGTH_ROLES[info.role]], dtype=dtype)
         if dtype.kind in "iub":

@@ -236,6 +236,18 @@ def test_a_role_that_one_input_may_have(name: str, tmp_path: Path) -> None:
     assert roles == {"input_ids": "token_ids", **_ROLES[name][2]}
 
 
+def test_the_position_of_the_only_token_counts_the_old_ones(tmp_path: Path) -> None:
+    """As exports with caches of a fixed size have it; who says that it is a position has it so, and is verified."""
+    nodes = f"x = Gather(emb, input_ids) p = Gather(spread, cache_position) x2 = Add(x, p) {_FEED_FORWARD}"
+    path = tmp_path / "model.onnx"
+    onnx.save(_model("int64[1, 1] input_ids, int64[1] cache_position", "float[1, 1, 128] logits", nodes), path)
+    graph = analyse_model(path, BuildOptions()).model.graph
+    assert [role.name for role in distinct_roles(graph.inputs).values()] == ["token_ids", "past_length"]
+    ArtifactBuilder(path, roles={"cache_position": "positions"}).build(tmp_path / "artifact")
+    found = verify_artifact(tmp_path / "artifact", against=path, options=ParityOptions(threads=1))
+    assert [check.faults for check in found.record.checks if not check.passed] == []
+
+
 def test_one_of_two_inputs_has_the_role_in_the_artifact(tmp_path: Path) -> None:
     path = _with_roles(tmp_path, "positions in two directions")
     ArtifactBuilder(path, roles={"columns": "positions"}).build(tmp_path / "artifact")

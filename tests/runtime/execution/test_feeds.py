@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, InputRole
+from furiosa_llm.runtime.errors import UnsupportedError
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 
 
@@ -50,3 +52,8 @@ def test_equal_shapes_reuse_memory() -> None:
     assert first["token_ids"].tolist() == [[1, 2, 3]]
     assert first["position_ids"].tolist() == [[7, 8, 9]]
     assert set(fed(feeds, [[1], [2]], [7, 3])) == {"token_ids", "position_ids", "attention_mask"}
+
+
+def test_an_integer_of_which_nothing_tells_what_it_counts_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedError, match=r"'other' .* build with --role other=past_length"):
+        StepFeeds([*INPUTS, info("other", "batch")])
