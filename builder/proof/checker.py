@@ -17,7 +17,7 @@ from furiosa_llm.builder.proof import collectives, stored
 from furiosa_llm.builder.proof.by_rule import RuleTransfer
 from furiosa_llm.builder.proof.interpretation import LocalFacts
 from furiosa_llm.builder.proof.movers import Movers
-from furiosa_llm.builder.proof.pieces import Dim, of_layout, places, run
+from furiosa_llm.builder.proof.pieces import Dim, concatenate, of_layout, places, run
 from furiosa_llm.builder.proof.placement import (
     REBUILD,
     ContradictionError,
@@ -84,11 +84,20 @@ def check_program(program: onnx.ModelProto, manifest: Manifest, constants: Const
     except ir.serde.SerdeError as error:
         faults.append(stored.fault("program.onnx", f"a malformed graph ({error.__cause__ or error})", "an ONNX graph"))
         return ProofReport(faults=tuple(faults), placements={}, num_nodes=len(program.graph.node))
-    return _Checker(model, manifest, constants).report(faults)
+    checker = _Checker(model, manifest, constants)
+    report = checker.report(faults)
+    if report.is_proved or not checker.read_otherwise:
+        return report
+    again = _Checker(model, manifest, constants, likeliest_first=True).report(faults)
+    return again if again.is_proved else report
 
 
 class _Checker:
-    def __init__(self, model: ir.Model, manifest: Manifest, constants: Constants) -> None:
+    def __init__(
+        self, model: ir.Model, manifest: Manifest, constants: Constants, *, likeliest_first: bool = False
+    ) -> None:
+        """`likeliest_first`: of other readings of reshapes that fit a node try the likeliest before the nearest."""
+        self._likeliest_first = likeliest_first
         self._model = model
         self._manifest = manifest
         self._constants = constants
@@ -97,7 +106,7 @@ class _Checker:
         self._faults: list[Fault] = []
         self._facts = LocalFacts(model, manifest)
         self._choices: dict[object, int] = {}
-        self._ways: dict[object, tuple[int, int]] = {}
+        self._ways: dict[object, tuple[int, tuple[float, ...]]] = {}
         self._keys: dict[ir.Node, object] = {}
         self._position = {node: position for position, node in enumerate(self._nodes)}
         self._declared = {info.name: info for info in manifest.outputs}
@@ -106,6 +115,11 @@ class _Checker:
         self._rules = RuleTransfer(self._facts, mesh, model.graph.opset_imports.get("", 1))
         self._movers = Movers(self._facts, self._choose)
         self._ranks = RankTransfer(self._facts, mesh, constants, sub_dimensions(self._described()))
+
+    @property
+    def read_otherwise(self) -> bool:
+        """Whether some reshape has another reading than its likeliest one, so that other readings may fit, too."""
+        return any(self._choices.values())
 
     def report(self, faults: Sequence[Fault]) -> ProofReport:
         """The report of the faults given and of the program's faults."""
@@ -119,12 +133,18 @@ class _Checker:
         return ProofReport(faults=tuple(found), placements=placements, num_nodes=len(self._nodes))
 
     def _described(self) -> list[Dim]:
-        """Every dimension that the manifest describes."""
+        """Every dimension that the manifest describes, and those of weights that are stored in parts."""
         manifest = self._manifest
+        parts: dict[str, list[tuple[int, Dim]]] = {}
+        for tensor in manifest.tensors:
+            if tensor.part is not None and tensor.layout is not None and tensor.origin is not None:
+                dim = of_layout(tensor.layout[tensor.part.dim], manifest.mesh)
+                parts.setdefault(tensor.origin, []).append((tensor.part.start, dim))
+        cut = [concatenate([dim for _, dim in sorted(own, key=lambda one: one[0])]) for own in parts.values()]
         layouts: list[Sequence[layout.Dim | None]] = [t.layout for t in manifest.tensors if t.layout is not None]
         layouts += [info.layout for info in manifest.inputs]
         layouts += [info.layout for info in manifest.outputs]
-        return [of_layout(dim, manifest.mesh) for dims in layouts for dim in dims if dim is not None]
+        return cut + [of_layout(dim, manifest.mesh) for dims in layouts for dim in dims if dim is not None]
 
     def _start(self) -> None:
         """Placements of inputs and initializers."""
@@ -240,12 +260,12 @@ class _Checker:
 
     # -- readings ------------------------------------------------------------------------------------------------
 
-    def _choose(self, node: ir.Node, key: object, ways: Sequence[tuple[Dim, ...]]) -> tuple[Dim, ...]:
+    def _choose(self, node: ir.Node, key: object, ways: Mapping[tuple[Dim, ...], float]) -> tuple[Dim, ...]:
         """One of several readings of a node, the same for all nodes in the same situation."""
-        first, _ = self._ways.get(key, (self._position[node], 0))
-        self._ways[key] = (min(first, self._position[node]), len(ways))
+        first, _ = self._ways.get(key, (self._position[node], ()))
+        self._ways[key] = (min(first, self._position[node]), tuple(ways.values()))
         self._keys[node] = key
-        return ways[self._choices.get(key, 0)]
+        return list(ways)[self._choices.get(key, 0)]
 
     def _read_otherwise(self, position: int) -> bool:
         """Whether everything up to a faulty node is right with another reading of one or two reshapes before it.
@@ -256,15 +276,18 @@ class _Checker:
         if self._retries > _MAX_RETRIES:
             return False
         keys = self._readable(self._nodes[position])
-        others = {key: [n for n in range(self._ways[key][1]) if n != self._choices.get(key, 0)] for key in keys}
+        others = {key: [n for n in range(len(self._ways[key][1])) if n != self._choices.get(key, 0)] for key in keys}
         trials = [{key: n} for key in keys for n in others[key]]
-        trials.sort(key=lambda trial: max(trial.values()) >= _MAX_WAYS)
+        trials.sort(key=lambda trial: max(self._lateness(key, n) for key, n in trial.items()))
         trials += [
             dict(zip(pair, numbers, strict=True))
             for pair in itertools.combinations(keys, 2)
             for numbers in itertools.product(*(others[key][:_MAX_WAYS] for key in pair))
         ]
         return any(self._fits(trial, position) for trial in trials)
+
+    def _lateness(self, key: object, reading: int) -> tuple[bool, float]:
+        return reading >= _MAX_WAYS, self._ways[key][1][reading] if self._likeliest_first else 0.0
 
     def _fits(self, trial: Mapping[object, int], position: int) -> bool:
         """Whether everything up to a node is right with the readings of a `trial`; if so, they are kept."""
@@ -283,7 +306,7 @@ class _Checker:
         while queue and len(found) < _MAX_KEYS:
             current = queue.pop(0)
             key = self._keys.get(current)
-            if key is not None and self._ways[key][1] > 1:
+            if key is not None and len(self._ways[key][1]) > 1:
                 found[key] = None
             for value in current.inputs:
                 producer = value.producer() if value is not None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -16,8 +16,9 @@ from furiosa_llm.builder.proof.placement import REBUILD, ContradictionError, Hel
 from furiosa_llm.builder.proof.regroup import candidates
 from furiosa_llm.builder.rules.facts import present
 
-Choose = Callable[[ir.Node, object, Sequence[tuple[Dim, ...]]], tuple[Dim, ...]]
-"""Picks one of several readings of a node; the second argument is equal in situations that must be read alike."""
+Choose = Callable[[ir.Node, object, Mapping[tuple[Dim, ...], float]], tuple[Dim, ...]]
+"""Picks one of several readings of a node, given with their unlikelihoods; the second argument is equal in situations
+that must be read alike."""
 
 
 class Movers:

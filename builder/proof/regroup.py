@@ -56,21 +56,25 @@ class _Gap:
     """The input dimensions of size 1 in the gap, which have no pieces."""
 
 
-def candidates(dims: Sequence[Dim], sizes: Sequence[Size]) -> list[tuple[Dim, ...]]:
-    """What the dimensions of a reshape to local `sizes` may be, the likeliest first; none if nothing fits."""
+def candidates(dims: Sequence[Dim], sizes: Sequence[Size]) -> dict[tuple[Dim, ...], float]:
+    """What the dimensions of a reshape to local `sizes` may be, each with its unlikelihood, the likeliest first.
+
+    None if nothing fits.
+    """
     filled = _fill(dims, sizes)
     if filled is None:
         whole = all(is_whole(dim) for dim in dims)
-        return [tuple(run(size) for size in sizes)] if whole else []
+        return {tuple(run(size) for size in sizes): 0.0} if whole else {}
     placed, gaps = filled
     choices = [sorted(_distributions(gap), key=lambda found: found[0]) for gap in gaps if gap.pieces]
     ranked = sorted(
-        itertools.islice(itertools.product(*choices), 4096), key=lambda picks: sum(price for price, _ in picks)
+        ((sum(price for price, _ in picks), picks) for picks in itertools.islice(itertools.product(*choices), 4096)),
+        key=lambda found: found[0],
     )
-    found: dict[tuple[Dim, ...], None] = {}
-    for picks in ranked[: 4 * _MAX_CANDIDATES]:
-        found[_put_together(placed, [bins for _, bins in picks], len(sizes))] = None
-    return list(found)[:_MAX_CANDIDATES]
+    found: dict[tuple[Dim, ...], float] = {}
+    for price, picks in ranked[: 4 * _MAX_CANDIDATES]:
+        found.setdefault(_put_together(placed, [bins for _, bins in picks], len(sizes)), price)
+    return dict(itertools.islice(found.items(), _MAX_CANDIDATES))
 
 
 def _fill(dims: Sequence[Dim], sizes: Sequence[Size]) -> tuple[dict[int, list[Piece]], list[_Gap]] | None:

@@ -45,6 +45,11 @@ ROWS = {
     "a stack of caches of flat heads, whose vectors have no size": (GENAI, 2, "stacked flat_heads"),
     "heads beside dimensions of one sequence and one position": (HYBRID, 4, "one_position square_mask batch_size"),
     "one position a step, in front of the batch": (PLAIN, 8, "one_position position_vector time_first"),
+    "heads of one position, of which two readings fit until the states": (
+        PLAIN,
+        2,
+        "flat_heads one_position products_as_gemm",
+    ),
     "heads that one position leaves without sizes": (PLAIN, 4, "products_as_gemm flat_heads one_position"),
 }
 """Base, tensor parallel size and rewrites."""

@@ -193,7 +193,8 @@ def test_nothing_is_cached_between_samples(monkeypatch: pytest.MonkeyPatch, arti
         raise UnsupportedError("far enough")
 
     monkeypatch.setattr("furiosa_llm.mlperf.run.load_model", refuse)
-    assert str(refusal(["gpt-j-offline", "--spare-blocks-ratio", 0.25, artifact, tmp_path])) == "far enough"
+    options = ["--spare-blocks-ratio", 0.25, "--compute", "float32"]
+    assert str(refusal(["gpt-j-offline", *options, artifact, tmp_path])) == "far enough"
     [args] = seen
     assert args.enable_prefix_caching is False
-    assert args.spare_blocks_ratio == 0.25
+    assert (args.spare_blocks_ratio, args.compute) == (0.25, "float32")

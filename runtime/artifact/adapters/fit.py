@@ -10,6 +10,7 @@ import numpy as np
 from furiosa_llm.runtime.artifact.adapters.files import AdapterFile, Factors
 from furiosa_llm.runtime.artifact.adapters.inputs import AdapterInputs
 from furiosa_llm.runtime.artifact.adapters.names import Half, Module, half_of, same_module
+from furiosa_llm.runtime.artifact.adapters.packed import found_as, pack, packed_in, unpack
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import AdapterError, ArtifactError
 from furiosa_llm.runtime.artifact.manifest import InputInfo
@@ -91,6 +92,13 @@ class _Place:
         """Whether they are [rank, in] and [out, rank], as trainers have them, and not as they are multiplied."""
         return self.a.shape[1] != self.b.shape[0] and self.a.shape[0] == self.b.shape[1]
 
+    @property
+    def features_out(self) -> int:
+        """How many features the module gives."""
+        features = self._shapes()[1][1]
+        assert isinstance(features, int)  # it adds to a product with a stored weight
+        return features
+
     def placed(self, factors: Factors, rank: int, where: str) -> dict[str, Array]:
         """The factors as arrays for the inputs, with as many ranks as these have, or else `rank`."""
         a, b = self._shapes()
@@ -126,17 +134,38 @@ def _by_module(file: AdapterFile, inputs: AdapterInputs, where: str) -> dict[str
             f"{where} is of modules, and the inputs for adapters are not named by them: {_some(inputs.base)}; give a "
             f".safetensors file whose tensors are named as these"
         )
-    rank = max(factors.rank for factors in file.modules.values())
+    modules = _as_placed(file.modules, places, where)
+    rank = max(factors.rank for factors in modules.values())
     found: dict[str, Array] = {}
-    for module, factors in file.modules.items():
-        match = same_module(module, places)
-        if match is None:
+    for module, factors in modules.items():
+        found |= places[module].placed(factors, rank, where)
+    return found
+
+
+def _as_placed(modules: Mapping[Module, Factors], places: Mapping[Module, _Place], where: str) -> dict[Module, Factors]:
+    """The factors by the modules of `places`, some of which may be packed where the adapter has several, or apart."""
+    found: dict[Module, Factors] = {}
+    packed: dict[Module, dict[Module, Factors]] = {}
+    for module, factors in modules.items():
+        matches = found_as(module, lambda name: same_module(name, places))
+        if not matches:
             raise AdapterError(
                 f"{where} adds to {'.'.join(module)!r:.120}, for which the model takes no adapter; it does for "
                 f"{_some('.'.join(one) for one in places)}. Build it with this adapter, or train one without the module"
             )
-        found |= places[match].placed(factors, rank, where)
-    return found
+        if module in matches:
+            found[matches[module]] = factors
+        elif matches.keys() == set(packed_in(module)):
+            place = next(iter(matches.values()))
+            packed.setdefault(place, {})[(*place[:-1], module[-1])] = factors
+        else:
+            sizes = [places[place].features_out for place in matches.values()]
+            parts = unpack(factors, list(matches), sizes, f"{where}: {'.'.join(module)!r:.120}")
+            found |= {matches[part]: own for part, own in parts.items()}
+    for place in found.keys() & packed.keys():
+        shown = " and ".join(part[-1] for part in packed[place])
+        raise AdapterError(f"{where} adds to {'.'.join(place)!r:.120} and to {shown} in it; train it with one of them")
+    return found | {place: pack(place, given, places[place].features_out, where) for place, given in packed.items()}
 
 
 def _typed(array: Array, info: InputInfo) -> Array:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from furiosa_llm.runtime.artifact.adapters.names import Module, half_of, module_of, parts_of, same_module
+from furiosa_llm.runtime.artifact.adapters.packed import found_as
 from furiosa_llm.runtime.artifact.errors import AdapterError
 
 ROWS = "lora_rows"
@@ -68,20 +69,22 @@ def _products_of(model: ModelProto, modules: Sequence[str]) -> dict[str, _Produc
     by_name = [_by_module(products, place) for place in range(_NAMES)]
     chosen: dict[str, _Product] = {}
     for name in modules:
-        found = _find(parts_of(name), by_name)
-        if found is None:
+        found = found_as(parts_of(name), lambda module: _find(module, by_name))
+        if not found:
             known = sorted({".".join(key) for named in by_name for key in named if len(key) > 1})
             raise AdapterError(
                 f"module {name!r:.120} has no product of its own in the graph, which has {', '.join(known[:_SHOWN])} "
                 f"and {max(0, len(known) - _SHOWN)} more; export the model without packing this module with others, or "
                 f"with inputs for adapters"
             )
-        taken = next((other for other, one in chosen.items() if one.node is found.node), None)
-        if taken is not None:
-            raise AdapterError(
-                f"modules {taken!r:.120} and {name!r:.120} are one product of the graph; give one of them"
-            )
-        chosen[name] = found
+        for module, product in found.items():
+            shown = ".".join(module)
+            taken = next((other for other, one in chosen.items() if one.node is product.node), shown)
+            if taken != shown:
+                raise AdapterError(
+                    f"modules {taken!r:.120} and {shown!r:.120} are one product of the graph; give one of them"
+                )
+            chosen[shown] = product
     return chosen
 
 

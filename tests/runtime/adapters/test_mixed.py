@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -28,6 +29,7 @@ from furiosa_llm.cli.main import cli
 from furiosa_llm.parity_options import ParityOptions
 from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
 from furiosa_llm.runtime.artifact.adapters.stored import own_adapters, to_safetensors
+from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.errors import AdapterError
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.verification import verify_artifact
@@ -113,7 +115,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def _weights(model: Path) -> Iterator[tuple[str, str]]:
     for node in onnx.load(model, load_external_data=False).graph.node:
         module = node.name.strip("/").replace("/", ".").removesuffix(".MatMul")
-        if node.op_type == "MatMul" and module in LLAMA:
+        if node.op_type == "MatMul" and module.endswith("_proj"):
             yield module, node.input[1]
 
 
@@ -301,7 +303,11 @@ def test_a_build_puts_adapters_into_an_artifact(taking: Case, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"model.layers.0.self_attn.qkv_proj": (64, 192)}, "has no product of its own.*without packing this module"),
+        ({"model.layers.0.self_attn.query": (64, 64)}, "has no product of its own.*without packing this module"),
+        (
+            {"model.layers.0.self_attn.qkv_proj": (64, 192)},
+            "192 features out, the model has q_proj of 64 and k_proj of 32",
+        ),
         ({"model.layers.0.mlp.down_proj": (128, 64)}, "another base model: .* has 128 features in, the model 176"),
     ],
 )
@@ -312,6 +318,46 @@ def test_adapters_of_other_models_are_refused_in_a_build(
     with pytest.raises(AdapterError, match=message):
         builder.build(tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
+
+
+_ATTENTION, _FEED_FORWARD = "model.layers.0.self_attn", "model.layers.0.mlp"
+_APART = {
+    f"{_ATTENTION}.q_proj": (64, 64),
+    f"{_ATTENTION}.k_proj": (64, 32),
+    f"{_ATTENTION}.v_proj": (64, 32),
+    f"{_FEED_FORWARD}.gate_proj": (64, 176),
+    f"{_FEED_FORWARD}.up_proj": (64, 176),
+    "model.layers.1.self_attn.v_proj": (64, 32),
+}
+_TOGETHER = {f"{_ATTENTION}.qkv_proj": (64, 128), f"{_FEED_FORWARD}.gate_up_proj": (64, 352)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "sizes"), [("tiny-phi3-optimum", _APART), ("tiny-llama-optimum", _TOGETHER)])
+def test_modules_that_the_model_has_packed_or_apart(
+    source: str, sizes: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    model = shutil.copytree(ZOO / source, tmp_path / "source") / "model.onnx"
+    adapter = saved(tmp_path / "one", sizes, rank=4, seed=1)
+    assert ArtifactBuilder(model, lora={"one": adapter}).build(tmp_path / "artifact").faults == ()
+    own, weights = deltas(adapter, _SCALES["one"]), dict(_weights(model))
+    added: dict[str, Array] = {}
+    for packed, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+        for name in [name for name in own if name.endswith(f".{packed}")]:
+            widths = [_APART[name.replace(packed, part)][1] for part in parts]
+            cut = np.split(own[name], np.cumsum(widths)[:-1], axis=1)
+            added |= {name.replace(packed, part): delta for part, delta in zip(parts, cut, strict=True)}
+        for name in [name for name in own if name.endswith(f".{parts[-1]}")]:
+            names = [name.replace(parts[-1], part) for part in parts]
+            widths = [_APART[one.replace("layers.1", "layers.0")][1] for one in names]
+            zeros = [np.zeros((64, width), np.float32) for width in widths]
+            halves = [own.get(one, zero) for one, zero in zip(names, zeros, strict=True)]
+            added[name.replace(parts[-1], packed)] = np.concatenate(halves, axis=1)
+    opened = open_artifact(tmp_path / "artifact")
+    expected = greedy(merged(model, tmp_path / "merged.onnx", weights, added), opened, PROMPTS, TOKENS)
+    with LLM(tmp_path / "artifact", threads=1) as llm:
+        assert completed(llm, [LoRARequest("one", 1)] * len(PROMPTS)) == expected
+        assert completed(llm, [None] * len(PROMPTS)) != expected
 
 
 def test_a_folder_of_several_graphs_takes_none(tmp_path: Path) -> None:
