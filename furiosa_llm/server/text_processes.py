@@ -68,9 +68,12 @@ class TextProcess:
             except asyncio.CancelledError:
                 self._end()
                 raise
-        if not done:
+        if done:
+            return result
+        try:
             raise result or self._exceeded(None, what)
-        return result
+        finally:
+            del result  # which has this frame in its traceback, and so the body, until cycles are looked for
 
     async def close(self) -> None:
         """Ends the process, whatever it is doing; who waits for it gets an error."""

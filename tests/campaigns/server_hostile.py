@@ -108,6 +108,76 @@ def _of_mode(mode: str) -> Request:
     return _chat(chat_template_kwargs=json.dumps({"mode": mode}))
 
 
+def _schema(schema: object) -> Request:
+    return _chat(response_format=_format(json.dumps(schema)))
+
+
+def _guided(**grammar: object) -> Request:
+    return _chat(structured_outputs=json.dumps(grammar))
+
+
+def _response(**fields: str) -> Request:
+    return "/v1/responses", _object({"model": '"MODEL"', "max_output_tokens": "1", "input": '"hi"', **fields})
+
+
+def _anthropic(**fields: str) -> Request:
+    return "/v1/messages", _object({"model": '"MODEL"', "max_tokens": "1", "messages": _said('"hi"'), **fields})
+
+
+def _doubling(word: str) -> dict[str, object]:
+    """A schema that stands for 2^40 of them."""
+    links = {f"d{i}": {word: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+    return {"$defs": {**links, "d40": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+_CIRCLE = {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}
+_TERMINALS = "start: " + " | ".join(f"T{i}" for i in range(5000))
+_TERMINALS += "".join(f"\nT{i}: /[a-z]{{1,{i + 1}}}/" for i in range(5000))
+"""A grammar of 5,000 terminals that overlap."""
+
+
+def _of_schemas_and_protocols(nbytes: int) -> Mapping[str, Callable[[], Request]]:
+    """Grammars that are larger than they look, and the other protocols."""
+    user = '{"role":"user","content":"x"}'
+    call = '{"id":"a","type":"function","function":{"name":"f","arguments":' + json.dumps("[" * 100_000) + "}}"
+    return {
+        "a schema in a circle": lambda: _schema(_CIRCLE),
+        "a schema of itself": lambda: _schema({"$ref": "#"}),
+        "allOf of 2^40": lambda: _schema(_doubling("allOf")),
+        "anyOf of 2^40": lambda: _schema(_doubling("anyOf")),
+        "a remote schema": lambda: _schema({"$ref": "http://127.0.0.1:1/x"}),
+        "a long pattern": lambda: _schema({"type": "string", "pattern": "(a|b|c)*" * 300, "minLength": 1000}),
+        "minLength": lambda: _schema({"type": "string", "minLength": 10**9}),
+        "minItems": lambda: _schema({"type": "array", "items": {"type": "integer"}, "minItems": 10**9}),
+        "multipleOf": lambda: _schema({"type": "integer", "multipleOf": 10**9 + 7}),
+        "a long constant": lambda: _schema({"const": "x" * 2_000_000}),
+        "300 of oneOf": lambda: _schema({"oneOf": [{"required": [str(i)], "type": "object"} for i in range(300)]}),
+        "an ambiguous grammar": lambda: _guided(grammar='start: a a a a a a\na: ("x" | "xx")* | a a'),
+        "a repeated grammar": lambda: _guided(grammar='start: ("a"~1..100000)~1..100000'),
+        "many terminals": lambda: _guided(grammar=_TERMINALS),
+        "a regex that looks far": lambda: _guided(regex=r"(.*a){40}.{25}"),
+        "a regex of letters": lambda: _guided(regex=r"[\p{L}\p{N}]{1,1000}" * 50),
+        "prefixes": lambda: _guided(choice=["a" * i for i in range(1, 1000)]),
+        "100,000 stops": lambda: _chat(stop=json.dumps(["x" * 100] * 100_000)),
+        "allowed_token_ids": lambda: _chat(allowed_token_ids=_many("1", nbytes)),
+        "a long exponent": lambda: _chat(temperature="1e999"),
+        "a long seed": lambda: _chat(seed="9" * 4000),
+        "half a pair": lambda: _chat(messages=_said('"\\ud800"')),
+        "deep arguments": lambda: _chat(messages='[{"role":"assistant","tool_calls":[' + call + "]}," + user + "]"),
+        "responses: items": lambda: _response(input=_many(user, nbytes)),
+        "responses: tools": lambda: _response(tools=_many('{"type":"function","name":"f"}', nbytes)),
+        "responses: metadata": lambda: _response(metadata=_names('"x"', nbytes)),
+        "responses: deep": lambda: _response(input=_deep(950)),
+        "messages of Anthropic": lambda: _anthropic(messages=_many(user, nbytes)),
+        "blocks of Anthropic": lambda: _anthropic(system=_many('{"type":"text","text":"x"}', nbytes)),
+        "tools of Anthropic": lambda: _anthropic(tools=_many('{"name":"f","input_schema":{}}', nbytes)),
+        "a deep tool of Anthropic": lambda: _anthropic(tools='[{"name":"f","input_schema":' + _deep(950) + "}]"),
+        "stops of Anthropic": lambda: _anthropic(stop_sequences=_many('"x"', nbytes)),
+        "to score": lambda: ("/v1/score", '{"model":"MODEL","text_1":"a","text_2":' + _many('"x"', nbytes) + "}"),
+        "to rerank": lambda: ("/v1/rerank", '{"model":"MODEL","query":"a","documents":' + _many('"x"', nbytes) + "}"),
+    }
+
+
 _MODES = ("loops", "range", "text", "power", "list", "macro", "output", "zero", "format")
 
 
@@ -165,6 +235,7 @@ def kinds(nbytes: int) -> Mapping[str, Callable[[], Request]]:
         "to tokenize": lambda: ("/tokenize", '{"return_token_strs":true,"prompt":' + word + "}"),
         "most to tokenize": lambda: ("/tokenize", '{"return_token_strs":true,"prompt":"' + "a b " * 2**16 + '"}'),
         "to detokenize": lambda: ("/detokenize", '{"tokens":[' + ",".join(["300"] * 300_000) + "]}"),
+        **_of_schemas_and_protocols(nbytes),
         "to embed": lambda: ("/v1/embeddings", '{"model":"MODEL","input":' + _many('"x"', nbytes) + "}"),
     }
 

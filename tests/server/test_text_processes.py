@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +19,12 @@ from typing import Any
 import httpx
 import pytest
 
+from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.tokens.lean_process import lean_process
+from furiosa_llm.server import text_processes
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.text_child import HEAD, Setup
+from furiosa_llm.server.text_processes import TextWork
 from tests.campaigns.server_hostile import TEMPLATE, kinds
 from tests.server.conftest import NAME, error_of, load, serving, wait_for
 
@@ -172,3 +177,23 @@ def test_a_server_stops_while_a_template_runs(artifact: Path) -> None:
         assert answer.result().status_code == 503
     assert not set(children()) & before
     assert not [one for one in threading.enumerate() if one.name == "furiosa-tokenizer"]
+
+
+def test_a_refused_body_is_gone_with_its_error() -> None:
+    """No frame of the error's traceback has the error: that would keep the body until cycles are looked for."""
+
+    async def read() -> Exception:
+        text = TextWork(None, ServerSettings())
+        await text.start()
+        try:
+            with pytest.raises(InputError) as raised:
+                await text.read(b"[" + b"x" * 2**17)
+            return raised.value
+        finally:
+            await text.close()
+
+    error = asyncio.run(read())
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame.f_code.co_filename == text_processes.__file__]
+    assert ours
+    assert not any(value is error for frame in ours for value in frame.f_locals.values())
