@@ -45,6 +45,8 @@ class FaultPolicy:
     """How long a batch may take before it counts as hung."""
     max_failures: int = 5
     """So many failures in a row, no batch done between them, are survived; one more is the end."""
+    settled: float = 60.0
+    """A runner that fails after being idle for so long is the first in a row: hosts may be lost over days."""
     backoff: float = 0.05
     """What is waited before a new runner is made; doubled for each failure in a row, up to `max_backoff`."""
     max_backoff: float = 5.0
@@ -139,6 +141,8 @@ class Replica:
         self._numbers = itertools.count()
         self._failure: BaseException | None = None
         self._failures = 0
+        self._used = time.monotonic()
+        """When the runner was made, or had a batch last."""
         self._death: BaseException | None = None
         self._meter = ReplicaMeter()
         self._runner: Runner | None = self._make_watched_runner()
@@ -236,6 +240,8 @@ class Replica:
         waits = isinstance(failure, NoHostError)
         if not (waits and isinstance(self._failure, NoHostError)):  # said once, not each time that it asks for one
             logger.warning("replica %d failed: %s: %s", self.index, type(failure).__name__, failure)
+        if self._runner is not None and not self._under_way and time.monotonic() - self._used > self._policy.settled:
+            self._failures = 0
         self._failure = failure
         self._failures += not waits  # which is nobody's failure
 
@@ -337,6 +343,7 @@ class Replica:
         returned = self._under_way.pop(done.number, None)
         if returned is None:
             return
+        self._used = time.monotonic()
         failure = done.logits.exception()
         if failure is not None:
             raise _RunnerFailedError(failure)
@@ -381,6 +388,7 @@ class Replica:
                 self._runner = self._make_watched_runner()
             except BaseException as error:  # noqa: BLE001 - what waits may run on the one that is made next
                 raise _RunnerFailedError(error) from None
+            self._used = time.monotonic()
             self._failure = None
             for submission in self._table.waiting():
                 self._schedule_request(submission)

@@ -616,9 +616,11 @@ class _Watched(CountingRunner):
     def __init__(self) -> None:
         super().__init__()
         self.fail: Callable[[Exception], None] = lambda error: None
+        self.watched = threading.Event()
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.fail = on_failure
+        self.watched.set()
 
 
 def test_a_runner_that_fails_while_idle_is_replaced_at_once(desk: Desk, start: Start) -> None:
@@ -642,3 +644,24 @@ def test_a_runner_that_fails_while_idle_is_replaced_at_once(desk: Desk, start: S
     assert desk.finished().popitem()[1].outputs[0].token_ids == counted([5])
     assert broken.closed.is_set()
     replica.close()
+
+
+@pytest.mark.parametrize(("settled", "runs"), [(0.0, True), (TIMEOUT, False)])
+def test_failures_of_runners_that_were_idle_for_long_are_not_in_a_row(settled: float, runs: bool, desk: Desk) -> None:
+    """Hosts that are lost over days, with no request between them, are no reason to give up."""
+    made: SimpleQueue[_Watched] = SimpleQueue()
+
+    replica = Replica(3, lambda: _noted(made), LIMITS, FaultPolicy(max_failures=1, backoff=0.001, settled=settled))
+    for _ in range(2):
+        runner = made.get(timeout=TIMEOUT)
+        assert runner.watched.wait(TIMEOUT)
+        runner.fail(WorkerError("gone"))
+    desk.submit(replica, [1])
+    assert (desk.finished().popitem()[1].error is None) is runs
+    replica.close()
+
+
+def _noted(made: SimpleQueue[_Watched]) -> Runner:
+    runner = _Watched()
+    made.put(runner)
+    return runner
