@@ -51,6 +51,8 @@ _FEW = 8
 """Steps of decoding from which their median counts."""
 _LEAST = 1e-18
 """Seconds that a byte or a FLOP takes at least, where the fit has none."""
+_NONE = 1e-12
+"""Seconds: a fitted time below is rounding, and no device file may have it."""
 _LOADS = ((1, 4, 24), (1, 128, 2), (1, 256, 2), (4, 16, 24), (16, 16, 48), (1, 1000, 20))
 """Requests at once, and the tokens of their prompts and completions."""
 
@@ -238,7 +240,9 @@ def _with(device: Device, seconds: Mapping[str, float]) -> Device:
     assert software.cores is not None
 
     def measured(old: Constant, name: str) -> Constant:
-        value = seconds[name] if old.unit == "s" else 1 / max(seconds[name], _LEAST)
+        value = 1 / max(seconds[name], _LEAST)
+        if old.unit == "s":
+            value = seconds[name] if seconds[name] >= _NONE else 0.0
         return replace(old, value=value)
 
     times: dict[str, Any] = {n: measured(getattr(software.cores, n), n) for n in _FITTED}

@@ -112,6 +112,14 @@ def test_products_are_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_a_fitted_time_that_is_rounding_is_none() -> None:
+    seconds = dict.fromkeys((*this_machine._FITTED, *this_machine._OF_SOFTWARE), 1e-9) | {"sequence_time": 1e-20}
+    device = this_machine._with(small_machine(), seconds)
+    assert device.software[SOFTWARE].sequence_time.value == 0
+    assert device.software[SOFTWARE].request_time.value == 1e-9
+    assert parse_device(device_text(device), "here.toml") == device
+
+
 def test_a_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two small models and few loads, on this machine: every time is one, and the file is read."""
     for name, value in {"_ROWS": (1, 64), "_SETS": (1e5,), "_SECONDS": 0.0, "_RUNS": 1}.items():
