@@ -35,9 +35,14 @@ def _global_shape(build: Build, value: ir.Value, names: dict[tuple[int, int], st
 
 
 def _bounded(build: Build, value: ir.Value) -> set[int]:
-    """The dimensions whose size is constant at usual sizes alone."""
+    """The dimensions whose size is constant at usual sizes alone; not those of a state that is written in place."""
     shapes = [facts[value].shape for facts in (build.probes.facts, build.probes.others, *build.probes.extremes)]
-    return {d for d, sizes in enumerate(zip(*shapes, strict=True)) if sizes[0] == sizes[1] and len(set(sizes)) > 1}
+    before = next((build.probes.kinds[str(pair.input.name)] for pair in build.states.pairs if pair.output is value), ())
+    return {
+        d
+        for d, sizes in enumerate(zip(*shapes, strict=True))
+        if sizes[0] == sizes[1] and len(set(sizes)) > 1 and not (d < len(before) and isinstance(before[d], int))
+    }
 
 
 def program_shapes(build: Build) -> dict[str, ValueShape]:

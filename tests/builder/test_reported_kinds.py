@@ -58,7 +58,7 @@ _WEIGHTS = {
     "none1": _ints(0),
     "heads13": _ints(1, 2),
     "spread": _weight(8, _WIDTH),
-    "back": _ints(-16),
+    "last16": _ints(-16),
     "endless": _ints(2**62),
     "copies": _ints(1, 1, 2, 1, 1),
     "merge": _ints(4, 8, -1, 8),
@@ -380,7 +380,7 @@ def test_a_window_of_a_cache_is_shorter_at_first(tmp_path: Path) -> None:
     """At usual sizes it has one size, which the output was declared to have always: short sequences failed."""
     nodes = f"""
         x = Gather(emb, input_ids) k0 = MatMul(x, wk) k1 = Reshape(k0, k4) k = Transpose<perm=[0,2,1,3]>(k1)
-        all = Concat<axis=2>(old, k) new = Slice(all, back, endless, two1) s0 = ReduceMean(all, two1)
+        all = Concat<axis=2>(old, k) new = Slice(all, last16, endless, two1) s0 = ReduceMean(all, two1)
         s1 = Transpose<perm=[0,2,1,3]>(s0) s2 = Reshape(s1, k32) s = MatMul(s2, widen) x2 = Add(x, s) {_FEED_FORWARD}
     """
     inputs = "int64[batch, seq] input_ids, float[batch, 4, past, 8] old"
