@@ -27,8 +27,8 @@ _OTHERS = ((19, 53), (23, 59), (29, 61), (31, 67), (37, 71), (41, 73), (43, 79),
 def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
     """Two sets of sizes, each with a size for every name of a dynamic dimension of the inputs."""
     dims = (dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str))
-    names = dict.fromkeys(name for dim in dims for name in parse_dimension(dim).names)
-    names |= dict.fromkeys(LENGTH_ROLES[info.role] for info in manifest.inputs if info.role in LENGTH_ROLES)
+    of_shapes = dict.fromkeys(name for dim in dims for name in parse_dimension(dim).names)
+    names = of_shapes | dict.fromkeys(LENGTH_ROLES[info.role] for info in manifest.inputs if info.role in LENGTH_ROLES)
     both: tuple[dict[str, int], dict[str, int]] = ({}, {})
     others = itertools.cycle(_OTHERS)
     steps = _fixed_sequence(manifest)
@@ -38,7 +38,7 @@ def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
         pair = _SIZES.get(name) or next(others)
         for sizes, size in zip(both, pair, strict=True):
             sizes[name] = size
-    if steps is not None and "sequence" not in names:
+    if steps is not None and "sequence" not in of_shapes:
         both[0]["sequence"] = both[1]["sequence"] = steps
     return known_sizes(both[0]), known_sizes(both[1])
 

@@ -50,6 +50,7 @@ ROWS = {
         2,
         "flat_heads one_position products_as_gemm",
     ),
+    "one position a step beside a number that says so": (PLAIN, 4, "no_mask no_positions batch_size one_position"),
     "heads that one position leaves without sizes": (PLAIN, 4, "products_as_gemm flat_heads one_position"),
 }
 """Base, tensor parallel size and rewrites."""
