@@ -28,6 +28,8 @@ _COLUMNS = 16
 """Kernels for 4-bit and 8-bit weights take so many columns together, or fewer, and what is left another way."""
 _NARROW, _SUMMANDS = 64, 128
 """A kernel that dequantises first adds so many summands at a time, but more of them for so few columns."""
+_MOST_COPIED = 1 << 20
+"""Bytes of a lane's float matrix: a larger one is read no faster as one, and is there twice as it is put together."""
 _PAST, _SHARED_PORTS, _SINK = (3, 4), (5, 6, 7, 8, 9), 11
 """Operands of GroupQueryAttention: states, what all heads read, what each head has of its own."""
 
@@ -66,6 +68,8 @@ def _matmul(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     given, weight = lane.shared(node.input[0]), node.input[1]
     dims = lane.facts.dims(weight)
     if given is None or dims is None or len(dims) != 2 or lane.facts.dtype(weight) != "FLOAT":
+        return None
+    if 4 * math.prod(dims) * len(lane.ranks) > _MOST_COPIED:
         return None
     pieces = lane.pieces(node.output[0], dims[1])
     columns = lane.constant(weight, -1, pieces)

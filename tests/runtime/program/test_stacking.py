@@ -150,6 +150,18 @@ def test_an_activation_of_odd_width_stays_apart(tmp_path: Path) -> None:
     check(ended(program, rng, "h", 36), tmp_path, {"MatMul": 5, "Split": 1, "Sigmoid": 4, "Add": 3}, apart)
 
 
+def test_a_large_matrix_stays_apart(tmp_path: Path) -> None:
+    """It would be in memory twice while a session is made."""
+    program, rng = begun()
+    columns = 4 * INNER * (1 << 20) // (4 * 4 * HIDDEN * INNER)
+    program.node("MatMul", ["x", weight(program, rng, "w", HIDDEN, Leaf(columns, ALL))], "fits")
+    program.node("MatMul", ["x", weight(program, rng, "v", HIDDEN, Leaf(2 * columns, ALL))], "up")
+    program.node("ReduceSum", ["fits"], "sum", keepdims=1)
+    program.node("Mul", ["up", "sum"], "h")
+    lanes = laid(open_artifact(ended(program, rng, "h", 2 * columns).write(tmp_path)))
+    assert operators(lanes)["MatMul"] == 1 + 2 * RANKS
+
+
 def test_quantised_columns_and_sums_of_blocks(tmp_path: Path) -> None:
     program, rng = begun()
     quantised(program, rng, "up", INNER, accuracy_level=4)
