@@ -27,6 +27,7 @@ from benchmarks.artifacts import SYNTHETIC
 from benchmarks.artifacts import artifact as built
 from benchmarks.bars import Bar, show
 from benchmarks.hop import hop
+from benchmarks.memory import peak_nbytes
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.distributed.artifact_cache import ArtifactSource
 from furiosa_llm.runtime.distributed.remote_runner import RemoteRunner
@@ -106,7 +107,9 @@ def copied(artifact: Artifact) -> Bar:
             before = source.sent_nbytes
             RemoteRunner([alone], TOKEN, load_seconds=600).close()
             sent.append(source.sent_nbytes - before)
-    own = [sum(_whole(artifact, name) for name in stage_tensors(artifact, stages, stage)) for stage in range(2)]
+    whole = artifact.manifest.stored_nbytes
+    names = [stage_tensors(artifact, stages, stage) for stage in range(2)]
+    own = [sum(whole(artifact.tensors[name]) for name in one) for one in names]
     beside = ", ".join(f"{s / 1e6:.0f} MB of {o / 1e6:.0f} MB" for s, o in zip(sent, own, strict=True))
     largest = max(s / o for s, o in zip(sent, own, strict=True))
     return Bar(what="bytes copied by a stage / its own", figure=largest, limit=1.05, unit="x", beside=beside)
@@ -170,14 +173,14 @@ def small_nodes(artifact: Artifact) -> Iterator[Bar]:
 
     The limit is the kernel's, on private memory (`ulimit -d`): who wants more gets an error.
     """
-    nbytes = sum(_whole(artifact, name) for name in artifact.tensors)
+    nbytes = sum(map(artifact.manifest.stored_nbytes, artifact.manifest.tensors))
     limit = int(nbytes / _TIMES_THE_LIMIT)
     command = [sys.executable, "-m", "benchmarks.cluster", "head", str(artifact.folder), TOKEN]
     with ExitStack() as stack:
         servers = [stack.enter_context(server({0}, limit=limit)) for _ in _SMALL_STAGES]
         addresses = [address for _, address in servers]
         run = subprocess.run([*command, *addresses], stdout=subprocess.PIPE, text=True, check=True)
-        peaks = [_peak(process.pid) for process, _ in servers]
+        peaks = [peak_nbytes(process.pid) for process, _ in servers]
     with server({0}, limit=limit) as (_, address):
         alone = subprocess.run([*command, address], capture_output=True, text=True)
     beside = (
@@ -217,12 +220,6 @@ def _read(pid: int) -> int:
     """The bytes that a process has read so far, of whatever."""
     fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
     return int(fields["rchar"])
-
-
-def _peak(pid: int) -> int:
-    """The most resident memory that a process has had."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
 # -- servers and steps ---------------------------------------------------------------------------------------------
@@ -309,11 +306,6 @@ def _spent(pids: Sequence[int]) -> float:
     tick = os.sysconf("SC_CLK_TCK")
     fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     return sum(int(one[11]) + int(one[12]) for one in fields) / tick
-
-
-def _whole(artifact: Artifact, name: str) -> int:
-    tensor = artifact.tensors[name]
-    return tensor.local_nbytes * artifact.manifest.mesh.parts(tensor.shard_axes)
 
 
 if __name__ == "__main__":

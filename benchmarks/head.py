@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import sys
 import threading
 import time
@@ -82,10 +81,10 @@ class _Servers:
         self._places = [Place(address=one, host=f"process {number}") for number, one in enumerate(addresses)]
         self.card_hosts = [one.host for one in self._places]
 
-    def places(self, replica: int) -> Sequence[Place]:  # noqa: ARG002 - there is one
+    def places(self, replica: int) -> Sequence[Place]:  # noqa: ARG002 - there is one replica
         return self._places
 
-    def host_of(self, replica: int, stage: int) -> str | None:  # noqa: ARG002
+    def host_of(self, replica: int, stage: int) -> str | None:  # noqa: ARG002 - there is one replica
         return self._places[stage].host
 
     def close(self) -> None:
@@ -135,12 +134,6 @@ class _Head:
             raise TimeoutError(f"{left[0]} of {sequences} requests have not ended in 600 s")
 
 
-def _spent() -> float:
-    """The processor seconds of this process so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def measured(artifact: Artifact, stages: int, rows: Sequence[int]) -> tuple[dict[int, float], float]:
     """The seconds of a batch by its rows, and the share of a core of a stage that idles."""
     folder = str(artifact.folder.absolute())
@@ -154,16 +147,16 @@ def measured(artifact: Artifact, stages: int, rows: Sequence[int]) -> tuple[dict
             rounds = [_round(head, count * stages) for _ in range(_ROUNDS)]
             found[count] = min(rounds)
         time.sleep(_REPORTED)
-        before = _spent()
+        before = time.process_time()
         time.sleep(_IDLE_SECONDS)
-        return found, (_spent() - before) / _IDLE_SECONDS / stages
+        return found, (time.process_time() - before) / _IDLE_SECONDS / stages
 
 
 def _round(head: _Head, sequences: int) -> float:
     before = head.batches()
-    started = _spent()
+    started = time.process_time()
     head.run(sequences)
-    spent = _spent() - started
+    spent = time.process_time() - started
     return spent / (head.batches() - before)
 
 

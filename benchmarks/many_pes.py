@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.artifacts import artifact, run_measured
 from benchmarks.bars import Bar
+from benchmarks.memory import peak_nbytes
 from benchmarks.parity import PROMPTS
 from furiosa_llm import LLM, LLMEngine, SamplingParams
 
@@ -71,15 +73,10 @@ def measure(folder: Path, pipeline: int, data: int) -> Answers:
                 token_ids[int(output.request_id)] = list(output.outputs[0].token_ids)
     return Answers(
         load_seconds=load_seconds,
-        peak_rss_nbytes=_peak_rss_nbytes(),
+        peak_rss_nbytes=peak_nbytes(os.getpid()),
         fewest_requests=fewest,
         token_ids=[token_ids[number] for number in range(len(_PROMPTS))],
     )
-
-
-def _peak_rss_nbytes() -> int:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].removesuffix("kB")) * 1024
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.memory import peak_nbytes
 from benchmarks.peers.protocol import Generation, Loaded, Tokens
 
 _FIELD_OF_SESSION = 3
@@ -70,7 +71,7 @@ class Worker:
 
     def peak_nbytes(self) -> int:
         """The greatest resident memory of its processes so far, each at its own time; shared pages count in each."""
-        return sum(_peak_nbytes(process) for process in processes_of(self._process.pid))
+        return sum(peak_nbytes(process) for process in processes_of(self._process.pid))
 
     def close(self) -> None:
         """Ends it: by the end of its input, or by force with all that it has started. May be called more than once."""
@@ -153,15 +154,6 @@ def _session_of(folder: Path) -> int | None:
         return None
     fields = stat.rpartition(")")[2].split()
     return int(fields[_FIELD_OF_SESSION]) if fields[0] != _ENDED else None
-
-
-def _peak_nbytes(process: int) -> int:
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    kilobytes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return sum(int(one) for one in kilobytes) * 1024
 
 
 def _reason(code: int | None, last: str) -> str:
