@@ -23,26 +23,29 @@ def global_shapes(build: Build, values: Sequence[ir.Value]) -> list[tuple[int | 
 
     So is one that is bounded: a window of the cache is as long as the cache as long as that is shorter.
     """
-    names = names_of_sizes(build.probes.kinds)
-    return [_global_shape(build, value, names) for value in values]
+    names, bounded = names_of_sizes(build.probes.kinds), _bounded(build, values)
+    return [_global_shape(build, value, names, bounded[value]) for value in values]
 
 
-def _global_shape(build: Build, value: ir.Value, names: dict[tuple[int, int], str]) -> tuple[int | str, ...]:
+def _global_shape(
+    build: Build, value: ir.Value, names: dict[tuple[int, int], str], bounded: set[int]
+) -> tuple[int | str, ...]:
     pairs = zip(build.probes.facts[value].shape, build.probes.others[value].shape, strict=True)
-    bounded = _bounded(build, value)
     dims = [None if d in bounded else dimension(sizes, names) for d, sizes in enumerate(pairs)]
     return tuple(f"{value.name}.{d}" if dim is None else dim for d, dim in enumerate(dims))
 
 
-def _bounded(build: Build, value: ir.Value) -> set[int]:
-    """The dimensions whose size is constant at usual sizes alone; not those of a state that is written in place."""
-    shapes = [facts[value].shape for facts in (build.probes.facts, build.probes.others, *build.probes.extremes)]
-    before = next((build.probes.kinds[str(pair.input.name)] for pair in build.states.pairs if pair.output is value), ())
-    return {
-        d
-        for d, sizes in enumerate(zip(*shapes, strict=True))
-        if sizes[0] == sizes[1] and len(set(sizes)) > 1 and not (d < len(before) and isinstance(before[d], int))
-    }
+def _bounded(build: Build, values: Sequence[ir.Value]) -> dict[ir.Value, set[int]]:
+    """The dimensions of each whose size is constant at usual sizes alone; a state that is written in place has none."""
+    probes = build.probes
+    before = {pair.output: probes.kinds[str(pair.input.name)] for pair in build.states.pairs}
+    found: dict[ir.Value, set[int]] = {}
+    for value in values:
+        shapes = [facts[value].shape for facts in (probes.facts, probes.others, *probes.extremes)]
+        fixed = {d for d, kind in enumerate(before.get(value, ())) if isinstance(kind, int)}
+        pairs = enumerate(zip(*shapes, strict=True))
+        found[value] = {d for d, sizes in pairs if sizes[0] == sizes[1] and len(set(sizes)) > 1} - fixed
+    return found
 
 
 def program_shapes(build: Build) -> dict[str, ValueShape]:
@@ -55,12 +58,11 @@ def program_shapes(build: Build) -> dict[str, ValueShape]:
     first, second = (interpret(local_inputs(build, s), lengths(graph, s)) for s in (PROBE, SECOND_PROBE))
     check_shapes(build.lowered, first)
     names = names_of_sizes(build.probes.kinds)
-    bounded = {str(v.name): _bounded(build, v) for v in graph.outputs}
-    return {
-        name: (first[v].dtype, tuple(None if d in bounded.get(name, ()) else dim for d, dim in enumerate(dims)))
-        for v in _values_to_describe(build)
-        for name, dims in ((str(v.name), _named(v, first, second, names)),)
-    }
+    found = {str(v.name): (first[v].dtype, _named(v, first, second, names)) for v in _values_to_describe(build)}
+    for value, dims in _bounded(build, graph.outputs).items():
+        dtype, shape = found[str(value.name)]
+        found[str(value.name)] = dtype, tuple(None if d in dims else dim for d, dim in enumerate(shape))
+    return found
 
 
 def local_inputs(build: Build, sizes: SizeSet) -> dict[str, tuple[int, ...]]:
