@@ -131,7 +131,6 @@ class RequestMeter:
         self._running = params.n
         self._finished = False
         self._uncached = 0
-        self._sequences = params.n
         self._mark = metrics.load.begin(params.n)
         metrics.received.inc()
         metrics.sequences.observe(params.n)
@@ -165,7 +164,7 @@ class RequestMeter:
     def end(self) -> None:
         """The request has ended, whole or not."""
         metrics = self._metrics
-        metrics.load.leave(self._sequences)
+        metrics.load.leave(self._mark)
         if not self._finished or self._first is None:
             metrics.count_ends("abort" if metrics.not_done is metrics.cancelled else "error", self._running)
             metrics.not_done.inc()
@@ -186,7 +185,6 @@ class RequestMeter:
             last=self._last,
             prompt=self._uncached,
             generated=tokens,
-            sequences=self._sequences,
         )
         if tokens > 1:
             metrics.output_token.observe((self._last - self._first) / (tokens - 1))

@@ -29,6 +29,8 @@ class Mark:
     running: float
     """The integral of the sequences under way."""
     tokens: int
+    sequences: int
+    """Of the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,21 +78,21 @@ class LoadMeter:
         """A request of so many sequences."""
         now = self._advance()
         self._sequences += sequences
-        return Mark(time=now, running=self._running, tokens=self._tokens)
+        return Mark(time=now, running=self._running, tokens=self._tokens, sequences=sequences)
 
     def count(self, tokens: int) -> None:
         """Tokens that came, of any request."""
         self._tokens += tokens
 
-    def leave(self, sequences: int) -> None:
-        """A request ends, whole or not."""
+    def leave(self, mark: Mark) -> None:
+        """The request of `mark` ends, whole or not."""
         self._advance()
-        self._sequences -= sequences
+        self._sequences -= mark.sequences
 
-    def served(self, mark: Mark, *, first: float, last: float, prompt: int, generated: int, sequences: int) -> None:
+    def served(self, mark: Mark, *, first: float, last: float, prompt: int, generated: int) -> None:
         """The request of `mark` had its first token and its last one at these times."""
         self._advance()
-        each = generated / sequences
+        each = generated / mark.sequences
         self._ended.append(
             _Ended(
                 time=self._last,

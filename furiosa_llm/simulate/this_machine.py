@@ -34,7 +34,7 @@ from furiosa_llm.runtime.placement.devices import MAX_CARDS
 from furiosa_llm.runtime.placement.workload import DEFAULT_CHUNK_SIZE
 from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind, SamplingParams
 from furiosa_llm.simulate.cores import CoreSteps
-from furiosa_llm.simulate.device import RATE_UNIT, Constant, Cores, Device, Rates, Software
+from furiosa_llm.simulate.device import RATE_UNIT, Constant, Cores, Device, Rates, Software, Unit
 from furiosa_llm.simulate.kernels import NBYTES, product_rates
 from furiosa_llm.simulate.model import costs_of_model
 from furiosa_llm.simulate.placement import Placement
@@ -51,7 +51,7 @@ _FEW = 8
 """Steps of decoding from which their median counts."""
 _LEAST = 1e-18
 """Seconds that a byte or a FLOP takes at least, where the fit has none."""
-_NONE = 1e-12
+_NONE = Unit("s").least
 """Seconds: a fitted time below is rounding, and no device file may have it."""
 _LOADS = ((1, 4, 24), (1, 128, 2), (1, 256, 2), (4, 16, 24), (16, 16, 48), (1, 1000, 20))
 """Requests at once, and the tokens of their prompts and completions."""

@@ -27,13 +27,12 @@ def test_two_requests_that_overlap() -> None:
     first = meter.begin(1)
     clock.now = 102
     second = meter.begin(2)
-    meter.begin(1)
-    meter.leave(1)
+    meter.leave(meter.begin(1))
     meter.count(9)
     clock.now = 104
-    for mark, generated, sequences in ((first, 3, 1), (second, 6, 2)):
-        meter.leave(sequences)
-        meter.served(mark, first=mark.time + 1, last=104, prompt=10, generated=generated, sequences=sequences)
+    for mark, generated in ((first, 3), (second, 6)):
+        meter.leave(mark)
+        meter.served(mark, first=mark.time + 1, last=104, prompt=10, generated=generated)
     assert meter.read() == RecentLoad(
         requests=2,
         concurrency=14 / 6,
@@ -46,8 +45,8 @@ def test_two_requests_that_overlap() -> None:
     clock.now = 163
     third = meter.begin(1)
     clock.now = 164.1
-    meter.leave(1)
-    meter.served(third, first=164, last=164.1, prompt=10, generated=2, sequences=1)
+    meter.leave(third)
+    meter.served(third, first=164, last=164.1, prompt=10, generated=2)
     found = meter.read()
     assert found is not None
     assert (found.requests, round(found.concurrency, 6)) == (
@@ -61,8 +60,8 @@ def test_a_prompt_that_was_known_and_a_single_token() -> None:
     meter = LoadMeter(clock)
     mark = meter.begin(1)
     clock.now = 101
-    meter.leave(1)
-    meter.served(mark, first=101, last=101, prompt=0, generated=1, sequences=1)
+    meter.leave(mark)
+    meter.served(mark, first=101, last=101, prompt=0, generated=1)
     found = meter.read()
     assert found is not None
     assert (found.prompt_tokens, found.generated_tokens, found.tpot, found.concurrency) == (1, 1, None, 1)
