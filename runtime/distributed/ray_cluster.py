@@ -225,8 +225,7 @@ def _connect(address: str | None, cards: int) -> bool:
     """Connects to Ray, unless this process is; whether to end that."""
     if ray.is_initialized():
         return False
-    if address not in (None, "auto"):
-        assert address is not None
+    if address is not None and address != "auto":
         _check_address(address)
     quiet: dict[str, Any] = {"configure_logging": False, "log_to_driver": False, "logging_level": "error"}
     try:

@@ -14,7 +14,7 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import State
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes
 from furiosa_llm.runtime.execution.ort import Tensor, wrap
-from furiosa_llm.runtime.program.stacking import HEADS
+from furiosa_llm.runtime.program.stacking import with_heads_of
 
 CAPACITY_STEP = 256
 """States grow by at least this many positions at a time, and by at least half."""
@@ -134,11 +134,6 @@ class _Rows:
         return self.shape if dim is None else (*self.shape[:dim], length, *self.shape[dim + 1 :])
 
 
-def _of_ranks(shape: Shape, count: int) -> Shape:
-    """The shape of a state of so many ranks, whose heads are one behind another."""
-    return shape if count == 1 else (*shape[:HEADS], int(shape[HEADS]) * count, *shape[HEADS + 1 :])
-
-
 class SlotStates:
     """States in place for the sequences of a group: of each state on each rank one buffer with a row for every slot.
 
@@ -159,7 +154,7 @@ class SlotStates:
         stacked: Mapping[tuple[int, str], tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         self._places = tuple(
-            (rank, _Rows(state, dtypes[state.input], _of_ranks(shapes[state.input], len(group)), batch))
+            (rank, _Rows(state, dtypes[state.input], with_heads_of(shapes[state.input], len(group)), batch))
             for state in states
             for rank in ranks
             if (group := stacked.get((rank, state.input), (rank,)))[0] == rank

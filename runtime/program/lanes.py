@@ -17,7 +17,7 @@ from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from furiosa_llm.runtime.artifact.manifest import Manifest, State
 from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Section, Segment, ValueType
 from furiosa_llm.runtime.program.stack_rules import stacked, wanted_pieces
-from furiosa_llm.runtime.program.stacking import HEADS, LaneStacks, ProgramFacts, Shards, stack_name
+from furiosa_llm.runtime.program.stacking import LaneStacks, ProgramFacts, Shards, stack_name, with_heads_of
 
 _NARROW = frozenset({"FLOAT16", "BFLOAT16"})
 """Types whose partial sums are added in 32 bits and rounded once."""
@@ -90,8 +90,7 @@ class Lanes:
 
     def name(self, rank: int, value: str) -> str:
         """The name of the program's `value` of `rank` in the rank's lane."""
-        ranks = self.stacked.get((rank, value))
-        return _named(self.alike, rank, value) if ranks is None else stack_name(ranks, value)
+        return _named(self.alike, self.stacked, rank, value)
 
     def lane_of(self, rank: int) -> int:
         """The lane of `rank`."""
@@ -174,8 +173,9 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
     return {(rank, name): owner for (rank, name), owner in alike.items() if name not in fused}
 
 
-def _named(alike: Alike, rank: int, value: str) -> str:
-    return f"{alike.get((rank, value), rank)}/{value}"
+def _named(alike: Alike, stacked: Mapping[tuple[int, str], tuple[int, ...]], rank: int, value: str) -> str:
+    ranks = stacked.get((rank, value))
+    return f"{alike.get((rank, value), rank)}/{value}" if ranks is None else stack_name(ranks, value)
 
 
 class _Laying:
@@ -215,8 +215,7 @@ class _Laying:
         )
 
     def _name(self, rank: int, value: str) -> str:
-        ranks = self._stacked.get((rank, value))
-        return _named(self._alike, rank, value) if ranks is None else stack_name(ranks, value)
+        return _named(self._alike, self._stacked, rank, value)
 
     def _section(self, section: Section) -> LaneSection:
         sums: list[list[NodeProto]] = [[] for _ in self._ranks]
@@ -326,9 +325,8 @@ class _Laying:
         for name in stacks.states:
             self._stacked.update({(rank, name): stacks.ranks for rank in stacks.ranks})
             kind = self._program.types[name]
-            shape = list(kind.shape or ())
-            shape[HEADS] = int(shape[HEADS]) * len(stacks.ranks)
-            self._types[stack_name(stacks.ranks, name)] = ValueType(dtype=kind.dtype, shape=tuple(shape))
+            shape = with_heads_of(kind.shape or (), len(stacks.ranks))
+            self._types[stack_name(stacks.ranks, name)] = ValueType(dtype=kind.dtype, shape=shape)
 
     def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
         own = NodeProto()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
+from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.manifest import State
@@ -270,6 +271,11 @@ class LaneStacks:
 def stack_name(ranks: Sequence[int], name: str) -> str:
     """A lane's name for the stack of the program's value `name`."""
     return f"{ranks[0]}-{ranks[-1]}/{name}"
+
+
+def with_heads_of(shape: Shape, count: int) -> Shape:
+    """The shape of a state of so many ranks, whose heads are one behind another, from one rank's shape."""
+    return shape if count == 1 else (*shape[:HEADS], int(shape[HEADS]) * count, *shape[HEADS + 1 :])
 
 
 def _has_heads(dims: Sequence[TensorShapeProto.Dimension]) -> bool:
