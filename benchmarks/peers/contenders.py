@@ -40,6 +40,8 @@ class Files:
     float32_gguf: Path
     requantised_gguf: Path
     """Made of `float32_gguf` by llama.cpp's own quantiser when it is first run."""
+    large_gguf: Mapping[str, Path]
+    """Of each of `LARGE`."""
     safetensors: Path
 
 
@@ -77,6 +79,8 @@ def contenders(files: Files, *, threads: int) -> list[Contender]:
         *(_ours(files, shape, size, threads) for shape in (*LARGE, _GENAI, _OPTIMUM, "int4") for size in sizes(shape)),
         *(_plain(files, shape, threads) for shape in (*LARGE, _GENAI, _OPTIMUM, "int4")),
         *(_genai(files, shape, threads) for shape in (*LARGE, _GENAI, "int4")),
+        _llama(LARGE_FOUR_BITS, "large-int4 in Q4_0", threads, files.large_gguf[LARGE_INT4], "float16"),
+        _llama(LARGE_FLOAT32, "synthetic-1b, GGUF in float32", threads, files.large_gguf[SYNTHETIC_1B], "float32"),
         _llama(FLOAT32, "GGUF in float32", threads, files.float32_gguf, "float32"),
         _llama(FOUR_BITS, "Q4_1, the same weights", threads, files.gguf, "float16"),
         _llama(FOUR_BITS, "Q4_0, quantised again", threads, files.float32_gguf, "float16", files.requantised_gguf),

@@ -1,9 +1,10 @@
-"""The files that the peers read, all made of one GGUF file: the same weights in each peer's own format."""
+"""The files that the peers read: for SmolLM2 made of one GGUF file, for each large model of its ONNX model."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.artifacts import artifact, model
 from benchmarks.peers.contenders import LARGE, Files, sizes
+from benchmarks.peers.onnx_as_gguf import write_gguf
 from furiosa_llm.example.llama.weights import EMBEDDING, FINAL_NORM, layer_weight
 from furiosa_llm.example.smollm2.gguf_weights import GgufWeights
 from furiosa_llm.example.smollm2.recipe import ensure, ensure_gguf
@@ -29,12 +31,15 @@ def prepare(folder: Path) -> Files:
     source = ensure_gguf()
     _once(folder / "model.f32.gguf", lambda path: write_float32_gguf(source, path))
     _once(folder / "safetensors", lambda path: write_safetensors(source, path))
+    for shape in LARGE:
+        _once(folder / f"{shape}.gguf", partial(write_gguf, model(shape)))
     return Files(
         models={shape: model(shape).parent.resolve() for shape in _SHAPES},
         artifacts={(shape, size): artifact(shape, size).folder.resolve() for shape in _SHAPES for size in sizes(shape)},
         gguf=source,
         float32_gguf=(folder / "model.f32.gguf").resolve(),
         requantised_gguf=(folder / "model.q4_0.gguf").resolve(),
+        large_gguf={shape: (folder / f"{shape}.gguf").resolve() for shape in LARGE},
         safetensors=(folder / "safetensors").resolve(),
     )
 
