@@ -35,6 +35,8 @@ class _Report:
     stages: tuple[Stage, ...]
     memory: tuple[StageMemory, ...]
     crossing: tuple[tuple[str, ...], ...]
+    received: tuple[int | None, ...]
+    """The bytes of `crossing` for one position; None where they are not known."""
     cards: tuple[CardMemory, ...]
     kv_tokens: int | None
     fault: str | None
@@ -116,9 +118,16 @@ def _length(artifact: Artifact, asked: int | None) -> int:
 
 
 def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], workload: Workload) -> _Report:
-    from furiosa_llm.runtime.placement.capacity import card_memory, check_weights, kv_pages, stage_memory
+    from furiosa_llm.runtime.placement.capacity import (
+        card_memory,
+        check_weights,
+        kv_pages,
+        received_nbytes_per_token,
+        stage_memory,
+    )
     from furiosa_llm.runtime.program.stage_graph import received_values
 
+    crossing = received_values(artifact, [stage.first_node for stage in stages])
     memory = stage_memory(artifact, stages, workload)
     cards = card_memory(placed, memory, workload)
     tokens, fault = None, None
@@ -133,7 +142,8 @@ def _report(artifact: Artifact, placed: Topology, stages: tuple[Stage, ...], wor
         workload=workload,
         stages=stages,
         memory=memory,
-        crossing=received_values(artifact, [stage.first_node for stage in stages]),
+        crossing=crossing,
+        received=received_nbytes_per_token(artifact, crossing),
         cards=cards,
         kv_tokens=tokens,
         fault=fault,
@@ -187,23 +197,23 @@ def _stages(report: _Report) -> Table:
     for name in ("blocks", "reads", "receives", "weights", "KV cache", "activations"):
         table.add_column(name, justify="right")
     whole = sum(stage.cost_nbytes for stage in report.stages)
-    for stage, memory in zip(report.stages, report.memory, strict=True):
+    for stage, memory, received in zip(report.stages, report.memory, report.received, strict=True):
         last = stage.first_block + stage.num_blocks - 1
         share = f" ({stage.cost_nbytes / whole:.0%})" if whole else ""
         table.add_row(
             str(stage.index),
             f"{stage.first_block}" if stage.num_blocks == 1 else f"{stage.first_block}-{last}",
             f"{nbytes(stage.cost_nbytes)}{share}",
-            _received(memory) if stage.index else "-",
+            _nbytes(received) if stage.index else "-",
             nbytes(memory.weight_nbytes),
             nbytes(memory.kv_nbytes_per_token * work.max_batch_size * work.max_model_len),
-            "unknown" if memory.activation_nbytes is None else nbytes(memory.activation_nbytes),
+            _nbytes(memory.activation_nbytes),
         )
     return table
 
 
-def _received(memory: StageMemory) -> str:
-    return "unknown" if memory.received_nbytes_per_token is None else nbytes(memory.received_nbytes_per_token)
+def _nbytes(number: int | None) -> str:
+    return "unknown" if number is None else nbytes(number)
 
 
 def _cards(report: _Report) -> Table:
@@ -257,8 +267,15 @@ def _to_json(report: _Report) -> dict[str, Any]:
         ],
         "workload": dataclasses.asdict(report.workload),
         "stages": [
-            {**dataclasses.asdict(stage), **dataclasses.asdict(memory), "crossing": list(crossing)}
-            for stage, memory, crossing in zip(report.stages, report.memory, report.crossing, strict=True)
+            {
+                **dataclasses.asdict(stage),
+                **dataclasses.asdict(memory),
+                "received_nbytes_per_token": received,
+                "crossing": list(crossing),
+            }
+            for stage, memory, received, crossing in zip(
+                report.stages, report.memory, report.received, report.crossing, strict=True
+            )
         ],
         "pe_nbytes": PE_NBYTES,
         "cards": [{**dataclasses.asdict(card), "free_nbytes": card.free_nbytes} for card in report.cards],

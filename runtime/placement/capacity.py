@@ -23,7 +23,6 @@ from furiosa_llm.runtime.placement.stages import Stage, divide_blocks
 from furiosa_llm.runtime.placement.topology import Topology
 from furiosa_llm.runtime.placement.workload import Workload
 from furiosa_llm.runtime.program.segments import Program, ValueType, cut_program, size_names
-from furiosa_llm.runtime.program.stage_graph import received_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +35,6 @@ class StageMemory:
     activation_nbytes: int | None
     """The block that values between the segments take in the larger of a decode and a prefill step, without kernels'
     scratch memory, which is not known; None if it does not follow from the model."""
-    received_nbytes_per_token: int | None
-    """What comes from earlier stages for one position; None if the program does not declare it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +67,15 @@ def stage_memory(model: SplitModel, stages: Sequence[Stage], workload: Workload)
     return Memory(model).of_stages(stages, workload)
 
 
+def received_nbytes_per_token(model: SplitModel, received: Sequence[Sequence[str]]) -> tuple[int | None, ...]:
+    """What each stage receives of earlier ones for one position, which is the values that `received` names for it.
+
+    None where the program does not declare the size of one.
+    """
+    program = cut_program(model.program, model.manifest.collectives, size_names(model.manifest))
+    return tuple(_received_nbytes(program, names) for names in received)
+
+
 def kv_nbytes_per_token(model: SplitModel, stages: Sequence[Stage]) -> tuple[int, ...]:
     """What each of `stages` keeps in the KV cache of one position of one sequence."""
     states = _states_kept_at(model)
@@ -90,7 +96,6 @@ class Memory:
         self._kinds: dict[tuple[int, int], tuple[ValueType, ...]] = {}
         self._places: dict[tuple[tuple[int, int], tuple[int, ...]], Counter[int]] = {}
         self._peaks: dict[tuple[int, int, tuple[tuple[str, int], ...]], int | None] = {}
-        self._received: dict[tuple[int, ...], tuple[tuple[str, ...], ...]] = {}
 
     def of_stages(self, stages: Sequence[Stage], workload: Workload) -> tuple[StageMemory, ...]:
         """What each of `stages`, which are all of the model, keeps on each PE."""
@@ -106,17 +111,9 @@ class Memory:
                 weight_nbytes=stage.weight_nbytes,
                 kv_nbytes_per_token=_kept_nbytes(self._states, stage),
                 activation_nbytes=0,
-                received_nbytes_per_token=_received_nbytes(self._program, received),
             )
-            for stage, received in zip(stages, self.received(stages), strict=True)
+            for stage in stages
         )
-
-    def received(self, stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
-        """The values that each of `stages` receives of earlier ones."""
-        first_nodes = tuple(stage.first_node for stage in stages)
-        if first_nodes not in self._received:
-            self._received[first_nodes] = received_values(self._model, first_nodes)
-        return self._received[first_nodes]
 
     def _activation_nbytes(self, stage: Stage, workload: Workload) -> int | None:
         peaks = [self._peak_nbytes(stage, sizes) for sizes in _steps(workload)]
@@ -227,13 +224,7 @@ def check_weights(
 ) -> None:
     """Raises CapacityError if weights alone do not fit; it says by how much, and how many stages would suffice."""
     weights = [
-        StageMemory(
-            weight_nbytes=stage.weight_nbytes,
-            kv_nbytes_per_token=0,
-            activation_nbytes=0,
-            received_nbytes_per_token=None,
-        )
-        for stage in stages
+        StageMemory(weight_nbytes=stage.weight_nbytes, kv_nbytes_per_token=0, activation_nbytes=0) for stage in stages
     ]
     for card in card_memory(topology, weights, Workload(), pe_nbytes=pe_nbytes):
         if card.free_nbytes < 0:

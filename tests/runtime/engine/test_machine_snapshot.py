@@ -38,10 +38,10 @@ from furiosa_llm.runtime.execution.counters import (
     stage_counts,
 )
 from furiosa_llm.runtime.llm import LLM
-from furiosa_llm.runtime.placement.capacity import stage_memory
+from furiosa_llm.runtime.placement.capacity import received_nbytes_per_token
 from furiosa_llm.runtime.placement.devices import PE
 from furiosa_llm.runtime.placement.stages import choose_stages
-from furiosa_llm.runtime.placement.workload import Workload
+from furiosa_llm.runtime.program.stage_graph import received_values
 from furiosa_llm.runtime.requests.outputs import RequestOutput
 from furiosa_llm.runtime.runners.batch import (
     Copy,
@@ -160,7 +160,7 @@ def test_what_runs_is_counted(artifact: Artifact, stages: int, name: str, count:
 
 def test_what_crosses_is_what_the_accounting_says(artifact: Artifact) -> None:
     stages = choose_stages(artifact, pipeline_parallel_size=3)
-    received = [one.received_nbytes_per_token for one in stage_memory(artifact, stages, Workload())]
+    received = received_nbytes_per_token(artifact, received_values(artifact, [one.first_node for one in stages]))
     with Host(artifact, stages, threads=2) as host:
         runner = host.runner(slots_per_group=4)
         serve(runner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from furiosa_llm.runtime.placement.capacity import (
     card_memory,
     check_weights,
     kv_pages,
+    received_nbytes_per_token,
     stage_memory,
 )
-from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.placement.stages import Stage, choose_stages
 from furiosa_llm.runtime.placement.topology import make_topology
 from furiosa_llm.runtime.placement.workload import Workload
+from furiosa_llm.runtime.program.stage_graph import received_values
 from tests.support.runtime.blocks import llama_blocks
 from tests.support.runtime.models import LlamaSize, mlp
 
@@ -36,12 +39,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def memory(weights: int, kv: int = 0, activations: int | None = 0) -> StageMemory:
-    return StageMemory(
-        weight_nbytes=weights,
-        kv_nbytes_per_token=kv,
-        activation_nbytes=activations,
-        received_nbytes_per_token=None,
-    )
+    return StageMemory(weight_nbytes=weights, kv_nbytes_per_token=kv, activation_nbytes=activations)
+
+
+def received(artifact: Artifact, stages: Sequence[Stage]) -> tuple[int | None, ...]:
+    crossing = received_values(artifact, [stage.first_node for stage in stages])
+    return received_nbytes_per_token(artifact, crossing)
 
 
 # -- stages --------------------------------------------------------------------------------------------------------
@@ -56,8 +59,7 @@ def test_states_belong_to_the_stage_that_writes_them(artifact: Artifact) -> None
 
 def test_what_crosses_is_the_residual_stream(artifact: Artifact) -> None:
     stages = choose_stages(artifact, pipeline_parallel_size=3)
-    received = [one.received_nbytes_per_token for one in stage_memory(artifact, stages, Workload())]
-    assert received == [0, 2 * SIZE.hidden * 4, 2 * SIZE.hidden * 4]
+    assert received(artifact, stages) == (0, 2 * SIZE.hidden * 4, 2 * SIZE.hidden * 4)
 
 
 def test_undeclared_crossings_are_unknown(artifact: Artifact) -> None:
@@ -66,14 +68,14 @@ def test_undeclared_crossings_are_unknown(artifact: Artifact) -> None:
             value.type.tensor_type.shape.dim[2].dim_param = "?!"
     try:
         stages = choose_stages(artifact, pipeline_parallel_size=3)
-        found = stage_memory(artifact, stages, Workload())
+        activations = stage_memory(artifact, stages, Workload())[1].activation_nbytes
+        found = received(artifact, stages)
     finally:
         for value in artifact.program.graph.value_info:
             if value.name == "a0.sum":
                 value.type.tensor_type.shape.dim[2].dim_value = SIZE.hidden
-    assert found[1].received_nbytes_per_token is None
-    assert found[1].activation_nbytes is None
-    assert found[2].received_nbytes_per_token == 2 * SIZE.hidden * 4
+    assert found[1:] == (None, 2 * SIZE.hidden * 4)
+    assert activations is None
 
 
 def padded(nbytes: int) -> int:
