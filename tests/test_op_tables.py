@@ -51,7 +51,10 @@ REASONS = {
         "the form that a product must have to be given an adapter: the runtime gives it to the reference, too",
     ),
     **dict.fromkeys(
-        (f"runtime/artifact/adapters/inputs.py: {where}" for where in ("_LEAVE_BE", "_STAY_ZERO", "_ZERO_BY_ONE")),
+        (
+            *(f"runtime/artifact/adapters/inputs.py: {where}" for where in ("_LEAVE_BE", "_STAY_ZERO", "_ZERO_BY_ONE")),
+            "runtime/program/idle_ranks.py: _ZERO_BY_ONE",
+        ),
         "what becomes of zeros, where the builder's rules are not at hand",
     ),
     "runtime/placement/block_reads.py: _LOOKED_UP": _ALONE,

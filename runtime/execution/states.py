@@ -139,7 +139,7 @@ class SlotStates:
 
     A step binds consecutive rows of it, as past and present at once. Rows that no sequence has touched take no memory.
     `batch` is the model's, if it is fixed. `stacked` has the ranks whose states are one, by each of them and the name
-    of the state: they have one buffer, in which their heads are one behind another.
+    of the state: they have one buffer, in which their heads are one behind another. No ranks: no buffer.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class SlotStates:
             (rank, _Rows(state, dtypes[state.input], with_heads_of(shapes[state.input], len(group)), batch))
             for state in states
             for rank in ranks
-            if (group := stacked.get((rank, state.input), (rank,)))[0] == rank
+            if (group := stacked.get((rank, state.input), (rank,)))[:1] == (rank,)
         )
         self._slots = slots
         self._capacity = 0

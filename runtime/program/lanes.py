@@ -15,6 +15,7 @@ from onnx import NodeProto, TensorProto, helper
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, rename, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from furiosa_llm.runtime.artifact.manifest import Manifest, State
+from furiosa_llm.runtime.program.idle_ranks import OnRanks, zero_parts
 from furiosa_llm.runtime.program.segments import CollectiveCall, Program, Section, Segment, ValueType
 from furiosa_llm.runtime.program.stack_rules import stacked, wanted_pieces
 from furiosa_llm.runtime.program.stacking import LaneStacks, ProgramFacts, Shards, stack_name, with_heads_of
@@ -86,7 +87,10 @@ class Lanes:
     """The types of the values that cross sections, by the lanes' names."""
     alike: Alike
     stacked: Mapping[tuple[int, str], tuple[int, ...]]
-    """(rank, state) -> the ranks whose states of this name are one tensor, along `HEADS`, the rank among them."""
+    """(rank, state) -> the ranks whose states of this name are one tensor, along `HEADS`, the rank among them.
+
+    No ranks: nobody reads what the rank would keep.
+    """
 
     def name(self, rank: int, value: str) -> str:
         """The name of the program's `value` of `rank` in the rank's lane."""
@@ -105,17 +109,20 @@ def lanes_of(
     shard_axes: Mapping[str, tuple[int, ...]],
     inputs: Alike,
     states: Collection[State] | None = None,
+    padded: OnRanks = frozenset(),
 ) -> Lanes:
     """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
 
     `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says on which ranks
-    graph inputs are alike. The ranks of a lane are stacked where that is possible, the `states` among what is; with
-    None of them every rank has nodes of its own.
+    graph inputs are alike. The ranks of a lane are stacked where that is possible, the `states` among what is, and what
+    would be zero because of shards that are `padded` is left out; without `states` every rank has nodes of its own.
     """
     ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
     facts = None if states is None else ProgramFacts(program.model, mesh, shard_axes, states)
     alike = find_alike(program, mesh, shard_axes, inputs)
-    return _Laying(program, mesh, ranks, alike, facts if facts is not None and facts.stacks else None).run()
+    if facts is None or not facts.stacks:
+        return _Laying(program, mesh, ranks, alike, None, frozenset()).run()
+    return _Laying(program, mesh, ranks, alike, facts, zero_parts(program, mesh, padded)).run()
 
 
 def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
@@ -175,7 +182,7 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
 
 def _named(alike: Alike, stacked: Mapping[tuple[int, str], tuple[int, ...]], rank: int, value: str) -> str:
     ranks = stacked.get((rank, value))
-    return f"{alike.get((rank, value), rank)}/{value}" if ranks is None else stack_name(ranks, value)
+    return stack_name(ranks, value) if ranks else f"{alike.get((rank, value), rank)}/{value}"
 
 
 class _Laying:
@@ -188,6 +195,7 @@ class _Laying:
         ranks: tuple[tuple[int, ...], ...],
         alike: Alike,
         facts: ProgramFacts | None,
+        zeros: OnRanks,
     ) -> None:
         self._program = program
         self._mesh = mesh
@@ -196,6 +204,7 @@ class _Laying:
         self._lane_of = {rank: lane for lane, own in enumerate(ranks) for rank in own}
         self._read = {name for section in program.sections if section.segment for name in section.segment.inputs}
         self._facts = facts
+        self._zeros = {(rank, name) for rank, name in zeros if name not in self._read.union(program.outputs)}
         self._stacked: dict[tuple[int, str], tuple[int, ...]] = {}
         self._types = {
             self._name(rank, name): kind for name, kind in program.types.items() for rank in range(mesh.size)
@@ -246,13 +255,16 @@ class _Laying:
         whole = all(self._lane_of[rank] == lane for rank in group)
         if len(group) == 1 or (whole and dtype in _ADDED_IN_GRAPH):
             return Part(lane=lane, name=self._added(call, group, sums[lane]))
-        return (self._sum(call, _first(group), sums), self._sum(call, _rest(group), sums))
+        halves = [self._sum(call, half, sums) for half in self._halves(call, group)]
+        return halves[0] if len(halves) == 1 else (halves[0], halves[1])
 
     def _added(self, call: CollectiveCall, group: Sequence[int], nodes: list[NodeProto]) -> str:
         """Appends to `nodes` the nodes that add the parts of `group`, and returns the name of their sum."""
         kind = self._program.types[call.input]
         if len(group) > 1:
-            operands = [self._added(call, part, nodes) for part in (_first(group), _rest(group))]
+            operands = [self._added(call, half, nodes) for half in self._halves(call, group)]
+            if len(operands) == 1:
+                return operands[0]
             name = f"sum/{group[0]}-{group[-1]}/{call.output}"
             nodes.append(helper.make_node("Add", operands, [name]))
         elif kind.dtype in _NARROW:
@@ -263,6 +275,11 @@ class _Laying:
             return self._name(group[0], call.input)
         self._types[name] = ValueType(dtype="FLOAT" if kind.dtype in _NARROW else kind.dtype, shape=kind.shape)
         return name
+
+    def _halves(self, call: CollectiveCall, group: Sequence[int]) -> list[Sequence[int]]:
+        """What `group` is added up from, without a half that is all zeros: x + 0 is x, but for the sign of a zero."""
+        halves = (_first(group), _rest(group))
+        return [half for half in halves if any((rank, call.input) not in self._zeros for rank in half)]
 
     # -- segments ----------------------------------------------------------------------------------------------
 
@@ -276,7 +293,9 @@ class _Laying:
         if segment is not None:
             wanted = [name for name in segment.outputs if name in self._read or name in self._program.outputs]
             nodes = list(self._nodes(segment, ranks, initializers))
-            leaving.update(self._name(rank, name) for name in wanted for rank in ranks)
+            leaving.update(
+                self._name(rank, name) for name in wanted for rank in ranks if self._stacked.get((rank, name)) != ()
+            )
         nodes = _needed([*nodes, *sums], leaving)
         if not nodes:
             return None
@@ -295,12 +314,12 @@ class _Laying:
         What they read of stored tensors is added to `initializers`.
         """
         nodes = [self._program.model.graph.node[position] for position in segment.nodes]
-        stacks = self._stacks(segment, nodes, ranks)
+        stacks = self._stacks(segment, nodes, self._busy(segment, ranks))
         for node in nodes:
             made = next(name for name in node.output if name)
             owners = {self._alike.get((rank, made), rank): rank for rank in reversed(ranks)}
             if stacks is not None:
-                whole = len(owners) == len(ranks) and stacks.take(stacked(node, stacks))
+                whole = stacks.are_apart(made) and stacks.take(stacked(node, stacks))
                 if not whole:
                     stacks.split(used_names(node))
                 yield from stacks.taken()
@@ -313,9 +332,24 @@ class _Laying:
             initializers.update(stacks.windows)
             self._stack_states(stacks)
 
+    def _busy(self, segment: Segment, ranks: Sequence[int]) -> list[int]:
+        """Those of `ranks` of which somebody reads what they alone compute; the others keep no states in `segment`."""
+        if not self._zeros or self._facts is None:
+            return list(ranks)
+        states = {out: name for name, out in self._facts.states.items() if out in segment.outputs}
+        zeros = {rank for rank, name in self._zeros if name in segment.outputs}
+        known = {self._name(r, name) for name in segment.outputs for r in range(self._mesh.size) if r not in zeros}
+        idle = [
+            rank
+            for rank in zeros
+            if all(n in states or (rank, n) in self._zeros or self._name(rank, n) in known for n in segment.outputs)
+        ]
+        self._stacked.update({(rank, name): () for rank in idle for state in states.items() for name in state})
+        return [rank for rank in ranks if rank not in idle]
+
     def _stacks(self, segment: Segment, nodes: Sequence[NodeProto], ranks: Sequence[int]) -> LaneStacks | None:
         """What stacks the nodes of `ranks`; None if they are to have nodes of their own."""
-        if self._facts is None or len(ranks) == 1:
+        if self._facts is None or len(ranks) < 2:
             return None
         leaving = set(segment.outputs).difference(self._facts.states.values())
         return LaneStacks(self._facts, ranks, self._name, leaving=leaving, wanted=wanted_pieces(nodes, self._facts))

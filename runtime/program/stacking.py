@@ -169,6 +169,10 @@ class LaneStacks:
         names = {self._name(rank, name) for rank in self.ranks}
         return names.pop() if len(names) == 1 and name not in self._stacks else None
 
+    def are_apart(self, name: str) -> bool:
+        """Whether each rank has a value of its own by this name."""
+        return len({self._name(rank, name) for rank in self.ranks}) == len(self.ranks)
+
     def pieces(self, name: str, size: int) -> Pieces:
         """The pieces in which whoever reads `name` wants each rank's part, of this `size`."""
         pieces = self._wanted.get(name, ())

@@ -30,6 +30,7 @@ from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
 from furiosa_llm.runtime.execution.weights_files import mapped_check
 from furiosa_llm.runtime.placement.stages import Stage
+from furiosa_llm.runtime.program.idle_ranks import padded_shards
 from furiosa_llm.runtime.program.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.program.limits import step_nbytes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
@@ -230,6 +231,7 @@ def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int, *, stac
     """
     manifest = artifact.manifest
     in_place = all(state.mode == "in_place" for state in manifest.states)
+    padded = padded_shards(manifest)
     laid: list[Lanes] = []
     for graph in graphs:
         alike: dict[tuple[int, str], int] = dict(alike_inputs(manifest))
@@ -240,7 +242,15 @@ def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int, *, stac
                 alike[rank, name] = known.get((rank, name), rank)
         program = cut_program(graph.model, graph.collectives, size_names(manifest) | {"wanted"})
         states = (graph.states if in_place else ()) if stacks else None
-        lanes = lanes_of(program, manifest.mesh, count, shard_axes=shard_axes(manifest), inputs=alike, states=states)
+        lanes = lanes_of(
+            program,
+            manifest.mesh,
+            count,
+            shard_axes=shard_axes(manifest),
+            inputs=alike,
+            states=states,
+            padded=padded,
+        )
         laid.append(lanes)
     return laid
 

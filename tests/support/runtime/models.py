@@ -144,8 +144,8 @@ class _Llama:
             [f"{name}.packed", "", "", *past, "seqlens", "total32", "cos", "sin"],
             [f"{name}.heads", *present],
             domain="com.microsoft",
-            num_heads=s.heads // self.parts,
-            kv_num_heads=s.kv_heads // self.parts,
+            num_heads=-(-s.heads // self.parts),
+            kv_num_heads=-(-s.kv_heads // self.parts),
             do_rotary=1,
         )
         p.node("MatMul", [f"{name}.heads", f"{name}.out"], f"{name}.partial")
