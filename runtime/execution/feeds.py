@@ -70,8 +70,8 @@ class StepFeeds:
         the mask of a shorter one ends in zeros. The mask is of `cached` earlier positions, if not of all of them.
         """
         batch, sequence = token_ids.shape
-        starts = np.broadcast_to(np.asarray(past, dtype=np.int64), (batch,))
-        added = np.broadcast_to(np.asarray(sequence if lengths is None else lengths, dtype=np.int64), (batch,))
+        starts = np.full(batch, past, dtype=np.int64)
+        added = np.full(batch, sequence if lengths is None else lengths, dtype=np.int64)
         for info in self._infos:
             if info.role == "attention_mask":
                 behind = starts if cached is None else np.full_like(starts, cached)
@@ -81,7 +81,7 @@ class StepFeeds:
                 number = {"past": starts, "sequence": added, "total": starts + added}
                 found = number[LENGTH_ROLES[info.role]].astype(DTYPES[info.dtype].numpy)
                 alike = np.full([1] * len(info.shape), found.max(), dtype=found.dtype)
-                yield info.name, found if info.shape == ("batch",) else alike
+                yield from self.keep(info.name, found if info.shape == ("batch",) else alike)
                 continue
             array = self._kept.get(info.name)
             front = tuple(int(size) for size in info.shape[:-2])
@@ -92,6 +92,15 @@ class StepFeeds:
                 array[...] = token_ids
             elif info.role == "position_ids":
                 array[...] = starts[:, None] + np.arange(sequence)
+
+    def keep(self, name: str, array: Array) -> Iterator[tuple[str, Array]]:
+        """Writes `array` where the last one of this name is; yields it if that had another shape, or there was none."""
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != array.shape:
+            self._kept[name] = array
+            yield name, array
+        else:
+            kept[...] = array
 
     def _mask(self, info: InputInfo, behind: TokenIds, added: TokenIds, sequence: int) -> Array:
         dtype, totals = DTYPES[info.dtype].numpy, behind + added

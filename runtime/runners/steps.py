@@ -245,16 +245,20 @@ class Use:
                 self.bound.bind_shared(name, self._adapters.arrays[name])
         if adapters.mask is not None and ROWS in self._read:
             self.bound.bind_shared(ROWS, adapters.mask)
-        for name, array in self._feeds.update(step.token_ids, step.starts, lengths=step.lengths, cached=cached):
+        for name, array in self._fed(step, cached):
             self.bound.bind_shared(name, array)
-        if WANTED in self._read:
-            self.bound.bind_shared(WANTED, np.array(step.wanted, dtype=np.int64))
-        if LAST_POSITIONS in self._read:
-            last = np.array(step.starts, dtype=np.int32) + np.array(step.lengths, dtype=np.int32) - np.int32(1)
-            self.bound.bind_shared(LAST_POSITIONS, last)
         for name, stage in self._received.items():
             for rank in self._ranks:
                 self.bound.bind_input(rank, name, received(stage, name, rank))
+
+    def _fed(self, step: Step, cached: int | None) -> Iterator[tuple[str, Array]]:
+        """Writes what `step` is fed, and gives what has to be bound: arrays that are others than in the last step."""
+        yield from self._feeds.update(step.token_ids, step.starts, lengths=step.lengths, cached=cached)
+        if WANTED in self._read:
+            yield from self._feeds.keep(WANTED, np.array(step.wanted, dtype=np.int64))
+        if LAST_POSITIONS in self._read:
+            last = np.array(step.starts, dtype=np.int32) + np.array(step.lengths, dtype=np.int32) - np.int32(1)
+            yield from self._feeds.keep(LAST_POSITIONS, last)
 
     def received_nbytes(self, received: Received) -> int:
         """What each PE of the stage receives of earlier stages in a run."""

@@ -44,14 +44,16 @@ def test_prompts_of_unequal_lengths() -> None:
 
 
 def test_equal_shapes_reuse_memory() -> None:
-    feeds = StepFeeds(INPUTS)
+    feeds = StepFeeds([*INPUTS, info("past_length", "batch"), info("total_length")])
     first = fed(feeds, [[7, 8, 9]], 4)
     assert first["position_ids"].tolist() == [[4, 5, 6]]
     assert first["attention_mask"].tolist() == [[1] * 7]
     assert set(fed(feeds, [[1, 2, 3]], 7)) == {"attention_mask"}
     assert first["token_ids"].tolist() == [[1, 2, 3]]
     assert first["position_ids"].tolist() == [[7, 8, 9]]
-    assert set(fed(feeds, [[1], [2]], [7, 3])) == {"token_ids", "position_ids", "attention_mask"}
+    assert (first["past_length"].tolist(), first["total_length"].tolist()) == ([7], 10)
+    assert set(fed(feeds, [[1], [2]], [7, 3])) == {"token_ids", "position_ids", "attention_mask", "past_length"}
+    assert first["total_length"].tolist() == 8
 
 
 def test_an_integer_of_which_nothing_tells_what_it_counts_is_refused_with_the_way_out() -> None:
