@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from furiosa_llm.builder.rules.cost import RMS_NORM, SOFTMAX, Cost, spent, taken
 from furiosa_llm.builder.rules.facts import Fact, present
-from furiosa_llm.builder.rules.operands import Operands, Shapes, has, of_one_batch, takes
+from furiosa_llm.builder.rules.operands import Operands, Shapes, has, of_one_batch, over_all_keys, takes
 from furiosa_llm.builder.rules.registry import as_input, op, spell, standard_shape, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, SizeMismatchError, attributes_of
@@ -279,7 +279,7 @@ op(
     "Attention",
     rule=attention,
     shape=_attention_shape,
-    operands=Operands(check=of_one_batch({0: 0, 1: 0, 2: 0, 4: 0, 5: 0, 6: 0})),
+    operands=Operands(check=of_one_batch({0: 0, 1: 0, 2: 0, 4: 0, 5: 0, 6: 0}, over_all_keys((1,), 4, {3: (2, 3, 4)}))),
     caches={4: 1, 5: 2},
     cost=_attention_cost,
 )

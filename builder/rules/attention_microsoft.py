@@ -13,7 +13,7 @@ from furiosa_llm.builder.rules.attention import attention_flops, cache_writes
 from furiosa_llm.builder.rules.cost import Cost, spent
 from furiosa_llm.builder.rules.facts import Fact, present
 from furiosa_llm.builder.rules.integers import per_channel
-from furiosa_llm.builder.rules.operands import Operands, of_one_batch
+from furiosa_llm.builder.rules.operands import Operands, of_one_batch, over_all_keys
 from furiosa_llm.builder.rules.registry import op, spell, whole, whole_inputs
 from furiosa_llm.builder.rules.rule import Rule
 from furiosa_llm.builder.rules.view import MICROSOFT, Inferred, NodeView, attributes_of
@@ -256,7 +256,7 @@ op(
     domain=MICROSOFT,
     rule=attention_microsoft,
     shape=_attention_shape,
-    operands=Operands(check=of_one_batch({0: 0, 4: 1})),
+    operands=Operands(check=of_one_batch({0: 0, 4: 1}, over_all_keys((0,), 4, {3: (2, 3), 5: (4,)}))),
     caches={4: 1},
     cost=_projected_attention_cost,
 )
@@ -265,7 +265,7 @@ op(
     domain=MICROSOFT,
     rule=quantized_attention,
     shape=_quantized_attention_shape,
-    operands=Operands(check=of_one_batch({0: 0, 8: 1})),
+    operands=Operands(check=of_one_batch({0: 0, 8: 1}, over_all_keys((0,), 8, {5: (2, 3)}))),
     caches={8: 1},
     cost=_projected_attention_cost,
 )
@@ -274,7 +274,7 @@ op(
     domain=MICROSOFT,
     rule=multi_head_attention,
     shape=_multi_head_attention_shape,
-    operands=Operands(check=of_one_batch({0: 0, 6: 0, 7: 0})),
+    operands=Operands(check=of_one_batch({0: 0, 6: 0, 7: 0}, over_all_keys((1, 0), 6, {4: (2, 3), 5: (4,)}))),
     caches={6: 1, 7: 2},
     cost=_heads_cost,
 )

@@ -98,6 +98,28 @@ def of_one_batch(places: Mapping[int, int], then: OperandCheck | None = None) ->
     return check
 
 
+def over_all_keys(keys: Sequence[int], past: int, masks: Mapping[int, Sequence[int]]) -> OperandCheck:
+    """A check that masks are for all positions, old and new: `keys` are the inputs that may hold the new ones, `past`
+    holds the old ones, and `masks` says with how many dimensions an input is a mask for each position, in its last one.
+    """
+
+    def check(node: ir.Node, shapes: Shapes) -> str | None:
+        shared = node.attributes.get("past_present_share_buffer")
+        if shared is not None and shared.as_int():
+            return None
+        new, old = (next((shapes[port] for port in ports if has(shapes, port)), None) for ports in (keys, (past,)))
+        if new is None:
+            return None
+        total = new[2 if len(new) == 4 else 1] + (0 if old is None else old[-2])
+        for port, ranks in masks.items():
+            shape = shapes[port] if has(shapes, port) else None
+            if shape is not None and len(shape) in ranks and shape[-1] not in (1, total):
+                return f"input {port} is for {shape[-1]} positions instead of {total}"
+        return None
+
+    return check
+
+
 NOTHING_SPECIAL = Operands()
 AXES_INPUT = Operands(ranks={1: (0, 1)})
 """The axes in input 1 are a list or one number."""

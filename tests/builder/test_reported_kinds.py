@@ -78,6 +78,8 @@ _WEIGHTS = {
     "scale": np.float32(0.35),
     "shown": np.float32(0),
     "hidden": np.float32(-1e9),
+    "packed3": _weight(_WIDTH, 192),
+    "bias3": _weight(192),
 }
 _FEED_FORWARD = "h = MatMul(x2, w1) g = Relu(h) y = MatMul(g, w2) z = Add(x2, y) logits = MatMul(z, head)"
 
@@ -183,6 +185,10 @@ def test_a_cache_of_one_sequence_behind_idle_nodes(tmp_path: Path) -> None:
     assert [(state.input, state.output) for state in states] == [("old", "new")]
 
 
+_MASK_OF = """
+    tokens = Shape<end=1>(input_ids) n1 = Reshape(n, axis) size = Concat<axis=0>(tokens, n1)
+    ones = ConstantOfShape<value = int64[1] {1}>(size)
+"""
 _ROLES = {
     "single integers, two of which the graph reads": (
         "int64[1] n, int64[1] m, int64[1] a, int64[1] b",
@@ -212,6 +218,24 @@ _ROLES = {
         "y0 = Add(x, near) y1 = Softmax(y0) y2 = Add(x, far) y3 = Softmax(y2) x2 = Add(y1, y3)",
         {"near": "attention_mask", "far": "other"},
     ),
+    "a number of positions that only the mask's place tells": (
+        "int64 n, float[2, batch, 8, past, 8] old",
+        f"{_MASK_OF} m = Cast<to=6>(ones) o, new = com.microsoft.Attention<num_heads=8>(x, packed3, bias3, m, old) "
+        "x2 = Add(x, o)",
+        {"n": "total_length", "old": "state"},
+    ),
+    "the same with heads apart": (
+        "int64 n, float[batch, 8, past, 8] k, float[batch, 8, past, 8] v",
+        f"{_MASK_OF} m = Cast<to=6>(ones) o, new, v2 = com.microsoft.MultiHeadAttention<num_heads=8>"
+        "(x, x, x, , m, , k, v) x2 = Add(x, o)",
+        {"n": "total_length", "k": "state", "v": "state"},
+    ),
+    "the same with ONNX's attention": (
+        "int64 n, float[batch, 8, past, 8] k, float[batch, 8, past, 8] v",
+        f"{_MASK_OF} m0 = Unsqueeze(ones, heads13) m = Cast<to=9>(m0) o, new, v2 = Attention<q_num_heads=8, "
+        "kv_num_heads=8>(x, x, x, m, k, v) x2 = Add(x, o)",
+        {"n": "total_length", "k": "state", "v": "state"},
+    ),
     "embeddings times a mask, which are no rotary angles": (
         "int64[batch, seq] attention_mask",
         "f = Cast<to=1>(attention_mask) u = Unsqueeze(f, two1) x2 = Mul(x, u)",
@@ -225,7 +249,8 @@ def _with_roles(folder: Path, name: str) -> Path:
     inputs, nodes, _ = _ROLES[name]
     every = f"x = Gather(emb, input_ids) {nodes} {_FEED_FORWARD}"
     path = folder / "model.onnx"
-    onnx.save(_model(f"int64[batch, seq] input_ids, {inputs}", "float[batch, seq, 128] logits", every), path)
+    outputs = ", ".join(["float[batch, seq, 128] logits", *(f"float {one}" for one in ("new", "v2") if one in nodes)])
+    onnx.save(_model(f"int64[batch, seq] input_ids, {inputs}", outputs, every), path)
     return path
 
 
