@@ -21,7 +21,7 @@ class ParityOptions:
     float16 or keeps integers in its caches. `compute` is the type that both compute in; None: their own types.
     `prompts` are those of which greedy tokens are compared; None: DEFAULT_PROMPTS. `seed` draws lengths and inputs;
     None: one that the system gives, so that no artifact can know it. `time_limit` are the seconds after which no
-    further step is begun.
+    further step is begun, `step_timeout` those that a step may take; None: what docs/limits.md says.
     """
 
     tolerance: float | None = None
@@ -33,3 +33,4 @@ class ParityOptions:
     seed: int | None = None
     max_length: int | None = None
     time_limit: float | None = None
+    step_timeout: float | None = None

@@ -25,7 +25,7 @@ from furiosa_llm.runtime.artifact.temporary import temporary_folder
 from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
 from furiosa_llm.runtime.artifact.tools.record import Check, Compared, Verification
 from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
-from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.errors import StepTimeoutError
 from furiosa_llm.runtime.verification.errors import OutputDifference, TokenComparison
 from furiosa_llm.runtime.verification.parity import DEFAULT_PROMPTS, UNFIT, Found, Parity, Subject
 from furiosa_llm.source_checks import check_given, check_lowering
@@ -88,7 +88,7 @@ def verify_artifact(
     if against is not None:
         against = find_model(Path(against))
         checks.append(check_given(artifact, against))
-        found, parity = _compared(artifact, against, options or ParityOptions())
+        found, parity = _compared_with_given(artifact, against, options or ParityOptions())
         checks += found
     elif full and comparable:
         found, parity = _compared_with_itself(artifact, options or ParityOptions())
@@ -167,7 +167,16 @@ def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[l
             return _compared(artifact, model, options)
         except UNFIT as error:
             line = f"the model put back together from the artifact: {_line(error, artifact.folder, model.parent)}"
-            return [Check(name="stitched", checked=1, faults=(line,))], None
+            return [Check(name="stitched", checked=1, faults=(line,), late=_is_late(error, [line]))], None
+
+
+def _compared_with_given(artifact: Artifact, model: Path, options: ParityOptions) -> tuple[list[Check], Parity | None]:
+    """The artifact compared with the model that the user gave, which may take too long."""
+    try:
+        return _compared(artifact, model, options)
+    except StepTimeoutError as error:
+        line = _line(error, artifact.folder, model.parent)
+        return [Check(name="stitched", checked=1, faults=(line,), late=True)], None
 
 
 def _compared(artifact: Artifact, model: str | os.PathLike[str], options: ParityOptions) -> tuple[list[Check], Parity]:
@@ -180,6 +189,7 @@ def _compared(artifact: Artifact, model: str | os.PathLike[str], options: Parity
         compute=options.compute,
         seed=secrets.randbelow(MAX_SEED) if options.seed is None else options.seed,
         max_length=options.max_length,
+        step_timeout=options.step_timeout,
         check=_time_limit(options.time_limit),
     )
     findings = subject.compare(DEFAULT_PROMPTS if options.prompts is None else options.prompts, options.max_tokens)
@@ -195,12 +205,12 @@ def _compared(artifact: Artifact, model: str | os.PathLike[str], options: Parity
 
 
 def _time_limit(seconds: float | None) -> Callable[[], None]:
-    """A function that raises ExecutionError once so many seconds have passed."""
+    """A function that raises StepTimeoutError once so many seconds have passed."""
     started = time.monotonic()
 
     def check() -> None:
         if seconds is not None and time.monotonic() - started > seconds:
-            raise ExecutionError(
+            raise StepTimeoutError(
                 f"the comparison took longer than its limit of {seconds:g} s; give a longer --time-limit "
                 "(time_limit=), or a smaller --max-length (max_length=)"
             )
@@ -232,6 +242,7 @@ def _output_check(name: str, found: Found[OutputDifference], tolerance: float, f
         faults=tuple(faults),
         greatest_error=greatest if finite else None,
         tolerance=tolerance,
+        late=_is_late(found.failure, faults),
     )
 
 
@@ -243,7 +254,12 @@ def _token_check(found: Found[TokenComparison], tolerance: float, folder: Path) 
     ]
     if found.failure is not None:
         faults.append(_line(found.failure, folder))
-    return Check(name="tokens", checked=len(found.errors), faults=tuple(faults))
+    return Check(name="tokens", checked=len(found.errors), faults=tuple(faults), late=_is_late(found.failure, faults))
+
+
+def _is_late(failure: FuriosaLLMError | None, faults: Sequence[str]) -> bool:
+    """Whether a check failed because it was not done in time, and found nothing wrong before."""
+    return isinstance(failure, StepTimeoutError) and len(faults) == 1
 
 
 def _token_fault(one: TokenComparison) -> str:

@@ -34,7 +34,7 @@ class UnsupportedError(FuriosaLLMError, ValueError):
 
 
 class StepTimeoutError(ExecutionError):
-    """A batch did not return within the time that one may take."""
+    """A batch, or making a session ready, was not done within the time that it may take."""
 
 
 class ReplicaError(FuriosaLLMError):

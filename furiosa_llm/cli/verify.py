@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from furiosa_llm.runtime.verification.parity import Parity
     from furiosa_llm.verification import Report
 
+_UNDECIDED = 3
+"""The exit code where nothing is wrong, but not all was checked."""
+_LATE = "could not be checked in time"
+_TRY_AGAIN = (
+    "verify it again where less runs beside it, with a longer --time-limit or --step-timeout, or a smaller --max-length"
+)
 _COUNTED = {
     "structure": "file",
     "proof": "node",
@@ -68,6 +74,11 @@ _COUNTED = {
 @click.option(
     "--time-limit", type=click.FloatRange(min=0.0), help="Seconds after which no step of the comparison is begun."
 )
+@click.option(
+    "--step-timeout",
+    type=click.FloatRange(min=0.0, min_open=True),
+    help="Seconds of the processor after which a step is ended.  [default: by the model's size, 8 s or more]",
+)
 @option("threads", ENGINE, help="Threads that run the models.  [default: the cores]")
 @option("compute", ENGINE)
 @click.option("--verbose", is_flag=True, help="Show the errors of each step, and the tokens of each prompt.")
@@ -86,6 +97,7 @@ def verify(
     seed: int | None,
     max_length: int | None,
     time_limit: float | None,
+    step_timeout: float | None,
     threads: int | None,
     compute: str | None,
     verbose: bool,
@@ -96,7 +108,8 @@ def verify(
 
     --full also checks that all weights are the original's, and compares the artifact with the model that it is put back
     together to. --against compares it with the model it was built from. Without either no output is compared. What was
-    found is written into ARTIFACT, as verification.json. Exit code 0 if all that was checked is right, 1 otherwise.
+    found is written into ARTIFACT, as verification.json. Exit code 0 if all that was checked is right, 1 if
+    something is wrong, 3 if nothing is, but not all could be checked in time: then nothing is recorded.
     """
     options = ParityOptions(
         tolerance=tolerance,
@@ -108,6 +121,7 @@ def verify(
         seed=seed,
         max_length=max_length,
         time_limit=time_limit,
+        step_timeout=step_timeout,
     )
     with working(progress):
         if key is not None:
@@ -120,13 +134,14 @@ def verify(
         if key is not None:
             line(f"signed by the key {key}, and every file has its digest")
         _print(found, verbose=verbose)
-    recorded = {} if no_record else {name: _recorded(artifact / name, one) for name, one in found.parts.items()}
+    kept = {} if no_record else {name: one for name, one in found.parts.items() if not one.record.undecided}
+    recorded = {name: _recorded(artifact / name, one) for name, one in kept.items()}
     if as_json:
         echo_json(_to_json(found, recorded))
     else:
         for path in filter(None, recorded.values()):
             line(f"recorded in {path}")
-    sys.exit(0 if found.passed else 1)
+    sys.exit(0 if found.passed else _UNDECIDED if found.undecided else 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +151,13 @@ class _Found:
     parts: Mapping[str, Report]
     passed: bool
     fault: str | None = None
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nothing is wrong, but not all was checked in time."""
+        records = [one.record for one in self.parts.values()]
+        late = any(one.undecided for one in records)
+        return late and self.fault is None and all(one.passed or one.undecided for one in records)
 
 
 def _verify(artifact: Path, against: Path | None, *, full: bool, options: ParityOptions) -> _Found:
@@ -175,7 +197,7 @@ def _print(found: _Found, *, verbose: bool) -> None:
     if found.fault is not None:
         line(f"the parts do not make one whole: {found.fault}")
     if "" not in found.parts:
-        whole = "verified" if found.passed else "NOT verified"
+        whole = "verified" if found.passed else _LATE if found.undecided else "NOT verified"
         line(f"{whole}: {', '.join(found.parts)}, and how they fit")
 
 
@@ -185,8 +207,11 @@ def _show(console: Console, report: Report, *, verbose: bool) -> None:
         _show_parity(console, report.parity)
     for check in report.record.checks:
         _show_check(check)
-    passed = report.record.passed
+    passed, undecided = report.record.passed, report.record.undecided
     within = next((f" within {check.tolerance:g}" for check in report.record.checks if check.tolerance is not None), "")
+    if undecided:
+        line(f"{_LATE}, and nothing is recorded; {_TRY_AGAIN}")
+        return
     verdict = f"verified{within}: " if passed else f"NOT verified{within}; this was checked: "
     line(f"{verdict}{report.record.words}")
     if report.parity is not None and not passed:
@@ -200,7 +225,7 @@ def _show_check(check: Check) -> None:
     count = counted(check.checked, noun) if check.name != "weights" else f"{check.checked} files and tensors"
     error = "" if check.greatest_error is None else f", greatest error {check.greatest_error:.1e}"
     within = "" if check.tolerance is None else f", tolerance {check.tolerance:g}"
-    verdict = CHECKS[check.name] if check.passed else "FAILED"
+    verdict = CHECKS[check.name] if check.passed else "not checked in time" if check.late else "FAILED"
     line(f"{check.name}: {verdict} ({count}{error}{within})")
     for fault in check.faults:
         line(f"  {fault}")
@@ -244,12 +269,14 @@ def _tokens_line(comparison: TokenComparison) -> str:
 
 def _to_json(found: _Found, recorded: Mapping[str, Path | None]) -> dict[str, Any]:
     reports = {name: _report_json(report, recorded.get(name)) for name, report in found.parts.items()}
-    return reports.get("") or {"passed": found.passed, "fault": found.fault, "parts": reports}
+    whole = {"passed": found.passed, "undecided": found.undecided, "fault": found.fault, "parts": reports}
+    return reports.get("") or whole
 
 
 def _report_json(report: Report, recorded: Path | None) -> dict[str, Any]:
     return {
         "passed": report.record.passed,
+        "undecided": report.record.undecided,
         "words": report.record.words,
         "record": report.record.to_json(),
         "comparison": None if report.parity is None else _parity_json(report.parity),

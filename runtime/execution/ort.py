@@ -10,9 +10,8 @@ import ctypes
 import math
 import os
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,15 +24,15 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, all_nodes
 from furiosa_llm.runtime.errors import ExecutionError, KernelError, StepTimeoutError
 from furiosa_llm.runtime.program.fatal_kernels import guard_kernels
-from furiosa_llm.runtime.program.interruption import Interruption
-from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, LONGEST_LOAD_SECONDS, LONGEST_STEP_SECONDS
+from furiosa_llm.runtime.program.interruption import Interruption, ended_after
+from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, LONGEST_LOAD_SECONDS, LONGEST_STEP_SECONDS, WorkLimits
 
 ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     *(_state.EPFail, _state.EngineError, _state.Fail, _state.InvalidArgument, _state.InvalidGraph),
     *(_state.InvalidProtobuf, _state.ModelRequiresCompilation, _state.NoModel, _state.NoSuchFile, _state.NotFound),
-    *(_state.NotImplemented, _state.RuntimeException, _state.ModelLoadCanceled, MemoryError),
+    *(_state.NotImplemented, _state.RuntimeException, MemoryError),
 )
 """What onnxruntime raises: its exceptions have no common base of their own."""
 
@@ -120,13 +119,24 @@ def limit_memory(nbytes: int) -> None:
     onnxruntime.create_and_register_allocator(memory, config)
 
 
+def limited(settings: SessionSettings, limits: WorkLimits | None) -> SessionSettings:
+    """`settings` of a session that is made next, within `limits`, which count for its memory from now on."""
+    if limits is None:
+        return settings
+    limit_memory(limits.step_nbytes)
+    return replace(settings, load_seconds=limits.load_seconds, run_seconds=limits.step_seconds, arena=True)
+
+
 class Session:
     """One onnxruntime session and what it takes to run it without Python overhead."""
 
     __slots__ = ("_run_seconds", "_session", "run_binding")
 
     def __init__(self, model: ModelProto, weights_folder: os.PathLike[str], settings: SessionSettings) -> None:
-        """Loads `model`, whose external data lies in `weights_folder`, guarded; raises one of ORT_ERRORS."""
+        """Loads `model`, whose external data lies in `weights_folder`, guarded; raises one of ORT_ERRORS.
+
+        It raises StepTimeoutError if that takes longer than `settings` let it.
+        """
         guard_kernels(model)
         self._run_seconds = settings.run_seconds
         options = onnxruntime.SessionOptions()
@@ -152,15 +162,16 @@ class Session:
             entries["session.disable_quant_qdq"] = "1"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
-        timer = threading.Timer(settings.load_seconds, options.set_load_cancellation_flag, (True,))
-        timer.daemon = True
-        timer.start()
         try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        finally:
-            timer.cancel()
+            with ended_after(settings.load_seconds, lambda: options.set_load_cancellation_flag(True)):
+                self._session = onnxruntime.InferenceSession(
+                    model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                )
+        except _state.ModelLoadCanceled:
+            raise StepTimeoutError(
+                f"onnxruntime was not done with making a session ready within {settings.load_seconds:g} s: it computes "
+                f"constants for longer than a model of this size needs"
+            ) from None
         self.run_binding: Callable[[RawBinding, onnxruntime.RunOptions], None] = self._session._sess.run_with_iobinding
 
     def binding(self) -> RawBinding:
@@ -178,14 +189,17 @@ class Session:
             binding.bind_ortvalue_input(name, tensor)
         for name in outputs:
             let_allocate(binding, name)
-        self.run_within(self._run_seconds, binding)
+        self.run_in_time(binding)
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
-    def run_within(self, seconds: float, binding: RawBinding) -> None:
-        """Runs once; raises StepTimeoutError if it takes longer, or one of ORT_ERRORS."""
-        interruption = Interruption()
+    def run_in_time(self, binding: RawBinding) -> None:
+        """Runs once; raises StepTimeoutError if it takes longer than the settings let it, or one of ORT_ERRORS."""
+        interruption, seconds = Interruption(), self._run_seconds
+        late = StepTimeoutError(
+            f"a run was not done within {seconds:g} s; give a greater step_timeout if the model is that slow"
+        )
         try:
-            with interruption.after(seconds, StepTimeoutError(f"a run was not done within {seconds:g} s")):
+            with interruption.after(seconds, late):
                 self.run_binding(binding, interruption.options)
         except ORT_ERRORS:
             interruption.check()

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from onnx import ModelProto, TensorProto
 
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.errors import StepTimeoutError
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, limit_memory, load_error
 from furiosa_llm.runtime.execution.weights_files import with_weights
+from furiosa_llm.runtime.program.interruption import Allowance
 from furiosa_llm.runtime.program.lanes import Lanes, LaneSegment
 from furiosa_llm.runtime.program.limits import STEP_NBYTES, folded_nbytes, load_seconds, step_seconds
 from furiosa_llm.runtime.program.segments import program_part
@@ -79,11 +80,11 @@ def _make_sessions(
             ]
             for index, section in enumerate(lanes.sections)
         ]
-        deadline = time.monotonic() + seconds
+        allowance = Allowance(seconds)
         number, total = itertools.count(1), sum(made is not None for row in rows for made in row)
 
         def loaded(made: Future[Session]) -> Session:
-            session = pool.result(made, deadline)
+            session = pool.result(made, allowance)
             tell("loading the weights", next(number), total)
             return session
 
@@ -111,15 +112,14 @@ class LoadingThreads:
         self._tasks.put((segment, what, made))
         return made
 
-    def result(self, made: Future[Session], deadline: float) -> Session:
-        """What was made until then, and a little later: onnxruntime itself gives up at the deadline."""
-        try:
-            return made.result(max(0.0, deadline - time.monotonic()) + _GRACE_SECONDS)
-        except TimeoutError:
-            raise ExecutionError(
+    def result(self, made: Future[Session], allowance: Allowance) -> Session:
+        """What is made before that is used up, or a little later: onnxruntime itself gives up then."""
+        if not allowance.wait(partial(_is_done, made)) and not _is_done(made, _GRACE_SECONDS):
+            raise StepTimeoutError(
                 "onnxruntime does not come to an end with making the program ready: it computes constants for longer "
                 "than any model of this size needs; build it without them"
-            ) from None
+            )
+        return made.result()
 
     def close(self) -> None:
         """Lets the threads end, whatever they have not begun."""
@@ -139,6 +139,11 @@ class LoadingThreads:
                 made.set_result(self._load(segment, what))
             except BaseException as error:  # noqa: BLE001 - whoever waits for it raises it
                 made.set_exception(error)
+
+
+def _is_done(made: Future[Session], seconds: float) -> bool:
+    """Whether something is made within so many seconds."""
+    return bool(wait([made], seconds).done)
 
 
 def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) -> ModelProto:

@@ -5,6 +5,8 @@ Every figure is far above what an honest model takes on a slow machine. docs/lim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from furiosa_llm.runtime.artifact.manifest import Manifest
 
 STEP_SECONDS = 8.0
@@ -25,6 +27,15 @@ _LOAD_NBYTES_PER_SECOND = 1e7
 _LOAD_NODES_PER_SECOND = 1000
 _SCORES_NBYTES = 256
 """For each pair of a new token and one before it: 64 heads in 32 bits; models of more have more weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkLimits:
+    """What one session may take: seconds to be made, seconds of each run, and bytes that onnxruntime may allocate."""
+
+    load_seconds: float
+    step_seconds: float
+    step_nbytes: int
 
 
 def weight_nbytes(manifest: Manifest) -> int:
@@ -50,3 +61,12 @@ def folded_nbytes(manifest: Manifest) -> int:
 def step_nbytes(manifest: Manifest, *, tokens: int = 256, length: int = 2048) -> int:
     """What onnxruntime may allocate for steps of so many new tokens, at most, in sequences of a `length`."""
     return STEP_NBYTES + 4 * weight_nbytes(manifest) + _SCORES_NBYTES * tokens * length
+
+
+def whole_limits(manifest: Manifest, *, nodes: int, tokens: int, length: int, ranks: int = 1) -> WorkLimits:
+    """Of one session that runs the whole model, as so many ranks have it: `nodes` of each, steps of so many tokens."""
+    return WorkLimits(
+        load_seconds=ranks * load_seconds(manifest, nodes),
+        step_seconds=ranks * step_seconds(manifest, tokens),
+        step_nbytes=ranks * step_nbytes(manifest, tokens=tokens, length=length),
+    )

@@ -22,7 +22,7 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import LENGTH_ROLES, InputInfo, Manifest, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Companion
-from furiosa_llm.runtime.errors import ExecutionError, UnsupportedError
+from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError, UnsupportedError
 from furiosa_llm.runtime.execution.memory import array_nbytes
 
 _CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
@@ -165,6 +165,8 @@ def steps_of(inputs: Inputs, cases: list[Case]) -> Iterator[ComparedStep]:
     for case in cases:
         try:
             step = inputs.step(case)
+        except StepTimeoutError:
+            raise
         except ExecutionError:
             if case.batch == 1:
                 raise
@@ -249,6 +251,8 @@ class Inputs:
     def _runs(self, case: Case) -> bool:
         try:
             self.step(case)
+        except StepTimeoutError:
+            raise
         except ExecutionError:
             return False
         return True

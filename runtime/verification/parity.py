@@ -28,6 +28,7 @@ from furiosa_llm.runtime.execution.driver import cores_for
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.execution.one_by_one import is_chunk_of_many, takes_chunks_singly
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session
+from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS, WorkLimits, whole_limits
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
 from furiosa_llm.runtime.verification.cases import (
     Case,
@@ -53,6 +54,8 @@ DEFAULT_PROMPTS = (
     "The three laws of motion are",
 )
 
+_MOST_ROWS = 3
+"""Sequences of a step."""
 UNFIT = (ArtifactError, ExecutionError, InputError)
 """The errors that running may raise for an artifact whose files are all there."""
 
@@ -152,6 +155,7 @@ class Subject:
 
     The unsplit model is loaded here. Raises InputError if it has other inputs or outputs than the artifact, and
     ExecutionError if onnxruntime refuses it. `check` is called before each step, and may raise ExecutionError.
+    `step_timeout` are the seconds that a step of any way of running may take; None: what docs/limits.md says.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class Subject:
         compute: str | None = None,
         seed: int = 0,
         max_length: int | None = None,
+        step_timeout: float | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         # Its inputs and outputs are compared as it computes them, not rounded to the types that are declared.
@@ -174,6 +179,8 @@ class Subject:
         self._seed = seed
         manifest = artifact.manifest
         self._logits = {info.name for info in manifest.outputs if info.role == "logits"}
+        self._step_timeout = step_timeout
+        self._lengths = lengths_of(manifest, max_length)
         self._reference = ReferenceModel(
             model_path,
             inputs=manifest.inputs,
@@ -184,10 +191,11 @@ class Subject:
             compute=compute,
             fixed=fixed_inputs(manifest),
             lora_modules=adapted_modules(manifest),
+            limits=self._limits(),
         )
         known = configured_sizes(artifact.companion("config.json")) | dict(sizes or {})
         self._inputs = Inputs(self._reference, manifest, known, np.random.default_rng(seed + 1))
-        self._lengths = within_limit(self._inputs, lengths_of(manifest, max_length))
+        self._lengths = within_limit(self._inputs, self._lengths)
         self._cases = cases_of(manifest, self._lengths, np.random.default_rng(seed))
 
     def parity(self, findings: Findings) -> Parity:
@@ -207,8 +215,8 @@ class Subject:
         """Makes all comparisons; raises UnsupportedError if a dimension has no size, and the unsplit model's errors."""
         findings = Findings()
         manifest = self._artifact.manifest
-        stitched = _Stitched(self._artifact, self._threads)
-        with _Executed(self._artifact, self._threads) as executed:
+        stitched = _Stitched(self._artifact, self._threads, self._limits(ranks=manifest.mesh.size))
+        with _Executed(self._artifact, self._threads, self._step_timeout) as executed:
             for number, step in enumerate(steps_of(self._inputs, self._cases)):
                 tell("comparing outputs with the model's", number, len(self._cases))
                 findings.stitched.extend(self._in_time(partial(stitched.errors, step, self._logits)))
@@ -245,9 +253,29 @@ class Subject:
         random = np.random.default_rng(self._seed + 2)
         tell("comparing the engine's steps with the model's")
         try:
-            return engine_errors(self._artifact, self._reference, self._lengths, threads=self._threads, random=random)
+            return engine_errors(
+                self._artifact,
+                self._reference,
+                self._lengths,
+                threads=self._threads,
+                random=random,
+                step_timeout=self._limits().step_seconds,
+            )
         except UnsupportedError:
             return ()
+
+    def _limits(self, ranks: int = 1) -> WorkLimits:
+        """What one session of the whole model may take, as so many ranks have it."""
+        manifest, lengths = self._artifact.manifest, self._lengths
+        found = whole_limits(
+            manifest,
+            nodes=len(self._artifact.program.graph.node),
+            tokens=_MOST_ROWS * lengths.new,
+            length=lengths.past,
+            ranks=ranks,
+        )
+        seconds = self._step_timeout or (found.step_seconds if manifest.states else LONGEST_STEP_SECONDS)
+        return replace(found, step_seconds=seconds)
 
 
 def _completes(manifest: Manifest) -> bool:
@@ -271,11 +299,12 @@ def _at_level_0(artifact: Artifact) -> tuple[Artifact, bool]:
 class _Stitched:
     """The session of all ranks, made when the first step comes."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    def __init__(self, artifact: Artifact, threads: int, limits: WorkLimits) -> None:
         self._manifest = artifact.manifest
         self._split = SplitModel.of_artifact(artifact)
         self._singly = takes_chunks_singly(artifact.program)
         self._threads = threads
+        self._limits = limits
         self._session: Session | None = None
 
     def errors(self, step: ComparedStep, logits: Collection[str]) -> list[OutputDifference]:
@@ -284,7 +313,7 @@ class _Stitched:
             step = self._first_row(step)
         try:
             if self._session is None:
-                self._session = self._split.session(self._threads)
+                self._session = self._split.session(self._threads, self._limits)
             found = self._split.run(self._session, step.inputs)
         except ORT_ERRORS as error:
             raise ExecutionError(f"onnxruntime cannot run the ranks of the program in one graph: {error}") from error
@@ -324,16 +353,19 @@ class _Stitched:
 class _Executed(Closing):
     """The executor, made when the first step comes."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    def __init__(self, artifact: Artifact, threads: int, step_timeout: float | None) -> None:
         self._artifact = artifact
         self._threads = threads
+        self._step_timeout = step_timeout
         self._executor: Executor | None = None
 
     @property
     def executor(self) -> Executor:
         """The executor; raises as loading does."""
         if self._executor is None:
-            self._executor = Executor(self._artifact, threads=self._threads, exact=True)
+            self._executor = Executor(
+                self._artifact, threads=self._threads, exact=True, step_timeout=self._step_timeout
+            )
         return self._executor
 
     def errors(self, step: ComparedStep, logits: Collection[str]) -> list[OutputDifference]:

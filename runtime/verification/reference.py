@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,21 +22,23 @@ from furiosa_llm.runtime.artifact.compute import in_float32
 from furiosa_llm.runtime.artifact.dimensions import shape_of
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo, State
-from furiosa_llm.runtime.errors import ExecutionError, InputError
+from furiosa_llm.runtime.errors import ExecutionError, InputError, StepTimeoutError
 from furiosa_llm.runtime.execution.decoder import Bound, DecoderInterface
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes
 from furiosa_llm.runtime.execution.ort import (
     ORT_ERRORS,
+    RawBinding,
     Session,
     SessionSettings,
     Tensor,
     let_allocate,
+    limited,
     load_error,
     unwrap,
     wrap,
 )
 from furiosa_llm.runtime.program.interruption import Interruption
-from furiosa_llm.runtime.program.limits import FOLDED_NBYTES
+from furiosa_llm.runtime.program.limits import FOLDED_NBYTES, WorkLimits
 
 
 class ReferenceModel:
@@ -44,9 +46,10 @@ class ReferenceModel:
 
     A state that the artifact keeps in place is appended to here if the model itself has no op that writes it in place.
     `fixed` are inputs that are constants here, and `lora_modules` have inputs for adapters. `threads` are onnxruntime's
-    intra-op threads. `accuracy_level`, if given, replaces the level of every MatMulNBits. With `compute` the model
-    computes in float32, and `inputs` and `outputs` say so. Raises InputError if the file is not a model with these
-    inputs and outputs, ExecutionError if onnxruntime cannot load it.
+    intra-op threads, and `limits` what a session may take; None: whatever there is. `accuracy_level`, if given,
+    replaces the level of every MatMulNBits. With `compute` the model computes in float32, and `inputs` and `outputs`
+    say so. Raises InputError if the file is not a model with these inputs and outputs, ExecutionError if onnxruntime
+    cannot load it, or, as running does, StepTimeoutError if it takes longer than it may.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class ReferenceModel:
         compute: str | None = None,
         fixed: Mapping[str, int] = MappingProxyType({}),
         lora_modules: Sequence[str] = (),
+        limits: WorkLimits | None = None,
     ) -> None:
         self._path = Path(path)
         self._inputs = tuple(inputs)
@@ -79,8 +83,9 @@ class ReferenceModel:
         settings = SessionSettings(
             intra_op_threads=threads, exact=accuracy_level == 0, folded_nbytes=_largest_nbytes(model)
         )
+        self._in_time = limits is not None
         try:
-            self._session = Session(model, self._path.parent, settings)
+            self._session = Session(model, self._path.parent, limited(settings, limits))
         except ORT_ERRORS as error:
             raise load_error(str(self._path), error, model) from error
 
@@ -103,21 +108,26 @@ class ReferenceModel:
             binding.bind_ortvalue_input(info.name, tensors[info.name].raw)
         for output in self._outputs:
             let_allocate(binding, output.name)
-        try:
-            self._session.run_binding(binding, Interruption().options)
-        except ORT_ERRORS as error:
-            raise ExecutionError(f"onnxruntime cannot run {self._path}: {error}") from error
+        self._run(binding)
         results = zip(self._outputs, binding.get_outputs(), strict=True)
         return {info.name: unwrap(raw, info.dtype).array.copy() for info, raw in results}
 
     def bind_steps(self, external: frozenset[str]) -> Bound:
         """The model bound to memory of its own, except for the outputs `external`."""
-        return _BoundModel(self._session, self._inputs, self._outputs, external)
+        return _BoundModel(self._session.binding(), self._run, self._inputs, self._outputs, external)
 
     def step(self, bound: Bound) -> None:
         """Runs `bound` once."""
+        bound.run()
+
+    def _run(self, binding: RawBinding) -> None:
         try:
-            bound.run()
+            if self._in_time:
+                self._session.run_in_time(binding)
+            else:  # without the thread that watches it: this is what speed is compared with
+                self._session.run_binding(binding, Interruption().options)
+        except StepTimeoutError as error:
+            raise StepTimeoutError(f"{self._path}: {error}") from None
         except ORT_ERRORS as error:
             raise ExecutionError(f"onnxruntime cannot run {self._path}: {error}") from error
 
@@ -166,14 +176,15 @@ class _BoundModel:
 
     def __init__(
         self,
-        session: Session,
+        binding: RawBinding,
+        run: Callable[[RawBinding], None],
         inputs: Sequence[InputInfo],
         outputs: Sequence[OutputInfo],
         external: frozenset[str],
     ) -> None:
-        self._session = session
         self.interruption = Interruption()
-        self._binding = session.binding()
+        self._binding = binding
+        self._run = run
         self._dtypes = {info.name: info.dtype for info in inputs} | {info.name: info.dtype for info in outputs}
         self._outputs = [info for info in outputs if info.name not in external]
         self._tensors: dict[str, Tensor] = {}
@@ -204,7 +215,7 @@ class _BoundModel:
                 self.bind_output(0, info.name, wrap(block.array(info.dtype, shape), info.dtype))
 
     def run(self) -> None:
-        self._session.run_binding(self._binding, self.interruption.options)
+        self._run(self._binding)
 
 
 def _read_model(path: Path) -> onnx.ModelProto:

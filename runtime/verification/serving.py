@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from functools import partial
 
 import numpy as np
 
@@ -22,9 +24,10 @@ from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
-from furiosa_llm.runtime.errors import ExecutionError
+from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.program.interruption import Allowance
 from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
 from furiosa_llm.runtime.runners.local_runner import Host, LocalRunner
 from furiosa_llm.runtime.verification.cases import Lengths, Model
@@ -37,6 +40,9 @@ SHORTEST = 2 * _DECODED
 _SLOTS = 3
 _RANK = 3
 """The ranks of adapters are a little greater, and unlike."""
+
+_Run = Callable[[Batch], Array]
+"""Runs a batch, and gives its logits."""
 
 
 class _Sequence:
@@ -89,12 +95,18 @@ class _Sequence:
 
 
 def engine_errors(
-    artifact: Artifact, reference: Model, lengths: Lengths, *, threads: int, random: np.random.Generator
+    artifact: Artifact,
+    reference: Model,
+    lengths: Lengths,
+    *,
+    threads: int,
+    random: np.random.Generator,
+    step_timeout: float,
 ) -> tuple[OutputDifference, ...]:
     """The errors of logits in each kind of the engine's steps.
 
-    `lengths` allow SHORTEST tokens. Raises ExecutionError if the engine cannot run the program, and UnsupportedError
-    if it cannot feed it.
+    `lengths` allow SHORTEST tokens. Raises ExecutionError if the engine cannot run the program, StepTimeoutError if a
+    step takes longer than `step_timeout` seconds, and UnsupportedError if it cannot feed it.
     """
     longest = int(random.integers(max(SHORTEST, 3 * lengths.new // 4), lengths.new + 1))
     sizes = [longest, *(int(size) for size in random.integers(SHORTEST, longest + 1, _SLOTS - 1))]
@@ -109,7 +121,7 @@ def engine_errors(
     with Host(artifact, choose_stages(artifact), threads=threads, exact=True) as host:
         runner = host.runner(slots_per_group=_SLOTS)
         try:
-            for case, ours, theirs in _steps(runner, sequences, random):
+            for case, ours, theirs in _steps(partial(_run, runner, step_timeout), sequences, random):
                 if ours.shape != theirs.shape:
                     raise ExecutionError(
                         f"{case}: the engine gives logits {list(ours.shape)}, expected {list(theirs.shape)}"
@@ -142,23 +154,23 @@ def _adapter_inputs(artifact: Artifact) -> AdapterInputs:
 
 
 def _steps(
-    runner: LocalRunner, sequences: Sequence[_Sequence], random: np.random.Generator
+    run: _Run, sequences: Sequence[_Sequence], random: np.random.Generator
 ) -> Iterator[tuple[str, Array, Array]]:
     """Logits by case: the engine's, and the model's in steps of the same tokens."""
     chunked, whole, last = sequences
     cuts = sorted({0, *(int(cut) for cut in random.integers(1, chunked.prompt, 2)), chunked.prompt})
     for start, stop in itertools.pairwise(cuts):
-        yield _prefilled(runner, chunked, stop, "prompt" if not start else "chunk of a prompt")
+        yield _prefilled(run, chunked, stop, "prompt" if not start else "chunk of a prompt")
     for one in (whole, last):
-        yield _prefilled(runner, one, one.prompt, "prompt")
+        yield _prefilled(run, one, one.prompt, "prompt")
     for _ in range(_DECODED // 2):
-        yield _decoded(runner, sequences, (), "decode of three")
+        yield _decoded(run, sequences, (), "decode of three")
     copy = Copy(source=last.slot, target=chunked.slot, length=last.stepped)
-    yield _decoded(runner, (last, whole), (copy,), "decode from a moved slot")
-    yield _decoded(runner, (last, whole), (), "decode from a moved slot")
+    yield _decoded(run, (last, whole), (copy,), "decode from a moved slot")
+    yield _decoded(run, (last, whole), (), "decode from a moved slot")
 
 
-def _prefilled(runner: LocalRunner, one: _Sequence, stop: int, case: str) -> tuple[str, Array, Array]:
+def _prefilled(run: _Run, one: _Sequence, stop: int, case: str) -> tuple[str, Array, Array]:
     start = one.stepped
     theirs = one.advance(stop - start)
     piece = Piece(
@@ -169,12 +181,10 @@ def _prefilled(runner: LocalRunner, one: _Sequence, stop: int, case: str) -> tup
         logits="all" if len(theirs) == stop - start else "last",
         adapter=one.adapter,
     )
-    return case, _run(runner, Prefill(group=0, copies=(), pieces=(piece,))), theirs
+    return case, run(Prefill(group=0, copies=(), pieces=(piece,))), theirs
 
 
-def _decoded(
-    runner: LocalRunner, rows: Sequence[_Sequence], copies: tuple[Copy, ...], case: str
-) -> tuple[str, Array, Array]:
+def _decoded(run: _Run, rows: Sequence[_Sequence], copies: tuple[Copy, ...], case: str) -> tuple[str, Array, Array]:
     batch = Decode(
         group=0,
         copies=copies,
@@ -183,8 +193,14 @@ def _decoded(
             for one in rows
         ),
     )
-    return case, _run(runner, batch), np.concatenate([one.advance(1) for one in rows])
+    return case, run(batch), np.concatenate([one.advance(1) for one in rows])
 
 
-def _run(runner: LocalRunner, batch: Batch) -> Array:
-    return runner.submit(batch).result().copy()
+def _run(runner: LocalRunner, seconds: float, batch: Batch) -> Array:
+    logits = runner.submit(batch)
+    if not Allowance(seconds).wait(lambda wanted: bool(wait([logits], wanted).done)):
+        raise StepTimeoutError(
+            f"a step of the engine was not done within {seconds:g} s; give a greater step_timeout if the model is that "
+            f"slow"
+        )
+    return logits.result().copy()

@@ -18,8 +18,8 @@ from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, attribute_graphs
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, index_map
 from furiosa_llm.runtime.artifact.reader import Artifact
-from furiosa_llm.runtime.execution.ort import Session, SessionSettings, let_allocate, unwrap, wrap
-from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS
+from furiosa_llm.runtime.execution.ort import Session, SessionSettings, let_allocate, limited, unwrap, wrap
+from furiosa_llm.runtime.program.limits import WorkLimits
 
 Layout = tuple[Dim | None, ...]
 """A layout per dimension; None (a dynamic dimension of a manifest) is whole."""
@@ -76,18 +76,18 @@ class SplitModel:
             folder=artifact.files.address,
         )
 
-    def session(self, threads: int = 1) -> Session:
+    def session(self, threads: int = 1, limits: WorkLimits | None = None) -> Session:
         """One session that runs all ranks as the program is written, without rewriting it; raises one of ORT_ERRORS.
 
         `threads` are onnxruntime's intra-op threads.
         """
         settings = SessionSettings(intra_op_threads=threads, prepack=False, exact=True, optimize=False)
-        return Session(stitch(self), self.folder, settings)
+        return Session(stitch(self), self.folder, limited(settings, limits))
 
     def run(self, session: Session, feeds: Mapping[str, Array], padding: float = 0.0) -> dict[str, list[Array]]:
         """The outputs of every rank for global `feeds`, by output name; `padding` is what split inputs have there.
 
-        Raises one of ORT_ERRORS if a node fails.
+        Raises one of ORT_ERRORS if a node fails, and StepTimeoutError if it takes longer than it may.
         """
         binding = session.binding()
         inputs = {value.name: _dtype(value) for value in self.program.graph.input}
@@ -101,7 +101,7 @@ class SplitModel:
         names = [(rank, name) for name in outputs for rank in self._ranks()]
         for rank, name in names:
             let_allocate(binding, _own(rank, name))
-        session.run_within(LONGEST_STEP_SECONDS, binding)
+        session.run_in_time(binding)
         found: dict[str, list[Array]] = {name: [] for name in outputs}
         for (_, name), raw in zip(names, binding.get_outputs(), strict=True):
             found[name].append(unwrap(raw, outputs[name]).array.copy())

@@ -15,7 +15,9 @@ import pytest
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import RecordError, read_verification
+from furiosa_llm.runtime.errors import StepTimeoutError
 from tests.cli.conftest import OPTIMUM, Cli
+from tests.support.artifacts import ZOO
 from tests.support.tampering import alter_tensor, flip_bit, reseal
 
 SHORT = ("--max-tokens", 2, "--prompt", "hello", "--max-length", 32)
@@ -192,7 +194,28 @@ def test_a_comparison_can_be_repeated(artifact: Path, cli: Cli) -> None:
 
 def test_a_time_limit(artifact: Path, cli: Cli) -> None:
     result = cli("verify", artifact, "--full", "--time-limit", 0, *SHORT)
-    assert result.code == 1
-    assert "stitched: FAILED" in result.out
+    assert result.code == 3
+    assert "stitched: not checked in time (0 outputs" in result.out
+    assert "\ncould not be checked in time, and nothing is recorded; verify it again where less runs" in result.out
+    assert "NOT verified" not in result.out
+    assert not (artifact / RECORD_NAME).exists()
     assert "the comparison took longer than its limit of 0 s; give a longer --time-limit (time_limit=)" in result.out
     assert cli("verify", artifact, "--time-limit", -1).code == 2
+
+
+def test_a_step_that_takes_too_long_is_no_difference(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object, step_timeout: float, **__: object) -> None:
+        raise StepTimeoutError(f"not done within {step_timeout:g} s")
+
+    monkeypatch.setattr("furiosa_llm.verification.Subject", slow)
+    model = ZOO / OPTIMUM / "model.onnx"
+    for given in (("--full",), ("--against", model)):
+        result = cli("verify", artifact, *given, "--step-timeout", 0.5, "--json")
+        assert result.code == 3
+        found = json.loads(result.out)
+        assert (found["passed"], found["undecided"], found["recorded"]) == (False, True, None)
+        assert "not done within 0.5 s" in found["record"]["checks"]["stitched"]["faults"][0]
+    alter_tensor(artifact, next(iter(open_artifact(artifact).tensors)), flip_bit)
+    found = json.loads(cli("verify", artifact, "--against", model, "--step-timeout", 0.5, "--json").out)
+    assert (found["passed"], found["undecided"]) == (False, False)
+    assert found["recorded"] is not None

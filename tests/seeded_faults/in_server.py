@@ -139,7 +139,7 @@ COMMANDS = (
     Fault(
         name="a failed check is verified",
         file="furiosa_llm/cli/verify.py",
-        old="sys.exit(0 if found.passed else 1)",
+        old="sys.exit(0 if found.passed else _UNDECIDED if found.undecided else 1)",
         new="sys.exit(0)",
         effect="`furiosa-llm verify` in a script lets a damaged artifact pass",
         hints=("tests/cli/test_verify.py::test_a_damaged_artifact_is_shown_and_recorded",),

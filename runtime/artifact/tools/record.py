@@ -67,7 +67,8 @@ class Check:
 
     `faults` says what is wrong, a line each; none: the check passed. `greatest_error` (of outputs, the greatest mean;
     see `OutputError`) and `tolerance` are relative to the greatest magnitude of an output; None where nothing is
-    measured, or where the error is not finite.
+    measured, or where the error is not finite. `late`: its one fault is that it was not done in the time that it may
+    take, which says nothing of the artifact; a record does not keep that.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Check:
     faults: tuple[str, ...] = ()
     greatest_error: float | None = None
     tolerance: float | None = None
+    late: bool = False
 
     @property
     def passed(self) -> bool:
@@ -128,6 +130,11 @@ class Verification:
     def passed(self) -> bool:
         """Whether every check that ran passed."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nothing was found wrong, but something not checked in time: neither passed nor failed."""
+        return not self.passed and all(check.passed or check.late for check in self.checks)
 
     @property
     def words(self) -> str:

@@ -11,8 +11,8 @@ import pytest
 
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.verification.cases import Inputs, Lengths, cases_of, lengths_of, within_limit
+from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError
+from furiosa_llm.runtime.verification.cases import Inputs, Lengths, cases_of, lengths_of, steps_of, within_limit
 from tests.support.artifacts import artifact_of
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -115,3 +115,24 @@ def test_a_step_takes_as_many_new_tokens_as_the_exporter_left(manifest: Manifest
     unlimited = dataclasses.replace(manifest, model=model)
     inputs = Inputs(Echo(unlimited, most=64), unlimited, {}, np.random.default_rng(0))
     assert within_limit(inputs, lengths_of(unlimited)) == Lengths(limit=None, past=1024, new=64)
+
+
+def test_what_takes_too_long_is_tried_once(manifest: Manifest) -> None:
+    """It is no reason to look for a shorter length, or for a batch of one: each would take as long again."""
+    asked = 0
+
+    class Slow:
+        def run(self, _: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+            nonlocal asked
+            asked += 1
+            raise StepTimeoutError("late")
+
+    model = dataclasses.replace(manifest.model, max_sequence_length=None)
+    unlimited = dataclasses.replace(manifest, model=model)
+    inputs = Inputs(Slow(), unlimited, {}, np.random.default_rng(0))
+    lengths = lengths_of(unlimited)
+    with pytest.raises(StepTimeoutError):
+        within_limit(inputs, lengths)
+    with pytest.raises(StepTimeoutError):
+        next(steps_of(inputs, cases_of(unlimited, lengths, np.random.default_rng(0))))
+    assert asked == 2
