@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from furiosa_llm.runtime.tokens.lean_process import lean_process, limit_memory
 _SECONDS = 120.0
 _MAX_NBYTES = 4 * 2**30
 _REFUSED = 3
+_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _PROBE = "Aé 1\n"
 _TRIAL = f"{tokenizers.__version__}, {_PROBE!r} within {_SECONDS:g} s and {_MAX_NBYTES} bytes\n".encode()
 """What a tokenizer has passed that is remembered."""
@@ -40,18 +42,27 @@ def check_loads(text: str, file: str) -> None:
 
 
 def _is_remembered(digest: str) -> bool:
-    """Whether this user has had it pass before; nobody else's word is taken."""
+    """Whether this user has had it pass before; nobody else's word is taken.
+
+    Whoever the folder belongs to may give the user's files other names: what has passed is what the file says.
+    """
     try:
-        return _verdicts().joinpath(digest).lstat().st_uid == os.geteuid()
+        with os.fdopen(os.open(_verdicts() / digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            own = status.st_uid == os.geteuid() and stat.S_ISREG(status.st_mode) and not status.st_mode & _OF_OTHERS
+            return own and file.read(len(digest) + 1) == digest.encode()
     except (OSError, RuntimeError):
         return False
 
 
 def _remember(digest: str) -> None:
-    """Leaves an empty file of that name; without a folder to write into, the next process tries again."""
+    """Leaves a new file of that name that says so; without a folder to write into, the next process tries again."""
     with contextlib.suppress(OSError, RuntimeError):
-        _verdicts().mkdir(parents=True, exist_ok=True)
-        _verdicts().joinpath(digest).touch()
+        verdict = _verdicts() / digest
+        verdict.parent.mkdir(parents=True, exist_ok=True)
+        verdict.unlink(missing_ok=True)
+        with os.fdopen(os.open(verdict, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(digest.encode())
 
 
 def _verdicts() -> Path:

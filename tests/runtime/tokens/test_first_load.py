@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ PASSES = '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "
 def test_what_has_passed_is_not_tried_again_by_the_next_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first_load.check_loads(PASSES, "tokenizer.json")
     [verdict] = cache.iterdir()
-    assert verdict.stat().st_size == 0
+    assert verdict.read_text() == verdict.name
     in_place_of_the_child("import os; os.abort()", monkeypatch)
     first_load._LOADED.clear()
     first_load.check_loads(PASSES, "tokenizer.json")
@@ -99,6 +100,46 @@ def test_what_another_user_has_left_is_not_believed(cache: Path, monkeypatch: py
     monkeypatch.setattr(os, "geteuid", lambda: cache.stat().st_uid + 1)
     with pytest.raises(TokenizerError, match="the process that loaded it ended with -6"):
         first_load.check_loads(PASSES, "tokenizer.json")
+
+
+def _renamed(verdict: Path) -> None:
+    verdict.write_text("0" * 64)
+
+
+def _link(verdict: Path) -> None:
+    verdict.rename(verdict.with_name("elsewhere"))
+    verdict.symlink_to("elsewhere")
+
+
+def _open(verdict: Path) -> None:
+    verdict.chmod(0o666)
+
+
+def _cut(verdict: Path) -> None:
+    verdict.write_text("")
+
+
+def _hang(verdict: Path) -> None:
+    verdict.unlink()
+    os.mkfifo(verdict)
+
+
+@pytest.mark.parametrize("harm", [_renamed, _link, _hang, _open, _cut])
+def test_what_others_may_have_made_of_it_is_not_believed(
+    harm: Callable[[Path], None], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder that is another's a verdict may be given the name of a tokenizer that nobody has tried."""
+    first_load.check_loads(PASSES, "tokenizer.json")
+    [verdict] = cache.iterdir()
+    harm(verdict)
+    first_load._LOADED.clear()
+    with monkeypatch.context() as patched:
+        in_place_of_the_child("import os; os.abort()", patched)
+        with pytest.raises(TokenizerError, match="the process that loaded it ended with -6"):
+            first_load.check_loads(PASSES, "tokenizer.json")
+    first_load.check_loads(PASSES, "tokenizer.json")
+    assert verdict.read_text() == verdict.name
+    assert not verdict.is_symlink()
 
 
 def test_without_a_cache_each_process_tries_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
