@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
+from furiosa_llm.builder.rules.evaluate import Array
+from furiosa_llm.builder.rules.registry import op_of
+from furiosa_llm.builder.rules.view import attributes_of
 from furiosa_llm.builder.shapes.flow import cache_output, grown_output, is_kept, reached
 
+_MARK = 2**40
+"""Longer than any dimension."""
+_MOST_SIZES = 64
+"""Elements of what is computed of shapes."""
 _Dims = tuple[int | None, ...]
 """For each dimension of a value, the dimension of the state that it is; None if it is not known."""
 
@@ -126,13 +134,56 @@ def _moved(node: ir.Node, dims: _Dims) -> _Dims | None:
             rank = len(dims) + len(axes)
             new, old = {axis % rank for axis in axes}, iter(dims)
             return tuple(None if d in new else next(old) for d in range(rank))
+        case "Reshape" if node.inputs[0] is not None and node.inputs[1] is not None:
+            return _reshaped(node, dims, node.inputs[0], node.inputs[1])
     return None
+
+
+def _reshaped(node: ir.Node, dims: _Dims, data: ir.Value, shape: ir.Value) -> _Dims | None:
+    """The dimensions that a Reshape keeps by a 0 or by the size of its own input; no others are known."""
+    numbers = _marked(shape, data, len(dims))
+    if numbers is None:
+        return None
+    zero_keeps = not ("allowzero" in node.attributes and node.attributes["allowzero"].as_int())
+    places = [d if zero_keeps and number == 0 else int(number) - _MARK for d, number in enumerate(numbers.reshape(-1))]
+    return tuple(dims[place] if 0 <= place < len(dims) else None for place in places)
+
+
+def _marked(sizes: ir.Value, data: ir.Value, rank: int) -> Array | None:
+    """`sizes`, computed as if dimension d of `data`, of `rank` dimensions, were `_MARK` + d long, and any other 1.
+
+    None if that takes more than constants and the shapes of values.
+    """
+    if sizes.const_value is not None:
+        return sizes.const_value.numpy()
+    node = sizes.producer()
+    entry = None if node is None else op_of(node)
+    if node is None or entry is None:
+        return None
+    if entry.of_shape is not None:
+        source = node.inputs[0]
+        count = rank if source is data else 0 if source is None or source.shape is None else len(source.shape)
+        shape = tuple(range(_MARK, _MARK + count)) if source is data else (1,) * count
+        return entry.of_shape(attributes_of(node), shape)
+    arguments = [None if value is None else _marked(value, data, rank) for value in node.inputs]
+    given = [argument for argument in arguments if argument is not None]
+    unknown = any(v is not None and a is None for v, a in zip(node.inputs, arguments, strict=True))
+    if entry.value is None or unknown or (entry.made is not None and entry.made(given) > _MOST_SIZES):
+        return None
+    try:
+        result = entry.value(attributes_of(node), arguments)
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # the graph computes nothing of this kind there
+        return None
+    return None if isinstance(result, tuple) else np.asarray(result)
+
+
+def _numbers(value: ir.Value | None) -> list[int] | None:
+    tensor = None if value is None else value.const_value
+    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
 
 
 def _axes(node: ir.Node, port: int) -> Sequence[int] | None:
     """The axes of a node: an attribute in early versions, the operand `port` since."""
     if "axes" in node.attributes:
         return node.attributes["axes"].as_ints()
-    value = node.inputs[port] if len(node.inputs) > port else None
-    tensor = None if value is None else value.const_value
-    return None if tensor is None else [int(axis) for axis in tensor.numpy().reshape(-1)]
+    return _numbers(node.inputs[port]) if len(node.inputs) > port else None
