@@ -87,7 +87,7 @@ class Lanes:
     """The types of the values that cross sections, by the lanes' names."""
     alike: Alike
     stacked: Mapping[tuple[int, str], tuple[int, ...]]
-    """(rank, state) -> the ranks whose states of this name are one tensor, along `HEADS`, the rank among them.
+    """(rank, state) -> the ranks whose states of this name are one tensor, along `HEADS`: the rank or one alike.
 
     No ranks: nobody reads what the rank would keep.
     """
@@ -113,9 +113,10 @@ def lanes_of(
 ) -> Lanes:
     """`program` on `count` lanes, contiguous runs of ranks as equal as can be.
 
-    `shard_axes` are the mesh axes along which the shards of a stored initializer differ. `inputs` says on which ranks
-    graph inputs are alike. The ranks of a lane are stacked where that is possible, the `states` among what is, and what
-    would be zero because of shards that are `padded` is left out; without `states` every rank has nodes of its own.
+    `shard_axes` are the mesh axes along which the shards of a stored initializer, or a state, differ. `inputs` says on
+    which ranks graph inputs are alike. The ranks of a lane are stacked where that is possible, the `states` among what
+    is, and what would be zero because of shards that are `padded` is left out; without `states` every rank has nodes of
+    its own.
     """
     ranks = tuple(ranks_of(lane, mesh.size, count) for lane in range(count))
     facts = None if states is None else ProgramFacts(program.model, mesh, shard_axes, states)
@@ -126,8 +127,13 @@ def lanes_of(
 
 
 def shard_axes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """The mesh axes along which the shards of each stored tensor differ."""
-    return {tensor.name: tensor.shard_axes for tensor in manifest.tensors}
+    """The mesh axes along which the shards of each stored tensor, and of each state, differ."""
+    states = {
+        info.name: tuple(dict.fromkeys(axis for layout in info.layout if layout for axis in axes_of(layout)))
+        for info in manifest.inputs
+        if info.role == "state"
+    }
+    return states | {tensor.name: tensor.shard_axes for tensor in manifest.tensors}
 
 
 def alike_inputs(manifest: Manifest) -> Alike:
@@ -319,7 +325,7 @@ class _Laying:
             made = next(name for name in node.output if name)
             owners = {self._alike.get((rank, made), rank): rank for rank in reversed(ranks)}
             if stacks is not None:
-                whole = stacks.are_apart(made) and stacks.take(stacked(node, stacks))
+                whole = stacks.count(made) > 1 and stacks.take(stacked(node, stacks))
                 if not whole:
                     stacks.split(used_names(node))
                 yield from stacks.taken()
@@ -356,11 +362,11 @@ class _Laying:
 
     def _stack_states(self, stacks: LaneStacks) -> None:
         """Takes note of the states that have been stacked: they are bound as one."""
-        for name in stacks.states:
-            self._stacked.update({(rank, name): stacks.ranks for rank in stacks.ranks})
+        for name, holders in stacks.states.items():
+            self._stacked.update({(rank, name): holders for rank in stacks.ranks})
             kind = self._program.types[name]
-            shape = with_heads_of(kind.shape or (), len(stacks.ranks))
-            self._types[stack_name(stacks.ranks, name)] = ValueType(dtype=kind.dtype, shape=shape)
+            shape = with_heads_of(kind.shape or (), len(holders))
+            self._types[stack_name(holders, name)] = ValueType(dtype=kind.dtype, shape=shape)
 
     def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
         own = NodeProto()

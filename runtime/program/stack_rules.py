@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from onnx import AttributeProto, NodeProto
 
 from furiosa_llm.runtime.artifact.graphs import used_names
-from furiosa_llm.runtime.program.stacking import LaneStacks, Pieces, ProgramFacts, Stack, Stacked
+from furiosa_llm.runtime.program.stacking import (
+    LaneStacks,
+    Piece,
+    Pieces,
+    ProgramFacts,
+    Stack,
+    Stacked,
+    Wanted,
+    stack_name,
+)
 
 _EXACT = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Relu"})
 """Computed element by element, by operations that are rounded as IEEE 754 says."""
@@ -44,11 +53,11 @@ def stacked(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     return rule(node, lane)
 
 
-def wanted_pieces(nodes: Sequence[NodeProto], facts: ProgramFacts) -> dict[str, Pieces]:
+def wanted_pieces(nodes: Sequence[NodeProto], facts: ProgramFacts) -> dict[str, Wanted]:
     """In what pieces the readers of a value want each rank's part, where all of them want the same."""
-    wants: dict[str, set[Pieces]] = {}
+    wants: dict[str, set[Wanted]] = {}
 
-    def agreed(name: str) -> Pieces:
+    def agreed(name: str) -> Wanted:
         found = wants.get(name, set())
         return min(found) if len(found) == 1 else ()
 
@@ -69,9 +78,9 @@ def _matmul(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     dims = lane.facts.dims(weight)
     if given is None or dims is None or len(dims) != 2 or lane.facts.dtype(weight) != "FLOAT":
         return None
-    if 4 * math.prod(dims) * len(lane.ranks) > _MOST_COPIED:
-        return None
     pieces = lane.pieces(node.output[0], dims[1])
+    if 4 * dims[0] * _total(pieces) > _MOST_COPIED:
+        return None
     columns = lane.constant(weight, -1, pieces)
     return None if columns is None else _one(node, lane, [given, columns], -1, pieces)
 
@@ -82,7 +91,7 @@ def _matmul_nbits(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     columns = settings["N"]
     pieces = lane.pieces(node.output[0], columns)
     one_stride = columns > _NARROW or settings["K"] <= _SUMMANDS
-    if given is None or any(piece % _COLUMNS for piece in pieces) or not one_stride:
+    if given is None or any(piece.size % _COLUMNS for piece in pieces) or not one_stride:
         return None
     if lane.facts.dtype(ports[1]) != "FLOAT" or any(ports[3:4]):
         return None
@@ -92,11 +101,12 @@ def _matmul_nbits(node: NodeProto, lane: LaneStacks) -> Stacked | None:
         if name and (dims is None or dims[0] % columns):
             return None
         each = dims[0] // columns if name and dims is not None else 0
-        stack = lane.constant(name, -len(dims or ()), tuple(piece * each for piece in pieces)) if name else ""
+        wanted = tuple(Piece(size * each, count) for size, count in pieces)
+        stack = lane.constant(name, -len(dims or ()), wanted) if name else ""
         if stack is None:
             return None
         operands.append(stack)
-    return _one(node, lane, operands, -1, pieces, N=columns * len(lane.ranks))
+    return _one(node, lane, operands, -1, pieces, N=_total(pieces))
 
 
 # -- element by element --------------------------------------------------------------------------------------------
@@ -108,7 +118,7 @@ def _elementwise(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     if not stacks or len({(stack.axis, stack.pieces) for stack in stacks}) > 1:
         return None
     like = stacks[0]
-    if node.op_type in _APPROXIMATE and (like.axis != -1 or like.size % _VECTOR):
+    if node.op_type in _APPROXIMATE and (like.axis != -1 or like.size % _VECTOR or _total(like.pieces) % _VECTOR):
         return None
     operands: list[str] = []
     for name in node.input:
@@ -144,8 +154,9 @@ def _reshape(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     inner = tuple(itertools.dropwhile(lambda size: size == 0, shape))
     if len(inner) == len(shape) or len(inner) < 2 or min(inner) < 1 or math.prod(inner) != stack.size:
         return None
-    wanted = lane.integers([*shape[: -len(inner)], inner[0] * len(lane.ranks), *inner[1:]])
-    return _one(node, lane, [stack.name, wanted], -len(inner), inner[:1])
+    count = stack.pieces[0].owners
+    wanted = lane.integers([*shape[: -len(inner)], inner[0] * count, *inner[1:]])
+    return _one(node, lane, [stack.name, wanted], -len(inner), (Piece(inner[0], count),))
 
 
 def _reduce_sum(node: NodeProto, lane: LaneStacks) -> Stacked | None:
@@ -161,17 +172,21 @@ def _reduce_sum(node: NodeProto, lane: LaneStacks) -> Stacked | None:
 # -- attention -----------------------------------------------------------------------------------------------------
 
 
-def _packed_pieces(node: NodeProto, facts: ProgramFacts) -> Pieces:
-    """What a rank's part of attention's first operand has of queries, keys and values; empty if it has them apart."""
+def _packed_pieces(node: NodeProto, facts: ProgramFacts) -> Wanted:
+    """What a rank's part of attention's first operand has of queries, keys and values; empty if it has them apart.
+
+    A key head of its own that several ranks have is wanted once.
+    """
     if node.op_type != "GroupQueryAttention" or node.input[1] or node.input[3] not in facts.states:
         return ()
     settings, size = _integers(node), facts.head_size(node.input[3])
-    keys = settings["kv_num_heads"] * size
-    return (settings["num_heads"] * size, keys, keys)
+    heads = settings["kv_num_heads"]
+    keys = (heads * size, facts.shard_axes.get(node.input[3]) if heads == 1 else None)
+    return ((settings["num_heads"] * size, None), keys, keys)
 
 
 def _attention(node: NodeProto, lane: LaneStacks) -> Stacked | None:
-    """The heads of all ranks, which have caches of their own."""
+    """The heads of all ranks, which have caches of their own, or share those of their neighbours."""
     settings, facts, ports = _integers(node), lane.facts, dict(enumerate(node.input))
     heads, count = settings["num_heads"], len(lane.ranks)
     states = [ports.get(port, "") for port in _PAST]
@@ -179,25 +194,35 @@ def _attention(node: NodeProto, lane: LaneStacks) -> Stacked | None:
         return None
     if any(ports.get(port) for port in ports if port > max(_SHARED_PORTS) and port != _SINK) or any(node.output[3:]):
         return None
-    given = [lane.stack(name) if name else None for name in list(node.input)[:3]]
-    wanted = _packed_pieces(node, facts)
-    if any((stack is None) != (not name) for stack, name in zip(given, node.input, strict=False)):
+    sizes = [size * facts.head_size(states[0]) for size in (heads, *[settings["kv_num_heads"]] * 2)]
+    given = [_stack_or_shared(name, size, lane) for name, size in zip(node.input, sizes, strict=False) if name]
+    pieces = [piece for stack in given if stack is not None for piece in stack.pieces]
+    if any(stack is None or stack.axis != -1 for stack in given) or [piece.size for piece in pieces] != sizes:
         return None
-    if any(stack is not None and (stack.axis, stack.pieces) != (-1, wanted or (stack.size,)) for stack in given):
+    shared = pieces[1].owners
+    if pieces[0].owners != count or pieces[2].owners != shared or (shared != count and settings["kv_num_heads"] > 1):
         return None
-    operands = [*(stack.name if stack is not None else "" for stack in given), *map(lane.own_name, states)]
+    holders = lane.holders(shared)
+    own = [stack_name(holders, name) for name in (*states, *list(node.output)[1:3])]
+    operands = [*([stack.name for stack in given if stack is not None] + ["", ""])[:3], *own[:2]]
     for port in sorted(port for port in ports if port > max(_PAST)):
         name = ports[port]
-        found = "" if not name else lane.constant(name, -1, (heads,)) if port == _SINK else lane.shared(name)
+        sink = (Piece(heads, count),)
+        found = "" if not name else lane.constant(name, -1, sink) if port == _SINK else lane.shared(name)
         if found is None:
             return None
         operands.append(found)
-    size = heads * facts.head_size(states[0])
-    one = _one(
-        node, lane, operands, -1, (size,), num_heads=heads * count, kv_num_heads=settings["kv_num_heads"] * count
-    )
-    lane.states += [*states, *list(node.output)[1:3]]
+    kv_heads = settings["kv_num_heads"] * shared
+    one = _one(node, lane, operands, -1, (Piece(sizes[0], count),), num_heads=heads * count, kv_num_heads=kv_heads)
+    one.node.output[1:3] = own[2:]
+    lane.states.update(dict.fromkeys((*states, *list(node.output)[1:3]), holders))
     return one
+
+
+def _stack_or_shared(name: str, size: int, lane: LaneStacks) -> Stack | None:
+    """The stack of a value; of one that is alike on all ranks a stack of a single piece."""
+    shared = lane.shared(name)
+    return lane.stack(name) if shared is None else Stack(name=shared, axis=-1, pieces=(Piece(size, 1),))
 
 
 _RULES: Mapping[str, Rule] = {
@@ -228,3 +253,8 @@ def _one(
 def _integers(node: NodeProto) -> dict[str, int]:
     """The attributes of `node` that are integers."""
     return {attribute.name: attribute.i for attribute in node.attribute if attribute.type == AttributeProto.INT}
+
+
+def _total(pieces: Pieces) -> int:
+    """The size of a stack of such pieces."""
+    return sum(size * count for size, count in pieces)

@@ -13,6 +13,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
@@ -27,8 +28,19 @@ _OPSET = 13
 HEADS = 1
 """The dimension of a state of four that runs over the heads of attention."""
 
-Pieces = tuple[int, ...]
-"""The sizes of the pieces that a rank's part of a stack is in: the first ones of all ranks, then the second ones."""
+Wanted = tuple[tuple[int, tuple[int, ...] | None], ...]
+"""The pieces in which a reader takes a rank's part: the size, and the mesh axes along which it differs; None: all."""
+
+
+class Piece(NamedTuple):
+    """A piece of each rank's part of a stack: its size, and how many ranks own one, which their neighbours share."""
+
+    size: int
+    owners: int
+
+
+Pieces = tuple[Piece, ...]
+"""What the ranks' parts of a stack are in: the first pieces of all ranks, then the second ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +63,7 @@ class Stack:
     @property
     def size(self) -> int:
         """What one rank has of the dimension."""
-        return sum(self.pieces)
+        return sum(piece.size for piece in self.pieces)
 
 
 class ProgramFacts:
@@ -142,15 +154,15 @@ class LaneStacks:
         name: Callable[[int, str], str],
         *,
         leaving: Collection[str],
-        wanted: Mapping[str, Pieces],
+        wanted: Mapping[str, Wanted],
     ) -> None:
         self.facts = facts
         self.ranks = tuple(ranks)
         self.leaving = frozenset(leaving)
         self.windows: dict[str, Shards] = {}
         """The initializers of several ranks that have been made, by the lane's names."""
-        self.states: list[str] = []
-        """The names of the inputs and outputs of the states that have been stacked."""
+        self.states: dict[str, tuple[int, ...]] = {}
+        """The inputs and outputs of the states that have been stacked -> the ranks whose heads they have."""
         self._name = name
         self._wanted = wanted
         self._stacks: dict[str, Stack] = {}
@@ -169,14 +181,21 @@ class LaneStacks:
         names = {self._name(rank, name) for rank in self.ranks}
         return names.pop() if len(names) == 1 and name not in self._stacks else None
 
-    def are_apart(self, name: str) -> bool:
-        """Whether each rank has a value of its own by this name."""
-        return len({self._name(rank, name) for rank in self.ranks}) == len(self.ranks)
+    def count(self, name: str) -> int:
+        """How many values the ranks have by this name, each the same on as many neighbours; 0 if they lie otherwise."""
+        return _runs([self._name(rank, name) for rank in self.ranks])
+
+    def holders(self, count: int) -> tuple[int, ...]:
+        """The first ranks of so many equal runs of neighbours."""
+        return self.ranks[:: len(self.ranks) // count]
 
     def pieces(self, name: str, size: int) -> Pieces:
         """The pieces in which whoever reads `name` wants each rank's part, of this `size`."""
-        pieces = self._wanted.get(name, ())
-        return pieces if sum(pieces) == size else (size,)
+        wanted = self._wanted.get(name, ())
+        if sum(each for each, _ in wanted) != size:
+            return (Piece(size, self.count(name)),)
+        everywhere = tuple(range(len(self.facts.mesh.shape)))
+        return tuple(Piece(each, self._count_over(everywhere if axes is None else axes)) for each, axes in wanted)
 
     def own_name(self, name: str) -> str:
         """The lane's name for the stack of the program's value `name`."""
@@ -213,16 +232,20 @@ class LaneStacks:
             if stack is None or name in self._split:
                 continue
             self._split.add(name)
-            own = [self._name(rank, name) for rank in self.ranks]
             if len(stack.pieces) == 1:
-                self._split_into(stack.name, stack.axis, stack.pieces * len(own), own)
+                [(size, count)] = stack.pieces
+                own = [self._name(rank, name) for rank in self.holders(count)]
+                self._split_into(stack.name, stack.axis, [size] * count, own)
                 continue
-            chunks = [[f"{one}/{index}" for one in own] for index in range(len(stack.pieces))]
-            sizes = [size for size in stack.pieces for _ in own]
-            self._split_into(stack.name, stack.axis, sizes, list(itertools.chain.from_iterable(chunks)))
-            for place, one in enumerate(own):
-                parts = [chunk[place] for chunk in chunks]
-                self._nodes.append(helper.make_node("Concat", parts, [one], axis=stack.axis))
+            chunks = [
+                {rank: f"{self._name(rank, name)}/{index}" for rank in self.holders(piece.owners)}
+                for index, piece in enumerate(stack.pieces)
+            ]
+            sizes = [piece.size for piece in stack.pieces for _ in range(piece.owners)]
+            self._split_into(stack.name, stack.axis, sizes, list(itertools.chain(*(each.values() for each in chunks))))
+            for rank in self.ranks:
+                parts = [each[self._holder(rank, len(each))] for each in chunks]
+                self._nodes.append(helper.make_node("Concat", parts, [self._name(rank, name)], axis=stack.axis))
 
     def taken(self) -> Iterator[NodeProto]:
         """The nodes that were made since the last call."""
@@ -235,24 +258,38 @@ class LaneStacks:
 
     def _stacked_constant(self, name: str, axis: int, pieces: Pieces) -> str | None:
         dims, found = self.facts.dims(name), self.facts.parts(name)
-        if dims is None or found is None or len(dims) < -axis or dims[axis] != sum(pieces):
+        if dims is None or found is None or len(dims) < -axis or dims[axis] != sum(piece.size for piece in pieces):
             return None
         place, (joined, parts) = len(dims) + axis, found
         if len(parts) > 1 and joined != place:
             return None
-        made = f"{self.own_name(name)}/{axis}/{','.join(map(str, pieces))}"
-        if len(parts) == len(pieces) == 1 and not place and self._consecutive(name):
-            self.windows[made] = Shards(name=name, rank=self.ranks[0], count=len(self.ranks))
+        made = f"{self.own_name(name)}/{axis}/{','.join(f'{size}x{count}' for size, count in pieces)}"
+        cuts, covers = _cover(
+            [self.facts.tensors[part].dims[place] for part in parts], [piece.size for piece in pieces]
+        )
+        held = [(cover, piece.owners) for cover, piece in zip(covers, pieces, strict=True)]
+        if not all(self._are_held(parts[at], count) for cover, count in held for at, _ in cover):
+            return None
+        if len(parts) == len(pieces) == 1 and not place and self._consecutive(name, self.holders(pieces[0].owners)):
+            self.windows[made] = Shards(name=name, rank=self.ranks[0], count=pieces[0].owners)
             return made
-        cuts, covers = _cover([self.facts.tensors[part].dims[place] for part in parts], pieces)
         chunks = [
             self._chunk(parts[at], rank, axis, cuts[at], order)
-            for cover in covers
-            for rank in self.ranks
+            for cover, count in held
+            for rank in self.holders(count)
             for at, order in cover
         ]
         self._nodes.append(helper.make_node("Concat", chunks, [made], axis=place))
         return made
+
+    def _are_held(self, name: str, count: int) -> bool:
+        """Whether the ranks of each of `count` runs have the same of a stored tensor."""
+        return all(self._name(rank, name) == self._name(self._holder(rank, count), name) for rank in self.ranks)
+
+    def _holder(self, rank: int, count: int) -> int:
+        """The first rank of the run that `rank` is in, of so many."""
+        index = self.ranks.index(rank)
+        return self.ranks[index - index % (len(self.ranks) // count)]
 
     def _chunk(self, part: str, rank: int, axis: int, sizes: Sequence[int], order: int) -> str:
         """The lane's name of the chunk number `order` of a stored tensor that is cut into chunks of `sizes`."""
@@ -265,11 +302,15 @@ class LaneStacks:
             self._split_into(own, axis, sizes, made)
         return made[order]
 
-    def _consecutive(self, name: str) -> bool:
-        """Whether the ranks' shards of a stored tensor lie one behind another in its file."""
+    def _consecutive(self, name: str, ranks: Sequence[int]) -> bool:
+        """Whether the shards that `ranks` have of a stored tensor lie one behind another in its file."""
         axes = self.facts.shard_axes.get(name, ())
-        first = self.facts.mesh.position(self.ranks[0], axes)
-        return [self.facts.mesh.position(rank, axes) - first for rank in self.ranks] == list(range(len(self.ranks)))
+        first = self.facts.mesh.position(ranks[0], axes)
+        return [self.facts.mesh.position(rank, axes) - first for rank in ranks] == list(range(len(ranks)))
+
+    def _count_over(self, axes: Sequence[int]) -> int:
+        """How many pieces the ranks have of what differs along mesh `axes`; all their own if they lie otherwise."""
+        return _runs([self.facts.mesh.position(rank, axes) for rank in self.ranks]) or len(self.ranks)
 
 
 def stack_name(ranks: Sequence[int], name: str) -> str:
@@ -282,12 +323,18 @@ def with_heads_of(shape: Shape, count: int) -> Shape:
     return shape if count == 1 else (*shape[:HEADS], int(shape[HEADS]) * count, *shape[HEADS + 1 :])
 
 
+def _runs(values: Sequence[object]) -> int:
+    """How many runs of equal values there are; 0 if they are not of one length, or if a value comes again."""
+    runs = [len(list(run)) for _, run in itertools.groupby(values)]
+    return len(runs) if len(set(runs)) == 1 and len(set(values)) == len(runs) else 0
+
+
 def _has_heads(dims: Sequence[TensorShapeProto.Dimension]) -> bool:
     """Whether a state is of `[batch, heads, positions, head size]`."""
     return len(dims) == 4 and dims[HEADS].dim_value > 0 and dims[3].dim_value > 0
 
 
-def _cover(parts: Sequence[int], pieces: Pieces) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+def _cover(parts: Sequence[int], pieces: Sequence[int]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
     """How parts of these sizes are cut into chunks; for each piece its chunks: a part, and which of its chunks."""
     edges = sorted({0, *itertools.accumulate(parts), *itertools.accumulate(pieces)})
     ends = list(itertools.accumulate(parts))

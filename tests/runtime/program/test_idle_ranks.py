@@ -1,8 +1,7 @@
-"""Ranks whose shards are padding: which partial sums are zero, what is left out, and the same bits as with it."""
+"""Ranks whose shards are padding: which partial sums are zero, what is left out."""
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,9 @@ from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.program.idle_ranks import _is_padding, padded_shards, zero_parts
 from furiosa_llm.runtime.program.lanes import LaneSegment
 from furiosa_llm.runtime.program.segments import cut_program, size_names
-from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
 from furiosa_llm.runtime.runners.loaded_model import load_model
-from furiosa_llm.runtime.runners.local_runner import Host
 from tests.support.runtime.models import LlamaSize, llama
-from tests.support.runtime.spmd import Array, Spmd
+from tests.support.runtime.spmd import Spmd
 
 pytestmark = pytest.mark.kernels
 
@@ -131,30 +128,3 @@ def test_an_idle_rank_computes_no_attention_and_keeps_no_states(decoder: Artifac
     assert [next(a.i for a in node.attribute if a.name == "num_heads") for node in heads] == [3, 3]
     [apart] = segments(decoder, 1, separate=True)
     assert ops(apart).count("GroupQueryAttention") == 8
-
-
-def steps(artifact: Artifact, threads: int, *, separate: bool) -> list[Array]:
-    """The logits of a prompt, of its copy's next token beside its own, and of one token more."""
-    batches: list[Batch] = [
-        Prefill(
-            group=0, copies=(), pieces=(Piece(sequence_id=0, slot=0, start=0, tokens=tuple(range(9)), logits="all"),)
-        ),
-        Decode(
-            group=0,
-            copies=(Copy(source=0, target=1, length=9),),
-            rows=tuple(Row(sequence_id=slot, start=9, token=3 + slot) for slot in range(2)),
-        ),
-        Decode(group=0, copies=(), rows=(Row(sequence_id=0, start=10, token=4),)),
-    ]
-    with (
-        Host(artifact, choose_stages(artifact, pipeline_parallel_size=1), threads=threads, separate=separate) as host,
-        closing(host.runner(slots_per_group=2)) as runner,
-    ):
-        return [runner.submit(batch).result().copy() for batch in batches]
-
-
-def test_the_bits_are_those_of_all_ranks_at_work(decoder: Artifact) -> None:
-    expected = steps(decoder, 1, separate=True)
-    for threads in (1, 2, 3, 4):
-        found = steps(decoder, threads, separate=False)
-        assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -18,9 +18,12 @@ from furiosa_llm.runtime.execution.binding import BoundProgram
 from furiosa_llm.runtime.execution.driver import Crew
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import create_sessions
+from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.program.lanes import Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
 from furiosa_llm.runtime.program.stacking import Shards, _cover
+from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
+from furiosa_llm.runtime.runners.local_runner import Host
 from tests.support.runtime.models import LlamaSize, llama
 from tests.support.runtime.spmd import Spmd
 
@@ -55,6 +58,26 @@ def run(artifact: Artifact, lanes: Lanes, x: Array) -> list[Array]:
         bound.bind_shared("x", x)
         bound.run()
         return [bound.array(rank, "y").copy() for rank in range(lanes.mesh.size)]
+
+
+def steps(artifact: Artifact, threads: int, *, separate: bool) -> list[Array]:
+    """The logits of a prompt, of its copy's next token beside its own, and of one token more."""
+    batches: list[Batch] = [
+        Prefill(
+            group=0, copies=(), pieces=(Piece(sequence_id=0, slot=0, start=0, tokens=tuple(range(9)), logits="all"),)
+        ),
+        Decode(
+            group=0,
+            copies=(Copy(source=0, target=1, length=9),),
+            rows=tuple(Row(sequence_id=slot, start=9, token=3 + slot) for slot in range(2)),
+        ),
+        Decode(group=0, copies=(), rows=(Row(sequence_id=0, start=10, token=4),)),
+    ]
+    with (
+        Host(artifact, choose_stages(artifact, pipeline_parallel_size=1), threads=threads, separate=separate) as host,
+        closing(host.runner(slots_per_group=2)) as runner,
+    ):
+        return [runner.submit(batch).result().copy() for batch in batches]
 
 
 def operators(lanes: Lanes, lane: int = 0) -> Counter[str]:
@@ -138,7 +161,7 @@ def test_columns_elements_and_activations(tmp_path: Path) -> None:
     )
     [first, *_] = [section.segments[0] for section in lanes.sections]
     assert first is not None
-    assert first.initializers["0-3/bias/-1/32"] == Shards(name="bias", rank=0, count=4)
+    assert first.initializers["0-3/bias/-1/32x4"] == Shards(name="bias", rank=0, count=4)
 
 
 def test_an_activation_of_odd_width_stays_apart(tmp_path: Path) -> None:
@@ -227,6 +250,58 @@ def test_heads_and_their_caches(tmp_path: Path) -> None:
     assert lanes.types["2-3/past.0.key"].shape == ("batch", 4, "past", 16)
     assert lanes.stacked[3, "past.0.key"] == (2, 3)
     assert not laid(artifact, 4).stacked
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_key_heads_that_ranks_share_are_there_once(packed: bool, tmp_path: Path) -> None:
+    size = LlamaSize(layers=1, heads=6, kv_heads=2, packed=packed)
+    artifact = open_artifact(llama(MESH, size).write(tmp_path))
+    for count, holders in ((1, (0, 2)), (2, (2,))):
+        lanes = laid(artifact, count)
+        segments = [section.segments[-1] for section in lanes.sections]
+        [node] = [n for one in segments if one for n in one.nodes if n.op_type == "GroupQueryAttention"]
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        assert (settings["num_heads"], settings["kv_num_heads"]) == (8 // count, 2 // count)
+        assert lanes.stacked[3, "past.0.key"] == lanes.stacked[2, "past.0.key"] == holders
+        name = lanes.name(3, "past.0.key")
+        assert node.input[3] == name
+        assert lanes.types[name].shape == ("batch", len(holders), "past", 16)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "kv_heads", "packed"),
+    [
+        (MESH, 3, 3, True),  # the last rank has none
+        (MESH, 6, 2, True),  # two ranks share each key head
+        (MESH, 6, 2, False),
+        (MESH, 6, 3, True),  # two ranks share two, whose queries are not one behind another: each has its own
+        (MESH, 6, 3, False),
+        (MESH, 4, 1, False),  # all share one
+        (Mesh((2, 2, 2)), 9, 3, True),
+    ],
+)
+def test_steps_of_a_decoder(mesh: Mesh, heads: int, kv_heads: int, packed: bool, tmp_path: Path) -> None:
+    size = LlamaSize(layers=1, heads=heads, kv_heads=kv_heads, packed=packed)
+    artifact = open_artifact(llama(mesh, size).write(tmp_path))
+    expected = steps(artifact, 1, separate=True)
+    for threads in (1, 2, 3):
+        found = steps(artifact, threads, separate=False)
+        assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_several_key_heads_that_ranks_share_are_there_for_each_or_stay_apart(packed: bool, tmp_path: Path) -> None:
+    """The queries of the first would have to be one behind another, and are beside those of the second."""
+    program = llama(MESH, LlamaSize(layers=1, heads=6, kv_heads=3, packed=packed))
+    lanes = laid(open_artifact(program.write(tmp_path)))
+    assert operators(lanes)["GroupQueryAttention"] == (1 if packed else 4)
+
+
+def test_key_heads_that_are_not_the_same_on_ranks_whose_states_are_stay_apart(tmp_path: Path) -> None:
+    program = llama(MESH, LlamaSize(layers=1, heads=6, kv_heads=2))
+    array = np.ones((HIDDEN, 64), dtype=np.float32)
+    program.weight("layer0.attention.k", array, HIDDEN, Prod((Leaf(4, ALL), Leaf(16))))
+    assert operators(laid(open_artifact(program.write(tmp_path))))["GroupQueryAttention"] == 4
 
 
 def test_packed_heads_in_pieces_that_nobody_takes_are_put_together(tmp_path: Path) -> None:

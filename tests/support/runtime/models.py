@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from furiosa_llm.runtime.artifact.layout import Cat, Leaf, Mesh, Prod
+from furiosa_llm.runtime.artifact.layout import Cat, Leaf, Mesh, Prod, local_size
 from furiosa_llm.runtime.artifact.manifest import StateMode
 from tests.support.runtime.spmd import Spmd
 
@@ -47,10 +47,15 @@ class LlamaSize:
     inner: int = 96
     vocab: int = 160
     max_length: int = 256
+    packed: bool = True
+    """Whether queries, keys and values are one product."""
 
 
 def llama(mesh: Mesh, size: LlamaSize, mode: StateMode = "in_place", seed: int = 0) -> Spmd:
-    """A decoder with packed QKV, rotary embedding, GQA, SwiGLU, and a head split over the vocabulary."""
+    """A decoder with packed QKV, rotary embedding, GQA, SwiGLU, and a head split over the vocabulary.
+
+    Fewer key heads than ranks are split over all mesh axes but the last, whose ranks have the same ones.
+    """
     return _Llama(mesh, size, mode, np.random.default_rng(seed)).build()
 
 
@@ -61,6 +66,8 @@ class _Llama:
         self.rng = rng
         self.axes = tuple(range(len(mesh.shape))) if mesh.size > 1 else ()
         self.parts = mesh.parts(self.axes)
+        shared = size.kv_heads < self.parts and size.heads > size.kv_heads
+        self.kv_axes = self.axes[:-1] if shared else self.axes
         self.program = Spmd(mesh, task="decoder", max_sequence_length=size.max_length)
 
     def matrix(self, name: str, rows: Any, columns: Any, shape: tuple[int, int]) -> str:
@@ -71,7 +78,7 @@ class _Llama:
         p, s = self.program, self.size
         p.input("input_ids", ["batch", "sequence"], "token_ids", "INT64")
         p.input("attention_mask", ["batch", "total"], "attention_mask", "INT64")
-        kv_layout = Leaf(s.kv_heads, self.axes)
+        kv_layout = Leaf(s.kv_heads, self.kv_axes)
         for layer in range(s.layers):
             for kind in ("key", "value"):
                 p.input(f"past.{layer}.{kind}", ["batch", kv_layout, "past", s.head], "state")
@@ -132,20 +139,34 @@ class _Llama:
 
     def attention(self, layer: int, value: str) -> str:
         p, s, name = self.program, self.size, f"layer{layer}.attention"
-        heads, kv = (Prod((Leaf(n, self.axes), Leaf(s.head))) for n in (s.heads, s.kv_heads))
-        width = (s.heads + 2 * s.kv_heads) * s.head
-        self.matrix(f"{name}.qkv", s.hidden, Cat((heads, kv, kv)), (s.hidden, width))
+        kv = Prod((Leaf(s.kv_heads, self.kv_axes), Leaf(s.head)))
+        heads = Prod((Leaf(s.heads, self.axes), Leaf(s.head)))
+        if self.kv_axes != self.axes:
+            group = Leaf(s.heads // s.kv_heads, self.axes[-1:])
+            heads = Prod((Leaf(s.kv_heads, self.kv_axes), group, Leaf(s.head)))
+        parts = {"q": (heads, s.heads * s.head), "k": (kv, s.kv_heads * s.head), "v": (kv, s.kv_heads * s.head)}
+        if s.packed and self.kv_axes == self.axes:
+            self.matrix(f"{name}.qkv", s.hidden, Cat((heads, kv, kv)), (s.hidden, sum(w for _, w in parts.values())))
+        else:
+            for part, (columns, width) in parts.items():
+                self.matrix(f"{name}.{part}", s.hidden, columns, (s.hidden, width))
+                if not s.packed:
+                    p.node("MatMul", [value, f"{name}.{part}"], f"{name}.{part}.out")
+            if s.packed:
+                p.node("Concat", [f"{name}.{part}" for part in parts], f"{name}.qkv", axis=1)
+        if s.packed:
+            p.node("MatMul", [value, f"{name}.qkv"], f"{name}.packed")
+        given = [f"{name}.packed", "", ""] if s.packed else [f"{name}.{part}.out" for part in parts]
         self.matrix(f"{name}.out", heads, s.hidden, (s.heads * s.head, s.hidden))
-        p.node("MatMul", [value, f"{name}.qkv"], f"{name}.packed")
         past = [f"past.{layer}.{kind}" for kind in ("key", "value")]
         present = [f"present.{layer}.{kind}" for kind in ("key", "value")]
         p.node(
             "GroupQueryAttention",
-            [f"{name}.packed", "", "", *past, "seqlens", "total32", "cos", "sin"],
+            [*given, *past, "seqlens", "total32", "cos", "sin"],
             [f"{name}.heads", *present],
             domain="com.microsoft",
-            num_heads=-(-s.heads // self.parts),
-            kv_num_heads=-(-s.kv_heads // self.parts),
+            num_heads=local_size(heads, p.mesh) // s.head,
+            kv_num_heads=local_size(kv, p.mesh) // s.head,
             do_rotary=1,
         )
         p.node("MatMul", [f"{name}.heads", f"{name}.out"], f"{name}.partial")
