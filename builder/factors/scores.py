@@ -32,11 +32,16 @@ def find_scores(graph: ir.Graph, facts: Facts, states: Iterable[ir.Value]) -> ir
 
 
 def _is_wide(value: ir.Value, facts: Facts, tables: list[tuple[int, int]]) -> bool:
-    """Whether `value` ends in a product about as wide as a token table is long, but not as wide as a hidden state."""
-    width = facts[value].shape[-1]
-    if not any(width == facts[product].shape[-1] for product in _products(value)):
-        return False
-    return any(width == rows or (width != hidden and 2 * width >= rows) for rows, hidden in tables)
+    """Whether `value` ends in a product about as wide as a token table is long, but not as wide as a hidden state.
+
+    The scores of the tokens may be in any dimension, if they are as many as the table's rows.
+    """
+    shape, products = facts[value].shape, [facts[product].shape[-2:] for product in _products(value)]
+    if any(rows in shape and any(rows in sizes for sizes in products) for rows, _ in tables):
+        return True
+    last = shape[-1]
+    wide = any(last != hidden and 2 * last >= rows for rows, hidden in tables)
+    return wide and any(last == sizes[-1] for sizes in products)
 
 
 def _products(value: ir.Value) -> Iterator[ir.Value]:

@@ -16,6 +16,7 @@ from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.shapes.interface import role_of
 from furiosa_llm.builder.source.load import Source
+from furiosa_llm.runtime.artifact.dimensions import vocabulary_dim
 from furiosa_llm.runtime.artifact.manifest import Task
 
 _OLDEST_IR_VERSION = 8
@@ -61,6 +62,15 @@ class Build:
         if not self.reads_tokens:
             return None
         return find_scores(self.model.graph, self.probes.facts, self.states.values)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many tokens the scores are of; None without scores."""
+        if self.logits is None:
+            return None
+        one, other = (facts[self.logits].shape for facts in (self.probes.facts, self.probes.others))
+        sizes = [a if a == b else "dynamic" for a, b in zip(one, other, strict=True)]
+        return one[vocabulary_dim(sizes)]
 
     def tensors(self) -> list[ShardedTensor]:
         """Stored tensors in the order in which they are written.

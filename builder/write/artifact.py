@@ -120,12 +120,11 @@ def planned(build: Build) -> SplitModel:
 def model_info(build: Build, name: str, limit: int | None) -> ModelInfo:
     """What the manifest says of the model; `limit` is the longest sequence that was asked for."""
     limits = [build.max_length, limit]
-    logits = build.logits
     return ModelInfo(
         name=name,
         task=build.task,
         max_sequence_length=min((limit for limit in limits if limit is not None), default=None),
-        vocab_size=build.probes.facts[logits].shape[-1] if logits is not None else None,
+        vocab_size=build.vocab_size,
         eos_token_ids=eos_token_ids(build.source.path),
     )
 

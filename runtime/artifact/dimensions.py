@@ -105,3 +105,9 @@ def _bind_compound(where: str, expression: Expression, size: int, sizes: dict[st
 def _agree(where: str, name: str, expected: int, found: int, origin: str) -> None:
     if expected != found:
         raise ArtifactError(f"{where}: found {found}, expected {expected} ({name!r}, from {origin})")
+
+
+def vocabulary_dim(shape: Sequence[int | str]) -> int:
+    """The dimension of next-token scores that runs over the tokens: the largest fixed one, the last of equals."""
+    fixed = [(dim, d) for d, dim in enumerate(shape) if isinstance(dim, int)]
+    return max(fixed)[1] if fixed else len(shape) - 1

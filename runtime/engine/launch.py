@@ -19,6 +19,7 @@ from furiosa_llm.runtime.artifact.adapters.inputs import adapter_inputs
 from furiosa_llm.runtime.artifact.adapters.stored import own_adapters
 from furiosa_llm.runtime.artifact.composite import whole_of_part
 from furiosa_llm.runtime.artifact.compute import computing
+from furiosa_llm.runtime.artifact.dimensions import vocabulary_dim
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
@@ -29,6 +30,7 @@ from furiosa_llm.runtime.engine.replica import FaultPolicy, Replica
 from furiosa_llm.runtime.engine.scheduler import PAGE_SIZE, SchedulerLimits
 from furiosa_llm.runtime.engine.slots import LEAST_CHUNK
 from furiosa_llm.runtime.errors import CapacityError, ContextLengthError, InputError, UnsupportedError
+from furiosa_llm.runtime.execution.scores import scores_output
 from furiosa_llm.runtime.placement.block_reads import block_starts
 from furiosa_llm.runtime.placement.capacity import check_weights, kv_pages, stage_memory
 from furiosa_llm.runtime.placement.stages import Stage, check_tensor_parallel_size, choose_stages
@@ -343,7 +345,8 @@ def _limits(
 
 def _num_logits(artifact: Artifact) -> int | None:
     """How many tokens the model chooses between, by the shape of its logits."""
-    size = next(info.shape[-1] for info in artifact.manifest.outputs if info.role == "logits")
+    shape = scores_output(artifact.manifest.outputs).shape
+    size = shape[vocabulary_dim(shape)]
     return size if isinstance(size, int) else None
 
 

@@ -18,6 +18,7 @@ from furiosa_llm.runtime.artifact.manifest import InputInfo, Manifest, OutputInf
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.execution.ort import Tensor
+from furiosa_llm.runtime.execution.scores import by_position, scores_output
 from furiosa_llm.runtime.execution.states import StateBuffers, grown_capacity
 from furiosa_llm.runtime.program.interruption import Interruption
 
@@ -119,7 +120,7 @@ class DecoderSession:
         self._others = others
         given = [info for info in interface.inputs if info.name in others]
         self._other_sizes = bind_sizes((info.name, info.shape, others[info.name].shape) for info in given)
-        self._logits = next(info for info in interface.outputs if info.role == "logits")
+        self._logits = scores_output(interface.outputs)
         self._singly = takes_one_position(interface.inputs)
         self._batch = 0
         self._capacity = 0
@@ -162,8 +163,7 @@ class DecoderSession:
         self._bind_states(lane, total)
         self._model.step(lane.bound)
         self.length = total
-        logits = lane.bound.array(0, self._logits.name)
-        return logits[:, -1] if logits.ndim == 3 else logits
+        return by_position(self._logits, lane.bound.array(0, self._logits.name), batch)[:, -1]
 
     def _checked_length(self, token_ids: TokenIds) -> int:
         if token_ids.ndim != 2 or token_ids.size == 0 or token_ids.dtype.kind not in "iu":

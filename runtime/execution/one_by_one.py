@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from onnx import ModelProto
 
+from furiosa_llm.runtime.artifact.dimensions import Shape, parse_dimension
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 
@@ -34,16 +35,18 @@ def run_singly(
 ) -> dict[str, Array]:
     """The outputs of `run` for a batch, run sequence by sequence; what has no dimension of the batch is the first's."""
     shapes = {info.name: info.shape for info in infos} | {info.name: info.shape for info in outputs}
-    dims = {name: shape.index(_BATCH) for name, shape in shapes.items() if _BATCH in shape}
-    rows = []
-    for row in range(batch):
-        one = {
-            name: np.take(array, [row], axis=dims[name]) if name in dims else array for name, array in inputs.items()
-        }
-        rows.append(run(one))
+    dims = {name: d for name, shape in shapes.items() if (d := batch_dim(shape)) is not None}
+    parts = {name: np.split(array, batch, axis=dims[name]) for name, array in inputs.items() if name in dims}
+    rows = [run({**inputs, **{name: part[row] for name, part in parts.items()}}) for row in range(batch)]
     return {
         info.name: np.concatenate([found[info.name] for found in rows], axis=dims[info.name])
         if info.name in dims
         else rows[0][info.name]
         for info in outputs
     }
+
+
+def batch_dim(shape: Shape) -> int | None:
+    """The dimension that has the sequences, or what there is of each of them side by side."""
+    names = [() if isinstance(dim, int) else parse_dimension(dim).names[:1] for dim in shape]
+    return next((d for d, first in enumerate(names) if first == (_BATCH,)), None)

@@ -14,6 +14,7 @@ from furiosa_llm.runtime.artifact.manifest import InputInfo
 from furiosa_llm.runtime.execution.executor import Executor, local_part
 from furiosa_llm.runtime.execution.memory import Block, array_nbytes
 from furiosa_llm.runtime.execution.ort import Tensor, wrap
+from furiosa_llm.runtime.execution.scores import by_position, scores_output
 
 
 class Steps(Protocol):
@@ -96,7 +97,8 @@ class CachedSteps:
         self._decoder.step(self._bound)
         for (rank, link), tensor in grown.items():
             self._bound.bind_input(rank, link.input, tensor)
-        logits: Array = self._bound.array(0, _logits_name(self._decoder)).reshape(-1)
+        name = scores_output(self._decoder.artifact.manifest.outputs).name
+        logits: Array = self._bound.array(0, name).reshape(-1)
         return logits
 
     def _make_room(self, sizes: Mapping[str, int]) -> dict[tuple[int, StateLink], Tensor]:
@@ -140,9 +142,5 @@ def _step_feed(info: InputInfo, tokens: Sequence[int], past: int, shape: tuple[i
 
 def last_logits(decoder: Executor, found: Mapping[str, Array]) -> Array:
     """The logits `[vocabulary]` after the last token, of a decoder's outputs for one sequence."""
-    logits: Array = found[_logits_name(decoder)][0]
-    return np.asarray(logits[-1] if logits.ndim == 2 else logits)
-
-
-def _logits_name(decoder: Executor) -> str:
-    return next(info.name for info in decoder.artifact.manifest.outputs if info.role == "logits")
+    info = scores_output(decoder.artifact.manifest.outputs)
+    return np.asarray(by_position(info, found[info.name], 1)[0, -1])

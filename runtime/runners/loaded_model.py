@@ -14,7 +14,7 @@ from furiosa_llm.runtime.artifact.compute import dequantises
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.graphs import used_names
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.artifact.manifest import InputInfo
+from furiosa_llm.runtime.artifact.manifest import InputInfo, OutputInfo
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.execution.decoder import (
@@ -27,6 +27,7 @@ from furiosa_llm.runtime.execution.decoder import (
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.graph_parts import rows_are_alone
 from furiosa_llm.runtime.execution.ort import SessionSettings
+from furiosa_llm.runtime.execution.scores import scores_output
 from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessions
 from furiosa_llm.runtime.execution.weights_files import mapped_check
 from furiosa_llm.runtime.placement.stages import Stage
@@ -101,9 +102,9 @@ class LoadedModel:
         return step_inputs(self.interface.inputs, self.bank.inputs, self.defaults)
 
     @property
-    def logits(self) -> str:
-        """The name of the output that has the logits."""
-        return next(info.name for info in self.interface.outputs if info.role == "logits")
+    def logits(self) -> OutputInfo:
+        """The output that has the logits."""
+        return scores_output(self.interface.outputs)
 
 
 def load_model(

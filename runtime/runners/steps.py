@@ -21,6 +21,7 @@ from furiosa_llm.runtime.execution.counters import Counters, count_run, count_se
 from furiosa_llm.runtime.execution.feeds import StepFeeds, TokenIds
 from furiosa_llm.runtime.execution.memory import Block
 from furiosa_llm.runtime.execution.ort import Tensor
+from furiosa_llm.runtime.execution.scores import by_position
 from furiosa_llm.runtime.execution.states import Overwritten, SlotStates, StagedStates
 from furiosa_llm.runtime.program.interruption import Interruption
 from furiosa_llm.runtime.program.segments import growing_values
@@ -437,17 +438,18 @@ def adapters_of_step(model: LoadedModel, step: Step) -> StepAdapters:
 
 def logits_of(model: LoadedModel, step: Step, last: Use) -> Array:
     """The logits of the batch's rows `step.rows`, `[rows, vocabulary]`, of the step's run on the last stage."""
-    logits = last.bound.array(0, model.logits)
+    logits = last.bound.array(0, model.logits.name)
     if not model.traits.selects:
-        logits = _wanted(logits, step)
+        logits = _wanted(by_position(model.logits, logits, len(step.token_ids)), step)
     return logits.reshape(-1, logits.shape[-1])[: len(step.rows)]
 
 
 def _wanted(logits: Array, step: Step) -> Array:
     """The logits of the wanted positions, of all that the model gives."""
-    rows, positions = step.token_ids.shape
+    positions = step.token_ids.shape[1]
+    only_last = logits.shape[1] < positions
     logits = logits.reshape(-1, logits.shape[-1])
-    if len(logits) == rows < step.token_ids.size:
+    if only_last:
         if any(place % positions != positions - 1 for place in step.wanted):
             raise UnsupportedError("the model gives the last position's logits only; ask for no others")
         return logits[[place // positions for place in step.wanted]]

@@ -26,7 +26,7 @@ from furiosa_llm.runtime.closing import Closing
 from furiosa_llm.runtime.errors import ExecutionError, InputError, UnsupportedError
 from furiosa_llm.runtime.execution.driver import cores_for
 from furiosa_llm.runtime.execution.executor import Executor
-from furiosa_llm.runtime.execution.one_by_one import is_chunk_of_many, takes_chunks_singly
+from furiosa_llm.runtime.execution.one_by_one import batch_dim, is_chunk_of_many, takes_chunks_singly
 from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session
 from furiosa_llm.runtime.program.limits import LONGEST_STEP_SECONDS, WorkLimits, whole_limits
 from furiosa_llm.runtime.tokens.tokenizer import Tokenizer
@@ -335,9 +335,9 @@ class _Stitched:
         shapes = {info.name: info.shape for info in manifest.inputs}
         shapes |= {info.name: info.shape for info in manifest.outputs}
         first = {
-            name: array[(slice(None),) * shapes[name].index("batch") + (slice(0, 1),)]
+            name: np.split(array, step.sizes["batch"], axis=d)[0]
             for name, array in (*step.inputs.items(), *step.expected.items())
-            if "batch" in shapes[name]
+            if (d := batch_dim(shapes[name])) is not None
         }
         return replace(
             step,

@@ -26,6 +26,7 @@ from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError
 from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.execution.scores import by_position, scores_output
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.program.interruption import Allowance
 from furiosa_llm.runtime.runners.batch import Batch, Copy, Decode, Piece, Prefill, Row
@@ -56,7 +57,7 @@ class _Sequence:
         self.stepped = 0
         self._reference = reference
         self._manifest = manifest
-        self._logits = next(info.name for info in manifest.outputs if info.role == "logits")
+        self._logits = scores_output(manifest.outputs)
         shape = next(info.shape for info in manifest.inputs if info.role == "token_ids")
         self._rows, self._width = (dim if isinstance(dim, int) else None for dim in shape)
         self.adapter = _adapter(slot, adapters, seed)
@@ -89,8 +90,7 @@ class _Sequence:
         found = self._reference.run(feeds | self._others | self._states)
         self._states = {state.input: found[state.output] for state in self._manifest.states}
         self.stepped += count
-        logits: Array = found[self._logits][0]
-        rows: Array = logits.reshape(-1, logits.shape[-1])
+        rows: Array = by_position(self._logits, found[self._logits.name], len(tokens))[0]
         return rows
 
 

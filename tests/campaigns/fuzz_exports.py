@@ -51,8 +51,8 @@ REWRITES: tuple[Rewrite, ...] = (
     *(interfaces.all_sizes, interfaces.narrow_tokens, interfaces.time_first, interfaces.embeddings),
     *(interfaces.unread_input, interfaces.mask_type, interfaces.square_mask, interfaces.no_mask),
     *(interfaces.position_type, interfaces.position_rows, interfaces.position_vector, interfaces.no_positions),
-    *(interfaces.last_scores, caches.layout, caches.unit_dimension, caches.flat_heads, caches.half_type),
-    *(caches.stacked, caches.joined, caches.written, graphs.constant_nodes, graphs.transposed_weights),
+    *(interfaces.last_scores, interfaces.turned_scores, caches.layout, caches.unit_dimension, caches.flat_heads),
+    *(caches.half_type, caches.stacked, caches.joined, caches.written, graphs.constant_nodes, graphs.transposed_weights),
     *(graphs.products_as_einsum, graphs.products_as_gemm, graphs.idle_nodes, graphs.newer_opset, graphs.functions),
     *(graphs.listed_initializers, graphs.branches),
 )

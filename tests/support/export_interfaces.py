@@ -51,7 +51,7 @@ def symbols(x: Export, rng: random.Random) -> bool:
         for d, (dim, kind) in enumerate(zip(value.shape, x.dims[str(value.name)], strict=True)):
             fixed = dim if isinstance(dim, int) else None
             unnamed = None if style == "none" else f"d{abs(hash((str(value.name), d))) % 10**6}"
-            other = chosen[kind] if isinstance(kind, str) and style in ("meaning", "sums") else unnamed
+            other = chosen.get(str(kind), unnamed) if style in ("meaning", "sums") else unnamed
             dims.append(other if fixed is None else fixed)
         value.shape = ir.Shape(dims)
     return True
@@ -379,6 +379,25 @@ def last_scores(x: Export, rng: random.Random) -> bool:
         x.replace_output(x.logits, last, (dims[0], 1, dims[2]), (shape_of(x.logits)[0], 1, shape_of(x.logits)[2]))
         x.translate(outputs=_changed(name, lambda a: a[:, -1:]))
     x.logits = last
+    return True
+
+
+def turned_scores(x: Export, rng: random.Random) -> bool:
+    """Scores with the vocabulary elsewhere, or with the positions of all sequences in one dimension."""
+    name = str(x.logits.name)
+    dims, shape = x.dims[name], shape_of(x.logits)
+    if len(dims) != 3 or dims[:2] != ("batch", "sequence"):
+        return False
+    order = rng.choice(((0, 2, 1), (1, 0, 2), (2, 0, 1), (1, 2, 0), None))
+    if order is None:
+        turned = x.op("Flatten", [x.logits], axis=2)
+        x.replace_output(x.logits, turned, ("rows", dims[2]), (None, shape[2]))
+        x.translate(outputs=_changed(name, lambda a: a.reshape(-1, a.shape[2])))
+    else:
+        turned = x.op("Transpose", [x.logits], perm=list(order))
+        x.replace_output(x.logits, turned, tuple(dims[d] for d in order), [shape[d] for d in order])
+        x.translate(outputs=_changed(name, lambda a: a.transpose(order)))
+    x.logits = turned
     return True
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from furiosa_llm.runtime import Executor, open_artifact
 from furiosa_llm.runtime.artifact.layout import Mesh
-from furiosa_llm.runtime.execution.one_by_one import is_chunk_of_many
+from furiosa_llm.runtime.execution.one_by_one import batch_dim, is_chunk_of_many
 from tests.runtime.execution.test_executor import step_inputs
 from tests.support.runtime.models import LlamaSize, llama
 
@@ -27,6 +27,12 @@ SIZE = LlamaSize(layers=1)
 def test_only_a_chunk_of_many_is_taken_apart(batch: int, sequence: int, past: int, *, expected: bool) -> None:
     assert is_chunk_of_many({"batch": batch, "sequence": sequence, "past": past}) is expected
     assert not is_chunk_of_many({"batch": batch})
+
+
+def test_the_dimension_of_the_sequences() -> None:
+    """What each of them has side by side is in it, too."""
+    shapes = (("sequence", "batch"), (3, "batch*sequence"), ("batch*8", "past"), ("past", 4), ("sequence*batch", 2))
+    assert [batch_dim(shape) for shape in shapes] == [1, 1, 0, None, None]
 
 
 def test_a_chunk_of_three_sequences_is_that_of_each(tmp_path: Path) -> None:
