@@ -232,9 +232,10 @@ class _Checker:
                 )
 
     def _are_integers(self, node: ir.Node) -> bool:
-        """Whether a node gives small integers whose elements are known: sizes, not a tensor that may be split."""
-        dtype = self._facts.first[node.outputs[0]].dtype
-        return dtype.is_integer() and self._facts.values(node.outputs[0]) is not None
+        """Whether a node gives a list of integers that are known: sizes, not a tensor that may be split."""
+        fact = self._facts.first[node.outputs[0]]
+        known = fact.dtype.is_integer() and self._facts.values(node.outputs[0]) is not None
+        return known and len(fact.shape) < 2
 
     def _whole_constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
         """The elements of a constant that is the same on all ranks, inline or stored."""

@@ -52,9 +52,9 @@ REWRITES: tuple[Rewrite, ...] = (
     *(interfaces.unread_input, interfaces.mask_type, interfaces.square_mask, interfaces.no_mask),
     *(interfaces.position_type, interfaces.position_rows, interfaces.position_vector, interfaces.no_positions),
     *(interfaces.last_scores, interfaces.turned_scores, caches.layout, caches.unit_dimension, caches.flat_heads),
-    *(caches.half_type, caches.stacked, caches.joined, caches.written, graphs.constant_nodes, graphs.transposed_weights),
-    *(graphs.products_as_einsum, graphs.products_as_gemm, graphs.idle_nodes, graphs.newer_opset, graphs.functions),
-    *(graphs.listed_initializers, graphs.branches),
+    *(caches.half_type, caches.stacked, caches.joined, caches.written, graphs.constant_nodes),
+    *(graphs.transposed_weights, graphs.products_as_einsum, graphs.products_as_gemm, graphs.idle_nodes),
+    *(graphs.newer_opset, graphs.functions, graphs.listed_initializers, graphs.branches),
 )
 SIZES = (2, 4, 4, 4, 8)
 """Tensor parallel sizes."""
