@@ -337,11 +337,11 @@ def _by_flow(value: ir.Value, trace: _Trace) -> Role | None:
     named = _by_name(value)
     if trace.kept and rank > 1:
         return Role(name="state", why=trace.kept)
+    if trace.length[0] and rank < 2 and value.dtype in _INTEGERS:  # positions may be counted from it, too
+        return Role(name=trace.length[0], why=trace.length[1])
     scaled = bool(trace.tables) and named.name == "token_ids"  # rows that are multiplied at once, as by a mask
     if value.dtype in _INTEGERS and trace.angles and value.dtype is not ir.DataType.BOOL and not scaled:
         return Role(name="position_ids", why=trace.angles)
-    if trace.length[0] and rank < 2 and value.dtype in _INTEGERS:
-        return Role(name=trace.length[0], why=trace.length[1])
     if trace.tables or not trace.scores or rank < 2 or named.name == "state":
         return None
     if named.name == "position_ids":  # positions may be compared to hide what comes later

@@ -88,7 +88,7 @@ def _model(inputs: str, outputs: str, nodes: str, **types: Any) -> onnx.ModelPro
     words = set(nodes.replace("(", " ").replace(")", " ").replace(",", " ").split())
     weights = {name: np.asarray(array) for name, array in _WEIGHTS.items() if name in words}
     weights = {name: array.astype(types.get(name, array.dtype)) for name, array in weights.items()}
-    return model(inputs, outputs, nodes, weights, opset=23)
+    return model(inputs, outputs, nodes, weights, opset=24 if "TensorScatter" in words else 23)
 
 
 def _checked(folder: Path, inputs: str, outputs: str, nodes: str, tp: int, **types: Any) -> BuildReport:
@@ -223,6 +223,13 @@ _ROLES = {
         f"{_MASK_OF} m = Cast<to=6>(ones) o, new = com.microsoft.Attention<num_heads=8>(x, packed3, bias3, m, old) "
         "x2 = Add(x, o)",
         {"n": "total_length", "old": "state"},
+    ),
+    "where new positions are written, from which they are counted": (
+        "int64[batch] start, float[batch, 8, 32, 8] k",
+        "u = Unsqueeze(start, axis) p0 = Cast<to=1>(u) p1 = Cos(p0) p = Unsqueeze(p1, two1) y0 = Add(x, p) "
+        "h0 = Reshape(x, q4) h1 = Transpose<perm=[0, 2, 1, 3]>(h0) new = TensorScatter(k, h1, start) "
+        "s0 = ReduceMean<keepdims=0>(new, heads13) s1 = Unsqueeze(s0, axis) s = MatMul(s1, spread) x2 = Add(y0, s)",
+        {"start": "past_length", "k": "state"},
     ),
     "the same with heads apart": (
         "int64 n, float[batch, 8, past, 8] k, float[batch, 8, past, 8] v",
