@@ -184,7 +184,8 @@ def _companion_faults(manifest: Manifest, model: Path) -> Iterator[str]:
         yield f"{name} is in the artifact, and there is none beside the model"
     for path in beside.values():
         try:
-            expected = hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:
+                expected = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise ModelLoadError(f"{path} cannot be read: {error.strerror}; it goes with the model.") from error
         if (found := listed.get(path.name)) != expected:

@@ -9,6 +9,7 @@ from typing import Any
 
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.source.beside import find_beside
+from furiosa_llm.runtime.artifact.manifest import MAX_COMPANION_NBYTES
 
 COMPANIONS = (
     "added_tokens.json",
@@ -28,6 +29,8 @@ COMPANIONS = (
 )
 """Files that are copied into the artifact unchanged."""
 
+_MAX_JSON_NBYTES = 2**24
+"""Of what is parsed here: a number of two characters takes eight bytes as an object."""
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
@@ -36,16 +39,23 @@ BELOW = "onnx"
 
 
 def companions(model: Path) -> list[Path]:
-    """The files next to `model` that belong to it; raises ModelLoadError for a link that leads out of its folder."""
+    """The files next to `model` that belong to it; raises as `find_companion` does."""
     return [path for name in COMPANIONS if (path := find_companion(model, name)) is not None]
 
 
 def find_companion(model: Path, name: str) -> Path | None:
-    """The file `name` next to `model`, or above its folder `onnx`; None if there is none."""
+    """The file `name` next to `model`, or above its folder `onnx`; None if there is none.
+
+    Raises ModelLoadError for a link that leads out of the model's folder, and for what no artifact may hold.
+    """
     what = f"{model.parent / name} goes with the model"
     found = find_beside(model, name, what)
     if found is None and model.absolute().parent.name == BELOW:
-        return find_beside(model, name, what, above=True)
+        found = find_beside(model, name, what, above=True)
+    if found is not None and (nbytes := found.stat().st_size) > MAX_COMPANION_NBYTES:
+        raise ModelLoadError(
+            f"{what}, and is {nbytes} bytes long, expected at most {MAX_COMPANION_NBYTES}; mend it or remove it."
+        )
     return found
 
 
@@ -55,6 +65,8 @@ def read_json(model: Path, name: str) -> dict[str, Any]:
     if path is None:
         return {}
     try:
+        if (nbytes := path.stat().st_size) > _MAX_JSON_NBYTES:
+            raise ModelLoadError(f"{path} is {nbytes} bytes long, expected at most {_MAX_JSON_NBYTES}; mend it.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{path} is not JSON: {error}; mend it or remove it.") from error

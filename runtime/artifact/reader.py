@@ -28,6 +28,7 @@ from furiosa_llm.runtime.artifact.files import Folder, size_of
 from furiosa_llm.runtime.artifact.json_reader import REBUILD
 from furiosa_llm.runtime.artifact.manifest import (
     MANIFEST_NAME,
+    MAX_COMPANION_NBYTES,
     MAX_MANIFEST_NBYTES,
     PROGRAM_NAME,
     SOURCE_NAME,
@@ -206,11 +207,9 @@ def manifest_bytes(folder: Path) -> bytes:
 
 def listed_bytes(files: Folder, entry: FileEntry) -> bytes:
     """The bytes of a file that the manifest lists; raises ArtifactError if they have not its digest."""
-    path = files.path / entry.path
-    if entry.nbytes > MAX_MODEL_NBYTES:
-        raise ArtifactError(f"{path} is {entry.nbytes} bytes long, expected at most {MAX_MODEL_NBYTES}; {REBUILD}")
+    _check_nbytes(files.path, entry)
     with files.stream(entry.path) as stream:
-        data = _read(path, stream, entry.nbytes)
+        data = _read(files.path / entry.path, stream, entry.nbytes)
     _check_digest(files.path, entry, hashlib.sha256(data).hexdigest())
     return data
 
@@ -265,7 +264,16 @@ def _checked_files(
     return models, offsets
 
 
+def _check_nbytes(folder: Path, entry: FileEntry) -> None:
+    """Raises ArtifactError for what is longer than anything that is read as a whole: a disk may say so for nothing."""
+    most = MAX_MODEL_NBYTES if entry.path in (PROGRAM_NAME, SOURCE_NAME) else MAX_COMPANION_NBYTES
+    if entry.nbytes > most:
+        raise ArtifactError(f"{folder / entry.path} is {entry.nbytes} bytes long, expected at most {most}; {REBUILD}")
+
+
 def _open_listed(files: Folder, entry: FileEntry) -> BufferedReader:
+    if not _is_weights(entry):
+        _check_nbytes(files.path, entry)
     stream = files.stream(entry.path)
     found = size_of(stream)
     if found != entry.nbytes:

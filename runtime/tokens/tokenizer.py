@@ -319,7 +319,7 @@ def _read_config(path: Path | Companion | None) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{path}: found a {type(config).__name__}, expected an object")

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,8 @@ from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError, Unsuppo
 from furiosa_llm.runtime.execution.memory import array_nbytes
 
 _CONFIGURED_SIZES = {"num_channels": "num_channels", "height": "image_size", "width": "image_size"}
+_LARGEST_IMAGE = 4096
+"""The largest size that is taken from a configuration; a greater one has to be given."""
 _ENCODER = "encoder"
 _OTHER_SIZES = {_ENCODER: 7, RANK: 5}
 
@@ -198,16 +201,16 @@ def _most(runs: Callable[[int], bool], longest: int) -> int:
     return good
 
 
-def configured_sizes(path: Companion | None) -> dict[str, int]:
+def configured_sizes(path: Companion | Path | None) -> dict[str, int]:
     """Sizes of dimensions other than batch and sequence: an image's sizes are in the config.json at `path`, if any."""
     if path is None:
         return {}
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON: {error}; {REBUILD}") from error
     found = {dim: config.get(key) for dim, key in _CONFIGURED_SIZES.items()} if isinstance(config, dict) else {}
-    return {dim: size for dim, size in found.items() if isinstance(size, int)}
+    return {dim: size for dim, size in found.items() if type(size) is int and 0 < size <= _LARGEST_IMAGE}
 
 
 class Inputs:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from furiosa_llm.runtime.artifact.source import read_source
 from furiosa_llm.runtime.errors import TokenizerError
 from tests.support.runtime.models import LlamaSize, llama, mlp
 from tests.support.runtime.spmd import WEIGHTS, Spmd
+from tests.support.tampering import edit_manifest
 
 MESH = Mesh((2, 2))
 
@@ -196,6 +198,21 @@ def test_a_companion_that_is_altered_while_the_artifact_is_open(tmp_path: Path) 
 def test_giant_models_are_refused_unread(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "MAX_MODEL_NBYTES", 100)
     with pytest.raises(ArtifactError, match=r"program\.onnx is \d+ bytes long, expected at most 100; rebuild"):
+        open_artifact(folder)
+
+
+def test_giant_companions_are_refused_unread(tmp_path: Path) -> None:
+    """They would be hashed for hours, and then read whole."""
+    program = mlp(MESH)
+    program.files = {"config.json": b"{}"}
+    folder = program.write(tmp_path / "artifact")
+
+    def stretch(manifest: dict[str, Any]) -> None:
+        next(entry for entry in manifest["files"] if entry["path"] == "config.json")["nbytes"] = 2**40
+
+    edit_manifest(folder, stretch)
+    os.truncate(folder / "config.json", 2**40)
+    with pytest.raises(ArtifactError, match=r"config\.json is 1099511627776 bytes long, expected at most 268435456"):
         open_artifact(folder)
 
 

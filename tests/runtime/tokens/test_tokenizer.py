@@ -286,7 +286,10 @@ def test_a_folder_without_a_tokenizer(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read"), ("[]", "found a list, expected an object")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "cannot be read"), ("[]", "found a list, expected an object"), ("[" * 100_000, "cannot be read")],
+)
 def test_a_malformed_configuration(folder: Path, content: str, message: str) -> None:
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(TokenizerError, match=message):

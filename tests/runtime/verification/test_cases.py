@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import open_artifact
 from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError
-from furiosa_llm.runtime.verification.cases import Inputs, Lengths, cases_of, lengths_of, steps_of, within_limit
+from furiosa_llm.runtime.verification.cases import (
+    Inputs,
+    Lengths,
+    cases_of,
+    configured_sizes,
+    lengths_of,
+    steps_of,
+    within_limit,
+)
 from tests.support.artifacts import artifact_of
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
@@ -136,3 +147,20 @@ def test_what_takes_too_long_is_tried_once(manifest: Manifest) -> None:
     with pytest.raises(StepTimeoutError):
         next(steps_of(inputs, cases_of(unlimited, lengths, np.random.default_rng(0))))
     assert asked == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "found"), [(224, {"height": 224, "width": 224}), (10**9, {}), (-1, {}), (0, {}), ("x", {}), (True, {})]
+)
+def test_sizes_of_images_are_those_of_images(size: object, found: dict[str, int], tmp_path: Path) -> None:
+    """A configuration is no reason to make inputs of a terabyte."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"image_size": size}))
+    assert configured_sizes(path) == found
+
+
+def test_a_deep_configuration_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ArtifactError, match=r"config\.json is not JSON"):
+        configured_sizes(path)
