@@ -38,6 +38,7 @@ from furiosa_llm.builder.rules.padding import Content
 from furiosa_llm.builder.shapes.closures import graphs_within, nodes_within
 from furiosa_llm.runtime.artifact import layout
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
+from furiosa_llm.runtime.artifact.errors import LayoutError
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
@@ -187,7 +188,11 @@ class _Checker:
                 self._facts.visit(node)
             except BuildError as error:
                 raise ContradictionError(str(error), "operands that fit on one rank", REBUILD) from error
-        for value, one in zip(node.outputs, self._outputs(node, held), strict=True):
+        try:
+            outputs = self._outputs(node, held)
+        except LayoutError as error:
+            raise ContradictionError(str(error), "a dimension that can be decided", REBUILD) from error
+        for value, one in zip(node.outputs, outputs, strict=True):
             self._held[value] = one
             if value.is_graph_output():
                 stored.check_output(one, self._declared[str(value.name)], self._manifest.mesh)

@@ -19,6 +19,8 @@ from furiosa_llm.runtime.artifact.layout import Mesh
 
 Size = tuple[int, int]
 ONE: Size = (1, 1)
+MAX_PIECES = 4096
+"""Of one dimension; the builder splits none of more. A chain of 40 concatenations of a value and itself has 2^40."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,9 +67,10 @@ class Gathered:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cat:
-    """A concatenation."""
+    """A concatenation; `count` are the pieces in it that are none."""
 
     parts: tuple[Dim, ...]
+    count: int
 
 
 Piece = Run | Axis | Padded | Copies | Gathered | Cat
@@ -184,7 +187,7 @@ def join(*dims: Dim) -> Dim:
 
 
 def concatenate(dims: Sequence[Dim]) -> Dim:
-    """The concatenation of dimensions."""
+    """The concatenation of dimensions: a whole one of more than MAX_PIECES is a run; LayoutError if one is split."""
     parts: list[Dim] = []
     flat = [part for dim in dims for part in (dim[0].parts if len(dim) == 1 and isinstance(dim[0], Cat) else (dim,))]
     for dim in flat:
@@ -199,7 +202,17 @@ def concatenate(dims: Sequence[Dim]) -> Dim:
             parts.append(dim)
     if len(parts) == 1:
         return parts[0]
-    return (Cat(tuple(parts)),) if parts else run((0, 0))
+    count = sum(piece.count if isinstance(piece, Cat) else 1 for part in parts for piece in part)
+    if count > MAX_PIECES:
+        return _as_run(parts)
+    return (Cat(tuple(parts), count),) if parts else run((0, 0))
+
+
+def _as_run(parts: Sequence[Dim]) -> Dim:
+    if not all(map(is_whole, parts)):
+        raise LayoutError(f"a dimension that is split has more than {MAX_PIECES} pieces")
+    sizes = [local_size(part) for part in parts]
+    return run((sum(one for one, _ in sizes), sum(other for _, other in sizes)))
 
 
 def _is_run(dim: Dim) -> bool:
