@@ -14,7 +14,7 @@ import numpy as np
 
 from furiosa_llm.bench.report import LATENCIES, latency_rows, legend, throughput_rows
 from furiosa_llm.bench.sweep import Run
-from furiosa_llm.runtime.artifact.console import ESCAPES
+from furiosa_llm.runtime.artifact.steering import ESCAPES
 from furiosa_llm.runtime.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:

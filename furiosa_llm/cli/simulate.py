@@ -15,9 +15,9 @@ import click
 from furiosa_llm.cli.bench import Objective
 from furiosa_llm.cli.command import command
 from furiosa_llm.cli.options import PROGRESS
-from furiosa_llm.runtime.artifact.console import ESCAPES
 from furiosa_llm.runtime.artifact.errors import OutputFileError
 from furiosa_llm.runtime.artifact.progress import shown, tell
+from furiosa_llm.runtime.artifact.steering import ESCAPES
 from furiosa_llm.simulate.errors import DeviceFileError, LoadError
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import Any, TextIO, cast
 import click
 from rich.text import Text
 
-from furiosa_llm.runtime.artifact.console import ESCAPES, Console
+from furiosa_llm.runtime.artifact.console import Console
 from furiosa_llm.runtime.artifact.errors import OutputFileError
+from furiosa_llm.runtime.artifact.steering import ESCAPES
 
 __all__ = ["Console", "StreamError", "cell", "escaped_streams", "line"]
 

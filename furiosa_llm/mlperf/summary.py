@@ -12,7 +12,7 @@ from furiosa_llm.mlperf.benchmarks import Benchmark
 from furiosa_llm.mlperf.loadgen import Mode
 from furiosa_llm.mlperf.scoring import Scores
 from furiosa_llm.mlperf.sut import Query
-from furiosa_llm.runtime.artifact.console import ESCAPES
+from furiosa_llm.runtime.artifact.steering import ESCAPES
 
 SUMMARY = "furiosa_summary.txt"
 LATENCIES = "furiosa_latencies.json"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
+from furiosa_llm.runtime.artifact.steering import STEERING
+
 IGNORED = "x-furiosa-ignored"
 """Fields of the request that are not known, and have no effect."""
 DROPPED = "x-furiosa-dropped"
@@ -14,8 +16,7 @@ HEADERS = (IGNORED, DROPPED, MAX_TOKENS)
 
 _MAX_LENGTH = 1000
 """Of a header."""
-_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROLS}
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in STEERING}
 
 NOTES: ContextVar[dict[str, list[str]] | None] = ContextVar("notes", default=None)
 """Those of the request that is being answered, by header."""

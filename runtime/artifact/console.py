@@ -9,15 +9,7 @@ from typing import IO
 import rich.console
 from rich.segment import Segment
 
-_STEERING = (
-    *(code for code in range(0x20) if chr(code) not in "\t\n"),
-    *range(0x7F, 0xA0),
-    *(0x2028, 0x2029),  # what ends a line or paragraph
-    *range(0x202A, 0x202F),  # what turns the direction of text
-    *range(0x2066, 0x206A),
-)
-ESCAPES = {code: f"\\u{code:04x}" for code in _STEERING}
-"""As JSON writes them, so that a document stays what it is."""
+from furiosa_llm.runtime.artifact.steering import ESCAPES
 
 _WIDTH = 120
 _NOTEBOOK = '<pre style="white-space: pre; overflow-x: auto; line-height: normal; font-family: monospace">{code}</pre>'

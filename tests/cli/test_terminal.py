@@ -36,8 +36,10 @@ from tests.support.server.process import started
 from tests.support.tampering import edit_manifest
 
 Patch = pytest.MonkeyPatch
-NASTY = "\x1b]0;owned\x07\x1b[2J\x9b1m\r\u202e\x7f"
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+NASTY = "\x1b]0;owned\x07\x1b[2J\x9b\r\u200f\u202e\x7f"
+STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 READING = (
     ("inspect",), ("inspect", "--json"), ("topology",), ("topology", "--json"), ("verify", "--no-record"),
