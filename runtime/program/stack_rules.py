@@ -38,7 +38,10 @@ _COLUMNS = 16
 _NARROW, _SUMMANDS = 64, 128
 """A kernel that dequantises first adds so many summands at a time, but more of them for so few columns."""
 _MOST_COPIED = 1 << 20
-"""Bytes of a lane's float matrix: a larger one is read no faster as one, and is there twice as it is put together."""
+"""Bytes of a lane's float matrix: a larger one is read no faster as one, and is there twice as it is put together.
+
+One with columns that ranks share is less than the ranks' own, and is put together whatever its size.
+"""
 _PAST, _SHARED_PORTS, _SINK = (3, 4), (5, 6, 7, 8, 9), 11
 """Operands of GroupQueryAttention: states, what all heads read, what each head has of its own."""
 
@@ -79,7 +82,8 @@ def _matmul(node: NodeProto, lane: LaneStacks) -> Stacked | None:
     if given is None or dims is None or len(dims) != 2 or lane.facts.dtype(weight) != "FLOAT":
         return None
     pieces = lane.pieces(node.output[0], dims[1])
-    if 4 * dims[0] * _total(pieces) > _MOST_COPIED:
+    alone = all(piece.owners == len(lane.ranks) for piece in pieces)
+    if alone and 4 * dims[0] * _total(pieces) > _MOST_COPIED:
         return None
     columns = lane.constant(weight, -1, pieces)
     return None if columns is None else _one(node, lane, [given, columns], -1, pieces)

@@ -185,6 +185,14 @@ def test_a_large_matrix_stays_apart(tmp_path: Path) -> None:
     assert operators(lanes)["MatMul"] == 1 + 2 * RANKS
 
 
+@pytest.mark.parametrize(("kv_heads", "nodes"), [(4, RANKS), (2, 1)])
+def test_a_large_matrix_is_stacked_where_ranks_share_columns(kv_heads: int, nodes: int, tmp_path: Path) -> None:
+    """It is then less than what the ranks have apart."""
+    size = LlamaSize(layers=1, heads=4, kv_heads=kv_heads, head=768)
+    lanes = laid(open_artifact(llama(MESH, size).write(tmp_path)))
+    assert operators(lanes)["GroupQueryAttention"] == nodes
+
+
 def test_quantised_columns_and_sums_of_blocks(tmp_path: Path) -> None:
     program, rng = begun()
     quantised(program, rng, "up", INNER, accuracy_level=4)
