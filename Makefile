@@ -171,6 +171,10 @@ bench-cluster: $(INSTALLED) ## stages on servers beside stages in one process: a
 bench-head: $(INSTALLED) ## what a cluster's head spends on a batch, a stage and a row, and what that says of 16, 64 and 256 hosts
 	$(BIN)/python -m benchmarks.head
 
+.PHONY: bench-threads
+bench-threads: $(INSTALLED) ## a decode step on one and two cores, spinning or not, alone and beside a busy process (THREADS=--write: into docs/threads.md)
+	$(BIN)/python -m benchmarks.threads $(THREADS)
+
 .PHONY: bench-peers
 bench-peers: $(INSTALLED) ## this project beside other engines, on three models in turns; installs them first (ROUNDS=5)
 	$(BIN)/python -m benchmarks.peers.install

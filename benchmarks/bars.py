@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -39,3 +40,13 @@ def show(bars: Iterable[Bar], console: Console) -> bool:
         table.add_row(bar.what, f"{bar.figure:.4g}{bar.unit}", limit, verdict, bar.beside)
     console.print(table)
     return kept
+
+
+def put_into(page: Path, what: str, text: str) -> None:
+    """Puts `text` between the marks of `what` in `page`; raises ValueError if they are not there."""
+    begin, end = f"<!-- {what} -->\n", f"<!-- end of {what} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not (found and found_too):
+        raise ValueError(f"{page}: found no {begin.strip()} followed by {end}; put the two lines where the table goes")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")

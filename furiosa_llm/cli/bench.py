@@ -90,7 +90,7 @@ class Objective(click.ParamType[tuple[str, float]]):
 @options(ENGINE, "allow_subset", "max_batch_size", "max_model_len", "prefill_chunk_size")
 @option("enable_prefix_caching", ENGINE, default=False, show_default="off",
         help="Off, lest a prompt that comes again be measured as if it were new.")  # fmt: skip
-@options(ENGINE, *CLUSTER)
+@options(ENGINE, *CLUSTER, "spin_us")
 @options(
     ENGINE, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "separate", "compute"
 )

@@ -12,7 +12,7 @@ import click
 ENGINE_GROUPS: Mapping[str, Sequence[str]] = {
     "Placement": (
         *("devices", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
-        *("num_blocks_per_pp_stage", "allow_subset", "workers", "threads"),
+        *("num_blocks_per_pp_stage", "allow_subset", "workers", "threads", "spin_us"),
     ),
     "Several hosts": ("distributed_executor_backend", "ray_address", "placement_timeout", "artifact_cache"),
     "Sequences": (

@@ -33,7 +33,7 @@ from furiosa_llm.runtime.artifact.progress import tell
 @options(
     ENGINE, *PLACEMENT, "tokenizer", "workers", "threads", "full_verification", "batch_invariant", "mapped", "separate"
 )
-@options(ENGINE, *CLUSTER, "step_timeout", "max_step_nbytes", "compute")
+@options(ENGINE, *CLUSTER, "step_timeout", "max_step_nbytes", "compute", "spin_us")
 @PROGRESS
 def generate(
     artifact: Path,

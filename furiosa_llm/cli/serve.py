@@ -138,7 +138,7 @@ def _check_backend(_: click.Context, __: click.Parameter, value: str | None) -> 
     "mapped",
     "separate",
 )
-@options(ENGINE, *CLUSTER, "full_verification", "step_timeout", "max_step_nbytes", "compute")
+@options(ENGINE, *CLUSTER, "full_verification", "step_timeout", "max_step_nbytes", "compute", "spin_us")
 @click.option("--device", "device_file", type=click.Path(path_type=Path),
               help="Show on the page what `simulate` predicts from this file of --measure-this-machine.")  # fmt: skip
 @click.option("--disable-log-stats", is_flag=True, help="Log no figures every ten seconds.")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, ParamSpec, Self, TypedDict, TypeVar,
 from furiosa_llm.runtime.artifact.options import (
     COMPUTE,
     COUNT,
+    COUNT_OR_NONE,
     PATH,
     POSITIVE,
     SEED,
@@ -161,6 +162,10 @@ class EngineArgs:
     ] = None
     workers: Annotated[int | None, Option("Processes that the PEs are spread over.", COUNT, "this one alone")] = None
     threads: Annotated[int | None, Option("Threads that step the PEs.", COUNT, "the cores")] = None
+    spin_us: Annotated[
+        int,
+        Option("Microseconds for which threads poll for each other before they sleep.", COUNT_OR_NONE, unit="us"),
+    ] = 0
     batch_invariant: Annotated[
         bool,
         Option(
@@ -270,6 +275,7 @@ class EngineOptions(TypedDict, total=False):
     scheduler_config: SchedulerConfig | None
     workers: int | None
     threads: int | None
+    spin_us: int
     batch_invariant: bool
     mapped: bool
     separate: bool

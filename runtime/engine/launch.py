@@ -221,6 +221,10 @@ def _open_host(plan: Plan, args: EngineArgs) -> _Host:
         "max_step_nbytes": nbytes,
     }
     slots = plan.scheduling.slots_per_group
+    if args.spin_us and (args.remote or args.workers is not None):
+        raise InputError(
+            f"spin_us={args.spin_us} is for the threads of this process; leave it out, or workers and the backend ray"
+        )
     if args.remote:
         remote = _remote_host(plan, args, options)
         make = partial(remote.runner, slots_per_group=slots)
@@ -229,7 +233,7 @@ def _open_host(plan: Plan, args: EngineArgs) -> _Host:
         raise InputError(f"workers={args.workers} and threads={args.threads} exclude each other: leave one out")
     host: Host | ProcessHost
     if args.workers is None:
-        host = Host(plan.artifact, plan.stages, threads=args.threads, **options)
+        host = Host(plan.artifact, plan.stages, threads=args.threads, spin_us=args.spin_us, **options)
     else:
         host = ProcessHost(plan.artifact, plan.stages, workers=args.workers, **options)
     return _Host(make=lambda _: host.runner(slots_per_group=slots), close=host.close)

@@ -35,7 +35,7 @@ class Host(Closing):
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files,
     `separate` the nodes of every rank apart (see `load_model`), and `exact` is for comparisons (see `SessionSettings`).
     The rows that `companions` names are computed together with a copy of themselves. `max_step_nbytes` is as for
-    `load_model`.
+    `load_model`. Threads that wait for each other poll for `spin_us` before they sleep.
     Close it, or use it as a context manager, to end its threads.
     """
 
@@ -50,6 +50,7 @@ class Host(Closing):
         exact: bool = False,
         companions: Companions = NO_COMPANIONS,
         max_step_nbytes: int | None = None,
+        spin_us: int = 0,
     ) -> None:
         self.threads = cores_for(threads)
         self.model = load_model(
@@ -63,7 +64,7 @@ class Host(Closing):
             companions=companions,
             max_step_nbytes=max_step_nbytes,
         )
-        self.crew = Crew(self.threads)
+        self.crew = Crew(self.threads, spin=spin_us / 1e6)
 
     def runner(self, *, slots_per_group: int) -> LocalRunner:
         """A replica with KV of its own: as many groups as stages, each of `slots_per_group` slots."""

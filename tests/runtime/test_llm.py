@@ -33,8 +33,10 @@ from furiosa_llm.runtime.errors import (
     UnsupportedError,
 )
 from furiosa_llm.runtime.execution.decoder import DecoderSession
+from furiosa_llm.runtime.execution.driver import Crew
 from furiosa_llm.runtime.execution.executor import Executor
 from furiosa_llm.runtime.requests.outputs import RequestOutput
+from furiosa_llm.runtime.runners import local_runner
 from tests.support.runtime.bracketed import bracketed_tokenizer
 from tests.support.runtime.models import LlamaSize, llama, mlp
 
@@ -625,6 +627,24 @@ def test_workers_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
         LLM(folder, workers=3)
     with pytest.raises(InputError, match="workers=2 and threads=1 exclude each other: leave one out"):
         LLM(folder, workers=2, threads=1)
+    with pytest.raises(InputError, match="spin_us=50 is for the threads of this process"):
+        LLM(folder, workers=2, spin_us=50)
+
+
+def test_threads_that_spin_give_the_same_tokens(
+    folder: Path, greedy: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crews: list[tuple[int, float]] = []
+
+    class Noted(Crew):
+        def __init__(self, count: int, *, spin: float = 0.0) -> None:
+            crews.append((count, spin))
+            super().__init__(count, spin=spin)
+
+    monkeypatch.setattr(local_runner, "Crew", Noted)
+    with LLM(folder, threads=2, spin_us=50) as spinning:
+        assert [output.outputs[0].token_ids for output in spinning.generate(["hello"] * 3, GREEDY)] == [greedy] * 3
+    assert crews == [(2, 50e-6)]
 
 
 class Bar:

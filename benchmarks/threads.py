@@ -1,0 +1,165 @@
+"""What threads, cores and spinning make of a decode step, alone and beside another: `python -m benchmarks.threads`.
+
+Cores are taken away by the affinity of the threads, as `taskset` does it, so that what one core does is measured here.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from benchmarks.artifacts import artifact
+from benchmarks.bars import Bar, put_into, show
+from benchmarks.stepping import PAST, Served
+from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.execution.driver import Crew
+from furiosa_llm.runtime.placement.stages import choose_stages
+from furiosa_llm.runtime.runners.local_runner import Host
+
+PAGE = Path("docs/threads.md")
+_MODEL, _SIZE = "int4", 4
+_SPINS = (0, 50, 1000)
+"""Microseconds."""
+_PLACES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 4))
+"""Cores, and threads."""
+_ROUNDS, _STEPS = 6, 12
+_SLOWER_ALONE, _SLOWER_BESIDE = 1.1, 1.0
+"""The time of the default, which is not to spin, over that of the fastest spinning, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How steps are run: on which number of cores and threads, spinning for so long, alone or beside a busy process."""
+
+    cores: int
+    threads: int
+    spin_us: int
+    busy: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Took:
+    """Milliseconds of a step, on the wall and of processor time."""
+
+    wall: float
+    processor: float
+
+
+def measure(model: str, size: int) -> dict[Setting, Took]:
+    """The medians of some rounds, in which all settings take turns."""
+    found: dict[Setting, list[Took]] = defaultdict(list)
+    cores = sorted(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        places = [place for place in _PLACES if place[0] <= len(cores)]
+        served = {(count, threads): _serving(model, size, threads, cores[:count], stack) for count, threads in places}
+        for number in range(_ROUNDS):
+            for busy in (False, True)[:: 1 if number % 2 else -1]:
+                with busy_process(cores[0]) if busy else nullcontext():
+                    for (count, threads), (one, crew) in served.items():
+                        for spin_us in _SPINS if threads > 1 else (0,):
+                            crew.spin = spin_us / 1e6
+                            setting = Setting(cores=count, threads=threads, spin_us=spin_us, busy=busy)
+                            found[setting].append(_round(one))
+    return {
+        setting: Took(
+            wall=statistics.median(one.wall for one in rounds),
+            processor=statistics.median(one.processor for one in rounds),
+        )
+        for setting, rounds in found.items()
+    }
+
+
+def _serving(model: str, size: int, threads: int, cores: Sequence[int], stack: ExitStack) -> tuple[Served, Crew]:
+    """What is stepped, on threads that may use these cores."""
+    opened = open_artifact(artifact(model, size).folder, full=False)
+    with on_cores(cores):
+        host = stack.enter_context(Host(opened, choose_stages(opened), threads=threads))
+        runner = host.runner(slots_per_group=1)
+    stack.callback(runner.close)
+    return Served(runner, logits="last"), host.crew
+
+
+@contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Threads that are made in the block have these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def busy_process(core: int) -> Iterator[None]:
+    """A process that computes on that core."""
+    with on_cores([core]):
+        process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _round(served: Served) -> Took:
+    served.prefill(PAST)
+    served.decode()
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(_STEPS):
+        served.decode()
+    return Took(
+        wall=(time.perf_counter() - wall) / _STEPS * 1e3, processor=(time.process_time() - processor) / _STEPS * 1e3
+    )
+
+
+def bars(found: Mapping[Setting, Took]) -> Iterator[Bar]:
+    """What the default, not to spin, costs and gains where there is a core for each thread."""
+    cores = max(setting.cores for setting in found)
+    for busy, limit in ((False, _SLOWER_ALONE), (True, _SLOWER_BESIDE)):
+        walls = {
+            setting.spin_us: took.wall
+            for setting, took in found.items()
+            if (setting.cores, setting.threads, setting.busy) == (cores, cores, busy) and cores > 1
+        }
+        if walls:
+            fastest = min((spin_us for spin_us in walls if spin_us), key=walls.__getitem__)
+            what = f"{cores} threads {'beside a busy process' if busy else 'alone'}: no spinning / {fastest} us"
+            beside = f"{walls[0]:.1f} ms / {walls[fastest]:.1f} ms"
+            yield Bar(what=what, figure=walls[0] / walls[fastest], limit=limit, unit="x", beside=beside)
+
+
+def table(found: Mapping[Setting, Took]) -> str:
+    """A row for cores, threads and spinning."""
+    lines = ["| cores | threads | spin_us | wall, processor: alone | beside a busy process |", "|---|---|---|---|---|"]
+    for setting in sorted({replace(setting, busy=False) for setting in found}, key=astuple):
+        both = [found[replace(setting, busy=busy)] for busy in (False, True)]
+        cells = [f"{took.wall:.1f}, {took.processor:.1f} ms" for took in both]
+        lines.append(f"| {setting.cores} | {setting.threads} | {setting.spin_us} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--write", is_flag=True, help=f"Put the table into {PAGE}.")
+def main(write: bool) -> None:
+    """Measure every setting, print the table, and fail if a bar is missed."""
+    found = measure(_MODEL, _SIZE)
+    print(table(found))
+    if write:
+        put_into(PAGE, "threads", table(found))
+    sys.exit(0 if show(bars(found), Console(width=140)) else 1)
+
+
+if __name__ == "__main__":
+    main()
