@@ -165,6 +165,9 @@ def _instead(kinds: DimensionKinds) -> Iterator[DimensionKinds]:
         yield _renamed(kinds, {"total": "sequence"})
     if "sequence" in names and not names & {"total", "past"}:
         yield _renamed(kinds, {"sequence": 1})
+    masks = {name: ("sequence", *dims[1:]) for name, dims in kinds.items() if dims == ("batch", "total")}
+    if masks and "sequence" in names:
+        yield {**kinds, **masks}
 
 
 def _renamed(kinds: DimensionKinds, names: Mapping[int | str, int | str]) -> DimensionKinds:

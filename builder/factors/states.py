@@ -65,6 +65,17 @@ def find_states(graph: ir.Graph, facts: Facts, others: Facts) -> States:
     return States(pairs=ordered, values=frozenset((*named, *pairs)) | outputs)
 
 
+def is_rolled(pair: StatePair) -> bool:
+    """Whether a state of a fixed size has its new positions behind the others, of which the oldest fall out."""
+    old = set(reached([pair.input], is_kept))
+    value: ir.Value | None = pair.output
+    while pair.mode == "replace" and value is not None and (node := value.producer()) is not None:
+        if node.op_type == "Concat":
+            return node.inputs[0] in old and node.inputs[-1] not in old
+        value = node.inputs[0] if is_kept(node, 0) else None
+    return False
+
+
 # -- states that grow ----------------------------------------------------------------------------------------------
 
 

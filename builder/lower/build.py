@@ -9,12 +9,13 @@ import onnx_ir as ir
 from furiosa_llm.builder.factors.analysis import Analysis
 from furiosa_llm.builder.factors.probe import Probes
 from furiosa_llm.builder.factors.scores import find_scores
-from furiosa_llm.builder.factors.states import States
+from furiosa_llm.builder.factors.states import States, is_rolled
 from furiosa_llm.builder.lower.emit import Lowered
 from furiosa_llm.builder.lower.program_builder import ShardedTensor
 from furiosa_llm.builder.plan.plan import Plan
 from furiosa_llm.builder.rewrite.fusion import Fusion
 from furiosa_llm.builder.shapes.interface import role_of
+from furiosa_llm.builder.shapes.roles import GIVEN, Role, distinct_roles
 from furiosa_llm.builder.source.load import Source
 from furiosa_llm.runtime.artifact.dimensions import vocabulary_dim
 from furiosa_llm.runtime.artifact.manifest import Task
@@ -71,6 +72,17 @@ class Build:
         one, other = (facts[self.logits].shape for facts in (self.probes.facts, self.probes.others))
         sizes = [a if a == b else "dynamic" for a, b in zip(one, other, strict=True)]
         return one[vocabulary_dim(sizes)]
+
+    @property
+    def roles(self) -> dict[ir.Value, Role]:
+        """What each input is for; a mask over caches that roll is not told by the positions so far."""
+        found, facts = distinct_roles(self.model.graph.inputs), self.probes.facts
+        rolled = {size for pair in self.states.pairs if is_rolled(pair) for size in facts[pair.input].shape}
+        for value, role in found.items():
+            if role.name == "attention_mask" and role.why != GIVEN and facts[value].shape[-1] in rolled:
+                why = f"{role.why}; but the caches roll, so which places are filled follows from no position"
+                found[value] = Role(name="other", why=why)
+        return found
 
     def tensors(self) -> list[ShardedTensor]:
         """Stored tensors in the order in which they are written.

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import global_shapes
-from furiosa_llm.builder.shapes.roles import distinct_roles
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +29,7 @@ def interface_of(build: Build) -> tuple[InterfaceValue, ...]:
 
 def _inputs(build: Build) -> Iterator[InterfaceValue]:
     pairs = {pair.input: pair for pair in build.states.pairs}
-    roles = distinct_roles(build.model.graph.inputs)
+    roles = build.roles
     for (value, role), shape in zip(roles.items(), global_shapes(build, list(roles)), strict=True):
         pair = pairs.get(value)
         why = role.why if pair is None or role.name == "state" else "an output of its size is computed of it"

@@ -215,7 +215,9 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
     dynamic = [place for place in _dynamic(graph) if place not in sizes]
     grows = {v: growing_dim(v) for v in graph.inputs if role_of(v) == "state"}
     has_state = bool(grows)
-    batches = {_symbol((v, d)) for v, d in dynamic if role_of(v) == "token_ids" and d == 0} - {None}
+    batches, sequences = (
+        {_symbol((v, d)) for v, d in dynamic if role_of(v) == "token_ids" and d == n} - {None} for n in (0, 1)
+    )
     for place in dynamic:
         value, d = place
         role = inferred_role(value)
@@ -236,6 +238,8 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
             kind = _of_steps(role.name, behind, len(value.shape), has_state=has_state)
             if len(value.shape) == 1 and role.name != "attention_mask":
                 kind = "sequence" if role.name == "position_ids" and _symbol(place) not in batches else None
+            if kind == "batch" and role.name == "attention_mask" and _symbol(place) in sequences:
+                kind = "sequence"  # of new positions by all, the same for all sequences
         if is_batch_last(graph) and (role.name == "token_ids" or _is_embedding(graph, value)):
             kind = {0: "sequence", 1: "batch"}.get(d, kind)
         if kind is not None:

@@ -12,7 +12,6 @@ from furiosa_llm.builder.lower.blocks import find_blocks
 from furiosa_llm.builder.lower.build import Build
 from furiosa_llm.builder.lower.program_shapes import ValueShape, global_shapes
 from furiosa_llm.builder.shapes.interface import role_of
-from furiosa_llm.builder.shapes.roles import distinct_roles
 from furiosa_llm.builder.write.streaming import FilePosition, WrittenWeights
 from furiosa_llm.runtime.artifact.dimensions import Shape
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
@@ -97,7 +96,7 @@ def _initializers(build: Build, digests: Mapping[int, str]) -> tuple[OriginalIni
 
 def _inputs(build: Build) -> tuple[InputInfo, ...]:
     found = []
-    roles = distinct_roles(build.model.graph.inputs)
+    roles = build.roles
     for (value, role), shape in zip(roles.items(), global_shapes(build, list(roles)), strict=True):
         found.append(
             InputInfo(

@@ -20,13 +20,16 @@ def is_fed(info: InputInfo) -> bool:
     match info.role:
         case "token_ids" | "token_type_ids":
             return len(info.shape) == 2 and rows[0] and positions[1]
+        case "position_ids" if len(info.shape) == 1:
+            return info.shape[0] == "sequence"
         case "position_ids":
             front = all(isinstance(size, int) for size in info.shape[:-2])
             return len(info.shape) >= 2 and front and rows[-2] and positions[-1]
-        case "attention_mask" if len(info.shape) == 2:
-            return rows[0] and info.shape[1] == "total"
-        case "attention_mask":
-            return len(info.shape) == 4 and rows[0] and info.shape[1] == 1 and positions[2] and info.shape[3] == "total"
+        case "attention_mask" if len(info.shape) > 1:
+            added = len(info.shape) == 2 and np.issubdtype(DTYPES[info.dtype].numpy, np.floating)
+            total = info.shape[-1] == "total" or (isinstance(info.shape[-1], int) and not added)
+            front = all(rows[:-2][:1]) and all(isinstance(size, int) for size in info.shape[1:-2])
+            return total and front and (positions[-2] or (len(info.shape) == 2 and rows[0]))
         case role:
             return role in LENGTH_ROLES and len(info.shape) <= 1 and all(rows)
 
@@ -34,6 +37,11 @@ def is_fed(info: InputInfo) -> bool:
 def _dims(shape: Sequence[int | str], names: Sequence[str]) -> list[bool]:
     """Which dimensions have one of `names`, or a size of their own."""
     return [isinstance(size, int) or size in names for size in shape]
+
+
+def is_of_each_row(info: InputInfo) -> bool:
+    """Whether an input can say of each row of a step what is so of this row: where others are as long, it need not."""
+    return info.role not in ("attention_mask", "position_ids") or "batch" in info.shape
 
 
 class StepFeeds:
@@ -84,14 +92,15 @@ class StepFeeds:
                 yield from self.keep(info.name, found if info.shape == ("batch",) else alike)
                 continue
             array = self._kept.get(info.name)
-            front = tuple(int(size) for size in info.shape[:-2])
-            if array is None or array.shape != (*front, *token_ids.shape):
-                array = self._kept[info.name] = np.zeros((*front, *token_ids.shape), dtype=DTYPES[info.dtype].numpy)
+            rows = batch if info.shape[-2:-1] != (1,) else 1
+            shape = (*(int(size) for size in info.shape[:-2]), rows, sequence)[-len(info.shape) :]
+            if array is None or array.shape != shape:
+                array = self._kept[info.name] = np.zeros(shape, dtype=DTYPES[info.dtype].numpy)
                 yield info.name, array
             if info.role == "token_ids":
                 array[...] = token_ids
             elif info.role == "position_ids":
-                array[...] = starts[:, None] + np.arange(sequence)
+                array[...] = starts[: rows if array.ndim > 1 else 1, None] + np.arange(sequence)
 
     def keep(self, name: str, array: Array) -> Iterator[tuple[str, Array]]:
         """Writes `array` where the last one of this name is; yields it if that had another shape, or there was none."""
@@ -104,16 +113,27 @@ class StepFeeds:
 
     def _mask(self, info: InputInfo, behind: TokenIds, added: TokenIds, sequence: int) -> Array:
         dtype, totals = DTYPES[info.dtype].numpy, behind + added
-        batch, total = totals.size, int(totals.max())
-        if len(info.shape) == 4:
-            last = behind[:, None, None, None] + np.arange(sequence)[:, None]
-            seen = np.arange(total) <= last
-            if not np.issubdtype(dtype, np.floating):
-                return seen.astype(dtype)
-            return np.where(seen, 0, np.finfo(dtype).min).astype(dtype)
+        batch, longest = totals.size, int(totals.max())
+        size = info.shape[-1]
+        total = size if isinstance(size, int) else longest
+        if len(info.shape) > 2 or info.shape[0] == "sequence":
+            return _square_mask(info, behind, sequence, total)
         if (totals == total).all():
             ones = self._ones.get(info.name)
             if ones is None or ones.size < batch * total:
                 ones = self._ones[info.name] = np.ones(2 * batch * total, dtype=dtype)
             return ones[: batch * total].reshape(batch, total)
         return (np.arange(total) < totals[:, None]).astype(dtype)
+
+
+def _square_mask(info: InputInfo, behind: TokenIds, sequence: int, total: int) -> Array:
+    """A mask of new positions by all: true where one is seen, or what is added to scores."""
+    dtype, front = DTYPES[info.dtype].numpy, info.shape[:-2]
+    rows = behind if "batch" in front or (front and front[0] == len(behind)) else behind[:1]
+    seen = np.arange(total) <= rows[:, None, None] + np.arange(sequence)[:, None]
+    shape = [len(rows) if size == "batch" else int(size) for size in front]
+    spread = seen.reshape(*(seen.shape[:1] if front else ()), *[1] * (len(front) - 1), sequence, total)
+    found = np.broadcast_to(spread, (*shape, sequence, total))
+    if not np.issubdtype(dtype, np.floating):
+        return found.astype(dtype)
+    return np.where(found, 0, np.finfo(dtype).min).astype(dtype)

@@ -24,7 +24,7 @@ from furiosa_llm.runtime.execution.decoder import (
     interface_of,
     takes_one_position,
 )
-from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.execution.feeds import StepFeeds, is_of_each_row
 from furiosa_llm.runtime.execution.graph_parts import rows_are_alone
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.scores import scores_output
@@ -204,7 +204,8 @@ def serving_of(artifact: Artifact, doubled: Collection[str] = ()) -> tuple[Servi
     manifest = artifact.manifest
     serving = serving_graph(artifact.program, manifest, doubled=doubled)
     longest = min(manifest.model.max_sequence_length or _LONGEST_CHECKED, _LONGEST_CHECKED)
-    if serving.ragged and not rows_are_alone(serving, artifact, longest=longest):
+    of_each = all(is_of_each_row(info) for info in manifest.inputs)
+    if serving.ragged and not (of_each and rows_are_alone(serving, artifact, longest=longest)):
         serving = serving_graph(artifact.program, manifest, ragged=False, doubled=doubled)
     traits = Traits(
         rows="ragged" if serving.ragged else "equal",

@@ -85,14 +85,8 @@ def test_places_that_are_known_are_expanded_over_heads(tmp_path: Path) -> None:
         i = Expand(place, s) present_k = ScatterElements<axis=2>(past_k, i, k)
         r = ReduceSum<keepdims=0>(present_k, rows) f = Reshape(r, flat) y = MatMul(f, wo)
     """
-    weights = {
-        "wk": (64, 32),
-        "wo": (32, 64),
-        "place": np.full((1, 1, 1, 1), 3),
-        "heads": ints(1, 1, 4, 8),
-        "rows": ints(2),
-        "flat": ints(1, 32),
-    }
+    weights = {"wk": (64, 32), "wo": (32, 64), "place": np.full((1, 1, 1, 1), 3)}
+    weights |= {"heads": ints(1, 1, 4, 8), "rows": ints(2), "flat": ints(1, 32)}
     inputs, outputs = "float[1, 1, 64] x, float[1, 4, 6, 8] past_k", "float[1, 64] y, float[1, 4, 6, 8] present_k"
     onnx.save(model(inputs, outputs, nodes, weights), tmp_path / "model.onnx")
     report = ArtifactBuilder(tmp_path / "model.onnx", tensor_parallel_size=4).build(tmp_path / "artifact")

@@ -203,17 +203,27 @@ def mask_type(x: Export, rng: random.Random) -> bool:
 
 
 def square_mask(x: Export, rng: random.Random) -> bool:
-    """A mask of scores [batch, 1, sequence, total], added or true where a key is seen."""
-    if x.mask is None or len(x.dims[str(x.mask.name)]) != 2 or x.mask.dtype is None:
+    """A mask of new positions by all, of each sequence or of all at once, added or true where a key is seen."""
+    if x.tokens is None or x.mask is None or len(x.dims[str(x.mask.name)]) != 2 or x.mask.dtype is None:
         return False
     old, name, added = x.mask, str(x.mask.name), rng.random() < 0.5
     assert old.shape is not None
-    dims: Dims = ("batch", 1, "sequence", "total")
+    front: Dims = rng.choice((("batch", 1), ("batch",), (1, 1), ()))
+    dims: Dims = (*front, "sequence", "total")
     batch, total = shape_of(old)
-    shape = (batch, 1, _dim_of(x, "sequence"), total)
-    new = x.add_input(name, dims, _FLOAT if added else _BOOL, shape)
-    last = x.op("Slice", [new, x.constant([-1]), x.constant([np.iinfo(np.int64).max]), x.constant([2])])
-    row = x.op("Squeeze", [last, x.constant([1, 2])])
+    new = x.add_input(
+        name,
+        dims,
+        _FLOAT if added else _BOOL,
+        (*(batch if dim == "batch" else dim for dim in front), _dim_of(x, "sequence"), total),
+    )
+    end = x.constant([np.iinfo(np.int64).max])
+    last = x.op("Slice", [new, x.constant([-1]), end, x.constant([len(front)])])
+    row = x.op("Squeeze", [last, x.constant([d for d, dim in enumerate(dims) if dim in (1, "sequence")])])
+    if "batch" not in front:
+        assert x.tokens is not None
+        size = _size(x, x.tokens, x.dims[str(x.tokens.name)].index("batch"))
+        row = x.op("Expand", [row, x.op("Concat", [size, x.constant([1])], axis=0)])
     seen = x.op("GreaterOrEqual", [row, x.constant(-1.0, np.float32)]) if added else row
     inner = seen if old.dtype is _BOOL else x.op("Cast", [seen], to=int(dtype_of(old)))
     x.replace_input(old, new, inner)
@@ -221,7 +231,8 @@ def square_mask(x: Export, rng: random.Random) -> bool:
 
     def made(arrays: Arrays, case: Case) -> None:
         keys, rows = np.arange(case.past + case.sequence), np.arange(case.past, case.past + case.sequence)
-        shown = np.broadcast_to(keys <= rows[:, None], (case.batch, 1, case.sequence, len(keys)))
+        lead = tuple(case.batch if dim == "batch" else 1 for dim in front)
+        shown = np.broadcast_to(keys <= rows[:, None], (*lead, case.sequence, len(keys)))
         arrays[name] = np.where(shown, 0, _HIDDEN).astype(np.float32) if added else shown.copy()
 
     x.translate(made)

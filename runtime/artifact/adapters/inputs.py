@@ -73,7 +73,8 @@ def adapter_inputs(manifest: Manifest, graph: GraphProto, defaults: Mapping[str,
 
 
 def _is_weight(info: InputInfo) -> bool:
-    return info.role == "other" and info.dtype in _FLOATS and len(info.shape) > 1 and not _symbols(info) & _OF_STEPS
+    floats = info.role == "other" and info.dtype in _FLOATS and len(info.shape) > 1
+    return floats and info.shape[:2] != (1, 1) and not _symbols(info) & _OF_STEPS  # (1, 1, ...) is a mask, if anything
 
 
 def _zeros(info: InputInfo) -> Array:

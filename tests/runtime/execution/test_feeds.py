@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.manifest import InputInfo, InputRole
 from furiosa_llm.runtime.errors import UnsupportedError
-from furiosa_llm.runtime.execution.feeds import StepFeeds
+from furiosa_llm.runtime.execution.feeds import StepFeeds, is_of_each_row
 
 
 def info(role: InputRole, *shape: str) -> InputInfo:
@@ -54,6 +56,44 @@ def test_equal_shapes_reuse_memory() -> None:
     assert (first["past_length"].tolist(), first["total_length"].tolist()) == ([7], 10)
     assert set(fed(feeds, [[1], [2]], [7, 3])) == {"token_ids", "position_ids", "attention_mask", "past_length"}
     assert first["total_length"].tolist() == 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "lead"),
+    [
+        (("batch", 1, "sequence", "total"), (2, 1)),
+        (("batch", 8, "sequence", 6), (2, 8)),
+        (("batch", "sequence", "total"), (2,)),
+        ((2, 1, 2, "total"), (2, 1)),
+        ((1, 1, "sequence", 6), (1, 1)),
+        (("sequence", "total"), ()),
+    ],
+)
+def test_masks_of_new_positions_by_all(shape: tuple[int | str, ...], lead: tuple[int, ...]) -> None:
+    """Of each row, or of all rows at once, and of so many places as a cache has."""
+    found = fed(StepFeeds([replace(info("attention_mask"), shape=shape)]), [[7, 8], [8, 9]], 3)["attention_mask"]
+    seen = np.arange(6 if shape[-1] == 6 else 5) <= np.array([[3], [4]])
+    assert found.shape == (*lead, *seen.shape)
+    assert (found == seen).all()
+
+
+def test_a_mask_of_the_places_of_a_cache() -> None:
+    found = fed(StepFeeds([replace(info("attention_mask"), shape=("batch", 6))]), [[7], [8]], [3, 1])
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
+    with pytest.raises(UnsupportedError, match="cannot be made"):  # ones would be added to what is to be hidden
+        StepFeeds([replace(info("attention_mask"), shape=("batch", 6), dtype="FLOAT")])
+
+
+@pytest.mark.parametrize("shape", [("sequence",), (1, "sequence"), (3, 1, "sequence")])
+def test_positions_of_all_rows_at_once(shape: tuple[int | str, ...]) -> None:
+    found = fed(StepFeeds([replace(info("position_ids"), shape=shape)]), [[7, 8], [8, 9]], 3)["position_ids"]
+    assert found.shape == tuple(2 if size == "sequence" else size for size in shape)
+    assert (found == [3, 4]).all()
+
+
+def test_rows_of_unequal_lengths_need_inputs_of_each_row() -> None:
+    alone = replace(info("position_ids"), shape=("sequence",))
+    assert [is_of_each_row(one) for one in (*INPUTS, alone, info("total_length"))] == [True, True, True, False, True]
 
 
 def test_an_integer_of_which_nothing_tells_what_it_counts_is_refused_with_the_way_out() -> None:
