@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -34,6 +34,8 @@ class StatePair:
     """The dimension in which the output is longer; None for a state of a fixed size."""
     mode: StateMode
     """`in_place`: the op writes new positions into the input's buffer if it has room."""
+    named: bool = False
+    """Whether the graph left a choice that numbers in names, or the order of inputs and outputs, settled."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +173,38 @@ def _replaced_pairs(
             taken.add(written[0])
             sources.pop(output)
             yield StatePair(input=written[0], output=output, sequence_dim=None, mode="replace")
+    found: dict[ir.Value, ir.Value] = {}
     for output in sorted(sources, key=lambda output: (len(sources[output]), computed.get(output, 0).bit_count())):
         free = [value for value in sources[output] if value not in taken]
         if len(free) == 1:
             taken.add(free[0])
-            yield StatePair(input=free[0], output=output, sequence_dim=None, mode="replace")
+            found[free[0]] = output
+    left = [value for value in inputs if value not in taken or value in found]
+    named = _named_pairs(left, list(sources), found, facts)
+    for value, output in (found | named).items():
+        yield StatePair(input=value, output=output, sequence_dim=None, mode="replace", named=value in named)
+
+
+def _named_pairs(
+    inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], found: Mapping[ir.Value, ir.Value], facts: Facts
+) -> dict[ir.Value, ir.Value]:
+    """Pairs of those types and shapes of which `found` pairs some inputs and outputs and leaves as many alone.
+
+    What a layer takes over from the step before may be one position of what enters it: then its output is computed
+    from the states of earlier layers, and not from its own. Equal numbers in names tell which belong together, else
+    the order.
+    """
+    pairs: dict[ir.Value, ir.Value] = {}
+    for first in found:
+        own = [value for value in inputs if _are_alike(facts[value], facts[first])]
+        ends = [output for output in outputs if _are_alike(facts[output], facts[first])]
+        if len(own) != len(ends) or all(value in found for value in own) or first in pairs:
+            continue
+        numbers = [[tuple(re.findall(r"\d+", str(value.name))) for value in values] for values in (own, ends)]
+        if len(set(numbers[0])) == len(own) and set(numbers[0]) == set(numbers[1]):
+            ends = [ends[numbers[1].index(number)] for number in numbers[0]]
+        pairs |= dict(zip(own, ends, strict=True))
+    return pairs
 
 
 def _are_alike(one: Fact, other: Fact) -> bool:

@@ -33,13 +33,15 @@ def _inputs(build: Build) -> Iterator[InterfaceValue]:
     for (value, role), shape in zip(roles.items(), global_shapes(build, list(roles)), strict=True):
         pair = pairs.get(value)
         why = role.why if pair is None or role.name == "state" else "an output of its size is computed of it"
+        if pair is not None and pair.named:
+            why = "as many outputs have its size, in the order of numbers in their names or of their own"
         yield InterfaceValue(
             name=str(value.name),
             dtype=build.probes.facts[value].dtype.name,
             shape=shape,
             role="state" if value in build.states.values else role.name,
             why=why if pair is None else f"{why}; comes out as {pair.output.name} ({pair.mode})",
-            tie=role.tie,
+            tie=role.tie or (pair is not None and pair.named),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -17,7 +17,14 @@ from furiosa_llm.runtime.artifact.dimensions import parse_dimension
 from furiosa_llm.runtime.artifact.errors import LayoutError
 from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN
 from furiosa_llm.runtime.artifact.layout import Dim, Mesh, axes_of, global_size, local_size
-from furiosa_llm.runtime.artifact.manifest import Collective, Manifest, OriginalInitializer, OutputInfo, StoredTensor
+from furiosa_llm.runtime.artifact.manifest import (
+    Collective,
+    Manifest,
+    OriginalInitializer,
+    OutputInfo,
+    State,
+    StoredTensor,
+)
 
 
 def fault(where: str, what: str, expected: str) -> Fault:
@@ -233,16 +240,28 @@ def check_states(manifest: Manifest, model: ir.Model) -> Iterator[Fault]:
         kept = [d for d in range(len(before.shape)) if d != state.sequence_dim]
         if len(before.shape) != len(after.shape) or any(before.layout[d] != after.layout[d] for d in kept):
             yield fault(where, "an output that is split differently from the input", "the same layout")
-        if not _is_computed_from(values[state.output], state.input):
+        if not (_is_computed_from(values[state.output], {state.input}) or _enters(manifest, state, values)):
             yield fault(where, f"an output {state.output!r} that is not computed from it", "its successor")
 
 
-def _is_computed_from(value: ir.Value, name: str) -> bool:
-    """Whether a value depends on the one of that name; the nearest are looked at first, as states are near."""
+def _enters(manifest: Manifest, state: State, values: Mapping[str, ir.Value]) -> bool:
+    """Whether a state that is replaced may be what entered its layer, so that its successor is not computed from it.
+
+    Then this is so of all states of its shape: what enters the first layer is computed from none of them.
+    """
+    shapes = {info.name: info.shape for info in manifest.inputs}
+    alike = [o for o in manifest.states if o.mode == "replace" and shapes.get(o.input) == shapes[state.input]]
+    names = {one.input for one in alike}
+    ends = [values[one.output] for one in alike if one.output in values]
+    return state.mode == "replace" and not all(_is_computed_from(end, names) for end in ends)
+
+
+def _is_computed_from(value: ir.Value, names: Collection[str]) -> bool:
+    """Whether a value depends on one of those names; the nearest are looked at first, as states are near."""
     seen, queue = {value}, deque([value])
     while queue:
         found = queue.popleft()
-        if found.name == name:
+        if found.name in names:
             return True
         node = found.producer()
         within = () if node is None else (node, *nodes_within(node))  # branches read values around them
