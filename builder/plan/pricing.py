@@ -107,7 +107,7 @@ class Pricer:
         carried, counts = 0.0, Counter[str]()
         for collective in outcome.collectives:
             payload = self._payload(collective, assignment, self._subject.decode)
-            if payload != self._payload(collective, assignment, self._subject.longer):
+            if payload < self._payload(collective, assignment, self._subject.longer):
                 return f"{collective.kind} of {collective.value.name} would grow with the context"
             count = self._subject.count(collective.value)
             carried += count * payload * _passes_over_payload(collective)

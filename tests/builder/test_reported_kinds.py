@@ -125,6 +125,20 @@ def test_a_lookup_at_the_next_position_alone(tmp_path: Path) -> None:
     _checked(tmp_path, inputs, outputs, nodes, 4)
 
 
+def test_a_tower_whose_size_no_text_changes_is_split(tmp_path: Path) -> None:
+    """What is summed up of an image is as much for any text: for each of its tokens it is less in a longer one."""
+    nodes = """
+        x = Gather(emb, input_ids) a0 = MatMul(x, w1) a1 = Relu(a0) a = MatMul(a1, w2) text = ReduceMean(a, axis)
+        b0 = MatMul(image, w1) b1 = Sigmoid(b0) b = MatMul(b1, w2) seen = ReduceMean(b, axis) logits = Add(text, seen)
+    """
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        _model("int64[batch, seq] input_ids, float[batch, 5, 64] image", "float[batch, 1, 64] logits", nodes), path
+    )
+    figures = analyse_model(path, BuildOptions()).lowered_for(BuildOptions(tensor_parallel_size=4))
+    assert figures.plan.price.collectives == 2
+
+
 def test_rows_that_the_model_chooses_are_refused_with_the_way_out(tmp_path: Path) -> None:
     """As many as it computes: of a mixture whose experts each gather their own."""
     nodes = """
