@@ -107,15 +107,16 @@ def test_alike_blocks_are_one_line(artifact: Path, cli: Cli) -> None:
 def test_verification(artifact: Path, cli: Cli) -> None:
     assert cli("verify", artifact).code == 0
     assert lines(cli("inspect", artifact).out)["verification"] == (
-        "passed: static proof that the ranks compute one model; program and manifest compared with source.onnx lowered "
-        "again; weights compared with their digests; no output was compared"
+        "verification.json, which nobody signs, says passed: static proof that the ranks compute one model; program "
+        "and manifest compared with source.onnx lowered again; weights compared with their digests; no output was "
+        "compared"
     )
     record = json.loads((artifact / RECORD_NAME).read_bytes())
     del record["checks"]["weights"]
     (artifact / RECORD_NAME).write_text(json.dumps(record))
     assert lines(cli("inspect", artifact).out)["verification"] == (
-        "passed: static proof that the ranks compute one model; program and manifest compared with source.onnx lowered "
-        "again; weights were not read; no output was compared"
+        "verification.json, which nobody signs, says passed: static proof that the ranks compute one model; program "
+        "and manifest compared with source.onnx lowered again; weights were not read; no output was compared"
     )
     record["checks"]["proof"] |= {"passed": False, "faults": ["a collective is missing"]}
     record["passed"] = False

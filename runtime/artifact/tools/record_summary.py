@@ -42,7 +42,7 @@ class VerificationSummary:
                 shown = self.detail[:_SHOWN_DIGITS]
                 return f"{RECORD_NAME} vouches for another manifest, {shown}..., not for this one"
             case "passed":
-                return f"passed: {self.words}"
+                return f"{RECORD_NAME}, which nobody signs, says passed: {self.words}"
             case "failed":
                 failed = ", ".join(name for name, passed in self.checks.items() if not passed)
                 return "; ".join([f"FAILED: {failed}", *self.faults[:_SHOWN_FAULTS]])
