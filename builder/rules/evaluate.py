@@ -314,11 +314,17 @@ def trilu(attributes: Attributes, inputs: Sequence[Array | None]) -> Array:
 
 
 def quiet(evaluator: Evaluator) -> Evaluator:
-    """The evaluator without numpy's warnings: ONNX computes log(0) and 1/0 silently."""
+    """The evaluator without numpy's warnings: ONNX computes log(0) and 1/0 silently.
+
+    What numpy cannot do, as broadcast more than 32 dimensions, is a ValueError as what it refuses is.
+    """
 
     def evaluate(attributes: Attributes, inputs: Sequence[Array | None]) -> Array | tuple[Array, ...]:
-        with np.errstate(all="ignore"):
-            return evaluator(attributes, inputs)
+        try:
+            with np.errstate(all="ignore"):
+                return evaluator(attributes, inputs)
+        except RuntimeError as error:
+            raise ValueError(f"numpy: {error}") from error
 
     return evaluate
 

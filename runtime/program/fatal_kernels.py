@@ -1,5 +1,7 @@
 """Kernels of onnxruntime that end the process for some values, or take memory uncounted: guarded, or refused.
 
+NonZero keeps the indices of all elements in memory of its own: as much is allocated, and counted, before it runs.
+
 Division of integers: the least one by -1, which the processor traps. A quotient by -1 is the dividend with the other
 sign, and where a divisor may be -1, that is what is computed. STFT divides by the length of its frames.
 """
@@ -18,7 +20,7 @@ from furiosa_llm.runtime.artifact.graphs import all_nodes, attribute_graphs
 
 _UNCOUNTED = frozenset({"StringConcat", "StringNormalizer", "StringSplit", "TfIdfVectorizer", "Unique"})
 """Ops that no build puts into a program."""
-_FATAL = frozenset({"Div", "GatherND", "STFT", *_UNCOUNTED})
+_FATAL = frozenset({"Div", "GatherND", "NonZero", "STFT", *_UNCOUNTED})
 _MAX_DIMS = 64
 _STANDARD = ("", "ai.onnx")
 _TRAPPING = (TensorProto.INT32, TensorProto.INT64)
@@ -147,7 +149,12 @@ def _guard(nodes: MutableSequence[NodeProto], scope: _Scope) -> None:
             _guard(graph.node, scope.within(graph))
         if node.domain in _STANDARD and (reason := scope.reason(node)) is not None:
             raise RuntimeError(f"{node.op_type} (node {node.name!r:.80}) {reason}, which can end the process")
-        kept += _guarded(node) if scope.may_trap(node) else [node]
+        if scope.may_trap(node):
+            kept += _guarded(node)
+        elif node.op_type == "NonZero" and node.domain in _STANDARD:
+            kept += _counted(node)
+        else:
+            kept.append(node)
         scope.add(node)
     if len(kept) > len(nodes):
         copies = [NodeProto.FromString(node.SerializeToString()) for node in kept]
@@ -178,3 +185,28 @@ def _steps(dividend: str, divisor: str, quotient: str) -> Iterator[NodeProto]:
         ("Div", [made("dividend"), made("divisor")], quotient),
     ):
         yield helper.make_node(op, inputs, [output], name=output)
+
+
+def _counted(node: NodeProto) -> Iterator[NodeProto]:
+    """The nodes for a NonZero: of the same data, whose shape waits for zeros in the place of all indices."""
+    [data], [found] = node.input, node.output
+
+    def made(what: str) -> str:
+        return f"{found}/counted/{what}"
+
+    one = numpy_helper.from_array(np.array([1], np.int64))
+    zero = numpy_helper.from_array(np.array([0], np.int64))
+    for op, inputs, output, attributes in (
+        ("Constant", [], made("one"), {"value": one}),
+        ("Shape", [data], made("shape"), {}),
+        ("Size", [made("shape")], made("rank"), {}),
+        ("Size", [data], made("elements"), {}),
+        ("Mul", [made("rank"), made("elements")], made("indices"), {}),
+        ("Reshape", [made("indices"), made("one")], made("length"), {}),
+        ("ConstantOfShape", [made("length")], made("zeros"), {"value": zero}),
+        ("ReduceSum", [made("zeros")], made("zero"), {"keepdims": 0}),
+        ("Add", [made("shape"), made("zero")], made("same"), {}),
+        ("Reshape", [data, made("same")], made("data"), {}),
+        ("NonZero", [made("data")], found, {}),
+    ):
+        yield helper.make_node(op, inputs, [output], name=output, **attributes)

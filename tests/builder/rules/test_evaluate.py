@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from furiosa_llm.builder.rules import OPS
+from furiosa_llm.builder.rules.evaluate import quiet
 from furiosa_llm.builder.shapes.interpreter import attributes_of
 from tests.support.builder.graphs import Array, model
 from tests.support.builder.op_case import ints
@@ -137,3 +138,11 @@ def test_what_would_be_large_is_not_evaluated(nodes: str) -> None:
     (fact,) = (prepared.probes.facts[v] for v in prepared.model.graph.outputs if v.name == "t")
     assert fact.value is None
     assert max(fact.shape) >= 2**30
+
+
+def test_what_numpy_cannot_do_is_no_traceback() -> None:
+    def expand(_: object, __: object) -> Array:
+        return np.broadcast_to(np.zeros(1), np.broadcast_shapes((1,), (1,) * 50))
+
+    with pytest.raises(ValueError, match="numpy: this function only supports up to 32 dimensions"):
+        quiet(expand)({}, [])

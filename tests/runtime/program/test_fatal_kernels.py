@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from furiosa_llm.runtime.execution.ort import Session, SessionSettings, unwrap, wrap
+from furiosa_llm.runtime.execution.ort import ORT_ERRORS, Session, SessionSettings, limit_memory, unwrap, wrap
 from furiosa_llm.runtime.program.fatal_kernels import guard_kernels
 
 INT64, INT32, FLOAT, BOOL = TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT, TensorProto.BOOL
@@ -118,3 +118,33 @@ def test_what_cannot_be_guarded_is_refused(node: onnx.NodeProto, constants: dict
 def test_short_time_transforms_of_known_frames_pass() -> None:
     node = helper.make_node("STFT", ["x", "step", "window"], ["c"])
     guard_kernels(model_of([node], {"x": FLOAT}, {}, {"step": np.array(4), "window": np.ones(8, np.float32)}))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, 3), (2, 3, 4), (1,) * 20])
+def test_indices_are_those_of_any_shape(shape: tuple[int, ...]) -> None:
+    data = np.random.default_rng(0).integers(0, 2, shape).astype(np.int32)
+    graph = helper.make_graph(
+        [helper.make_node("NonZero", ["a"], ["c"])],
+        "g",
+        [helper.make_tensor_value_info("a", INT32, [None] * len(shape))],
+        [helper.make_tensor_value_info("c", INT64, None)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    tensor = wrap(data, "INT32")
+    found = unwrap(Session(model, Path(), SessionSettings()).run({"a": tensor.raw}, ["c"])["c"], "INT64").array
+    expected = np.array(np.nonzero(np.atleast_1d(data)))
+    assert np.array_equal(found.reshape(expected.shape), expected)
+
+
+def test_indices_of_many_dimensions_count_before_they_are_made() -> None:
+    """16 MiB of numbers in 22 dimensions have 704 MiB of indices, which the kernel keeps in memory of its own."""
+    nodes = [
+        helper.make_node("Expand", ["a", "many"], ["wide"]),
+        helper.make_node("NonZero", ["wide"], ["found"]),
+        helper.make_node("Size", ["found"], ["c"]),
+    ]
+    model = model_of(nodes, {"a": INT32}, {"c": INT64}, {"many": np.array([2] * 22)})
+    limit_memory(2**26)
+    session = Session(model, Path(), SessionSettings(arena=True))
+    with pytest.raises(ORT_ERRORS, match="Available memory"):
+        session.run({"a": wrap(np.ones(1, np.int32), "INT32").raw}, ["c"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from tests.support.runtime.program_edits import Program
 
@@ -60,17 +60,8 @@ class Kit:
         self, body: Callable[[], Sequence[NodeProto]], carried: str, trips: str = "", scanned: bool = False
     ) -> str:
         """A Loop whose `body` makes `after` of `before`, and `scan` if it is scanned."""
-        infos = [
-            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("before", TensorProto.FLOAT, None),
-        ]
-        outs = [
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("after", TensorProto.FLOAT, None),
-        ]
-        outs += [helper.make_tensor_value_info("scan", TensorProto.FLOAT, None)] if scanned else []
-        graph = helper.make_graph([*body(), helper.make_node("Identity", ["go"], ["on"])], "body", infos, outs)
+        graph = _body([*body(), helper.make_node("Identity", ["go"], ["on"])], TensorProto.FLOAT)
+        graph.output.extend([helper.make_tensor_value_info("scan", TensorProto.FLOAT, None)] if scanned else [])
         true = self.program.constant(True, np.bool_)
         last = self.do("Loop", trips, true, carried, body=graph)
         if scanned:
@@ -164,6 +155,53 @@ def ranged(kit: Kit) -> str:
     return kit.sum(kit.do("Cast", kit.do("Range", zero, stop, step), to=1))
 
 
+def function(kit: Kit) -> str:
+    """An endless Loop in a function."""
+    inside = Kit(kit.program, "given")
+    inside.do("Constant", value=helper.make_tensor("true", TensorProto.BOOL, [], [True]))
+    true = str(inside.nodes[0].output[0])
+    body = _body([*same(), helper.make_node("Identity", ["go"], ["on"])], TensorProto.FLOAT)
+    result = inside.do("Loop", "", true, "given", body=body)
+    model = kit.program.model
+    own = helper.make_function("own", "Loop", ["given"], [result], inside.nodes, [helper.make_opsetid("", 18)])
+    model.functions.append(own)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    return kit.do("Loop", kit.scalar, domain="own")
+
+
+def collected(kit: Kit) -> str:
+    """A Loop that carries a sequence, which grows."""
+    more = kit.many(2**20)
+    insert = helper.make_node("SequenceInsert", ["before", more], ["after"])
+    body = _body([insert, helper.make_node("Identity", ["go"], ["on"])], None)
+    true = kit.program.constant(True, np.bool_)
+    last = kit.do("Loop", "", true, kit.do("SequenceConstruct", more), body=body)
+    return kit.sum(kit.do("ConcatFromSequence", last, axis=0))
+
+
+def mapped(kit: Kit) -> str:
+    """A turn for each of 10^6 elements."""
+    turn = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("before", "after")]
+    body = helper.make_graph(same(), "body", turn[:1], turn[1:])
+    parts = kit.do("SplitToSequence", kit.many(10**6), kit.program.constant(1, np.int64))
+    return kit.sum(kit.do("ConcatFromSequence", kit.do("SequenceMap", parts, body=body), axis=0))
+
+
+def _body(nodes: Sequence[NodeProto], dtype: int | None) -> GraphProto:
+    """The graph of a Loop that carries a tensor, or a sequence of tensors if there is no type."""
+
+    def carried(name: str) -> ValueInfoProto:
+        if dtype is None:
+            return helper.make_tensor_sequence_value_info(name, TensorProto.FLOAT, None)
+        return helper.make_tensor_value_info(name, dtype, None)
+
+    turn, go, on = (
+        helper.make_tensor_value_info(name, kind, [])
+        for name, kind in (("turn", TensorProto.INT64), ("go", TensorProto.BOOL), ("on", TensorProto.BOOL))
+    )
+    return helper.make_graph(nodes, "body", [turn, go, carried("before")], [on, carried("after")])
+
+
 Kind = Callable[[Kit], str]
 
 KINDS: dict[str, Kind] = {
@@ -224,6 +262,14 @@ KINDS: dict[str, Kind] = {
     "sequences of 60 times 256 MiB": lambda k: k.sum(
         k.do("ConcatFromSequence", k.do("SequenceConstruct", *[k.many(GIB // 4) for _ in range(60)]), axis=0)
     ),
+    "a Loop in a function": function,
+    "a Loop that collects a sequence": collected,
+    "a map over 10^6 elements": mapped,
+    "indices of 26 dimensions": lambda k: k.sum(k.do("Cast", k.do("NonZero", k.many(*[2] * 26)), to=1)),
+    "one convolution of a minute": lambda k: k.sum(
+        k.do("Conv", k.many(1, 64, 512, 512), k.many(64, 64, 31, 31), pads=[15] * 4)
+    ),
+    "one determinant of a minute": lambda k: k.do("Det", k.many(6000, 6000)),
     "1000 constants of 1 MB": lambda k: together(k, lambda: folded(k, 250_000), 1000),
 }
 
