@@ -171,6 +171,14 @@ bench-cluster: $(INSTALLED) ## stages on servers beside stages in one process: a
 bench-head: $(INSTALLED) ## what a cluster's head spends on a batch, a stage and a row, and what that says of 16, 64 and 256 hosts
 	$(BIN)/python -m benchmarks.head
 
+.PHONY: bench-steady
+bench-steady: $(INSTALLED) ## a decode step of SmolLM2, part by part, beside its bars (STEADY=--write: into docs/steady-state.md)
+	$(BIN)/python -m benchmarks.steady $(STEADY)
+
+.PHONY: bench-growth
+bench-growth: $(INSTALLED) ## exponents of processor time in layers, sizes, PEs, threads, beside their bars (GROWTH=--write: table and plot in docs/)
+	$(BIN)/python -m benchmarks.growth $(GROWTH)
+
 .PHONY: bench-threads
 bench-threads: $(INSTALLED) ## a decode step on one and two cores, spinning or not, alone and beside a busy process (THREADS=--write: into docs/threads.md)
 	$(BIN)/python -m benchmarks.threads $(THREADS)
@@ -259,7 +267,7 @@ lm-eval: $(INSTALLED) $(LM_EVAL)/installed ## lm-eval's log likelihoods over HTT
 	HF_HOME=build/lm-eval/cache $(LM_EVAL)/bin/python -m benchmarks.lm_eval_served $$paths --furiosa-llm $(BIN)/furiosa-llm
 
 .PHONY: release
-release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs clients server-campaign server-hostile server-load cluster-campaign lm-eval bench bench-artifact bench-peers mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
+release: lint typecheck test-all test-release test-versions quickstart pictures mutants fuzz fuzz-loader fuzz-exports fuzz-artifact fuzz-scheduler fuzz-server soak same-tokens kill-campaign process-ends harmed-files hostile-programs clients server-campaign server-hostile server-load cluster-campaign lm-eval bench bench-steady bench-artifact bench-cluster bench-head bench-peers simulate mlperf ## the campaigns, then files, notes and pictures in dist/, and a tag, from a clean tree
 	test -z "$$(git status --porcelain)" || { echo "release: commit or remove: $$(git status --short)" >&2; exit 1; }
 	version=$$($(BIN)/python -c 'import furiosa_llm; print(furiosa_llm.__version__)'); \
 	grep -q "^## .*$$version" CHANGELOG.md || { echo "release: CHANGELOG.md has no entry for $$version" >&2; exit 1; }; \

@@ -1,4 +1,9 @@
-"""How processor time grows with what a model and a request have more of: exponents, and a plot of each factor."""
+"""How processor time grows with what a model and a request have more of: `python -m benchmarks.growth`.
+
+A factor's cases are loaded side by side and take turns, so that none has the processor's cache to itself, and of a few
+rounds the least counts. The exponent is the slope of the logarithms. Of the time in layers and hidden size that of a
+model of next to no weights is taken off first: t = a + b * x**k, with a measured.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
+from rich.console import Console
 
 from benchmarks.artifacts import run_measured
-from benchmarks.bars import Bar
+from benchmarks.bars import Bar, put_into, show
 from benchmarks.stepping import PAST, THREADS, Served
 from fixtures.filled import fill
 from fixtures.outline import write_outline
@@ -23,7 +31,10 @@ from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.runners.local_runner import Host
 
 PLOT = Path("docs/cost-growth.png")
-_ROUNDS, _STEPS = 5, 8
+PAGE = Path("docs/benchmarks.md")
+_ROUNDS, _LONG_ROUNDS, _STEPS = 5, 2, 8
+_WARM_SECONDS = 0.5
+"""Behind a prefill, in which steps do not count: for 0.4 s they take up to 1.3 times as long as later ones."""
 _APART = 0.05
 """How far an exponent may be from the one that is expected."""
 _BUILD = "import sys; from furiosa_llm.cli.main import main; main()"
@@ -33,7 +44,8 @@ _BUILD = "import sys; from furiosa_llm.cli.main import main; main()"
 class Case:
     """What is run: a decoder of `layers` and a `hidden` size on some PEs, stages, replicas and threads.
 
-    Its weights are more than processors keep in their caches, or few layers would be faster than many, each.
+    The steps of `warm` seconds behind the prefill do not count. Where time must be linear weights are more than
+    processors keep in their caches: a model of half a cache is faster for its size than one of two.
     """
 
     layers: int = 8
@@ -46,6 +58,7 @@ class Case:
     context: int = PAST
     vocab: int = 256
     tokens: int = _STEPS
+    warm: float = _WARM_SECONDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +68,15 @@ class Cost:
     decode: float
     prefill: float
 
+    def without(self, constant: Cost) -> Cost:
+        """What is left of it."""
+        return Cost(decode=self.decode - constant.decode, prefill=self.prefill - constant.prefill)
+
 
 FACTORS: Mapping[str, Sequence[tuple[int, Case]]] = {
-    "layers": [(n, Case(layers=n)) for n in (8, 16, 24, 32)],
-    "hidden size, squared": [(n * n, Case(hidden=n, layers=2)) for n in (1024, 1536, 2048, 3072)],
-    "tokens": [(n, Case(tokens=n)) for n in (32, 64, 128, 256)],
+    "layers": [(n, Case(layers=n, hidden=1024)) for n in (4, 8, 16)],
+    "hidden size, squared": [(n * n, Case(hidden=n, layers=4)) for n in (1024, 1536, 2048)],
+    "tokens": [(n, Case(tokens=n, layers=4, hidden=1024)) for n in (32, 64, 128, 256)],
     "batch": [(n, Case(batch=n)) for n in (1, 2, 4, 8, 16)],
     "context": [(n, Case(context=n, layers=2, hidden=256, vocab=1 << 15)) for n in (128, 512, 2048, 8192, 32000)],
     "PEs": [(n, Case(tp=n)) for n in (1, 2, 4, 8, 16)],
@@ -70,22 +87,42 @@ FACTORS: Mapping[str, Sequence[tuple[int, Case]]] = {
 """Factor -> its values, and what is run with each."""
 LINEAR = ("layers", "hidden size, squared", "tokens")
 """Factors in which the time of decoding must be linear."""
+_WITH_CONSTANT = ("layers", "hidden size, squared")
+_NEXT_TO_NOTHING = Case(layers=1, hidden=64)
+"""What a step takes besides the weights: the constant of the factors with one."""
 
 
 def bars() -> Iterator[Bar]:
-    """The exponent of the time of decoding in each factor, and beside it that of a prefill; draws the plot."""
-    found: dict[str, dict[int, Cost]] = {}
+    """The exponent of the time of decoding in each factor, and beside it that of a prefill."""
+    yield from bars_of(measured(tuple(FACTORS)), None, None)
+
+
+def measured(names: Sequence[str]) -> Iterator[tuple[str, dict[int, Cost]]]:
+    """The costs of the cases of these factors."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, cases in FACTORS.items():
-            found[name] = {value: measure(case, Path(folder)) for value, case in cases}
-            yield bar(name, found[name])
-    plot(found, PLOT)
+        (constant,) = measure([_NEXT_TO_NOTHING], Path(folder))
+        for name in names:
+            values, cases = zip(*FACTORS[name], strict=True)
+            costs = measure(cases, Path(folder))
+            taken = constant if name in _WITH_CONSTANT else Cost(decode=0.0, prefill=0.0)
+            yield name, {value: cost.without(taken) for value, cost in zip(values, costs, strict=True)}
+
+
+def bars_of(found: Iterator[tuple[str, dict[int, Cost]]], plotted: Path | None, page: Path | None) -> Iterator[Bar]:
+    """A bar for each factor; draws the plot, and puts the table into `page`, once all are there."""
+    factors: dict[str, dict[int, Cost]] = {}
+    for name, costs in found:
+        factors[name] = costs
+        yield bar(name, costs)
+    if plotted is not None:
+        plot(factors, plotted)
+    if page is not None:
+        put_into(page, "cost growth", table(factors))
 
 
 def bar(name: str, costs: Mapping[int, Cost]) -> Bar:
     """The exponent in one factor: how far it is from 1 if it must be 1, else itself, without a limit."""
-    decode = exponent({value: cost.decode for value, cost in costs.items()})
-    prefill = exponent({value: cost.prefill for value, cost in costs.items()})
+    decode, prefill = exponents(costs)
     ends = [f"{value}: {costs[value].decode:.2f} / {costs[value].prefill:.1f} ms" for value in (min(costs), max(costs))]
     beside = f"decode {decode:.3f}, prefill {prefill:.3f}; decode / prefill at {', '.join(ends)}"
     if name in LINEAR:
@@ -93,22 +130,64 @@ def bar(name: str, costs: Mapping[int, Cost]) -> Bar:
     return Bar(what=f"{name}: exponent", figure=decode, limit=None, beside=beside)
 
 
+def table(factors: Mapping[str, Mapping[int, Cost]]) -> str:
+    """A row for each factor: both exponents, and the times at both ends."""
+    lines = [
+        "| factor | exponent of decoding | bar | exponent of prefill | decoding, ms | prefill, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, costs in factors.items():
+        decode, prefill = exponents(costs)
+        low, high = min(costs), max(costs)
+        ends = costs[low], costs[high]
+        cells = [
+            f"{name}, {low} to {high}",
+            f"**{decode:.3f}**" if name in LINEAR else f"{decode:.3f}",
+            f"1 +- {_APART}" if name in LINEAR else "",
+            "" if name == "tokens" else f"{prefill:.3f}",
+            " to ".join(f"{cost.decode:.1f}" for cost in ends),
+            " to ".join(f"{cost.prefill:.0f}" for cost in ends),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def exponents(costs: Mapping[int, Cost]) -> tuple[float, float]:
+    """Of decoding, and of prefill."""
+    return (
+        exponent({value: cost.decode for value, cost in costs.items()}),
+        exponent({value: cost.prefill for value, cost in costs.items()}),
+    )
+
+
 def exponent(times: Mapping[int, float]) -> float:
     """The slope of the times over the values, both as logarithms."""
     return float(np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0])
 
 
-def measure(case: Case, folder: Path) -> Cost:
-    """The least of some rounds, on an artifact in `folder` that is built once."""
+def measure(cases: Sequence[Case], folder: Path) -> list[Cost]:
+    """The least of some rounds of each, on artifacts in `folder` that are built once; who is first changes."""
+    with ExitStack() as stack:
+        runs = [(case, _served(case, folder, stack)) for case in cases]
+        found: list[list[Cost]] = [[] for _ in cases]
+        for number in range(_LONG_ROUNDS if max(case.context for case in cases) > PAST else _ROUNDS):
+            for index in range(len(runs))[:: 1 if number % 2 else -1]:
+                case, served = runs[index]
+                found[index].append(_round(served, case))
+    return [
+        Cost(decode=min(cost.decode for cost in rounds), prefill=min(cost.prefill for cost in rounds))
+        for rounds in found
+    ]
+
+
+def _served(case: Case, folder: Path, stack: ExitStack) -> list[Served]:
     opened = open_artifact(_artifact(case, folder), full=False)
     stages = choose_stages(opened, pipeline_parallel_size=case.pp)
-    with Host(opened, stages, threads=case.threads) as host:
-        runners = [host.runner(slots_per_group=case.batch) for _ in range(case.dp)]
-        served = [Served(runner, rows=case.batch, logits="last") for runner in runners]
-        rounds = [_round(served, case) for _ in range(1 if case.context > PAST else _ROUNDS)]
-        for runner in runners:
-            runner.close()
-    return Cost(decode=min(cost.decode for cost in rounds), prefill=min(cost.prefill for cost in rounds))
+    host = stack.enter_context(Host(opened, stages, threads=case.threads))
+    runners = [host.runner(slots_per_group=case.batch) for _ in range(case.dp)]
+    for runner in runners:
+        stack.callback(runner.close)
+    return [Served(runner, rows=case.batch, logits="last") for runner in runners]
 
 
 def _round(served: Sequence[Served], case: Case) -> Cost:
@@ -122,7 +201,12 @@ def _round(served: Sequence[Served], case: Case) -> Cost:
                 future.result()
 
     took = _milliseconds(prefill)
+    begun = time.perf_counter()
     decode(1)
+    while time.perf_counter() - begun < case.warm:
+        for one in served:
+            one.rewind(case.context)
+        decode(1)
     return Cost(prefill=took, decode=_milliseconds(lambda: decode(case.tokens)))
 
 
@@ -186,3 +270,18 @@ def plot(found: Mapping[str, Mapping[int, Cost]], path: Path) -> None:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
+
+
+@click.command()
+@click.option("--only", "names", multiple=True, type=click.Choice(list(FACTORS)), help="One factor; may be repeated.")
+@click.option("--write", is_flag=True, help=f"Draw {PLOT}, and put the table into {PAGE}; of all factors.")
+def main(names: tuple[str, ...], write: bool) -> None:
+    """Measure the growth with every factor, or with some, and fail if a bar is missed."""
+    if write and names:
+        raise click.UsageError("--write takes all factors; leave --only out")
+    plotted, page = (PLOT, PAGE) if write else (None, None)
+    sys.exit(0 if show(bars_of(measured(names or tuple(FACTORS)), plotted, page), Console(width=160)) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,6 +68,10 @@ class Served:
                 )
                 self._runner.submit(Prefill(group=self._group, copies=(), pieces=(piece,))).result()
 
+    def rewind(self, count: int) -> None:
+        """Forgets what was stepped behind the first `count` tokens; states must lie in place."""
+        self._length = count
+
     def start(self) -> Future[Array]:
         """Starts a step of one token of each sequence."""
         rows = tuple(Row(sequence_id=slot, start=self._length, token=_TOKEN) for slot in range(self._rows))

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from benchmarks import growth
+from benchmarks import growth, steady, threads
+from benchmarks.bars import put_into
 from benchmarks.parallelism import Bubbles, greedy_tokens, pipelined_milliseconds
 from benchmarks.second_replica import capacity, kv_nbytes
 from benchmarks.serving import InstantRunner
@@ -19,6 +21,9 @@ from benchmarks.stepping import PAST, Served, alternate, ratio
 from furiosa_llm.runtime.artifact.dtypes import Array
 from furiosa_llm.runtime.artifact.layout import Mesh
 from furiosa_llm.runtime.artifact.reader import open_artifact
+from furiosa_llm.runtime.engine.engine_args import EngineArgs
+from furiosa_llm.runtime.engine.launch import load_engine
+from furiosa_llm.runtime.execution.driver import Barrier
 from furiosa_llm.runtime.execution.states import SlotStates
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.runners.batch import Batch, Decode, Piece, Prefill, Row, WantedLogits
@@ -103,10 +108,12 @@ def test_what_is_stepped(staged: StagedRunner) -> None:
     served.prefill(3)
     served.decode()
     served.decode()
+    served.rewind(3)
+    served.decode()
     served.prefill(2)
     served.decode()
     prefills = [prefill(1, slot, 3) for slot in range(2)], [prefill(1, slot, 2) for slot in range(2)]
-    decodes = [decode(1, 2, 3), decode(1, 2, 4)], [decode(1, 2, 2)]
+    decodes = [decode(1, 2, 3), decode(1, 2, 4), decode(1, 2, 3)], [decode(1, 2, 2)]
     assert staged.batches == [*prefills[0], *decodes[0], *prefills[1], *decodes[1]]
 
 
@@ -175,6 +182,54 @@ def test_the_kv_of_a_slot_is_counted(tmp_path: Path) -> None:
     assert kv_nbytes(artifact.manifest) == sum(buffer.nbytes for buffer in states._buffers.values())
 
 
+def test_tables_are_put_between_their_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- end of a -->\nafter\n")
+    put_into(page, "a", "| new |")
+    assert page.read_text() == "before\n<!-- a -->\n| new |\n<!-- end of a -->\nafter\n"
+    with pytest.raises(ValueError, match="found no <!-- b --> followed by <!-- end of b -->; put the two lines"):
+        put_into(page, "b", "")
+
+
+# -- parts of a step -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processor", [False, True])
+def test_the_parts_of_a_step_add_up(tmp_path: Path, processor: bool) -> None:
+    folder = llama(Mesh((2, 2)), LlamaSize()).write(tmp_path)
+    with closing(load_engine(EngineArgs(folder, threads=2, max_batch_size=2))) as core:
+        step = steady.profile(core, [[1, 2], [3, 4]], 12, processor=processor)
+    parts = [step.parts[part] for part in (*steady.PARTS, *([steady.BESIDE] if processor else []))]
+    assert sum(parts) == pytest.approx(step.total)
+    for part in (steady.CALLS, steady.WAITS, steady.SUMS, steady.BINDING, steady.SAMPLING, steady.OWN):
+        assert 0 < step.parts[part] < step.total
+    assert Barrier.wait.__module__ == "furiosa_llm.runtime.execution.driver"
+
+
+def test_a_step_that_is_little_of_onnxruntime_misses_its_bar() -> None:
+    def of(calls: float, rest: float) -> steady.Step:
+        parts = dict.fromkeys([*steady.PARTS, steady.BESIDE], 0.0) | {steady.CALLS: calls, steady.REST: rest}
+        return steady.Step(total=10.0, parts=parts)
+
+    steps = {"much": of(9.0, 0.1), "little": of(8.0, 0.3)}
+    assert [bar.kept for bar in steady.bars({True: steps})] == [True, True, False, False]
+    assert "| onnxruntime | 9.00 (90.0%) | 8.00 (80.0%) |" in steady.table(steps, processor=True).splitlines()
+
+
+# -- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_no_spinning_is_compared_with_the_fastest() -> None:
+    found = {
+        threads.Setting(cores=2, threads=2, spin_us=spin_us, busy=busy): threads.Took(wall=wall, processor=1.0)
+        for busy, walls in ((False, (12.0, 11.0, 10.0)), (True, (20.0, 30.0, 25.0)))
+        for spin_us, wall in zip((0, 50, 1000), walls, strict=True)
+    }
+    alone, beside = threads.bars(found)
+    assert (alone.figure, alone.kept, beside.figure, beside.kept) == (1.2, False, 0.8, True)
+    assert threads.table(found).splitlines()[2] == "| 2 | 2 | 0 | 12.0, 1.0 ms | 20.0, 1.0 ms |"
+
+
 # -- cost growth ---------------------------------------------------------------------------------------------------
 
 
@@ -191,11 +246,22 @@ def test_only_linear_factors_have_a_bar(power: float, kept: bool) -> None:
     assert f"decode {power:.3f}, prefill 0.000" in growth.bar("layers", costs).beside
 
 
+def test_a_constant_is_taken_off() -> None:
+    """4 + 2 x has the exponent 1 without the 4, which next to nothing takes too, and less with it."""
+    nothing = growth.Cost(decode=4.0, prefill=0.0)
+    costs = {value: growth.Cost(decode=4.0 + 2 * value, prefill=3.0 * value) for value in (1, 2, 8)}
+    assert not growth.bar("layers", costs).kept
+    without = {value: cost.without(nothing) for value, cost in costs.items()}
+    assert growth.bar("layers", without).figure == pytest.approx(0.0)
+    *_, row = growth.table({"layers": without}).splitlines()
+    assert row == "| layers, 1 to 8 | **1.000** | 1 +- 0.05 | 1.000 | 2.0 to 16.0 | 3 to 24 |"
+
+
 @pytest.mark.slow
 def test_the_cost_of_a_small_model_is_measured_and_drawn(tmp_path: Path) -> None:
     """Two stages and replicas, and two prompts in each."""
-    case = growth.Case(layers=2, hidden=64, tp=2, pp=2, dp=2, batch=2, tokens=2)
-    cost = growth.measure(case, tmp_path)
+    case = growth.Case(layers=2, hidden=64, tp=2, pp=2, dp=2, batch=2, tokens=2, warm=0.01)
+    (cost,) = growth.measure([case], tmp_path)
     assert cost.decode > 0 < cost.prefill
     growth.plot({"layers": {1: cost, 2: cost}}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
