@@ -14,7 +14,7 @@ from furiosa_llm.builder.shapes.roles import inferred_role
 
 Kinds = Mapping[str, tuple[int | str, ...]]
 
-_NUMBER = re.compile(r"(?<![\w.\"/])\d+(?![\w.\"])")
+_NUMBER = re.compile(r"(?<![\w.\"/])\d+(?![\w\"]|\.\d)")
 _SHOWN = 4
 _OF_DATA = (
     " Where the model computes the size, as a mixture that gathers the rows of each expert does, no option helps: "

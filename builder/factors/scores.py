@@ -19,12 +19,15 @@ _BEHIND = frozenset((
 ))
 # fmt: on
 """Ops that may lie between the product and the output."""
+_MOST_DIMS = 3
+"""Sequences, positions and tokens: scores with one dimension more are of several tokens at each position."""
 
 
 def find_scores(graph: ir.Graph, facts: Facts, states: Iterable[ir.Value]) -> ir.Value | None:
     """The output that holds next-token scores, if there is one: found by its computation, or by the name `logits`."""
     carried = set(states)
     others = [v for v in graph.outputs if v not in carried and facts[v].dtype.is_floating_point() and facts[v].shape]
+    others = [value for value in others if sum(size != 1 for size in facts[value].shape) <= _MOST_DIMS]
     named = next((value for value in others if value.name == "logits"), None)
     widths = list(_tables(graph, facts))
     found = [value for value in others if _is_wide(value, facts, widths)]

@@ -237,7 +237,8 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
         elif role.name in ("token_ids", "position_ids", "token_type_ids", "attention_mask"):
             kind = _of_steps(role.name, behind, len(value.shape), has_state=has_state)
             if len(value.shape) == 1 and role.name != "attention_mask":
-                kind = "sequence" if role.name == "position_ids" and _symbol(place) not in batches else None
+                alone = role.name == "token_ids" and has_state and not any(_has_batch(v, d) for v, d in grows.items())
+                kind = "sequence" if alone or (role.name == "position_ids" and _symbol(place) not in batches) else None
             if kind == "batch" and role.name == "attention_mask" and _symbol(place) in sequences:
                 kind = "sequence"  # of new positions by all, the same for all sequences
         if is_batch_last(graph) and (role.name == "token_ids" or _is_embedding(graph, value)):
@@ -245,6 +246,12 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
         if kind is not None:
             found[place] = kind, role.name
     return found
+
+
+def _has_batch(state: ir.Value, growing: int | None) -> bool:
+    """Whether a state may be of several sequences: whether it has an open dimension beside the one that grows."""
+    dims = () if state.shape is None else state.shape
+    return growing is None or any(d != growing and not isinstance(dim, int) for d, dim in enumerate(dims))
 
 
 def _is_embedding(graph: ir.Graph, value: ir.Value) -> bool:

@@ -290,7 +290,10 @@ class Inputs:
         names = {name for dim in info.shape if isinstance(dim, str) for name in parse_dimension(dim).names}
         missing = sorted(names - sizes.keys())
         if missing:
-            raise UnsupportedError(f"input {info.name!r:.80} has the dynamic dimensions {missing}; give their sizes")
+            raise UnsupportedError(
+                f"input {info.name!r:.80} has the dynamic dimensions {missing}; give their sizes, with "
+                f"--dim {missing[0]}=SIZE (sizes=)"
+            )
         shape = shape_of(info.shape, sizes)
         dtype = np.dtype(DTYPES[info.dtype].numpy)
         if info.name in self._made:

@@ -25,6 +25,7 @@ from furiosa_llm.runtime.artifact.manifest import Manifest
 from furiosa_llm.runtime.artifact.reader import Artifact
 from furiosa_llm.runtime.artifact.tools.originals import default_inputs
 from furiosa_llm.runtime.errors import ExecutionError, StepTimeoutError
+from furiosa_llm.runtime.execution.decoder import check_interface, interface_of
 from furiosa_llm.runtime.execution.feeds import StepFeeds
 from furiosa_llm.runtime.execution.scores import by_position, scores_output
 from furiosa_llm.runtime.placement.stages import choose_stages
@@ -108,6 +109,7 @@ def engine_errors(
     `lengths` allow SHORTEST tokens. Raises ExecutionError if the engine cannot run the program, StepTimeoutError if a
     step takes longer than `step_timeout` seconds, and UnsupportedError if it cannot feed it.
     """
+    check_interface(interface_of(artifact.manifest))
     longest = int(random.integers(max(SHORTEST, 3 * lengths.new // 4), lengths.new + 1))
     sizes = [longest, *(int(size) for size in random.integers(SHORTEST, longest + 1, _SLOTS - 1))]
     vocabulary = artifact.manifest.model.vocab_size or 2

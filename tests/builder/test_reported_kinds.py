@@ -12,6 +12,7 @@ import pytest
 
 from furiosa_llm.builder import ArtifactBuilder, BuildReport, plan_model
 from furiosa_llm.builder.errors import OptionError, ShapeError
+from furiosa_llm.builder.factors.scores import find_scores
 from furiosa_llm.builder.options import BuildOptions
 from furiosa_llm.builder.pipeline import analyse_model
 from furiosa_llm.builder.shapes.roles import distinct_roles
@@ -79,6 +80,8 @@ _WEIGHTS = {
     "shown": np.float32(0),
     "hidden": np.float32(-1e9),
     "packed3": _weight(_WIDTH, 192),
+    "m48": _ints(-1, 4, 8),
+    "heads01": _ints(0, 1),
     "bias3": _weight(192),
 }
 _FEED_FORWARD = "h = MatMul(x2, w1) g = Relu(h) y = MatMul(g, w2) z = Add(x2, y) logits = MatMul(z, head)"
@@ -123,6 +126,38 @@ def test_a_lookup_at_the_next_position_alone(tmp_path: Path) -> None:
     inputs = "int64[batch, 1] input_ids, float[batch, 4, past, 8] past"
     outputs = "float[batch, 1, 128] logits, float[batch, 4, total, 8] present"
     _checked(tmp_path, inputs, outputs, nodes, 4)
+
+
+def test_a_cache_and_tokens_without_a_batch(tmp_path: Path) -> None:
+    """The only dimension of the tokens counts positions, as there are none of sequences: it is compared by steps."""
+    nodes = f"""
+        x = Gather(emb, tokens) k0 = MatMul(x, wk) k1 = Reshape(k0, m48) k2 = Transpose<perm=[1, 0, 2]>(k1)
+        new = Concat<axis=1>(old, k2) s0 = ReduceMean<keepdims=0>(new, heads01) s1 = Unsqueeze(s0, none1)
+        s = MatMul(s1, spread) x2 = Add(x, s) {_FEED_FORWARD}
+    """
+    outputs = "float[seq, 128] logits, float[4, total, 8] new"
+    _checked(tmp_path, "int64[seq] tokens, float[4, past, 8] old", outputs, nodes, 4)
+    record = verify_artifact(tmp_path / "artifact", against=tmp_path / "model.onnx", options=ParityOptions(threads=1))
+    assert record.parity is not None
+    assert {error.case.partition(" ")[0] for error in record.parity.outputs} == {"prefill", "decode", "chunk"}
+
+
+def test_scores_of_several_tokens_at_each_position_are_not_the_next_ones(tmp_path: Path) -> None:
+    """As of the codebooks of music: tokens that an engine chooses one by one are not meant."""
+    nodes = "x = Gather(emb, ids) y = MatMul(x, wq) z = Reshape(y, q4) logits = Transpose<perm=[0, 2, 1, 3]>(z)"
+    onnx.save(_model("int64[batch, seq] ids", "float[batch, 8, seq, 8] logits", nodes), tmp_path / "model.onnx")
+    analysed = analyse_model(tmp_path / "model.onnx", BuildOptions())
+    assert find_scores(analysed.model.graph, analysed.probes.facts, ()) is None
+
+
+def test_a_refusal_shows_no_size_that_was_tried(tmp_path: Path) -> None:
+    """Not at the end of a sentence, either."""
+    nodes = "x = Gather(emb, ids) y = MatMul(x, head) logits = Reshape(y, q4)"
+    onnx.save(_model("int64[batch, seq] ids", "float[batch, seq, 8, 8] logits", nodes), tmp_path / "model.onnx")
+    with pytest.raises(
+        ShapeError, match=r"a size that follows from others elements cannot be \[batch, sequence, 8, 8\]"
+    ):
+        analyse_model(tmp_path / "model.onnx", BuildOptions())
 
 
 def test_a_tower_whose_size_no_text_changes_is_split(tmp_path: Path) -> None:
