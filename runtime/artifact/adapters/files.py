@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -12,14 +12,20 @@ from typing import NoReturn
 import numpy as np
 
 from furiosa_llm.runtime.artifact.adapters.names import Half, Module, half_of
+from furiosa_llm.runtime.artifact.adapters.patterns import NamePattern
 from furiosa_llm.runtime.artifact.dtypes import DTYPES, Array
 from furiosa_llm.runtime.artifact.errors import AdapterError, ArtifactError
-from furiosa_llm.runtime.artifact.files import open_regular
+from furiosa_llm.runtime.artifact.files import open_regular, size_of
 from furiosa_llm.runtime.artifact.json_reader import REBUILD, parse_json
 from furiosa_llm.runtime.artifact.safetensors_header import parse_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_NBYTES = 2**24
+MAX_WEIGHTS_NBYTES = 2**33
+"""Of an adapter, all of which is read: one of rank 256 for all products of Llama 3 70B has 6.6e9 in 16 bits."""
+_MAX_PATTERNS = 4096
+_MAX_EXPRESSIONS = 64
 _PREFIX = "base_model.model."
 _FLOATS = {DTYPES[name].safetensors: DTYPES[name].numpy for name in ("FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16")}
 _MUST_BE_OFF = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
@@ -65,6 +71,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
     """The tensors of a safetensors file, which are floating-point numbers; raises AdapterError for anything else."""
     try:
         with open_regular(path.resolve()) as stream:
+            _check_nbytes(path, size_of(stream), MAX_WEIGHTS_NBYTES)
             arrays = parse_header(stream, path.name)
             found = {}
             for name, stored in arrays.items():
@@ -85,6 +92,14 @@ def read_tensors(path: Path) -> dict[str, Array]:
     if not found:
         raise AdapterError(f"adapter {path} has no tensors; save it again")
     return found
+
+
+def _check_nbytes(path: Path, nbytes: int, most: int) -> None:
+    """A server reads what clients name, and a disk may say a size for nothing."""
+    if nbytes > most:
+        raise AdapterError(
+            f"adapter {path} is {nbytes} bytes long, expected at most {most}; give the file of an adapter"
+        )
 
 
 def _read_peft(folder: Path) -> dict[Module, Factors]:
@@ -117,6 +132,7 @@ class _Scaling:
         self._folder = path.parent
         try:
             with open_regular(path.resolve()) as stream:
+                _check_nbytes(path, size_of(stream), MAX_CONFIG_NBYTES)
                 self._config = parse_json(stream.read(), path.name).mapping()
         except ArtifactError as error:
             raise _unreadable(self._folder, error) from error
@@ -157,14 +173,19 @@ class _Scaling:
             )
         return float(value)
 
-    def _pattern(self, name: str) -> dict[re.Pattern[str], float]:
+    def _pattern(self, name: str) -> list[tuple[NamePattern, float]]:
         """Numbers by module: the keys are the ends of names, as regular expressions."""
         value = self._config.get(name) or {}
         if not isinstance(value, dict):
             self._refuse(name, "numbers by module")
+        if len(value) > _MAX_PATTERNS:
+            self._refuse(name, f"at most {_MAX_PATTERNS} numbers")
         try:
-            return {re.compile(rf"(.*\.)?({key})"): self._checked(name, one) for key, one in value.items()}
-        except re.error as error:
+            found = [(NamePattern(key), self._checked(name, one)) for key, one in value.items()]
+            if sum(not pattern.is_plain for pattern, _ in found) > _MAX_EXPRESSIONS:
+                raise ValueError(f"has more than {_MAX_EXPRESSIONS} keys that are not plain names")
+            return found
+        except (re.error, ValueError) as error:
             raise AdapterError(f"adapter {self._folder}: {name} in {CONFIG_NAME}: {error}") from error
 
     def _refuse(self, name: str, expected: str) -> NoReturn:
@@ -174,8 +195,8 @@ class _Scaling:
         )
 
 
-def _matching(pattern: Mapping[re.Pattern[str], float], module: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if key.fullmatch(module)), default)
+def _matching(patterns: Sequence[tuple[NamePattern, float]], module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.matches(module)), default)
 
 
 def _unreadable(path: Path, error: ArtifactError) -> AdapterError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def _damaged(name: str, data: bytes) -> Callable[[Path], object]:
     return change
 
 
+def _stretched(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        saved(folder, SIZES)
+        os.truncate(folder / name, 2**40)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -130,6 +139,12 @@ def _damaged(name: str, data: bytes) -> Callable[[Path], object]:
         (_with(modules_to_save=["lm_head"]), r"modules_to_save"),
         (_with(alpha=-1), r"lora_alpha in adapter_config.json is -1, expected a number above 0"),
         (_with(alpha_pattern={"(": 1}), r"alpha_pattern in adapter_config.json: "),
+        (_with(alpha_pattern={"(a+)+": 1}), r"alpha_pattern in adapter_config.json: has '\(a\+\)\+', expected names"),
+        (_with(alpha_pattern={"[z-a]": 1}), r"alpha_pattern in adapter_config.json: bad character range"),
+        (_with(rank_pattern={f"q{i}": 1 for i in range(5000)}), r"rank_pattern in .*, expected at most 4096 numbers"),
+        (_with(rank_pattern={f"q+{i}": 1 for i in range(65)}), r"has more than 64 keys that are not plain names"),
+        (_stretched("adapter_config.json"), r"adapter_config.json is 1099511627776 bytes long, .* most 16777216"),
+        (_stretched("adapter_model.safetensors"), r"safetensors is 1099511627776 bytes long, .* most 8589934592"),
         (_with(alpha_pattern=3), r"alpha_pattern in adapter_config.json is 3, expected numbers by module"),
         (_with(peft_type="IA3"), r"peft_type in adapter_config.json is 'IA3', expected LORA"),
         (lambda f: saved(f, {"layers.0.self_attn.q_proj": (7, 4)}), r"another base model: .* has 7 features in, "),
