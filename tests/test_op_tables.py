@@ -63,7 +63,10 @@ REASONS = {
         "which of onnxruntime's kernels keep every bit on stacks: no fact about an op, and the builder does not stack",
     ),
     **dict.fromkeys(
-        (f"runtime/program/fatal_kernels.py: {where}" for where in ("_FATAL", "_UNCOUNTED", "_WITH_GRAPHS", "_steps")),
+        (
+            f"runtime/program/fatal_kernels.py: {where}"
+            for where in ("_FATAL", "_UNCOUNTED", "_WITH_GRAPHS", "_counted", "_steps")
+        ),
         "which of onnxruntime's kernels end the process: no fact about an op, and the builder does not run them",
     ),
     "runtime/program/serving_graph.py: _ELEMENTWISE": "the form that the end of a graph must have to be cut",
