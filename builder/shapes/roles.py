@@ -179,7 +179,8 @@ def read_role(name: str, text: str) -> Role:
 def _by_name(value: ir.Value) -> Role:
     name, integer = str(value.name), value.dtype in _INTEGERS
     for role, pattern in _NAMES:
-        if pattern.fullmatch(name) and integer == (role != "state"):
+        unread = role == "state" and not value.uses() and not value.is_graph_output()  # as of layers that share a cache
+        if pattern.fullmatch(name) and integer == (role != "state") and not unread:
             return Role(name=role, why="its name", tie=True)
     return Role(name="other", why="nothing tells what it is for")
 

@@ -262,6 +262,11 @@ _ROLES = {
         "p = Gather(w1, places) q = Gather(spread, languages) p2 = MatMul(p, w2) y0 = Add(x, p2) x2 = Add(y0, q)",
         {"places": "position_ids", "languages": "other"},
     ),
+    "a cache that no layer reads": (
+        "float[batch, 4, past, 8] past_7",
+        "x2 = Relu(x)",
+        {"past_7": "other"},
+    ),
     "masks of two kinds of layers": (
         "float[batch, seq, 1] near, float[batch, seq, 1] far",
         "y0 = Add(x, near) y1 = Softmax(y0) y2 = Add(x, far) y3 = Softmax(y2) x2 = Add(y1, y3)",
