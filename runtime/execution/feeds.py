@@ -55,7 +55,8 @@ class StepFeeds:
         for info in self._infos:
             if not is_fed(info):
                 counts = info.role == "other" and DTYPES[info.dtype].numpy in (np.int32, np.int64)
-                settled = f", or if it counts positions build with --role {info.name}=past_length" if counts else ""
+                role = f"--role {info.name}=past_length (sequence_length for new ones, total_length for all)"
+                settled = f", or if it counts positions build with {role}" if counts else ""
                 raise UnsupportedError(
                     f"input {info.name!r:.80} of role {info.role!r} and shape {list(info.shape)} cannot be made from "
                     f"token ids; use `furiosa-llm run` and give it as a tensor{settled}"

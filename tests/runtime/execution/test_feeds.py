@@ -97,5 +97,5 @@ def test_rows_of_unequal_lengths_need_inputs_of_each_row() -> None:
 
 
 def test_an_integer_of_which_nothing_tells_what_it_counts_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UnsupportedError, match=r"'other' .* build with --role other=past_length"):
+    with pytest.raises(UnsupportedError, match=r"'other' .* build with --role other=past_length .*total_length"):
         StepFeeds([*INPUTS, info("other", "batch")])
