@@ -216,7 +216,8 @@ def _known(graph: ir.Graph, sizes: Mapping[_Place, int]) -> dict[_Place, tuple[s
     grows = {v: growing_dim(v) for v in graph.inputs if role_of(v) == "state"}
     has_state = bool(grows)
     batches, sequences = (
-        {_symbol((v, d)) for v, d in dynamic if role_of(v) == "token_ids" and d == n} - {None} for n in (0, 1)
+        {_symbol((v, d)) for v, d in dynamic if role_of(v) == "token_ids" and d == n} - {None}
+        for n in ((1, 0) if is_batch_last(graph) else (0, 1))
     )
     for place in dynamic:
         value, d = place

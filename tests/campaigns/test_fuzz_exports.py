@@ -42,6 +42,7 @@ ROWS = {
         "batch_size no_positions mask_type embeddings",
     ),
     "tokens as [sequence, batch], which states alone show": (MIXTURE, 2, "position_vector time_first"),
+    "tokens as [sequence, batch] beside a mask of each sequence": (PLAIN, 4, "stacked time_first layout"),
     "a stack of caches of flat heads, whose vectors have no size": (GENAI, 2, "stacked flat_heads"),
     "heads beside dimensions of one sequence and one position": (HYBRID, 4, "one_position square_mask batch_size"),
     "one position a step, in front of the batch": (PLAIN, 8, "one_position position_vector time_first"),
