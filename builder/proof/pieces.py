@@ -67,10 +67,15 @@ class Gathered:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cat:
-    """A concatenation; `count` are the pieces in it that are none."""
+    """A concatenation; `count` are the pieces in it that are none, `local` what each rank holds of it.
+
+    `whole`: every rank holds all of it, in its order. These follow from the parts, which are gone through once.
+    """
 
     parts: tuple[Dim, ...]
     count: int
+    local: Size
+    whole: bool
 
 
 Piece = Run | Axis | Padded | Copies | Gathered | Cat
@@ -103,6 +108,8 @@ def _size(piece: Piece, measure: Measure, *, local: bool) -> Size:
         case Gathered(size, order):
             return (len(order) // 8,) * 2 if local else (size, size)
         case Cat(parts):
+            if local or piece.whole:
+                return piece.local
             sizes = [measure(part) for part in parts]
             return sum(s[0] for s in sizes), sum(s[1] for s in sizes)
 
@@ -146,7 +153,7 @@ def axes_of(dim: Dim) -> tuple[int, ...]:
 
 def is_whole(dim: Dim) -> bool:
     """Whether every rank holds all of the dimension in its order."""
-    return all(isinstance(piece, Run | Copies) for piece in pieces_of(dim))
+    return all(piece.whole if isinstance(piece, Cat) else isinstance(piece, Run | Copies) for piece in dim)
 
 
 def has_copies(dim: Dim) -> bool:
@@ -202,17 +209,13 @@ def concatenate(dims: Sequence[Dim]) -> Dim:
             parts.append(dim)
     if len(parts) == 1:
         return parts[0]
-    count = sum(piece.count if isinstance(piece, Cat) else 1 for part in parts for piece in part)
-    if count > MAX_PIECES:
-        return _as_run(parts)
-    return (Cat(tuple(parts), count),) if parts else run((0, 0))
-
-
-def _as_run(parts: Sequence[Dim]) -> Dim:
-    if not all(map(is_whole, parts)):
-        raise LayoutError(f"a dimension that is split has more than {MAX_PIECES} pieces")
     sizes = [local_size(part) for part in parts]
-    return run((sum(one for one, _ in sizes), sum(other for _, other in sizes)))
+    local = sum(one for one, _ in sizes), sum(other for _, other in sizes)
+    count = sum(piece.count if isinstance(piece, Cat) else 1 for part in parts for piece in part)
+    whole = all(map(is_whole, parts))
+    if count > MAX_PIECES and not whole:
+        raise LayoutError(f"a dimension that is split has more than {MAX_PIECES} pieces")
+    return (Cat(tuple(parts), count, local, whole),) if parts and count <= MAX_PIECES else run(local)
 
 
 def _is_run(dim: Dim) -> bool:
