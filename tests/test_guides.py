@@ -39,7 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("guides")
     shutil.copytree(ensure(SHAPE), made / "smollm2")
     shutil.copytree(smollm2_artifact(SHAPE, 4), made / "smollm2-tp4.artifact")
-    (made / "llama-3.1-8b").symlink_to(ROOT / "fixtures" / "graphs" / "llama-3.1-8b-dynamo-op21-fp16")
+    for name, graph in (
+        ("llama-3.1-8b", "llama-3.1-8b-dynamo-op21-fp16"),
+        ("llama-3.1-70b", "llama-3.1-70b-genai-bf16-cuda"),
+    ):
+        (made / name).symlink_to(ROOT / "fixtures" / "graphs" / graph)
     shutil.copytree(ZOO / "tiny-llama-optimum", made / "llama")
     for seed, name in enumerate(("sql", "chat", "legal")):
         saved(made / "adapters" / name, {"layers.0.self_attn.q_proj": (64, 64)}, seed=seed)
