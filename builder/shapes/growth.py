@@ -16,6 +16,8 @@ _MARK = 2**40
 """Longer than any dimension."""
 _MOST_SIZES = 64
 """Elements of what is computed of shapes."""
+_DEEPEST = 32
+"""How many nodes behind each other compute a shape."""
 _Dims = tuple[int | None, ...]
 """For each dimension of a value, the dimension of the state that it is; None if it is not known."""
 
@@ -141,7 +143,7 @@ def _moved(node: ir.Node, dims: _Dims) -> _Dims | None:
 
 def _reshaped(node: ir.Node, dims: _Dims, data: ir.Value, shape: ir.Value) -> _Dims | None:
     """The dimensions that a Reshape keeps by a 0 or by the size of its own input; no others are known."""
-    numbers = _marked(shape, data, len(dims))
+    numbers = _Marked(data, len(dims)).sizes(shape)
     if numbers is None:
         return None
     zero_keeps = not ("allowzero" in node.attributes and node.attributes["allowzero"].as_int())
@@ -149,32 +151,43 @@ def _reshaped(node: ir.Node, dims: _Dims, data: ir.Value, shape: ir.Value) -> _D
     return tuple(dims[place] if 0 <= place < len(dims) else None for place in places)
 
 
-def _marked(sizes: ir.Value, data: ir.Value, rank: int) -> Array | None:
-    """`sizes`, computed as if dimension d of `data`, of `rank` dimensions, were `_MARK` + d long, and any other 1.
+class _Marked:
+    """Sizes, computed as if dimension d of `data`, of `rank` dimensions, were `_MARK` + d long, and any other 1."""
 
-    None if that takes more than constants and the shapes of values.
-    """
-    if sizes.const_value is not None:
-        return sizes.const_value.numpy()
-    node = sizes.producer()
-    entry = None if node is None else op_of(node)
-    if node is None or entry is None:
-        return None
-    if entry.of_shape is not None:
-        source = node.inputs[0]
-        count = rank if source is data else 0 if source is None or source.shape is None else len(source.shape)
-        shape = tuple(range(_MARK, _MARK + count)) if source is data else (1,) * count
-        return entry.of_shape(attributes_of(node), shape)
-    arguments = [None if value is None else _marked(value, data, rank) for value in node.inputs]
-    given = [argument for argument in arguments if argument is not None]
-    unknown = any(v is not None and a is None for v, a in zip(node.inputs, arguments, strict=True))
-    if entry.value is None or unknown or (entry.made is not None and entry.made(given) > _MOST_SIZES):
-        return None
-    try:
-        result = entry.value(attributes_of(node), arguments)
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # the graph computes nothing of this kind there
-        return None
-    return None if isinstance(result, tuple) else np.asarray(result)
+    def __init__(self, data: ir.Value, rank: int) -> None:
+        self._data = data
+        self._rank = rank
+        self._found: dict[ir.Value, Array | None] = {}
+
+    def sizes(self, value: ir.Value, depth: int = 0) -> Array | None:
+        """None if it takes more than constants, the shapes of values, and a few nodes behind each other."""
+        if value not in self._found:
+            found = self._computed(value, depth) if depth < _DEEPEST else None
+            self._found[value] = None if found is None or found.size > _MOST_SIZES else found
+        return self._found[value]
+
+    def _computed(self, value: ir.Value, depth: int) -> Array | None:
+        if value.const_value is not None:
+            return value.const_value.numpy() if value.const_value.size <= _MOST_SIZES else None
+        node = value.producer()
+        entry = None if node is None else op_of(node)
+        if node is None or entry is None:
+            return None
+        if entry.of_shape is not None:
+            source = node.inputs[0]
+            own = source is self._data
+            count = self._rank if own else 0 if source is None or source.shape is None else len(source.shape)
+            return entry.of_shape(attributes_of(node), tuple(range(_MARK, _MARK + count)) if own else (1,) * count)
+        arguments = [None if one is None else self.sizes(one, depth + 1) for one in node.inputs]
+        given = [argument for argument in arguments if argument is not None]
+        unknown = any(one is not None and a is None for one, a in zip(node.inputs, arguments, strict=True))
+        if entry.value is None or unknown or (entry.made is not None and entry.made(given) > _MOST_SIZES):
+            return None
+        try:
+            result = entry.value(attributes_of(node), arguments)
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # the graph computes nothing of this kind there
+            return None
+        return None if isinstance(result, tuple) else np.asarray(result)
 
 
 def _numbers(value: ir.Value | None) -> list[int] | None:

@@ -43,3 +43,10 @@ def test_a_reshape_keeps_dimensions_by_zeros() -> None:
     assert _grown(_GROWN, shape=(0, 0, 2, 4)) == 1
     assert _grown(_GROWN, shape=(0, -1, 2, 4)) is None
     assert _grown(_GROWN.replace("Reshape(", "Reshape<allowzero = 1>("), shape=(0, 0, 2, 4)) is None
+
+
+def test_what_is_computed_of_shapes_takes_no_time() -> None:
+    doubled = " ".join(f"d{n + 1} = Concat<axis = 0>(d{n}, d{n})" for n in range(60))
+    assert _grown(f"d0 = Shape(cache) {doubled} shape = Gather(d60, start) {_GROWN}") is None
+    long = " ".join(f"a{n + 1} = Identity(a{n})" for n in range(3000))
+    assert _grown(f"a0 = Shape(cache) {long} shape = Concat<axis = 0>(a3000, heads) {_GROWN}") is None
