@@ -20,6 +20,7 @@ import pytest
 import benchmarks.peers.__main__ as command
 from benchmarks.peers import install
 from benchmarks.peers.contenders import CLASSES, FLOAT32, FOUR_BITS, LARGE, OURS, Contender, Files, contenders, missing
+from benchmarks.peers.limits import bars
 from benchmarks.peers.machine import cpu_fields, describe_machine
 from benchmarks.peers.measuring import AT_ONCE_TOKENS, DECODED, Comparison, Measured, Prompts, Results, agreeing
 from benchmarks.peers.models import write_float32_gguf
@@ -324,6 +325,21 @@ def test_the_table() -> None:
     assert lines[-1] == "* gone, x: not installed"
 
 
+def test_bars_are_of_rows_with_the_same_weights() -> None:
+    named = (
+        *((OURS, "genai-fp32, 4 PEs", 10.0), (OURS, "optimum-fp32, 4 PEs", 1.0), (OURS, "genai-fp32, 8 PEs", 5.0)),
+        *(("onnxruntime", "optimum-fp32", 99.0), ("onnxruntime", "genai-fp32", 11.0)),
+    )
+    rows = [measured(peer, [decode] * 3) for peer, _, decode in named]
+    for one, (_, what, _) in zip(rows, named, strict=True):
+        one.contender = dataclasses.replace(one.contender, what=what)
+    found = list(bars({FLOAT32: Results(measured=rows, skipped={}, compared=8)}))
+    assert [(one.what, one.figure, one.kept) for one in found] == [
+        ("genai-fp32, 4 PEs: decode, time over onnxruntime's", 1.1, True),
+        ("genai-fp32, 8 PEs: decode, time over onnxruntime's", 2.2, False),
+    ]
+
+
 def test_ratios_are_of_a_round() -> None:
     assert median_ratio([30.0, 20.0, 20.0], [10.0, 20.0, 40.0]) == 1.0
     assert median_ratio([3.0, 40.0, 9.0], [1.0, 20.0, 1.0]) == 3.0  # the ratio of the medians is 9
@@ -388,6 +404,7 @@ def commanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setattr(command, "prepare", lambda folder: files(tmp_path))
     monkeypatch.setattr(command, "make_prompts", lambda tokenizer: PROMPTS)
     monkeypatch.setattr(command, "failures", lambda: {"pip-package": "pip said no"})
+    monkeypatch.setattr(command, "bars", lambda results: iter([]))
     monkeypatch.setattr(
         command, "start_worker", lambda one, limit: FakeAsked(one.peer, [], fails=0 if one.peer in broken else -1)
     )
@@ -410,6 +427,14 @@ def test_the_command_fails_without_a_peer_that_must_be_there(commanded: set[str]
     result = click.testing.CliRunner().invoke(command.main, [])
     assert result.exit_code == 1
     assert "FAILED: not measured: onnxruntime-genai" in result.stderr
+
+
+def test_the_command_fails_where_a_bar_is_missed(commanded: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "bars", bars)
+    result = click.testing.CliRunner().invoke(command.main, [])
+    assert result.exit_code == 1
+    assert "MISSED" in result.stdout
+    assert "FAILED" not in result.stderr
 
 
 def test_large_models_are_asked_for_less() -> None:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers`: measure, print the tables, fail if a peer that must be there is not."""
+"""`python -m benchmarks.peers`: measure, print the tables, fail if a bar is missed or a peer is not there."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import click
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from benchmarks.artifacts import FOLDER
+from benchmarks.bars import show
 from benchmarks.parity import PROMPTS
 from benchmarks.peers.contenders import CLASSES, LARGE, Contender, contenders, missing
 from benchmarks.peers.install import failures
+from benchmarks.peers.limits import bars
 from benchmarks.peers.machine import cores, describe_machine
 from benchmarks.peers.measuring import Comparison, Prompts, Results, merged
 from benchmarks.peers.models import prepare
@@ -49,9 +52,11 @@ def main(rounds: int, names: tuple[str, ...], limit: float) -> None:
     report(markdown(machine, results, rounds), json.dumps(as_json(machine, results, rounds), indent=1))
     for requirement, reason in failures().items():
         print(f"{requirement} does not install: {reason}")
+    kept = show(bars(results), Console(width=120))
     lacking = missing(merged(results))
     if lacking:
         print(f"FAILED: not measured: {'; '.join(lacking)}", file=sys.stderr)
+    if lacking or not kept:
         sys.exit(1)
 
 

@@ -49,16 +49,23 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def _figures(one: Measured) -> dict[str, Any]:
+def tokens_per_second(one: Measured) -> dict[str, list[float]]:
+    """What was measured in each round, by what was asked for."""
     return {
-        "peer": one.contender.peer,
-        "what": one.contender.what,
-        **asdict(one.loaded),
         "decode": one.decode,
         "prefill": one.prefill,
         "first": one.first,
         "four": one.four,
         "at_once": one.at_once,
+    }
+
+
+def _figures(one: Measured) -> dict[str, Any]:
+    return {
+        "peer": one.contender.peer,
+        "what": one.contender.what,
+        **asdict(one.loaded),
+        **tokens_per_second(one),
         "agreeing": one.agreeing,
         "peak_nbytes": one.peak_nbytes,
     }
@@ -69,11 +76,7 @@ def _cells(one: Measured, first: Measured, compared: int) -> list[str]:
         f"{one.contender.peer} {one.loaded.version}",
         one.contender.what,
         one.loaded.how,
-        _speed(one.decode, first.decode),
-        _speed(one.prefill, first.prefill),
-        _speed(one.first, first.first),
-        _speed(one.four, first.four),
-        _speed(one.at_once, first.at_once),
+        *map(_speed, tokens_per_second(one).values(), tokens_per_second(first).values()),
         f"{one.loaded.seconds:.1f}",
         f"{one.peak_nbytes / 1e6:.0f}",
         f"{one.agreeing} of {compared}",
