@@ -80,8 +80,8 @@ class ArtifactSource(Closing):
                 except (ArtifactError, WireError) as error:
                     answer = [header(Kind.ERROR, 0), error_json(error)]
                 try:
-                    self._socket.send_multipart([bytes(sender), *answer])
-                except zmq.ZMQError:  # who asked has gone
+                    self._socket.send_multipart([bytes(sender), *answer], flags=zmq.NOBLOCK)
+                except zmq.ZMQError:  # who asked has gone, or takes nothing
                     continue
         self._socket.close(linger=0)
         self._context.term()

@@ -166,7 +166,7 @@ class RemoteRunner(FarRunner[_UnderWay]):
         """Has every stage load, all at the same time, and waits for them."""
         began = time.monotonic()
         for stage, link in enumerate(self._links):
-            link.socket.send_multipart([header(Kind.OPEN, self._session), opening_json(self._openings[stage])])
+            link.send([header(Kind.OPEN, self._session), opening_json(self._openings[stage])])
         missing = set(range(len(self._links)))
         while missing:
             tell("loading the stages", len(self._links) - len(missing), len(self._links))

@@ -256,6 +256,26 @@ def test_another_token_is_refused_in_the_handshake(artifact: Artifact, servers: 
         pass
 
 
+def test_a_refusal_that_comes_before_anything_is_sent(
+    artifact: Artifact, servers: list[StageServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = RemoteRunner._open
+
+    def late(runner: RemoteRunner, load_seconds: float) -> None:
+        for link in runner._links:
+            link.socket.sndtimeo = 5000
+            while link.socket.poll(10, zmq.POLLOUT):
+                pass
+        opened(runner, load_seconds)
+
+    monkeypatch.setattr(RemoteRunner, "_open", late)
+    with (
+        pytest.raises(StageError, match="stage 0 on host0 refuses the token"),
+        running(opening_of(artifact, addresses(servers, 1)), token=TOKEN + "!"),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("token", ["short", "x" * 256])
 def test_a_token_has_a_length(token: str) -> None:
     with pytest.raises(UnsupportedError, match=f"a token of {len(token)} bytes; give one of 16 to 255"):
