@@ -9,7 +9,7 @@ from typing import Any
 
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.source.beside import find_beside
-from furiosa_llm.runtime.artifact.manifest import MAX_COMPANION_NBYTES
+from furiosa_llm.runtime.artifact.json_reader import MAX_COMPANION_NBYTES
 
 COMPANIONS = (
     "added_tokens.json",

@@ -14,6 +14,8 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 T = TypeVar("T")
 
 REBUILD = "rebuild the artifact with `furiosa-llm build`"
+MAX_COMPANION_NBYTES = 2**28
+"""Of a file that came with the model, such as a tokenizer: those of 256,000 words take a tenth."""
 MAX_INTEGER = 2**62
 MAX_DEPTH = 32
 """Levels of objects and lists whose members no format names."""

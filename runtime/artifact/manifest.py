@@ -24,11 +24,9 @@ MANIFEST_NAME = "manifest.json"
 PROGRAM_NAME = "program.onnx"
 SOURCE_NAME = "source.onnx"
 RECORD_NAME = "verification.json"
-SIGNATURE_NAME = "manifest.sig"
 """What a verification found; no part of the artifact, so no name for a file of it."""
+SIGNATURE_NAME = "manifest.sig"
 MAX_MANIFEST_NBYTES = 64 * 2**20
-MAX_COMPANION_NBYTES = 2**28
-"""Of a file that came with the model: tokenizers of 256,000 words take a tenth."""
 """A longer manifest is refused unread: parsed JSON takes some twenty times its length in memory."""
 
 DIGEST_PREFIX = b'{\n "digest": "'

@@ -25,10 +25,9 @@ from furiosa_llm.runtime.artifact.checks.source import check_source
 from furiosa_llm.runtime.artifact.dtypes import DTYPES
 from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.files import Folder, size_of
-from furiosa_llm.runtime.artifact.json_reader import REBUILD
+from furiosa_llm.runtime.artifact.json_reader import MAX_COMPANION_NBYTES, REBUILD
 from furiosa_llm.runtime.artifact.manifest import (
     MANIFEST_NAME,
-    MAX_COMPANION_NBYTES,
     MAX_MANIFEST_NBYTES,
     PROGRAM_NAME,
     SOURCE_NAME,

@@ -8,7 +8,7 @@ import pytest
 
 from furiosa_llm.builder.errors import ModelLoadError
 from furiosa_llm.builder.source.companions import companions, eos_token_ids, max_sequence_length
-from furiosa_llm.runtime.artifact.manifest import MAX_COMPANION_NBYTES
+from furiosa_llm.runtime.artifact.json_reader import MAX_COMPANION_NBYTES
 
 
 @pytest.fixture
