@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from furiosa_llm.builder.errors import BuildError
 from furiosa_llm.builder.proof import collectives, stored
 from furiosa_llm.builder.proof.by_rule import RuleTransfer
-from furiosa_llm.builder.proof.interpretation import LocalFacts
+from furiosa_llm.builder.proof.interpretation import LocalFacts, fixed_steps
 from furiosa_llm.builder.proof.movers import Movers
 from furiosa_llm.builder.proof.pieces import Dim, concatenate, of_layout, places, run
 from furiosa_llm.builder.proof.placement import (
@@ -87,17 +88,26 @@ def check_program(program: onnx.ModelProto, manifest: Manifest, constants: Const
         return ProofReport(faults=tuple(faults), placements={}, num_nodes=len(program.graph.node))
     checker = _Checker(model, manifest, constants)
     report = checker.report(faults)
-    if report.is_proved or not checker.read_otherwise:
-        return report
-    again = _Checker(model, manifest, constants, likeliest_first=True).report(faults)
-    return again if again.is_proved else report
+    others = [partial(_Checker, likeliest_first=True)] if checker.read_otherwise else []
+    others += [partial(_Checker, steps=steps) for steps in fixed_steps(manifest)[1:]]
+    again = () if report.is_proved else (other(model, manifest, constants).report(faults) for other in others)
+    return next((one for one in again if one.is_proved), report)
 
 
 class _Checker:
     def __init__(
-        self, model: ir.Model, manifest: Manifest, constants: Constants, *, likeliest_first: bool = False
+        self,
+        model: ir.Model,
+        manifest: Manifest,
+        constants: Constants,
+        *,
+        likeliest_first: bool = False,
+        steps: int | None = None,
     ) -> None:
-        """`likeliest_first`: of other readings of reshapes that fit a node try the likeliest before the nearest."""
+        """`likeliest_first`: of other readings of reshapes that fit a node try the likeliest before the nearest.
+
+        `steps`: how many new positions each step has, if it is not what is likeliest; see `fixed_steps`.
+        """
         self._likeliest_first = likeliest_first
         self._model = model
         self._manifest = manifest
@@ -105,7 +115,7 @@ class _Checker:
         self._nodes = list(model.graph)
         self._held: dict[ir.Value, Held] = {}
         self._faults: list[Fault] = []
-        self._facts = LocalFacts(model, manifest)
+        self._facts = LocalFacts(model, manifest, steps)
         self._choices: dict[object, int] = {}
         self._ways: dict[object, tuple[int, tuple[float, ...]]] = {}
         self._keys: dict[ir.Node, object] = {}

@@ -24,14 +24,17 @@ _OTHERS = ((19, 53), (23, 59), (29, 61), (31, 67), (37, 71), (41, 73), (43, 79),
 """Distinct primes, so that a product determines its factors; what differs between the two sets is dynamic."""
 
 
-def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
-    """Two sets of sizes, each with a size for every name of a dynamic dimension of the inputs."""
+def sizes_of(manifest: Manifest, steps: int | None = None) -> tuple[dict[str, int], dict[str, int]]:
+    """Two sets of sizes, each with a size for every name of a dynamic dimension of the inputs.
+
+    `steps` is how many new positions each step has, if shapes fix it; the likeliest of `fixed_steps` by default.
+    """
     dims = (dim for info in manifest.inputs for dim in info.shape if isinstance(dim, str))
     of_shapes = dict.fromkeys(name for dim in dims for name in parse_dimension(dim).names)
     names = of_shapes | dict.fromkeys(LENGTH_ROLES[info.role] for info in manifest.inputs if info.role in LENGTH_ROLES)
     both: tuple[dict[str, int], dict[str, int]] = ({}, {})
     others = itertools.cycle(_OTHERS)
-    steps = _fixed_sequence(manifest)
+    steps = next(iter(fixed_steps(manifest)), None) if steps is None else steps
     for name in names:
         if name == "total" and "past" in names and ("sequence" in names or steps is not None):
             continue
@@ -43,8 +46,11 @@ def sizes_of(manifest: Manifest) -> tuple[dict[str, int], dict[str, int]]:
     return known_sizes(both[0]), known_sizes(both[1])
 
 
-def _fixed_sequence(manifest: Manifest) -> int | None:
-    """How many new positions each step has, if the shape of the tokens, positions or embeddings fixes it."""
+def fixed_steps(manifest: Manifest) -> tuple[int, ...]:
+    """How many new positions each step may have, the likeliest first, if tokens, positions or embeddings fix it.
+
+    More than one where nothing tells a fixed batch from fixed positions: then the program's own ops do.
+    """
     shapes = {info.name: info.shape for info in manifest.inputs}
     batches = {"batch", *(shapes[s.input][s.batch_dim] for s in manifest.states if s.batch_dim is not None)}
     for role, rank in (("token_ids", 2), ("position_ids", 2), ("position_ids", 1), ("other", 3)):
@@ -54,8 +60,8 @@ def _fixed_sequence(manifest: Manifest) -> int | None:
             first, *rest = info.shape[:2]
             size = first if not rest or (rest[0] in batches and first not in batches) else rest[0]
             if isinstance(size, int):
-                return size
-    return None
+                return tuple(dict.fromkeys((size, *(dim for dim in (first, *rest) if isinstance(dim, int)))))
+    return ()
 
 
 class RankInterpreter(Interpreter):
@@ -84,13 +90,14 @@ class RankInterpreter(Interpreter):
 class LocalFacts:
     """What is known about every value on one rank, at both sets of sizes."""
 
-    def __init__(self, model: ir.Model, manifest: Manifest) -> None:
+    def __init__(self, model: ir.Model, manifest: Manifest, steps: int | None = None) -> None:
+        """`steps`: see `sizes_of`."""
         hide_stored_data(model)
         self._both = tuple(RankInterpreter(model, manifest.mesh, fresh) for fresh in (101, 102))
         self.first: Facts = dict(self._both[0].constants)
         self.second: Facts = dict(self._both[1].constants)
         infos = {info.name: info for info in manifest.inputs}
-        for facts, sizes in zip((self.first, self.second), sizes_of(manifest), strict=True):
+        for facts, sizes in zip((self.first, self.second), sizes_of(manifest, steps), strict=True):
             for value in model.graph.inputs:
                 assert value.dtype is not None
                 info = infos[str(value.name)]

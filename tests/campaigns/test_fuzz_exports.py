@@ -18,7 +18,7 @@ from tests.support.exports import BASES
 
 NAMED = {rewrite.__name__: rewrite for rewrite in REWRITES}
 GENAI, PLAIN, GPT2 = "tiny-llama-genai-fp32/model.onnx", "bsnh", "gpt2_past"
-HYBRID, MIXTURE = "genai-qwen35", "tiny-mixtral-dynamo-tf5/model.onnx"
+HYBRID, MIXTURE, MOBIUS = "genai-qwen35", "tiny-mixtral-dynamo-tf5/model.onnx", "mobius-llama"
 ROWS = {
     "weights that are Constant nodes, stored in parts": (GENAI, 4, "constant_nodes"),
     "a lookup by rows that are copies": (GPT2, 4, "position_vector"),
@@ -52,6 +52,11 @@ ROWS = {
         "flat_heads one_position products_as_gemm",
     ),
     "one position a step beside a number that says so": (PLAIN, 4, "no_mask no_positions batch_size one_position"),
+    "one position behind a fixed batch, which only its ops tell": (
+        MOBIUS,
+        4,
+        "symbols one_position batch_size square_mask time_first",
+    ),
     "heads that one position leaves without sizes": (PLAIN, 4, "products_as_gemm flat_heads one_position"),
 }
 """Base, tensor parallel size and rewrites."""
