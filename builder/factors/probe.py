@@ -130,6 +130,7 @@ def _first_other(
         _settle_counts(counts, roles)
         with contextlib.suppress(ShapeError):
             facts, found = _first_run(interpreter, graph, kinds)
+            _run(interpreter, graph, found, SECOND_PROBE)  # a size that was fixed may be the first one's by chance
             if _states_grow(graph, found, facts):
                 return facts, found
             fitting.append(roles)

@@ -119,3 +119,11 @@ def test_the_bar() -> None:
     assert not passes({"same": 96, "refused": 2, "price": 2})
     assert not passes({"same": 97, "price": 3})
     assert not passes({"same": 1999, "wrong": 1})
+
+
+def test_a_fixed_size_that_is_tried_by_chance_shows_no_role(tmp_path: Path) -> None:
+    """All sizes are fixed, to 11 positions in all: so many old ones are what is tried first."""
+    base = next(one for one in BASES if one.name == PLAIN)
+    export = rewritten(base, [NAMED[word] for word in ("no_mask", "names", "all_sizes")], random.Random(12))
+    assert [1] in [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in export.proto().graph.input]
+    assert tried(base, export, 4, tmp_path) == ("same", "")
