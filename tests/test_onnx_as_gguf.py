@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,10 @@ from benchmarks.peers.onnx_as_gguf import q4_0, write_gguf
 from fixtures.filled import fill
 from fixtures.outline import write_outline
 from fixtures.synthetic import SPECIAL
-from furiosa_llm.example.llama.config import LlamaConfig
 from furiosa_llm.example.llama.configs import write_configs
+from tests.smollm2.test_filled import CONFIG
 
-_CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    tie_word_embeddings=True,
-)
+_CONFIG = dataclasses.replace(CONFIG, tie_word_embeddings=True)
 
 
 def _interleaved(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:

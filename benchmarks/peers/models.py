@@ -15,13 +15,9 @@ from benchmarks.artifacts import artifact, model
 from benchmarks.peers.contenders import LARGE, Files, sizes
 from benchmarks.peers.onnx_as_gguf import write_gguf
 from furiosa_llm.example.llama.weights import EMBEDDING, FINAL_NORM, layer_weight
-from furiosa_llm.example.smollm2.gguf_weights import GgufWeights
+from furiosa_llm.example.smollm2.gguf_weights import PARTS, GgufWeights
 from furiosa_llm.example.smollm2.recipe import ensure, ensure_gguf
 
-_PARTS = (
-    *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
 _FILE_TYPE_FLOAT32 = 0
 _SHAPES = (*LARGE, "genai-fp32", "optimum-fp32", "int4")
 
@@ -67,7 +63,7 @@ def write_safetensors(source: Path, folder: Path) -> None:
     weights = GgufWeights(source)
     names = [EMBEDDING, FINAL_NORM]
     for layer in range(weights.config.num_hidden_layers):
-        names += [layer_weight(layer, part) for part in _PARTS]
+        names += [layer_weight(layer, part) for part in PARTS]
     folder.mkdir()
     tensors = {name: np.ascontiguousarray(weights.tensor(name)) for name in names}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,17 +15,10 @@ import onnx
 from fixtures.filled import Range, external_ranges
 from furiosa_llm.example.llama.weights import EMBEDDING
 from furiosa_llm.example.smollm2.blocks import BLOCK, unpermuted_rows
+from furiosa_llm.example.smollm2.gguf_weights import PARTS
 
-_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-_PRODUCTS = {
-    "attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_QUERIES_KEYS_VALUES = "attn.qkv_proj"
-_TYPES = {4: gguf.GGMLQuantizationType.Q4_0, 32: gguf.GGMLQuantizationType.F32}
-"""Bits of a product's numbers -> how GGUF stores them."""
+_PACKED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""What genai's graph has as one product."""
 
 Array = npt.NDArray[Any]
 
@@ -41,8 +34,8 @@ def write_gguf(model: Path, target: Path) -> None:
     writer = gguf.GGUFWriter(target, arch="llama")
     _write_sizes(writer, config)
     for name, values in _tensors(weights, config):
-        quantised = values.dtype == np.uint8
-        writer.add_tensor(name, values, raw_dtype=_TYPES[4 if quantised else 32])
+        kind = gguf.GGMLQuantizationType.Q4_0 if values.dtype == np.uint8 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,21 +92,22 @@ def _tensors(weights: _Weights, config: dict[str, Any]) -> Iterator[tuple[str, A
     yield "output_norm.weight", weights.values(f"model.layers.{layers}.final_norm_layernorm.weight")
     for layer in range(layers):
         scope, block = f"model.layers.{layer}", f"blk.{layer}"
-        for part, name in _NORMS.items():
-            yield f"{block}.{name}.weight", weights.values(f"{scope}.{part}.weight")
-        for part, name in _PRODUCTS.items():
-            yield f"{block}.{name}.weight", weights.product(f"{scope}.{part}")
-        yield from _attention(block, weights.product(f"{scope}.{_QUERIES_KEYS_VALUES}"), config)
+        for part, name in PARTS.items():
+            if part.endswith("layernorm"):
+                yield f"{block}.{name}.weight", weights.values(f"{scope}.{part}.weight")
+            elif part not in _PACKED:
+                yield f"{block}.{name}.weight", weights.product(f"{scope}.{part.removeprefix('self_')}")
+        yield from _attention(block, weights.product(f"{scope}.attn.qkv_proj"), config)
 
 
 def _attention(block: str, rows: Array, config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
     """Queries, keys and values out of one product, the first two with the rows of a head as ggml turns them."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     width = config["head_dim"]
-    queries, keys, values = np.split(rows, [heads * width, (heads + kv_heads) * width])
-    for name, part, count in (("attn_q", queries, heads), ("attn_k", keys, kv_heads)):
-        yield f"{block}.{name}.weight", part[np.argsort(unpermuted_rows(len(part), count))]
-    yield f"{block}.attn_v.weight", values
+    parts = np.split(rows, [heads * width, (heads + kv_heads) * width])
+    for part, values, count in zip(_PACKED, parts, (heads, kv_heads, 0), strict=True):
+        turned = values[np.argsort(unpermuted_rows(len(values), count))] if count else values
+        yield f"{block}.{PARTS[part]}.weight", turned
 
 
 def _write_sizes(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from furiosa_llm.example.llama.weights import EMBEDDING, FINAL_NORM, Array
 from furiosa_llm.example.smollm2.blocks import Q4Weight, Q8Weight, decode_q4_1, decode_q8_0, unpermuted_rows
 
 _TOP_LEVEL = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight"}
-_PARTS = {
+PARTS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -26,6 +26,7 @@ _PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+"""Hugging Face's names of a layer's weights -> GGUF's."""
 _LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 
@@ -104,8 +105,8 @@ class GgufWeights:
 
     def _find(self, name: str) -> gguf.ReaderTensor:
         layer = _LAYER_WEIGHT.fullmatch(name)
-        known = layer is not None and layer[2] in _PARTS
-        stored = f"blk.{layer[1]}.{_PARTS[layer[2]]}.weight" if layer and known else _TOP_LEVEL.get(name)
+        known = layer is not None and layer[2] in PARTS
+        stored = f"blk.{layer[1]}.{PARTS[layer[2]]}.weight" if layer and known else _TOP_LEVEL.get(name)
         if stored not in self._tensors:
             raise ModelFileError(
                 f"{self._path} holds no tensor for {name!r} (looked for {stored!r}); it is not the model expected here"
