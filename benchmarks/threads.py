@@ -5,6 +5,7 @@ Cores are taken away by the affinity of the threads, as `taskset` does it, so th
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -23,25 +24,25 @@ from benchmarks.artifacts import artifact
 from benchmarks.bars import Bar, put_into, show
 from benchmarks.stepping import PAST, Served
 from furiosa_llm.runtime.artifact.reader import open_artifact
-from furiosa_llm.runtime.execution.driver import Crew
 from furiosa_llm.runtime.placement.stages import choose_stages
 from furiosa_llm.runtime.runners.local_runner import Host
 
 PAGE = Path("docs/threads.md")
-_MODEL, _SIZE = "int4", 4
+_MODELS, _SIZE = ("genai-fp32", "int4"), 4
 _SPINS = (0, 50, 1000)
 """Microseconds."""
-_PLACES = ((1, 1), (1, 2), (2, 1), (2, 2), (2, 4))
+_PLACES = ((1, 1), (1, 2), (2, 1), (2, 2))
 """Cores, and threads."""
 _ROUNDS, _STEPS = 6, 12
-_SLOWER_ALONE, _SLOWER_BESIDE = 1.1, 1.0
-"""The time of the default, which is not to spin, over that of the fastest spinning, at most."""
+_SPINNING_ALONE = 1.0
+"""The time of the fastest spinning over that of the default, which is not to spin, at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How steps are run: on which number of cores and threads, spinning for so long, alone or beside a busy process."""
+    """Whose steps are run how: on how many cores and threads, spinning for so long, alone or beside a busy process."""
 
+    model: str
     cores: int
     threads: int
     spin_us: int
@@ -56,21 +57,24 @@ class Took:
     processor: float
 
 
-def measure(model: str, size: int) -> dict[Setting, Took]:
+def measure(models: Sequence[str], size: int) -> dict[Setting, Took]:
     """The medians of some rounds, in which all settings take turns."""
     found: dict[Setting, list[Took]] = defaultdict(list)
     cores = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        places = [place for place in _PLACES if place[0] <= len(cores)]
-        served = {(count, threads): _serving(model, size, threads, cores[:count], stack) for count, threads in places}
+        served = {
+            setting: _serving(setting, size, cores, stack)
+            for model in models
+            for count, threads in _PLACES
+            for spin_us in (_SPINS if threads > 1 else (0,))
+            if count <= len(cores)
+            for setting in (Setting(model=model, cores=count, threads=threads, spin_us=spin_us, busy=False),)
+        }
         for number in range(_ROUNDS):
             for busy in (False, True)[:: 1 if number % 2 else -1]:
                 with busy_process(cores[0]) if busy else nullcontext():
-                    for (count, threads), (one, crew) in served.items():
-                        for spin_us in _SPINS if threads > 1 else (0,):
-                            crew.spin = spin_us / 1e6
-                            setting = Setting(cores=count, threads=threads, spin_us=spin_us, busy=busy)
-                            found[setting].append(_round(one))
+                    for setting, one in served.items():
+                        found[replace(setting, busy=busy)].append(_round(one))
     return {
         setting: Took(
             wall=statistics.median(one.wall for one in rounds),
@@ -80,14 +84,16 @@ def measure(model: str, size: int) -> dict[Setting, Took]:
     }
 
 
-def _serving(model: str, size: int, threads: int, cores: Sequence[int], stack: ExitStack) -> tuple[Served, Crew]:
-    """What is stepped, on threads that may use these cores."""
-    opened = open_artifact(artifact(model, size).folder, full=False)
-    with on_cores(cores):
-        host = stack.enter_context(Host(opened, choose_stages(opened), threads=threads))
+def _serving(setting: Setting, size: int, cores: Sequence[int], stack: ExitStack) -> Served:
+    """What is stepped, on threads that may use so many of these cores."""
+    opened = open_artifact(artifact(setting.model, size).folder, full=False)
+    with on_cores(cores[: setting.cores]):
+        host = stack.enter_context(
+            Host(opened, choose_stages(opened), threads=setting.threads, spin_us=setting.spin_us)
+        )
         runner = host.runner(slots_per_group=1)
     stack.callback(runner.close)
-    return Served(runner, logits="last"), host.crew
+    return Served(runner, logits="last")
 
 
 @contextmanager
@@ -125,28 +131,35 @@ def _round(served: Served) -> Took:
 
 
 def bars(found: Mapping[Setting, Took]) -> Iterator[Bar]:
-    """What the default, not to spin, costs and gains where there is a core for each thread."""
+    """What spinning gains alone, and costs beside another, where there is a core for each thread."""
     cores = max(setting.cores for setting in found)
-    for busy, limit in ((False, _SLOWER_ALONE), (True, _SLOWER_BESIDE)):
+    for model, busy in itertools.product(dict.fromkeys(setting.model for setting in found), (False, True)):
         walls = {
             setting.spin_us: took.wall
             for setting, took in found.items()
-            if (setting.cores, setting.threads, setting.busy) == (cores, cores, busy) and cores > 1
+            if (setting.model, setting.cores, setting.threads, setting.busy) == (model, cores, cores, busy)
         }
-        if walls:
+        if len(walls) > 1:
             fastest = min((spin_us for spin_us in walls if spin_us), key=walls.__getitem__)
-            what = f"{cores} threads {'beside a busy process' if busy else 'alone'}: no spinning / {fastest} us"
-            beside = f"{walls[0]:.1f} ms / {walls[fastest]:.1f} ms"
-            yield Bar(what=what, figure=walls[0] / walls[fastest], limit=limit, unit="x", beside=beside)
+            what = (
+                f"{model}, {cores} threads {'beside a busy process' if busy else 'alone'}: {fastest} us / no spinning"
+            )
+            beside = f"{walls[fastest]:.1f} ms / {walls[0]:.1f} ms"
+            limit = None if busy else _SPINNING_ALONE
+            yield Bar(what=what, figure=walls[fastest] / walls[0], limit=limit, unit="x", beside=beside)
 
 
 def table(found: Mapping[Setting, Took]) -> str:
-    """A row for cores, threads and spinning."""
-    lines = ["| cores | threads | spin_us | wall, processor: alone | beside a busy process |", "|---|---|---|---|---|"]
+    """A row for each model, cores, threads and spinning."""
+    lines = [
+        "| model | cores | threads | spin_us | wall, processor: alone | beside a busy process |",
+        "|---|---|---|---|---|---|",
+    ]
     for setting in sorted({replace(setting, busy=False) for setting in found}, key=astuple):
         both = [found[replace(setting, busy=busy)] for busy in (False, True)]
         cells = [f"{took.wall:.1f}, {took.processor:.1f} ms" for took in both]
-        lines.append(f"| {setting.cores} | {setting.threads} | {setting.spin_us} | {' | '.join(cells)} |")
+        of = (setting.model, setting.cores, setting.threads, setting.spin_us)
+        lines.append(f"| {' | '.join(map(str, of))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -154,7 +167,7 @@ def table(found: Mapping[Setting, Took]) -> str:
 @click.option("--write", is_flag=True, help=f"Put the table into {PAGE}.")
 def main(write: bool) -> None:
     """Measure every setting, print the table, and fail if a bar is missed."""
-    found = measure(_MODEL, _SIZE)
+    found = measure(_MODELS, _SIZE)
     print(table(found))
     if write:
         put_into(PAGE, "threads", table(found))

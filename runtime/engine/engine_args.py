@@ -164,7 +164,11 @@ class EngineArgs:
     threads: Annotated[int | None, Option("Threads that step the PEs.", COUNT, "the cores")] = None
     spin_us: Annotated[
         int,
-        Option("Microseconds for which threads poll for each other before they sleep.", COUNT_OR_NONE, unit="us"),
+        Option(
+            "Microseconds for which threads poll for each other within a step before they sleep.",
+            COUNT_OR_NONE,
+            unit="us",
+        ),
     ] = 0
     batch_invariant: Annotated[
         bool,

@@ -110,7 +110,8 @@ class BoundProgram:
         self._lifetimes = lifetimes(lanes)
         made = self._lifetimes.keys()
         external_values = self._on_ranks(external)
-        self._growing = (self._on_ranks(growing_values(self._program, growing)) & made) - external_values
+        depending = self._on_ranks(growing_values(self._program, growing))
+        self._growing = (depending & made) - external_values
         self._unbound = self._shapeless(self._on_ranks(unbound), external_values)
         unknown = {e.out for section in lanes.sections for e in section.exchanges} & self._unbound
         if len(self._own) < len(lanes.ranks) and unknown:
@@ -128,11 +129,14 @@ class BoundProgram:
         self._blocks: dict[int, Block] = {}
         self._growing_blocks: dict[tuple[int, str], Block] = {}
         self._sections: list[list[_BoundSection]] = []
+        calls = [call for section in self._program.sections for call in section.collectives]
         self._meter = CollectiveMeter(
-            [[c.collective.kind for c in section.collectives] for section in self._program.sections]
+            [call.collective.kind for call in calls],
+            [[exchange.call.collective.kind for exchange in section.exchanges] for section in lanes.sections],
         )
-        self._results = [self._result(call) for section in self._program.sections for call in section.collectives]
-        self._unplaced = [one for one in self._results if one[1] not in self._placed]
+        self._results = [self._result(call) for call in calls]
+        inside = {name for _, name in self._results if name not in made} - depending
+        self._unplaced = [one for one in self._results if one[1] not in self._placed | inside]
         self._placed_nbytes = [0, 0]
         self.section_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
         """The section that each lane is in, or was in last."""
@@ -278,8 +282,13 @@ class BoundProgram:
         """By kind of collective what a PE receives of these `results`, added to what is known `before`."""
         found, tensors = list(before), self._tensors[self._own[0]]
         for kind, name in results:
-            found[kind] += tensors[name].array.nbytes
+            found[kind] += tensors[name].array.nbytes if name in tensors else self._nbytes_of(name)
         return found
+
+    def _nbytes_of(self, name: str) -> int:
+        """The bytes of a value within a segment."""
+        kind = self._lanes.types[name]
+        return array_nbytes(kind.dtype, shape_of(kind.shape or (), self._sizes))
 
     # -- binding -----------------------------------------------------------------------------------------------
 
@@ -318,7 +327,8 @@ class BoundProgram:
 
     def _shapeless(self, unbound: frozenset[str], external: frozenset[str]) -> frozenset[str]:
         """The values that a run must allocate: `unbound`, values of unknown shape, and exchanges that read such."""
-        shapeless = {name for name in self._lifetimes if name in unbound or not self._has_known_shape(name)}
+        types, is_known = self._lanes.types, self._program.has_known_shape
+        shapeless = {name for name in self._lifetimes if name in unbound or not is_known(types[name])}
         for section in self._lanes.sections:
             for exchange in section.exchanges:
                 parts = {part.name for part in parts_of(exchange)}
@@ -326,11 +336,6 @@ class BoundProgram:
                 if parts & odd or exchange.out in self._growing:
                     shapeless.add(exchange.out)
         return frozenset(shapeless)
-
-    def _has_known_shape(self, name: str) -> bool:
-        shape = self._lanes.types[name].shape
-        dims = [dim for dim in shape or () if isinstance(dim, str)]
-        return shape is not None and all(self._program.sizes.issuperset(parse_dimension(dim).names) for dim in dims)
 
     # -- placing -----------------------------------------------------------------------------------------------
 
@@ -351,7 +356,7 @@ class BoundProgram:
             [self._bound_section(lane, index, exchange) for index, exchange in enumerate(exchanges)]
             for lane in self._own
         ]
-        self._placed_nbytes = self._received_nbytes([one for one in self._results if one[1] in self._placed])
+        self._placed_nbytes = self._received_nbytes([one for one in self._results if one not in self._unplaced])
 
     def _offsets(self, lane: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Where the values of a lane lie in its block, which is made anew if it is too small."""

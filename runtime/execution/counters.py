@@ -46,7 +46,9 @@ class TransferCounts:
     nbytes: int
     """What each PE of the stage received: of a sum its size, of a gathered value the size of the whole."""
     seconds: float
-    """What the stage's threads or processes spent on it, in the mean, waiting for each other included."""
+    """What the stage's threads or processes spent on it, in the mean, waiting for each other included.
+
+    0 of collectives where one thread steps all ranks: they are nodes of its graph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +85,17 @@ def _added(kind: TransferKind, transfers: Sequence[TransferCounts]) -> TransferC
 
 
 class CollectiveMeter:
-    """Measures the collectives in the runs of one program, whose sections have collectives of the kinds `sections`.
+    """Measures the collectives in the runs of one program: of the kinds `calls` in all.
 
-    The time of a section that has both kinds counts for the kind of which it has more.
+    Lanes exchange those in `sections`; others are nodes of a segment, and their time is not told from its own. The time
+    of a section that has both kinds counts for the kind of which it has more.
     """
 
-    def __init__(self, sections: Sequence[Sequence[CollectiveKind]]) -> None:
+    def __init__(self, calls: Sequence[CollectiveKind], sections: Sequence[Sequence[CollectiveKind]]) -> None:
         self.kinds = [_most(section) if section else None for section in sections]
         """For each section the place of its kind in what `begin` gives; None: it has no collectives."""
-        calls = [sum(section.count(kind) for section in sections) for kind in _COLLECTIVES]
-        self._present = [(kind, _AT[kind], count) for kind, count in enumerate(calls) if count]
+        counts = [calls.count(kind) for kind in _COLLECTIVES]
+        self._present = [(kind, _AT[kind], count) for kind, count in enumerate(counts) if count]
         self._spent: list[list[int]] = []
 
     def reset(self) -> None:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from furiosa_llm.runtime.artifact.options import COUNT
 from furiosa_llm.runtime.errors import ExecutionError, InputError
-
-T = TypeVar("T")
 
 
 class Waits(Protocol):
@@ -39,18 +36,6 @@ def cores_for(threads: int | None) -> int:
     return threads or len(os.sched_getaffinity(0))
 
 
-def take(queue: SimpleQueue[T], spin: float) -> T:
-    """What comes next in `queue`: the thread asks for `spin` seconds, leaving its core to others, and then sleeps.
-
-    Polling lets the interpreter's lock go each time, which whoever is waited for may need.
-    """
-    if spin:
-        deadline = time.perf_counter() + spin
-        while not queue.qsize() and time.perf_counter() < deadline:
-            os.sched_yield()
-    return queue.get()
-
-
 class PeerFailedError(Exception):
     """Another thread of the run has failed; its error is the one to show."""
 
@@ -59,13 +44,12 @@ class Barrier:
     """A barrier between `count` threads made of token queues, one for each ordered pair of threads.
 
     This took 9 us for two threads where threading.Barrier took 16. A thread that is one barrier ahead leaves its token
-    in the queue, so tokens of successive barriers cannot be confused. Who waits polls for `spin` seconds first.
+    in the queue, so tokens of successive barriers cannot be confused.
     """
 
-    __slots__ = ("_inbox", "_outbox", "_spin")
+    __slots__ = ("_inbox", "_outbox")
 
-    def __init__(self, count: int, spin: float = 0.0) -> None:
-        self._spin = spin
+    def __init__(self, count: int) -> None:
         queues: dict[tuple[int, int], SimpleQueue[bool]] = {
             (sender, receiver): SimpleQueue()
             for sender in range(count)
@@ -80,7 +64,7 @@ class Barrier:
         for queue in self._outbox[member]:
             queue.put(True)
         for queue in self._inbox[member]:
-            if not take(queue, self._spin):
+            if not queue.get():
                 raise PeerFailedError
 
     def leave(self, member: int) -> None:
@@ -92,13 +76,12 @@ class Barrier:
 class _Run:
     """One run: its barrier, and the errors of its threads as they end."""
 
-    __slots__ = ("_body", "_ended", "_spin", "barrier")
+    __slots__ = ("_body", "_ended", "barrier")
 
-    def __init__(self, body: Body, count: int, spin: float) -> None:
+    def __init__(self, body: Body, count: int) -> None:
         self._body = body
         self._ended: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._spin = spin
-        self.barrier = Barrier(count, spin)
+        self.barrier = Barrier(count)
 
     def take_part(self, lanes: Sequence[int], member: int) -> None:
         """Runs the body as `member`; whatever it raises is kept for `raise_first`."""
@@ -112,7 +95,7 @@ class _Run:
 
     def raise_first(self, count: int) -> None:
         """Waits for all `count` threads and raises the error of one that failed by itself."""
-        errors = [error for error in (take(self._ended, self._spin) for _ in range(count)) if error is not None]
+        errors = [error for error in (self._ended.get() for _ in range(count)) if error is not None]
         for error in errors:
             if not isinstance(error, PeerFailedError):
                 raise error
@@ -121,13 +104,11 @@ class _Run:
 class Crew:
     """`count` cores, shared by all runs of a host.
 
-    A run gets as many as its share of those who `expect` to run now; it waits if all are busy. A thread that waits for
-    another, or for the next run, polls for `spin` seconds before it sleeps.
+    A run gets as many as its share of those who `expect` to run now; it waits if all are busy.
     """
 
-    def __init__(self, count: int, *, spin: float = 0.0) -> None:
+    def __init__(self, count: int) -> None:
         self.count = count
-        self.spin = spin
         self._free = threading.Condition()
         self._idle = count
         self._expecting: set[int] = set()
@@ -160,7 +141,7 @@ class Crew:
             if count == 1:
                 body(shares[0], 0, _ALONE)
                 return
-            run = _Run(body, count, self.spin)
+            run = _Run(body, count)
             for member in range(1, count):
                 self._inboxes.put(lambda member=member: run.take_part(shares[member], member))  # type: ignore[misc]
             run.take_part(shares[0], 0)
@@ -209,7 +190,7 @@ class Crew:
             return count
 
     def _serve(self) -> None:
-        while (task := take(self._inboxes, self.spin)) is not None:
+        while (task := self._inboxes.get()) is not None:
             task()
 
 

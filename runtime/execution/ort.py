@@ -89,6 +89,7 @@ class RawBinding(Protocol):
 class SessionSettings:
     """How sessions are made: `intra_op_threads` of each, and whether weights are packed for speed.
 
+    Threads of a session wait for each other asleep, or within a run awake for `spin_us` microseconds first.
     `prepack` copies each MatMul weight into the kernel's own order when the session is made; without it weights stay
     mapped from their file, shared between sessions and processes, and decoding is slower. `exact` keeps onnxruntime
     from rounding activations to 8 bits where it fuses DequantizeLinear and MatMul. With `dequantise` weights are
@@ -99,6 +100,7 @@ class SessionSettings:
     """
 
     intra_op_threads: int = 1
+    spin_us: int = 0
     prepack: bool = True
     exact: bool = False
     dequantise: bool = False
@@ -149,7 +151,9 @@ class Session:
         # One pattern is kept for each input shape ever seen, and a growing context gives a new shape every step.
         options.enable_mem_pattern = False
         entries = {
-            "session.intra_op.allow_spinning": "0",
+            "session.intra_op.allow_spinning": "1" if settings.spin_us else "0",
+            "session.intra_op.spin_duration_us": str(settings.spin_us),
+            "session.force_spinning_stop": "1",
             "session.inter_op.allow_spinning": "0",
             "session.model_external_initializers_file_folder_path": os.fspath(weights_folder),
             "session.disable_prepacking": "0" if settings.prepack else "1",

@@ -150,10 +150,16 @@ def lane_model(lanes: Lanes, segment: LaneSegment, flexible: Mapping[str, int]) 
     """`segment` as a model of its own, whose initializers are still the program's.
 
     `flexible` names values of the program whose given dimension is left open, because a buffer longer than the program
-    says may be bound to them. A value that crosses no section has no type: onnxruntime infers it.
+    says may be bound to them. A value that crosses no section of the program has no type: onnxruntime infers it.
     """
     model = program_part(lanes.program, segment.nodes)
-    for names, values in ((segment.inputs, model.graph.input), (segment.outputs, model.graph.output)):
+    inner = {name for node in segment.nodes for name in node.output if name in lanes.types}.difference(segment.outputs)
+    of_graph = model.graph
+    for names, values in (
+        (segment.inputs, of_graph.input),
+        (segment.outputs, of_graph.output),
+        (sorted(inner), of_graph.value_info),
+    ):
         for name in names:
             value = values.add(name=name)
             kind, open_dim = lanes.types.get(name), flexible.get(name.partition("/")[2])

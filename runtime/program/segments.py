@@ -76,6 +76,11 @@ class Program:
     sizes: frozenset[str]
     """The names of the dynamic dimensions that the inputs' shapes give."""
 
+    def has_known_shape(self, kind: ValueType) -> bool:
+        """Whether the sizes of the inputs give the shape of a value of this type."""
+        dims = [dim for dim in kind.shape or () if isinstance(dim, str)]
+        return kind.shape is not None and all(self.sizes.issuperset(parse_dimension(dim).names) for dim in dims)
+
 
 def cut_program(model: ModelProto, collectives: Sequence[Collective], sizes: frozenset[str]) -> Program:
     """The sections of `model`, all or a part of a program that `open_artifact` has checked.

@@ -32,6 +32,7 @@ from furiosa_llm.runtime.execution.sessions import SectionSessions, create_sessi
 from furiosa_llm.runtime.execution.weights_files import mapped_check
 from furiosa_llm.runtime.placement.stages import Stage
 from furiosa_llm.runtime.program.idle_ranks import padded_shards
+from furiosa_llm.runtime.program.joined import joined
 from furiosa_llm.runtime.program.lanes import Alike, Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.program.limits import step_nbytes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
@@ -120,6 +121,7 @@ def load_model(
     max_step_nbytes: int | None = None,
     only: int | None = None,
     separate: bool = False,
+    spin_us: int = 0,
 ) -> LoadedModel:
     """`artifact` cut into `stages`, on so many `lanes`, with the sessions of the lanes `own` (None: all).
 
@@ -127,8 +129,10 @@ def load_model(
 
     `threads` sessions are made at a time; `mapped` leaves the weights in their files, and `exact` is for comparisons
     (see `SessionSettings`). The ranks of a lane are stacked (`runtime/program/stacking.py`), unless they are to be
-    `separate`, or the weights to stay in their files. Steps may allocate `max_step_nbytes`; None: what docs/limits.md
-    says. Raises UnsupportedError for a model that is no decoder, and ExecutionError if onnxruntime refuses a segment.
+    `separate`, or the weights to stay in their files. With `spin_us` all ranks are one lane, whose nodes `threads`
+    share within onnxruntime, which poll for each other for so long. Steps may allocate `max_step_nbytes`; None: what
+    docs/limits.md says. Raises UnsupportedError for a model that is no decoder, and ExecutionError if onnxruntime
+    refuses a segment.
     """
     manifest = artifact.manifest
     interface = interface_of(manifest)
@@ -142,9 +146,15 @@ def load_model(
     serving, traits = serving_of(artifact, companions.doubled)
     traits = replace(traits, mixes=bank.mixes)
     graphs = _cut(artifact, serving, stages)
-    settings = SessionSettings(prepack=not mapped, exact=exact, dequantise=dequantises(artifact))
+    settings = SessionSettings(
+        intra_op_threads=threads if spin_us else 1,
+        spin_us=spin_us,
+        prepack=not mapped,
+        exact=exact,
+        dequantise=dequantises(artifact),
+    )
     memory = max_step_nbytes or step_nbytes(manifest)
-    count = min(lanes, manifest.mesh.size)
+    count = 1 if spin_us else min(lanes, manifest.mesh.size)
     programs: list[StageProgram] = []
     for graph, laid in zip(graphs, _lanes(artifact, graphs, count, stacks=not (separate or mapped)), strict=True):
         if only in (None, graph.index):
@@ -253,7 +263,7 @@ def _lanes(artifact: Artifact, graphs: Sequence[StageGraph], count: int, *, stac
             states=states,
             padded=padded,
         )
-        laid.append(lanes)
+        laid.append(joined(lanes))
     return laid
 
 

@@ -35,7 +35,7 @@ class Host(Closing):
     `threads` cores step the lanes (None: all that this process may use). `mapped` leaves the weights in their files,
     `separate` the nodes of every rank apart (see `load_model`), and `exact` is for comparisons (see `SessionSettings`).
     The rows that `companions` names are computed together with a copy of themselves. `max_step_nbytes` is as for
-    `load_model`. Threads that wait for each other poll for `spin_us` before they sleep.
+    `load_model`. With `spin_us` one step at a time has all cores, which poll for so long before they sleep.
     Close it, or use it as a context manager, to end its threads.
     """
 
@@ -63,8 +63,9 @@ class Host(Closing):
             exact=exact,
             companions=companions,
             max_step_nbytes=max_step_nbytes,
+            spin_us=spin_us,
         )
-        self.crew = Crew(self.threads, spin=spin_us / 1e6)
+        self.crew = Crew(1 if spin_us else self.threads)
 
     def runner(self, *, slots_per_group: int) -> LocalRunner:
         """A replica with KV of its own: as many groups as stages, each of `slots_per_group` slots."""

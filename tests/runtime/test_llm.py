@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import ModelProto
 
 from furiosa_llm.runtime import LLM, LLMEngine, RequestOutputKind, SamplingParams, open_artifact
 from furiosa_llm.runtime import model as model_module
@@ -32,11 +33,11 @@ from furiosa_llm.runtime.errors import (
     TopologyError,
     UnsupportedError,
 )
+from furiosa_llm.runtime.execution import sessions
 from furiosa_llm.runtime.execution.decoder import DecoderSession
-from furiosa_llm.runtime.execution.driver import Crew
 from furiosa_llm.runtime.execution.executor import Executor
+from furiosa_llm.runtime.execution.ort import Session, SessionSettings
 from furiosa_llm.runtime.requests.outputs import RequestOutput
-from furiosa_llm.runtime.runners import local_runner
 from tests.support.runtime.bracketed import bracketed_tokenizer
 from tests.support.runtime.models import LlamaSize, llama, mlp
 
@@ -634,17 +635,17 @@ def test_workers_give_the_same_tokens(folder: Path, greedy: list[int]) -> None:
 def test_threads_that_spin_give_the_same_tokens(
     folder: Path, greedy: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crews: list[tuple[int, float]] = []
+    """All PEs are one lane, whose session has the threads."""
+    made: list[tuple[int, int]] = []
 
-    class Noted(Crew):
-        def __init__(self, count: int, *, spin: float = 0.0) -> None:
-            crews.append((count, spin))
-            super().__init__(count, spin=spin)
+    def noted(model: ModelProto, weights: Path, settings: SessionSettings) -> Session:
+        made.append((settings.intra_op_threads, settings.spin_us))
+        return Session(model, weights, settings)
 
-    monkeypatch.setattr(local_runner, "Crew", Noted)
+    monkeypatch.setattr(sessions, "Session", noted)
     with LLM(folder, threads=2, spin_us=50) as spinning:
         assert [output.outputs[0].token_ids for output in spinning.generate(["hello"] * 3, GREEDY)] == [greedy] * 3
-    assert crews == [(2, 50e-6)]
+    assert made == [(2, 50)]
 
 
 class Bar:

@@ -5,27 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from queue import SimpleQueue
 
 import pytest
 
 from furiosa_llm.runtime.errors import ExecutionError
-from furiosa_llm.runtime.execution.driver import Crew, Waits, take
+from furiosa_llm.runtime.execution.driver import Crew, Waits
 from furiosa_llm.runtime.program.lanes import ranks_of
 
 
 @contextmanager
-def crew_of(count: int, spin: float = 0.0) -> Iterator[Crew]:
-    crew = Crew(count, spin=spin)
+def crew_of(count: int) -> Iterator[Crew]:
+    crew = Crew(count)
     try:
         yield crew
     finally:
         crew.close()
 
 
-@pytest.mark.parametrize("spin", [0.0, 1e-4])
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_nobody_passes_a_barrier_before_all_have_come(count: int, spin: float) -> None:
+def test_nobody_passes_a_barrier_before_all_have_come(count: int) -> None:
     rounds = 200
     arrived = [0] * count
     early: list[int] = []
@@ -37,7 +35,7 @@ def test_nobody_passes_a_barrier_before_all_have_come(count: int, spin: float) -
             barrier.wait(member)
             early.extend(other for other in arrived if other < number)
 
-    with crew_of(count, spin) as crew:
+    with crew_of(count) as crew:
         crew.run(body, count)
     assert arrived == [rounds] * count
     assert early == []
@@ -64,21 +62,6 @@ def test_a_failure_ends_all_threads_and_is_raised(failing: int, before: int) -> 
                 crew.run(body, 4)
         crew.run(fine, 4)
     assert sorted(passed) == [0, 1, 2, 3]
-
-
-def test_who_spins_asks_until_then_and_sleeps() -> None:
-    """What is there is taken at once, what comes later is waited for."""
-    queue: SimpleQueue[int] = SimpleQueue()
-    queue.put(1)
-    assert take(queue, 60.0) == 1
-    waiting = threading.Timer(0.01, queue.put, (2,))
-    waiting.start()
-    assert take(queue, 60.0) == 2
-    later = threading.Timer(0.01, queue.put, (3,))
-    later.start()
-    assert take(queue, 1e-6) == 3
-    waiting.join()
-    later.join()
 
 
 def test_two_failures_raise_one() -> None:

@@ -24,6 +24,7 @@ from furiosa_llm.runtime.execution.driver import Crew
 from furiosa_llm.runtime.execution.exchange import SPLIT_NBYTES
 from furiosa_llm.runtime.execution.ort import SessionSettings
 from furiosa_llm.runtime.execution.sessions import create_sessions
+from furiosa_llm.runtime.program.joined import joined
 from furiosa_llm.runtime.program.lanes import Lanes, alike_inputs, lanes_of, shard_axes
 from furiosa_llm.runtime.program.segments import cut_program, size_names
 from tests.support.runtime.models import LlamaSize, llama
@@ -53,10 +54,26 @@ def laid(artifact: Artifact, count: int) -> Lanes:
 
 
 def run(artifact: Artifact, count: int, inputs: dict[str, Array], names: Sequence[str] = ("y",)) -> list[list[Array]]:
-    """The values `names` of every rank, run on `count` lanes and as many threads."""
+    """The values `names` of every rank, run on `count` lanes and as many threads; of one lane also joined."""
     lanes = laid(artifact, count)
+    found = run_lanes(artifact, lanes, inputs, names)
+    whole = joined(lanes)
+    if whole is not lanes:
+        assert count == 1
+        assert [len(whole.sections), whole.sections[0].exchanges] == [1, ()]
+        for ours, theirs in zip(run_lanes(artifact, whole, inputs, names), found, strict=True):
+            assert all(map(same_bits, ours, theirs))
+    return found
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def run_lanes(artifact: Artifact, lanes: Lanes, inputs: dict[str, Array], names: Sequence[str]) -> list[list[Array]]:
+    """The values `names` of every rank, run on as many threads as lanes."""
     sessions = create_sessions(artifact, lanes, SessionSettings(), threads=1)
-    with closing(Crew(count)) as crew:
+    with closing(Crew(len(lanes.ranks))) as crew:
         bound = BoundProgram(lanes, sessions, crew)
         bound.resize({"batch": next(iter(inputs.values())).shape[0]})
         for name, array in inputs.items():
@@ -130,6 +147,33 @@ def test_partial_sums_are_added_as_a_tree(
     for rank, total in enumerate(expected_sums(program, axes, dtype, x)):
         assert found[rank].dtype == total.dtype
         assert np.array_equal(found[rank], total), f"rank {rank}"
+
+
+@pytest.mark.parametrize(("dtype", "sections"), [("FLOAT", 1), ("BFLOAT16", 1), ("INT8", 2)])
+def test_one_lane_is_one_section_where_onnxruntime_adds_the_type(dtype: str, sections: int, tmp_path: Path) -> None:
+    artifact = open_artifact(summed(Mesh((2, 2)), (0, 1), dtype).write(tmp_path))
+    assert len(joined(laid(artifact, 1)).sections) == sections
+    assert len(joined(laid(artifact, 2)).sections) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_section_keeps_what_it_makes_of_constants(count: int, tmp_path: Path) -> None:
+    """A node of constants that two sections read is there twice, and has two names."""
+    program = summed(Mesh((2,)), (0,))
+    program.nodes.insert(0, helper.make_node("Neg", ["w"], ["negative"], name="negate"))
+    program.nodes[1].input[1] = "negative"
+    program.nodes[-1].CopyFrom(helper.make_node("Mul", ["sum", "negative"], ["y"]))
+    x = np.random.default_rng(2).random((3, WIDTH), dtype=np.float32)
+    weights = [program.weights["w"].local(program.mesh, rank) for rank in range(2)]
+    artifact = open_artifact(program.write(tmp_path))
+    for rank, [y] in enumerate(run(artifact, count, {"x": x})):
+        assert np.array_equal(y, (x * -weights[0] + x * -weights[1]) * -weights[rank])
+    [segment] = joined(laid(artifact, 1)).sections[0].segments
+    assert segment is not None
+    assert [node.name for node in segment.nodes if node.op_type == "Neg"] == [
+        *("0/negate", "1/negate"),
+        *("1/0/negate", "1/1/negate"),
+    ]
 
 
 def test_the_tree_is_another_sum_than_one_after_another() -> None:

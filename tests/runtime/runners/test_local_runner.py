@@ -207,10 +207,16 @@ def alone(artifact: Artifact, prompts: Sequence[Sequence[int]], steps: int) -> l
 
 @contextmanager
 def runner_of(
-    artifact: Artifact, *, stages: int = 1, threads: int = 1, slots: int = 4, companions: Companions = NO_COMPANIONS
+    artifact: Artifact,
+    *,
+    stages: int = 1,
+    threads: int = 1,
+    slots: int = 4,
+    companions: Companions = NO_COMPANIONS,
+    spin_us: int = 0,
 ) -> Iterator[tuple[Host, LocalRunner]]:
     placed = choose_stages(artifact, pipeline_parallel_size=stages)
-    with Host(artifact, placed, threads=threads, companions=companions) as host:
+    with Host(artifact, placed, threads=threads, companions=companions, spin_us=spin_us) as host:
         runner = host.runner(slots_per_group=slots)
         try:
             yield host, runner
@@ -270,7 +276,11 @@ def test_the_zoo_in_stages_chunks_and_batches_gives_the_bits_of_sequences_alone(
             assert same_bits(serve(runner, prompts, 4, chunk=chunk), reference)
         if probed.invariant and probed.chunks:
             assert same_bits(together, reference)
-    for ours, theirs in zip([*found, *together], [*reference, *reference], strict=True):
+    with runner_of(artifact, threads=2, spin_us=50) as (_, runner):
+        one_lane = serve(runner, prompts, 4, chunk=chunk)
+        if probed.invariant:
+            assert same_bits(one_lane, reference)
+    for ours, theirs in zip([*found, *together, *one_lane], 3 * reference, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=APART * np.abs(theirs).max())
         assert [row.argmax() for row in ours] == [row.argmax() for row in theirs]
     if probed.invariant:
@@ -289,12 +299,13 @@ def test_every_decoder_of_the_zoo_is_in_the_table(zoo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "threads"), tiered(itertools.product([1, 2, 4], [1, 2, 3]), [(1, 2), (2, 3), (4, 1)])
+    ("stages", "threads", "spin_us"),
+    tiered(itertools.product([1, 2, 4], [1, 2, 3], [0, 50]), [(1, 2, 0), (2, 3, 0), (4, 1, 0), (1, 2, 50)]),
 )
 def test_stages_threads_and_chunks_do_not_change_a_bit(
-    stages: int, threads: int, artifact: Artifact, expected: list[list[Array]]
+    stages: int, threads: int, spin_us: int, artifact: Artifact, expected: list[list[Array]]
 ) -> None:
-    with runner_of(artifact, stages=stages, threads=threads) as (_, runner):
+    with runner_of(artifact, stages=stages, threads=threads, spin_us=spin_us) as (_, runner):
         assert runner.num_groups == stages
         assert same_bits(serve(runner, PROMPTS, 5), expected)
         if probe_batch_invariance(artifact).chunks:
