@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from fixtures.packaged import title_writer
 from furiosa_llm.builder import ArtifactBuilder
@@ -239,4 +240,6 @@ def test_titles_are_those_of_the_unsplit_model(size: int, tmp_path: Path) -> Non
     expected = generate(reference, found.prompt_token_ids, start=0, count=24, ends=(1,))
     assert found.outputs[0].token_ids == expected
     assert expected[-1] == 1
-    assert found.outputs[0].text == "Attempt to use empty password"
+    # Which title it is depends on the processor's int8 kernels, whose rounding the unsplit model has too.
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert found.outputs[0].text == tokenizer.decode(expected) != ""
