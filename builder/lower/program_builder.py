@@ -84,9 +84,8 @@ class ProgramBuilder:
         if isinstance(outputs, int):
             outputs = [unique if outputs == 1 else f"{unique}/{i}" for i in range(outputs)]
         values = [ir.Value(name=self._names.take(o) if o else "") for o in outputs]
-        # The function checks its argument; the annotation lists all types that an attribute may have.
         attrs = [
-            a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type]
+            a if isinstance(a, ir.Attr) else ir.convenience.convert_attribute(k, a)  # type: ignore[arg-type] # it checks
             for k, a in (attributes or {}).items()
         ]
         node = ir.Node(domain, op_type, inputs, attrs, outputs=values, name=unique)

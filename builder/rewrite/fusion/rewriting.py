@@ -211,5 +211,4 @@ class _Replacing:
 
     @staticmethod
     def _lowest(dtype: ir.DataType) -> float:
-        # ml_dtypes comes without annotations.
-        return float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call]
+        return float(ml_dtypes.finfo(dtype.numpy()).min)  # type: ignore[no-untyped-call] # it has no annotations
