@@ -70,6 +70,15 @@ def rename(node: NodeProto, names: Mapping[str, str]) -> None:
             value.name = outside.get(value.name, value.name)
 
 
+def renamed(node: NodeProto, names: Mapping[str, str], prefix: str) -> NodeProto:
+    """A copy of `node` that reads and makes the values `names` stand for, and whose own name begins with `prefix`."""
+    own = NodeProto()
+    own.CopyFrom(node)
+    own.name = f"{prefix}/{node.name}" if node.name else ""
+    rename(own, names)
+    return own
+
+
 def following(nodes: Iterable[NodeProto], names: Collection[str] = (), *, sizes: bool = True) -> set[str]:
     """The values that follow from collectives or from `names`; without `sizes`, from their elements alone."""
     found = set(names)

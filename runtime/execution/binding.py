@@ -132,12 +132,15 @@ class BoundProgram:
         calls = [call for section in self._program.sections for call in section.collectives]
         self._meter = CollectiveMeter(
             [call.collective.kind for call in calls],
-            [[exchange.call.collective.kind for exchange in section.exchanges] for section in lanes.sections],
+            [
+                [call.collective.kind for call in {e.call.collective.id: e.call for e in section.exchanges}.values()]
+                for section in lanes.sections
+            ],
         )
-        self._results = [self._result(call) for call in calls]
-        inside = {name for _, name in self._results if name not in made} - depending
-        self._unplaced = [one for one in self._results if one[1] not in self._placed | inside]
-        self._placed_nbytes = [0, 0]
+        results = [self._result(call) for call in calls]
+        self._steady = [one for one in results if one[1] not in depending | self._unbound]
+        self._varying = [one for one in results if one not in self._steady]
+        self._steady_nbytes = [0, 0]
         self.section_of_lane: list[int] | npt.NDArray[np.int64] = [0] * len(lanes.ranks)
         """The section that each lane is in, or was in last."""
 
@@ -197,9 +200,9 @@ class BoundProgram:
 
     def count(self, row: Row) -> None:
         """Adds to the counters in `row` what the collectives of the last run took."""
-        nbytes = self._placed_nbytes
-        if self._unplaced:
-            nbytes = self._received_nbytes(self._unplaced, nbytes)
+        nbytes = self._steady_nbytes
+        if self._varying:
+            nbytes = self._received_nbytes(self._varying, nbytes)
         self._meter.count(row, nbytes)
 
     def _drive(self, shares: Sequence[int], member: int, barrier: Waits) -> None:
@@ -282,13 +285,12 @@ class BoundProgram:
         """By kind of collective what a PE receives of these `results`, added to what is known `before`."""
         found, tensors = list(before), self._tensors[self._own[0]]
         for kind, name in results:
-            found[kind] += tensors[name].array.nbytes if name in tensors else self._nbytes_of(name)
+            if name in self._unbound:
+                found[kind] += tensors[name].array.nbytes
+            else:
+                type_ = self._lanes.types[name]
+                found[kind] += array_nbytes(type_.dtype, shape_of(type_.shape or (), self._sizes))
         return found
-
-    def _nbytes_of(self, name: str) -> int:
-        """The bytes of a value within a segment."""
-        kind = self._lanes.types[name]
-        return array_nbytes(kind.dtype, shape_of(kind.shape or (), self._sizes))
 
     # -- binding -----------------------------------------------------------------------------------------------
 
@@ -356,7 +358,7 @@ class BoundProgram:
             [self._bound_section(lane, index, exchange) for index, exchange in enumerate(exchanges)]
             for lane in self._own
         ]
-        self._placed_nbytes = self._received_nbytes([one for one in self._results if one not in self._unplaced])
+        self._steady_nbytes = self._received_nbytes(self._steady)
 
     def _offsets(self, lane: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Where the values of a lane lie in its block, which is made anew if it is too small."""

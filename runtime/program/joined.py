@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 from onnx import NodeProto, TensorProto, helper
 
-from furiosa_llm.runtime.artifact.graphs import rename, used_names
-from furiosa_llm.runtime.program.lanes import Exchange, Lanes, LaneSection, LaneSegment, Part
+from furiosa_llm.runtime.artifact.graphs import renamed
+from furiosa_llm.runtime.program.lanes import Exchange, Lanes, LaneSection, Part, lane_segment
 from furiosa_llm.runtime.program.stacking import Shards
 
 
@@ -30,20 +30,14 @@ def joined(lanes: Lanes) -> Lanes:
             own = {*segment.initializers, *(name for node in segment.nodes for name in node.output if name)}
             # Sections have copies of what constants are made of, which onnxruntime may fuse with the one node they are
             # for: they stay copies.
-            copies = {name: f"{index}/{name}" for name in own if name in made or name in initializers}
+            copies = {name: f"section{index}/{name}" for name in own if name in made or name in initializers}
             initializers.update({copies.get(name, name): shards for name, shards in segment.initializers.items()})
-            nodes.extend(_copied(node, copies, str(index)) for node in segment.nodes)
+            nodes.extend(renamed(node, copies, f"section{index}") for node in segment.nodes)
         for exchange in section.exchanges:
             nodes.extend(_as_nodes(exchange, lanes))
         made.update(name for node in nodes[begun:] for name in node.output)
-    wanted = {lanes.name(rank, name) for name in lanes.program.outputs for rank in range(lanes.mesh.size)}
-    read = dict.fromkeys(name for node in nodes for name in used_names(node))
-    whole = LaneSegment(
-        nodes=tuple(nodes),
-        inputs=tuple(name for name in read if name not in made and name not in initializers),
-        outputs=tuple(name for node in nodes for name in node.output if name in wanted),
-        initializers=initializers,
-    )
+    leaving = {lanes.name(rank, name) for name in lanes.program.outputs for rank in range(lanes.mesh.size)}
+    whole = lane_segment(nodes, leaving, initializers)
     return replace(lanes, sections=(LaneSection(segments=(whole,), exchanges=()),))
 
 
@@ -72,14 +66,3 @@ def _as_nodes(exchange: Exchange, lanes: Lanes) -> Iterator[NodeProto]:
     same = helper.make_tensor(shape, TensorProto.INT64, [rank], [0] * rank)
     yield helper.make_node("Constant", [], [shape], value=same)
     yield helper.make_node("Reshape", [whole, shape], [exchange.out])
-
-
-def _copied(node: NodeProto, names: Mapping[str, str], prefix: str) -> NodeProto:
-    """`node`, or a node of another name if it reads or makes one of `names`, which stand for others."""
-    if names.keys().isdisjoint({*used_names(node), *node.output}):
-        return node
-    own = NodeProto()
-    own.CopyFrom(node)
-    own.name = f"{prefix}/{node.name}" if node.name else ""
-    rename(own, names)
-    return own

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto, helper
 
-from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, rename, used_names
+from furiosa_llm.runtime.artifact.graphs import COLLECTIVE_DOMAIN, renamed, used_names
 from furiosa_llm.runtime.artifact.layout import Mesh, axes_of
 from furiosa_llm.runtime.artifact.manifest import Manifest, State
 from furiosa_llm.runtime.program.idle_ranks import OnRanks, zero_parts
@@ -302,17 +302,7 @@ class _Laying:
             leaving.update(
                 self._name(rank, name) for name in wanted for rank in ranks if self._stacked.get((rank, name)) != ()
             )
-        nodes = _needed([*nodes, *sums], leaving)
-        if not nodes:
-            return None
-        made = dict.fromkeys(name for node in nodes for name in node.output if name)
-        read = dict.fromkeys(name for node in nodes for name in used_names(node))
-        return LaneSegment(
-            nodes=tuple(nodes),
-            inputs=tuple(name for name in read if name not in made and name not in initializers),
-            outputs=tuple(name for name in made if name in leaving),
-            initializers={name: shards for name, shards in initializers.items() if name in read},
-        )
+        return lane_segment([*nodes, *sums], leaving, initializers)
 
     def _nodes(self, segment: Segment, ranks: Sequence[int], initializers: dict[str, Shards]) -> Iterator[NodeProto]:
         """The nodes of the ranks, without nodes that would compute the same as another rank's node.
@@ -369,16 +359,30 @@ class _Laying:
             self._types[stack_name(holders, name)] = ValueType(dtype=kind.dtype, shape=shape)
 
     def _renamed(self, node: NodeProto, rank: int) -> NodeProto:
-        own = NodeProto()
-        own.CopyFrom(node)
-        own.name = f"{rank}/{node.name}" if node.name else ""
-        rename(own, {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name})
-        return own
+        names = {name: self._name(rank, name) for name in (*used_names(node), *node.output) if name}
+        return renamed(node, names, str(rank))
 
 
 def parts_of(exchange: Exchange) -> tuple[Part, ...]:
     """The values that go into `exchange`."""
     return exchange.parts if exchange.total is None else tuple(_leaves(exchange.total))
+
+
+def lane_segment(
+    nodes: Sequence[NodeProto], leaving: Collection[str], initializers: Mapping[str, Shards]
+) -> LaneSegment | None:
+    """A segment of those of `nodes` that the values `leaving` follow from, which are its outputs; None: of none."""
+    needed = _needed(nodes, leaving)
+    if not needed:
+        return None
+    made = dict.fromkeys(name for node in needed for name in node.output if name)
+    read = dict.fromkeys(name for node in needed for name in used_names(node))
+    return LaneSegment(
+        nodes=tuple(needed),
+        inputs=tuple(name for name in read if name not in made and name not in initializers),
+        outputs=tuple(name for name in made if name in leaving),
+        initializers={name: shards for name, shards in initializers.items() if name in read},
+    )
 
 
 def _needed(nodes: Sequence[NodeProto], leaving: Collection[str]) -> list[NodeProto]:

@@ -240,6 +240,7 @@ def test_titles_are_those_of_the_unsplit_model(size: int, tmp_path: Path) -> Non
     expected = generate(reference, found.prompt_token_ids, start=0, count=24, ends=(1,))
     assert found.outputs[0].token_ids == expected
     assert expected[-1] == 1
-    # Which title it is depends on the processor's int8 kernels, whose rounding the unsplit model has too.
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    assert found.outputs[0].text == tokenizer.decode(expected) != ""
+    assert found.outputs[0].text == tokenizer.decode(expected)
+    # The unsplit model's title is the first by onnxruntime's int8 products on VNNI, the second on plain AVX2.
+    assert found.outputs[0].text in ("Attempt to use empty password", "Attempt to use dictionary")

@@ -171,8 +171,8 @@ def test_each_section_keeps_what_it_makes_of_constants(count: int, tmp_path: Pat
     [segment] = joined(laid(artifact, 1)).sections[0].segments
     assert segment is not None
     assert [node.name for node in segment.nodes if node.op_type == "Neg"] == [
-        *("0/negate", "1/negate"),
-        *("1/0/negate", "1/1/negate"),
+        *("section0/0/negate", "section0/1/negate"),
+        *("section1/0/negate", "section1/1/negate"),
     ]
 
 
