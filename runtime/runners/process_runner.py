@@ -188,10 +188,14 @@ class ProcessRunner(FarRunner[_UnderWay]):
         """In which segment each worker is, and the last collective that all of them have done."""
         lines = []
         for group, stage in np.argwhere((self._positions >= 0).any(axis=2)):
-            here = self._positions[group, stage]
-            done = [name for step in self._ready[0].collectives[stage][: max(0, int(here.min()))] for name in step]
+            here, collectives = self._positions[group, stage], self._ready[0].collectives[stage]
+            # no worker is past the first segment before all have begun: whoever is in none then is through
+            begun = int(here.max()) > 0
+            behind = int(np.where(here >= 0, here, len(collectives) if begun else 0).min())
+            done = [name for step in collectives[:behind] for name in step]
+            elsewhere = "through" if begun else "in none"
             where = ", ".join(
-                f"{ranks_text(ready.ranks)} in segment {step}" if step >= 0 else f"{ranks_text(ready.ranks)} in none"
+                f"{ranks_text(ready.ranks)} {f'in segment {step}' if step >= 0 else elsewhere}"
                 for ready, step in zip(self._ready, here.tolist(), strict=True)
             )
             lines.append(f"stage {stage}: {where}; last collective done: {done[-1] if done else 'none'}")

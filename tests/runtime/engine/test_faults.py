@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -147,9 +148,11 @@ def test_a_worker_that_hangs(load: Load, tokens: list[list[int]]) -> None:
     error = ended(engine)[0].error
     assert isinstance(error, ReplicaError)
     assert isinstance(error.__cause__, StepTimeoutError)
-    for part in ("decode of 1 sequences: not back within 3 s", "stage 0: ranks 0 to 1 in segment", "ranks 2 to 3 in"):
-        assert part in str(error)
-    assert "last collective done: " in str(error)
+    # the worker may have been stopped anywhere in a step, even behind all that the other waits for
+    where = r"(in segment \d+|in none|through)"
+    doing = rf"stage 0: ranks 0 to 1 {where}, ranks 2 to 3 {where}; last collective done: "
+    assert "decode of 1 sequences: not back within 3 s" in str(error)
+    assert re.search(doing, str(error)), error
     until(rebuilt(engine, old))
     assert not any(Path(f"/proc/{pid}").exists() for pid in old)
     assert answers(engine, 1) == tokens[:1]

@@ -118,6 +118,21 @@ def test_what_is_under_way_fails_when_a_process_is_killed(runner: ProcessRunner)
         future.result(DEADLINE)
 
 
+def test_progress_tells_a_worker_that_is_through_from_one_that_has_not_begun(runner: ProcessRunner) -> None:
+    """The arena's header as workers that stand still would leave it."""
+    sections = runner._ready[0].collectives[0]
+    last = [name for section in sections[:-1] for name in section][-1]
+    here = runner._positions[0, 0]
+    here[:] = (-1, len(sections) - 1)
+    assert runner.progress() == (
+        f"stage 0: ranks 0 to 1 through, ranks 2 to 3 in segment {len(sections) - 1}; last collective done: {last}"
+    )
+    here[:] = (0, -1)
+    assert runner.progress() == "stage 0: ranks 0 to 1 in segment 0, ranks 2 to 3 in none; last collective done: none"
+    here[:] = -1
+    assert runner.progress() == "nothing is under way"
+
+
 def test_no_process_is_left_behind(artifact: Artifact) -> None:
     with ProcessHost(artifact, stages_of(artifact), workers=2) as host:
         runner = host.runner(slots_per_group=1)
