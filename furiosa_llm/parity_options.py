@@ -20,8 +20,8 @@ class ParityOptions:
     `tolerance` is relative to an output's greatest magnitude; None: TOLERANCE, or HALF_TOLERANCE for what computes in
     float16 or keeps integers in its caches. `compute` is the type that both compute in; None: their own types.
     `prompts` are those of which greedy tokens are compared; None: DEFAULT_PROMPTS. `seed` draws lengths and inputs;
-    None: one that the system gives, so that no artifact can know it. `time_limit` are the seconds after which no
-    further step is begun, `step_timeout` those that a step may take; None: what docs/limits.md says.
+    None: one that the system gives, so that no artifact can know it. `time_limit` are the seconds after which nothing
+    more is checked, `step_timeout` those that a step may take; None: what docs/limits.md says.
     """
 
     tolerance: float | None = None

@@ -22,7 +22,7 @@ from furiosa_llm.runtime.artifact.parse import parse_manifest
 from furiosa_llm.runtime.artifact.progress import shown, tell
 from furiosa_llm.runtime.artifact.reader import FULL_BELOW_NBYTES, Artifact, open_artifact
 from furiosa_llm.runtime.artifact.temporary import temporary_folder
-from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
+from furiosa_llm.runtime.artifact.tools.integrity import Limit, check_originals, check_padding, check_weights
 from furiosa_llm.runtime.artifact.tools.record import Check, Compared, Verification
 from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
 from furiosa_llm.runtime.errors import StepTimeoutError
@@ -64,6 +64,8 @@ def verify_artifact(
     Raises ArtifactError if there is no manifest to report on, and InputError, ModelLoadError, ExecutionError and
     UnsupportedError for a model or options that cannot be compared with.
     """
+    options = options or ParityOptions()
+    limit = _time_limit(options.time_limit)
     tell("opening the artifact")
     folder = Path(path).absolute()  # which no word of a message is
     try:
@@ -79,22 +81,21 @@ def verify_artifact(
     tell("lowering source.onnx again")
     checks.append(_guarded(lambda: check_lowering(artifact), "lowering", folder))
     if full or against is not None or _weights_nbytes(artifact) < FULL_BELOW_NBYTES:
-        checks.append(_guarded(lambda: check_weights(artifact), "weights", folder))
+        checks.append(_guarded(lambda: check_weights(artifact, limit), "weights", folder))
     if full:
-        checks.append(_guarded(lambda: check_originals(artifact), "originals", folder))
-        checks.append(_guarded(lambda: check_padding(artifact), "padding", folder))
+        checks.append(_guarded(lambda: check_originals(artifact, limit), "originals", folder))
+        checks.append(_guarded(lambda: check_padding(artifact, limit), "padding", folder))
     parity = None
     comparable = all(check.passed for check in checks if check.name not in ("proof", "lowering"))
     if against is not None:
         against = find_model(Path(against))
         checks.append(check_given(artifact, against))
-        found, parity = _compared_with_given(artifact, against, options or ParityOptions())
+        found, parity = _compared_with_given(artifact, against, options, limit)
         checks += found
     elif full and comparable:
-        found, parity = _compared_with_itself(artifact, options or ParityOptions())
+        found, parity = _compared_with_itself(artifact, options, limit)
         checks += found
-    compute = None if options is None else options.compute
-    compared = None if parity is None else _extent(parity, given=against is not None, compute=compute)
+    compared = None if parity is None else _extent(parity, given=against is not None, compute=options.compute)
     return Report(record=_record(artifact.digest, checks, compared), parity=parity)
 
 
@@ -142,7 +143,8 @@ def _guarded(check: Callable[[], Check], name: str, folder: Path) -> Check:
     try:
         return check()
     except UNFIT as error:
-        return Check(name=name, checked=1, faults=(_line(error, folder),))
+        fault = _line(error, folder)
+        return Check(name=name, checked=1, faults=(fault,), late=_is_late(error, [fault]))
 
 
 def _line(error: FuriosaLLMError, *folders: Path) -> str:
@@ -157,29 +159,35 @@ def _line(error: FuriosaLLMError, *folders: Path) -> str:
 # -- the artifact compared with its model --------------------------------------------------------------------------
 
 
-def _compared_with_itself(artifact: Artifact, options: ParityOptions) -> tuple[list[Check], Parity | None]:
+def _compared_with_itself(
+    artifact: Artifact, options: ParityOptions, limit: Limit
+) -> tuple[list[Check], Parity | None]:
     """The artifact compared with the unsplit model that is put back together from it."""
     with temporary_folder(Path(tempfile.gettempdir()), "furiosa-llm-verify-") as temporary:
         model = temporary / "model.onnx"
         tell("putting the model together")
         try:
             unbuild(artifact, model)
-            return _compared(artifact, model, options)
+            return _compared(artifact, model, options, limit)
         except UNFIT as error:
             line = f"the model put back together from the artifact: {_line(error, artifact.folder, model.parent)}"
             return [Check(name="stitched", checked=1, faults=(line,), late=_is_late(error, [line]))], None
 
 
-def _compared_with_given(artifact: Artifact, model: Path, options: ParityOptions) -> tuple[list[Check], Parity | None]:
+def _compared_with_given(
+    artifact: Artifact, model: Path, options: ParityOptions, limit: Limit
+) -> tuple[list[Check], Parity | None]:
     """The artifact compared with the model that the user gave, which may take too long."""
     try:
-        return _compared(artifact, model, options)
+        return _compared(artifact, model, options, limit)
     except StepTimeoutError as error:
         line = _line(error, artifact.folder, model.parent)
         return [Check(name="stitched", checked=1, faults=(line,), late=True)], None
 
 
-def _compared(artifact: Artifact, model: str | os.PathLike[str], options: ParityOptions) -> tuple[list[Check], Parity]:
+def _compared(
+    artifact: Artifact, model: str | os.PathLike[str], options: ParityOptions, limit: Limit
+) -> tuple[list[Check], Parity]:
     tolerance = _tolerance(artifact.manifest, options.compute) if options.tolerance is None else options.tolerance
     subject = Subject(
         artifact,
@@ -190,7 +198,7 @@ def _compared(artifact: Artifact, model: str | os.PathLike[str], options: Parity
         seed=secrets.randbelow(MAX_SEED) if options.seed is None else options.seed,
         max_length=options.max_length,
         step_timeout=options.step_timeout,
-        check=_time_limit(options.time_limit),
+        check=limit,
     )
     findings = subject.compare(DEFAULT_PROMPTS if options.prompts is None else options.prompts, options.max_tokens)
     checks = [
@@ -204,14 +212,14 @@ def _compared(artifact: Artifact, model: str | os.PathLike[str], options: Parity
     return checks, subject.parity(findings)
 
 
-def _time_limit(seconds: float | None) -> Callable[[], None]:
+def _time_limit(seconds: float | None) -> Limit:
     """A function that raises StepTimeoutError once so many seconds have passed."""
     started = time.monotonic()
 
     def check() -> None:
         if seconds is not None and time.monotonic() - started > seconds:
             raise StepTimeoutError(
-                f"the comparison took longer than its limit of {seconds:g} s; give a longer --time-limit "
+                f"the verification took longer than its limit of {seconds:g} s; give a longer --time-limit "
                 "(time_limit=), or a smaller --max-length (max_length=)"
             )
 

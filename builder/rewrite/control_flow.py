@@ -16,6 +16,7 @@ from furiosa_llm.builder.shapes.closures import (
     is_control_flow,
     nodes_within,
     num_captured,
+    with_inner,
 )
 from furiosa_llm.builder.shapes.names import FreeNames
 
@@ -108,11 +109,11 @@ def _pass_in(graph: ir.Graph, captured: Sequence[ir.Value]) -> None:
     """Make `graph` read new inputs of its own in place of the captured values."""
     given = {v: ir.Value(name=v.name, type=v.type, shape=v.shape) for v in captured}
     graph.inputs.extend(given.values())
-    for node in ir.traversal.RecursiveGraphIterator(graph):
-        for position, value in enumerate(node.inputs):
-            if value in given:
-                node.replace_input_with(position, given[value])
-    for inner in (graph, *(g for node in graph for g in graphs_within(node))):
+    for inner in with_inner(graph):
+        for node in inner:
+            for position, value in enumerate(node.inputs):
+                if value in given:
+                    node.replace_input_with(position, given[value])
         for position, value in enumerate(inner.outputs):
             if value in given:
                 inner.outputs[position] = given[value]

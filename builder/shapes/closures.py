@@ -8,6 +8,7 @@ node back in ONNX's form.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -43,14 +44,19 @@ def num_captured(node: ir.Node) -> int:
 
 
 def nodes_within(node: ir.Node) -> Iterator[ir.Node]:
-    """Every node in the graphs of `node`, at any depth."""
-    for graph in graphs_of(node):
-        yield from ir.traversal.RecursiveGraphIterator(graph)
+    """Every node in the graphs of `node`, at any depth: a graph's, then those of the graphs in it."""
+    return itertools.chain.from_iterable(graphs_within(node))
 
 
 def graphs_within(node: ir.Node) -> Iterator[ir.Graph]:
-    """Every graph in `node`, at any depth."""
-    for graph in graphs_of(node):
+    """Every graph in `node`, at any depth, each in front of those in it."""
+    return itertools.chain.from_iterable(with_inner(graph) for graph in graphs_of(node))
+
+
+def with_inner(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """`graph`, then every graph in it, at any depth, each in front of those in it: work in proportion to the nodes."""
+    waiting = [graph]
+    while waiting:
+        graph = waiting.pop()
         yield graph
-        for inner in graph:
-            yield from graphs_within(inner)
+        waiting.extend(reversed([inner for node in graph for inner in graphs_of(node)]))

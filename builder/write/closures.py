@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
 
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
@@ -33,14 +33,14 @@ def _open(node: NodeProto, free: FreeNames) -> None:
             placeholders = [value.name for value in attribute.g.input[len(attribute.g.input) - count :]]
             del attribute.g.input[len(attribute.g.input) - count :]
             names = dict(zip(placeholders, captured, strict=True))
-            _rename(attribute.g, names, f"{node.name}/{attribute.name}", free)
+            _rename(attribute.g, ChainMap(names), f"{node.name}/{attribute.name}", free)
     del node.attribute[:]
     node.attribute.extend(kept)
 
 
-def _rename(graph: GraphProto, outer: Mapping[str, str], prefix: str, free: FreeNames) -> None:
+def _rename(graph: GraphProto, outer: ChainMap[str, str], prefix: str, free: FreeNames) -> None:
     """Give the values of a graph names that are used nowhere else; `outer` are the new names of those around it."""
-    names = dict(outer)
+    names = outer.new_child()
 
     def fresh(name: str) -> str:
         names[name] = free.take(f"{prefix}/{name}")

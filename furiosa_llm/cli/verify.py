@@ -72,7 +72,9 @@ _COUNTED = {
     "--max-length", type=click.IntRange(min=1), help="Longest sequence to compare at.  [default: what is affordable]"
 )
 @click.option(
-    "--time-limit", type=click.FloatRange(min=0.0), help="Seconds after which no step of the comparison is begun."
+    "--time-limit",
+    type=click.FloatRange(min=0.0),
+    help="Seconds after which nothing more is checked; of a composite artifact, for each part.",
 )
 @click.option(
     "--step-timeout",

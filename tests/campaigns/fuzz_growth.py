@@ -2,8 +2,9 @@
 
     python -m tests.campaigns.fuzz_growth --nodes 4000
 
-The exponent of each kind is between two sizes, the second four times the first. The campaign ends with status 1 if one
-is above the bar, or a build fails.
+The exponent of each kind is between two sizes, the second four times the first. Whatever else a machine does adds to a
+time and never takes from it: a kind above the bar is built anew, and the least time of each size counts. The campaign
+ends with status 1 if one stays above the bar, or a build fails.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from tests.support.builder.growing import KINDS
 BAR = 1.1
 """The exponent, with which a graph of four times the size takes 4.6 times as long."""
 _TIMES = 4
+_MOST_BUILDS = 3
+"""Of each size."""
 _BUILDER = str(Path(builder.__file__).parent)
 _OBJECTS_BETWEEN_COLLECTIONS = 100_000  # as the command line has it
 
@@ -42,8 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = 0
     sys.stdout.write(f"{'kind':<24} {arguments.nodes:>9} {_TIMES * arguments.nodes:>9}  exponent\n")
     for kind in arguments.kinds:
-        first, second = (seconds(kind, size) for size in (arguments.nodes, _TIMES * arguments.nodes))
-        exponent = math.log(second / first, _TIMES)
+        first = second = math.inf
+        for _ in range(_MOST_BUILDS):
+            first = min(first, seconds(kind, arguments.nodes))
+            second = min(second, seconds(kind, _TIMES * arguments.nodes))
+            exponent = math.log(second / first, _TIMES)
+            if exponent <= BAR:
+                break
         found += exponent > BAR
         above = "" if exponent <= BAR else "  above"
         sys.stdout.write(f"{kind:<24} {first:>7.2f} s {second:>7.2f} s  {exponent:.2f}{above}\n")

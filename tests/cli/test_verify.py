@@ -8,6 +8,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from furiosa_llm.runtime import open_artifact
 from furiosa_llm.runtime.artifact.manifest import RECORD_NAME
 from furiosa_llm.runtime.artifact.tools.record import RecordError, read_verification
+from furiosa_llm.runtime.artifact.tools.unbuild import unbuild
 from furiosa_llm.runtime.errors import StepTimeoutError
 from tests.cli.conftest import OPTIMUM, Cli
 from tests.support.artifacts import ZOO
@@ -193,14 +196,38 @@ def test_a_comparison_can_be_repeated(artifact: Path, cli: Cli) -> None:
 
 
 def test_a_time_limit(artifact: Path, cli: Cli) -> None:
+    """It holds for the digests of the weights, too: a file without contents may be longer than any disk."""
     result = cli("verify", artifact, "--full", "--time-limit", 0, *SHORT)
     assert result.code == 3
-    assert "stitched: not checked in time (0 outputs" in result.out
+    for check in (
+        "weights: not checked in time (",
+        "originals: not checked in time (",
+        "padding: not checked in time (",
+    ):
+        assert check in result.out
+    assert "stitched" not in result.out
     assert "\ncould not be checked in time, and nothing is recorded; verify it again where less runs" in result.out
     assert "NOT verified" not in result.out
     assert not (artifact / RECORD_NAME).exists()
-    assert "the comparison took longer than its limit of 0 s; give a longer --time-limit (time_limit=)" in result.out
+    assert "the verification took longer than its limit of 0 s; give a longer --time-limit (time_limit=)" in result.out
     assert cli("verify", artifact, "--time-limit", -1).code == 2
+
+
+def test_a_time_limit_that_ends_the_comparison(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        now[0] = 5.0
+        return unbuild(*arguments, **options)
+
+    monkeypatch.setattr("furiosa_llm.verification.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("furiosa_llm.verification.unbuild", late)
+    assert cli("verify", artifact, "--full", "--time-limit", 5, *SHORT).code == 0
+    now[0] = 0.0
+    result = cli("verify", artifact, "--full", "--time-limit", 4, *SHORT)
+    assert result.code == 3
+    assert "padding: padding is zero (" in result.out
+    assert "stitched: not checked in time (0 outputs" in result.out
 
 
 def test_a_step_that_takes_too_long_is_no_difference(artifact: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

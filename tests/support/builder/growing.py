@@ -301,6 +301,28 @@ def loops(count: int) -> onnx.ModelProto:
     return _model(_chained(count, link), {"two": np.array(2)})
 
 
+def tree_of_branches(count: int) -> onnx.ModelProto:
+    """An If whose branches are Ifs, whose branches are Ifs."""
+
+    def tree(i: int) -> NodeProto:
+        if 2 * i >= count:
+            return _node("Relu" if i % 2 else "Neg", ["x"], f"h{i}")
+        then, other = (_branch(f"branch{inner}", tree(inner)) for inner in (2 * i, 2 * i + 1))
+        return _node("If", ["yes"], f"h{i}" if i > 1 else "y", then_branch=then, else_branch=other)
+
+    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
+    return _model([*head, tree(1)], {"zero": np.array(0, np.float32)})
+
+
+def branches_in_a_branch(count: int) -> onnx.ModelProto:
+    """One If whose branch is a long chain of Ifs."""
+    nodes = _chained(count // 4, lambda i, a, b: [_if(i, a, "end" if b == "y" else b, "yes")])
+    then = helper.make_graph(nodes, "then", [], [helper.make_tensor_value_info("end", _FLOAT, _SHAPE)])
+    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
+    choice = _node("If", ["yes"], "y", then_branch=then, else_branch=_branch("else", _node("Neg", ["x"], "z")))
+    return _model([*head, choice], {"zero": np.array(0, np.float32)})
+
+
 def large_subgraph(count: int) -> onnx.ModelProto:
     """One If whose branch is a long chain."""
     nodes = _chained(count, lambda _, a, b: [_node("Relu", [a], "end" if b == "y" else b)])
@@ -412,7 +434,8 @@ KINDS: Mapping[str, Callable[[int], onnx.ModelProto]] = {
         chain, chain_of_many_ops, wide_sum, sum_of_one, wide_concat, wide_split, ladder, far_reads, pyramid, products,
         products_of_one_input, products_by_one_weight, initializers, unused_initializers, constants,
         constant_arithmetic, size_arithmetic, sizes, movements, dead_nodes, inputs, outputs, symbols, states,
-        functions, calls, nested_functions, decided_branches, open_branches, loops, large_subgraph,
+        functions, calls, nested_functions, decided_branches, open_branches, loops, tree_of_branches,
+        branches_in_a_branch, large_subgraph,
         long_names, one_name, numbered_names, backwards, value_infos, metadata, domains, quantized, equal_branches,
         sequences, slices,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from furiosa_llm.runtime.artifact.errors import ArtifactError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh, Prod
 from furiosa_llm.runtime.artifact.manifest import Part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
-from furiosa_llm.runtime.artifact.tools.integrity import check_originals, check_padding, check_weights
+from furiosa_llm.runtime.artifact.tools.integrity import Limit, check_originals, check_padding, check_weights
+from furiosa_llm.runtime.artifact.tools.record import Check
 from tests.support.runtime.shards import Original, Shards, write
 from tests.support.tampering import alter_tensor, flip_bit, reseal
 
@@ -32,8 +34,34 @@ def artifact(tmp_path: Path) -> Artifact:
     return write(tmp_path / "artifact", MESH, [packed, small], stored)
 
 
+def unlimited() -> None:
+    """No limit of time."""
+
+
+class TimeIsUpError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("check", "calls"), [(check_weights, 6), (check_originals, 4), (check_padding, 5)])
+def test_a_limit_ends_it_before_any_piece(
+    check: Callable[[Artifact, Limit], Check], calls: int, artifact: Artifact
+) -> None:
+    for allowed in range(calls):
+        left = iter([None] * allowed)
+
+        def limit(left: Iterator[None] = left) -> None:
+            if next(left, TimeIsUpError) is not None:
+                raise TimeIsUpError
+
+        with pytest.raises(TimeIsUpError):
+            check(artifact, limit)
+    assert check(artifact, unlimited).passed
+
+
 def test_a_sound_one_passes(artifact: Artifact) -> None:
-    weights, originals, padding = check_weights(artifact), check_originals(artifact), check_padding(artifact)
+    weights, originals, padding = (
+        check(artifact, unlimited) for check in (check_weights, check_originals, check_padding)
+    )
     assert (weights.checked, weights.faults) == (1 + 5, ())
     assert (originals.checked, originals.faults) == (2 + 2, ())
     assert (padding.checked, padding.faults) == (5, ())
@@ -42,13 +70,13 @@ def test_a_sound_one_passes(artifact: Artifact) -> None:
 @pytest.mark.parametrize("name", ["w", "w/rows", "w/0", "w/1", "s"])
 def test_one_bit_of_one_tensor(name: str, artifact: Artifact) -> None:
     alter_tensor(artifact.folder, name, flip_bit)
-    tensor, file = check_weights(artifact).faults
+    tensor, file = check_weights(artifact, unlimited).faults
     assert tensor.startswith(f"weights-00001.safetensors: stored tensor {name!r}: found sha256 ")
     assert file.startswith("weights-00001.safetensors: found sha256 ")
     reseal(artifact.folder)
     artifact = open_artifact(artifact.folder, full=True)
-    assert check_weights(artifact).faults == ()
-    (fault,) = check_originals(artifact).faults
+    assert check_weights(artifact, unlimited).faults == ()
+    (fault,) = check_originals(artifact, unlimited).faults
     what = {"w": "'w'", "s": "'s'", "w/rows": "'w' as 'w/rows' store it"}.get(name, "'w' as 'w/0, w/1' store it")
     assert fault.startswith(f"original {what}: found sha256 ")
 
@@ -58,8 +86,8 @@ def test_padding(artifact: Artifact) -> None:
     alter_tensor(artifact.folder, "s", lambda data: data.__setitem__(len(data) - 1, 0x10))
     reseal(artifact.folder)
     artifact = open_artifact(artifact.folder, full=True)
-    assert check_originals(artifact).faults == ()
-    assert check_padding(artifact).faults == ("stored tensor 's' has padding that is not zero",)
+    assert check_originals(artifact, unlimited).faults == ()
+    assert check_padding(artifact, unlimited).faults == ("stored tensor 's' has padding that is not zero",)
 
 
 def test_a_byte_that_belongs_to_no_tensor_is_in_the_file_s_digest(artifact: Artifact) -> None:
@@ -67,7 +95,7 @@ def test_a_byte_that_belongs_to_no_tensor_is_in_the_file_s_digest(artifact: Arti
     data = bytearray(path.read_bytes())
     data[20] ^= 1  # of the header
     path.write_bytes(data)
-    (fault,) = check_weights(artifact).faults
+    (fault,) = check_weights(artifact, unlimited).faults
     assert fault.startswith("weights-00001.safetensors: found sha256 ")
 
 
@@ -75,4 +103,4 @@ def test_a_file_that_shrinks(artifact: Artifact) -> None:
     path = artifact.folder / "weights-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ArtifactError, match=r"weights-00001\.safetensors was cut short while it was read; copy the"):
-        check_weights(artifact)
+        check_weights(artifact, unlimited)
