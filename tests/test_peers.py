@@ -245,14 +245,15 @@ def test_loading_makes_a_token() -> None:
 def test_engines_take_turns_and_who_goes_first_changes() -> None:
     calls: list[tuple[str, int, int]] = []
     found = compare({"a": FakeAsked("a", calls), "b": FakeAsked("b", calls)}, rounds=2)
-    asked = [(1, DECODED + 1), (1, 1), (8, 1), (4, AT_ONCE_TOKENS), (16, AT_ONCE_TOKENS)]
+    asked = [(1, DECODED + 1), (1, 1), (8, AT_ONCE_TOKENS), (4, AT_ONCE_TOKENS), (16, AT_ONCE_TOKENS)]
     forth = [(name, *what) for what in asked for name in "ab"]
     back = [(name, *what) for what in asked for name in "ba"]
     assert calls == [(name, 1, 4) for name in "aabb"] + back + forth + back
     first = found.measured[0]
     assert first.decode == [DECODED / 0.5] * 2
     assert first.prefill == [512 / 0.5] * 2
-    assert first.first == [8.0] * 2
+    assert first.first == [8 / 0.5] * 2
+    assert first.eight == [8 * (AT_ONCE_TOKENS - 1) / 0.5] * 2
     assert (first.four, first.at_once) == ([4.0 * AT_ONCE_TOKENS] * 2, [16.0 * AT_ONCE_TOKENS] * 2)
     assert (first.peak_nbytes, first.agreeing, found.compared) == (5_000_000, 8, 8)
 
@@ -297,7 +298,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
 def measured(peer: str, decode: list[float]) -> Measured:
     one = Measured(contender=contender(peer), loaded=Loaded(version="1.2", how="2 threads", seconds=1.25))
     one.decode, one.prefill, one.at_once = decode, [1000.0] * 3, [50.0] * 3
-    one.first, one.four = [200.0] * 3, [30.0] * 3
+    one.first, one.eight, one.four = [200.0] * 3, [40.0] * 3, [30.0] * 3
     one.agreeing, one.peak_nbytes = 96, 987_654_321
     return one
 
@@ -319,7 +320,7 @@ def test_the_table() -> None:
     assert lines[0] == "2 cores of A CPU (avx2), 24 GiB, Linux 6, Python 3.11.7. 3 rounds."
     assert "### Float32" in lines
     ours, theirs = (line for line in lines if line.endswith("| 96 of 96 |"))
-    columns = "1000 (1.00x) | 200 (1.00x) | 30.0 (1.00x) | 50.0 (1.00x) | 1.2 | 988 | 96 of 96 |"
+    columns = "1000 (1.00x) | 200 (1.00x) | 40.0 (1.00x) | 30.0 (1.00x) | 50.0 (1.00x) | 1.2 | 988 | 96 of 96 |"
     assert ours == f"| {OURS} 1.2 | x | 2 threads | 20.0 (1.00x) | {columns}"
     assert theirs == f"| peer 1.2 | x | 2 threads | 20.0 (1.00x) | {columns}"
     assert lines[-1] == "* gone, x: not installed"

@@ -35,6 +35,8 @@ _LIMITS = [
         (LARGE_FOUR_BITS, LARGE_INT4, 8, _PLAIN, "decode", 0.95),
         (LARGE_FOUR_BITS, LARGE_INT4, 4, _PLAIN, "prefill", 1.0),
         (LARGE_FOUR_BITS, LARGE_INT4, 4, _PLAIN, "first", 1.0),
+        (LARGE_FOUR_BITS, LARGE_INT4, 4, _PLAIN, "eight", 0.6),
+        (LARGE_FOUR_BITS, LARGE_INT4, 8, _PLAIN, "eight", 0.6),
         (LARGE_FOUR_BITS, LARGE_INT4, 4, _GENAI, "at_once", _STREAMS),
         (LARGE_FOUR_BITS, LARGE_INT4, 4, _LLAMA, "at_once", _STREAMS),
         (FLOAT32, "genai-fp32", 4, _PLAIN, "decode", 1.15),

@@ -16,8 +16,9 @@ DECODED = 64
 """Tokens of a completion that are timed, behind the first one."""
 AT_ONCE_TOKENS = 33
 """Of each completion, where several prompts are completed at once."""
-FIRST, FOUR = 8, 4
-"""Prompts whose first tokens are timed, and prompts that are completed at once beside all of them."""
+EIGHT, FOUR = 8, 4
+"""Prompts whose first tokens and whose steps behind these are timed, and prompts that are completed at once beside all
+of them."""
 _LEAST_AGREEING = 0.5
 
 
@@ -63,6 +64,7 @@ class Measured:
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
+    eight: list[float] = field(default_factory=list)
     four: list[float] = field(default_factory=list)
     at_once: list[float] = field(default_factory=list)
     agreeing: int = 0
@@ -155,7 +157,7 @@ class Comparison:
 
     def _round(self, number: int) -> None:
         order = list(self._running)[:: 1 if number % 2 else -1]
-        for measure in (self._decode, self._prefill, self._first, self._four, self._at_once):
+        for measure in (self._decode, self._prefill, self._eight, self._four, self._at_once):
             self._each(order, partial(measure, number=number))
 
     def _decode(self, one: _Running, number: int) -> None:
@@ -167,10 +169,12 @@ class Comparison:
         found = one.asked.generate([self._prompts.prefill], 1)
         _note(one.measured.prefill, len(self._prompts.prefill) / found.first_seconds, number)
 
-    def _first(self, one: _Running, number: int) -> None:
-        prompts = self._prompts.at_once[:FIRST]
-        found = one.asked.generate(prompts, 1)
-        _note(one.measured.first, sum(map(len, prompts)) / found.seconds, number)
+    def _eight(self, one: _Running, number: int) -> None:
+        prompts, count = self._prompts.at_once[:EIGHT], self._prompts.at_once_tokens
+        found = one.asked.generate(prompts, count)
+        _note(one.measured.first, sum(map(len, prompts)) / found.first_seconds, number)
+        behind = len(prompts) * (count - 1)
+        _note(one.measured.eight, behind / (found.seconds - found.first_seconds), number)
 
     def _four(self, one: _Running, number: int) -> None:
         _note(one.measured.four, self._completed(one, self._prompts.at_once[:FOUR]), number)

@@ -11,7 +11,7 @@ from benchmarks.peers.measuring import Measured, Results
 
 _HEADER = (
     *("engine", "model", "how", "decode, tokens/s", "prefill, tokens/s", "8 prompts, tokens/s"),
-    *("4 at once, tokens/s", "16 at once, tokens/s"),
+    *("decode of 8, tokens/s", "4 at once, tokens/s", "16 at once, tokens/s"),
     *("load, s", "peak memory, MB", "tokens like the first row's"),
 )
 
@@ -55,6 +55,7 @@ def tokens_per_second(one: Measured) -> dict[str, list[float]]:
         "decode": one.decode,
         "prefill": one.prefill,
         "first": one.first,
+        "eight": one.eight,
         "four": one.four,
         "at_once": one.at_once,
     }
