@@ -10,17 +10,17 @@ from furiosa_llm.runtime.errors import InputError
 MAX_DEPTH = 100
 """Of objects and lists within each other."""
 MAX_VALUES = 2**16
-"""All values of a body, but for numbers in lists of numbers."""
+"""All values of a body, but for integers in lists of integers."""
 MAX_NUMBERS = 300_000
-"""Numbers in lists of nothing else: prompts as token ids."""
+"""Integers in lists of nothing else: prompts as token ids."""
 MAX_NAMES = 2**13
 """Of one object."""
-MAX_PARTS = 2**13
+MAX_PARTS = 2**12
 """Of all messages: what their content is divided into, and themselves."""
 MAX_LENGTHS = {"messages": 4096, "tools": 1024, "logit_bias": 1024}
 """Fields of a body that cost more than their values."""
 
-_NUMBERS = frozenset((int, float))
+_INTEGERS = frozenset((int,))
 
 
 def read_body(body: bytes) -> Any:
@@ -63,7 +63,7 @@ def _check_counts(found: Any) -> None:
                 _check("an object of the body", len(one), MAX_NAMES)
                 below.extend(one.values())
             elif isinstance(one, list):
-                if _NUMBERS.issuperset(map(type, one)):
+                if _INTEGERS.issuperset(map(type, one)):
                     numbers += len(one)
                 else:
                     below.extend(one)

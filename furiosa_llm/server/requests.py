@@ -229,11 +229,14 @@ class ChatMessage(Body):
         content = value.get("content") if isinstance(value, dict) else None
         if not isinstance(content, list):
             return value
-        thoughts = [one for one in content if isinstance(one, dict) and one.get("type") in ("thinking", "reasoning")]
+        thoughts: list[dict[str, Any]] = []
+        said: list[object] = []
+        for one in content:
+            (thoughts if isinstance(one, dict) and one.get("type") in ("thinking", "reasoning") else said).append(one)
         if not thoughts:
             return value
         thought = "".join(str(one.get("thinking") or one.get("text") or "") for one in thoughts)
-        return {"reasoning_content": thought, **value, "content": [one for one in content if one not in thoughts]}
+        return {"reasoning_content": thought, **value, "content": said}
 
 
 class FunctionDefinition(Body):

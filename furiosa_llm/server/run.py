@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import resource
@@ -83,6 +84,12 @@ class Server(uvicorn.Server):
                 self._stopped.set()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts as uvicorn does."""
+        await super().startup(sockets)
+        if self._ends_process:
+            gc.freeze()  # what is there stays: a collection that went through all of it would hold up every request
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops as uvicorn does, which after a second SIGINT leaves requests and the application to their fate.

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _SMALL_BODY = 2**16
 """Bytes of a body that is read at once: in some milliseconds, whatever it holds."""
+_PIECE = 2**18
+"""Bytes of a message that are sent before anything else may happen: a body of many megabytes is copied in between."""
 SHORT_TEXT = 4096
 """Characters of a text that is tokenized at once: in a millisecond or two."""
 _SMALL_CONVERSATION = 2**18
@@ -84,8 +86,10 @@ class TextProcess:
     async def _exchange(self, message: bytes) -> tuple[bool, Any]:
         assert self._streams is not None
         reader, writer = self._streams
-        writer.write(HEAD.pack(len(message)) + message)
-        await writer.drain()
+        writer.write(HEAD.pack(len(message)))
+        for start in range(0, len(message), _PIECE):
+            writer.write(message[start : start + _PIECE])
+            await writer.drain()
         [size] = HEAD.unpack(await reader.readexactly(HEAD.size))
         answer: tuple[bool, Any] = pickle.loads(await reader.readexactly(size))
         return answer

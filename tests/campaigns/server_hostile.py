@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ BAR = 0.1
 _NBYTES = 16 * 2**20 - 4096
 _PAUSE = 0.005
 _PATIENCE = 120.0
+_THOUGHT_AND_SAID = ['{"type":"thinking","thinking":"x"}', '{"type":"text","text":"x"}']
 
 TEMPLATE = """
 {%- set many = 10 ** (mode | length + 5) %}
@@ -195,8 +198,9 @@ def kinds(nbytes: int) -> Mapping[str, Callable[[], Request]]:
         "most messages": lambda: _chat(messages="[" + ",".join(['{"role":"user","content":"x"}'] * 4096) + "]"),
         "malformed messages": lambda: _chat(messages=_many('{"role":1}', nbytes)),
         "parts": lambda: _chat(messages=_said(_many('{"type":"text","text":"x"}', nbytes))),
-        "most parts": lambda: _chat(messages=_said("[" + ",".join(['{"type":"text","text":"x"}'] * 8191) + "]")),
-        "malformed parts": lambda: _chat(messages=_said("[" + ",".join(['{"type":"x"}'] * 8191) + "]")),
+        "most parts": lambda: _chat(messages=_said("[" + ",".join(['{"type":"text","text":"x"}'] * 4095) + "]")),
+        "most thoughts": lambda: _chat(messages=_said("[" + ",".join(_THOUGHT_AND_SAID * 2047) + "]")),
+        "malformed parts": lambda: _chat(messages=_said("[" + ",".join(['{"type":"x"}'] * 4095) + "]")),
         "tool calls": lambda: _chat(messages='[{"role":"assistant","tool_calls":' + _many("{}", nbytes) + "}]"),
         "a long message": lambda: _chat(messages=_said(word)),
         "a long role": lambda: _chat(messages='[{"role":' + fill + ',"content":"x"}]'),
@@ -219,7 +223,7 @@ def kinds(nbytes: int) -> Mapping[str, Callable[[], Request]]:
         "token ids": lambda: _completion(_many("1", nbytes)),
         "long token ids": lambda: _completion(_many("123456789", nbytes)),
         "most token ids": lambda: _completion("[" + ",".join(["1"] * 300_000) + "]"),
-        "floats as token ids": lambda: _completion("[" + ",".join(["1.0"] * 300_000) + "]"),
+        "floats as token ids": lambda: _completion("[" + ",".join(["1.0"] * 65_000) + "]"),
         "prompts": lambda: _completion(_many('"x"', nbytes)),
         "most prompts": lambda: _completion(_many('"x"', 2**19)),
         "mixed prompts": lambda: _completion("[1," + _many('"x"', 2**19)[1:]),
@@ -262,16 +266,17 @@ class Watch:
 def sent(url: str, model: str, path: str, body: str) -> Finding:
     """What becomes of one request."""
 
-    async def both() -> Finding:
-        content = body.replace("MODEL", model, 1).encode("utf-8", "surrogateescape")
+    async def both(content: str) -> Finding:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _CLIENT, url, path, content), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        await process.stdout.readline()
         watch = Watch(url)
         watching = asyncio.create_task(watch.run())
         await watch.ready.wait()
         began = time.perf_counter()
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _CLIENT, url, path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
-        answer, _ = await process.communicate(content)
+        answer, _ = await process.communicate(b"go\n")
         seconds = time.perf_counter() - began
         await asyncio.sleep(4 * _PAUSE)
         if watching.done():
@@ -280,18 +285,24 @@ def sent(url: str, model: str, path: str, body: str) -> Finding:
         status, _, said = answer.decode(errors="replace").partition(" ")
         return Finding(status=int(status), seconds=seconds, health=watch.longest, said=said.strip())
 
-    return asyncio.run(both())
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(body.replace("MODEL", model, 1).encode("utf-8", "surrogateescape"))
+        file.flush()
+        return asyncio.run(both(file.name))
 
 
 _CLIENT = """
-import http.client, sys, urllib.parse
-body = sys.stdin.buffer.read()
+import http.client, pathlib, sys, urllib.parse
+body = pathlib.Path(sys.argv[3]).read_bytes()
+print("ready", flush=True)
+input()
 connection = http.client.HTTPConnection(urllib.parse.urlsplit(sys.argv[1]).netloc, timeout=120)
 connection.request("POST", sys.argv[2], body, {"Content-Type": "application/json"})
 answer = connection.getresponse()
 print(answer.status, answer.read(300).decode(errors="replace"))
 """
-"""The request comes from another process: what sends 16 MiB would itself be late with `/health`."""
+"""The request comes from another process, which has it from a file: what starts it or passes on 16 MiB would be late
+with `/health`."""
 
 
 def problem(found: Finding) -> str | None:
@@ -303,6 +314,7 @@ def problem(found: Finding) -> str | None:
 
 def campaign(artifact: Path, *, nbytes: int, only: str = "") -> dict[str, Finding]:
     """What each kind has come to, against one server of `artifact`."""
+    gc.disable()  # a collection here would count as the server's
     model = json.loads((artifact / "manifest.json").read_text())["model"]["name"]
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "template.jinja"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -250,6 +251,24 @@ def test_the_time_that_requests_have_to_end_in() -> None:
     for asked, given in ((30.0, 30), (0.2, 1)):
         server = make_server(FastAPI(), ServerSettings(shutdown_timeout=asked), host="127.0.0.1", port=0)
         assert server.config.timeout_graceful_shutdown == given
+
+
+@pytest.mark.parametrize("ends_process", [False, True])
+def test_collections_pass_over_a_model_that_a_process_is_for(
+    ends_process: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = make_server(FastAPI(), ServerSettings(), host="127.0.0.1", port=0, ends_process=ends_process)
+    frozen: list[bool] = []
+    monkeypatch.setattr("furiosa_llm.server.run.gc.freeze", lambda: frozen.append(server.started))
+
+    async def start_and_stop() -> None:
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        await server.startup()
+        await server.shutdown()
+
+    asyncio.run(start_and_stop())
+    assert frozen == [True] * ends_process
 
 
 def test_options_of_the_server_arrive(built: Path, tmp_path: Path) -> None:

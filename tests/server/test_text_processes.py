@@ -22,6 +22,8 @@ import pytest
 from furiosa_llm.runtime.errors import InputError
 from furiosa_llm.runtime.tokens.lean_process import lean_process
 from furiosa_llm.server import text_processes
+from furiosa_llm.server.body_reading import MAX_NUMBERS, MAX_VALUES, read_body
+from furiosa_llm.server.requests import ChatMessage
 from furiosa_llm.server.settings import ServerSettings
 from furiosa_llm.server.text_child import HEAD, Setup
 from furiosa_llm.server.text_processes import TextWork
@@ -127,6 +129,28 @@ def test_hostile_requests_are_refused_with_the_reason(led_astray: str, kind: str
     answer = httpx.post(led_astray + path, content=content, headers={"Content-Type": "application/json"}, timeout=60)
     assert answer.status_code == 400
     assert message in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("number", ["1.0", '{"a":1}'])
+def test_numbers_that_take_long_to_validate_are_values(number: str) -> None:
+    """A list of integers is validated at once, each of its entries in some nanoseconds."""
+    assert len(read_body(b"[" + b",".join([b"1"] * MAX_NUMBERS) + b"]")) == MAX_NUMBERS
+    with pytest.raises(InputError, match=f"the values of the body: found .* at most {MAX_VALUES} are taken"):
+        read_body(b"[" + b",".join([number.encode()] * MAX_VALUES) + b"]")
+
+
+def test_thoughts_are_not_compared_with_what_is_said() -> None:
+    """That would take the product of their numbers."""
+
+    class Part(dict[str, str]):
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError
+
+    said = [Part(type="text", text=str(i)) for i in range(2)]
+    message = ChatMessage.model_validate({"role": "user", "content": [Part(type="thinking", thinking="hm"), *said]})
+    assert message.reasoning_content == "hm"
+    assert isinstance(message.content, list)
+    assert [part.text for part in message.content] == ["0", "1"]
 
 
 def test_a_process_that_was_killed_is_followed_by_another(led_astray: str) -> None:
