@@ -6,6 +6,7 @@ for others to add. Padding is stored as zeros, and multiplied by finite numbers 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 
 from onnx import NodeProto
@@ -33,12 +34,17 @@ _BIAS = 5
 
 def padded_shards(manifest: Manifest) -> OnRanks:
     """The shards of stored tensors that are nothing but padding."""
+    mesh = manifest.mesh
+
+    @functools.cache  # the layers of a model have the same few layouts
+    def padded(layout: tuple[Dim, ...]) -> list[int]:
+        return [rank for rank in range(mesh.size) if any(_is_padding(dim, mesh, rank) for dim in layout)]
+
     return frozenset(
         (rank, tensor.name)
         for tensor in manifest.tensors
         if tensor.layout is not None and tensor.shard_axes
-        for rank in range(manifest.mesh.size)
-        if any(_is_padding(dim, manifest.mesh, rank) for dim in tensor.layout)
+        for rank in padded(tensor.layout)
     )
 
 

@@ -161,10 +161,13 @@ def find_alike(program: Program, mesh: Mesh, shard_axes: Mapping[str, tuple[int,
     alike = dict(inputs)
     behind = {tensor.name: {tensor.name} for tensor in program.model.graph.initializer}
     fused: set[str] = set()
+    firsts: dict[tuple[int, ...], list[int]] = {}  # for each rank the first that has the same shard
     for tensor in program.model.graph.initializer:
         axes = shard_axes.get(tensor.name, ())
-        positions = [mesh.position(rank, axes) for rank in range(mesh.size)]
-        alike.update({(rank, tensor.name): positions.index(position) for rank, position in enumerate(positions)})
+        if axes not in firsts:
+            positions = [mesh.position(rank, axes) for rank in range(mesh.size)]
+            firsts[axes] = [positions.index(position) for position in positions]
+        alike.update({(rank, tensor.name): first for rank, first in enumerate(firsts[axes])})
     groups = {
         call.output: mesh.groups(call.collective.axes) for section in program.sections for call in section.collectives
     }
