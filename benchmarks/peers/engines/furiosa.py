@@ -15,9 +15,10 @@ from furiosa_llm.runtime.tokens.sampling_params import RequestOutputKind
 class Furiosa:
     """An artifact, loaded as an engine does, but for the prefix cache: no prompt is to be taken from a round before."""
 
-    def __init__(self, folder: str, threads: int) -> None:
+    def __init__(self, folder: str, threads: int, spin_us: int) -> None:
         self._folder = folder
         self._threads = threads
+        self._spin_us = spin_us
         self._ids = map(str, itertools.count())
 
     @property
@@ -27,7 +28,9 @@ class Furiosa:
 
     def load(self) -> str:
         """See `Engine.load`."""
-        self._llm = LLM.load_artifact(self._folder, threads=self._threads, enable_prefix_caching=False)
+        self._llm = LLM.load_artifact(
+            self._folder, threads=self._threads, enable_prefix_caching=False, spin_us=self._spin_us
+        )
         return f"{self._threads} threads"
 
     def generate(self, prompts: Tokens, count: int) -> Generation:
@@ -44,4 +47,4 @@ def _collect(output: RequestOutput, tokens: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    serve(Furiosa(sys.argv[1], int(sys.argv[2])))
+    serve(Furiosa(sys.argv[1], *map(int, sys.argv[2:])))
