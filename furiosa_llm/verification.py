@@ -9,7 +9,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from furiosa_llm.builder.proof import check_program, constants_of
@@ -141,13 +141,14 @@ def _weights_nbytes(artifact: Artifact) -> int:
 def _guarded(check: Callable[[], Check], name: str, folder: Path) -> Check:
     """The check, or one whose fault is that the artifact does not even let it run."""
     try:
-        return check()
+        found = check()
+        return replace(found, faults=tuple(_line(fault, folder) for fault in found.faults))
     except UNFIT as error:
         fault = _line(error, folder)
         return Check(name=name, checked=1, faults=(fault,), late=_is_late(error, [fault]))
 
 
-def _line(error: FuriosaLLMError, *folders: Path) -> str:
+def _line(error: FuriosaLLMError | str, *folders: Path) -> str:
     """An error as a fault: one line that names no folder of this machine."""
     line = " ".join(str(error).split())
     for folder in folders:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
-from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.manifest import FileEntry
 from furiosa_llm.runtime.artifact.progress import tell
 from furiosa_llm.runtime.artifact.reader import Artifact
@@ -26,10 +27,22 @@ def check_weights(artifact: Artifact, limit: Limit) -> Check:
     """
     files = [entry for entry in artifact.manifest.files if entry.path.endswith(_WEIGHTS_SUFFIX)]
     faults: list[str] = []
-    for number, entry in enumerate(files):
-        tell("reading all weights", number, len(files))
-        faults += _file_faults(artifact, entry, limit)
+    with _keeping(faults):
+        for number, entry in enumerate(files):
+            tell("reading all weights", number, len(files))
+            faults += _file_faults(artifact, entry, limit)
     return Check(name="weights", checked=len(files) + len(artifact.manifest.tensors), faults=tuple(faults))
+
+
+@contextmanager
+def _keeping(faults: list[str]) -> Iterator[None]:
+    """What ends the work is one more of `faults`, if there are any: it must not hide them."""
+    try:
+        yield
+    except FuriosaLLMError as error:
+        if not faults:
+            raise
+        faults.append(str(error))
 
 
 def _file_faults(artifact: Artifact, entry: FileEntry, limit: Limit) -> Iterator[str]:
@@ -71,24 +84,25 @@ def check_originals(artifact: Artifact, limit: Limit) -> Check:
     found: dict[tuple[str, ...], str] = {}
     faults: list[str] = []
     checked = 0
-    for number, entry in enumerate(artifact.manifest.initializers):
-        if not entry.stored:
-            continue
-        checked += 1
-        limit()
-        tell("putting the originals together", number, len(artifact.manifest.initializers))
-        if entry.stored not in found:  # others may be made of the same tensors
-            found[entry.stored] = hashlib.sha256(read_original(artifact, entry.name).data).hexdigest()
-        if found[entry.stored] != entry.sha256:
-            faults.append(_differs(f"original {entry.name!r:.80}", found[entry.stored], entry.sha256))
-    digests = {entry.name: entry.sha256 for entry in artifact.manifest.initializers}
-    for origin, stored in _other_layouts(artifact):
-        checked += 1
-        limit()
-        digest = hashlib.sha256(read_whole(artifact, stored).data).hexdigest()
-        if digest != digests[origin]:
-            what = f"original {origin!r:.80} as {', '.join(stored)!r:.120} store it"
-            faults.append(_differs(what, digest, digests[origin]))
+    with _keeping(faults):
+        for number, entry in enumerate(artifact.manifest.initializers):
+            if not entry.stored:
+                continue
+            checked += 1
+            limit()
+            tell("putting the originals together", number, len(artifact.manifest.initializers))
+            if entry.stored not in found:  # others may be made of the same tensors
+                found[entry.stored] = hashlib.sha256(read_original(artifact, entry.name).data).hexdigest()
+            if found[entry.stored] != entry.sha256:
+                faults.append(_differs(f"original {entry.name!r:.80}", found[entry.stored], entry.sha256))
+        digests = {entry.name: entry.sha256 for entry in artifact.manifest.initializers}
+        for origin, stored in _other_layouts(artifact):
+            checked += 1
+            limit()
+            digest = hashlib.sha256(read_whole(artifact, stored).data).hexdigest()
+            if digest != digests[origin]:
+                what = f"original {origin!r:.80} as {', '.join(stored)!r:.120} store it"
+                faults.append(_differs(what, digest, digests[origin]))
     return Check(name="originals", checked=checked, faults=tuple(faults))
 
 
@@ -113,11 +127,12 @@ def _other_layouts(artifact: Artifact) -> Iterator[tuple[str, tuple[str, ...]]]:
 def check_padding(artifact: Artifact, limit: Limit) -> Check:
     """Whether the padding of every stored tensor is zero; `limit` is called before each, and may raise."""
     names = [tensor.name for tensor in artifact.manifest.tensors]
-    faults = []
-    for name in names:
-        limit()
-        if not padding_is_zero(artifact, name):
-            faults.append(f"stored tensor {name!r:.80} has padding that is not zero")
+    faults: list[str] = []
+    with _keeping(faults):
+        for name in names:
+            limit()
+            if not padding_is_zero(artifact, name):
+                faults.append(f"stored tensor {name!r:.80} has padding that is not zero")
     return Check(name="padding", checked=len(names), faults=tuple(faults))
 
 

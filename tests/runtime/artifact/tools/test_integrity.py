@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from furiosa_llm.runtime.artifact.errors import ArtifactError
+from furiosa_llm.runtime.artifact.errors import ArtifactError, FuriosaLLMError
 from furiosa_llm.runtime.artifact.layout import Leaf, Mesh, Prod
 from furiosa_llm.runtime.artifact.manifest import Part
 from furiosa_llm.runtime.artifact.reader import Artifact, open_artifact
@@ -38,24 +38,38 @@ def unlimited() -> None:
     """No limit of time."""
 
 
-class TimeIsUpError(Exception):
+class TimeIsUpError(FuriosaLLMError):
     pass
 
 
-@pytest.mark.parametrize(("check", "calls"), [(check_weights, 6), (check_originals, 4), (check_padding, 5)])
+def limit_of(pieces: int) -> Limit:
+    left = iter(range(pieces))
+
+    def limit() -> None:
+        if next(left, None) is None:
+            raise TimeIsUpError("time is up")
+
+    return limit
+
+
+@pytest.mark.parametrize(("check", "pieces"), [(check_weights, 6), (check_originals, 4), (check_padding, 5)])
 def test_a_limit_ends_it_before_any_piece(
-    check: Callable[[Artifact, Limit], Check], calls: int, artifact: Artifact
+    check: Callable[[Artifact, Limit], Check], pieces: int, artifact: Artifact
 ) -> None:
-    for allowed in range(calls):
-        left = iter([None] * allowed)
-
-        def limit(left: Iterator[None] = left) -> None:
-            if next(left, TimeIsUpError) is not None:
-                raise TimeIsUpError
-
+    for allowed in range(pieces):
         with pytest.raises(TimeIsUpError):
-            check(artifact, limit)
+            check(artifact, limit_of(allowed))
     assert check(artifact, unlimited).passed
+
+
+def test_a_limit_does_not_hide_what_was_found_before(artifact: Artifact) -> None:
+    first = min(artifact.offsets, key=lambda name: artifact.offsets[name])
+    alter_tensor(artifact.folder, first, flip_bit)
+    with pytest.raises(TimeIsUpError):
+        check_weights(artifact, limit_of(1))
+    fault, end = check_weights(artifact, limit_of(3)).faults
+    assert fault.startswith(f"weights-00001.safetensors: stored tensor {first!r}: found sha256 ")
+    assert end == "time is up"
 
 
 def test_a_sound_one_passes(artifact: Artifact) -> None:
