@@ -20,8 +20,6 @@ MAX_PARTS = 2**12
 MAX_LENGTHS = {"messages": 4096, "tools": 1024, "logit_bias": 1024}
 """Fields of a body that cost more than their values."""
 
-_INTEGERS = frozenset((int,))
-
 
 def read_body(body: bytes) -> Any:
     """What `body` says; raises InputError for what is no JSON, and for more of anything than is taken."""
@@ -63,7 +61,7 @@ def _check_counts(found: Any) -> None:
                 _check("an object of the body", len(one), MAX_NAMES)
                 below.extend(one.values())
             elif isinstance(one, list):
-                if _INTEGERS.issuperset(map(type, one)):
+                if {int}.issuperset(map(type, one)):
                     numbers += len(one)
                 else:
                     below.extend(one)

@@ -272,11 +272,22 @@ def decided_branches(count: int) -> onnx.ModelProto:
     return _model(_chained(count, lambda i, a, b: [_if(i, a, b, "yes")]), {"yes": np.array(True)})
 
 
+def _decided_by_data(nodes: Sequence[NodeProto]) -> onnx.ModelProto:
+    """`nodes` behind a condition "yes" that the input decides."""
+    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
+    return _model([*head, *nodes], {"zero": np.array(0, np.float32)})
+
+
+def _one_branch(nodes: Sequence[NodeProto]) -> onnx.ModelProto:
+    """One such If with `nodes`, from x to end, in a branch."""
+    then = helper.make_graph(nodes, "then", [], [helper.make_tensor_value_info("end", _FLOAT, _SHAPE)])
+    other = _branch("else", _node("Neg", ["x"], "z"))
+    return _decided_by_data([_node("If", ["yes"], "y", then_branch=then, else_branch=other)])
+
+
 def open_branches(count: int) -> onnx.ModelProto:
     """A chain of If, each of a condition that the data decides."""
-    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
-    nodes = _chained(count, lambda i, a, b: [_if(i, a, b, "yes")])
-    return _model([*head, *nodes], {"zero": np.array(0, np.float32)})
+    return _decided_by_data(_chained(count, lambda i, a, b: [_if(i, a, b, "yes")]))
 
 
 def loops(count: int) -> onnx.ModelProto:
@@ -310,26 +321,17 @@ def tree_of_branches(count: int) -> onnx.ModelProto:
         then, other = (_branch(f"branch{inner}", tree(inner)) for inner in (2 * i, 2 * i + 1))
         return _node("If", ["yes"], f"h{i}" if i > 1 else "y", then_branch=then, else_branch=other)
 
-    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
-    return _model([*head, tree(1)], {"zero": np.array(0, np.float32)})
+    return _decided_by_data([tree(1)])
 
 
 def branches_in_a_branch(count: int) -> onnx.ModelProto:
     """One If whose branch is a long chain of Ifs."""
-    nodes = _chained(count // 4, lambda i, a, b: [_if(i, a, "end" if b == "y" else b, "yes")])
-    then = helper.make_graph(nodes, "then", [], [helper.make_tensor_value_info("end", _FLOAT, _SHAPE)])
-    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
-    choice = _node("If", ["yes"], "y", then_branch=then, else_branch=_branch("else", _node("Neg", ["x"], "z")))
-    return _model([*head, choice], {"zero": np.array(0, np.float32)})
+    return _one_branch(_chained(count // 4, lambda i, a, b: [_if(i, a, "end" if b == "y" else b, "yes")]))
 
 
 def large_subgraph(count: int) -> onnx.ModelProto:
     """One If whose branch is a long chain."""
-    nodes = _chained(count, lambda _, a, b: [_node("Relu", [a], "end" if b == "y" else b)])
-    then = helper.make_graph(nodes, "then", [], [helper.make_tensor_value_info("end", _FLOAT, _SHAPE)])
-    head = [_node("ReduceMax", ["x"], "m", keepdims=0), _node("Greater", ["m", "zero"], "yes")]
-    choice = _node("If", ["yes"], "y", then_branch=then, else_branch=_branch("else", _node("Neg", ["x"], "z")))
-    return _model([*head, choice], {"zero": np.array(0, np.float32)})
+    return _one_branch(_chained(count, lambda _, a, b: [_node("Relu", [a], "end" if b == "y" else b)]))
 
 
 def long_names(count: int) -> onnx.ModelProto:
